@@ -1,0 +1,46 @@
+"""The fast gradient sign method (Goodfellow et al. 2015), and its L2 form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dualhead.attacks.base import Attack, LogitsFn, Search, attacks
+from dualhead.attacks.pgd import PGD, Start
+from dualhead.noise import Streams
+from dualhead.threat import Real, ThreatModel
+
+
+@attacks.register("fgsm")
+@dataclass(frozen=True)
+class FGSM(Attack):
+    """One step of steepest ascent on the cross-entropy.
+
+    Args:
+        step_size: length of the step in the units of eps; None for eps. Fast AT (Wong et al. 2020) uses 1.25 eps.
+        start: `clean`, or as in `pgd`.
+        restarts: independent starts, at least 1; more than one needs a random start to be of use.
+    """
+
+    step_size: Real | None = None
+    start: Start = "clean"
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        PGD(steps=1, step_size=self.step_size, restarts=self.restarts)  # refuses what PGD refuses
+
+    def _pgd(self, threat: ThreatModel) -> PGD:
+        return PGD(1, threat.eps if self.step_size is None else self.step_size, self.start, "ce", self.restarts)
+
+    def parts(self, num_classes: int, threat: ThreatModel) -> Sequence[Search]:
+        """PGD with one step."""
+        del num_classes
+        return (self._pgd(threat),)
+
+    def maximise(
+        self, logits_fn: LogitsFn, x: Tensor, loss: Callable[[Tensor], Tensor], threat: ThreatModel, streams: Streams
+    ) -> Tensor:
+        """See `Maximiser.maximise`."""
+        return self._pgd(threat).maximise(logits_fn, x, loss, threat, streams)

@@ -1,0 +1,117 @@
+"""Projected gradient descent (Madry et al. 2018), for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dualhead.attacks import losses
+from dualhead.attacks.base import LogitsFn, Query, Search, State, attacks
+from dualhead.errors import UserError
+from dualhead.noise import Streams
+from dualhead.threat import Real, ThreatModel
+
+Start = Literal["uniform", "gaussian", "clean"]
+
+
+@attacks.register("pgd", numbers=("steps",))
+@dataclass(frozen=True)
+class PGD(Search):
+    """Steepest ascent with projection.
+
+    Args:
+        steps: gradient steps, at least 1; the short form `pgd-40` sets it.
+        step_size: length of a step in the units of eps; None for 2.5 eps / steps (Madry et al. 2018, section 5.1).
+        start: `uniform` in the ball; `gaussian`, x + 0.001 N(0, 1) as in TRADES; `clean`, x itself.
+        loss: `ce`, `kl` (from the clean prediction) or `margin`. Training uses its objective's loss instead.
+        restarts: independent starts, at least 1.
+    """
+
+    steps: int = 40
+    step_size: Real | None = None
+    start: Start = "uniform"
+    loss: Literal["ce", "kl", "margin"] = "ce"
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "restarts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.step_size is not None and self.step_size <= 0:
+            raise UserError(f"step_size must be greater than 0, got {self.step_size:g}; write e.g. 2/255")
+
+    def step_length(self, threat: ThreatModel) -> float:
+        """The step size in use under a threat model."""
+        return 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
+
+    def start_point(self, x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
+        """Where the ascent begins, inside ball and box."""
+        if self.start == "uniform":
+            return threat.ball_point(x, streams)
+        if self.start == "gaussian":
+            return threat.project(x + 0.001 * streams.normal(*x.shape[1:]).to(x.dtype), x)
+        return x.clone()
+
+    def maximise(
+        self, logits_fn: LogitsFn, x: Tensor, loss: Callable[[Tensor], Tensor], threat: ThreatModel, streams: Streams
+    ) -> Tensor:
+        """The last iterate, as adversarial training uses it: `steps` forward and backward passes, no more.
+
+        Args:
+            logits_fn: the model under attack.
+            x: clean images [B, ...] in [0, 1].
+            loss: logits [B, C] to one number per image [B], climbed.
+            threat: ball and box.
+            streams: randomness of these samples.
+        """
+        query = Query(logits_fn)
+        x_adv, length = self.start_point(x, threat, streams), self.step_length(threat)
+        for _ in range(self.steps):
+            x_adv = threat.project(threat.ascend(x_adv, query.gradient(x_adv, loss)[2], length), x)
+        return x_adv
+
+    def jobs(self, num_classes: int) -> int:
+        """One per restart."""
+        del num_classes
+        return self.restarts
+
+    def max_steps(self) -> int:
+        """The gradient steps, and one look at the last iterate."""
+        return self.steps + 1
+
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+        """See `Attack.begin`."""
+        return {
+            "x": x,
+            "y": y,
+            "clean": clean,
+            "iterate": self.start_point(x, threat, streams.fork(job)),
+            "adversarial": x.clone(),
+            "best_loss": torch.full_like(clean[:, 0], -torch.inf),
+            "found": torch.zeros_like(y, dtype=torch.bool),
+            "iteration": torch.zeros_like(y),
+        }
+
+    def _loss(self, logits: Tensor, state: State) -> Tensor:
+        if self.loss == "kl":
+            return losses.kl_from_clean(logits, state["clean"])
+        return (losses.cross_entropy if self.loss == "ce" else losses.margin)(logits, state["y"])
+
+    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+        """Look at the iterate, keep it if it is the worst so far for the model, and climb."""
+        iterate, x = state["iterate"], state["x"]
+        logits, loss, gradient = query.gradient(iterate, lambda z: self._loss(z, state))
+        fooled = logits.argmax(1) != state["y"]
+        better = torch.where(fooled == state["found"], loss > state["best_loss"], fooled)
+        return {
+            **state,
+            "iterate": threat.project(threat.ascend(iterate, gradient, self.step_length(threat)), x),
+            "adversarial": torch.where(better.reshape(-1, *(1 for _ in x.shape[1:])), iterate, state["adversarial"]),
+            "best_loss": torch.where(better, loss, state["best_loss"]),
+            "found": state["found"] | fooled,
+            "iteration": state["iteration"] + 1,
+        }
