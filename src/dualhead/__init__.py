@@ -1,0 +1,1 @@
+"""Dual Head Adversarial Training."""

@@ -61,7 +61,8 @@ class Registry(Generic[T]):
         Args:
             name: how recipes call it.
             numbers: fields that a short form sets in order: with `("steps",)`, `pgd-40` is `{name: pgd, steps: 40}`.
-            text: the field that what follows a colon sets: with `"model"`, `timm:resnet18` is `{name: timm, model: resnet18}`.
+            text: the field that what follows a colon sets: with `"model"`, `timm:resnet18` is
+                `{name: timm, model: resnet18}`.
         """
 
         def decorate(cls: C) -> C:
@@ -121,7 +122,8 @@ class Registry(Generic[T]):
         if colon:
             field = getattr(self._classes.get(head), "short_text", None)
             if field is None and self._imported_as is not None and head not in self._classes:
-                head, tail, field = self._imported_as, spec, self._classes[self._imported_as].short_text  # type: ignore[attr-defined]  # set by register
+                head, tail = self._imported_as, spec
+                field = getattr(self._classes[head], "short_text", None)
             if field is not None:
                 return {"name": head, field: tail}
         name, *given = spec.split("-")

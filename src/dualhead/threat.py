@@ -43,7 +43,8 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _l2(delta: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return norms
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,11 @@ class Attack(ABC):
                 if not len(open_rows):
                     return result
                 state = part.begin(
-                    x[open_rows], y[open_rows], clean[open_rows], torch.full_like(open_rows, job), threat,
+                    x[open_rows],
+                    y[open_rows],
+                    clean[open_rows],
+                    torch.full_like(open_rows, job),
+                    threat,
                     streams[open_rows].fork(part_index),
                 )
                 for _ in range(part.max_steps()):

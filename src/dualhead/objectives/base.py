@@ -1,0 +1,80 @@
+"""What adversarial training descends, and what the attack inside it climbs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
+from torch import Tensor
+
+from dualhead.registry import Registry
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss and the named parts it is the sum of.
+
+    Args:
+        total: scalar, with its graph.
+        terms: scalars by name, weighted as they enter the total; for the log.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+    @classmethod
+    def sum_of(cls, **terms: Tensor) -> LossTerms:
+        """The sum of the terms."""
+        return cls(sum(terms.values(), start=next(iter(terms.values())).new_zeros(())), terms)
+
+
+class Objective(ABC):
+    """A base method of adversarial training.
+
+    Subclasses are frozen dataclasses registered in `objectives`. The class attributes tell the loop which forward
+    passes it can leave out.
+    """
+
+    registered_name: ClassVar[str]
+    adversarial: ClassVar[bool] = True
+    """Whether the loss uses logits of attacked images."""
+    clean: ClassVar[bool] = True
+    """Whether the loss uses logits of clean images."""
+    clean_target: ClassVar[bool] = False
+    """Whether `inner_loss` uses the clean logits, taken once a batch in the mode in which the attack runs."""
+
+    @abstractmethod
+    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        """What the attack climbs, one number per image [B].
+
+        Args:
+            adv_logits: logits [B, C] of the attacked images.
+            clean_logits: logits [B, C] of the clean images, detached; None unless `clean_target`.
+            y: labels, int64 [B].
+        """
+
+    @abstractmethod
+    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
+        """What training descends, averaged over the batch.
+
+        Args:
+            clean_logits: logits [B, C] of the clean images; None unless `clean`.
+            adv_logits: logits [B, C] of the attacked images; None unless `adversarial`.
+            y: labels, int64 [B].
+        """
+
+
+def given(logits: Tensor | None) -> Tensor:
+    """The logits that an objective's class attributes have asked for."""
+    assert logits is not None, "the loop must pass the logits that the objective asks for"
+    return logits
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(softmax(p) || softmax(q)) per image [B], from logits [B, C]."""
+    return F.kl_div(q_logits.log_softmax(1), p_logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+objectives: Registry[Objective] = Registry("objective", "dualhead.objectives")

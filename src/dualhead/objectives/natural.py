@@ -1,0 +1,29 @@
+"""Plain training on clean images: what is attacked successfully everywhere, and the baseline to show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
+from torch import Tensor
+
+from dualhead.objectives.base import LossTerms, Objective, given, objectives
+
+
+@objectives.register("natural")
+@dataclass(frozen=True)
+class Natural(Objective):
+    """Cross-entropy on clean images; no attack is run."""
+
+    adversarial: ClassVar[bool] = False
+
+    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        """Cross-entropy, for whoever attacks a model trained so."""
+        del clean_logits
+        return F.cross_entropy(adv_logits, y, reduction="none")
+
+    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
+        """CE(f(x), y)."""
+        del adv_logits
+        return LossTerms.sum_of(clean=F.cross_entropy(given(clean_logits), y))
