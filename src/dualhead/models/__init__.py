@@ -1,0 +1,18 @@
+"""Backbones, one a file: each makes an ordinary classifier of images in [0, 1], which normalises them itself."""
+
+from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, logits_of
+from dualhead.models.normalize import Normalize, channel_statistics
+from dualhead.models.weights import load_state, read_state, write_state
+
+__all__ = [
+    "Backbone",
+    "Normalize",
+    "Wrapped",
+    "backbones",
+    "channel_statistics",
+    "count_parameters",
+    "load_state",
+    "logits_of",
+    "read_state",
+    "write_state",
+]

@@ -1,0 +1,150 @@
+"""What a backbone is: a recipe's choice of network, which makes an ordinary classifier of images in [0, 1]."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.errors import UserError
+from dualhead.models.normalize import Normalize
+from dualhead.registry import Registry
+
+ImageShape = tuple[int, int, int]
+"""Channels, height, width."""
+
+
+class Backbone(ABC):
+    """A network by name. Subclasses are frozen dataclasses registered in `backbones`.
+
+    Attributes:
+        attach_at: the module after which a second head starts by default, about the end of the first stage; None
+            where the layers are not known beforehand, and the recipe has to name one.
+    """
+
+    registered_name: ClassVar[str]
+    attach_at: ClassVar[str | None] = None
+
+    def create(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
+        """A classifier with fresh weights, drawn from torch's global generator (`torch.manual_seed`).
+
+        Args:
+            num_classes: logits per image, at least 2.
+            image_shape: channels, height and width of the images, each at least 1.
+            normalize: applied to the images first; part of the classifier, so that attacks see images in [0, 1].
+
+        Returns:
+            A module from images float [B, C, H, W] in [0, 1] to logits [B, num_classes].
+
+        Raises:
+            UserError: for impossible sizes, or a normalisation for another number of channels.
+        """
+        if num_classes < 2:
+            raise UserError(f"a classifier needs at least 2 classes, got {num_classes}")
+        if len(image_shape) != 3 or min(image_shape) < 1:
+            raise UserError(f"image shape must be (channels, height, width), each at least 1, got {tuple(image_shape)}")
+        if normalize.channels != image_shape[0]:
+            raise UserError(f"normalisation is for {normalize.channels} channels, but the images have {image_shape[0]}")
+        return self._build(num_classes, image_shape, normalize)
+
+    @abstractmethod
+    def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
+        """The classifier of `create`, whose arguments have been checked."""
+
+
+class Wrapped(nn.Module):
+    """Somebody else's classifier, given normalised images and read for its logits.
+
+    Args:
+        normalize: applied to the images.
+        model: normalised images [B, C, H, W] to anything that `logits_of` reads. Its layers are named `model.LAYER`.
+    """
+
+    def __init__(self, normalize: Normalize, model: nn.Module) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
+        return logits_of(self.model(self.normalize(images)))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a classifier returned.
+
+    Args:
+        output: a tensor; an object with `.logits`; a mapping with `"logits"`; or a tuple or list that has them first.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    found = output
+    if hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, Mapping):
+        found = output.get("logits")
+    elif isinstance(output, Sequence) and len(output) > 0:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise UserError(
+            f"the model returned {type(output).__name__} without logits; it must return a tensor, a tuple that has "
+            "them first, or an object or dict that names them `logits`"
+        )
+    return found
+
+
+def trial_output(model: nn.Module, image_shape: ImageShape) -> Any:
+    """What a model returns for one grey image, in eval mode and without a graph; it is left in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    first = next(model.parameters(), torch.empty(0))
+    try:
+        model.eval()
+        with torch.no_grad():
+            return model(torch.full((1, *image_shape), 0.5, dtype=first.dtype, device=first.device))
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, where: str) -> Any:
+    """Try a model that others wrote on one image.
+
+    Args:
+        model: the classifier.
+        num_classes: logits that it must give.
+        image_shape: images that it must take.
+        where: what to call it in messages.
+
+    Returns:
+        What it returned, from which `logits_of` takes the logits.
+
+    Raises:
+        UserError: if it cannot take such images, or gives another number of logits.
+    """
+    try:
+        output = trial_output(model, image_shape)
+    except Exception as error:  # whatever somebody else's forward may raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{where}: the model fails on one image of shape {tuple(image_shape)}: {reason}") from error
+    try:
+        shape = tuple(logits_of(output).shape)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if shape != (1, num_classes):
+        raise UserError(
+            f"{where}: the model gives logits of shape {shape} for one image; "
+            f"the data have {num_classes} classes, so (1, {num_classes}) would be right"
+        )
+    return output
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the parameters of a model, each tensor counted once; buffers are not parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+backbones: Registry[Backbone] = Registry("backbone", "dualhead.models", imported_as="factory")

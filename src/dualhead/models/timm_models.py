@@ -1,0 +1,47 @@
+"""Models of the `timm` library by name, where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dualhead.errors import UserError
+from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
+from dualhead.models.normalize import Normalize
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except Exception as error:  # it needs torchvision, which fails in its own ways beside another build of torch
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"timm cannot be imported ({reason}); install it with: pip install timm") from error
+
+
+@backbones.register("timm", text="model")
+@dataclass(frozen=True)
+class TimmBackbone(Backbone):
+    """A model of `timm`: `timm:resnet18`. Its layers are named `model.LAYER`.
+
+    Args:
+        model: as `timm.list_models()` writes it.
+        pretrained: start from the weights that timm names for it (fetched from the Hugging Face Hub), with a new
+            classifier where the number of classes differs; else from timm's own initialisation.
+    """
+
+    model: str
+    pretrained: bool = False
+
+    def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
+        timm, where = _timm(), f"model 'timm:{self.model}'"
+        sizes = {"num_classes": num_classes, "in_chans": image_shape[0]}
+        try:
+            model = timm.create_model(self.model, pretrained=self.pretrained, **sizes)
+        except Exception as error:  # an unknown name, no such weights, no network: timm says which
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"{where}: {reason}; `timm.list_models('*NAME*')` lists names") from error
+        check_logits(model, num_classes, image_shape, where)
+        return Wrapped(normalize, model)
