@@ -6,11 +6,19 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
 
 CHUNK = 1 << 24  # values that are squared at once
+
+
+@torch.fx.wrap  # kept as one call where torch.fx traces a model, since the check depends on the shape
+def _of_channels(images: Tensor, channels: int) -> Tensor:
+    if images.shape[-3] != channels:
+        raise UserError(f"the model takes images of {channels} channels, got shape {tuple(images.shape)}")
+    return images
 
 
 class Normalize(nn.Module):
@@ -54,9 +62,7 @@ class Normalize(nn.Module):
         Raises:
             UserError: if the images have another number of channels, which would otherwise broadcast.
         """
-        if images.shape[-3] != self.channels:
-            raise UserError(f"the model takes images of {self.channels} channels, got shape {tuple(images.shape)}")
-        return (images - self.mean) / self.std
+        return (_of_channels(images, self.channels) - self.mean) / self.std
 
     def extra_repr(self) -> str:
         """The constants, for people."""
