@@ -1,0 +1,145 @@
+"""Encoded images to one uint8 array."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dualhead.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+_FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+"""What is opened. PIL knows more, and some of it runs other programs (EPS)."""
+EXTENSIONS: Final = frozenset(
+    ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split()  # noqa: SIM905  # one line reads better
+)
+_GREY: Final = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+_ORIENTATION: Final = 0x0112
+_BATCH: Final = 512
+_WORTH_A_THREAD: Final = 8192  # bytes an image: below, threads lose more by waiting for each other than they win
+
+
+class Encoded(NamedTuple):
+    """An encoded image (its bytes, or the file that holds them) and where it comes from, for messages."""
+
+    data: bytes | Path
+    file: str
+    row: int | None
+
+    def __str__(self) -> str:
+        return self.file if self.row is None else f"row {self.row} of {self.file}"
+
+
+def decode(images: Iterable[Encoded], image_size: tuple[int, int] | None = None) -> Pixels:
+    """Decode images into one array.
+
+    The set is grey (C = 1) if every image is: modes 1, L, LA and 16-bit grey. Otherwise it is RGB (C = 3), whatever
+    single images are. 16 bits are scaled to 8; transparency is dropped, as PIL's `convert` does; the orientation that
+    a camera noted is applied; of an animation the first frame is taken.
+
+    Args:
+        images: at least one.
+        image_size: height and width to resize to (bicubic, with antialiasing); None to demand equal sizes.
+
+    Returns:
+        uint8 [N, C, H, W].
+
+    Raises:
+        UserError: naming the image that is not readable, too large, or of another size than the first.
+    """
+    chunks: list[Pixels] = []
+    first: Encoded | None = None
+    source = iter(images)
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        while batch := list(islice(source, _BATCH)):
+            first = first or batch[0]
+            decoded = list(_decoded(batch, image_size, pool))
+            expected = chunks[0].shape[1:3] if chunks else decoded[0].shape[:2]
+            for encoded, pixels in zip(batch, decoded, strict=True):
+                if pixels.shape[:2] != expected:
+                    raise UserError(_sizes_differ(first, expected, encoded, pixels))
+            grey = all(pixels.ndim == 2 for pixels in decoded)
+            chunks.append(np.stack([pixels[..., None] if grey else _as_rgb(pixels) for pixels in decoded]))
+    grey = all(chunk.shape[3] == 1 for chunk in chunks)
+    total, (height, width) = sum(map(len, chunks)), chunks[0].shape[1:3]
+    result = np.empty((total, 1 if grey else 3, height, width), np.uint8)
+    filled = 0
+    for chunk in chunks:
+        result[filled : filled + len(chunk)] = chunk.transpose(0, 3, 1, 2)  # a grey chunk is repeated in an RGB set
+        filled += len(chunk)
+    return result
+
+
+def _decoded(batch: list[Encoded], size: tuple[int, int] | None, pool: ThreadPoolExecutor) -> Iterator[Pixels]:
+    one = functools.partial(_decode_one, size=size)
+    large = sum(len(e.data) if isinstance(e.data, bytes) else _WORTH_A_THREAD for e in batch)
+    return pool.map(one, batch) if large >= _WORTH_A_THREAD * len(batch) else map(one, batch)
+
+
+def _sizes_differ(first: Encoded, expected: tuple[int, ...], other: Encoded, pixels: Pixels) -> str:
+    (h1, w1), (h2, w2) = expected, pixels.shape[:2]
+    sizes = f"{first} is {h1}x{w1}, {other} is {h2}x{w2} (height x width)"
+    return f"images differ in size: {sizes}; set data.image_size, for example [{h1}, {w1}], to resize them"
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _decode_one(encoded: Encoded, size: tuple[int, int] | None) -> Pixels:
+    """uint8 [H, W] if grey, else [H, W, 3]."""
+    stream = io.BytesIO(encoded.data) if isinstance(encoded.data, bytes) else encoded.data
+    try:
+        with Image.open(stream, formats=_formats()) as image:
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                return _pixels(ImageOps.exif_transpose(image), size)
+            return _pixels(image, size)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise UserError(f"{encoded} is larger than {limit}, possibly a decompression bomb; shrink it first") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{encoded} is not a readable image (known: {', '.join(_formats())})") from None
+    except Exception as error:  # decoders fail on hostile bytes in more ways than they document
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{encoded} is not a readable image: {reason}") from None
+
+
+def _pixels(image: Image.Image, size: tuple[int, int] | None) -> Pixels:
+    if image.mode in _GREY:
+        image = _eight_bit(image)
+    elif image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range; store it with 8 or 16 bits")
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    if size is not None and (image.height, image.width) != size:
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Mode L from any grey mode; 65535 becomes 255."""
+    if not image.mode.startswith("I"):
+        return image if image.mode == "L" else image.convert("L")
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels exceed 16 bits; store it with 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _as_rgb(pixels: Pixels) -> Pixels:
+    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels

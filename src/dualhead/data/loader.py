@@ -1,0 +1,130 @@
+"""Batches from images that lie on the device as uint8; order and augmentation are functions of the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualhead.data.augmentations.base import Augmentation
+from dualhead.data.split import Split
+from dualhead.errors import UserError
+from dualhead.noise import Streams
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images as a model takes them.
+
+    Args:
+        index: position of each image in its split, int64 [B].
+        x: images, float32 [B, C, H, W] in [0, 1].
+        y: labels, int64 [B].
+    """
+
+    index: Tensor
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+def _as_float(images: Tensor) -> Tensor:
+    return images.to(torch.float32).div_(255.0)
+
+
+class Loader:
+    """Batches for training.
+
+    The order of an epoch depends on seed and epoch alone, the augmentation of a sample on seed, epoch and its position
+    in the split. So a run that goes on at any step, or on another number of processes, sees the same global batches.
+
+    What remains of an epoch after the last full batch is left out (batch norm does badly on tiny batches); it differs
+    from epoch to epoch. A split smaller than one batch is one batch.
+
+    Args:
+        split: images and labels; moved to the device once.
+        batch_size: images in a global batch, over all processes.
+        seed: names order and augmentation.
+        augment: applied in turn.
+        device: where batches are made.
+        rank: this process; it gets the rank-th contiguous shard of each global batch.
+        world_size: number of processes; must divide the batch.
+
+    Raises:
+        UserError: if the batch size is impossible.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int,
+        augment: Sequence[Augmentation] = (),
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        self.global_batch = min(batch_size, len(split))
+        if self.global_batch % world_size:
+            small = f" (the split has {len(split)} images)" if self.global_batch < batch_size else ""
+            fault = f"a batch of {self.global_batch}{small} cannot be shared equally by {world_size} processes"
+            raise UserError(f"batch_size: {fault}; use a multiple of {world_size}")
+        self._images, self._labels = split.images.to(device), split.labels.to(device)
+        self._seed, self._augment = seed, tuple(augment)
+        self._shard = self.global_batch // world_size
+        self._skip = rank * self._shard
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return len(self._labels) // self.global_batch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This process's batches of an epoch, from a step on.
+
+        Args:
+            epoch: which, from 0.
+            first_step: steps left out, in [0, len(self)]; the rest is as if they had been taken.
+        """
+        if not 0 <= first_step <= len(self):
+            raise ValueError(f"first_step must lie in [0, {len(self)}], got {first_step}")
+        return self._batches(epoch, first_step)
+
+    def order(self, epoch: int) -> Tensor:
+        """The permutation of the split in an epoch, int64 [N]; the same on every device."""
+        positions = torch.arange(len(self._labels), device=self._labels.device)
+        return Streams.of(self._seed, positions).fork("order", epoch).bits(1)[:, 0].argsort(stable=True)
+
+    def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        order = self.order(epoch)
+        for step in range(first_step, len(self)):
+            start = step * self.global_batch + self._skip
+            index = order[start : start + self._shard]
+            images, streams = self._images[index], Streams.of(self._seed, index).fork("augment", epoch)
+            for number, augmentation in enumerate(self._augment):
+                images = augmentation(images, streams.fork(number))
+            yield Batch(index, _as_float(images), self._labels[index])
+
+
+def batches(split: Split, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+    """All images of a split in order, without augmentation; the last batch may be smaller.
+
+    Args:
+        split: images and labels.
+        batch_size: images in a batch, at least 1.
+        device: where batches are put.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    for start in range(0, len(split), batch_size):
+        chosen = slice(start, start + batch_size)
+        index = torch.arange(start, min(start + batch_size, len(split)), device=device)
+        yield Batch(index, _as_float(split.images[chosen].to(device)), split.labels[chosen].to(device))
