@@ -37,8 +37,11 @@ class TimmBackbone(Backbone):
 
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         timm, where = _timm(), f"model 'timm:{self.model}'"
-        sizes = {"num_classes": num_classes, "in_chans": image_shape[0]}
+        sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": image_shape[0]}
         try:
+            # Convolutional networks take any size and know no such argument; transformers are built for one.
+            if getattr(timm.get_pretrained_cfg(self.model), "fixed_input_size", False):
+                sizes["img_size"] = image_shape[1:]
             model = timm.create_model(self.model, pretrained=self.pretrained, **sizes)
         except Exception as error:  # an unknown name, no such weights, no network: timm says which
             reason = f"{type(error).__name__}: {error}".splitlines()[0]

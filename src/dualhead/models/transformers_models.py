@@ -60,7 +60,8 @@ class TransformersBackbone(Backbone):
         return Wrapped(normalize, model)
 
     def _configuration(self, transformers: Any) -> Any:
-        if Path(self.config).exists() or self.config not in transformers.CONFIG_MAPPING:
+        is_local = Path(self.config).is_file() or Path(self.config, "config.json").is_file()
+        if is_local or self.config not in transformers.CONFIG_MAPPING:
             return transformers.AutoConfig.from_pretrained(self.config)
         if self.pretrained:
             raise UserError(f"{self.config!r} is a type of model and has no weights; name a folder or a Hub model")

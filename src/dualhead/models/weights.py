@@ -121,9 +121,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> tup
     Raises:
         UserError: naming how many tensors are missing, unexpected or of another shape, and the first of each.
     """
-    if isinstance(model, Wrapped) and not any(name.startswith("model.") for name in state):
-        return load_state(model.model, state, where)
     wanted = model.state_dict()
+    if isinstance(model, Wrapped):
+        inside = model.model.state_dict()
+        if len(inside.keys() & state.keys()) > len(wanted.keys() & state.keys()):
+            return load_state(model.model, state, where)
     given, left_out = _without_unused(model, state)
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     if counters.isdisjoint(given):
