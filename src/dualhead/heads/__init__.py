@@ -1,0 +1,19 @@
+"""Two heads on one trunk: cutting a model at a layer, the second head, and the aggregator over both."""
+
+from dualhead.heads.aggregators import Aggregator, aggregators, default_aggregator
+from dualhead.heads.attach import attach_second_head
+from dualhead.heads.classifier import DualHeadClassifier, Output
+from dualhead.heads.outputs import as_logits
+from dualhead.heads.splitting import Split, split_model
+
+__all__ = [
+    "Aggregator",
+    "DualHeadClassifier",
+    "Output",
+    "Split",
+    "aggregators",
+    "as_logits",
+    "attach_second_head",
+    "default_aggregator",
+    "split_model",
+]

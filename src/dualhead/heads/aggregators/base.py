@@ -1,0 +1,38 @@
+"""What an aggregator is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Final
+
+from torch import nn
+
+from dualhead.registry import Registry
+
+MAX_CLASSES_OF_PAIRWISE_CNN: Final = 20
+"""Up to here the paper's aggregator is in proportion (its last layer grows with C^3); beyond, `pairwise_shared`."""
+
+
+class Aggregator(ABC):
+    """How the heads' logits become one: a recipe's choice, from which the module is made.
+
+    Subclasses are frozen dataclasses registered in `aggregators`.
+    """
+
+    registered_name: ClassVar[str]
+
+    @abstractmethod
+    def create(self, num_classes: int) -> nn.Module:
+        """A fresh module from head logits [B, 2, C] to logits [B, C].
+
+        Raises:
+            UserError: if it cannot be used with that many classes.
+        """
+
+
+aggregators: Registry[Aggregator] = Registry("aggregator", "dualhead.heads.aggregators")
+
+
+def default_aggregator(num_classes: int) -> str:
+    """The name of the aggregator in use when none is asked for: the paper's as long as its size permits."""
+    return "pairwise_cnn" if num_classes <= MAX_CLASSES_OF_PAIRWISE_CNN else "pairwise_shared"

@@ -1,0 +1,46 @@
+"""One linear layer over all heads' logits: a simple learned control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.heads.aggregators.base import Aggregator, aggregators
+
+HEADS = 2
+
+
+class LinearOfHeads(nn.Module):
+    """Head logits [B, 2, C] to logits [B, C] by one affine map, which starts as the mean of the heads.
+
+    Args:
+        num_classes: C; the map has 2 C^2 + C parameters.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(HEADS * num_classes, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the mean of the heads."""
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.eye(self.fc.out_features).repeat(1, HEADS) / HEADS)
+            self.fc.bias.zero_()
+
+    def forward(self, head_logits: Tensor) -> Tensor:
+        """Logits [B, C] from head logits [B, 2, C]."""
+        logits: Tensor = self.fc(head_logits.flatten(1))
+        return logits
+
+
+@aggregators.register("linear")
+@dataclass(frozen=True)
+class Linear(Aggregator):
+    """One affine map from all heads' logits, initialised at their mean."""
+
+    def create(self, num_classes: int) -> nn.Module:
+        """See `Aggregator.create`; any number of classes."""
+        return LinearOfHeads(num_classes)

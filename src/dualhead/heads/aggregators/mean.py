@@ -1,0 +1,28 @@
+"""The mean of the heads' logits: the control that tells the aggregator's merit from the ensemble's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dualhead.heads.aggregators.base import Aggregator, aggregators
+
+
+class MeanOfHeads(nn.Module):
+    """Head logits [B, H, C] to their mean [B, C]; no parameters."""
+
+    def forward(self, head_logits: Tensor) -> Tensor:
+        """Logits [B, C] from head logits [B, H, C]."""
+        return head_logits.mean(1)
+
+
+@aggregators.register("mean")
+@dataclass(frozen=True)
+class Mean(Aggregator):
+    """The mean of the heads' logits, without parameters."""
+
+    def create(self, num_classes: int) -> nn.Module:
+        """See `Aggregator.create`; any number of classes and heads."""
+        del num_classes
+        return MeanOfHeads()

@@ -1,0 +1,76 @@
+"""The paper's aggregator: a small CNN over all pairs of classes (Jiang et al. 2021, arXiv 2104.10377)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.errors import UserError
+from dualhead.heads.aggregators.base import MAX_CLASSES_OF_PAIRWISE_CNN, Aggregator, aggregators
+
+HEADS, CLASS_FEATURES, PAIR_FEATURES = 2, 8, 16
+
+
+class PairwiseCNNModule(nn.Module):
+    """Head logits [B, 2, C] to logits [B, C] through features of every pair of classes.
+
+    With P = C (C - 1) / 2 pairs i < j:
+
+        [B, 2, C] -> Conv1d(2, 8, 1), BatchNorm, ReLU -> [B, 8, C]
+          the 8 features of class i over the 8 of class j, pair after pair -> [B, 2, 8 P]
+          Conv1d(2, 16, 1), BatchNorm -> [B, 16, 8 P], transposed [B, 8 P, 16]
+          AvgPool1d(2, 2) -> [B, 8 P, 8], flattened [B, 64 P] -> Linear(64 P, C)
+
+    There is no non-linearity behind the first ReLU, as published: in evaluation mode the pairs therefore only
+    parametrise one affine map of the 8 C class features. The last layer has 32 C^2 (C - 1) weights: 28,800 at C = 10.
+
+    Args:
+        num_classes: C, at least 2.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        first, second = torch.triu_indices(num_classes, num_classes, offset=1)
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("second", second, persistent=False)
+        self.class_conv = nn.Conv1d(HEADS, CLASS_FEATURES, 1)
+        self.class_bn = nn.BatchNorm1d(CLASS_FEATURES)
+        self.pair_conv = nn.Conv1d(2, PAIR_FEATURES, 1)
+        self.pair_bn = nn.BatchNorm1d(PAIR_FEATURES)
+        self.pool = nn.AvgPool1d(2, 2)
+        self.fc = nn.Linear(len(first) * CLASS_FEATURES * PAIR_FEATURES // 2, num_classes)
+
+    first: Tensor
+    second: Tensor
+
+    def forward(self, head_logits: Tensor) -> Tensor:
+        """Logits [B, C] from head logits [B, 2, C]."""
+        features = torch.relu(self.class_bn(self.class_conv(head_logits))).transpose(1, 2)  # [B, C, 8]
+        pairs = torch.stack((features[:, self.first].flatten(1), features[:, self.second].flatten(1)), 1)
+        scores = self.pair_bn(self.pair_conv(pairs)).transpose(1, 2)
+        logits: Tensor = self.fc(self.pool(scores).flatten(1))
+        return logits
+
+
+@aggregators.register("pairwise_cnn")
+@dataclass(frozen=True)
+class PairwiseCNN(Aggregator):
+    """The paper's CNN over all pairs of classes; 2 to 20 classes (its size grows with their cube)."""
+
+    def create(self, num_classes: int) -> nn.Module:
+        """See `Aggregator.create`.
+
+        Raises:
+            UserError: for more than 20 classes, or fewer than 2.
+        """
+        if num_classes > MAX_CLASSES_OF_PAIRWISE_CNN:
+            weights = 32 * num_classes**2 * (num_classes - 1)
+            raise UserError(
+                f"aggregator pairwise_cnn would have {weights / 1e6:,.1f} M weights at {num_classes} classes; it is "
+                f"meant for up to {MAX_CLASSES_OF_PAIRWISE_CNN}: use aggregator pairwise_shared"
+            )
+        if num_classes < 2:
+            raise UserError(f"aggregator pairwise_cnn needs at least 2 classes, got {num_classes}")
+        return PairwiseCNNModule(num_classes)

@@ -1,0 +1,200 @@
+"""A classifier with two heads on one trunk, and what training needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import Final, Literal, Self, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.errors import UserError
+from dualhead.heads.splitting import Features, How, Split
+
+Output = Literal["head1", "head2", "mean", "aggregate"]
+"""Whose logits a view gives."""
+
+PARTS: Final = ("trunk", "head1", "head2", "aggregator")
+_USED: Final[Mapping[str, tuple[str, ...]]] = {
+    "head1": ("trunk", "head1"),
+    "head2": ("trunk", "head2"),
+    "mean": ("trunk", "head1", "head2"),
+    "aggregate": PARTS,
+}
+
+
+class _KeepFrozen:
+    """A pre-hook by which a frozen part is in evaluation mode whenever it runs, whoever called `.train()` on what."""
+
+    def __init__(self) -> None:
+        self.frozen = False
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        del args
+        if self.frozen:
+            module.eval()
+
+
+class DualHeadClassifier(nn.Module):
+    """Two heads on one trunk, and an aggregator over their logits (Jiang et al. 2021, arXiv 2104.10377).
+
+    To everybody who does not train it, it is an ordinary classifier: images [B, ...] to logits [B, C].
+
+    Args:
+        split: the model that was cut: its trunk, and its tail as the first head.
+        head2: what crosses the cut to logits [B, C].
+        aggregator: head logits [B, 2, C] to logits [B, C].
+        num_classes: C.
+    """
+
+    def __init__(self, split: Split, head2: nn.Module, aggregator: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.trunk, self.head1, self.head2, self.aggregator = split.trunk, split.tail, head2, aggregator
+        self.num_classes = num_classes
+        self.split_at = split.at
+        self.split_how: How = split.how
+        self._fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        self._freezers = {name: _KeepFrozen() for name in PARTS}
+        for name, freezer in self._freezers.items():
+            self.get_submodule(name).register_forward_pre_hook(freezer)
+
+    def features(self, x: Tensor) -> Features:
+        """What crosses the cut, from images [B, ...]: a tensor, or a tuple of tensors. Runs the trunk once."""
+        return self.trunk(x)
+
+    def head(self, index: int, features: Features) -> Tensor:
+        """Logits [B, C] of head 1 or 2 from what crosses the cut."""
+        logits: Tensor = (self.head1, self.head2)[index - 1](features)
+        return logits
+
+    def aggregate(self, head_logits: Tensor) -> Tensor:
+        """Logits [B, C] from head logits [B, 2, C]."""
+        logits: Tensor = self.aggregator(head_logits)
+        return logits
+
+    def head_logits(self, x: Tensor) -> Tensor:
+        """Logits of both heads [B, 2, C] from images [B, ...]; runs the trunk once."""
+        features = self.features(x)
+        return torch.stack((self.head(1, features), self.head(2, features)), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C] of the aggregate from images [B, ...]."""
+        return self.aggregate(self.head_logits(x))
+
+    def view(self, output: Output) -> HeadView:
+        """An ordinary classifier over these very modules, that runs only what its output needs.
+
+        Args:
+            output: `head1`, `head2`, `mean` (of the heads' logits) or `aggregate`.
+
+        Raises:
+            UserError: for any other output.
+        """
+        return HeadView(self, output)
+
+    def set_trainable(self, parts: AbstractSet[str]) -> None:
+        """Train these parts and freeze all others.
+
+        Frozen means: no parameter asks for a gradient or keeps one, and the part runs in evaluation mode whatever
+        calls `.train()`, so that its buffers stay as they are. Parameters that the model fixed itself stay fixed.
+
+        Args:
+            parts: any of `trunk`, `head1`, `head2`, `aggregator`.
+
+        Raises:
+            UserError: for an unknown part, or two parts that share weights of which only one would train.
+        """
+        for name in parts:
+            if name not in PARTS:
+                raise UserError(f"{name!r} is no part of a dual-head classifier; parts are {', '.join(PARTS)}")
+        self._refuse_half_frozen(parts)
+        for name, freezer in self._freezers.items():
+            freezer.frozen = name not in parts
+        trained = {id(p) for name in parts for p in self.get_submodule(name).parameters()}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(id(parameter) in trained and name not in self._fixed)
+            if not parameter.requires_grad:
+                parameter.grad = None
+        self.train(self.training)
+
+    def _refuse_half_frozen(self, parts: AbstractSet[str]) -> None:
+        owners: dict[int, str] = {}
+        for part in PARTS:
+            module = self.get_submodule(part)
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                owner = owners.setdefault(id(tensor), part)
+                if (owner in parts) != (part in parts):
+                    raise UserError(
+                        f"{owner} and {part} share {name}, which runs on both sides of the cut; train both or neither"
+                    )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except for frozen parts, which stay in evaluation mode."""
+        super().train(mode)
+        for name, freezer in self._freezers.items():
+            if freezer.frozen:
+                self.get_submodule(name).eval()
+        return self
+
+    def base_state_dict(self) -> dict[str, Tensor]:
+        """The original model's state dict, from trunk and head 1, under its own keys."""
+        return {**self.trunk.state_dict(), **self.head1.state_dict()}
+
+    def load_base_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load the original model's state dict into trunk and head 1.
+
+        Raises:
+            UserError: if keys are missing, unknown, or of another shape; nothing is loaded then.
+        """
+        own = self.base_state_dict()
+        wrong = {
+            "missing": sorted(own.keys() - state.keys()),
+            "unknown": sorted(state.keys() - own.keys()),
+            "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
+        }
+        for what, keys in wrong.items():
+            if keys:
+                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+                raise UserError(f"the weights do not fit the model: {what}: {', '.join(keys[:3])}{more}")
+        for part in (self.trunk, self.head1):
+            part.load_state_dict({key: state[key] for key in part.state_dict()})
+
+
+class HeadView(nn.Module):
+    """One output of a dual-head classifier as a classifier of its own, on the same modules.
+
+    Args:
+        classifier: the classifier.
+        output: whose logits `forward` gives.
+    """
+
+    def __init__(self, classifier: DualHeadClassifier, output: Output) -> None:
+        super().__init__()
+        if output not in get_args(Output):
+            raise UserError(
+                f"{output!r} is no output of a dual-head classifier; outputs are {', '.join(get_args(Output))}"
+            )
+        self.output = output
+        self.num_classes = classifier.num_classes
+        self.training = classifier.training
+        self._classifier = (classifier,)  # in a tuple, so that its unused parts are not this module's
+        for name in _USED[output]:
+            self.add_module(name, classifier.get_submodule(name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C] from images [B, ...]."""
+        (classifier,) = self._classifier
+        if self.output == "aggregate":
+            return cast("Tensor", classifier(x))
+        if self.output == "mean":
+            return classifier.head_logits(x).mean(1)
+        return classifier.head(1 if self.output == "head1" else 2, classifier.features(x))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except for frozen parts."""
+        super().train(mode)
+        for name in _USED[self.output]:
+            if self._classifier[0]._freezers[name].frozen:
+                self.get_submodule(name).eval()
+        return self

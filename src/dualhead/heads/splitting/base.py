@@ -1,0 +1,110 @@
+"""What the ways of cutting a model share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+How = Literal["own", "sequential", "traced", "functional"]
+
+Features = Any
+"""What crosses a cut: a tensor, or a tuple of tensors."""
+
+
+class CannotCut(Exception):  # noqa: N818  # a way of cutting does not apply; the next one is tried
+    """This way of cutting does not serve here; the message is a clause that says why."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model cut in two: `tail(trunk(x))` equals its logits.
+
+    Both keep the model's own parameter names, so that their state dicts together are the model's. They are copies:
+    nothing done to them reaches the model.
+
+    The ways of cutting: `own`, the model's own `split`; `sequential`; `traced`, a torch.fx trace of the containers
+    around the layer; `functional`, whole forward passes in which only what runs behind the cut is the tail's, so that
+    the trunk is computed once per head.
+
+    Args:
+        trunk: images to what crosses the cut: a tensor, or a tuple of tensors.
+        tail: what crosses the cut to logits [B, C].
+        how: which way of cutting served.
+        at: name of the layer whose output is cut.
+    """
+
+    trunk: nn.Module
+    tail: nn.Module
+    how: How
+    at: str
+
+    def second_tail(self) -> nn.Module:
+        """A copy of the tail with weights of its own, on the same trunk."""
+        return copy.deepcopy(self.tail, dict(cast("Any", getattr(self.tail, "shared_on_copy", dict))()))
+
+
+@contextmanager
+def undisturbed(images: Tensor, *modules: nn.Module) -> Iterator[None]:
+    """Runs without gradients inside, and puts modes, buffers and random numbers back behind."""
+    modes = [(module, module.training) for root in modules for module in root.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module, _ in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    kind = images.device.type
+    device = {} if kind == "cpu" else {"device_type": kind}
+    with (
+        torch.random.fork_rng(devices=[] if kind == "cpu" else [images.device], **cast("Any", device)),
+        torch.no_grad(),
+    ):
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, name, buffer, saved in buffers:
+                module._buffers[name] = buffer.copy_(saved)
+
+
+def graft(root: nn.Module, name: str, value: nn.Module | Tensor | None, *, persistent: bool = True) -> None:
+    """Put a module, parameter or buffer into a tree of modules under its dotted name, with plain modules on the way."""
+    *path, last = name.split(".")
+    for atom in path:
+        if atom not in root._modules:
+            root.add_module(atom, nn.Module())
+        root = root._modules[atom]  # type: ignore[assignment]  # just made or found
+    if isinstance(value, nn.Module):
+        root.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        root.register_parameter(last, value)
+    else:
+        root.register_buffer(last, value, persistent=persistent)
+
+
+def tensors_of(module: nn.Module) -> dict[int, str]:
+    """Parameters and buffers by identity, each with its first name."""
+    found: dict[int, str] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        found.setdefault(id(tensor), name)
+    return found
+
+
+def has_state(module: nn.Module) -> bool:
+    """Whether a module holds parameters or buffers."""
+    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+
+
+def fresh_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, without gradients."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied

@@ -1,0 +1,247 @@
+"""Cutting a model at a named layer, checked against the model."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.errors import UserError
+from dualhead.heads.outputs import as_logits
+from dualhead.heads.splitting.base import CannotCut, Features, How, Split, undisturbed
+from dualhead.heads.splitting.direct import own_split, sequential_split
+from dualhead.heads.splitting.functional import functional_split
+from dualhead.heads.splitting.tracing import traced_split
+
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+_NEAREST, _TRIES = 2, 8
+
+
+def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
+    """Cut a model at the output of a submodule.
+
+    Four ways are tried in turn, and the first whose result equals the model on the example serves: the model's own
+    `split(at)`; nn.Sequential; a torch.fx trace of only the containers on the way to the layer; and whole forward
+    passes in which the tail replaces what runs behind the cut, at the price of a second trunk pass per head, about
+    which a warning is given. Equal means: the same logits to float tolerance, in training and in evaluation mode (on
+    two batch sizes), the same buffers afterwards, and the same use of random numbers.
+
+    A trace decides branches on image sizes as the example does: the cut is for images of the example's size.
+
+    Args:
+        model: any module from images to logits (see `as_logits` for what it may return); left as it is.
+        at: the submodule's name, as in `model.named_modules()`.
+        example: images [B, ...] that the model accepts.
+
+    Raises:
+        UserError: if there is no such layer, or it cannot be cut there: why, and the nearest layers that can.
+    """
+    at = _canonical(model, at)
+    images = _two(example)
+    with undisturbed(images, model):
+        logits = as_logits(model.eval()(images))
+    if logits.ndim != 2 or len(logits) != len(images):
+        raise UserError(
+            f"the model gives logits of shape {list(logits.shape)} for {len(images)} images; expected [B, C]"
+        )
+    found = attempt(model, at, images)
+    if isinstance(found, Split):
+        if found.how == "functional":
+            warnings.warn(
+                f"layer {at!r} is cut by running the whole forward pass once per head, so the trunk is paid twice; "
+                f"`dualhead layers` lists layers that are cut without this",
+                stacklevel=2,
+            )
+        return found
+    near = list(_nearest(model, at, images))
+    advice = f"; the nearest layers that work: {', '.join(map(repr, near))}" if near else "; no layer near it works"
+    raise UserError(f"cannot cut the model at {at!r}: {found}{advice}")
+
+
+def _canonical(model: nn.Module, at: str) -> str:
+    """The first name of the submodule, which is how traces and hooks see it."""
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    known = [name for name in names.values() if name]
+    try:
+        module = model.get_submodule(at) if at else None
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Module):
+        near = get_close_matches(at, known, n=3) or known[:3]
+        raise UserError(f"the model has no layer {at!r}; did you mean {', '.join(map(repr, near))}?")
+    return names[module]
+
+
+def _two(example: Tensor) -> Tensor:
+    """Two images of the example: what batch norm needs in training mode, and no more."""
+    return example[:2] if len(example) >= 2 else example.repeat(2, *(1 for _ in example.shape[1:]))
+
+
+def attempt(model: nn.Module, at: str, images: Tensor) -> Split | str:
+    """The first cut that serves and equals the model on two images, or the reasons why there is none."""
+    if (complaint := _calls_complaint(model, at, images)) is not None:
+        return complaint
+    ways: dict[How, Callable[[], Split]] = {
+        "own": lambda: own_split(model, at),
+        "sequential": lambda: sequential_split(model, at),
+        "traced": lambda: traced_split(model, at, images),
+        "functional": lambda: functional_split(model, at, images),
+    }
+    reasons: list[str] = []
+    for how, way in ways.items():
+        try:
+            split = way()
+            check_keys(model, split)
+            guard_features(split, images)
+            check_equal(model, split, images)
+        except CannotCut as reason:
+            # A method of another meaning, or a layer that it does not know, is no news; a wrong cut is.
+            if how == "own" and callable(getattr(model, "split", None)) and "refuses" not in str(reason):
+                warnings.warn(f"the model's own split at {at!r} is passed over: {reason}", stacklevel=3)
+            reasons.append(f"{how}: {reason}")
+        else:
+            return split
+    return "; ".join(reasons[2:])
+
+
+def _calls_complaint(model: nn.Module, at: str, images: Tensor) -> str | None:
+    """What is wrong if the layer does not run just once in a forward pass."""
+    count = 0
+
+    def seen(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    handle = model.get_submodule(at).register_forward_hook(seen)
+    try:
+        with undisturbed(images, model):
+            model.eval()(images)
+    finally:
+        handle.remove()
+    if count == 0:
+        return "it is not called in a forward pass"
+    return None if count == 1 else f"it is called {count} times in a forward pass, so its output is ambiguous"
+
+
+def check_keys(model: nn.Module, split: Split) -> None:
+    """The halves' keys together are the model's.
+
+    Raises:
+        CannotCut: naming keys that were lost or made up.
+    """
+    keys, given = set(model.state_dict()), {*split.trunk.state_dict(), *split.tail.state_dict()}
+    if keys != given:
+        odd = sorted(keys ^ given)
+        raise CannotCut(f"the two halves lose or add the keys {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")
+    if not any(p.requires_grad for p in split.tail.parameters()):
+        raise CannotCut("nothing that could be trained lies behind it")
+
+
+class _CloneChanged:
+    """A pre-hook that gives a tail copies of what it would change in place, since the other head needs it unchanged."""
+
+    def __init__(self, changed: tuple[int, ...]) -> None:
+        self.changed = changed
+
+    def __call__(self, module: nn.Module, args: tuple[Features, ...]) -> tuple[Features, ...]:
+        del module
+        (features,) = args
+        if isinstance(features, Tensor):
+            return (features.clone(),)
+        return (tuple(f.clone() if i in self.changed else f for i, f in enumerate(features)),)
+
+
+def guard_features(split: Split, images: Tensor) -> None:
+    """Make the tail leave its input alone, where it begins with an operation in place."""
+    changed: set[int] = set()
+    for mode in (True, False):
+        with undisturbed(images, split.trunk, split.tail):
+            features = split.trunk.train(mode)(images.clone())
+            held = (features,) if isinstance(features, Tensor) else features
+            if not isinstance(held, tuple | list) or not all(isinstance(f, Tensor) for f in held):
+                raise CannotCut("something else than tensors crosses the cut")
+            versions = [f._version for f in held]
+            split.tail.train(mode)(features)
+            changed |= {i for i, f in enumerate(held) if f._version != versions[i]}
+    if changed:
+        split.tail.register_forward_pre_hook(_CloneChanged(tuple(sorted(changed))))
+
+
+def _run(
+    forward: Callable[[Tensor], Tensor], parts: tuple[nn.Module, ...], images: Tensor, mode: bool
+) -> tuple[Tensor, dict[str, Tensor], Any]:
+    """Logits, buffers afterwards, and the state of the random numbers afterwards."""
+    with undisturbed(images, *parts):
+        torch.manual_seed(0)
+        random.seed(0)
+        for part in parts:
+            part.train(mode)
+        logits = forward(images).clone()
+        buffers = {name: buffer.clone() for part in parts for name, buffer in part.named_buffers()}
+        return logits, buffers, (torch.get_rng_state().tolist(), random.getstate())
+
+
+def check_equal(model: nn.Module, split: Split, images: Tensor) -> None:
+    """The cut computes what the model does.
+
+    Raises:
+        CannotCut: saying in which mode and respect it differs.
+    """
+    more = torch.cat((images, images[:1]))
+    for mode, batch in ((False, images), (True, images), (False, more), (True, more)):
+        name = "training" if mode else "evaluation"
+        expected, buffers, drawn = _run(lambda x: as_logits(model(x)), (model,), batch, mode)
+        try:
+            logits, own_buffers, own_drawn = _run(
+                lambda x: split.tail(split.trunk(x)), (split.trunk, split.tail), batch, mode
+            )
+        except Exception as error:  # any code of any model may run here
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CannotCut(f"the cut model fails on {len(batch)} images: {reason[0]}") from error
+        scale = expected.abs().max().item()
+        if logits.shape != expected.shape or not torch.allclose(
+            logits, expected, rtol=_RELATIVE, atol=_ABSOLUTE * max(1.0, scale), equal_nan=True
+        ):
+            raise CannotCut(f"the cut model gives other logits in {name} mode on {len(batch)} images")
+        if drawn != own_drawn:
+            raise CannotCut(f"the cut model draws other random numbers in {name} mode")
+        for key, buffer in buffers.items():
+            if key in own_buffers and not torch.allclose(own_buffers[key], buffer, rtol=_RELATIVE, atol=_ABSOLUTE):
+                raise CannotCut(f"the cut model leaves another {key} in {name} mode")
+
+
+def _nearest(model: nn.Module, at: str, images: Tensor) -> Iterator[str]:
+    """Up to two layers near one that cannot be cut, in the order of the forward pass."""
+    order = call_order(model, images)
+    place = next((i for i, name in enumerate(order) if name == at or name.startswith(at + ".")), 0)
+    ranked = sorted((name for name in order if name != at), key=lambda name: abs(order.index(name) - place))
+    found = 0
+    for name in ranked[:_TRIES]:
+        split = attempt(model, name, images)
+        if isinstance(split, Split) and split.how != "functional":
+            yield name
+            found += 1
+        if found == _NEAREST:
+            return
+
+
+def call_order(model: nn.Module, images: Tensor) -> list[str]:
+    """Names of the submodules in the order in which their calls end, each as often as it is called."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: order.append(name))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        with undisturbed(images, model):
+            model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
