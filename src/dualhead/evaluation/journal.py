@@ -1,0 +1,219 @@
+"""What an evaluation has found out so far, on disk, so that it can be killed anywhere and go on.
+
+A folder of small files that are written once, each under a temporary name and then renamed, hence never half there:
+`identity.json` says what is evaluated, `facts.json` keeps what was settled at the start, and each `tries-*.npz` holds
+the outcomes since the one before. Nothing in them depends on who found it out, so any number of processes may write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dualhead.errors import UserError
+from dualhead.evaluation.scheduler import Cost, Try
+from dualhead.files import write_atomically, write_json
+
+Part = tuple[str, int]
+"""A task (an attack at an eps) and the number of its part."""
+
+_COSTS = tuple(f.name for f in fields(Cost))
+_OUTCOME = {"sample": int, "job": int, "fooled": bool, "steps": int, "distance": float, "margin": float}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """An npz file, atomically."""
+
+    def write(aside: Path) -> None:
+        with aside.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]  # numpy's types take ** for its own options
+
+    write_atomically(path, write)
+
+
+def finite(value: Any) -> Any:
+    """JSON values, with None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A digest of parameters, buffers, and the tree of module classes."""
+    tree = "\n".join(f"{name} {type(module).__qualname__}" for name, module in model.named_modules())
+    state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    return hashlib.sha256("\n".join([tree, *state, _digest(*state.values())]).encode()).hexdigest()
+
+
+def data_fingerprint(images: Tensor, labels: Tensor, index: Tensor) -> str:
+    """A digest of images, labels and the names of the samples."""
+    return _digest(images, labels, index)
+
+
+class Journal:
+    """The outcomes of tries, kept in memory and, if there is a folder, on disk.
+
+    Args:
+        folder: where; None keeps nothing.
+        identity: what is evaluated: names to text or numbers. A folder of another identity is refused.
+        resume: False forgets what lies in the folder.
+        rank: number of this process.
+        world: how many processes there are. Each accounts for a share of what earlier processes spent.
+        examples: keep the adversarial examples too.
+
+    Raises:
+        UserError: naming what differs, if the folder belongs to another evaluation.
+    """
+
+    def __init__(
+        self, folder: Path | None, identity: Mapping[str, Any], *, resume: bool, rank: int, world: int, examples: bool
+    ) -> None:
+        self.folder, self.rank, self.world, self.examples = folder, rank, world, examples
+        self.tries: dict[Part, dict[tuple[int, int], Try]] = defaultdict(dict)
+        self.costs: dict[Part, Cost] = defaultdict(Cost)
+        self.seconds: dict[Part, float] = defaultdict(float)
+        self.facts: dict[str, Any] = {}
+        self._new: list[tuple[Part, Try]] = []
+        self._new_costs: list[tuple[Part, float, Cost]] = []
+        self._begun = self._written = time.monotonic()
+        self._count = 0
+        if folder is None:
+            return
+        if not resume and rank == 0 and folder.is_dir():
+            for path in [*folder.glob("tries-*.npz"), folder / "facts.json", folder / "identity.json"]:
+                path.unlink(missing_ok=True)
+        if resume and (folder / "identity.json").exists():
+            self._check(dict(identity))
+            self._load()
+        if rank == 0:
+            write_json(folder / "identity.json", identity)
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        assert self.folder is not None
+        before = json.loads((self.folder / "identity.json").read_text())
+        differs = [name for name in identity if before.get(name) != json.loads(json.dumps(identity[name]))]
+        if differs:
+            raise UserError(
+                f"{self.folder.parent} holds an evaluation that differs in {', '.join(differs)}; choose another output "
+                "folder, or turn resuming off to overwrite it"
+            )
+
+    def _load(self) -> None:
+        assert self.folder is not None
+        if (self.folder / "facts.json").exists():
+            self.facts = json.loads((self.folder / "facts.json").read_text())
+        for path in sorted(self.folder.glob("tries-*.npz")):
+            with np.load(path) as stored:
+                held = {name: stored[name] for name in stored.files}
+            self._count += 1
+            tasks = [str(task) for task in held["tasks"]]
+            examples = iter(held["example"]) if "example" in held else None
+            columns = (held[n].tolist() for n in ("task", "part", *_OUTCOME))
+            for task, part, *outcome in zip(*columns, strict=True):
+                found = Try(*outcome)
+                if found.fooled and examples is not None:
+                    found.example = torch.from_numpy(next(examples).copy())
+                self.tries[tasks[task], part][found.sample, found.job] = found
+            if int(held["rank"]) % self.world != self.rank:
+                continue
+            for task, part, seconds, *passes in zip(
+                held["cost_task"].tolist(),
+                held["cost_part"].tolist(),
+                held["seconds"].tolist(),
+                *(held[name].tolist() for name in _COSTS),
+                strict=True,
+            ):
+                self._add_cost((tasks[task], part), seconds, Cost(*passes))
+
+    def _add_cost(self, part: Part, seconds: float, cost: Cost) -> None:
+        total = self.costs[part]
+        for name in _COSTS:
+            setattr(total, name, getattr(total, name) + getattr(cost, name))
+        self.seconds[part] += seconds
+
+    def fact(self, name: str, find_out: Callable[[], Any]) -> Any:
+        """What was found out earlier under this name, or what `find_out` gives now; JSON values only."""
+        if name not in self.facts:
+            self.facts[name] = json.loads(json.dumps(finite(find_out())))
+            if self.folder is not None and self.rank == 0:
+                write_json(self.folder / "facts.json", self.facts)
+        return self.facts[name]
+
+    def known(self, part: Part) -> dict[tuple[int, int], bool]:
+        """(sample, job) to whether it was fooled."""
+        return {key: found.fooled for key, found in self.tries[part].items()}
+
+    def first_successes(self, part: Part, samples: Iterable[int]) -> dict[int, Try]:
+        """For each of the samples that was fooled, the first job in order that did it."""
+        asked, first = set(samples), {}
+        for (sample, _), found in sorted(self.tries[part].items(), reverse=True):
+            if found.fooled and sample in asked:
+                first[sample] = found
+        return first
+
+    def add(self, part: Part, found: Try) -> None:
+        """Record an outcome."""
+        if not self.examples:
+            found.example = None
+        self.tries[part][found.sample, found.job] = found
+        self._new.append((part, found))
+
+    def add_cost(self, part: Part, seconds: float, cost: Cost) -> None:
+        """Record time and passes spent since the last call."""
+        self._add_cost(part, seconds, cost)
+        self._new_costs.append((part, seconds, cost))
+
+    def due(self) -> bool:
+        """Whether it is time to write: after 2 s at first, later after 2 % of the time so far, at most a minute."""
+        now = time.monotonic()
+        return now - self._written > min(max(2.0, 0.02 * (now - self._begun)), 60.0)
+
+    def write(self) -> None:
+        """Put on disk what is new."""
+        self._written = time.monotonic()
+        if self.folder is None or not (self._new or self._new_costs):
+            return
+        tasks = sorted({where[0] for where in (*(w for w, _ in self._new), *(w for w, *_ in self._new_costs))})
+        arrays: dict[str, Any] = {
+            "rank": np.array(self.rank),
+            "tasks": np.array(tasks),
+            "task": np.array([tasks.index(part[0]) for part, _ in self._new], np.int64),
+            "part": np.array([part[1] for part, _ in self._new], np.int64),
+            "cost_task": np.array([tasks.index(part[0]) for part, *_ in self._new_costs], np.int64),
+            "cost_part": np.array([part[1] for part, *_ in self._new_costs], np.int64),
+            "seconds": np.array([seconds for _, seconds, _ in self._new_costs]),
+        }
+        for name, kind in _OUTCOME.items():
+            arrays[name] = np.array([getattr(found, name) for _, found in self._new], kind)
+        for name in _COSTS:
+            arrays[name] = np.array([getattr(cost, name) for *_, cost in self._new_costs], np.int64)
+        if self.examples:
+            examples = [found.example.numpy() for _, found in self._new if found.example is not None]
+            arrays["example"] = np.stack(examples) if examples else np.empty(0, np.float32)
+        name = f"tries-{self._count:06d}-{self.rank}-{os.getpid()}-{time.time_ns():x}.npz"
+        write_arrays(self.folder / name, arrays)
+        self._count += 1
+        self._new, self._new_costs = [], []

@@ -1,0 +1,163 @@
+"""What an evaluation found: per sample in `samples.npz`, as numbers in `results.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualhead.errors import UserError
+from dualhead.evaluation.journal import finite, write_arrays
+from dualhead.evaluation.statistics import wilson
+from dualhead.files import write_json
+
+
+@dataclass
+class Verdicts:
+    """What one attack left of the samples, in the order of the data.
+
+    Attributes:
+        robust: bool [N]: correct on the clean image, and not fooled.
+        distance: float64 [N]: of the example that fooled it; NaN where none was found.
+        part: int64 [N]: which part of the attack found it; -1 where none did.
+        job: int64 [N]: which target or restart of that part; -1 where none did.
+        steps: int64 [N]: how many steps that took; -1 where none was found.
+        margin: float64 [N]: highest other logit minus the label's at the example; NaN where none was found.
+        adversarial: float32 [M, C, H, W], the examples of the samples in `adversarial_rows`; None unless asked for.
+        adversarial_rows: int64 [M], positions of those samples.
+    """
+
+    robust: NDArray[np.bool_]
+    distance: NDArray[np.float64]
+    part: NDArray[np.int64]
+    job: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    margin: NDArray[np.float64]
+    adversarial: NDArray[np.float32] | None = None
+    adversarial_rows: NDArray[np.int64] | None = None
+
+
+@dataclass
+class Evaluation:
+    """Robustness of a model on samples.
+
+    Attributes:
+        index: int64 [N], names of the samples.
+        labels: int64 [N].
+        clean_prediction: int64 [N].
+        verdicts: attack to what it left.
+        results: the content of `results.json`.
+    """
+
+    index: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    clean_prediction: NDArray[np.int64]
+    verdicts: dict[str, Verdicts]
+    results: dict[str, Any] = field(repr=False)
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples were evaluated."""
+        return len(self.labels)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of samples whose clean image is classified correctly."""
+        return float(self.results["clean_accuracy"])
+
+    @property
+    def robust_accuracy(self) -> dict[str, float]:
+        """Share of samples that are correct and not fooled, for each attack and, as `worst`, under all of them."""
+        return dict(self.results["robust_accuracy"])
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Wilson 95 % intervals of `clean_accuracy`, of each attack, and of `worst`."""
+        return {name: (low, high) for name, (low, high) in self.results["intervals"].items()}
+
+    @property
+    def correct(self) -> dict[str, NDArray[np.bool_]]:
+        """What is right, bool [N], by `clean`, each attack, and `worst`."""
+        clean = self.clean_prediction == self.labels
+        columns = {"clean": clean, **{name: verdict.robust for name, verdict in self.verdicts.items()}}
+        return {**columns, "worst": np.logical_and.reduce(list(columns.values()))}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `samples.npz` and then `results.json`, each atomically."""
+        folder = Path(folder)
+        arrays: dict[str, NDArray[Any]] = {
+            "index": self.index,
+            "label": self.labels,
+            "clean_prediction": self.clean_prediction,
+        }
+        for name, verdict in self.verdicts.items():
+            arrays[f"robust_{name}"] = verdict.robust
+            for key in ("distance", "part", "job", "steps", "margin"):
+                arrays[f"{key}_{name}"] = getattr(verdict, key)
+            if verdict.adversarial is not None and verdict.adversarial_rows is not None:
+                arrays[f"adversarial_{name}"] = verdict.adversarial
+                arrays[f"adversarial_rows_{name}"] = verdict.adversarial_rows
+        write_arrays(folder / "samples.npz", arrays)
+        write_json(folder / "results.json", finite(self.results))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: if the folder holds no finished evaluation.
+        """
+        folder = Path(folder)
+        for name in ("results.json", "samples.npz"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder} holds no finished evaluation: {name} is missing; run `dualhead evaluate` first"
+                )
+        results = json.loads((folder / "results.json").read_text())
+        with np.load(folder / "samples.npz") as stored:
+            held = {name: stored[name] for name in stored.files}
+        verdicts = {}
+        for name in results["attacks"]:
+            found = {key: held[f"{key}_{name}"] for key in ("robust", "distance", "part", "job", "steps", "margin")}
+            kept: dict[str, Any] = {key: held.get(f"{key}_{name}") for key in ("adversarial", "adversarial_rows")}
+            verdicts[name] = Verdicts(**found, **kept)
+        return cls(held["index"], held["label"], held["clean_prediction"], verdicts, results)
+
+
+def share(correct: NDArray[np.bool_]) -> float:
+    """The share of samples that are right."""
+    return float(correct.mean())
+
+
+def interval(correct: NDArray[np.bool_]) -> list[float]:
+    """Its Wilson 95 % interval."""
+    return list(wilson(int(correct.sum()), len(correct)))
+
+
+def accuracies(correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
+    """`clean_accuracy`, `robust_accuracy` and `intervals` from columns named as in `Evaluation.correct`."""
+    attacked = {name: column for name, column in correct.items() if name != "clean"}
+    return {
+        "clean_accuracy": share(correct["clean"]),
+        "robust_accuracy": {name: share(column) for name, column in attacked.items()},
+        "intervals": {
+            "clean_accuracy": interval(correct["clean"]),
+            **{name: interval(column) for name, column in attacked.items()},
+        },
+    }
+
+
+def per_class(
+    correct: dict[str, NDArray[np.bool_]], labels: NDArray[np.int64], class_names: list[str]
+) -> list[dict[str, Any]]:
+    """One entry per class that occurs, with accuracies and intervals."""
+    entries = []
+    for label in np.unique(labels).tolist():
+        columns = {name: column[labels == label] for name, column in correct.items()}
+        count = int((labels == label).sum())
+        entries.append({"label": label, "class": class_names[label], "num_samples": count, **accuracies(columns)})
+    return entries

@@ -1,0 +1,412 @@
+"""`evaluate`: attacks on a data set, one verdict per sample and attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dualhead.attacks import Attack, LogitsFn, Search
+from dualhead.attacks import attacks as registry
+from dualhead.errors import UserError
+from dualhead.evaluation.journal import Journal, data_fingerprint, weights_fingerprint
+from dualhead.evaluation.progress import EvaluationProgress, Silent
+from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
+from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
+from dualhead.evaluation.subject import Subject, check_images, frozen, is_correct
+from dualhead.noise import Streams
+from dualhead.runtime import Precision, describe_environment
+from dualhead.threat import ThreatModel, parse_real
+
+Spec = str | Mapping[str, Any] | Attack
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor | NDArray[Any],
+    labels: Tensor | NDArray[Any] | Sequence[int],
+    *,
+    threat: ThreatModel,
+    attacks: Sequence[Spec],
+    eps: Sequence[float | str] = (),
+    index: Tensor | NDArray[Any] | Sequence[int] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    precision: Precision = "auto",
+    device: torch.device | str | None = None,
+    class_names: Sequence[str] | None = None,
+    heads: LogitsFn | None = None,
+    save_adversarial: bool = False,
+    output_dir: str | Path | None = None,
+    resume: bool = True,
+    progress: EvaluationProgress | None = None,
+    command: str | None = None,
+) -> Evaluation:
+    """Measure how robust a classifier is.
+
+    Every attack named here is tried on every sample that is classified correctly without one; the searches within an
+    attack (a suite's parts, targets, restarts) go on with what is left. Only the float32 model's answer to the final
+    example, projected and clamped, counts. A verdict depends on the model, the sample, its index and the seed, not on
+    batch size, order or number of processes, as far as the model's kernels allow (`environment.batch_invariant` in
+    the results says whether they do here).
+
+    In a group of processes (`torch.distributed`) each calls this with the same arguments, searches its share of the
+    samples, and returns the whole; the first one writes.
+
+    Args:
+        model: images float32 [B, C, H, W] in [0, 1] to logits [B, K], or to anything with `.logits`; evaluated in eval
+            mode, and left as it was found.
+        images: uint8, or floating in [0, 1], [N, C, H, W].
+        labels: integers [N] in [0, K).
+        threat: norm and budget.
+        attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
+        eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
+        index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
+        batch_size: images at once at most.
+        seed: of all random numbers.
+        precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for bf16 where it is faster here.
+        device: None for where the model is; else the model is moved there.
+        class_names: for the results; None for numbers.
+        heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
+            where there is one.
+        save_adversarial: keep the adversarial examples in `samples.npz`.
+        output_dir: where to write `results.json` and `samples.npz`, and to keep what is found out on the way.
+        resume: go on with what lies there; False begins anew.
+        progress: told how far it is.
+        command: the command line, for the results.
+
+    Raises:
+        UserError: for images, labels or attacks that do not fit, or an output folder of another evaluation.
+    """
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    check_images(images, labels)
+    index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
+    if index.shape != labels.shape or len(set(index.tolist())) != len(index):
+        raise UserError(f"index must name each of the {len(images)} samples once")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    built = _build(attacks)
+    if device is not None:
+        model.to(device)
+    with frozen(model):
+        subject = Subject(model, heads, batch_size)
+        work = _Work(
+            subject,
+            images.cpu(),
+            labels.to("cpu", torch.int64),
+            index.to("cpu", torch.int64),
+            threat,
+            built,
+            seed,
+            progress or Silent(),
+            save_adversarial,
+        )
+        names = list(class_names) if class_names is not None else [str(k) for k in range(work.num_classes)]
+        if len(names) < work.num_classes:
+            raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
+        work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
+        evaluation = work.run([parse_real(value) for value in eps], names, command)
+    if output_dir is not None and work.rank == 0:
+        evaluation.save(output_dir)
+    if work.world > 1:
+        dist.barrier()
+    return evaluation
+
+
+def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
+    """Attacks by label."""
+    if isinstance(specs, str | Mapping):
+        raise UserError(f"attacks must be a list, as in attacks=[{specs!r}]")
+    built: dict[str, Attack] = {}
+    for place, spec in enumerate(specs):
+        attack = registry.build(spec, f"attacks.{place}")
+        if attack.label in (*built, "worst", "clean"):
+            raise UserError(f"attacks.{place}: {attack.label} is named twice")
+        built[attack.label] = attack
+    return built
+
+
+@dataclass
+class _Found:
+    """What one process found of one attack."""
+
+    tries: dict[int, tuple[int, Try]]  # sample to the part that fooled it, and how
+    costs: dict[int, Cost]
+    seconds: dict[int, float]
+
+
+class _Work:
+    """One call of `evaluate`."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        images: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        threat: ThreatModel,
+        attacks: dict[str, Attack],
+        seed: int,
+        progress: EvaluationProgress,
+        keep_examples: bool,
+    ) -> None:
+        self.subject, self.threat, self.attacks = subject, threat, attacks
+        self.seed, self.progress, self.keep_examples = seed, progress, keep_examples
+        grouped = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        self.mine = np.arange(self.rank, len(images), self.world)
+        self.samples = Samples(images, labels, self._clean(images), index)
+        self.num_classes = self.samples.clean.shape[1]
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise UserError(
+                f"labels must lie in 0 to {self.num_classes - 1}, since the model gives {self.num_classes} logits; "
+                f"got {int(labels.min())} to {int(labels.max())}"
+            )
+        self.correct = is_correct(self.samples.clean, labels).numpy()
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The value of each process, in order of rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def _clean(self, images: Tensor) -> Tensor:
+        """Float32 logits of all clean images, each process computing its own."""
+        subject = self.subject
+        shares = []
+        for rows in torch.split(torch.from_numpy(self.mine), subject.batch_size):
+            logits = subject.verify(Samples.images_at(images, rows, subject.device))
+            if logits.ndim != 2 or logits.shape[1] < 2:
+                raise UserError(f"the model must give logits [B, C] with C at least 2, got {list(logits.shape)}")
+            shares.append(logits.cpu())
+        gathered = [part for part in self._gather(torch.cat(shares) if shares else None) if part is not None]
+        clean = torch.empty(len(images), gathered[0].shape[1])
+        for rank, part in enumerate(gathered):
+            clean[rank :: self.world] = part
+        return clean
+
+    def open_journal(self, folder: Path | None, precision: Precision, *, resume: bool) -> None:
+        """Go on with what lies in the folder, and settle the precision of the search."""
+        samples = self.samples
+        identity = {
+            "weights": weights_fingerprint(self.subject.model),
+            "data": data_fingerprint(samples.images, samples.labels, samples.keys),
+            "norm": self.threat.norm,
+            "seed": self.seed,
+            "precision": precision,
+            "adversarial examples": self.keep_examples,
+        }
+        if self.rank == 0:
+            self.journal = Journal(
+                folder, identity, resume=resume, rank=0, world=self.world, examples=self.keep_examples
+            )
+        if self.world > 1:
+            dist.barrier()  # a folder that is begun anew has been emptied before others look
+        if self.rank != 0:
+            self.journal = Journal(
+                folder, identity, resume=resume, rank=self.rank, world=self.world, examples=self.keep_examples
+            )
+
+        def settle() -> dict[str, Any]:
+            count = min(self.subject.batch_size, len(samples.labels))
+            rows = torch.arange(count)
+            x, y = samples.fetch(rows, self.subject.device), samples.labels[rows].to(self.subject.device)
+            self.subject.choose(precision, x, y)
+            return {
+                "precision": self.subject.arithmetic.name,
+                "seconds_per_batch": {name: round(seconds, 6) for name, seconds in self.subject.timings.items()},
+                "batch_invariant": self.subject.batch_invariant(x, y),
+            }
+
+        settled = self._gather(self.journal.fact("arithmetic", settle) if self.rank == 0 else None)[0]
+        self.settled = settled
+        self.subject.choose(
+            settled["precision"], samples.fetch(torch.arange(1), self.subject.device), samples.labels[:1]
+        )
+
+    def run(self, eps: Sequence[float], class_names: list[str], command: str | None) -> Evaluation:
+        """All attacks at all budgets."""
+        begun = time.perf_counter()
+        records, verdicts = {}, {}
+        for name, attack in self.attacks.items():
+            verdicts[name], records[name] = self._attack(attack, self.threat)
+        evaluation = Evaluation(
+            self.samples.keys.numpy(), self.samples.labels.numpy(), self.samples.clean.argmax(1).numpy(), verdicts, {}
+        )
+        correct = evaluation.correct
+        curve = []
+        for radius in sorted(set(eps)):
+            curve.append({"eps": radius, **self._at(radius, correct)})
+        evaluation.results = {
+            "num_samples": len(self.correct),
+            "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
+            **accuracies(correct),
+            "attacks": records,
+            "curve": curve,
+            "per_class": per_class(correct, evaluation.labels, class_names),
+            "diagnostics": [],
+            "environment": {
+                **describe_environment(self.subject.device),
+                **self.settled,
+                "batch_size": self.subject.batch_size,
+                "processes": self.world,
+            },
+            "seconds": time.perf_counter() - begun,
+            "seed": self.seed,
+            "command": command,
+        }
+        return evaluation
+
+    def _at(self, radius: float, correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
+        """Accuracies at another budget."""
+        if radius == self.threat.eps:
+            columns = correct
+        elif radius == 0:
+            columns = dict.fromkeys(correct, self.correct)
+        else:
+            threat = replace(self.threat, eps=radius)
+            found = {name: self._attack(attack, threat)[0].robust for name, attack in self.attacks.items()}
+            columns = {"clean": self.correct, **found}
+            columns["worst"] = cast("NDArray[np.bool_]", np.logical_and.reduce(list(columns.values())))
+        both = accuracies(columns)
+        return {key: both[key] for key in ("robust_accuracy", "intervals")}
+
+    def _attack(self, attack: Attack, threat: ThreatModel) -> tuple[Verdicts, dict[str, Any]]:
+        """One attack on all samples: what each process found, put together."""
+        heads = self.subject.query().num_heads(self.samples.fetch(torch.arange(1), self.subject.device))
+        parts = attack.parts(self.num_classes, threat, heads)
+        shares = cast("list[_Found]", self._gather(self._attack_mine(attack, parts, threat)))
+        count = len(self.correct)
+        numbers = {key: np.full(count, -1) for key in ("part", "job", "steps")}
+        verdicts = Verdicts(self.correct.copy(), np.full(count, np.nan), **numbers, margin=np.full(count, np.nan))
+        tries = {sample: outcome for found in shares for sample, outcome in found.tries.items()}
+        for sample, (part, outcome) in tries.items():
+            verdicts.robust[sample] = False
+            verdicts.part[sample], verdicts.job[sample], verdicts.steps[sample] = part, outcome.job, outcome.steps
+            verdicts.distance[sample], verdicts.margin[sample] = outcome.distance, outcome.margin
+        if self.keep_examples:
+            verdicts.adversarial_rows = np.array(sorted(tries), np.int64)
+            examples = [cast("Tensor", tries[sample][1].example).numpy() for sample in sorted(tries)]
+            shape = self.samples.images.shape[1:]
+            verdicts.adversarial = np.stack(examples) if examples else np.empty((0, *shape), np.float32)
+        return verdicts, self._record(attack, parts, shares, verdicts)
+
+    def _record(
+        self, attack: Attack, parts: Sequence[Search], shares: list[_Found], verdicts: Verdicts
+    ) -> dict[str, Any]:
+        """Passes, seconds and successes of an attack and of its parts."""
+        entries, left = [], int(self.correct.sum())
+        for number, part in enumerate(parts):
+            costs = [found.costs[number] for found in shares]
+            fooled = int((verdicts.part == number).sum())
+            left -= fooled
+            entries.append(
+                {
+                    "name": part.label,
+                    "seconds": max(found.seconds[number] for found in shares),
+                    **{f"{key}_passes": sum(getattr(cost, key) for cost in costs) for key in asdict(Cost())},
+                    "fooled": fooled,
+                    "robust_accuracy": left / len(self.correct),
+                }
+            )
+        keys = ("seconds", *(f"{key}_passes" for key in asdict(Cost())), "fooled")
+        return {
+            **{key: sum(entry[key] for entry in entries) for key in keys},
+            "parts": entries,
+            "notes": attack.notes(self.num_classes),
+            "parameters": registry.describe(attack),
+        }
+
+    def _attack_mine(self, attack: Attack, parts: Sequence[Search], threat: ThreatModel) -> _Found:
+        """One attack on this process's samples."""
+        task = f"{threat.norm} {threat.eps!r} {registry.describe(attack)!r}"
+        streams = Streams.of(self.seed, self.samples.keys).fork(attack.registered_name)
+        found = _Found({}, {}, {})
+        for number, part in enumerate(parts):
+            where = (task, number)
+            label = attack.label if len(parts) == 1 else f"{attack.label}: {part.label}"
+            left = [sample for sample in self.mine.tolist() if self.correct[sample] and sample not in found.tries]
+            self._hunt(part, threat, streams.fork(number), left, where, label)
+            for sample, outcome in self.journal.first_successes(where, left).items():
+                found.tries[sample] = (number, outcome)
+            found.costs[number], found.seconds[number] = self.journal.costs[where], self.journal.seconds[where]
+        return found
+
+    def _hunt(
+        self,
+        part: Search,
+        threat: ThreatModel,
+        streams: Streams,
+        left: list[int],
+        where: tuple[str, int],
+        label: str,
+    ) -> None:
+        """One part on what is left, journalled as it goes."""
+        report = self._reporter(part, left, label, where)
+        since = time.perf_counter()
+        spent = Cost()
+
+        def account() -> None:
+            nonlocal since, spent
+            now, cost = time.perf_counter(), hunt.cost
+            self.journal.add_cost(
+                where, now - since, Cost(**{key: value - getattr(spent, key) for key, value in asdict(cost).items()})
+            )
+            since, spent = now, replace(cost)
+            self.journal.write()
+
+        def record(outcome: Try) -> None:
+            self.journal.add(where, outcome)
+            if self.journal.due():
+                account()
+            report(outcome)
+
+        hunt = Hunt(
+            part,
+            threat,
+            self.subject,
+            self.samples,
+            streams,
+            left,
+            known=self.journal.known(where),
+            check_every=1 if self.subject.device.type == "cpu" else 5,
+            on_try=record,
+        )
+        try:
+            hunt.run()
+        finally:
+            if hunt.cost != spent:
+                account()
+
+    def _reporter(self, part: Search, left: list[int], label: str, where: tuple[str, int]) -> Callable[[Try], None]:
+        """What tells the progress, counting as outcomes come."""
+        jobs = part.jobs(self.num_classes)
+        done, fooled, total = dict.fromkeys(left, 0), set[int](), 0
+
+        def count(outcome: Try) -> None:
+            nonlocal total
+            if outcome.sample in done and outcome.sample not in fooled:
+                before = done[outcome.sample]
+                done[outcome.sample] = jobs if outcome.fooled else before + 1
+                total += done[outcome.sample] - before
+                if outcome.fooled:
+                    fooled.add(outcome.sample)
+
+        def report(outcome: Try) -> None:
+            count(outcome)
+            robust = (len(left) - len(fooled)) / max(len(self.mine), 1)
+            self.progress.update(label, total, len(left) * jobs, robust)
+
+        for outcome in self.journal.tries[where].values():
+            count(outcome)
+        return report

@@ -1,0 +1,276 @@
+"""One search over many samples: slots that are refilled from the whole data set.
+
+A sample is tried by several jobs (targets, restarts). All jobs of all samples form a queue, job by job: job 0 of every
+sample, then job 1 of those that are left, and so on. A slot holds one try; as soon as the try has found an example or
+run out of steps, the slot takes the next from the queue, so that the model always sees full batches. A trajectory
+depends on its own sample and job only, hence who sits beside it does not matter.
+
+What is recorded does not depend on timing either: a sample is fooled by the first job in order that succeeds. When a
+later job succeeds while an earlier one is in flight, the earlier one is finished first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dualhead.attacks import Search, State
+from dualhead.attacks.losses import margin
+from dualhead.evaluation.subject import Subject, is_correct, pad_rows, padded
+from dualhead.noise import Streams
+from dualhead.threat import ThreatModel
+
+
+@dataclass
+class Try:
+    """The outcome of one job on one sample.
+
+    Attributes:
+        sample: position of the sample in the data given to `evaluate`.
+        job: which target or restart.
+        fooled: the float32 model misclassifies the confined example.
+        steps: how many steps were taken.
+        distance: of the example, in the threat model's norm; NaN where not fooled.
+        margin: highest other logit minus the label's, of the example, float32; NaN where not fooled.
+        example: the confined example, float32 [C, H, W]; None where not fooled.
+    """
+
+    sample: int
+    job: int
+    fooled: bool
+    steps: int
+    distance: float = float("nan")
+    margin: float = float("nan")
+    example: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass
+class Cost:
+    """Passes in images: those of the search, and those that verified what it found."""
+
+    forward: int = 0
+    backward: int = 0
+    verification: int = 0
+
+
+@dataclass
+class Samples:
+    """The samples of one process.
+
+    Attributes:
+        images: uint8 or floating [N, C, H, W].
+        labels: int64 [N].
+        clean: float32 logits of the images [N, K].
+        keys: int64 [N], what names a sample in `Streams.of`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    clean: Tensor
+    keys: Tensor
+
+    @staticmethod
+    def images_at(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+        """Images float32 in [0, 1] on a device, from uint8 or floating ones."""
+        moved = images[rows].to(device)
+        return moved.float().div_(255.0) if moved.dtype == torch.uint8 else moved.float()
+
+    def fetch(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Images float32 [B, C, H, W] in [0, 1] on a device."""
+        return self.images_at(self.images, rows, device)
+
+
+class Hunt:
+    """One `Search` on the samples that are still open.
+
+    Args:
+        search: the program.
+        threat: ball and box.
+        subject: the model.
+        samples: all samples of this process.
+        streams: their randomness for this search, one stream per sample.
+        open_samples: positions of those to search.
+        known: what earlier runs found out: (sample, job) to whether it was fooled.
+        check_every: steps between looks at what was found; more than 1 saves waiting for an accelerator.
+        on_try: called with each outcome.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        threat: ThreatModel,
+        subject: Subject,
+        samples: Samples,
+        streams: Streams,
+        open_samples: Iterable[int],
+        *,
+        known: Mapping[tuple[int, int], bool],
+        check_every: int,
+        on_try: Callable[[Try], None],
+    ) -> None:
+        self.search, self.threat, self.subject = search, threat, subject
+        self.samples, self.streams = samples, streams
+        self.check_every, self.on_try = check_every, on_try
+        self.query = subject.query()
+        self.cost = Cost()
+        self.jobs, self.max_steps = search.jobs(samples.clean.shape[1]), search.max_steps()
+        self.first_success = dict.fromkeys(open_samples, self.jobs)
+        for (sample, job), fooled in known.items():
+            if fooled and sample in self.first_success:
+                self.first_success[sample] = min(self.first_success[sample], job)
+        self._queue = self._tries(known)
+        self._next: tuple[int, int] | None = next(self._queue, None)
+        # One entry per row of the state; sample -1 marks a row that nobody uses.
+        self._sample = np.empty(0, np.int64)
+        self._job = np.empty(0, np.int64)
+        self._age = np.empty(0, np.int64)
+        self._state: State = {}
+        self._held = torch.empty(0, dtype=torch.bool)  # rows whose search has found something
+        self._example = torch.empty(0)  # what it was, or the best so far
+
+    def _tries(self, known: Mapping[tuple[int, int], bool]) -> Iterator[tuple[int, int]]:
+        for job in range(self.jobs):
+            for sample in self.first_success:
+                if job < self.first_success[sample] and (sample, job) not in known:
+                    yield sample, job
+
+    def _take(self, count: int) -> list[tuple[int, int]]:
+        """Up to `count` tries from the queue. Whether a try is still wanted is asked when it is handed out."""
+        taken: list[tuple[int, int]] = []
+        while self._next is not None and len(taken) < count:
+            if self._next[1] < self.first_success[self._next[0]]:
+                taken.append(self._next)
+            self._next = next(self._queue, None)
+        return taken
+
+    def _begin(self, tries: list[tuple[int, int]]) -> State:
+        """Fresh state rows, a multiple of `ROWS` of them, the last ones copies."""
+        device = self.subject.device
+        rows = pad_rows(torch.tensor([sample for sample, _ in tries]))
+        jobs = pad_rows(torch.tensor([job for _, job in tries])).to(device)
+        x, y = self.samples.fetch(rows, device), self.samples.labels[rows].to(device)
+        clean, streams = self.samples.clean[rows].to(device), Streams(self.streams.keys[rows].to(device))
+        return self.search.begin(x, y, clean, jobs, self.threat, streams)
+
+    def _fill(self) -> None:
+        """Give free rows to the queue's next tries."""
+        if not len(self._sample):
+            tries = self._take(self.subject.batch_size)
+            if tries:
+                size = padded(len(tries))
+                self._state = self._begin(tries)
+                self._sample, self._job = np.full(size, -1), np.zeros(size, np.int64)
+                self._age = np.zeros(size, np.int64)
+                self._held = torch.zeros(size, dtype=torch.bool, device=self.subject.device)
+                self._example = self._state["adversarial"].clone()
+                self._sample[: len(tries)], self._job[: len(tries)] = zip(*tries, strict=True)
+            return
+        free = (self._sample < 0).nonzero()[0]
+        tries = self._take(len(free)) if len(free) else []
+        if not tries:
+            return
+        free = free[: len(tries)]
+        fresh, rows = self._begin(tries), torch.from_numpy(free).to(self.subject.device)
+        for key, values in self._state.items():
+            values[rows] = fresh[key][: len(tries)].to(values.dtype)
+        self._held[rows] = False
+        self._example[rows] = fresh["adversarial"][: len(tries)]
+        self._sample[free], self._job[free] = zip(*tries, strict=True)
+        self._age[free] = 0
+
+    def _shrink(self) -> None:
+        """Leave out rows that nobody needs any more, once the queue is empty."""
+        live = (self._sample >= 0).nonzero()[0]
+        size = padded(len(live))
+        # Where looking at the results costs a wait, so does every new shape: halve, rather than follow closely.
+        if (
+            self._next is not None
+            or size >= len(self._sample)
+            or (self.check_every > 1 and 2 * size > len(self._sample))
+        ):
+            return
+        keep = np.concatenate((live, np.full(size - len(live), live[0] if len(live) else 0)))[:size]
+        rows = torch.from_numpy(keep).to(self.subject.device)
+        self._state = {k: v[rows] for k, v in self._state.items()}
+        self._held, self._example = self._held[rows], self._example[rows]
+        self._sample, self._job, self._age = self._sample[keep], self._job[keep], self._age[keep]
+        self._sample[len(live) :] = -1
+
+    def _advance(self) -> None:
+        """`check_every` steps; each row's example is taken at the step that found it, or at its last step."""
+        for _ in range(self.check_every):
+            live = (self._sample >= 0) & (self._age < self.max_steps)
+            forward, backward = self.query.forward_passes, self.query.backward_passes
+            self._state = self.search.step(self._state, self.query, self.threat)
+            share = int(live.sum()) / len(live)
+            self.cost.forward += round((self.query.forward_passes - forward) * share)
+            self.cost.backward += round((self.query.backward_passes - backward) * share)
+            open_rows = ~self._held
+            if self.check_every > 1:
+                open_rows &= torch.from_numpy(self._age < self.max_steps).to(self._held.device)
+            mask = open_rows.reshape(-1, *(1 for _ in self._example.shape[1:]))
+            self._example = torch.where(mask, self._state["adversarial"], self._example)
+            self._held = self._held | (self._state["found"] & open_rows)
+            self._age += 1
+
+    def _verify(self, rows: NDArray[np.int64]) -> dict[int, Try]:
+        """Ask the float32 model about the examples of some rows: outcomes by row."""
+        index = torch.from_numpy(rows).to(self.subject.device)
+        samples = torch.from_numpy(self._sample[rows])
+        x, y = self.samples.fetch(samples, self.subject.device), self.samples.labels[samples].to(self.subject.device)
+        example = self.threat.confine(self._example[index], x)
+        logits = self.subject.verify(example)
+        self.cost.verification += len(rows)
+        wrong = ~is_correct(logits, y)
+        columns = zip(
+            wrong.tolist(), self.threat.distance(example, x).tolist(), margin(logits, y).tolist(), strict=True
+        )
+        outcomes = {}
+        for place, (row, (fooled, distance, gap)) in enumerate(zip(rows.tolist(), columns, strict=True)):
+            steps = int(min(self._age[row], self.max_steps))
+            outcome = Try(int(self._sample[row]), int(self._job[row]), fooled, steps)
+            if fooled:
+                outcome.distance, outcome.margin, outcome.example = distance, gap, example[place].cpu()
+            outcomes[row] = outcome
+        return outcomes
+
+    def _retire(self) -> None:
+        """Decide about rows that have found something or run out of steps."""
+        held = self._held.cpu().numpy()
+        live, spent = self._sample >= 0, self._age >= self.max_steps
+        # A search in reduced precision may hold an example that only the float32 model sees to be one.
+        doubtful = held if self.subject.exact else held | spent
+        rows = (live & doubtful).nonzero()[0]
+        outcomes = self._verify(rows) if len(rows) else {}
+        again = []
+        for row in (live & (held | spent)).nonzero()[0].tolist():
+            sample, job = int(self._sample[row]), int(self._job[row])
+            outcome = outcomes.get(row) or Try(sample, job, False, self.max_steps)
+            if not outcome.fooled and not spent[row]:
+                again.append(row)
+                continue
+            self._sample[row] = -1
+            if outcome.fooled:
+                self.first_success[sample] = min(self.first_success[sample], job)
+            self.on_try(outcome)
+        for row in (self._sample >= 0).nonzero()[0].tolist():
+            if self._job[row] > self.first_success[int(self._sample[row])]:
+                self._sample[row] = -1
+        if again:
+            index = torch.tensor(again, device=self.subject.device)
+            self._held[index] = False
+            self._state["found"][index] = False
+
+    def run(self) -> None:
+        """Search until every sample is fooled or has been tried by all jobs."""
+        self._fill()
+        while (self._sample >= 0).any():
+            self._advance()
+            self._retire()
+            self._fill()
+            self._shrink()

@@ -1,0 +1,93 @@
+"""What a measured accuracy says: intervals, paired tests, and spread over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from dualhead.errors import UserError
+
+
+def wilson(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927).
+
+    Args:
+        successes: at most `total`.
+        total: at least 1.
+        confidence: in (0, 1).
+    """
+    interval = stats.binomtest(int(successes), int(total)).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two classifiers on the same samples.
+
+    Attributes:
+        num_samples: how many samples both saw.
+        accuracy: of the first and of the second.
+        only_first: samples that only the first got right.
+        only_second: samples that only the second got right.
+        difference: second minus first.
+        interval: 95 % interval of the difference (Agresti and Min 2005: half a sample added to each cell).
+        p_value: McNemar's exact two-sided test: are the discordant samples a fair coin?
+    """
+
+    num_samples: int
+    accuracy: tuple[float, float]
+    only_first: int
+    only_second: int
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+    @property
+    def verdict(self) -> str:
+        """`gain` or `loss` of the second over the first where the interval excludes zero, else `undecided`."""
+        if self.interval[0] > 0:
+            return "gain"
+        return "loss" if self.interval[1] < 0 else "undecided"
+
+
+def mcnemar(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Paired:
+    """Compare two classifiers on the same samples (McNemar 1947, exact form).
+
+    Args:
+        first: bool [N], which samples the first got right.
+        second: the same for the second.
+        confidence: of the interval, in (0, 1).
+
+    Raises:
+        UserError: if the samples cannot be the same.
+    """
+    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise UserError(f"a paired comparison needs the same samples twice, got {a.shape} and {b.shape}")
+    only_first, only_second, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
+    discordant = only_first + only_second
+    p_value = float(stats.binomtest(only_second, discordant).pvalue) if discordant else 1.0
+    centre = (only_second - only_first) / (n + 2)
+    spread = math.sqrt(max(discordant + 1 - (only_second - only_first) ** 2 / (n + 2), 0.0)) / (n + 2)
+    reach = float(stats.norm.ppf(0.5 + confidence / 2)) * spread
+    return Paired(
+        n,
+        (float(a.mean()), float(b.mean())),
+        only_first,
+        only_second,
+        (only_second - only_first) / n,
+        (max(centre - reach, -1.0), min(centre + reach, 1.0)),
+        p_value,
+    )
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1) over seeds; the deviation of one value is NaN, being unknown."""
+    if not len(values):
+        raise UserError("mean and deviation need at least one value")
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

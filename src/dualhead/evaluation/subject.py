@@ -1,0 +1,199 @@
+"""The model under evaluation: frozen, asked in float32 for verdicts and, where it pays, in bf16 for the search."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.attacks import LogitsFn, Query
+from dualhead.attacks.losses import cross_entropy
+from dualhead.errors import UserError
+from dualhead.models.base import logits_of
+from dualhead.runtime import BF16, FLOAT32, Arithmetic, Precision, synchronize
+
+ROWS = 8
+"""Batches are padded to a multiple of this many rows. Matrix kernels treat the last few rows of a batch differently,
+in another order of summation, so that an image's logits would depend in the last bit on how many images it came with,
+and a sign of a gradient with it. Measured with oneDNN on AVX512: with multiples of 4 rows logits and gradients are
+equal to the bit for every batch size from 4 to 64 and every order; 8 leaves room for wider kernels. `batch_invariant`
+checks it for the model at hand."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients of its parameters; both are put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model lies: its first parameter or buffer decides."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def padded(count: int) -> int:
+    """The next multiple of `ROWS`."""
+    return -(-count // ROWS) * ROWS
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """Rows [B, ...] with copies of the first up to a multiple of `ROWS`."""
+    missing = padded(x.shape[0]) - x.shape[0]
+    return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing else x
+
+
+def is_correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether the label has the highest logit, bool [B]; a row with NaN is not correct, whatever argmax makes of it."""
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+
+
+def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
+    """Images to the logits of all heads and, last, of the aggregate, [B, H + 1, C]; None if there are no heads."""
+    if heads is None and not hasattr(model, "head_logits"):
+        return None
+    ask = cast("LogitsFn", heads or model.head_logits)
+    aggregator = getattr(model, "aggregator", None) if heads is None else None
+
+    def outputs(x: Tensor) -> Tensor:
+        each = ask(x)
+        aggregate = logits_of(model(x)) if aggregator is None else aggregator(each)
+        return torch.cat((each, aggregate[:, None].to(each.dtype)), 1)
+
+    return outputs
+
+
+def _padded_call(function: LogitsFn, x: Tensor) -> Tensor:
+    return function(pad_rows(x))[: x.shape[0]]
+
+
+class Subject:
+    """Access to a frozen model in the two ways that an evaluation needs.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] to logits, or to anything that `logits_of` reads.
+        heads: images to the logits of all heads [B, H, C]; None for the model's own `head_logits`, if it has one.
+        batch_size: images at once at most.
+    """
+
+    def __init__(self, model: nn.Module, heads: LogitsFn | None, batch_size: int) -> None:
+        self.model = model
+        self.device = device_of(model)
+        self.batch_size = padded(batch_size)
+        self.arithmetic: Arithmetic = FLOAT32
+        self.timings: dict[str, float] = {}
+        self._heads = heads
+        self._search_model = model
+
+    @property
+    def exact(self) -> bool:
+        """Whether the search asks the very model that decides."""
+        return self.arithmetic == FLOAT32
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of the float32 model [B, C], which alone decide; with a graph if gradients are enabled."""
+        return _padded_call(lambda images: logits_of(self.model(images)).float(), x)
+
+    def verify(self, x: Tensor) -> Tensor:
+        """`logits` in batches of `batch_size`, without a graph."""
+        with torch.no_grad():
+            return torch.cat([self.logits(chunk) for chunk in torch.split(x, self.batch_size)])
+
+    def query(self) -> Query:
+        """The model as the search sees it."""
+        model, outputs = self._search_model, outputs_of(self._search_model, self._heads)
+        return Query(
+            self._searching(lambda x: logits_of(model(x))), None if outputs is None else self._searching(outputs)
+        )
+
+    def _searching(self, function: LogitsFn) -> LogitsFn:
+        wrapped = self.arithmetic.wrap(function)
+        return lambda x: _padded_call(wrapped, x)
+
+    def use(self, arithmetic: Arithmetic) -> None:
+        """Search in this arithmetic from now on. Verdicts stay with the float32 model, which is left as it is."""
+        self.arithmetic = arithmetic
+        self._search_model = self.model if arithmetic == FLOAT32 else copy.deepcopy(self.model)
+        if arithmetic != FLOAT32:
+            arithmetic.lay_out(self._search_model)
+
+    def choose(self, precision: Precision, x: Tensor, y: Tensor) -> None:
+        """Settle the precision of the search: under `auto`, bf16 if it is at least 1.2 times faster here.
+
+        Args:
+            precision: what was asked for.
+            x: a batch of images as the search will use it.
+            y: its labels.
+        """
+        if precision != "auto":
+            self.use(BF16 if precision == "bf16" else FLOAT32)
+            return
+        for arithmetic in (FLOAT32, BF16):
+            self.use(arithmetic)
+            self.timings[arithmetic.name] = self._seconds_per_batch(x, y)
+        self.use(BF16 if self.timings["bf16"] * 1.2 < self.timings["float32"] else FLOAT32)
+
+    def _seconds_per_batch(self, x: Tensor, y: Tensor, budget: float = 0.4) -> float:
+        """The best time of a forward and backward pass; the first, which pays for warming up, does not count."""
+        query, begun = self.query(), time.perf_counter()
+        times: list[float] = []
+        while len(times) < 3 or time.perf_counter() - begun < budget:
+            start = time.perf_counter()
+            query.gradient(x, lambda logits: cross_entropy(logits, y))
+            synchronize(self.device)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    def batch_invariant(self, x: Tensor, y: Tensor) -> bool:
+        """Whether logits and gradients are equal to the bit in a batch of `ROWS` and in all of x, in another order."""
+        if x.shape[0] <= ROWS:
+            return True
+        order = torch.arange(x.shape[0] - 1, -1, -1, device=x.device)
+        query = self.query()
+        few = query.gradient(x[:ROWS], lambda logits: cross_entropy(logits, y[:ROWS]))
+        many = query.gradient(x[order], lambda logits: cross_entropy(logits, y[order]))
+        back = order[:ROWS]
+        return all(torch.equal(a, b[back]) for a, b in zip(few, many, strict=True))
+
+
+def check_images(images: Tensor, labels: Tensor) -> None:
+    """Refuse what cannot be evaluated.
+
+    Raises:
+        UserError: for wrong shapes or types, or images outside [0, 1].
+    """
+    if images.ndim != 4:
+        raise UserError(f"images must have shape [N, C, H, W], got {list(images.shape)}")
+    if not len(images):
+        raise UserError("there are no images to evaluate on")
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"labels must have shape [{len(images)}], one per image, got {list(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise UserError(f"labels must be integers, got {labels.dtype}")
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise UserError(f"images must be uint8, or floating point in [0, 1], got {images.dtype}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise UserError(
+            f"images must lie in [0, 1], got values from {low:g} to {high:g}; divide by 255, leave normalisation to "
+            "the model, and give the raw images"
+        )
