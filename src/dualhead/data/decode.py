@@ -85,8 +85,14 @@ def decode(images: Iterable[Encoded], image_size: tuple[int, int] | None = None)
 
 def _decoded(batch: list[Encoded], size: tuple[int, int] | None, pool: ThreadPoolExecutor) -> Iterator[Pixels]:
     one = functools.partial(_decode_one, size=size)
-    large = sum(len(e.data) if isinstance(e.data, bytes) else _WORTH_A_THREAD for e in batch)
-    return pool.map(one, batch) if large >= _WORTH_A_THREAD * len(batch) else map(one, batch)
+    large = sum(map(_num_bytes, batch)) >= _WORTH_A_THREAD * len(batch)
+    return pool.map(one, batch) if large else map(one, batch)
+
+
+def _num_bytes(encoded: Encoded) -> int:
+    if isinstance(encoded.data, bytes):
+        return len(encoded.data)
+    return encoded.data.stat().st_size if encoded.data.exists() else 0
 
 
 def _sizes_differ(first: Encoded, expected: tuple[int, ...], other: Encoded, pixels: Pixels) -> str:

@@ -1,11 +1,13 @@
 """Which files of a local data set belong to a part.
 
 Parts are told by names: `train` or `training`; `test`, `validation`, `valid` or `val`, of which the first that is there
-is the test part. A file or folder whose name says neither is a train part; it never serves as a test part.
+is the test part. A file or folder without such a name is a train part, and never serves as a test part: who trained on
+it would measure on the same images.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import Final, Literal
 
 from dualhead.data.decode import EXTENSIONS
 from dualhead.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 Part = Literal["train", "test"]
 
@@ -86,9 +90,10 @@ def _said_part(path: Path) -> str | None:
     return None
 
 
-def _own_part(path: Path) -> str:
-    """The part that a path on its own is: what its name says, else train."""
-    return _said_part(Path(path.resolve().name)) or "train"
+def _own_part(folder: Path) -> str:
+    """The part that a folder without parts is: what its whole name says, else train."""
+    name = folder.resolve().name.lower()
+    return name if name in _KNOWN else "train"
 
 
 def choose_part(found: Iterable[str], part: Part) -> str | None:
@@ -108,11 +113,12 @@ def _choose_parquet(root: Path, files: list[Path], part: Part) -> ParquetFiles:
     for path in files:
         by_name.setdefault(_said_part(path.relative_to(root)) or "", []).append(path)
     if list(by_name) == [""]:  # no file says what it is
-        by_name = {_own_part(files[0] if root != files[0] and len(files) == 1 else root): files}
+        by_name = {_own_part(root): files}
+    elif "" in by_name:
+        _log.warning("left out %d parquet files that name no part, %s first", len(by_name[""]), by_name.pop("")[0])
     chosen = choose_part(by_name, part)
     if chosen is None:
-        known = [name or "files that name no part" for name in by_name]
-        raise no_part(part, known, f"name its files like {part}-00000.parquet, and give the folder that holds both")
+        raise no_part(part, by_name, f"name its files like {part}-00000.parquet, and give the folder that holds both")
     folders = sorted({str(path.parent.relative_to(root)) for path in by_name[chosen]})
     if len(folders) > 1:
         raise UserError(f"there are {chosen} files in several folders ({', '.join(folders)}); give one of the folders")

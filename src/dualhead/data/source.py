@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,11 +22,10 @@ from dualhead.errors import UserError
 if TYPE_CHECKING:
     from datasets import Features
 
-_log = logging.getLogger(__name__)
-
 _IMAGE_NAMES: Final = ("image", "img")
 _LABEL_NAMES: Final = ("label", "labels", "fine_label", "class", "target")
 _ROWS: Final = 1024  # read at once
+_MANY_CLASSES: Final = 10_000  # a few rows may well have large labels, but not larger than this
 
 
 def load_split(
@@ -44,10 +42,10 @@ def load_split(
     Args:
         source: one of:
             `digits`, 8x8 grey, embedded in the package;
-            a folder of parquet files as on the Hub (`train-*.parquet`, `test-*.parquet`, at any depth) or one such file;
+            a folder of parquet files as on the Hub (`train-*.parquet`, `test-*.parquet`, at any depth), or one file;
             an image folder (`train/CLASS/*.png`, `test/CLASS/*.png`);
             the name of a data set on the Hugging Face Hub, `uoft-cs/cifar10` or `OWNER/NAME:CONFIG`.
-            What exists as a path is taken as a path.
+            What exists as a path is taken as a path (`./digits` for a folder of that name).
         part: `train`, or `test`, which is the part called test, validation, valid or val, in this order of preference.
             A file or folder without parts is the train part unless its own name says otherwise.
         image_column: column of a table that holds the images; None to find it by its type and name.
@@ -87,7 +85,7 @@ def _path(source: str) -> Path | None:
     if source == "digits":
         return Path(str(importlib.resources.files("dualhead.data") / "digits"))
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():
         return path
     like_a_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith((".parquet", "/"))
     if like_a_path or not source:
@@ -202,9 +200,9 @@ def _read_tables(tables: Sequence[_Table], others: Sequence[_Table], options: _O
     names = getattr(first.features[label], "names", None)
     if names is None:
         # The numbers that occur in either part, so that both have the same classes.
-        rest = [_labels(table, label) for table in others if label in table.features]
-        largest = max((int(column.max(initial=-1)) for column in labels + rest), default=-1)
-        names = [str(number) for number in range(largest + 1)]
+        names = _numbered_classes(
+            labels + [_labels(table, label) for table in others if label in table.features], label
+        )
     if len(names) < 2:
         raise UserError(f"column {label!r} has {len(names)} class; a classifier needs at least 2")
     _check_labels(tables, labels, len(names), options.limit)
@@ -214,6 +212,13 @@ def _read_tables(tables: Sequence[_Table], others: Sequence[_Table], options: _O
     encoded = (row for table in tables for row in _encoded(table, image))
     images = decode(islice(encoded, len(numbers)), options.image_size)
     return Split(torch.from_numpy(images), torch.from_numpy(numbers), tuple(names))
+
+
+def _numbered_classes(labels: Sequence[NDArray[np.int64]], column: str) -> list[str]:
+    largest = max(int(numbers.max(initial=-1)) for numbers in labels)
+    if largest >= max(_MANY_CLASSES, sum(map(len, labels))):
+        raise UserError(f"column {column!r} holds numbers up to {largest}, more than there are rows: not class labels")
+    return [str(number) for number in range(largest + 1)]
 
 
 def _labels(table: _Table, column: str) -> NDArray[np.int64]:
@@ -293,4 +298,5 @@ def _choose_column(
 
 
 def _type_name(feature: object) -> str:
-    return "struct" if isinstance(feature, dict) else str(getattr(feature, "dtype", None) or type(feature).__name__)
+    name = type(feature).__name__
+    return str(getattr(feature, "dtype", name)) if name == "Value" else name

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualhead.data import augmentations
+from dualhead.errors import UserError
+from dualhead.noise import Streams
+
+SHAPES = [(3, 32, 32), (1, 8, 8), (3, 5, 9)]
+
+
+def images_of(count, shape, seed=0):
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def streams_of(count, seed=0):
+    return Streams.of(seed, torch.arange(count))
+
+
+@pytest.fixture(params=augmentations.names())
+def augmentation(request):
+    return augmentations.build(request.param)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keeps_type_shape_and_input(augmentation, shape):
+    images = images_of(7, shape)
+    before = images.clone()
+    result = augmentation(images, streams_of(7))
+    assert result.dtype == torch.uint8
+    assert result.shape == images.shape
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_does_not_depend_on_the_batch_around_a_sample(augmentation, shape):
+    images, streams = images_of(16, shape), streams_of(16)
+    whole = augmentation(images, streams)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(augmentation(images[order], streams[order]), whole[order])
+    alone = torch.cat([augmentation(images[i : i + 1], streams[torch.tensor([i])]) for i in range(16)])
+    assert torch.equal(alone, whole)
+
+
+def test_is_found_by_name_and_described(augmentation):
+    assert augmentations.build(augmentations.describe(augmentation)) == augmentation
+
+
+@given(st.integers(1, 9), st.sampled_from(SHAPES), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_pad_crop_is_a_window_of_the_padded_image(padding, shape, seed):
+    images = images_of(4, shape, seed)
+    result = augmentations.build(f"pad_crop-{padding}")(images, streams_of(4, seed))
+    _, height, width = shape
+    for image, cropped in zip(images, result, strict=True):
+        padded = torch.zeros(shape[0], height + 2 * padding, width + 2 * padding, dtype=torch.uint8)
+        padded[:, padding : padding + height, padding : padding + width] = image
+        windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # [C, rows, columns, H, W]
+        same = (windows == cropped[:, None, None]).flatten(3).all(3).all(0)
+        assert same.any()
+
+
+def test_pad_crop_draws_every_offset_equally_often():
+    padding, count = 2, 5000
+    image = torch.arange(1, 26, dtype=torch.uint8).reshape(1, 1, 5, 5).expand(count, 1, 5, 5)
+    centre = augmentations.build("pad_crop-2")(image, streams_of(count))[:, 0, 2, 2]
+    counts = torch.bincount(centre.long(), minlength=26)[1:]
+    assert (counts > 0).all()
+    expected = count / (2 * padding + 1) ** 2
+    assert float(((counts - expected) ** 2 / expected).sum()) < 52.0  # chi-square, 24 degrees of freedom, p = 0.001
+
+
+def test_flip_mirrors_or_leaves():
+    images = images_of(4000, (1, 2, 3))
+    result = augmentations.build("flip")(images, streams_of(4000))
+    mirrored = (result == images.flip(3)).flatten(1).all(1)
+    assert (mirrored | (result == images).flatten(1).all(1)).all()
+    assert 0.45 < float(mirrored.float().mean()) < 0.55
+
+
+def test_flip_at_its_extremes():
+    images = images_of(9, (3, 4, 5))
+    assert torch.equal(augmentations.build({"name": "flip", "p": 1.0})(images, streams_of(9)), images.flip(3))
+    assert torch.equal(augmentations.build({"name": "flip", "p": 0.0})(images, streams_of(9)), images)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"name": "pad_crop", "padding": 0}, "padding must be at least 1, got 0"),
+        ({"name": "flip", "p": 1.5}, "p must lie in"),
+        ("flop", "did you mean 'flip'"),
+    ],
+)
+def test_impossible_values_are_refused(spec, words):
+    with pytest.raises(UserError, match=words):
+        augmentations.build(spec, "data.augment")
