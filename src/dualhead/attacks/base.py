@@ -8,13 +8,16 @@ trajectories are the same.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.registry import Registry
 from dualhead.threat import ThreatModel
@@ -22,10 +25,27 @@ from dualhead.threat import ThreatModel
 LogitsFn = Callable[[Tensor], Tensor]
 """Images float32 [B, ...] in [0, 1] to logits [B, C]."""
 
+LossFn = Callable[[Tensor], Tensor]
+"""Logits [B, C] to one number per image [B]."""
+
 State = dict[str, Tensor]
-"""Tensors with one row per slot. Every attack keeps: `x`, `y` (clean image, label), `adversarial` (the best example so
-far: float32, like x), `found` (bool: the logits that the attack saw misclassify `adversarial`), `iteration` (int64:
-steps taken)."""
+"""Tensors with one row per slot, no two of which share memory, so that rows can be assigned in place.
+
+Every attack keeps: `x`, `y` (clean image, label), `adversarial` (the best example so far: float32, like x), `found`
+(bool: the logits that the attack saw misclassify `adversarial`, within the threat model), `iteration` (int64: steps
+taken). Who finds that an example does not stand sets `found` to False; the attack then offers the next example that it
+comes across.
+"""
+
+
+def per_slot(values: Tensor, like: Tensor) -> Tensor:
+    """A view of values [B] that broadcasts over the rows of `like` [B, ...]."""
+    return values.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+def _full_precision(logits: Tensor) -> Tensor:
+    """Logits as float32, or as float64 if the model works in that."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class Query:
@@ -33,22 +53,31 @@ class Query:
 
     Args:
         logits_fn: the model under attack; the attack may differentiate through it with respect to its input.
-        heads_fn: images to the logits of all heads [B, H, C], for attacks that use them; None if the model has one.
+        outputs_fn: images to the logits of all heads and, last, of the aggregate: [B, H + 1, C], from one pass; for
+            attacks that use the heads. None if the model has one head.
     """
 
-    def __init__(self, logits_fn: LogitsFn, heads_fn: LogitsFn | None = None) -> None:
+    def __init__(self, logits_fn: LogitsFn, outputs_fn: LogitsFn | None = None) -> None:
         self._logits_fn = logits_fn
-        self.heads_fn = heads_fn
+        self._outputs_fn = outputs_fn
         self.forward_passes = 0
         self.backward_passes = 0
+
+    def num_heads(self, x: Tensor) -> int:
+        """How many heads the model shows, from a look at one image; 1 if it does not show any."""
+        if self._outputs_fn is None:
+            return 1
+        self.forward_passes += 1
+        with torch.no_grad():
+            return self._outputs_fn(x[:1]).shape[1] - 1
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] without a graph: one forward pass."""
         self.forward_passes += x.shape[0]
         with torch.no_grad():
-            return self._logits_fn(x).float()
+            return _full_precision(self._logits_fn(x))
 
-    def gradient(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(self, x: Tensor, loss: LossFn) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass and one backward pass to the input.
 
         Args:
@@ -58,14 +87,50 @@ class Query:
         Returns:
             Logits [B, C], losses [B] and gradients [B, ...] of each image's own loss, all detached.
         """
+        return self._gradient(self._logits_fn, x, loss)
+
+    def outputs_gradient(self, x: Tensor, loss: LossFn) -> tuple[Tensor, Tensor, Tensor]:
+        """Like `gradient`, with the logits of all heads and, last, of the aggregate: [B, H + 1, C].
+
+        Raises:
+            UserError: if the model has one head.
+        """
+        if self._outputs_fn is None:
+            raise UserError("this attack needs the logits of several heads, and the model has one head")
+        return self._gradient(self._outputs_fn, x, loss)
+
+    def gradients(self, x: Tensor, losses: Callable[[Tensor], Iterable[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """One forward pass, and one backward pass to the input for each of several losses.
+
+        Args:
+            x: images [B, ...].
+            losses: logits [B, C] to losses [B].
+
+        Yields:
+            Losses [B] and their gradients [B, ...], detached; the caller decides how many are kept in memory.
+        """
         self.forward_passes += x.shape[0]
-        self.backward_passes += x.shape[0]
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self._logits_fn(x).float()
+            logits = _full_precision(self._logits_fn(x))
+            all_losses = list(losses(logits))
+        for loss in all_losses:
+            yield loss.detach(), self._backward(loss, x, keep=True)
+
+    def _gradient(self, model: LogitsFn, x: Tensor, loss: LossFn) -> tuple[Tensor, Tensor, Tensor]:
+        self.forward_passes += x.shape[0]
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = _full_precision(model(x))
             losses = loss(logits)
-            (gradient,) = torch.autograd.grad(losses.sum(), x)
-        return logits.detach(), losses.detach(), gradient
+        return logits.detach(), losses.detach(), self._backward(losses, x)
+
+    def _backward(self, losses: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
+        self.backward_passes += x.shape[0]
+        if not losses.requires_grad:  # a model that lets no gradient through has a gradient of zero
+            return torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(losses.sum(), x, retain_graph=keep, allow_unused=True)
+        return torch.zeros_like(x) if gradient is None else gradient
 
 
 class Attack(ABC):
@@ -75,13 +140,45 @@ class Attack(ABC):
     """
 
     registered_name: ClassVar[str]
+    short_numbers: ClassVar[tuple[str, ...]]
+    always_numbered: ClassVar[bool] = False
+    """Whether the label shows the numbers of the short form even where they are the defaults: `pgd-40`."""
+
+    @property
+    def label(self) -> str:
+        """How results call it: the name, and whatever differs from the defaults, as `square-1000(p_init=0.5)`."""
+        given = getattr(self, "_label", None)
+        if given is not None:
+            return str(given)
+        fields = [f for f in dataclasses.fields(cast("Any", self)) if f.init]
+        changed = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        numbers = self.short_numbers if self.always_numbered or changed.keys() & set(self.short_numbers) else ()
+        name = "-".join([self.registered_name, *(str(getattr(self, number)) for number in numbers)])
+        others = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items() if k not in numbers]
+        return f"{name}({','.join(others)})" if others else name
+
+    def labelled(self, label: str) -> Self:
+        """The same attack under another label."""
+        named = copy.copy(self)
+        object.__setattr__(named, "_label", label)
+        return named
+
+    def notes(self, num_classes: int) -> list[str]:
+        """What a reader of its results must know: one sentence each, empty where nothing deviates."""
+        del num_classes
+        return []
 
     @abstractmethod
-    def parts(self, num_classes: int, threat: ThreatModel) -> Sequence[Search]:
-        """The searches to run in turn, each on what the ones before it left.
+    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
+        """The searches to run in turn, each on what the ones before it left. Their labels differ.
+
+        Args:
+            num_classes: how many logits the model gives.
+            threat: ball and box.
+            num_heads: how many heads the model shows; 1 if it does not show any.
 
         Raises:
-            UserError: if the attack cannot be used with that many classes or that threat model.
+            UserError: if the attack cannot be used with that model or that threat model.
         """
 
     def __call__(
@@ -92,16 +189,30 @@ class Attack(ABC):
         threat: ThreatModel,
         *,
         generator: torch.Generator | Streams,
+        outputs_fn: LogitsFn | None = None,
     ) -> Tensor:
         """Adversarial examples for a batch, float32 like x, inside ball and box.
 
         A row is the first example found that is misclassified or, where none is, the last job's strongest one.
+
+        Args:
+            logits_fn: the model under attack, images to logits [B, C].
+            x: clean images, float32 [B, ...] in [0, 1].
+            y: labels, int64 [B].
+            threat: ball and box.
+            generator: randomness.
+            outputs_fn: images to the logits of all heads and, last, of the aggregate [B, H + 1, C], if there are heads.
         """
+        return self.search(Query(logits_fn, outputs_fn), x, y, threat, generator)
+
+    def search(
+        self, query: Query, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | Streams
+    ) -> Tensor:
+        """What a call does, on a query that the caller keeps for its counts of passes."""
         streams = Streams.drawn_from(generator, x.shape[0], x.device)
-        query = Query(logits_fn)
-        clean = query.logits(x)
+        clean, num_heads = query.logits(x), query.num_heads(x[:1])
         result, found = x.clone(), clean.argmax(1) != y
-        for part_index, part in enumerate(self.parts(clean.shape[1], threat)):
+        for part_index, part in enumerate(self.parts(clean.shape[1], threat, num_heads)):
             for job in range(part.jobs(clean.shape[1])):
                 open_rows = (~found).nonzero()[:, 0]
                 if not len(open_rows):
@@ -129,9 +240,11 @@ class Search(Attack):
     takes at most `max_steps` calls of `step`.
     """
 
-    def parts(self, num_classes: int, threat: ThreatModel) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
         """Itself."""
-        del num_classes, threat
+        del threat, num_heads
+        if num_classes < 2:
+            raise UserError(f"an attack needs at least 2 classes, and the model gives {num_classes} logit per image")
         return (self,)
 
     def jobs(self, num_classes: int) -> int:

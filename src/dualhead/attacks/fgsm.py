@@ -34,10 +34,9 @@ class FGSM(Attack):
     def _pgd(self, threat: ThreatModel) -> PGD:
         return PGD(1, threat.eps if self.step_size is None else self.step_size, self.start, "ce", self.restarts)
 
-    def parts(self, num_classes: int, threat: ThreatModel) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
         """PGD with one step."""
-        del num_classes
-        return (self._pgd(threat),)
+        return self._pgd(threat).labelled(self.label).parts(num_classes, threat, num_heads)
 
     def maximise(
         self, logits_fn: LogitsFn, x: Tensor, loss: Callable[[Tensor], Tensor], threat: ThreatModel, streams: Streams

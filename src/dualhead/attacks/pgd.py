@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import LogitsFn, Query, Search, State, attacks
+from dualhead.attacks.base import LogitsFn, Query, Search, State, attacks, per_slot
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Real, ThreatModel
@@ -30,6 +30,8 @@ class PGD(Search):
         loss: `ce`, `kl` (from the clean prediction) or `margin`. Training uses its objective's loss instead.
         restarts: independent starts, at least 1.
     """
+
+    always_numbered: ClassVar[bool] = True
 
     steps: int = 40
     step_size: Real | None = None
@@ -84,7 +86,7 @@ class PGD(Search):
         return self.steps + 1
 
     def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
-        """See `Attack.begin`."""
+        """See `Search.begin`."""
         return {
             "x": x,
             "y": y,
@@ -110,7 +112,7 @@ class PGD(Search):
         return {
             **state,
             "iterate": threat.project(threat.ascend(iterate, gradient, self.step_length(threat)), x),
-            "adversarial": torch.where(better.reshape(-1, *(1 for _ in x.shape[1:])), iterate, state["adversarial"]),
+            "adversarial": torch.where(per_slot(better, x), iterate, state["adversarial"]),
             "best_loss": torch.where(better, loss, state["best_loss"]),
             "found": state["found"] | fooled,
             "iteration": state["iteration"] + 1,

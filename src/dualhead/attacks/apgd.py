@@ -1,0 +1,252 @@
+"""Auto-PGD: projected gradient ascent with momentum that finds its own step size.
+
+Croce and Hein 2020, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks,
+algorithm 1. Where their published code departs from the paper, this follows the code, since published numbers come from
+it: see `_APGD.step`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualhead.attacks import losses
+from dualhead.attacks.base import Query, Search, State, attacks, per_slot
+from dualhead.errors import UserError
+from dualhead.noise import Streams
+from dualhead.threat import Real, ThreatModel
+
+_MOMENTUM = 0.75
+
+
+def require_at_least_one(attack: object, *fields: str) -> None:
+    """Refuse numbers below 1.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for field in fields:
+        if getattr(attack, field) < 1:
+            raise UserError(f"{field} must be at least 1, got {getattr(attack, field)}")
+
+
+def class_by_rank(clean: Tensor, y: Tensor, rank: Tensor) -> Tensor:
+    """The class int64 [B] that comes `rank` places (1 or more) after the true one in the order of the clean logits."""
+    others = clean.scatter(1, y[:, None], torch.inf)
+    return others.argsort(1).gather(1, clean.shape[1] - 1 - rank[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class _APGD(Search):
+    """What the three forms of Auto-PGD share.
+
+    Args:
+        steps: gradient steps after the start, at least 1; the short form `apgd-ce-50` sets it.
+        rho: the step is halved where the loss rose in at most this share of a window's steps; in (0, 1].
+        restarts: independent starts, at least 1.
+        eot: gradients averaged per step, for models with random outputs, at least 1.
+    """
+
+    steps: int = 100
+    rho: Real = 0.75
+    restarts: int = 1
+    eot: int = 1
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "steps", "restarts", "eot")
+        if not 0 < self.rho <= 1:
+            raise UserError(f"rho must lie in (0, 1], got {self.rho:g}; the published value is 0.75")
+
+    def jobs(self, num_classes: int) -> int:
+        """One per restart."""
+        del num_classes
+        return self.restarts
+
+    def max_steps(self) -> int:
+        """The gradient steps, and the look at the start."""
+        return self.steps + 1
+
+    def target(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+        """The class that a job aims at, int64 [B]; untargeted forms do not use it."""
+        del clean, job
+        return y
+
+    def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        """What is climbed: one number per image [B]."""
+        raise NotImplementedError
+
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+        """See `Search.begin`."""
+        start = threat.sphere_point(x, streams.fork(job))
+        unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
+        return {
+            "x": x,
+            "y": y,
+            "target": self.target(clean, y, job).clone(),
+            "iterate": start,
+            "previous": start.clone(),
+            "best": x.clone(),
+            "best_gradient": torch.zeros_like(x),
+            "best_loss": unseen,
+            "adversarial": x.clone(),
+            "found": torch.zeros_like(y, dtype=torch.bool),
+            "iteration": torch.zeros_like(y),
+            "last_loss": torch.zeros_like(unseen),
+            "step_size": torch.full_like(unseen, 2.0 * threat.eps),
+            "increases": torch.zeros_like(y),
+            "window": torch.full_like(y, max(int(0.22 * self.steps), 1)),
+            "window_left": torch.full_like(y, max(int(0.22 * self.steps), 1)),
+            "best_loss_at_check": unseen.clone(),
+            "halved_at_check": torch.ones_like(y, dtype=torch.bool),
+        }
+
+    def _query(self, state: State, query: Query) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, loss and mean gradient at the iterate; of several random passes the last gives logits and loss."""
+        y, target = state["y"], state["target"]
+        logits, loss, gradient = query.gradient(state["iterate"], lambda z: self.loss(z, y, target))
+        for _ in range(self.eot - 1):
+            logits, loss, again = query.gradient(state["iterate"], lambda z: self.loss(z, y, target))
+            gradient = gradient + again
+        return logits, loss, gradient / self.eot if self.eot > 1 else gradient
+
+    def _checkpoint(self, state: State, loss: Tensor, best_loss: Tensor) -> tuple[Tensor, State]:
+        """Which slots halve their step size and go back to their best point, bool [B], and the bookkeeping after it.
+
+        As in the published code, not the paper: the first window counts a rise from a loss of 0 to that of the first
+        step, and a slot counts as halved before its first checkpoint.
+        """
+        started = state["iteration"] > 0
+        increases = state["increases"] + (started & (loss > state["last_loss"]))
+        left = state["window_left"] - started.to(torch.int64)
+        check = left == 0
+        stuck = ~state["halved_at_check"] & (state["best_loss_at_check"] >= best_loss)
+        halve = check & ((increases <= self.rho * state["window"]) | stuck)
+        shorter = (state["window"] - max(int(0.03 * self.steps), 1)).clamp_min(max(int(0.06 * self.steps), 1))
+        window = torch.where(check, shorter, state["window"])
+        return halve, {
+            "last_loss": torch.where(started, loss, state["last_loss"]),
+            "step_size": torch.where(halve, 0.5 * state["step_size"], state["step_size"]),
+            "increases": increases * ~check,
+            "window": window,
+            "window_left": torch.where(check, window, left),
+            "best_loss_at_check": torch.where(check | ~started, best_loss, state["best_loss_at_check"]),
+            "halved_at_check": torch.where(check, halve, state["halved_at_check"]),
+        }
+
+    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+        """Look at the iterate, keep what is best, and move with momentum.
+
+        Going back to the best point leaves the point that the momentum is taken from, as in the published code.
+        """
+        x, iterate = state["x"], state["iterate"]
+        logits, loss, gradient = self._query(state, query)
+        fooled = logits.argmax(1) != state["y"]
+        better = loss > state["best_loss"]
+        best = torch.where(per_slot(better, x), iterate, state["best"])
+        best_gradient = torch.where(per_slot(better, x), gradient, state["best_gradient"])
+        best_loss = torch.where(better, loss, state["best_loss"])
+        halve, schedule = self._checkpoint(state, loss, best_loss)
+
+        origin = torch.where(per_slot(halve, x), best, iterate)
+        uphill = torch.where(per_slot(halve, x), best_gradient, gradient)
+        target = threat.project(threat.ascend(origin, uphill, schedule["step_size"]), x)
+        share = per_slot(torch.where(state["iteration"] > 0, _MOMENTUM, 1.0), x)
+        moved = origin + (target - origin) * share + (origin - state["previous"]) * (1 - share)
+        shown = fooled | (better & ~state["found"])
+        return {
+            **state,
+            **schedule,
+            "iterate": threat.project(moved, x),
+            "previous": origin,
+            "best": best,
+            "best_gradient": best_gradient,
+            "best_loss": best_loss,
+            "adversarial": torch.where(per_slot(shown, x), iterate, state["adversarial"]),
+            "found": state["found"] | fooled,
+            "iteration": state["iteration"] + 1,
+        }
+
+
+@attacks.register("apgd-ce", numbers=("steps",))
+@dataclass(frozen=True)
+class APGDCE(_APGD):
+    """Auto-PGD on the cross-entropy.
+
+    Args:
+        steps: gradient steps after the start, at least 1; the short form `apgd-ce-50` sets it.
+        rho: the step is halved where the loss rose in at most this share of a window's steps; in (0, 1].
+        restarts: independent starts, at least 1.
+        eot: gradients averaged per step, for models with random outputs, at least 1.
+    """
+
+    def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy."""
+        del target
+        return losses.cross_entropy(logits, y)
+
+
+@attacks.register("apgd-dlr", numbers=("steps",))
+@dataclass(frozen=True)
+class APGDDLR(_APGD):
+    """Auto-PGD on the difference of logits ratio; on the margin below 3 classes, where the ratio is not defined.
+
+    Args:
+        steps: gradient steps after the start, at least 1; the short form `apgd-dlr-50` sets it.
+        rho: the step is halved where the loss rose in at most this share of a window's steps; in (0, 1].
+        restarts: independent starts, at least 1.
+        eot: gradients averaged per step, for models with random outputs, at least 1.
+    """
+
+    def notes(self, num_classes: int) -> list[str]:
+        """That the margin stands in for the ratio below 3 classes."""
+        if num_classes >= 3:
+            return []
+        return [f"{self.label}: DLR needs 3 classes; with {num_classes} the margin loss was used instead"]
+
+    def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        """DLR or the margin."""
+        del target
+        return losses.dlr(logits, y) if logits.shape[1] >= 3 else losses.margin(logits, y)
+
+
+@attacks.register("apgd-t", numbers=("steps",))
+@dataclass(frozen=True)
+class APGDT(_APGD):
+    """Auto-PGD on the targeted difference of logits ratio, towards one class after another.
+
+    The targets are the classes that follow the true one in the order of the clean logits. Any misclassification counts.
+    Below 4 classes the targeted margin stands in for the ratio, which is not defined there.
+
+    Args:
+        steps: gradient steps after the start, at least 1; the short form `apgd-t-50` sets it.
+        rho: the step is halved where the loss rose in at most this share of a window's steps; in (0, 1].
+        restarts: independent starts per target, at least 1.
+        eot: gradients averaged per step, for models with random outputs, at least 1.
+        targets: classes tried, at least 1; fewer where the model has fewer.
+    """
+
+    targets: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least_one(self, "targets")
+
+    def notes(self, num_classes: int) -> list[str]:
+        """That the margin stands in for the ratio below 4 classes."""
+        if num_classes >= 4:
+            return []
+        return [f"{self.label}: targeted DLR needs 4 classes; with {num_classes} the margin loss was used instead"]
+
+    def jobs(self, num_classes: int) -> int:
+        """One per target and restart."""
+        return min(self.targets, num_classes - 1) * self.restarts
+
+    def target(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+        """Restarts of one target follow each other."""
+        return class_by_rank(clean, y, 1 + job // self.restarts)
+
+    def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        """Targeted DLR or the targeted margin."""
+        return (losses.targeted_dlr if logits.shape[1] >= 4 else losses.targeted_margin)(logits, y, target)
