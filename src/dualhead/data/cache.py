@@ -34,8 +34,8 @@ def folder() -> Path:
 
 
 def key_of(files: Iterable[Path], options: object) -> str:
-    """A key that changes with the files (path, size, time of change), the options, and what decodes them."""
-    stats = [(str(path), path.stat()) for path in map(Path.absolute, files)]
+    """A key that changes with the files (absolute path, size, time of change), the options, and what decodes them."""
+    stats = [(str(path), path.stat()) for path in files]
     described = [_VERSION, PIL.__version__, options, [(path, s.st_size, s.st_mtime_ns) for path, s in stats]]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 

@@ -8,8 +8,9 @@ it would measure on the same images.
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -72,13 +73,19 @@ def find_files(root: Path, part: Part) -> ParquetFiles | ImageFiles:
         if root.suffix != ".parquet":
             raise UserError(f"a file must be parquet, got {root.suffix or 'no extension'}; images go in train/CLASS/")
         return _choose_parquet(root.parent, [root], part)
-    parquet = [path for path in _visible(root.rglob("*"), root) if path.suffix == ".parquet" and path.is_file()]
+    parquet = _files_below(root, {".parquet"})
     return _choose_parquet(root, parquet, part) if parquet else _choose_images(root, part)
 
 
-def _visible(paths: Iterable[Path], root: Path) -> list[Path]:
-    inside = [path for path in paths if not any(name.startswith(".") for name in path.relative_to(root).parts)]
-    return sorted(inside)
+def _files_below(root: Path, extensions: Set[str]) -> list[Path]:
+    """The files with one of the extensions at any depth, sorted; what is hidden is left out."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:  # noqa: PTH122  # for speed
+                found.append(os.path.join(folder, name))  # noqa: PTH118
+    return [Path(path) for path in sorted(found)]
 
 
 def _said_part(path: Path) -> str | None:
@@ -127,7 +134,7 @@ def _choose_parquet(root: Path, files: list[Path], part: Part) -> ParquetFiles:
 
 
 def _folders(root: Path) -> list[Path]:
-    return [path for path in _visible(root.iterdir(), root) if path.is_dir()]
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _choose_images(root: Path, part: Part) -> ImageFiles:
@@ -140,24 +147,22 @@ def _choose_images(root: Path, part: Part) -> ImageFiles:
     classes = _class_folders(parts[chosen])
     trained = choose_part(parts, "train")
     names = list(classes) if trained in (None, chosen) else list(_class_folders(parts[str(trained)]))
+    number = {name: label for label, name in enumerate(names)}
     for name in classes:
-        if name not in names:
+        if name not in number:
             raise UserError(f"{chosen}/{name} is a class that {trained}/ does not have; its classes: {_few(names)}")
-    ranked = sorted((rank, names.index(name), path) for name in classes for rank, path in enumerate(classes[name]))
+    ranked = sorted((rank, number[name], path) for name in classes for rank, path in enumerate(classes[name]))
     return ImageFiles(tuple(names), tuple(path for *_, path in ranked), tuple(label for _, label, _ in ranked))
 
 
 def _class_folders(folder: Path) -> dict[str, list[Path]]:
     """The images of each class folder that has any, both sorted."""
-    stray = [path for path in _visible(folder.iterdir(), folder) if path.suffix.lower() in EXTENSIONS]
+    stray = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
     if stray:
         raise UserError(
             f"{stray[0].name} in {folder.name}/ lies outside a class folder; move it to {folder.name}/CLASS/"
         )
-    found = {
-        path.name: [file for file in _visible(path.rglob("*"), path) if file.suffix.lower() in EXTENSIONS]
-        for path in _folders(folder)
-    }
+    found = {path.name: _files_below(path, EXTENSIONS) for path in _folders(folder)}
     classes = {name: files for name, files in found.items() if files}
     if not classes:
         layouts = "train-*.parquet and test-*.parquet, or images in train/CLASS/ and test/CLASS/"

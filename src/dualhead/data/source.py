@@ -86,7 +86,7 @@ def _path(source: str) -> Path | None:
         return Path(str(importlib.resources.files("dualhead.data") / "digits"))
     path = Path(source).expanduser()
     if source and path.exists():
-        return path
+        return path.absolute()
     like_a_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith((".parquet", "/"))
     if like_a_path or not source:
         raise UserError("no such file or folder")
