@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run failed although its input was right; what it had saved is kept (exit status 1)."""
+
+
+class Interrupted(RunError):  # noqa: N818  # not an error of anybody's
+    """A run was asked to stop, and saved itself first (exit status 75): the same command goes on."""

@@ -25,18 +25,30 @@ T = TypeVar("T")
 C = TypeVar("C", bound=type)
 
 
+def _join(where: str, *keys: object) -> str:
+    for key in keys:
+        where = f"{where.rstrip('.')}.{key}" if where else str(key)
+    return where
+
+
 def first_error(error: ValidationError, where: str = "") -> str:
-    """The first complaint of a validation as one line: where, what, and the value found."""
+    """The first complaint of a validation as one line: where, what, and the value found.
+
+    A component inside a larger recipe is built with `where="."`: its complaints then start with "." or ":", and join
+    the place that the recipe knows.
+    """
     detail = error.errors()[0]
-    place = ".".join([where, *(str(part) for part in detail["loc"])] if where else [str(p) for p in detail["loc"]])
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    place = _join(where, *detail["loc"]).removesuffix(".")
+    message = detail["msg"].removeprefix("Value error, ")
+    if message.startswith((".", ": ")):
+        return place + message if place else message.lstrip(".: ")
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{place}: unknown key"
     if detail["type"] in ("missing", "missing_argument"):
         return f"{place}: missing; this key is required"
     given = detail["input"]
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""
-    return f"{place}: {message[0].lower() + message[1:]}{shown}"
+    return f"{place}: {message[0].lower() + message[1:]}{shown}" if where or place else message
 
 
 class Registry(Generic[T]):
@@ -44,7 +56,7 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the components are, for messages: `"objective"`.
-        package: the folder whose modules register them; imported at the first look-up.
+        package: the folder whose modules register them, or one module; imported at the first look-up.
         imported_as: name of the component that stands for `package.module:factory`, if the kind has one.
     """
 
@@ -84,7 +96,7 @@ class Registry(Generic[T]):
         if not self._loaded:
             self._loaded = True
             package = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(package.__path__):
+            for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
                 importlib.import_module(f"{self._package}.{module.name}")
 
     def names(self) -> list[str]:
@@ -153,7 +165,7 @@ class Registry(Generic[T]):
         try:
             fields = self.expand(spec)
         except UserError as error:
-            raise UserError(f"{where}: {error}" if where else str(error)) from None
+            raise UserError(f"{where.removesuffix('.')}: {error}" if where else str(error)) from None
         name = fields.pop("name")
         cls = self.get(name)
         known = [field.name for field in dataclasses.fields(cast("Any", cls)) if field.init]
@@ -161,7 +173,7 @@ class Registry(Generic[T]):
             if key not in known:
                 near = get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                place = f"{where}.{key}" if where else key
+                place = _join(where, key)
                 listed = ", ".join(known) or "none"
                 raise UserError(f"{place}: {self.kind} {name!r} has no such key{hint} (known: {listed})")
         try:

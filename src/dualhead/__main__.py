@@ -1,0 +1,5 @@
+"""`python -m dualhead`."""
+
+from dualhead.cli import main
+
+main()

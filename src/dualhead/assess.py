@@ -1,0 +1,139 @@
+"""What `dualhead evaluate` is given: names of models, data and attacks, turned into an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from dualhead.data import Split, load_split
+from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate
+from dualhead.hub import find_model, load, read_config, view
+from dualhead.models import Normalize, backbones
+from dualhead.run import load_stage, read_recipe
+from dualhead.runtime import Precision, find_device
+from dualhead.threat import Norm, ThreatModel
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `dualhead evaluate`; None or empty: as the run has it."""
+
+    model: str
+    attacks: tuple[str, ...] = ()
+    eps: str | None = None
+    norm: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    stage: str | None = None
+    checkpoint: str | None = None
+    output: str | None = None
+    output_dir: Path | None = None
+    batch_size: int = 256
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    save_adversarial: bool = False
+    command: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        extra = [word for word in (self.stage, self.output) if word]
+        return " ".join([Path(self.model).name, *extra])
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the model is a run's."""
+        return (Path(self.model) / "config.yaml").is_file()
+
+
+def assess(request: Request, progress: EvaluationProgress | None = None) -> tuple[Path, Evaluation]:
+    """Evaluate what was asked for.
+
+    Returns:
+        The folder with the results, and the evaluation.
+
+    Raises:
+        UserError: for a model, data or values that do not exist or do not fit one another.
+    """
+    if request.precision not in ("auto", "float32", "bf16"):
+        raise UserError(f"--precision {request.precision}: use auto, float32 or bf16")
+    device = find_device(request.device)
+    threat, curve = _threat(request)
+    test = _test_images(request)
+    model = _model(request, test)
+    count = min(request.limit or len(test), len(test))
+    folder = request.output_dir or _default_folder(request)
+    evaluation = evaluate(
+        model.to(device),
+        test.images[:count],
+        test.labels[:count],
+        threat=threat,
+        attacks=request.attacks or _run_attacks(request),
+        eps=curve,
+        batch_size=request.batch_size,
+        seed=request.seed,
+        precision=cast("Precision", request.precision),
+        class_names=list(test.class_names),
+        save_adversarial=request.save_adversarial,
+        output_dir=folder,
+        progress=progress,
+        command=request.command,
+    )
+    return folder, evaluation
+
+
+def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
+    """The threat model, and the radii of a curve over eps, if several were given: the largest is the threat's."""
+    known: dict[str, Any] = {}
+    if request.is_run:
+        threat = read_recipe(Path(request.model)).threat
+        known = {"norm": threat.norm, "eps": threat.eps}
+    elif ":" not in request.model:
+        known = read_config(find_model(request.model)).get("threat", {})
+    norm = request.norm or known.get("norm", "Linf")
+    if request.eps is None and "eps" not in known:
+        raise UserError("--eps is needed, since the model does not say for what it was trained; e.g. --eps 8/255")
+    radii = [part.strip() for part in (request.eps or str(known["eps"])).split(",")]
+    threats = [ThreatModel(cast("Norm", norm), cast("float", radius)) for radius in radii if radius not in ("0", "0.0")]
+    if not threats:
+        raise UserError(f"--eps {request.eps}: at least one radius must be greater than 0")
+    return max(threats, key=lambda threat: threat.eps), radii if len(radii) > 1 else []
+
+
+def _test_images(request: Request) -> Split:
+    if request.is_run:
+        return read_recipe(Path(request.model)).data.load("test", request.data)
+    if request.data is None:
+        raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
+    return load_split(request.data, "test")
+
+
+def _model(request: Request, test: Split) -> nn.Module:
+    if request.is_run:
+        model, trained = load_stage(Path(request.model), request.stage, request.checkpoint)
+        return view(model, request.output or trained)
+    for option, value in (("--stage", request.stage), ("--checkpoint", request.checkpoint)):
+        if value is not None:
+            raise UserError(f"{option} is for runs, and {request.model} is none")
+    if ":" in request.model:
+        backbone = backbones.build(request.model, where="model")
+        return backbone.create(test.num_classes, test.image_shape, Normalize.identity(test.image_shape[0]))
+    return load(request.model, request.output)
+
+
+def _run_attacks(request: Request) -> tuple[Any, ...]:
+    return read_recipe(Path(request.model)).evaluate.attacks if request.is_run else ("pgd-40",)
+
+
+def _default_folder(request: Request) -> Path:
+    """Beside the run's own evaluation, in a folder that names the options: another question is another folder."""
+    base = Path(request.model) if request.is_run else Path("evaluations") / request.label.replace(":", ".")
+    words = [request.stage, request.checkpoint, request.output, *request.attacks, request.norm, request.eps]
+    words += [None if request.limit is None else f"first{request.limit}"]
+    name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
+    return base / "evaluations" / name if request.is_run else base / (name or "default")

@@ -1,0 +1,228 @@
+"""The command line. Exit status 2: the input was wrong; 1: the run failed; 75: it was stopped and can go on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from dualhead.errors import Interrupted, RunError, UserError
+
+# What computes is imported by the commands that compute, so that `--help` and a wrong option answer at once.
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Dual Head Adversarial Training: more robust image classifiers, and honest measures of how robust they are.",
+)  # fmt: skip
+
+STOPPED = 75  # EX_TEMPFAIL: try again later
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE with dotted keys, e.g. threat.eps=4/255")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
+
+
+@app.callback()
+def _options(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    ctx.obj = {"debug": debug}
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("dualhead"))
+        raise typer.Exit
+
+
+@app.command()
+def demo(run_dir: RunDir = None, quiet: Quiet = False) -> None:
+    """Show on real handwritten digits what adversarial training and a second head do; a few minutes on two cores."""
+    from dualhead.demo import run_demo
+    from dualhead.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
+
+    with progress_bar(quiet=quiet) as bar, _stop_on_signals() as stop:
+        comparison = run_demo(
+            run_dir or Path("runs/demo"),
+            progress=None if quiet else TrainingDisplay(bar),
+            evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
+            stop=stop,
+            command=_command(),
+        )
+    out.print(accuracy_table(comparison.title, comparison.rows))
+    for line in comparison.remarks:
+        out.print(line, soft_wrap=True)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe (`dualhead list recipes`), or a YAML file.")],
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
+    from dualhead.run import train as run_training
+    from dualhead.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
+
+    with progress_bar(quiet=quiet) as bar, _stop_on_signals() as stop:
+        result = run_training(
+            recipe,
+            overrides or [],
+            run_dir=run_dir,
+            progress=None if quiet else TrainingDisplay(bar),
+            evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
+            stop=stop,
+            command=_command(),
+        )
+    rows = [row.describe() for row in result.rows]
+    if as_json:
+        typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
+        return
+    out.print(accuracy_table("accuracy in percent, with 95 % intervals", rows))
+    out.print(f"run: {result.run_dir}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    attack: Annotated[list[str] | None, typer.Option("--attack", help="Repeatable; default: the run's.")] = None,
+    eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="A finished stage of the run; default: the last.")
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
+    output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, mean or aggregate.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="Where results go.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="auto, float32 or bf16, of the search.")] = "auto",
+    save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure clean and robust accuracy of a run or a model."""
+    from dualhead.assess import Request, assess
+    from dualhead.terminal import EvaluationDisplay, accuracy_table, out, progress_bar
+
+    request = Request(
+        model=model,
+        attacks=tuple(attack or ()),
+        eps=eps,
+        norm=norm,
+        data=data,
+        limit=limit,
+        stage=stage,
+        checkpoint=checkpoint,
+        output=output,
+        output_dir=output_dir,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        precision=precision,
+        save_adversarial=save_adversarial,
+        command=_command(),
+    )
+    with progress_bar(quiet=quiet) as bar:
+        folder, evaluation = assess(request, None if quiet else EvaluationDisplay(bar, request.label))
+    if as_json:
+        typer.echo(json.dumps(evaluation.results, indent=2))
+        return
+    title = f"{evaluation.num_samples} images, accuracy in percent with 95 % intervals"
+    out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
+    for point in evaluation.results.get("curve", []):
+        robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
+        out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
+    for finding in evaluation.results["diagnostics"]:
+        if finding["status"] != "ok":
+            out.print(f"{finding['status']}: {finding['name']}: {finding['message']}", soft_wrap=True, markup=False)
+    out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "clean_accuracy": evaluation.clean_accuracy,
+        "robust_accuracy": evaluation.robust_accuracy,
+        "intervals": evaluation.results["intervals"],
+    }
+
+
+@app.command("list")
+def list_components(
+    kind: Annotated[str | None, typer.Argument(help="objectives, attacks, ..., recipes; default: all")] = None,
+) -> None:
+    """Name what is registered."""
+    from dualhead.config import REGISTRIES, shipped_recipes
+
+    kinds = {name: registry.names() for name, registry in REGISTRIES.items()} | {"recipes": shipped_recipes()}
+    if kind is not None and kind not in kinds:
+        raise UserError(f"list {kind}: unknown kind; known: {', '.join(sorted(kinds))}")
+    for name in [kind] if kind else sorted(kinds):
+        typer.echo(f"{name}: {', '.join(kinds[name])}")
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Any]:
+    """A function that tells whether SIGINT or SIGTERM has come; a second one ends the program at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _command() -> str:
+    return shlex.join(["dualhead", *sys.argv[1:]])
+
+
+def main() -> None:
+    """The entry point: every ending is one line and an exit status."""
+    debug = "--debug" in sys.argv
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except UserError as error:
+        _end(error, 2, debug)
+    except click.UsageError as error:
+        _end(error.format_message(), 2, debug)
+    except click.ClickException as error:
+        _end(error.format_message(), error.exit_code, debug)
+    except Interrupted as error:
+        _end(error, STOPPED, debug)
+    except (KeyboardInterrupt, click.Abort):
+        _end("stopped; the same command goes on from the last saved state", STOPPED, debug)
+    except RunError as error:
+        _end(error, 1, debug)
+    except OSError as error:  # no space, no permission, a folder that went away
+        _end(f"{error.filename or 'file'}: {error.strerror or error}", 1, debug)
+
+
+def _end(message: object, status: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"dualhead: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,294 @@
+"""The recipe: what a run is, as data. A file of YAML plus dotted overrides, validated before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from dualhead.attacks import Attack, attacks
+from dualhead.data import Augmentation, Split, augmentations, load_split
+from dualhead.errors import UserError
+from dualhead.heads import Aggregator, aggregators
+from dualhead.models import Backbone, backbones
+from dualhead.objectives import objectives
+from dualhead.registry import Registry, first_error
+from dualhead.schema import Section, component
+from dualhead.threat import ThreatModel, parse_real
+from dualhead.training.optimisation import optimisers, schedules
+from dualhead.training.stage import Stage
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "aggregators": aggregators,
+    "attacks": attacks,
+    "augmentations": augmentations,
+    "backbones": backbones,
+    "objectives": objectives,
+    "optimisers": optimisers,
+    "schedules": schedules,
+}
+"""Everything that a recipe can name, by the word for it."""
+
+
+def _amount(value: object) -> int | float:
+    number = value if isinstance(value, int) and not isinstance(value, bool) else parse_real(value)
+    if number < 0 or (isinstance(number, float) and number >= 1):
+        raise UserError(f": must be a fraction in [0, 1) or a whole number of images, got {value!r}")
+    return number
+
+
+class Data(Section):
+    """The images."""
+
+    source: str
+    """`digits`, a Hub name, a folder or file of parquet, or an image folder."""
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: tuple[int, int] | None = None
+    """[height, width] to resize to; None: all images must have one size."""
+    validation: Annotated[int | float, BeforeValidator(_amount)] = 0.02
+    """Part of the training images held out to choose checkpoints: a fraction, or a number of images."""
+    train_limit: int | None = Field(None, gt=0)
+    """Use only the first so many training images (the held-out ones included)."""
+    augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] = ()
+
+    def load(self, part: Literal["train", "test"], source: str | None = None) -> Split:
+        """The images of a part, of this source or of another one read in the same way.
+
+        Raises:
+            UserError: if they cannot be read.
+        """
+        return load_split(
+            source or self.source,
+            part,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            image_size=self.image_size,
+            limit=self.train_limit if part == "train" else None,
+        )
+
+
+class Statistics(Section):
+    """Mean and standard deviation of each channel, for images in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Model(Section):
+    """The network."""
+
+    backbone: Annotated[Backbone, *component(backbones)]
+    attach_at: str | None = None
+    """Layer whose output feeds the second head; None: no second head, and stages train `model`."""
+    aggregator: Annotated[Aggregator, *component(aggregators)] | None = None
+    """None: the paper's, up to the number of classes where its size is in proportion."""
+    second_head: Literal["reset", "clone"] = "reset"
+    """Whether the second head starts from fresh weights or from those of the first, when its first stage begins."""
+    normalize: Literal["data", "none"] | Statistics | None = None
+    """Inside the model: by the statistics of the training images, not at all, or by given ones. None: `none` for a
+    `package.module:factory`, whose model takes images in [0, 1] as they are, `data` for every other backbone."""
+
+
+class Validation(Section):
+    """What chooses checkpoints: robust accuracy on the held-out part of the training images."""
+
+    attack: Annotated[Attack, *component(attacks)] = Field("pgd-10", validate_default=True)
+    every: int = Field(1, ge=1)
+    """Epochs between validations; the last epoch of a stage is always validated."""
+
+
+class Evaluate(Section):
+    """What is measured on the test images when training is over."""
+
+    attacks: tuple[str | dict[str, Any], ...] = ("pgd-40",)
+    limit: int | None = Field(None, gt=0)
+    """Use only the first so many test images."""
+    batch_size: int = Field(256, ge=1)
+
+    @model_validator(mode="after")
+    def _attacks_exist(self) -> Self:
+        for index, spec in enumerate(self.attacks):
+            attacks.build(spec, where=f".attacks.{index}")
+        return self
+
+
+class Runtime(Section):
+    """Where and how the run computes; none of it is part of the method."""
+
+    device: str = "auto"
+    precision: Literal["float32", "bf16", "auto"] = "auto"
+    """`bf16`: autocast with channels-last; `auto`: whichever is faster on this device, measured at the start."""
+    seed: int = Field(0, ge=0)
+    save_minutes: float = Field(5.0, gt=0)
+    """Longest time between two saved states within an epoch; one is saved after every epoch besides."""
+    tensorboard: bool = False
+
+
+def _threat(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    unknown = set(value) - {"norm", "eps"}
+    if unknown:
+        raise UserError(f".{sorted(unknown)[0]}: unknown key (known: norm, eps)")
+    if "eps" not in value:
+        raise UserError(".eps: missing; this key is required, e.g. 8/255")
+    return ThreatModel(value.get("norm", "Linf"), value["eps"])
+
+
+class Recipe(Section):
+    """A run from data to evaluation."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    data: Data
+    model: Model
+    threat: Annotated[ThreatModel, BeforeValidator(_threat)]
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    validation: Validation = Validation()
+    evaluate: Evaluate = Evaluate()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        parts = {"trunk", "head1", "head2", "aggregator"} if self.model.attach_at else {"model"}
+        for index, stage in enumerate(self.stages):
+            if names.count(stage.name) > 1:
+                raise UserError(f".stages.{index}.name: two stages are called {stage.name!r}; give each its own name")
+            for part in stage.train:
+                if part not in parts:
+                    why = "has two heads" if self.model.attach_at else "has no second head (model.attach_at is not set)"
+                    raise UserError(
+                        f".stages.{index}.train: the model {why}, so its parts are {', '.join(sorted(parts))}; "
+                        f"got {part!r}"
+                    )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe in full, as plain data that `load_recipe` reads back."""
+        return self.model_dump(mode="json")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("dualhead.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"recipe {name}: no such file")
+        text, label = path.read_text(encoding="utf-8", errors="replace"), path.stem
+    elif name in shipped_recipes():
+        text, label = (resources.files("dualhead.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), name
+    else:
+        near = get_close_matches(name, shipped_recipes(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"recipe {name!r} is neither a file nor shipped; {hint}shipped: {', '.join(shipped_recipes())}")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"recipe {name}:{where} is not valid YAML: {problem}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
+    return content, label
+
+
+def _merge(base: Any, change: Any) -> Any:
+    """`change` laid over `base`: mappings key by key, stages by name, anything else replaced."""
+    if isinstance(base, dict) and isinstance(change, dict) and change.get("name", base.get("name")) == base.get("name"):
+        return {**base, **{key: _merge(base[key], value) if key in base else value for key, value in change.items()}}
+    named = [
+        x for x in (base, change) if isinstance(x, list) and x and all(isinstance(s, dict) and "name" in s for s in x)
+    ]
+    if len(named) == 2 and {s["name"] for s in change} <= {s["name"] for s in base}:
+        changes = {stage["name"]: stage for stage in change}
+        return [_merge(stage, changes.get(stage["name"], {})) for stage in base]
+    return change
+
+
+def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    content, label = _read(name)
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content, label
+    if not isinstance(parent, str) or parent in chain:
+        raise UserError(f"recipe {name}: extends must name one other recipe, without a circle; got {parent!r}")
+    beside = Path(name).parent / parent
+    base = _extended(str(beside) if Path(name).is_file() and beside.is_file() else parent, (*chain, name, parent))[0]
+    base.pop("name", None)
+    return _merge(base, content), label
+
+
+def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None:
+    key, *rest = path
+    if isinstance(target, list):
+        named = [item for item in target if isinstance(item, dict) and key in ("*", item.get("name"))]
+        if key.isdigit() and int(key) < len(target):
+            named = [target[int(key)]]
+        if not named:
+            known = ", ".join(str(item.get("name")) for item in target if isinstance(item, dict))
+            raise UserError(f"{override}: no item {key!r} in the list; write its position, its name ({known}) or *")
+        if not rest:
+            raise UserError(f"{override}: name the key to change inside {key!r}")
+        for item in named:
+            _assign(item, rest, value, override)
+        return
+    if not rest:
+        target[key] = value
+        return
+    inner = target.get(key)
+    if isinstance(inner, str):  # a component in its short form takes keys too: attack=pgd-10 attack.step_size=2/255
+        inner = target[key] = {"name": inner}
+    if inner is None:
+        inner = target[key] = {}
+    if not isinstance(inner, dict | list):
+        raise UserError(f"{override}: {key!r} holds {inner!r}, which has no keys")
+    _assign(inner, rest, value, override)
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by the name of a shipped one or by path, with overrides.
+
+    Args:
+        name: `cifar10_cpu`, or a path to a YAML file. A recipe may say `extends: OTHER` and give only what differs.
+        overrides: `KEY=VALUE` with a dotted key, `stages.main_head.epochs=5`; `*` stands for all items of a list.
+            Values are read as YAML.
+
+    Raises:
+        UserError: one line naming the key, what is wrong with it, and what would be right.
+    """
+    content, label = _extended(name)
+    content.setdefault("name", label)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"override {override!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"override {override!r}: the value is not valid YAML") from None
+        _assign(content, key.split("."), value, override)
+    return parse_recipe(content, f"recipe {name}")
+
+
+def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain data.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_error(error)}") from None

@@ -1,0 +1,45 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file aside, put it on the disk, then give it its name; a crash leaves the old file or the new.
+
+    Args:
+        path: the file; its folder is made if need be.
+        write: writes to the path it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(aside)
+        _flush(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text as UTF-8, atomically."""
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with sorted-as-given keys and a final newline, atomically; numbers that are not finite are refused."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

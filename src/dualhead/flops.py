@@ -1,0 +1,32 @@
+"""Floating-point operations, counted as they are dispatched: the unit in which costs of training are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class CountFlops(TorchDispatchMode):
+    """Adds up the operations of convolutions and matrix products, forward and backward, by torch's own formulas.
+
+    `torch.utils.flop_counter.FlopCounterMode` also sorts them by module, for which it hooks into the backward pass;
+    that does not work with `torch.autograd.grad` to an input, which is what attacks call.
+
+    Attributes:
+        total: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count it."""
+        del types
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result

@@ -1,0 +1,188 @@
+"""Models on disk: an architecture as data, and weights beside it. Nothing is unpickled, nothing is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, cast, get_args
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from dualhead.errors import UserError
+from dualhead.files import write_json
+from dualhead.heads import DualHeadClassifier, Output, aggregators, attach_second_head
+from dualhead.models import Normalize, backbones, load_state, read_state, write_state
+from dualhead.registry import first_error
+from dualhead.schema import Section
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+class Architecture(Section):
+    """All that makes a network, apart from its weights.
+
+    Args:
+        backbone: as a recipe writes it, in the long form.
+        attach_at: layer whose output feeds the second head; None: a plain classifier.
+        aggregator: as a recipe writes it, in the long form; None without a second head.
+        num_classes: logits per image.
+        image_shape: channels, height, width.
+        mean: of each channel, for images in [0, 1].
+        std: of each channel.
+    """
+
+    backbone: dict[str, Any]
+    attach_at: str | None = None
+    aggregator: dict[str, Any] | None = None
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def create(self) -> nn.Module:
+        """The network with fresh weights, drawn from torch's global generator.
+
+        Raises:
+            UserError: if the parts do not fit one another.
+        """
+        normalize = Normalize(self.mean, self.std)
+        backbone = backbones.build(self.backbone, where="model.backbone")
+        model = backbone.create(self.num_classes, self.image_shape, normalize)
+        if self.attach_at is None:
+            return model
+        return attach_second_head(
+            model,
+            self.attach_at,
+            num_classes=self.num_classes,
+            example=torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0)),
+            init="reset",
+            aggregator=aggregators.build(self.aggregator or "pairwise_cnn", where="model.aggregator"),
+        )
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], where: str) -> Self:
+        """From plain data.
+
+        Raises:
+            UserError: naming the key that is wrong.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise UserError(f"{where}: {first_error(error)}") from None
+
+
+def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts: Mapping[str, Any]) -> None:
+    """Write `config.json` and `model.safetensors`.
+
+    Args:
+        folder: made if need be.
+        model: whose weights are written.
+        architecture: that made it.
+        facts: what else to know of it: class names, threat model, which output is deployed.
+    """
+    write_state(model.state_dict(), folder / WEIGHTS)
+    write_config(folder, architecture, facts)
+
+
+def write_config(folder: Path, architecture: Architecture, facts: Mapping[str, Any]) -> None:
+    """Write `config.json` alone, for weights that lie beside it or below."""
+    write_json(folder / CONFIG, {"architecture": architecture.model_dump(mode="json"), **facts})
+
+
+def load_base_weights(model: nn.Module, path: str | Path) -> None:
+    """Start a network from weights that exist: a file, an exported model's folder or a run's.
+
+    Weights of the whole network fill it; weights of the plain backbone fill trunk and head 1.
+
+    Args:
+        model: a plain or dual-head classifier.
+        path: the weights.
+
+    Raises:
+        UserError: if they are of neither shape.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((p for p in (path / WEIGHTS, path / "model" / WEIGHTS) if p.is_file()), path / WEIGHTS)
+    state = read_state(path)
+    if isinstance(model, DualHeadClassifier) and set(state) != set(model.state_dict()):
+        model.load_base_state_dict(state)
+    else:
+        load_state(model, state, str(path))
+
+
+def load(path: str | Path, output: str | None = None) -> nn.Module:
+    """An ordinary classifier from a run, an exported model's folder or a Hub name, in eval mode.
+
+    Args:
+        path: the folder, or a Hub name `OWNER/NAME`.
+        output: for a dual-head model: `head1`, `head2`, `mean` or `aggregate`; None for the deployed one.
+
+    Returns:
+        A module from images float [B, C, H, W] in [0, 1] to logits [B, num_classes].
+
+    Raises:
+        UserError: if there is no such model, or it is not whole.
+    """
+    folder = find_model(path)
+    config = read_config(folder)
+    architecture = Architecture.parse(config["architecture"], str(folder / CONFIG))
+    model = architecture.create()
+    load_state(model, read_state(folder / WEIGHTS), str(folder / WEIGHTS))
+    return view(model, output or config.get("output", "model")).eval()
+
+
+def view(model: nn.Module, output: str) -> nn.Module:
+    """One output of a model as a classifier of its own, on shared weights.
+
+    Raises:
+        UserError: if the model has no such output.
+    """
+    if isinstance(model, DualHeadClassifier):
+        if output not in get_args(Output):
+            raise UserError(f"output {output!r}: a dual-head model has {', '.join(get_args(Output))}")
+        return model if output == "aggregate" else model.view(cast("Output", output))
+    if output != "model":
+        raise UserError(f"output {output!r}: the model has no second head; leave it out")
+    return model
+
+
+def find_model(path: str | Path) -> Path:
+    """The folder with `config.json` and weights: a run's `model/`, the folder itself, or a download from the Hub.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+            return folder
+    name = str(path)
+    if not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        except Exception as error:  # the network fails in many ways
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{name}: no such folder, and the Hub gives no such model ({reason})") from None
+    raise UserError(f"{path}: holds no finished model ({WEIGHTS} and {CONFIG}, also not in its folder model/)")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model.
+
+    Raises:
+        UserError: if it is not JSON or lacks the architecture.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG}: cannot be read ({error})") from None
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise UserError(f"{folder / CONFIG}: has no key 'architecture'; is it a model of dualhead?")
+    return config

@@ -1,0 +1,495 @@
+"""A run: from a recipe to trained weights, their evaluation, and a folder that holds all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from dualhead.config import Recipe, Statistics, load_recipe, parse_recipe
+from dualhead.data import Loader, Split, hold_out
+from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate
+from dualhead.files import write_json, write_text
+from dualhead.flops import CountFlops
+from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
+from dualhead.hub import Architecture, load_base_weights, read_config, save_model, view, write_config
+from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
+from dualhead.runtime import Arithmetic, choose_arithmetic, describe_environment, find_device, in_eval_mode
+from dualhead.training import (
+    MetricsLog,
+    Position,
+    Program,
+    Saved,
+    Silent,
+    Stage,
+    StageFiles,
+    StageRun,
+    TrainingProgress,
+    Validator,
+    load_position,
+    save_position,
+    trained_output,
+)
+
+BASE = "base model"
+ROWS = {"head1": "head 1", "head2": "head 2", "mean": "mean of heads", "aggregate": "DH-AT"}
+"""What tables call the outputs of a dual-head model."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: an output of the run's model, or its base model as it was before the second head.
+
+    Args:
+        name: as tables call it.
+        evaluation: what was measured.
+        parameters: of the modules that the output runs.
+        forward_equivalents: cost of its training, in forward passes of one image through the base model.
+        seconds: of its training.
+    """
+
+    name: str
+    evaluation: Evaluation
+    parameters: int
+    forward_equivalents: float
+    seconds: float
+
+    def describe(self) -> dict[str, Any]:
+        """As `comparison.json` holds it."""
+        return {
+            "name": self.name,
+            "clean_accuracy": self.evaluation.clean_accuracy,
+            "robust_accuracy": dict(self.evaluation.robust_accuracy),
+            "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
+            "parameters": self.parameters,
+            "training_cost": {
+                "forward_equivalents": round(self.forward_equivalents, 1),
+                "seconds": round(self.seconds, 1),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Args:
+        run_dir: the folder that holds it.
+        model: the deployed classifier, in eval mode.
+        rows: the evaluations, the deployed one last.
+    """
+
+    run_dir: Path
+    model: nn.Module
+    rows: tuple[Row, ...]
+
+
+def train(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | Path | None = None,
+    progress: TrainingProgress | None = None,
+    evaluation_progress: Callable[[str], EvaluationProgress] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    command: str | None = None,
+) -> RunResult:
+    """Train as a recipe says and evaluate what came of it; in a folder with an unfinished run, go on with it.
+
+    Args:
+        recipe: a recipe, the name of a shipped one, or a path to a YAML file.
+        overrides: `KEY=VALUE` with dotted keys, for a recipe by name or path.
+        run_dir: the run's folder; None for `runs/NAME`.
+        progress: told of stages, steps and epochs.
+        evaluation_progress: gives, for the name of a row, who is told of its evaluation.
+        stop: asked after every step; when true the run saves itself and raises `Interrupted`.
+        command: what the user typed, kept with the results.
+
+    Raises:
+        UserError: for a bad recipe, bad data, or a folder that holds another run; nothing is written then.
+        Interrupted: when stopped.
+        RunError: when training fails.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(str(recipe), overrides)
+    elif overrides:
+        raise UserError("overrides apply to a recipe by name or path, not to one that is built already")
+    run = Run(recipe, Path(run_dir) if run_dir is not None else Path("runs") / recipe.name)
+    run.train(progress or Silent(), stop)
+    rows = run.evaluate(evaluation_progress, command)
+    return RunResult(run.folder, view(run.model, run.output), tuple(rows))
+
+
+class Run:
+    """A recipe with its data and its network, in a folder.
+
+    Nothing is written before recipe, data and network have been found to fit one another.
+
+    Args:
+        recipe: what to do.
+        folder: where.
+
+    Raises:
+        UserError: for bad data, a network that does not fit them, or a folder that holds another run.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self._refuse_other_run()
+        self.device = find_device(recipe.runtime.device)
+        whole, self.test = load_data(recipe)
+        amount = recipe.data.validation
+        self.held_out: Split | None
+        self.training, self.held_out = hold_out(whole, amount, recipe.runtime.seed) if amount else (whole, None)
+        self._check_validation()
+        self.architecture = architecture_of(recipe, self.training)
+        torch.manual_seed(recipe.runtime.seed)
+        self.model = self.architecture.create().to(self.device)
+        for stage in recipe.stages:  # a stage that cannot be is refused now, not after the hours before it
+            Program(self.model, stage.train)
+        self.output = trained_output(recipe.stages[-1].train)
+        self.position = Position()
+        self._saved: Saved | None = None
+        self._history: list[dict[str, Any]] = []
+
+    # ---- the folder
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "checkpoints" / "state.pt"
+
+    def _stage_file(self, stage: Stage, which: str) -> Path:
+        return self.folder / "checkpoints" / stage.name / f"{which}.safetensors"
+
+    def _refuse_other_run(self) -> None:
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise UserError(f"{self.folder}: holds something that is not a run; choose another --run-dir")
+            if self.folder.exists() and not self.folder.is_dir():
+                raise UserError(f"{self.folder}: is a file; choose another --run-dir")
+            return
+        before, now = read_recipe(self.folder).resolved(), self.recipe.resolved()
+        different = sorted(differences(before, now))
+        if different:
+            more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+            raise UserError(
+                f"{self.folder}: holds a run of another recipe, which differs in {', '.join(different[:4])}{more}; "
+                "choose another --run-dir"
+            )
+
+    def _check_validation(self) -> None:
+        for index, stage in enumerate(self.recipe.stages):
+            if self.held_out is None and stage.keep == "best":
+                raise UserError(
+                    f"stages.{index}.keep: best needs held-out images, but data.validation is 0; "
+                    "set keep: last or data.validation: 0.02"
+                )
+
+    def _open(self) -> Arithmetic:
+        """Make the folder, or find in it where the run stands."""
+        environment_file = self.folder / "environment.json"
+        if not (self.folder / "config.yaml").is_file():
+            write_config(self.folder / "checkpoints", self.architecture, self._facts())
+            write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
+        if self._state_file.is_file():
+            self._saved = load_position(self._state_file)
+            self.position = self._saved.position
+            load_state(self.model, self._saved.model, str(self._state_file))
+        elif environment_file.is_file():
+            environment_file.unlink()
+        return self._arithmetic(environment_file)
+
+    def _arithmetic(self, environment_file: Path) -> Arithmetic:
+        if environment_file.is_file():  # a run that goes on keeps its arithmetic, whatever would be faster now
+            known = yaml.safe_load(environment_file.read_text(encoding="utf-8"))
+            chosen = choose_arithmetic(known["precision"], self.model, torch.empty(0))
+        else:
+            shape = (min(64, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
+            example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+            chosen = choose_arithmetic(self.recipe.runtime.precision, self.model, example)
+            facts = {**describe_environment(self.device), "precision": chosen.name}
+            write_json(environment_file, facts)
+        chosen.lay_out(self.model)
+        return chosen
+
+    # ---- training
+
+    def train(self, progress: TrainingProgress, stop: Callable[[], bool]) -> None:
+        """Do the stages that are not done yet, and write the model."""
+        arithmetic = self._open()
+        log = MetricsLog(
+            self.folder / "metrics.jsonl",
+            keep=self._is_past,
+            tensorboard=self.folder / "tensorboard" if self.recipe.runtime.tensorboard else None,
+        )
+        while self.position.stage < len(self.recipe.stages):
+            self._train_stage(self.position.stage, arithmetic, log, progress, stop)
+        save_model(self.folder / "model", self.model, self.architecture, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "class_names": list(self.training.class_names),
+            "threat": {"norm": self.recipe.threat.norm, "eps": self.recipe.threat.eps},
+            "output": self.output,
+            "recipe": self.recipe.name,
+        }
+
+    def _is_past(self, line: Mapping[str, Any]) -> bool:
+        numbers = {stage.name: number for number, stage in enumerate(self.recipe.stages)}
+        return (numbers.get(line["stage"], -1), line["epoch"]) <= (self.position.stage, self.position.epoch)
+
+    def _train_stage(
+        self,
+        number: int,
+        arithmetic: Arithmetic,
+        log: MetricsLog,
+        progress: TrainingProgress,
+        stop: Callable[[], bool],
+    ) -> None:
+        recipe, stage = self.recipe, self.recipe.stages[number]
+        goes_on = self._saved is not None and self._saved.optimiser is not None
+        if not goes_on:
+            self._prepare_stage(number)
+        program = Program(self.model, stage.train)
+        loader = Loader(
+            self.training, stage.batch_size, seed=recipe.runtime.seed + number, augment=recipe.data.augment,
+            device=self.device,
+        )  # fmt: skip
+        progress.stage(
+            stage.name, number + 1, len(recipe.stages), stage.epochs, len(loader),
+            self.position.epoch * len(loader) + self.position.step,
+        )  # fmt: skip
+        run = StageRun(
+            stage,
+            program,
+            loader,
+            validator=self._validator(),
+            threat=recipe.threat,
+            arithmetic=arithmetic,
+            seed=recipe.runtime.seed,
+            device=self.device,
+            files=StageFiles(self._state_file, self._stage_file(stage, "best"), self._stage_file(stage, "last")),
+            log=log,
+            progress=progress,
+            stop=stop,
+            save_minutes=recipe.runtime.save_minutes,
+        )
+        finished = run.run(self.position, self._saved if goes_on else None)
+        self._close_stage(stage, finished, len(loader))
+
+    def _prepare_stage(self, number: int) -> None:
+        stage = self.recipe.stages[number]
+        if stage.init is not None:
+            load_base_weights(self.model, stage.init)
+        begins = "head2" in stage.train and not any("head2" in earlier.train for earlier in self.recipe.stages[:number])
+        if isinstance(self.model, DualHeadClassifier) and begins and self.recipe.model.second_head == "clone":
+            self.model.head2.load_state_dict(self.model.head1.state_dict())
+
+    def _close_stage(self, stage: Stage, finished: Position, steps: int) -> None:
+        kept = self._stage_file(stage, stage.keep)
+        load_state(self.model, read_state(kept), str(kept))
+        write_json(
+            kept.parent / "summary.json",
+            {
+                "stage": stage.name,
+                "epochs": finished.epoch,
+                "seconds": round(finished.seconds, 3),
+                "steps": finished.epoch * steps,
+                "flops": finished.step_cost * finished.epoch * steps,
+                "best": finished.best or None,
+                "kept": stage.keep,
+            },
+        )
+        self.position, self._saved = Position(stage=finished.stage + 1), None
+        save_position(self._state_file, self.position, self.model, None)
+
+    def _validator(self) -> Validator | None:
+        if self.held_out is None:
+            return None
+        settings = self.recipe.validation
+        return Validator(self.held_out, settings.attack, settings.every, self.recipe.threat, self.recipe.runtime.seed)
+
+    # ---- evaluation
+
+    def evaluate(self, progress: Callable[[str], EvaluationProgress] | None, command: str | None) -> list[Row]:
+        """Measure every output of the finished model, and its base model, on the test images.
+
+        The deployed output's results lie in `evaluation/`, the others' in `evaluation/rows/`, all of them side by side
+        in `comparison.json`.
+        """
+        settings = self.recipe.evaluate
+        count = len(self.test) if settings.limit is None else min(settings.limit, len(self.test))
+        images, labels = self.test.images[:count], self.test.labels[:count]
+        costs = self._costs()
+        rows = []
+        for name, model, output in self._outputs():
+            deployed = output == self.output and name != BASE
+            folder = self.folder / "evaluation"
+            evaluation = evaluate(
+                model,
+                images,
+                labels,
+                threat=self.recipe.threat,
+                attacks=settings.attacks,
+                batch_size=settings.batch_size,
+                seed=self.recipe.runtime.seed,
+                precision=self.recipe.runtime.precision,
+                class_names=list(self.test.class_names),
+                output_dir=folder if deployed else folder / "rows" / name.replace(" ", "_"),
+                progress=progress(name) if progress else None,
+                command=command,
+            )
+            forward_equivalents, seconds = costs["base" if name == BASE else output]
+            rows.append(Row(name, evaluation, self._parameters(output), forward_equivalents, seconds))
+        rows.sort(key=lambda row: row.name == self._row_name(self.output))
+        write_json(self.folder / "comparison.json", {"rows": [row.describe() for row in rows]})
+        return rows
+
+    def _row_name(self, output: str) -> str:
+        return ROWS.get(output, self.recipe.name)
+
+    def _outputs(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Row, classifier and output of all that is evaluated; the base model has the weights it was left with."""
+        if not isinstance(self.model, DualHeadClassifier):
+            yield self._row_name("model"), self.model, "model"
+            return
+        first = self.recipe.stages[0]
+        if "head1" in first.train:
+            base = self.architecture.create().to(self.device)
+            path = self._stage_file(first, first.keep)
+            load_state(base, read_state(path), str(path))
+            yield BASE, view(base, "head1"), "head1"
+        for output, name in ROWS.items():
+            yield name, view(self.model, output), output
+
+    def _parameters(self, output: str) -> int:
+        if not isinstance(self.model, DualHeadClassifier):
+            return count_parameters(self.model)
+        parts = {"head1": ["head1"], "head2": ["head2"], "mean": ["head1", "head2"]}
+        used = ["trunk", *parts.get(output, ["head1", "head2", "aggregator"])]
+        return sum(count_parameters(getattr(self.model, part)) for part in used)
+
+    def _costs(self) -> dict[str, tuple[float, float]]:
+        """Training cost of each output, in forward passes of one image through the base model, and in seconds.
+
+        An output costs the stages up to the last one that trains a part it runs.
+        """
+        stages = []
+        for stage in self.recipe.stages:
+            path = self._stage_file(stage, stage.keep).parent / "summary.json"
+            summary = yaml.safe_load(path.read_text(encoding="utf-8"))
+            stages.append((set(stage.train), summary["flops"], summary["seconds"]))
+        unit = self._forward_flops()
+        needed = {
+            "model": {"model"}, "head1": {"trunk", "head1"}, "head2": {"trunk", "head2"},
+            "mean": {"trunk", "head1", "head2"}, "aggregate": {"trunk", "head1", "head2", "aggregator"},
+        }  # fmt: skip
+        costs = {"base": (stages[0][1] / unit, stages[0][2])}
+        for output, parts in needed.items():
+            reached = max((n + 1 for n, (trained, _, _) in enumerate(stages) if trained & parts), default=0)
+            costs[output] = (sum(s[1] for s in stages[:reached]) / unit, sum(s[2] for s in stages[:reached]))
+        return costs
+
+    def _forward_flops(self) -> int:
+        base = view(self.model, "head1") if isinstance(self.model, DualHeadClassifier) else self.model
+        example = torch.zeros(1, *self.architecture.image_shape, device=self.device)
+        with CountFlops() as counter, in_eval_mode(base), torch.no_grad():
+            base(example)
+        return counter.total
+
+
+def load_data(recipe: Recipe) -> tuple[Split, Split]:
+    """Training and test images as a recipe names them."""
+    data = recipe.data
+    training, test = data.load("train"), data.load("test")
+    if test.class_names != training.class_names:
+        raise UserError(
+            f"data.source {data.source}: training and test images have different classes "
+            f"({len(training.class_names)} and {len(test.class_names)})"
+        )
+    if test.image_shape[0] != training.image_shape[0]:
+        raise UserError(f"data.source {data.source}: training and test images differ in channels (grey and colour)")
+    return training, test
+
+
+def architecture_of(recipe: Recipe, training: Split) -> Architecture:
+    """The network that a recipe means for its data."""
+    channels, classes = training.image_shape[0], len(training.class_names)
+    imported = recipe.model.backbone.registered_name == "factory"
+    normalize = recipe.model.normalize or ("none" if imported else "data")
+    if normalize == "data":
+        mean, std = channel_statistics(training.images)
+        std = tuple(deviation or 1.0 for deviation in std)  # a channel that never varies keeps its scale
+    elif isinstance(normalize, Statistics):
+        mean, std = normalize.mean, normalize.std
+    else:
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    aggregator = recipe.model.aggregator or aggregators.build(default_aggregator(classes))
+    return Architecture(
+        backbone=backbones.describe(recipe.model.backbone),
+        attach_at=recipe.model.attach_at,
+        aggregator=aggregators.describe(aggregator) if recipe.model.attach_at else None,
+        num_classes=classes,
+        image_shape=training.image_shape,
+        mean=mean,
+        std=std,
+    )
+
+
+def load_stage(folder: Path, stage: str | None = None, checkpoint: str | None = None) -> tuple[nn.Module, str]:
+    """The network of a run as a finished stage left it, and the output that the stage trained.
+
+    Args:
+        folder: of the run.
+        stage: its name; None for the last finished one.
+        checkpoint: `best` or `last` epoch; None for the one that the recipe keeps.
+
+    Raises:
+        UserError: if the stage does not exist or is not finished.
+    """
+    recipe = read_recipe(folder)
+    finished = [s for s in recipe.stages if (folder / "checkpoints" / s.name / "summary.json").is_file()]
+    if not finished:
+        raise UserError(f"{folder}: no stage is finished yet; `dualhead train` with the same recipe goes on with it")
+    names = ", ".join(s.name for s in finished)
+    chosen = next((s for s in finished if s.name == stage), None) if stage is not None else finished[-1]
+    if chosen is None:
+        raise UserError(f"--stage {stage}: not a finished stage of {folder}; finished: {names}")
+    if checkpoint not in (None, "best", "last"):
+        raise UserError(f"--checkpoint {checkpoint}: use best or last")
+    config = read_config(folder / "checkpoints")
+    model = Architecture.parse(config["architecture"], str(folder / "checkpoints")).create()
+    path = folder / "checkpoints" / chosen.name / f"{checkpoint or chosen.keep}.safetensors"
+    load_state(model, read_state(path), str(path))
+    return model, trained_output(chosen.train)
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no run (config.yaml is missing)")
+    return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """Dotted keys in which two plain structures differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from differences(*pair, f"{place}.{index}")
+    elif before != now:
+        yield place

@@ -1,0 +1,175 @@
+"""Where and how to compute: the one place that names devices."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.errors import UserError
+
+Precision = Literal["float32", "bf16", "auto"]
+
+
+def find_device(name: str) -> torch.device:
+    """A device by name; `auto` takes an accelerator if there is one that knows float64, else the CPU.
+
+    Budgets are checked in float64, which Apple's GPUs do not have.
+
+    Raises:
+        UserError: if torch does not know the device or this machine lacks it.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"runtime.device: {name!r} is not usable here; write auto, cpu, cuda or cuda:0") from None
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A choice of number format and memory layout for the passes through a model.
+
+    Args:
+        bf16: run the passes under bfloat16 autocast with channels-last images; else in float32.
+    """
+
+    bf16: bool
+
+    @property
+    def name(self) -> str:
+        """As recipes write it."""
+        return "bf16" if self.bf16 else "float32"
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context for a forward pass."""
+        return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def lay_out(self, model: nn.Module) -> None:
+        """Give the model's weights the layout that suits, in place; values stay."""
+        if self.bf16:
+            set_layout(model, torch.channels_last)
+
+    def images(self, x: Tensor) -> Tensor:
+        """Images in the layout that suits."""
+        return x.contiguous(memory_format=torch.channels_last) if self.bf16 else x
+
+    def wrap(self, logits_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The function under this arithmetic; logits come out in float32."""
+
+        def run(x: Tensor) -> Tensor:
+            with self.autocast(x.device):
+                return logits_fn(self.images(x)).float()
+
+        return run
+
+
+def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
+    """Store the weights of 2-d convolutions in a memory layout, in place; values stay."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+FLOAT32 = Arithmetic(bf16=False)
+BF16 = Arithmetic(bf16=True)
+
+
+def choose_arithmetic(precision: Precision, model: nn.Module, example: Tensor, seconds: float = 1.5) -> Arithmetic:
+    """The arithmetic that a precision stands for; for `auto` the faster one, measured.
+
+    What is timed is a forward pass and a backward pass to the input: most of what adversarial training and white-box
+    attacks do. bf16 must win clearly, since float32 is exact.
+
+    Args:
+        precision: `float32`, `bf16` or `auto`.
+        model: images to logits; its mode and values are left as they are.
+        example: a batch of images as the work will use.
+        seconds: about how long to measure each.
+    """
+    if precision != "auto":
+        return BF16 if precision == "bf16" else FLOAT32
+    timings = {}
+    with in_eval_mode(model):
+        for arithmetic in (FLOAT32, BF16):
+            arithmetic.lay_out(model)
+            timings[arithmetic] = _seconds_per_pass(arithmetic.wrap(model), example, seconds)
+    chosen = BF16 if timings[BF16] < 0.9 * timings[FLOAT32] else FLOAT32
+    if chosen is FLOAT32:
+        set_layout(model, torch.contiguous_format)
+    return chosen
+
+
+def _seconds_per_pass(logits_fn: Callable[[Tensor], Tensor], example: Tensor, seconds: float) -> float:
+    def one_pass() -> float:
+        began = time.perf_counter()
+        x = example.detach().requires_grad_()
+        torch.autograd.grad(logits_fn(x).sum(), x)
+        synchronize(example.device)
+        return time.perf_counter() - began
+
+    one_pass()  # pays for allocation and for the choice of kernels
+    best, deadline = one_pass(), time.perf_counter() + seconds / 2
+    while time.perf_counter() < deadline:
+        best = min(best, one_pass())
+    return best
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, each module's own mode restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What determines speed and last bits of a result, without names of hosts or people."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("dualhead")
+    except PackageNotFoundError:
+        own = "unknown"
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "dualhead": own,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": str(device),
+        "accelerator": accelerator,
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123  # a stream of the kernel's, not a path
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,126 @@
+"""What people see of a run: progress bars where there is a terminal, plain lines where there is none, and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+REFRESH_SECONDS = 0.5
+
+
+class TrainingDisplay:
+    """Draws training: stage, epoch, loss, clean and robust validation accuracy, time left."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self._label = ""
+        self._accuracy = ""
+        self._epochs = 0
+        self._drawn = 0.0
+        self._pending = 0
+
+    def stage(self, name: str, number: int, stages: int, epochs: int, steps: int, done: int) -> None:
+        """See `TrainingProgress.stage`."""
+        self._label = f"{name} ({number}/{stages})"
+        self._epochs, self._accuracy, self._pending = epochs, "", 0
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(self._label, total=epochs * steps, completed=done)
+        else:
+            err.print(f"stage {self._label}: {epochs} epochs of {steps} steps")
+
+    def step(self, epoch: int, loss: Tensor) -> None:
+        """See `TrainingProgress.step`. The loss is read twice a second, not at every step."""
+        self._pending += 1
+        if self._bar is None or self._task is None or time.monotonic() - self._drawn < REFRESH_SECONDS:
+            return
+        text = f"{self._label}  epoch {epoch}/{self._epochs}  loss {float(loss):.3f}{self._accuracy}"
+        self._bar.update(self._task, description=text, advance=self._pending)
+        self._drawn, self._pending = time.monotonic(), 0
+
+    def epoch(self, metrics: Mapping[str, Any]) -> None:
+        """See `TrainingProgress.epoch`."""
+        if "validation_robust" in metrics:
+            clean, robust = metrics["validation_clean"], metrics["validation_robust"]
+            self._accuracy = f"  clean {clean:.1%}  robust {robust:.1%}"
+        if self._bar is None:
+            err.print(
+                f"stage {self._label}: epoch {metrics['epoch']}/{self._epochs}, loss {metrics['loss']:.3f}"
+                f"{self._accuracy.replace('  ', ', ')}, {metrics['seconds']:.0f} s"
+            )
+        elif self._task is not None:
+            self._bar.update(self._task, advance=self._pending)
+            self._pending = 0
+
+
+class EvaluationDisplay:
+    """Draws an evaluation: attack, robust accuracy so far, tries left, time left."""
+
+    def __init__(self, bar: Progress | None, row: str) -> None:
+        self._bar = bar
+        self._row = row
+        self._tasks: dict[str, TaskID] = {}
+        self._told: set[str] = set()
+
+    def update(self, attack: str, done: int, total: int, robust_so_far: float) -> None:
+        """See `EvaluationProgress.update`."""
+        text = f"{self._row}: {attack}  robust {robust_so_far:.1%}"
+        if self._bar is None:
+            if done >= total and attack not in self._told:
+                self._told.add(attack)
+                err.print(text.replace("  ", ", ") + " so far")
+            return
+        if attack not in self._tasks:
+            for task in self._tasks.values():
+                self._bar.update(task, visible=False)
+            self._tasks[attack] = self._bar.add_task(text, total=total)
+        self._bar.update(self._tasks[attack], description=text, completed=done, total=total)
+        if done >= total:
+            self._bar.update(self._tasks[attack], visible=False)
+
+
+@contextmanager
+def progress_bar(*, quiet: bool) -> Iterator[Progress | None]:
+    """A live bar on a terminal; None where lines are printed instead, or nothing is."""
+    if quiet or not err.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        yield bar
+
+
+def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of accuracies with their 95 % intervals.
+
+    Args:
+        title: above it.
+        rows: as `comparison.json` holds them.
+    """
+    table = Table(title=title, title_justify="left")
+    attacks = [name for name in rows[0]["robust_accuracy"] if name != "worst"]
+    shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
+    table.add_column("model")
+    for column in ("clean", *shown):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"])]
+        cells += [_percent(row["robust_accuracy"][name], row["intervals"][name]) for name in shown]
+        table.add_row(row["name"], *cells)
+    return table
+
+
+def _percent(share: float, ends: Sequence[float]) -> str:
+    return f"{100 * share:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"

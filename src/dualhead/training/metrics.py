@@ -1,0 +1,60 @@
+"""The log of a run: one JSON object a line, for every finished epoch; TensorBoard beside it if it is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dualhead.errors import UserError
+from dualhead.files import write_text
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run.
+
+    Args:
+        path: the file.
+        keep: tells for each line that stands there already whether it is still true; a run that goes on from a
+            checkpoint drops the lines that came after it.
+        tensorboard: folder for TensorBoard's event files; None for none.
+
+    Raises:
+        UserError: if TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, path: Path, keep: Any = None, tensorboard: Path | None = None) -> None:
+        self._path = path
+        kept = [line for line in read_metrics(path) if keep is None or keep(line)]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._writer: Any = None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                hint = "pip install 'dualhead[tensorboard]'"
+                raise UserError(f"runtime.tensorboard: TensorBoard is not installed; {hint}") from None
+            self._writer = SummaryWriter(str(tensorboard))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(line)) + "\n")
+        if self._writer is not None:
+            for key, value in line.items():
+                if isinstance(value, int | float) and key not in ("epoch", "step"):
+                    self._writer.add_scalar(f"{line['stage']}/{key}", value, line["step"])
+            self._writer.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line that a crash cut short is left out. No file is no lines."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines

@@ -1,0 +1,43 @@
+"""One stage of training as a recipe writes it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dualhead.attacks import Attack, Maximiser, attacks
+from dualhead.errors import UserError
+from dualhead.objectives import Objective, objectives
+from dualhead.schema import Section, component
+from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
+
+
+class Stage(Section):
+    """One stage of training."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    train: tuple[Literal["model", "trunk", "head1", "head2", "aggregator"], ...] = Field(min_length=1)
+    """The parts that learn; the others are frozen."""
+    objective: Annotated[Objective, *component(objectives)]
+    attack: Annotated[Attack, *component(attacks)] = Field("pgd-10", validate_default=True)
+    attack_mode: Literal["eval", "train"] = "eval"
+    """Mode of the trained parts while the attack runs."""
+    forward: Literal["separate", "joint"] = "separate"
+    """Clean and attacked images in two forwards, as published, or in one: joint batch-norm statistics, and faster."""
+    epochs: int = Field(ge=0)
+    batch_size: int = Field(128, ge=1)
+    optimiser: Annotated[Optimiser, *component(optimisers)] = Field("sgd", validate_default=True)
+    schedule: Annotated[Schedule, *component(schedules)] = Field("step", validate_default=True)
+    init: str | None = None
+    """Weights to start the trained network from: a file, an exported model or a run."""
+    keep: Literal["best", "last"] = "best"
+    """The checkpoint that the next stage and the evaluation use."""
+
+    @model_validator(mode="after")
+    def _attack_fits(self) -> Self:
+        if self.objective.adversarial and not isinstance(self.attack, Maximiser):
+            raise UserError(f"attack {self.attack.registered_name!r} cannot be trained with; use pgd or fgsm")
+        if len(set(self.train)) != len(self.train):
+            raise UserError(f"train names a part twice: {', '.join(self.train)}")
+        return self
