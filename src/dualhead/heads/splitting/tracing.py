@@ -131,7 +131,10 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        opened = self._open(proxy, self.values[proxy.node])
+        # Numbers that a layer gives (a grid's height and width, say) cannot cross: they are kept as on the example, and
+        # the check on another batch size tells if they depend on it.
+        constants = (*_CONSTANTS, int, float) if kind == "call_module" else _CONSTANTS
+        opened = self._open(proxy, self.values[proxy.node], constants)
         if kind == "call_module" and target == self.at:
             if self.cut is not None:
                 raise CannotCut("it is called more than once in a forward pass")
@@ -177,17 +180,17 @@ class _Tracer(fx.Tracer):
             return False
         return any(isinstance(self._known(argument), Tensor) for argument in node.all_input_nodes)
 
-    def _open(self, proxy: fx.Proxy, value: Any) -> Any:
+    def _open(self, proxy: fx.Proxy, value: Any, constants: tuple[type, ...]) -> Any:
         """The same structure as the value, with a proxy for each tensor in it."""
-        if isinstance(value, _CONSTANTS):
+        if isinstance(value, constants):
             return value
         if isinstance(value, Mapping):
             opened: Any = copy.copy(value)
             for key, item in value.items():
-                opened[key] = self._open(cast("Any", proxy)[key], item)
+                opened[key] = self._open(cast("Any", proxy)[key], item, constants)
             return opened
         if type(value) in (tuple, list):
-            return type(value)(self._open(cast("Any", proxy)[i], item) for i, item in enumerate(value))
+            return type(value)(self._open(cast("Any", proxy)[i], item, constants) for i, item in enumerate(value))
         return proxy
 
 
@@ -195,6 +198,7 @@ class _Trace:
     """One trace of a model in one mode, divided at the layer."""
 
     def __init__(self, model: nn.Module, at: str, images: Tensor, training: bool) -> None:
+        self._at = at
         self.mode = "train" if training else "eval"
         scratch = _Whole(model).train(training)
         tracer = _Tracer(_ROOT + at, images)
@@ -202,15 +206,20 @@ class _Trace:
         if tracer.cut is None:
             raise CannotCut("it is not called in a forward pass")
         self._whole = {node for node in graph.nodes if isinstance(tracer.values.get(node), Tensor)}
-        self._prune(graph)
+        self._prune(graph, tracer.cut)
         self._rename(graph, scratch)
         self._divide(graph, tracer.cut)
 
-    def _prune(self, graph: fx.Graph) -> None:
+    def _prune(self, graph: fx.Graph, cut: fx.Node) -> None:
         """Drop what only branches needed: numbers, attributes and entries that nothing uses."""
         for node in reversed(graph.nodes):
             passive = node.op == "get_attr" or node.target is operator.getitem or node not in self._whole
-            if not node.users and passive and node.op not in ("placeholder", "output", "call_module"):
+            if (
+                node is not cut
+                and not node.users
+                and passive
+                and node.op not in ("placeholder", "output", "call_module")
+            ):
                 graph.erase_node(node)
 
     def _rename(self, graph: fx.Graph, scratch: _Whole) -> None:
@@ -230,18 +239,11 @@ class _Trace:
         nodes = list(graph.nodes)
         place = nodes.index(cut) + 1
         behind = set(nodes[place:])
-        crossing: set[fx.Node] = set()
-        needed = list(behind)
-        while needed:
-            for node in needed.pop().all_input_nodes:
-                if node in behind:
-                    continue
-                if node.op != "placeholder" and (node.op == "get_attr" or node not in self._whole):
-                    behind.add(node)  # numbers and attributes are made again behind the cut; only tensors cross
-                    needed.append(node)
-                else:
-                    crossing.add(node)
-        self.crossing = [node for node in nodes if node in crossing]
+        crossing = self._crossing(behind)
+        first = next(i for i, node in enumerate(nodes) if node.op == "call_module" and node.target == self._at)
+        self.crossing = [node for node in (*nodes[first:], *nodes[:first]) if node in crossing]  # the layer's own first
+        if not crossing.intersection(nodes[first:place]):
+            raise CannotCut("nothing behind it uses its output")
         self.trunk, self.tail = fx.Graph(), fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         for node in nodes[:place]:
@@ -260,6 +262,23 @@ class _Trace:
             for node in reversed(half.nodes):
                 if node.op == "get_attr" and not node.users:
                     half.erase_node(node)
+
+    def _crossing(self, behind: set[fx.Node]) -> set[fx.Node]:
+        """Tensors that nodes behind the cut take from before it; grows `behind` by what is better made again there."""
+        crossing: set[fx.Node] = set()
+        needed = list(behind)
+        while needed:
+            for node in needed.pop().all_input_nodes:
+                if node in behind:
+                    continue
+                if node.op == "placeholder" or (node.op != "get_attr" and node in self._whole):
+                    crossing.add(node)
+                    continue
+                if node.op == "call_module":
+                    raise CannotCut(f"{node.target} gives something else than tensors, which would have to cross")
+                behind.add(node)
+                needed.append(node)
+        return crossing
 
     def signature(self) -> list[tuple[str, str]]:
         """What crosses, comparable between the two modes."""
