@@ -18,8 +18,10 @@ class CountFlops(TorchDispatchMode):
         total: so far.
     """
 
+    total: int
+
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -400,7 +400,8 @@ class Run:
     def _forward_flops(self) -> int:
         base = view(self.model, "head1") if isinstance(self.model, DualHeadClassifier) else self.model
         example = torch.zeros(1, *self.architecture.image_shape, device=self.device)
-        with CountFlops() as counter, in_eval_mode(base), torch.no_grad():
+        counter = CountFlops()
+        with counter, in_eval_mode(base), torch.no_grad():
             base(example)
         return counter.total
 

@@ -178,7 +178,8 @@ class StageRun:
         self._finish_epoch({name: float(value) for name, value in sums.items()})
 
     def _counted_step(self, batch: Batch, streams: Streams) -> StepOutcome:
-        with CountFlops() as counter:
+        counter = CountFlops()
+        with counter:
             outcome = self._step(batch, streams)
         self._position.step_cost = counter.total
         return outcome
