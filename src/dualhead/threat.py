@@ -86,10 +86,13 @@ class ThreatModel:
         A sum x + eps rounded to float32 can lie outside the ball by half a unit in the last place, which a strict
         reader of results would count as a broken budget.
         """
-        x_adv = self.project(x_adv.float(), x)
         if self.norm == "Linf":
-            outside = (x_adv.double() - x.double()).abs() > self.eps
+            # In float64, since near 0 the float32 rounding of eps itself is many units in the last place of x_adv.
+            centre = x.double()
+            x_adv = x_adv.double().clamp(centre - self.eps, centre + self.eps).float().clamp_(0.0, 1.0)
+            outside = (x_adv.double() - centre).abs() > self.eps
             return torch.where(outside, torch.nextafter(x_adv, x), x_adv)
+        x_adv = self.project(x_adv.float(), x)
         distance = self.distance(x_adv, x)
         # Rounding moves each of n values by at most 2**-25, so the point by sqrt(n) 2**-25; twice that is kept clear.
         room = max(self.eps - 2.0**-24 * math.sqrt(x[0].numel()), 0.0)
