@@ -129,7 +129,9 @@ class Query:
         self.backward_passes += x.shape[0]
         if not losses.requires_grad:  # a model that lets no gradient through has a gradient of zero
             return torch.zeros_like(x)
-        (gradient,) = torch.autograd.grad(losses.sum(), x, retain_graph=keep, allow_unused=True)
+        with torch.enable_grad():  # the caller may have turned gradients off around the whole attack
+            total = losses.sum()
+        (gradient,) = torch.autograd.grad(total, x, retain_graph=keep, allow_unused=True)
         return torch.zeros_like(x) if gradient is None else gradient
 
 
