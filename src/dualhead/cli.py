@@ -10,9 +10,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-import click
 import typer
 
 from dualhead.errors import Interrupted, RunError, UserError
@@ -20,11 +19,14 @@ from dualhead.errors import Interrupted, RunError, UserError
 # What computes is imported by the commands that compute, so that `--help` and a wrong option answer at once.
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False, invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Dual Head Adversarial Training: more robust image classifiers, and honest measures of how robust they are.",
 )  # fmt: skip
 
 STOPPED = 75  # EX_TEMPFAIL: try again later
+
+# Typer carries its own copy of click, or uses the installed one, by version: the classes are found through its own.
+_UsageError, _ClickError = cast("tuple[type[Any], type[Any]]", typer.BadParameter.__mro__[1:3])
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE with dotted keys, e.g. threat.eps=4/255")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
@@ -44,6 +46,8 @@ def _options(
 
         typer.echo(installed("dualhead"))
         raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 @app.command()
@@ -204,16 +208,18 @@ def main() -> None:
     """The entry point: every ending is one line and an exit status."""
     debug = "--debug" in sys.argv
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        words = [word for word in sys.argv[1:] if word != "--debug"]  # it may stand anywhere
+        sys.exit(app(words, prog_name="dualhead", standalone_mode=False) or 0)
     except UserError as error:
         _end(error, 2, debug)
-    except click.UsageError as error:
-        _end(error.format_message(), 2, debug)
-    except click.ClickException as error:
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "dualhead"
+        _end(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2, debug)
+    except _ClickError as error:
         _end(error.format_message(), error.exit_code, debug)
     except Interrupted as error:
         _end(error, STOPPED, debug)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _end("stopped; the same command goes on from the last saved state", STOPPED, debug)
     except RunError as error:
         _end(error, 1, debug)
