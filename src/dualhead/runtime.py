@@ -43,6 +43,19 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def generator_states() -> dict[str, Any]:
+    """The states of torch's own generators: `generator` of the CPU, `accelerator_generators` of each accelerator."""
+    on_accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"generator": torch.get_rng_state(), "accelerator_generators": on_accelerators}
+
+
+def set_generator_states(generator: Tensor, accelerator_generators: list[Tensor]) -> None:
+    """Put torch's generators where `generator_states` found them; states of accelerators need as many accelerators."""
+    torch.set_rng_state(generator)
+    if accelerator_generators and torch.cuda.device_count() >= len(accelerator_generators):
+        torch.cuda.set_rng_state_all(accelerator_generators)
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """A choice of number format and memory layout for the passes through a model.

@@ -11,6 +11,7 @@ from torch import nn
 
 from dualhead.errors import RunError
 from dualhead.files import write_atomically
+from dualhead.runtime import generator_states, set_generator_states
 
 
 @dataclass
@@ -52,8 +53,7 @@ def save_position(path: Path, position: Position, model: nn.Module, optimiser: t
         "position": asdict(position),
         "model": model.state_dict(),
         "optimiser": None if optimiser is None else optimiser.state_dict(),
-        "generator": torch.get_rng_state(),
-        "accelerator_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **generator_states(),
     }
     write_atomically(path, lambda aside: torch.save(state, aside))
 
@@ -70,9 +70,7 @@ class Saved:
 
     def restore_generators(self) -> None:
         """Put torch's generators where they stood."""
-        torch.set_rng_state(self.generator)
-        if self.accelerator_generators and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.accelerator_generators)
+        set_generator_states(self.generator, self.accelerator_generators)
 
 
 def load_position(path: Path) -> Saved:
