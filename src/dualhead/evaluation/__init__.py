@@ -1,8 +1,21 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
+from dualhead.evaluation.comparison import compare
+from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts
 from dualhead.evaluation.run import evaluate
 from dualhead.evaluation.statistics import Paired, mcnemar, mean_std, wilson
 
-__all__ = ["Evaluation", "EvaluationProgress", "Paired", "Verdicts", "evaluate", "mcnemar", "mean_std", "wilson"]
+__all__ = [
+    "Evaluation",
+    "EvaluationProgress",
+    "Finding",
+    "Paired",
+    "Verdicts",
+    "compare",
+    "evaluate",
+    "mcnemar",
+    "mean_std",
+    "wilson",
+]

@@ -48,7 +48,7 @@ class Evaluation:
     Attributes:
         index: int64 [N], names of the samples.
         labels: int64 [N].
-        clean_prediction: int64 [N].
+        clean_prediction: int64 [N]; -1 where the logits are not numbers.
         verdicts: attack to what it left.
         results: the content of `results.json`.
     """

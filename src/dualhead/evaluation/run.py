@@ -17,13 +17,21 @@ from torch import Tensor, nn
 from dualhead.attacks import Attack, LogitsFn, Search
 from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
+from dualhead.evaluation.diagnostics import (
+    check_attacks,
+    check_black_box,
+    check_curve,
+    check_model,
+    described,
+    training_modules,
+)
 from dualhead.evaluation.journal import Journal, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.progress import EvaluationProgress, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
-from dualhead.evaluation.subject import Subject, check_images, frozen, is_correct
+from dualhead.evaluation.subject import Subject, check_images, frozen, predictions
 from dualhead.noise import Streams
-from dualhead.runtime import Precision, describe_environment
+from dualhead.runtime import BF16, FLOAT32, Precision, describe_environment
 from dualhead.threat import ThreatModel, parse_real
 
 Spec = str | Mapping[str, Any] | Attack
@@ -47,6 +55,7 @@ def evaluate(
     save_adversarial: bool = False,
     output_dir: str | Path | None = None,
     resume: bool = True,
+    diagnostics: bool = True,
     progress: EvaluationProgress | None = None,
     command: str | None = None,
 ) -> Evaluation:
@@ -70,7 +79,7 @@ def evaluate(
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
-        batch_size: images at once at most.
+        batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.
         seed: of all random numbers.
         precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for bf16 where it is faster here.
         device: None for where the model is; else the model is moved there.
@@ -80,6 +89,7 @@ def evaluate(
         save_adversarial: keep the adversarial examples in `samples.npz`.
         output_dir: where to write `results.json` and `samples.npz`, and to keep what is found out on the way.
         resume: go on with what lies there; False begins anew.
+        diagnostics: look for signs that the results cannot be believed; costs about 1,600 passes on a robust model.
         progress: told how far it is.
         command: the command line, for the results.
 
@@ -96,7 +106,8 @@ def evaluate(
     built = _build(attacks)
     if device is not None:
         model.to(device)
-    with frozen(model):
+    came_training = bool(training_modules(model))
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         subject = Subject(model, heads, batch_size)
         work = _Work(
             subject,
@@ -108,17 +119,23 @@ def evaluate(
             seed,
             progress or Silent(),
             save_adversarial,
+            came_training,
         )
         names = list(class_names) if class_names is not None else [str(k) for k in range(work.num_classes)]
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
-        evaluation = work.run([parse_real(value) for value in eps], names, command)
+        evaluation = work.run([parse_real(value) for value in eps], names, command, diagnostics)
     if output_dir is not None and work.rank == 0:
         evaluation.save(output_dir)
     if work.world > 1:
         dist.barrier()
     return evaluation
+
+
+def check_interval(device: torch.device) -> int:
+    """Steps between looks at what a search found: on an accelerator each look waits for it, on the CPU none does."""
+    return 1 if device.type == "cpu" else 5
 
 
 def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
@@ -157,9 +174,11 @@ class _Work:
         seed: int,
         progress: EvaluationProgress,
         keep_examples: bool,
+        came_training: bool,
     ) -> None:
         self.subject, self.threat, self.attacks = subject, threat, attacks
         self.seed, self.progress, self.keep_examples = seed, progress, keep_examples
+        self.came_training = came_training
         grouped = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         self.mine = np.arange(self.rank, len(images), self.world)
@@ -170,7 +189,7 @@ class _Work:
                 f"labels must lie in 0 to {self.num_classes - 1}, since the model gives {self.num_classes} logits; "
                 f"got {int(labels.min())} to {int(labels.max())}"
             )
-        self.correct = is_correct(self.samples.clean, labels).numpy()
+        self.correct = (predictions(self.samples.clean) == labels).numpy()
 
     def _gather(self, value: Any) -> list[Any]:
         """The value of each process, in order of rank."""
@@ -217,36 +236,85 @@ class _Work:
                 folder, identity, resume=resume, rank=self.rank, world=self.world, examples=self.keep_examples
             )
 
+        rows = torch.arange(min(self.subject.batch_size, len(samples.labels)))
+        x, y = samples.fetch(rows, self.subject.device), samples.labels[rows].to(self.subject.device)
+
         def settle() -> dict[str, Any]:
-            count = min(self.subject.batch_size, len(samples.labels))
-            rows = torch.arange(count)
-            x, y = samples.fetch(rows, self.subject.device), samples.labels[rows].to(self.subject.device)
-            self.subject.choose(precision, x, y)
+            self.subject.settle(precision, x, y)
             return {
                 "precision": self.subject.arithmetic.name,
-                "seconds_per_batch": {name: round(seconds, 6) for name, seconds in self.subject.timings.items()},
+                "seconds_per_image": {name: round(seconds, 8) for name, seconds in self.subject.timings.items()},
+                "batch_size": self.subject.batch_size,
                 "batch_invariant": self.subject.batch_invariant(x, y),
             }
 
-        settled = self._gather(self.journal.fact("arithmetic", settle) if self.rank == 0 else None)[0]
-        self.settled = settled
-        self.subject.choose(
-            settled["precision"], samples.fetch(torch.arange(1), self.subject.device), samples.labels[:1]
+        self.settled = self._gather(self.journal.fact("arithmetic", settle) if self.rank == 0 else None)[0]
+        self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32)
+        self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
+
+    def _diagnose_model(self) -> list[dict[str, str]]:
+        """Checks before the attacks, by the first process."""
+
+        def check() -> list[dict[str, str]]:
+            return described(check_model(self.subject, self.samples, self.correct, self.came_training))
+
+        return cast(
+            "list[dict[str, str]]",
+            self._gather(self.journal.fact("checks before", check) if self.rank == 0 else None)[0],
         )
 
-    def run(self, eps: Sequence[float], class_names: list[str], command: str | None) -> Evaluation:
+    def _diagnose_attacks(
+        self, verdicts: dict[str, Verdicts], gradient_free: dict[str, set[int]], curve: list[dict[str, Any]]
+    ) -> list[dict[str, str]]:
+        """Checks after the attacks, by the first process.
+
+        Args:
+            verdicts: what each attack left.
+            gradient_free: the numbers of each attack's parts that made no backward pass.
+            curve: robust accuracy over eps.
+        """
+
+        def probe() -> list[dict[str, str]]:
+            return described(check_attacks(self.subject, self.samples, self.correct, self.threat, self.seed))
+
+        findings = self._gather(
+            self.journal.fact(f"checks after at eps {self.threat.eps!r}", probe) if self.rank == 0 else None
+        )[0]
+        white, black = np.zeros_like(self.correct), np.zeros_like(self.correct)
+        for name, verdict in verdicts.items():
+            blind = np.isin(verdict.part, list(gradient_free[name]))
+            black |= blind
+            white |= (verdict.part >= 0) & ~blind
+        if any(gradient_free.values()) and self.attacks:
+            findings = findings + described(check_black_box(white, black))
+        if len(curve) > 1:
+            findings = findings + described(check_curve(curve, len(self.correct)))
+        return cast("list[dict[str, str]]", findings)
+
+    def run(self, eps: Sequence[float], class_names: list[str], command: str | None, diagnostics: bool) -> Evaluation:
         """All attacks at all budgets."""
         begun = time.perf_counter()
+        findings = self._diagnose_model() if diagnostics else []
         records, verdicts = {}, {}
         for name, attack in self.attacks.items():
             verdicts[name], records[name] = self._attack(attack, self.threat)
         evaluation = Evaluation(
-            self.samples.keys.numpy(), self.samples.labels.numpy(), self.samples.clean.argmax(1).numpy(), verdicts, {}
+            self.samples.keys.numpy(), self.samples.labels.numpy(), predictions(self.samples.clean).numpy(), verdicts, {}
         )
         correct = evaluation.correct
         curve = []
         for radius in sorted(set(eps)):
             curve.append({"eps": radius, **self._at(radius, correct)})
+        if diagnostics:
+            gradient_free = {
+                name: {
+                    i
+                    for i, part in enumerate(record["parts"])
+                    if part["forward_passes"] and not part["backward_passes"]
+                }
+                for name, record in records.items()
+            }
+            findings += self._diagnose_attacks(verdicts, gradient_free, curve)
         evaluation.results = {
             "num_samples": len(self.correct),
             "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
@@ -254,11 +322,10 @@ class _Work:
             "attacks": records,
             "curve": curve,
             "per_class": per_class(correct, evaluation.labels, class_names),
-            "diagnostics": [],
+            "diagnostics": findings,
             "environment": {
                 **describe_environment(self.subject.device),
                 **self.settled,
-                "batch_size": self.subject.batch_size,
                 "processes": self.world,
             },
             "seconds": time.perf_counter() - begun,
@@ -379,7 +446,7 @@ class _Work:
             streams,
             left,
             known=self.journal.known(where),
-            check_every=1 if self.subject.device.type == "cpu" else 5,
+            check_every=check_interval(self.subject.device),
             on_try=record,
         )
         try:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dualhead.attacks import Search, State
 from dualhead.attacks.losses import margin
-from dualhead.evaluation.subject import Subject, is_correct, pad_rows, padded
+from dualhead.evaluation.subject import Subject, pad_rows, padded, predictions
 from dualhead.noise import Streams
 from dualhead.threat import ThreatModel
 
@@ -226,7 +226,7 @@ class Hunt:
         example = self.threat.confine(self._example[index], x)
         logits = self.subject.verify(example)
         self.cost.verification += len(rows)
-        wrong = ~is_correct(logits, y)
+        wrong = predictions(logits) != y
         columns = zip(
             wrong.tolist(), self.threat.distance(example, x).tolist(), margin(logits, y).tolist(), strict=True
         )

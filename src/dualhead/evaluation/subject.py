@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,9 +61,9 @@ def pad_rows(x: Tensor) -> Tensor:
     return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing else x
 
 
-def is_correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether the label has the highest logit, bool [B]; a row with NaN is not correct, whatever argmax makes of it."""
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+def predictions(logits: Tensor) -> Tensor:
+    """The class of the highest logit, int64 [B]; -1, which is no class, where a logit is NaN."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
@@ -70,12 +71,12 @@ def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
     if heads is None and not hasattr(model, "head_logits"):
         return None
     ask = cast("LogitsFn", heads or model.head_logits)
-    aggregator = getattr(model, "aggregator", None) if heads is None else None
+    aggregator = getattr(model, "aggregate", None) if heads is None else None
 
     def outputs(x: Tensor) -> Tensor:
         each = ask(x)
-        aggregate = logits_of(model(x)) if aggregator is None else aggregator(each)
-        return torch.cat((each, aggregate[:, None].to(each.dtype)), 1)
+        whole = logits_of(model(x)) if aggregator is None else aggregator(each)
+        return torch.cat((each, whole[:, None].to(each.dtype)), 1)
 
     return outputs
 
@@ -90,7 +91,7 @@ class Subject:
     Args:
         model: images [B, C, H, W] in [0, 1] to logits, or to anything that `logits_of` reads.
         heads: images to the logits of all heads [B, H, C]; None for the model's own `head_logits`, if it has one.
-        batch_size: images at once at most.
+        batch_size: images at once at most, rounded up to a multiple of `ROWS`.
     """
 
     def __init__(self, model: nn.Module, heads: LogitsFn | None, batch_size: int) -> None:
@@ -134,24 +135,41 @@ class Subject:
         if arithmetic != FLOAT32:
             arithmetic.lay_out(self._search_model)
 
-    def choose(self, precision: Precision, x: Tensor, y: Tensor) -> None:
-        """Settle the precision of the search: under `auto`, bf16 if it is at least 1.2 times faster here.
+    def settle(self, precision: Precision, x: Tensor, y: Tensor) -> None:
+        """Choose precision and batch size for speed, neither of which changes what a verdict means.
+
+        Under `auto` the search runs in bf16 if that is at least 1.2 times faster here. The batch grows, up to
+        `batch_size`, while that makes an image cheaper: on a CPU a batch that outgrows the cache is slower.
 
         Args:
             precision: what was asked for.
-            x: a batch of images as the search will use it.
-            y: its labels.
+            x: at least one image.
+            y: its label.
         """
-        if precision != "auto":
-            self.use(BF16 if precision == "bf16" else FLOAT32)
-            return
-        for arithmetic in (FLOAT32, BF16):
-            self.use(arithmetic)
-            self.timings[arithmetic.name] = self._seconds_per_batch(x, y)
-        self.use(BF16 if self.timings["bf16"] * 1.2 < self.timings["float32"] else FLOAT32)
+        sizes = [size for size in (16 * 2**k for k in range(16)) if size < self.batch_size] + [self.batch_size]
+        self.use(BF16 if precision == "bf16" else FLOAT32)
+        if precision == "auto":
+            size = sizes[min(1, len(sizes) - 1)]
+            timings = {}
+            for arithmetic in (FLOAT32, BF16):
+                self.use(arithmetic)
+                timings[arithmetic] = self._seconds_per_image(x, y, size)
+                self.timings[arithmetic.name] = timings[arithmetic]
+            self.use(BF16 if timings[BF16] * 1.2 < timings[FLOAT32] else FLOAT32)
+        best = math.inf
+        for size in sizes:
+            try:
+                seconds = self._seconds_per_image(x, y, size)
+            except torch.OutOfMemoryError:
+                break
+            if seconds > 0.95 * best:
+                break
+            best, self.batch_size = seconds, size
 
-    def _seconds_per_batch(self, x: Tensor, y: Tensor, budget: float = 0.4) -> float:
+    def _seconds_per_image(self, x: Tensor, y: Tensor, size: int, budget: float = 0.15) -> float:
         """The best time of a forward and backward pass; the first, which pays for warming up, does not count."""
+        rows = torch.arange(size, device=x.device) % len(x)
+        x, y = x[rows], y[rows]
         query, begun = self.query(), time.perf_counter()
         times: list[float] = []
         while len(times) < 3 or time.perf_counter() - begun < budget:
@@ -159,7 +177,7 @@ class Subject:
             query.gradient(x, lambda logits: cross_entropy(logits, y))
             synchronize(self.device)
             times.append(time.perf_counter() - start)
-        return min(times[1:])
+        return min(times[1:]) / size
 
     def batch_invariant(self, x: Tensor, y: Tensor) -> bool:
         """Whether logits and gradients are equal to the bit in a batch of `ROWS` and in all of x, in another order."""

@@ -1,0 +1,259 @@
+"""Signs that an evaluation cannot be believed: what makes attacks fail although the model is not robust.
+
+After Carlini et al. 2019 (On evaluating adversarial robustness, section 5) and Croce et al. 2022 (Evaluating the
+adversarial robustness of adaptive test-time defenses): each check says what was seen and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dualhead.attacks import Search, attacks
+from dualhead.attacks.losses import cross_entropy
+from dualhead.evaluation.scheduler import Hunt, Samples, Try
+from dualhead.evaluation.subject import ROWS, Subject
+from dualhead.noise import Streams
+from dualhead.threat import ThreatModel
+
+PROBES = 32
+"""Samples that the checks which run attacks look at."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of a check.
+
+    Attributes:
+        name: of the check.
+        status: `ok`; `warning`: results may be too high; `failed`: they do not mean what they say.
+        message: what was seen and, unless it is fine, what to do.
+    """
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    message: str
+
+
+def _finding(name: str, good: bool, fine: str, bad: str, *, failed: bool = True) -> Finding:
+    return Finding(name, "ok", fine) if good else Finding(name, "failed" if failed else "warning", bad)
+
+
+def training_modules(model: nn.Module) -> list[str]:
+    """Names of the modules in train mode; the model itself is named `the model`."""
+    return [name or "the model" for name, module in model.named_modules() if module.training]
+
+
+def check_model(subject: Subject, samples: Samples, correct: NDArray[np.bool_], came_training: bool) -> list[Finding]:
+    """What can be seen before any attack.
+
+    Args:
+        subject: the model.
+        samples: the data.
+        correct: bool [N], what is right on clean images.
+        came_training: the model was handed over in train mode.
+    """
+    rows = torch.arange(min(2 * PROBES, len(samples.labels)))
+    x, y = samples.fetch(rows, subject.device), samples.labels[rows].to(subject.device)
+    noisy = Streams.of(0, samples.keys[rows].to(subject.device)).fork("diagnostics").uniform(*x.shape[1:])
+    logits = subject.verify(x)
+    return [
+        _mode(subject, came_training),
+        _values(samples.images),
+        _randomness(subject, x, logits),
+        _independence(subject, x, logits),
+        _finite(torch.cat((samples.clean, subject.verify(noisy).cpu()))),
+        _probabilities(logits),
+        _accuracy(correct, samples.clean.shape[1]),
+        *_gradients(subject, x, y),
+    ]
+
+
+def _mode(subject: Subject, came_training: bool) -> Finding:
+    stubborn = training_modules(subject.model)
+    if stubborn:
+        text = (
+            f"{stubborn[0]} stays in train mode although the model was put in eval mode: dropout and batch statistics"
+        )
+        return Finding("train_mode", "failed", f"{text} make its output random or dependent on the batch")
+    text = "the model came in train mode; it was evaluated in eval mode, as it should be used"
+    return _finding("train_mode", not came_training, "evaluated in eval mode", text, failed=False)
+
+
+def _values(images: Tensor) -> Finding:
+    high = float(images.max()) / (255.0 if images.dtype == torch.uint8 else 1.0)
+    text = f"no image value exceeds {high:.3g}; are the images divided by 255 twice? eps refers to images in [0, 1]"
+    return _finding("value_range", high > 0.1, "images lie in [0, 1]", text, failed=False)
+
+
+def _tolerance(logits: Tensor) -> float:
+    return 1e-4 * max(float(logits.abs().nan_to_num(0.0, 0.0, 0.0).amax()), 1e-6)
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    return not torch.allclose(first, second, rtol=0.0, atol=_tolerance(first), equal_nan=True)
+
+
+def _randomness(subject: Subject, x: Tensor, logits: Tensor) -> Finding:
+    differs = any(_differ(logits, subject.verify(x)) for _ in range(3))
+    text = (
+        "the same images gave different logits: the model is random, and a single verdict is a matter of luck; use "
+        "autoattack-rand, which averages gradients over many passes, and evaluate with several seeds"
+    )
+    return _finding("randomness", not differs, "the same images give the same logits", text)
+
+
+def _independence(subject: Subject, x: Tensor, logits: Tensor) -> Finding:
+    alone = torch.cat([subject.verify(row[None].expand(ROWS, *row.shape))[:1] for row in x[:4]])
+    text = (
+        "an image's logits depend on the other images in its batch, as with batch statistics: an adversary who fills "
+        "the batch decides, and verdicts depend on who sits beside whom; use running statistics"
+    )
+    return _finding("batch_independence", not _differ(logits[:4], alone), "an image's logits are its own", text)
+
+
+def _finite(logits: Tensor) -> Finding:
+    bad = int((~logits.isfinite()).any(1).sum())
+    text = (
+        f"{bad} of {len(logits)} images (clean ones and noise) gave logits that are not finite, which stops gradients "
+        "and decides by accident; find where the model overflows"
+    )
+    return _finding("finite_logits", not bad, "logits are finite", text)
+
+
+def _probabilities(logits: Tensor) -> Finding:
+    sums = torch.ones_like(logits[:, 0])
+    probable = bool((logits >= 0).all()) and torch.allclose(logits.sum(1), sums, atol=1e-3)
+    text = (
+        "the outputs are non-negative and sum to 1: these are probabilities, on which a second softmax flattens the "
+        "cross-entropy; return logits, without the last softmax"
+    )
+    return _finding("logits", not probable, "outputs are logits", text, failed=False)
+
+
+def _accuracy(correct: NDArray[np.bool_], classes: int) -> Finding:
+    share = float(correct.mean())
+    text = (
+        f"clean accuracy {share:.1%} is about that of guessing among {classes} classes; do the labels belong to this "
+        "model, and does it normalise its images itself?"
+    )
+    return _finding("clean_accuracy", share > 1.2 / classes, f"clean accuracy {share:.1%}", text, failed=False)
+
+
+def _gradients(subject: Subject, x: Tensor, y: Tensor) -> list[Finding]:
+    with torch.enable_grad():
+        asked = x.detach().requires_grad_()
+        logits = subject.logits(asked)
+        reaches = logits.requires_grad
+        gradient = torch.zeros_like(x)
+        if reaches:
+            found = torch.autograd.grad(cross_entropy(logits, y).sum(), asked, allow_unused=True)[0]
+            reaches, gradient = found is not None, torch.zeros_like(x) if found is None else found
+    blocked = (
+        "no gradient reaches the images (detach, no_grad or a step that has none), so gradient attacks are blind; "
+    )
+    flow = _finding(
+        "gradient_flow", reaches, "gradients reach the images", blocked + "attack a model without that step"
+    )
+    flat = ~gradient.isfinite() | (gradient == 0)
+    share = float(flat.flatten(1).all(1).float().mean())
+    text = (
+        f"the gradient of the cross-entropy is exactly zero on {share:.0%} of {len(x)} images, as with saturated or "
+        "quantised outputs: gradient attacks on this loss are blind there; believe square and margin losses "
+        "(autoattack, pgd with loss: margin), and attack a smooth surrogate"
+    )
+    return [flow, _finding("zero_gradient", share == 0, "no image has gradient zero", text, failed=share >= 0.5)]
+
+
+def _fooled(
+    search: Search, threat: ThreatModel, subject: Subject, samples: Samples, rows: Iterable[int], seed: int
+) -> int:
+    """How many of the rows a search fools."""
+    outcomes: list[Try] = []
+    streams = Streams.of(seed, samples.keys).fork("diagnostics")
+    Hunt(search, threat, subject, samples, streams, rows, known={}, check_every=1, on_try=outcomes.append).run()
+    return sum(outcome.fooled for outcome in outcomes)
+
+
+def check_attacks(
+    subject: Subject, samples: Samples, correct: NDArray[np.bool_], threat: ThreatModel, seed: int
+) -> list[Finding]:
+    """Do attacks behave as attacks must on a few samples: more steps find more, and a large eps finds everything?"""
+    rows = np.flatnonzero(correct)[:PROBES].tolist()
+    if not rows:
+        return []
+
+    def fooled(eps: float, **fields: Any) -> int:
+        search = attacks.build({"name": "pgd", **fields})
+        assert isinstance(search, Search)
+        return _fooled(search, ThreatModel(threat.norm, eps), subject, samples, rows, seed)
+
+    few, many = fooled(threat.eps, steps=10), fooled(threat.eps, steps=40)
+    steps = (
+        f"PGD with 40 steps fooled {many} of {len(rows)} samples, with 10 steps {few}: more steps must not find less; "
+        "the loss surface misleads gradient attacks, so believe square and restarts rather than more steps"
+    )
+    x = samples.fetch(torch.tensor(rows), torch.device("cpu"))
+    # Within this radius every image can be turned grey, and a grey image has one label for all.
+    radius = 0.5 if threat.norm == "Linf" else float((x - 0.5).flatten(1).norm(dim=1).max())
+    grey = fooled(radius, steps=20, start="clean", step_size=radius / 4)
+    left = 1.0 - grey / len(rows)
+    large = (
+        f"at {threat.norm} eps {radius:.3g}, where every image can be made plain grey, PGD left {left:.0%} of "
+        f"{len(rows)} samples unfooled: gradients do not lead to adversarial examples, and robust accuracy measured "
+        "with them is too high; look for saturation, quantisation or randomness in the model"
+    )
+    rising = f"PGD-40 fooled {many} and PGD-10 {few} of {len(rows)}"
+    reached = f"PGD at eps {radius:.3g} left {left:.0%}"
+    return [
+        _finding("more_steps", few <= many + 1, rising, steps, failed=False),
+        _finding("large_eps", left <= 0.05, reached, large, failed=left > 0.5),
+    ]
+
+
+def check_black_box(white: NDArray[np.bool_], black: NDArray[np.bool_]) -> list[Finding]:
+    """Did attacks without gradients find what those with gradients did not?
+
+    Args:
+        white: bool [N], fooled by some attack that uses gradients.
+        black: bool [N], fooled by some attack that uses none.
+    """
+    only, count = int((black & ~white).sum()), len(white)
+    text = (
+        f"{only} of {count} samples were fooled by the black-box attack alone: gradients are masked, and attacks that "
+        "use them overrate the model; attack it without the step that hides them, or with more black-box queries"
+    )
+    good = only <= max(1.0, 0.002 * count)
+    fine = f"the black-box attack alone fooled {only} of {count} samples"
+    return [_finding("black_box", good, fine, text, failed=only > 0.05 * count)]
+
+
+def check_curve(curve: Sequence[Mapping[str, Any]], count: int) -> list[Finding]:
+    """Does robust accuracy fall with eps?
+
+    Args:
+        curve: entries with `eps` and `robust_accuracy`, in order of eps.
+        count: number of samples.
+    """
+    rises = []
+    for low, high in pairwise(curve):
+        for name, before in low["robust_accuracy"].items():
+            if high["robust_accuracy"][name] > before + max(1.5, 0.005 * count) / count:
+                rises.append(f"{name} from eps {low['eps']:.4g} to {high['eps']:.4g}")
+    text = (
+        f"robust accuracy rises with eps ({'; '.join(rises)}), which a larger ball cannot cause: the attack fails to "
+        "climb; use more steps, restarts, or autoattack"
+    )
+    return [_finding("curve", not rises, "robust accuracy falls with eps", text, failed=False)]
+
+
+def described(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    """As `results.json` holds them."""
+    return [asdict(finding) for finding in findings]

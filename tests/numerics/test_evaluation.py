@@ -1,0 +1,487 @@
+"""What `evaluate` promises: exact verdicts on closed forms, and verdicts that depend on nothing but the sample."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dualhead.attacks import Query, Search, attacks
+from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation, evaluate
+from dualhead.evaluation.journal import Journal
+from dualhead.noise import Streams
+from dualhead.threat import ThreatModel
+from evaluation_helpers import THREAT, StopAfter, StoppedError, assert_same, patterns, trained
+
+ATTACKS = ["pgd-10", {"name": "pgd", "steps": 4, "restarts": 3}]
+LABELS = ["pgd-10", "pgd-4(restarts=3)"]
+
+
+def measure(count=60, **options):
+    images, labels = patterns(count)
+    settings = {"threat": THREAT, "attacks": ATTACKS, "precision": "float32", "diagnostics": False}
+    return evaluate(trained(), images, labels, **{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return measure()
+
+
+# ---- exact verdicts
+
+
+@dataclass
+class Problem:
+    """A linear classifier of two classes whose distance to the boundary is known."""
+
+    model: nn.Module
+    images: torch.Tensor
+    labels: torch.Tensor
+    distance: torch.Tensor
+
+
+def linear(norm, count=24):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 3 * 5 * 4, generator=generator)
+    images = 0.5 + 0.2 * (torch.rand(count, 3, 5, 4, generator=generator) - 0.5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(60, 2))
+    model[1].weight.data, model[1].bias.data = weight, -(weight @ torch.full((60,), 0.5))
+    logits = model(images).detach()
+    labels = logits.argmax(1)
+    difference = weight[0] - weight[1]
+    length = difference.abs().sum() if norm == "Linf" else difference.norm()
+    return Problem(model, images, labels, (logits[:, 0] - logits[:, 1]).abs() / length)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_linear_model_is_robust_exactly_within_its_margin(norm):
+    problem = linear(norm)
+    eps = float(problem.distance.median()) * 1.0001
+    result = evaluate(
+        problem.model, problem.images, problem.labels, threat=ThreatModel(norm, eps), attacks=["pgd-20"], batch_size=5,
+        precision="float32", diagnostics=False,
+    )  # fmt: skip
+    clear = (problem.distance / eps - 1).abs() > 1e-3
+    assert clear.sum() >= 20
+    np.testing.assert_array_equal(result.verdicts["pgd-20"].robust[clear], (problem.distance > eps)[clear])
+    found = result.verdicts["pgd-20"].distance
+    assert np.nanmax(found) <= eps
+    fooled = ~result.verdicts["pgd-20"].robust
+    assert (found[fooled] >= problem.distance.numpy()[fooled] * (1 - 1e-4)).all()
+    assert (result.verdicts["pgd-20"].margin[fooled] > 0).all()
+
+
+def test_examples_kept_are_inside_ball_and_box_and_fool_the_model():
+    images, labels = patterns(40)
+    result = measure(40, save_adversarial=True)
+    for verdict in result.verdicts.values():
+        rows = verdict.adversarial_rows
+        assert sorted(rows) == np.flatnonzero(~np.isnan(verdict.distance)).tolist()
+        example, x = torch.from_numpy(verdict.adversarial), images[rows].float() / 255
+        assert example.dtype == torch.float32
+        assert float(example.min()) >= 0
+        assert float(example.max()) <= 1
+        distance = THREAT.distance(example, x)
+        assert float(distance.max()) <= THREAT.eps
+        np.testing.assert_array_equal(distance.numpy(), verdict.distance[rows])
+        with torch.no_grad():
+            assert (trained()(example).argmax(1) != labels[rows]).all()
+
+
+def test_scheduler_follows_the_attack_called_alone(reference):
+    images, labels = patterns(60)
+    attack = attacks.build(ATTACKS[1])
+    streams = Streams.of(0, torch.arange(60)).fork("pgd")
+    with torch.no_grad():
+        examples = attack(trained(), images.float() / 255, labels, THREAT, generator=streams)
+        robust = trained()(examples).argmax(1) == labels
+    np.testing.assert_array_equal(reference.verdicts[LABELS[1]].robust, robust)
+
+
+def test_the_first_job_that_succeeds_is_recorded(reference):
+    images, labels = patterns(60)
+    x = images.float() / 255
+    search = attacks.build(ATTACKS[1])
+    streams = Streams.of(0, torch.arange(60)).fork("pgd").fork(0)
+    clean = trained()(x).detach()
+    expected = torch.full((60,), -1)
+    for job in reversed(range(3)):
+        single = attacks.build({"name": "pgd", "steps": 4})
+        state = search.begin(x, labels, clean, torch.full((60,), job), THREAT, streams)
+        query = Query(trained())
+        for _ in range(single.max_steps()):
+            state = search.step(state, query, THREAT)
+        expected[state["found"]] = job
+    verdict = reference.verdicts[LABELS[1]]
+    np.testing.assert_array_equal(verdict.job, expected)
+    assert len(set(expected.tolist())) >= 3
+
+
+def test_passes_of_samples_that_stay_robust_are_exact():
+    result = measure(30, threat=ThreatModel("Linf", 1e-4), batch_size=16)
+    assert result.robust_accuracy["worst"] == result.clean_accuracy == 1
+    for name, steps in zip(LABELS, (11, 15), strict=True):
+        record = result.results["attacks"][name]
+        assert record["forward_passes"] == record["backward_passes"] == 30 * steps
+        assert record["verification_passes"] == record["fooled"] == 0
+
+
+def test_fooled_samples_leave_at_once():
+    weak = measure(60, threat=ThreatModel("Linf", "64/255"), attacks=["pgd-40"])
+    record = weak.results["attacks"]["pgd-40"]
+    assert record["fooled"] == 60
+    assert record["verification_passes"] == 60
+    assert record["forward_passes"] < 60 * 10
+
+
+def test_samples_that_are_wrong_already_are_not_attacked():
+    images, labels = patterns(20)
+    labels[:5] = (labels[:5] + 1) % 4
+    result = evaluate(
+        trained(),
+        images,
+        labels,
+        threat=ThreatModel("Linf", 1e-4),
+        attacks=["pgd-3"],
+        precision="float32",
+        diagnostics=False,
+    )
+    assert result.clean_accuracy == result.robust_accuracy["pgd-3"] == 0.75
+    assert result.results["attacks"]["pgd-3"]["forward_passes"] == 15 * 4
+
+
+# ---- invariances
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 24])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_verdicts_do_not_depend_on_batch_size(reference, batch_size, precision):
+    expected = reference if precision == "float32" else measure(precision="bf16")
+    assert_same(measure(batch_size=batch_size, precision=precision), expected)
+    assert reference.results["environment"]["batch_invariant"]
+
+
+def test_verdicts_do_not_depend_on_order_or_shards(reference):
+    images, labels = patterns(60)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
+    for share in (order, order[:13], order[13:14], order[14:]):
+        result = evaluate(
+            trained(), images[share], labels[share], threat=THREAT, attacks=ATTACKS, index=share, precision="float32",
+            batch_size=7, diagnostics=False,
+        )  # fmt: skip
+        for name in LABELS:
+            for column in ("robust", "distance", "job", "steps", "margin"):
+                np.testing.assert_array_equal(
+                    getattr(result.verdicts[name], column), getattr(reference.verdicts[name], column)[share]
+                )
+
+
+def test_looking_less_often_gives_the_same_verdicts(reference, monkeypatch):
+    from dualhead.evaluation import run
+
+    monkeypatch.setattr(run, "check_interval", lambda device: 5)
+    again = measure(batch_size=16)
+    for name in LABELS:
+        for column in ("robust", "job", "distance", "margin"):
+            np.testing.assert_array_equal(
+                getattr(again.verdicts[name], column), getattr(reference.verdicts[name], column)
+            )
+
+
+def test_another_seed_draws_other_starts(reference):
+    other = measure(seed=1)
+    assert not np.array_equal(other.verdicts[LABELS[0]].margin, reference.verdicts[LABELS[0]].margin, equal_nan=True)
+
+
+def test_worst_is_right_under_all(reference):
+    both = reference.verdicts[LABELS[0]].robust & reference.verdicts[LABELS[1]].robust
+    assert reference.robust_accuracy["worst"] == both.mean()
+    np.testing.assert_array_equal(reference.correct["worst"], both)
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("moments", [(1,), (17, 23), (3, 40, 9)])
+def test_interrupted_anywhere_and_resumed_is_as_if_uninterrupted(reference, tmp_path, moments, monkeypatch):
+    added = collections.Counter()
+    plain = Journal.add
+
+    def counted(self, part, found):
+        added[part, found.sample, found.job] += 1
+        plain(self, part, found)
+
+    monkeypatch.setattr(Journal, "add", counted)
+    for moment in moments:
+        with pytest.raises(StoppedError):
+            measure(output_dir=tmp_path, progress=StopAfter(moment), batch_size=16)
+        assert not (tmp_path / "results.json").exists()
+    result = measure(output_dir=tmp_path, batch_size=7)
+    assert_same(result, reference)
+    assert max(added.values()) == 1
+    assert_same(Evaluation.load(tmp_path), reference)
+
+
+def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch, reference):
+    before = measure(output_dir=tmp_path, save_adversarial=True)
+    asked = []
+    monkeypatch.setattr(Search, "parts", lambda self, *args: asked.append(self) or (self,))
+    again = measure(output_dir=tmp_path, save_adversarial=True)
+    assert asked
+    assert_same(again, before)
+    for name, record in before.results["attacks"].items():
+        assert again.results["attacks"][name]["forward_passes"] == record["forward_passes"]
+        np.testing.assert_array_equal(again.verdicts[name].adversarial, before.verdicts[name].adversarial)
+
+
+def test_an_attack_can_be_added_later(tmp_path, reference):
+    measure(output_dir=tmp_path, attacks=ATTACKS[:1])
+    progress = StopAfter()
+    assert_same(measure(output_dir=tmp_path, progress=progress), reference)
+    assert {told[0] for told in progress.told} == {LABELS[1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 5}, "seed"),
+        ({"threat": ThreatModel("L2", 0.5)}, "norm"),
+        ({"save_adversarial": True}, "adversarial examples"),
+        ({"count": 59}, "data"),
+    ],
+)
+def test_results_of_another_evaluation_are_refused(tmp_path, change, named):
+    measure(20, output_dir=tmp_path, attacks=["pgd-2"])
+    with pytest.raises(UserError, match=f"differs in {named}"):
+        measure(**{"count": 20, "output_dir": tmp_path, "attacks": ["pgd-2"], **change})
+    changed = measure(**{"count": 20, "output_dir": tmp_path, "attacks": ["pgd-2"], "resume": False, **change})
+    assert_same(Evaluation.load(tmp_path), changed)
+
+
+def test_other_weights_are_noticed(tmp_path):
+    images, labels = patterns(10)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    options = {"threat": THREAT, "attacks": ["pgd-2"], "output_dir": tmp_path}
+    evaluate(model, images, labels, **options)
+    model[1].bias.data[0] += 1e-3
+    with pytest.raises(UserError, match="differs in weights"):
+        evaluate(model, images, labels, **options)
+
+
+# ---- verification
+
+
+@dataclass(frozen=True)
+class Liar(Search):
+    """Claims at every step that the clean image is adversarial, and from its fifth step on offers a true example."""
+
+    registered_name: ClassVar[str] = "liar"
+    short_numbers: ClassVar[tuple[str, ...]] = ()
+
+    def max_steps(self):
+        return 9
+
+    def begin(self, x, y, clean, job, threat, streams):
+        zero = torch.zeros_like(y)
+        return {"x": x, "y": y, "adversarial": x.clone(), "found": zero.bool(), "iteration": zero.clone()}
+
+    def step(self, state, query, threat):
+        x, late = state["x"], state["iteration"] >= 4
+        _, _, gradient = query.gradient(x, lambda z: torch.nn.functional.cross_entropy(z, state["y"], reduction="none"))
+        real = threat.project(threat.ascend(x, gradient, threat.eps), x)
+        return {
+            **state,
+            "adversarial": torch.where(late.reshape(-1, 1, 1, 1), real, x),
+            "found": torch.ones_like(late),
+            "iteration": state["iteration"] + 1,
+        }
+
+
+def test_only_what_the_float32_model_confirms_counts():
+    result = measure(attacks=[Liar()], threat=ThreatModel("Linf", "24/255"))
+    verdict = result.verdicts["liar"]
+    fooled = ~verdict.robust
+    assert 0.5 < fooled.mean() <= 1
+    assert set(verdict.steps[fooled]) == {5}
+    one_step = measure(attacks=["fgsm"], threat=ThreatModel("Linf", "24/255"))
+    np.testing.assert_array_equal(verdict.robust, one_step.verdicts["fgsm"].robust)
+
+
+class LiesInLowPrecision(nn.Module):
+    """Gives wrong answers only where autocast is on."""
+
+    def forward(self, x):
+        logits = trained()(x)
+        return logits.roll(1, 1) if torch.is_autocast_enabled(x.device.type) else logits
+
+
+def test_a_lying_low_precision_search_fools_nobody():
+    images, labels = patterns(20)
+    result = evaluate(
+        LiesInLowPrecision(), images, labels, threat=ThreatModel("Linf", 1e-4), attacks=["pgd-3"], precision="bf16"
+    )
+    record = result.results["attacks"]["pgd-3"]
+    assert result.robust_accuracy["pgd-3"] == result.clean_accuracy
+    assert record["verification_passes"] == 20 * 4
+
+
+def test_low_precision_finds_what_float32_finds(reference):
+    low = measure(precision="bf16")
+    assert low.results["environment"]["precision"] == "bf16"
+    for name in LABELS:
+        assert abs(low.robust_accuracy[name] - reference.robust_accuracy[name]) <= 0.05
+
+
+def test_not_a_number_is_not_correct():
+    class Overflows(nn.Module):
+        def forward(self, x):
+            return torch.where(x.mean((1, 2, 3))[:, None] > 0.4, torch.nan, 0.0) + torch.tensor([1.0, 0.0])
+
+    images = torch.full((4, 1, 2, 2), 0.2)
+    images[2:] = 0.6
+    result = evaluate(
+        Overflows(), images, torch.zeros(4, dtype=torch.long), threat=ThreatModel("Linf", 0.01), attacks=["pgd-2"]
+    )
+    assert result.clean_accuracy == 0.5
+    statuses = {finding["name"]: finding["status"] for finding in result.results["diagnostics"]}
+    assert statuses["finite_logits"] == "failed"
+
+
+# ---- any model
+
+
+class Output(nn.Module):
+    def __init__(self, model, wrap):
+        super().__init__()
+        self.model, self.wrap = model, wrap
+
+    def forward(self, x):
+        return self.wrap(self.model(x))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda z: SimpleNamespace(logits=z), lambda z: {"logits": z}, lambda z: (z, None)],
+    ids=["attribute", "dict", "tuple"],
+)
+def test_outputs_that_carry_logits(reference, wrap):
+    images, labels = patterns(60)
+    result = evaluate(
+        Output(trained(), wrap), images, labels, threat=THREAT, attacks=ATTACKS, precision="float32", diagnostics=False
+    )
+    assert_same(result, reference)
+
+
+def test_two_classes_grey_and_not_square():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 3 * 7, 2))
+    images = torch.randint(0, 256, (10, 1, 5, 9), dtype=torch.uint8)
+    labels = model(images / 255).argmax(1)
+    result = evaluate(
+        model, images.numpy(), labels.tolist(), threat=ThreatModel("Linf", 0.3), attacks=["pgd-5", "fgsm"]
+    )
+    assert result.clean_accuracy == 1
+    assert result.robust_accuracy["worst"] <= min(result.robust_accuracy["pgd-5"], result.robust_accuracy["fgsm"])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_floating_images_are_as_good_as_bytes(reference, kind):
+    images, labels = patterns(60)
+    floating = images.to(torch.float32).div(255).to(kind)
+    result = evaluate(
+        trained(), floating, labels, threat=THREAT, attacks=ATTACKS, precision="float32", diagnostics=False
+    )
+    for name in LABELS:
+        np.testing.assert_array_equal(result.verdicts[name].robust, reference.verdicts[name].robust)
+
+
+def test_the_model_is_left_as_it_was():
+    images, labels = patterns(10)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 4)
+    ).train()
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    strides = [p.stride() for p in model.parameters()]
+    asked = []
+    model[4].register_forward_hook(
+        lambda module, given, out: asked.append((module.training, module.weight.requires_grad))
+    )
+    evaluate(model, images, labels, threat=THREAT, attacks=["pgd-2"], precision="bf16")
+    with pytest.raises(StoppedError):
+        evaluate(
+            model, images, model.eval()(images / 255).argmax(1), threat=THREAT, attacks=["pgd-2"], progress=StopAfter(1)
+        )
+    model.train()
+    model[1].eval()
+    evaluate(model, images, labels, threat=THREAT, attacks=["pgd-2"], precision="auto")
+    assert set(asked[:-1]) <= {(False, False), (False, True)}
+    assert modes == [m.training for m in model.modules()]
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert strides == [p.stride() for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# ---- eps, progress, errors
+
+
+def test_robust_accuracy_over_eps():
+    result = measure(attacks=["pgd-10"], eps=[0, "8/255", "24/255", 16 / 255])
+    curve = result.results["curve"]
+    assert [entry["eps"] for entry in curve] == [0, 8 / 255, 16 / 255, 24 / 255]
+    robust = [entry["robust_accuracy"]["worst"] for entry in curve]
+    assert robust[0] == result.clean_accuracy
+    assert robust[2] == result.robust_accuracy["worst"]
+    assert robust == sorted(robust, reverse=True)
+    assert robust[0] > robust[1] > robust[3]
+    for entry in curve:
+        assert entry["intervals"]["worst"][0] <= entry["robust_accuracy"]["worst"] <= entry["intervals"]["worst"][1]
+
+
+def test_progress_falls_to_the_robust_accuracy(reference):
+    progress = StopAfter()
+    measure(progress=progress)
+    for name in LABELS:
+        told = [entry[1:] for entry in progress.told if entry[0] == name]
+        assert told[-1][0] == told[-1][1]
+        assert told[-1][2] == reference.robust_accuracy[name]
+        assert all(a[0] <= b[0] and a[2] >= b[2] for a, b in pairwise(told))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(4, 3, 8)}, r"\[N, C, H, W\]"),
+        ({"images": torch.zeros(0, 3, 8, 8), "labels": torch.zeros(0, dtype=torch.long)}, "no images"),
+        ({"images": torch.full((4, 3, 8, 8), 3.0)}, r"\[0, 1\].*divide by 255"),
+        ({"images": torch.full((4, 3, 8, 8), torch.nan)}, r"\[0, 1\]"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "one per image"),
+        ({"labels": torch.zeros(4)}, "integers"),
+        ({"labels": torch.full((4,), 4)}, "0 to 3"),
+        ({"labels": torch.full((4,), -1)}, "0 to 3"),
+        ({"attacks": "pgd-4"}, "list"),
+        ({"attacks": ["pgd-4", {"name": "pgd", "steps": 4}]}, "twice"),
+        ({"attacks": ["pgq"]}, r"attacks\.0.*pgd"),
+        ({"index": [0, 1, 1, 2]}, "once"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"class_names": ["a", "b"]}, "2 class names"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(change, message):
+    images, labels = patterns(4)
+    given = {"images": images, "labels": labels, "threat": THREAT, "attacks": ["pgd-2"], **change}
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate(trained(), **given)
+    assert "\n" not in str(caught.value)

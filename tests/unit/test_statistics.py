@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from dualhead.errors import UserError
+from dualhead.evaluation import mcnemar, mean_std, wilson
+
+
+@given(st.integers(1, 5000), st.data())
+def test_wilson_solves_its_defining_equation(total, data):
+    successes = data.draw(st.integers(0, total))
+    low, high = wilson(successes, total)
+    assert 0 <= low <= successes / total <= high <= 1
+    z = stats.norm.ppf(0.975)
+    for end in (low, high):
+        if 0 < end < 1:
+            assert abs(successes / total - end) == pytest.approx(z * math.sqrt(end * (1 - end) / total), rel=1e-6)
+
+
+def test_wilson_is_not_degenerate_at_the_ends():
+    assert wilson(0, 100)[0] == 0
+    assert 0.03 < wilson(0, 100)[1] < 0.04
+    assert wilson(100, 100)[1] == 1
+
+
+def paired(both, only_first, only_second, neither):
+    rows = [(1, 1)] * both + [(1, 0)] * only_first + [(0, 1)] * only_second + [(0, 0)] * neither
+    return np.array(rows, bool).T
+
+
+def test_mcnemar_counts_only_discordant_samples():
+    few, many = mcnemar(*paired(10, 3, 9, 5)), mcnemar(*paired(500, 3, 9, 300))
+    assert (few.only_first, few.only_second) == (3, 9)
+    expected = 2 * sum(math.comb(12, k) for k in range(4)) / 2**12
+    assert few.p_value == pytest.approx(expected)
+    assert many.p_value == few.p_value
+    assert few.difference == pytest.approx(6 / 27)
+
+
+def test_swapping_the_two_mirrors_the_answer():
+    first, second = paired(40, 2, 20, 10)
+    ahead, behind = mcnemar(first, second), mcnemar(second, first)
+    assert ahead.verdict == "gain"
+    assert behind.verdict == "loss"
+    assert ahead.difference == -behind.difference
+    assert ahead.interval == pytest.approx((-behind.interval[1], -behind.interval[0]))
+    assert ahead.p_value == behind.p_value
+
+
+def test_no_difference_is_undecided():
+    same = mcnemar(*paired(5, 0, 0, 5))
+    assert same.p_value == 1
+    assert same.verdict == "undecided"
+    assert same.interval[0] < 0 < same.interval[1]
+
+
+def test_interval_covers_the_true_difference_about_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    cells = np.array([0.5, 0.05, 0.1, 0.35])
+    covered = 0
+    for _ in range(400):
+        low, high = mcnemar(*paired(*generator.multinomial(200, cells))).interval
+        covered += low <= 0.05 <= high
+    assert 0.92 <= covered / 400 <= 0.985
+
+
+def test_samples_must_match():
+    with pytest.raises(UserError, match="same samples"):
+        mcnemar(np.ones(3, bool), np.ones(4, bool))
+    with pytest.raises(UserError):
+        mcnemar(np.ones(0, bool), np.ones(0, bool))
+
+
+def test_mean_and_deviation_over_seeds():
+    assert mean_std([0.4, 0.5, 0.6]) == pytest.approx((0.5, 0.1))
+    mean, deviation = mean_std([0.5])
+    assert mean == 0.5
+    assert math.isnan(deviation)
+    with pytest.raises(UserError):
+        mean_std([])
