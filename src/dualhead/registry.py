@@ -138,9 +138,12 @@ class Registry(Generic[T]):
                 field = getattr(self._classes[head], "short_text", None)
             if field is not None:
                 return {"name": head, field: tail}
-        name, *given = spec.split("-")
-        while given and name not in self._classes and not given[0].isdigit():
-            name = f"{name}-{given.pop(0)}"
+        words = spec.split("-")
+        prefixes = ["-".join(words[:count]) for count in range(len(words), 0, -1)]
+        name = next(
+            (prefix for prefix in prefixes if prefix in self._classes), spec
+        )  # `fab-t-50` is no short form of `fab`
+        given = words[len(name.split("-")) :]
         fields: tuple[str, ...] = getattr(self._classes.get(name), "short_numbers", ())
         if given and fields and len(given) <= len(fields) and all(number.isdigit() for number in given):
             return {"name": name, **dict(zip(fields, map(int, given), strict=False))}
