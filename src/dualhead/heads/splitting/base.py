@@ -89,6 +89,16 @@ def graft(root: nn.Module, name: str, value: nn.Module | Tensor | None, *, persi
         root.register_buffer(last, value, persistent=persistent)
 
 
+def shape_of(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape that holds a single number: what crosses a cut for its shape alone."""
+    return tensor.detach().new_zeros(()).expand(tensor.shape)
+
+
+def is_shape_only(tensor: Tensor) -> bool:
+    """Whether a tensor was made by `shape_of`."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
 def tensors_of(module: nn.Module) -> dict[int, str]:
     """Parameters and buffers by identity, each with its first name."""
     found: dict[int, str] = {}

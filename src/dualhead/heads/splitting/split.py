@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +21,7 @@ from dualhead.heads.splitting.tracing import traced_split
 
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
 _NEAREST, _TRIES = 2, 8
+NOTHING_BEHIND = "nothing that could be trained lies behind it"
 
 
 def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
@@ -42,7 +44,7 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
         UserError: if there is no such layer, or it cannot be cut there: why, and the nearest layers that can.
     """
     at = _canonical(model, at)
-    images = _two(example)
+    images = two_images(example)
     with undisturbed(images, model):
         logits = as_logits(model.eval()(images))
     if logits.ndim != 2 or len(logits) != len(images):
@@ -77,19 +79,26 @@ def _canonical(model: nn.Module, at: str) -> str:
     return names[module]
 
 
-def _two(example: Tensor) -> Tensor:
+def two_images(example: Tensor) -> Tensor:
     """Two images of the example: what batch norm needs in training mode, and no more."""
     return example[:2] if len(example) >= 2 else example.repeat(2, *(1 for _ in example.shape[1:]))
 
 
-def attempt(model: nn.Module, at: str, images: Tensor) -> Split | str:
-    """The first cut that serves and equals the model on two images, or the reasons why there is none."""
+def attempt(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool] = (True, False)) -> Split | str:
+    """The first cut that serves and equals the model on two images, or the reasons why there is none.
+
+    Args:
+        model: the model.
+        at: name of the layer.
+        images: two images.
+        modes: whether in training mode; in these, cuts are traced and compared with the model.
+    """
     if (complaint := _calls_complaint(model, at, images)) is not None:
         return complaint
     ways: dict[How, Callable[[], Split]] = {
         "own": lambda: own_split(model, at),
         "sequential": lambda: sequential_split(model, at),
-        "traced": lambda: traced_split(model, at, images),
+        "traced": lambda: traced_split(model, at, images, modes),
         "functional": lambda: functional_split(model, at, images),
     }
     reasons: list[str] = []
@@ -98,7 +107,7 @@ def attempt(model: nn.Module, at: str, images: Tensor) -> Split | str:
             split = way()
             check_keys(model, split)
             guard_features(split, images)
-            check_equal(model, split, images)
+            check_equal(model, split, images, modes)
         except CannotCut as reason:
             # A method of another meaning, or a layer that it does not know, is no news; a wrong cut is.
             if how == "own" and callable(getattr(model, "split", None)) and "refuses" not in str(reason):
@@ -139,7 +148,7 @@ def check_keys(model: nn.Module, split: Split) -> None:
         odd = sorted(keys ^ given)
         raise CannotCut(f"the two halves lose or add the keys {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")
     if not any(p.requires_grad for p in split.tail.parameters()):
-        raise CannotCut("nothing that could be trained lies behind it")
+        raise CannotCut(NOTHING_BEHIND)
 
 
 class _CloneChanged:
@@ -186,14 +195,14 @@ def _run(
         return logits, buffers, (torch.get_rng_state().tolist(), random.getstate())
 
 
-def check_equal(model: nn.Module, split: Split, images: Tensor) -> None:
+def check_equal(model: nn.Module, split: Split, images: Tensor, modes: Sequence[bool]) -> None:
     """The cut computes what the model does.
 
     Raises:
         CannotCut: saying in which mode and respect it differs.
     """
     more = torch.cat((images, images[:1]))
-    for mode, batch in ((False, images), (True, images), (False, more), (True, more)):
+    for mode, batch in itertools.product(modes, (images, more)):
         name = "training" if mode else "evaluation"
         expected, buffers, drawn = _run(lambda x: as_logits(model(x)), (model,), batch, mode)
         try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ from dualhead.heads.splitting.base import (
     fresh_copy,
     graft,
     has_state,
+    shape_of,
     tensors_of,
     undisturbed,
 )
@@ -248,7 +249,10 @@ class _Trace:
         copied: dict[fx.Node, fx.Node] = {}
         for node in nodes[:place]:
             copied[node] = self.trunk.node_copy(node, copied.__getitem__)
-        outputs = tuple(copied[node] for node in self.crossing)
+        outputs = tuple(
+            self.trunk.call_function(shape_of, (copied[node],)) if self._only_shape(node, behind) else copied[node]
+            for node in self.crossing
+        )
         self.trunk.output(outputs[0] if len(outputs) == 1 else outputs)
         features = self.tail.placeholder("features")
         moved = {
@@ -262,6 +266,11 @@ class _Trace:
             for node in reversed(half.nodes):
                 if node.op == "get_attr" and not node.users:
                     half.erase_node(node)
+
+    def _only_shape(self, node: fx.Node, behind: set[fx.Node]) -> bool:
+        """Whether the tail asks a tensor for its shape alone."""
+        used = [user for user in node.users if user in behind]
+        return all(u not in self._whole and (u.target is getattr or u.target in _METADATA) for u in used)
 
     def _crossing(self, behind: set[fx.Node]) -> set[fx.Node]:
         """Tensors that nodes behind the cut take from before it; grows `behind` by what is better made again there."""
@@ -309,13 +318,15 @@ class Traced(nn.Module):
         for name, tensor in constants.items():
             graft(self, name, tensor, persistent=False)
         # The compiled functions take the module as an argument, so copies of this one may share them.
-        self._run = {
-            mode: type(fx.GraphModule(self, graph)).forward for mode, graph in ((True, train), (False, evaluation))
-        }
+        self._run = {True: _compile(self, train), False: _compile(self, evaluation)}
 
     def forward(self, features: Features) -> Features:
         """What the half computes: images to features, or features to logits."""
         return self._run[self.training](self, features)
+
+
+def _compile(root: nn.Module, graph: fx.Graph) -> Callable[[nn.Module, Features], Features]:
+    return cast("Callable[[nn.Module, Features], Features]", type(fx.GraphModule(root, graph)).forward)
 
 
 def _holds(root: nn.Module, name: str) -> bool:
@@ -338,21 +349,27 @@ def _targets(*graphs: fx.Graph) -> list[str]:
     return [str(n.target) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")]
 
 
-def traced_split(model: nn.Module, at: str, images: Tensor) -> Split:
+def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool]) -> Split:
     """Cut by tracing the containers on the way to the layer.
+
+    Args:
+        model: the model.
+        at: name of the layer.
+        images: the example.
+        modes: whether to trace in training mode; of one trace only, both modes make use.
 
     Raises:
         CannotCut: saying what in the containers cannot be traced.
     """
     with undisturbed(images, model):
         try:
-            traces = {training: _Trace(model, at, images, training) for training in (True, False)}
+            traces = {training: _Trace(model, at, images, training) for training in modes}
         except CannotCut:
             raise
         except Exception as error:  # any code of any model may run here, and fail in its own way on a traced value
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CannotCut(f"tracing its containers fails: {reason[0]}") from error
-    train, evaluation = traces[True], traces[False]
+    train, evaluation = traces[modes[0]], traces[modes[-1]]
     if train.signature() != evaluation.signature():
         raise CannotCut("what crosses the cut differs between training and evaluation mode")
     copied = fresh_copy(model)
