@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyautoattack.fab_projections import projection_l2, projection_linf
 from pyautoattack.fab_pt import FABAttack_PT
 
 from attack_helpers import Recorder, drawn, images, linear_problem, network, run, run_staggered, streams
@@ -50,16 +49,27 @@ def test_projection_is_the_shortest_way_to_the_hyperplane(seed, size, share, pow
     room = torch.where(normal * sign[:, None] > 0, point, 1 - point)
     excess = sign * share * (normal.abs() * room).sum(1)
     way = to_hyperplane(point, normal, excess, norm)
-    exact = projection_linf if norm == "Linf" else projection_l2
-    wide_normal, wide_point = normal.double(), point.double()
-    target = (wide_normal * wide_point).sum(1) - excess.double()
-    expected = exact(wide_point, wide_normal, target)
     length = (lambda d: d.abs().amax(1)) if norm == "Linf" else (lambda d: d.norm(dim=1))
+    expected = length(by_bisection(point.double(), normal.double(), excess.double(), norm))
     assert ((point + way) >= -1e-6).all()
     assert ((point + way) <= 1 + 1e-6).all()
-    reached = (wide_normal * (wide_point + way.double())).sum(1)
-    torch.testing.assert_close(reached, target, rtol=1e-4, atol=1e-5 * normal.abs().sum(1).max().item())
-    assert (length(way.double()) <= length(expected) * (1 + 1e-4) + 1e-6).all()
+    gained = (normal.double() * way.double()).sum(1)
+    torch.testing.assert_close(gained, -excess.double(), rtol=1e-4, atol=1e-6 * normal.abs().sum(1).max().item())
+    torch.testing.assert_close(length(way.double()), expected, rtol=1e-4, atol=1e-6)
+
+
+def by_bisection(point, normal, excess, norm):
+    """The same in float64, by halving an interval that holds the multiplier, on a scale of logarithms."""
+    slope = normal.abs()
+    direction = -(normal * torch.where(excess < 0, -1.0, 1.0)[:, None]).sign()
+    room = torch.where(direction > 0, 1 - point, point)
+    speed = slope if norm == "L2" else torch.ones_like(slope)
+    low, high = torch.full((len(point), 1), -80.0).double(), torch.full((len(point), 1), 80.0).double()
+    for _ in range(200):
+        middle = (low + high) / 2
+        short = (slope * torch.minimum(middle.exp() * speed, room)).sum(1, keepdim=True) < excess.abs()[:, None]
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return direction * torch.minimum(low.exp() * speed, room)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
