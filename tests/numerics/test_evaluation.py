@@ -231,6 +231,15 @@ def test_interrupted_anywhere_and_resumed_is_as_if_uninterrupted(reference, tmp_
     assert_same(Evaluation.load(tmp_path), reference)
 
 
+@pytest.mark.slow
+def test_a_thousand_samples_interrupted_three_times(tmp_path):
+    moments = np.random.default_rng(0).integers(1, 900, 3).tolist()
+    for moment in moments:
+        with pytest.raises(StoppedError):
+            measure(1000, output_dir=tmp_path, progress=StopAfter(moment))
+    assert_same(measure(1000, output_dir=tmp_path), measure(1000))
+
+
 def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch, reference):
     before = measure(output_dir=tmp_path, save_adversarial=True)
     asked = []

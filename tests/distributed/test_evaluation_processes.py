@@ -1,0 +1,108 @@
+"""Evaluations that are killed, and evaluations by several processes, give the verdicts of one that ran through."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluation_job
+from dualhead.evaluation import Evaluation
+from evaluation_helpers import assert_same
+
+TESTS = Path(__file__).parent.parent
+
+
+def start(folder, *group):
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(TESTS / "evaluation_job.py"), str(folder), *map(str, group)]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def run_group(folder, world):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = [start(folder, rank, world, port) for rank in range(world)]
+    said = [process.communicate(timeout=240)[0] for process in group]
+    assert [process.returncode for process in group] == [0] * world
+    return said
+
+
+def tries_in(folder):
+    """(task, part, sample, job) of everything recorded."""
+    found = []
+    for path in sorted((folder / "progress").glob("tries-*.npz")):
+        with np.load(path) as held:
+            columns = [held[name].tolist() for name in ("task", "part", "sample", "job")]
+            found += [(str(held["tasks"][task]), *rest) for task, *rest in zip(*columns, strict=True)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return evaluation_job.main(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_moments_and_started_again(reference, tmp_path, seed):
+    moments = random.Random(seed)
+    kills = 0
+    while kills < 3:
+        process = start(tmp_path)
+        try:
+            process.wait(moments.uniform(4.0, 7.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 2
+    assert start(tmp_path).wait(240) == 0
+    assert_same(Evaluation.load(tmp_path), reference)
+    for name, verdict in Evaluation.load(tmp_path).verdicts.items():
+        np.testing.assert_array_equal(verdict.adversarial, reference.verdicts[name].adversarial)
+    done = tries_in(tmp_path)
+    assert len(done) == len(set(done))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_verdicts_of_one(reference, tmp_path):
+    said = run_group(tmp_path, 2)
+    assert said[0] == said[1]
+    shared = Evaluation.load(tmp_path)
+    assert_same(shared, reference)
+    for name, verdict in shared.verdicts.items():
+        np.testing.assert_array_equal(verdict.adversarial, reference.verdicts[name].adversarial)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["environment"]["processes"] == 2
+    assert results["robust_accuracy"] == reference.robust_accuracy
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were_killed(reference, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    evaluation_job.main(str(tmp_path), attacks=evaluation_job.ATTACKS[:1])
+    before = set(tries_in(tmp_path))
+    group = [start(tmp_path, rank, 2, port) for rank in range(2)]
+    time.sleep(1.0)
+    for process in group:
+        process.kill()
+        process.wait()
+    again = evaluation_job.main(str(tmp_path))
+    assert_same(again, reference)
+    done = tries_in(tmp_path)
+    assert len(done) == len(set(done))
+    assert before <= set(done)
