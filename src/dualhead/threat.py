@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Annotated, Literal, get_args
 
 import torch
@@ -26,7 +25,8 @@ def parse_real(value: object) -> float:
     try:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError
-        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+        above, slash, below = str(value).partition("/")
+        number = float(above) / float(below if slash else 1)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise UserError(f"{value!r} is not a number; write it like 0.031 or 8/255") from None
     if not math.isfinite(number):
