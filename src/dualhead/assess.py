@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from dualhead.data import Split, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate
-from dualhead.hub import find_model, load, read_config, view
+from dualhead.heads import LayerInfo, layers
+from dualhead.hub import Architecture, find_model, load, read_config, view
 from dualhead.models import Normalize, backbones
 from dualhead.run import load_stage, read_recipe
 from dualhead.runtime import Precision, find_device
@@ -137,3 +139,28 @@ def _default_folder(request: Request) -> Path:
     words += [None if request.limit is None else f"first{request.limit}"]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return base / "evaluations" / name if request.is_run else base / (name or "default")
+
+
+def list_layers(name: str, image_shape: str, classes: int) -> list[LayerInfo]:
+    """The layers of a model at which a second head can start.
+
+    Args:
+        name: a backbone, `package.module:factory`, a run, an exported model or a Hub name.
+        image_shape: `CHANNELSxHEIGHTxWIDTH`, for a backbone or a factory.
+        classes: for a backbone or a factory.
+
+    Raises:
+        UserError: if there is no such model or shape.
+    """
+    if Path(name).is_dir() or ("/" in name and ":" not in name):
+        folder = find_model(name)
+        architecture = Architecture.parse(read_config(folder)["architecture"], str(folder))
+        architecture = architecture.model_copy(update={"attach_at": None, "aggregator": None})
+        model, shape = architecture.create(), architecture.image_shape
+    else:
+        parts = image_shape.lower().split("x")
+        if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise UserError(f"--image-shape {image_shape}: write CHANNELSxHEIGHTxWIDTH, e.g. 3x32x32")
+        shape = (int(parts[0]), int(parts[1]), int(parts[2]))
+        model = backbones.build(name, where="model").create(classes, shape, Normalize.identity(shape[0]))
+    return layers(model, torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)))

@@ -168,6 +168,70 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
     }
 
 
+@app.command()
+def layers(
+    model: Annotated[str, typer.Argument(help="A backbone (wideresnet-34-10), package.module:factory, run or model.")],
+    image_shape: Annotated[str, typer.Option("--image-shape", help="CHANNELSxHEIGHTxWIDTH")] = "3x32x32",
+    classes: Annotated[int, typer.Option("--classes", min=2)] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Where a second head can be attached: what crosses there, parameters and cost behind it, way of cutting."""
+    from dataclasses import asdict
+
+    from dualhead.assess import list_layers
+    from dualhead.terminal import print_table
+
+    found = list_layers(model, image_shape, classes)
+    if as_json:
+        typer.echo(json.dumps([asdict(layer) for layer in found], indent=2))
+        return
+    rows = [
+        [
+            f"{layer.name} *" if layer.recommended else layer.name,
+            ", ".join("x".join(map(str, shape)) for shape in layer.shapes),
+            f"{layer.parameters_before:,}",
+            f"{layer.parameters_after:,}",
+            f"{layer.cost_after:.0%}",
+            layer.how or f"no: {layer.why_not}",
+        ]
+        for layer in found
+    ]
+    columns = ("layer", "crosses", "parameters before", "parameters after", "cost behind", "cut")
+    print_table({name: "left" if name in ("layer", "cut") else "right" for name in columns}, rows)
+    typer.echo("* recommended: about 30 % of the forward cost lies before it")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run, or a folder with results.json and samples.npz.")],
+    second: Annotated[Path, typer.Argument(help="The same, of the same samples and threat model.")],
+    as_json: AsJson = False,
+) -> None:
+    """McNemar's exact test between two evaluations of the same samples."""
+    from dataclasses import asdict
+
+    from dualhead.evaluation import compare as compare_evaluations
+    from dualhead.terminal import print_table
+
+    folders = [folder / "evaluation" if (folder / "evaluation").is_dir() else folder for folder in (first, second)]
+    pairs = compare_evaluations(*folders)
+    if as_json:
+        typer.echo(json.dumps({name: asdict(pair) for name, pair in pairs.items()}, indent=2))
+        return
+    rows = [
+        [
+            name,
+            *(f"{accuracy:.1%}" for accuracy in pair.accuracy),
+            f"{pair.difference:+.1%} [{pair.interval[0]:+.1%}, {pair.interval[1]:+.1%}]",
+            f"{pair.p_value:.2g}",
+            pair.verdict,
+        ]
+        for name, pair in pairs.items()
+    ]
+    columns = ("accuracy", "first", "second", "second - first, 95 % interval", "p (McNemar, exact)", "verdict")
+    print_table({name: "left" if name in ("accuracy", "verdict") else "right" for name in columns}, rows)
+
+
 @app.command("list")
 def list_components(
     kind: Annotated[str | None, typer.Argument(help="objectives, attacks, ..., recipes; default: all")] = None,

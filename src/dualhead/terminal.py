@@ -39,7 +39,7 @@ class TrainingDisplay:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(self._label, total=epochs * steps, completed=done)
         else:
-            err.print(f"stage {self._label}: {epochs} epochs of {steps} steps")
+            err.print(f"stage {self._label}: {epochs} epochs of {steps} steps", soft_wrap=True)
 
     def step(self, epoch: int, loss: Tensor) -> None:
         """See `TrainingProgress.step`. The loss is read twice a second, not at every step."""
@@ -58,7 +58,8 @@ class TrainingDisplay:
         if self._bar is None:
             err.print(
                 f"stage {self._label}: epoch {metrics['epoch']}/{self._epochs}, loss {metrics['loss']:.3f}"
-                f"{self._accuracy.replace('  ', ', ')}, {metrics['seconds']:.0f} s"
+                f"{self._accuracy.replace('  ', ', ')}, {metrics['seconds']:.0f} s",
+                soft_wrap=True,
             )
         elif self._task is not None:
             self._bar.update(self._task, advance=self._pending)
@@ -80,7 +81,7 @@ class EvaluationDisplay:
         if self._bar is None:
             if done >= total and attack not in self._told:
                 self._told.add(attack)
-                err.print(text.replace("  ", ", ") + " so far")
+                err.print(text.replace("  ", ", "), soft_wrap=True)
             return
         if attack not in self._tasks:
             for task in self._tasks.values():
@@ -100,6 +101,16 @@ def progress_bar(*, quiet: bool) -> Iterator[Progress | None]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         yield bar
+
+
+def print_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print a table; the columns say how each is justified."""
+    table = Table(title=title, title_justify="left")
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
 
 
 def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
