@@ -202,6 +202,22 @@ def layers(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
+    push: Annotated[str | None, typer.Option("--push", help="Also upload to the Hub as OWNER/NAME.")] = None,
+) -> None:
+    """Write weights, configuration and a model card to a folder that `dualhead.load` reads."""
+    from dualhead.hub import export as export_model
+    from dualhead.hub import push_to_hub
+
+    folder = export_model(run, to)
+    typer.echo(f"model: {folder}")
+    if push is not None:
+        typer.echo(f"Hub: {push_to_hub(folder, push)}")
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run, or a folder with results.json and samples.npz.")],
     second: Annotated[Path, typer.Argument(help="The same, of the same samples and threat model.")],

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any, Self, cast, get_args
 
 import torch
+import yaml
 from pydantic import ValidationError
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.files import write_json
+from dualhead.files import write_json, write_text
 from dualhead.heads import DualHeadClassifier, Output, aggregators, attach_second_head
 from dualhead.models import Normalize, backbones, load_state, read_state, write_state
 from dualhead.registry import first_error
+from dualhead.report import model_card
 from dualhead.schema import Section
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+CARD = "README.md"
 
 
 class Architecture(Section):
@@ -92,6 +95,65 @@ def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts
 def write_config(folder: Path, architecture: Architecture, facts: Mapping[str, Any]) -> None:
     """Write `config.json` alone, for weights that lie beside it or below."""
     write_json(folder / CONFIG, {"architecture": architecture.model_dump(mode="json"), **facts})
+
+
+def write_card(folder: Path, run: Path | None) -> None:
+    """Write the model's `README.md` from what lies in its folder and in its run's.
+
+    Args:
+        folder: of the model.
+        run: of the run that made it; None if there is none.
+    """
+    recipe = results = None
+    if run is not None and (run / "config.yaml").is_file():
+        recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    if run is not None and (run / "evaluation" / "results.json").is_file():
+        results = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    write_text(folder / CARD, model_card(read_config(folder), recipe, results))
+
+
+def export(run: str | Path, folder: str | Path) -> Path:
+    """Copy a finished run's model, with a card that says what was measured, to a folder that `load` reads.
+
+    Args:
+        run: of a finished run.
+        folder: made if need be; must be empty or not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: if the run has no finished model, or the folder holds something.
+    """
+    run, folder = Path(run), Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--to {folder}: holds something already; choose an empty or a new folder")
+    if not (run / "model" / WEIGHTS).is_file():
+        raise UserError(f"{run}: holds no finished model; `dualhead train` with the same recipe goes on with it")
+    write_state(read_state(run / "model" / WEIGHTS), folder / WEIGHTS)
+    write_json(folder / CONFIG, read_config(run / "model"))
+    write_card(folder, run)
+    return folder
+
+
+def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> str:
+    """Upload an exported model to the Hugging Face Hub, with the credentials that `huggingface_hub` finds.
+
+    Args:
+        folder: that `export` wrote.
+        name: `OWNER/NAME`; made if need be.
+        private: whether a new one is private.
+
+    Returns:
+        Its address.
+    """
+    from huggingface_hub import HfApi
+
+    find_model(folder)
+    api = HfApi()
+    api.create_repo(name, private=private, exist_ok=True)
+    info = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=[CONFIG, WEIGHTS, CARD])
+    return str(info)
 
 
 def load_base_weights(model: nn.Module, path: str | Path) -> None:

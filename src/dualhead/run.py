@@ -18,7 +18,7 @@ from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate
 from dualhead.files import write_json, write_text
 from dualhead.flops import CountFlops
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
-from dualhead.hub import Architecture, load_base_weights, read_config, save_model, view, write_config
+from dualhead.hub import Architecture, load_base_weights, read_config, save_model, view, write_card, write_config
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
 from dualhead.runtime import Arithmetic, choose_arithmetic, describe_environment, find_device, in_eval_mode
 from dualhead.training import (
@@ -330,6 +330,7 @@ class Run:
         costs = self._costs()
         rows = []
         for name, model, output in self._outputs():
+            model.eval()
             deployed = output == self.output and name != BASE
             folder = self.folder / "evaluation"
             evaluation = evaluate(
@@ -350,6 +351,7 @@ class Run:
             rows.append(Row(name, evaluation, self._parameters(output), forward_equivalents, seconds))
         rows.sort(key=lambda row: row.name == self._row_name(self.output))
         write_json(self.folder / "comparison.json", {"rows": [row.describe() for row in rows]})
+        write_card(self.folder / "model", self.folder)
         return rows
 
     def _row_name(self, output: str) -> str:

@@ -1,0 +1,123 @@
+"""The card beside a model's weights: what it withstands, how that was measured, and what it does not promise."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+OUTPUTS = {
+    "model": "A single-head classifier",
+    "head1": "Head 1 of a dual-head classifier",
+    "head2": "Head 2 of a dual-head classifier",
+    "mean": "The mean of two heads",
+    "aggregate": "A dual-head classifier (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
+}
+
+
+def model_card(
+    config: Mapping[str, Any], recipe: Mapping[str, Any] | None = None, results: Mapping[str, Any] | None = None
+) -> str:
+    """A card in Markdown, with the front matter that the Hugging Face Hub reads.
+
+    Args:
+        config: content of the model's `config.json`.
+        recipe: content of the run's `config.yaml`; None if it is not known.
+        results: content of the evaluation's `results.json`; None if there is none, which the card then says.
+    """
+    architecture, threat = config["architecture"], config.get("threat", {})
+    shape = "x".join(map(str, architecture["image_shape"]))
+    names = config.get("class_names") or []
+    lines = [
+        "---",
+        "library_name: dualhead",
+        "pipeline_tag: image-classification",
+        "tags: [adversarial-robustness, adversarial-training, dual-head-adversarial-training]",
+        "---",
+        "",
+        f"# {_safe(config.get('recipe', 'dualhead model'))}",
+        "",
+        f"{OUTPUTS.get(config.get('output', 'model'), 'A classifier')} on {_safe(_name(architecture['backbone']))}, "
+        f"for images {shape} in [0, 1] and {architecture['num_classes']} classes.",
+        "",
+        "```python",
+        "import dualhead",
+        "",
+        'model = dualhead.load("PATH_OR_HUB_NAME")  # images [B, C, H, W] in [0, 1] to logits; normalises by itself',
+        "```",
+        "",
+        "## Threat model",
+        "",
+        f"Trained against perturbations of {threat['norm']} norm at most {_eps(threat['eps'])}."
+        if threat
+        else "Not recorded.",
+        "",
+        "## Measured",
+        "",
+        *_measured(results),
+        "",
+        "## Data and training",
+        "",
+        *_training(recipe),
+        f"- classes: {', '.join(_safe(name) for name in names)}" if len(names) <= 20 else f"- classes: {len(names)}",
+        "",
+        "## Limits",
+        "",
+        "Robust accuracy is what the named attacks left: an upper bound on what a stronger attack would leave. "
+        "It holds for the threat model above and for images like the test images; other norms, larger budgets, "
+        "corruptions and unrelated images are outside it.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _measured(results: Mapping[str, Any] | None) -> list[str]:
+    if results is None:
+        return ["Nothing was measured yet: `dualhead evaluate` does."]
+    intervals = results["intervals"]
+    rows = [("clean", results["clean_accuracy"], intervals["clean_accuracy"])]
+    robust = results["robust_accuracy"]
+    shown = [name for name in robust if name != "worst" or len(robust) > 2]
+    rows += [(name, robust[name], intervals[name]) for name in shown]
+    threat = results["threat"]
+    doubts = [entry for entry in results.get("diagnostics", []) if entry["status"] != "ok"]
+    return [
+        f"{results['num_samples']} test images, {threat['norm']} eps {_eps(threat['eps'])}, Wilson 95 % intervals.",
+        "",
+        "| accuracy | percent | interval |",
+        "|---|---|---|",
+        *(f"| {_safe(n)} | {100 * share:.2f} | {100 * e[0]:.2f} to {100 * e[1]:.2f} |" for n, share, e in rows),
+        "",
+        *(f"- {_safe(entry['status'])}: {_safe(entry['name'])}: {_safe(entry['message'])}" for entry in doubts),
+        f"Command: `{results.get('command') or 'not recorded'}`, seed {results.get('seed')}.",
+    ]
+
+
+def _training(recipe: Mapping[str, Any] | None) -> list[str]:
+    if recipe is None:
+        return ["- recipe: not recorded"]
+    stages: Sequence[Mapping[str, Any]] = recipe["stages"]
+    return [
+        f"- data: {_safe(recipe['data']['source'])}",
+        *(
+            f"- stage {_safe(stage['name'])}: {_safe(_name(stage['objective']))}, {', '.join(stage['train'])}, "
+            f"{stage['epochs']} epochs, attack {_safe(_name(stage['attack']))}"
+            for stage in stages
+        ),
+        f"- seed: {recipe['runtime']['seed']}",
+    ]
+
+
+def _name(component: Mapping[str, Any]) -> str:
+    fields = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                       for key, value in component.items() if key != "name" and value is not None)  # fmt: skip
+    return f"{component['name']} ({fields})" if fields else str(component["name"])
+
+
+def _eps(eps: float) -> str:
+    levels = eps * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
+def _safe(text: object) -> str:
+    """Text that stays text in Markdown and HTML, on one line of a table."""
+    return html.escape(" ".join(str(text).split())).replace("|", "&#124;")
