@@ -48,8 +48,8 @@ def dual_model(backbone: str = "wideresnet-10-1", *, seed: int = 0) -> DualHeadC
 
 def _settle(model: nn.Module) -> None:
     model.train()
-    for _ in range(20):
-        model(torch.rand(32, 3, 12, 12))
+    for _ in range(6):
+        model(torch.rand(16, 3, 12, 12))
 
 
 def batch(number: int, size: int = 16) -> Batch:
