@@ -192,16 +192,31 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         near = get_close_matches(name, shipped_recipes(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"recipe {name!r} is neither a file nor shipped; {hint}shipped: {', '.join(shipped_recipes())}")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"recipe {name}:{where} is not valid YAML: {problem}") from None
+    content = _parse_yaml(text, f"recipe {name}")
     if not isinstance(content, dict):
         raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
     return content, label
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return _unshared(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1} " if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: {line}is not valid YAML: {problem}") from None
+    except (ValueError, OverflowError) as error:  # YAML takes 2021-02-30 for a date, and !!int for a number
+        raise UserError(f"{where}: holds a value that is not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply, or an anchor holds itself") from None
+
+
+def _unshared(content: Any) -> Any:
+    """The content with a copy for each use of an anchor, so that to change one is not to change them all."""
+    if isinstance(content, dict):
+        return {str(key): _unshared(value) for key, value in content.items()}
+    return [_unshared(item) for item in content] if isinstance(content, list) else content
 
 
 def _merge(base: Any, change: Any) -> Any:
@@ -226,8 +241,9 @@ def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
         raise UserError(f"recipe {name}: extends must name one other recipe, without a circle; got {parent!r}")
     beside = Path(name).parent / parent
     base = _extended(str(beside) if Path(name).is_file() and beside.is_file() else parent, (*chain, name, parent))[0]
+    own = {"name": content.pop("name")} if "name" in content else {}  # a recipe's name tells no components apart
     base.pop("name", None)
-    return _merge(base, content), label
+    return {**_merge(base, content), **own}, label
 
 
 def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None:
@@ -242,7 +258,7 @@ def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None
         if not rest:
             raise UserError(f"{override}: name the key to change inside {key!r}")
         for item in named:
-            _assign(item, rest, value, override)
+            _assign(item, rest, _unshared(value), override)
         return
     if not rest:
         target[key] = value
@@ -274,11 +290,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(f"override {override!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"override {override!r}: the value is not valid YAML") from None
-        _assign(content, key.split("."), value, override)
+        _assign(content, key.split("."), _parse_yaml(text, f"override {override!r}"), override)
     return parse_recipe(content, f"recipe {name}")
 
 
