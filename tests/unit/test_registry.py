@@ -111,7 +111,7 @@ def test_the_place_in_the_recipe_is_named(spec, message):
 
 
 def test_without_a_component_for_imports_a_colon_is_unknown():
-    with pytest.raises(UserError, match="unknown shape 'a.b:c'"):
+    with pytest.raises(UserError, match=r"unknown shape 'a\.b:c'"):
         make_registry().build("a.b:c")
 
 

@@ -202,7 +202,7 @@ def test_parse_real_refuses_what_is_no_number(value):
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, "inf", "nan", "1e400", "1e999999999", 10**400])
 def test_parse_real_refuses_what_is_not_finite_without_long_thought(value):
-    with pytest.raises(UserError, match="is not (finite|a number); write"):
+    with pytest.raises(UserError, match=r"is not (finite|a number); write"):
         parse_real(value)
 
 
