@@ -34,15 +34,16 @@ def network(classes: int = 10, channels: int = 3, side: int = 8, *, seed: int = 
     return model.eval().requires_grad_(False)
 
 
-def linear_problem(norm: str, classes: int, *, near: int, batch: int = 3, seed: int = 0):
-    """A linear classifier on images [1, 3, 4], images, labels, and the exact distance [batch] to the nearest boundary.
+def linear_problem(norm: str, classes: int, *, near: int, batch: int = 3, seed: int = 0, shape=(1, 3, 4)):
+    """A linear classifier on images of a shape, images, labels, and the exact distance [batch] to the nearest boundary.
 
     Only the first `near` classes compete; the boundaries of the others are far away. No face of the box is near.
     """
     generator = torch.Generator().manual_seed(seed)
-    weight, bias = torch.randn(classes, 12, generator=generator), 0.1 * torch.randn(classes, generator=generator)
+    x = 0.5 + 0.05 * (images(batch, *shape, seed=seed) - 0.5)
+    weight = torch.randn(classes, x[0].numel(), generator=generator)
+    bias = 0.1 * torch.randn(classes, generator=generator)
     bias[near:] -= 20.0
-    x = 0.5 + 0.05 * (images(batch, 1, 3, 4, seed=seed) - 0.5)
 
     def model(x: Tensor) -> Tensor:
         return x.flatten(1) @ weight.T + bias

@@ -10,8 +10,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dualhead.attacks.apgd import APGDCE, APGDT
+from dualhead.attacks.apgd import APGDCE, APGDDLR, APGDT
 from dualhead.attacks.base import Attack, Search, attacks
+from dualhead.attacks.fab import FAB, FABT
+from dualhead.attacks.square import Square
 from dualhead.threat import ThreatModel
 
 
@@ -29,6 +31,43 @@ class _Suite(Attack):
     def notes(self, num_classes: int) -> list[str]:
         """Those of the members."""
         return [note for member in self.members() for note in member.notes(num_classes)]
+
+
+@attacks.register("autoattack")
+@dataclass(frozen=True)
+class AutoAttack(_Suite):
+    """The standard version: APGD-CE, targeted APGD-DLR, targeted FAB, Square."""
+
+    def members(self) -> Sequence[Search]:
+        """See the class."""
+        return (APGDCE(), APGDT(), FABT(), Square())
+
+
+@attacks.register("autoattack-plus")
+@dataclass(frozen=True)
+class AutoAttackPlus(_Suite):
+    """The standard version's members and APGD-DLR and untargeted FAB, with 5 restarts where they are untargeted."""
+
+    def members(self) -> Sequence[Search]:
+        """See the class."""
+        return (
+            APGDCE(restarts=5).labelled("apgd-ce"),
+            APGDDLR(restarts=5).labelled("apgd-dlr"),
+            FAB(restarts=5).labelled("fab"),
+            Square(),
+            APGDT(),
+            FABT(),
+        )
+
+
+@attacks.register("autoattack-rand")
+@dataclass(frozen=True)
+class AutoAttackRand(_Suite):
+    """For models with random outputs: APGD-CE and APGD-DLR, each gradient the mean of 20."""
+
+    def members(self) -> Sequence[Search]:
+        """See the class."""
+        return (APGDCE(eot=20).labelled("apgd-ce"), APGDDLR(eot=20).labelled("apgd-dlr"))
 
 
 @attacks.register("autoattack-fast")
