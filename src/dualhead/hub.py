@@ -173,7 +173,10 @@ def load_base_weights(model: nn.Module, path: str | Path) -> None:
         path = next((p for p in (path / WEIGHTS, path / "model" / WEIGHTS) if p.is_file()), path / WEIGHTS)
     state = read_state(path)
     if isinstance(model, DualHeadClassifier) and set(state) != set(model.state_dict()):
-        model.load_base_state_dict(state)
+        try:
+            model.load_base_state_dict(state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     else:
         load_state(model, state, str(path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,7 @@ class Run:
         self.architecture = architecture_of(recipe, self.training)
         torch.manual_seed(recipe.runtime.seed)
         self.model = self.architecture.create().to(self.device)
-        for stage in recipe.stages:  # a stage that cannot be is refused now, not after the hours before it
-            Program(self.model, stage.train)
+        self._check_stages()
         self.output = trained_output(recipe.stages[-1].train)
         self.position = Position()
         self._saved: Saved | None = None
@@ -192,10 +192,25 @@ class Run:
                     "set keep: last or data.validation: 0.02"
                 )
 
+    def _check_stages(self) -> None:
+        """A stage that cannot be is refused now, not after the hours before it."""
+        begun = (self.folder / "config.yaml").is_file()  # then a stage's first weights may have gone since
+        for index, stage in enumerate(self.recipe.stages):
+            Program(self.model, stage.train)
+            if stage.init is not None and not begun:
+                try:
+                    load_base_weights(copy.deepcopy(self.model), stage.init)
+                except UserError as error:
+                    raise UserError(f"stages.{index}.init: {error}") from None
+
     def _open(self) -> Arithmetic:
         """Make the folder, or find in it where the run stands."""
         environment_file = self.folder / "environment.json"
         if not (self.folder / "config.yaml").is_file():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--run-dir {self.folder}: cannot be made ({error.strerror})") from None
             write_config(self.folder / "checkpoints", self.architecture, self._facts())
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
         if self._state_file.is_file():
