@@ -71,7 +71,7 @@ def assess(request: Request, progress: EvaluationProgress | None = None) -> tupl
     count = min(request.limit or len(test), len(test))
     folder = request.output_dir or _default_folder(request)
     evaluation = evaluate(
-        model.to(device),
+        model.to(device).eval(),  # a factory hands it out in train mode
         test.images[:count],
         test.labels[:count],
         threat=threat,
