@@ -390,6 +390,36 @@ def test_outputs_that_carry_logits(reference, wrap):
     assert_same(result, reference)
 
 
+class Flattens(nn.Module):
+    """Reads images as they lie in memory, which fails where channels come last."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(192, 4)
+
+    def forward(self, x):
+        return self.linear(x.view(x.shape[0], -1))
+
+
+class Uncopied(nn.Module):
+    def forward(self, x):
+        return trained()(x)
+
+    def __deepcopy__(self, memo):
+        raise TypeError("not to be copied")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("model", "layout"), [(Flattens, "contiguous_format"), (Uncopied, "contiguous_format"), (trained, "channels_last")]
+)
+def test_models_that_cannot_be_laid_out_anew_are_asked_as_they_are(model, layout, precision):
+    images, labels = patterns(20)
+    result = evaluate(model(), images, labels, threat=THREAT, attacks=["pgd-3"], precision=precision, diagnostics=False)
+    assert result.results["environment"]["layout"] == layout
+    assert result.results["environment"]["precision"] == precision
+
+
 def test_two_classes_grey_and_not_square():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 3 * 7, 2))

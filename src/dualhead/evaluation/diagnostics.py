@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dualhead.attacks import Search, attacks
 from dualhead.attacks.losses import cross_entropy
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
-from dualhead.evaluation.subject import ROWS, Subject
+from dualhead.evaluation.subject import ROWS, Subject, differ
 from dualhead.noise import Streams
 from dualhead.threat import ThreatModel
 
@@ -93,16 +93,8 @@ def _values(images: Tensor) -> Finding:
     return _finding("value_range", high > 0.1, "images lie in [0, 1]", text, failed=False)
 
 
-def _tolerance(logits: Tensor) -> float:
-    return 1e-4 * max(float(logits.abs().nan_to_num(0.0, 0.0, 0.0).amax()), 1e-6)
-
-
-def _differ(first: Tensor, second: Tensor) -> bool:
-    return not torch.allclose(first, second, rtol=0.0, atol=_tolerance(first), equal_nan=True)
-
-
 def _randomness(subject: Subject, x: Tensor, logits: Tensor) -> Finding:
-    differs = any(_differ(logits, subject.verify(x)) for _ in range(3))
+    differs = any(differ(logits, subject.verify(x), 1e-4) for _ in range(3))
     text = (
         "the same images gave different logits: the model is random, and a single verdict is a matter of luck; use "
         "autoattack-rand, which averages gradients over many passes, and evaluate with several seeds"
@@ -116,7 +108,7 @@ def _independence(subject: Subject, x: Tensor, logits: Tensor) -> Finding:
         "an image's logits depend on the other images in its batch, as with batch statistics: an adversary who fills "
         "the batch decides, and verdicts depend on who sits beside whom; use running statistics"
     )
-    return _finding("batch_independence", not _differ(logits[:4], alone), "an image's logits are its own", text)
+    return _finding("batch_independence", not differ(logits[:4], alone, 1e-4), "an image's logits are its own", text)
 
 
 def _finite(logits: Tensor) -> Finding:

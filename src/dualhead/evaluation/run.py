@@ -243,13 +243,14 @@ class _Work:
             self.subject.settle(precision, x, y)
             return {
                 "precision": self.subject.arithmetic.name,
+                "layout": self.subject.layout,
                 "seconds_per_image": {name: round(seconds, 8) for name, seconds in self.subject.timings.items()},
                 "batch_size": self.subject.batch_size,
                 "batch_invariant": self.subject.batch_invariant(x, y),
             }
 
         self.settled = self._gather(self.journal.fact("arithmetic", settle) if self.rank == 0 else None)[0]
-        self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32)
+        self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
         self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
 
     def _diagnose_model(self) -> list[dict[str, str]]:
@@ -299,7 +300,11 @@ class _Work:
         for name, attack in self.attacks.items():
             verdicts[name], records[name] = self._attack(attack, self.threat)
         evaluation = Evaluation(
-            self.samples.keys.numpy(), self.samples.labels.numpy(), predictions(self.samples.clean).numpy(), verdicts, {}
+            self.samples.keys.numpy(),
+            self.samples.labels.numpy(),
+            predictions(self.samples.clean).numpy(),
+            verdicts,
+            {},
         )
         correct = evaluation.correct
         curve = []

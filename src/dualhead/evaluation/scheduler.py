@@ -244,7 +244,7 @@ class Hunt:
         held = self._held.cpu().numpy()
         live, spent = self._sample >= 0, self._age >= self.max_steps
         # A search in reduced precision may hold an example that only the float32 model sees to be one.
-        doubtful = held if self.subject.exact else held | spent
+        doubtful = held | spent if self.subject.reduced else held
         rows = (live & doubtful).nonzero()[0]
         outcomes = self._verify(rows) if len(rows) else {}
         again = []

@@ -16,7 +16,7 @@ from dualhead.attacks import LogitsFn, Query
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
 from dualhead.models.base import logits_of
-from dualhead.runtime import BF16, FLOAT32, Arithmetic, Precision, synchronize
+from dualhead.runtime import BF16, FLOAT32, Arithmetic, Precision, set_layout, synchronize
 
 ROWS = 8
 """Batches are padded to a multiple of this many rows. Matrix kernels treat the last few rows of a batch differently,
@@ -85,6 +85,12 @@ def _padded_call(function: LogitsFn, x: Tensor) -> Tensor:
     return function(pad_rows(x))[: x.shape[0]]
 
 
+def differ(first: Tensor, second: Tensor, share: float) -> bool:
+    """Whether logits differ by more than a share of the largest one; NaN equals NaN."""
+    largest = float(first.abs().nan_to_num(0.0, 0.0, 0.0).amax())
+    return not torch.allclose(first, second, rtol=0.0, atol=share * max(largest, 1e-6), equal_nan=True)
+
+
 class Subject:
     """Access to a frozen model in the two ways that an evaluation needs.
 
@@ -101,12 +107,12 @@ class Subject:
         self.arithmetic: Arithmetic = FLOAT32
         self.timings: dict[str, float] = {}
         self._heads = heads
-        self._search_model = model
+        self._search_model, self._layout = model, torch.contiguous_format
 
     @property
-    def exact(self) -> bool:
-        """Whether the search asks the very model that decides."""
-        return self.arithmetic == FLOAT32
+    def reduced(self) -> bool:
+        """Whether the search sees less than float32."""
+        return self.arithmetic != FLOAT32
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of the float32 model [B, C], which alone decide; with a graph if gradients are enabled."""
@@ -117,23 +123,57 @@ class Subject:
         with torch.no_grad():
             return torch.cat([self.logits(chunk) for chunk in torch.split(x, self.batch_size)])
 
+    @property
+    def layout(self) -> str:
+        """How the search lays out images in memory."""
+        return str(self._layout).removeprefix("torch.")
+
     def query(self) -> Query:
         """The model as the search sees it."""
         model, outputs = self._search_model, outputs_of(self._search_model, self._heads)
+        # Somebody's own function of the images may not take another layout.
+        layout = self._layout if self._heads is None else torch.contiguous_format
         return Query(
-            self._searching(lambda x: logits_of(model(x))), None if outputs is None else self._searching(outputs)
+            self._searching(lambda x: logits_of(model(x)), self._layout),
+            None if outputs is None else self._searching(outputs, layout),
         )
 
-    def _searching(self, function: LogitsFn) -> LogitsFn:
-        wrapped = self.arithmetic.wrap(function)
-        return lambda x: _padded_call(wrapped, x)
+    def _searching(self, function: LogitsFn, layout: torch.memory_format) -> LogitsFn:
+        def ask(x: Tensor) -> Tensor:
+            with self.arithmetic.autocast(self.device):
+                return function(x.contiguous(memory_format=layout)).float()
 
-    def use(self, arithmetic: Arithmetic) -> None:
-        """Search in this arithmetic from now on. Verdicts stay with the float32 model, which is left as it is."""
+        return lambda x: _padded_call(ask, x)
+
+    def use(self, arithmetic: Arithmetic, example: Tensor) -> None:
+        """Search in this arithmetic from now on. Verdicts stay with the float32 model, which is left as it is.
+
+        The search asks a copy whose convolutions are laid out channels last where that suits the device: always in
+        bf16, and on a CPU in float32 too (measured with oneDNN on AVX512: 1.6 times faster forwards on a small
+        WideResNet). A model that cannot be copied, or cannot take images so, is asked as it is.
+
+        Args:
+            arithmetic: of the search.
+            example: some images to try the copy on.
+        """
         self.arithmetic = arithmetic
-        self._search_model = self.model if arithmetic == FLOAT32 else copy.deepcopy(self.model)
-        if arithmetic != FLOAT32:
-            arithmetic.lay_out(self._search_model)
+        self._search_model, self._layout = self.model, torch.contiguous_format
+        if arithmetic == FLOAT32 and self.device.type != "cpu":
+            return
+        try:
+            copied = copy.deepcopy(self.model)
+            set_layout(copied, torch.channels_last)
+            images = pad_rows(example[:ROWS]).contiguous(memory_format=torch.channels_last)
+            images = images.detach().requires_grad_()
+            logits = logits_of(copied(images)).float()
+            if logits.requires_grad:
+                torch.autograd.grad(logits.sum(), images, allow_unused=True)
+        except Exception:  # whatever somebody else's model may raise; the layout in the results says what was used
+            return
+        with torch.no_grad():
+            expected = self.logits(example[:ROWS])
+        if not differ(expected, logits.detach()[: len(expected)], 1e-3):
+            self._search_model, self._layout = copied, torch.channels_last
 
     def settle(self, precision: Precision, x: Tensor, y: Tensor) -> None:
         """Choose precision and batch size for speed, neither of which changes what a verdict means.
@@ -147,15 +187,15 @@ class Subject:
             y: its label.
         """
         sizes = [size for size in (16 * 2**k for k in range(16)) if size < self.batch_size] + [self.batch_size]
-        self.use(BF16 if precision == "bf16" else FLOAT32)
+        self.use(BF16 if precision == "bf16" else FLOAT32, x)
         if precision == "auto":
             size = sizes[min(1, len(sizes) - 1)]
             timings = {}
             for arithmetic in (FLOAT32, BF16):
-                self.use(arithmetic)
+                self.use(arithmetic, x)
                 timings[arithmetic] = self._seconds_per_image(x, y, size)
                 self.timings[arithmetic.name] = timings[arithmetic]
-            self.use(BF16 if timings[BF16] * 1.2 < timings[FLOAT32] else FLOAT32)
+            self.use(BF16 if timings[BF16] * 1.2 < timings[FLOAT32] else FLOAT32, x)
         best = math.inf
         for size in sizes:
             try:
@@ -172,7 +212,7 @@ class Subject:
         x, y = x[rows], y[rows]
         query, begun = self.query(), time.perf_counter()
         times: list[float] = []
-        while len(times) < 3 or time.perf_counter() - begun < budget:
+        while len(times) < 3 or (len(times) < 10 and time.perf_counter() - begun < budget):
             start = time.perf_counter()
             query.gradient(x, lambda logits: cross_entropy(logits, y))
             synchronize(self.device)
