@@ -20,9 +20,12 @@ from dualhead.files import write_json, write_text
 from dualhead.flops import CountFlops
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.hub import Architecture, load_base_weights, read_config, save_model, view, write_card, write_config
+from dualhead.lock import NAME as LOCK
+from dualhead.lock import FolderLock
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
 from dualhead.runtime import Arithmetic, choose_arithmetic, describe_environment, find_device, in_eval_mode
 from dualhead.training import (
+    CheckpointStore,
     MetricsLog,
     Position,
     Program,
@@ -33,8 +36,6 @@ from dualhead.training import (
     StageRun,
     TrainingProgress,
     Validator,
-    load_position,
-    save_position,
     trained_output,
 )
 
@@ -113,7 +114,8 @@ def train(
         command: what the user typed, kept with the results.
 
     Raises:
-        UserError: for a bad recipe, bad data, or a folder that holds another run; nothing is written then.
+        UserError: for a bad recipe, bad data, or a folder that holds another run or where another process works;
+            nothing is written then.
         Interrupted: when stopped.
         RunError: when training fails.
     """
@@ -122,8 +124,9 @@ def train(
     elif overrides:
         raise UserError("overrides apply to a recipe by name or path, not to one that is built already")
     run = Run(recipe, Path(run_dir) if run_dir is not None else Path("runs") / recipe.name)
-    run.train(progress or Silent(), stop)
-    rows = run.evaluate(evaluation_progress, command)
+    with FolderLock(run.folder):
+        run.train(progress or Silent(), stop)
+        rows = run.evaluate(evaluation_progress, command)
     return RunResult(run.folder, view(run.model, run.output), tuple(rows))
 
 
@@ -155,14 +158,11 @@ class Run:
         self._check_stages()
         self.output = trained_output(recipe.stages[-1].train)
         self.position = Position()
+        self._states = CheckpointStore(folder / "checkpoints" / "states")
         self._saved: Saved | None = None
         self._history: list[dict[str, Any]] = []
 
     # ---- the folder
-
-    @property
-    def _state_file(self) -> Path:
-        return self.folder / "checkpoints" / "state.pt"
 
     def _stage_file(self, stage: Stage, which: str) -> Path:
         return self.folder / "checkpoints" / stage.name / f"{which}.safetensors"
@@ -170,7 +170,7 @@ class Run:
     def _refuse_other_run(self) -> None:
         path = self.folder / "config.yaml"
         if not path.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(not path.name.startswith(LOCK) for path in self.folder.iterdir()):
                 raise UserError(f"{self.folder}: holds something that is not a run; choose another --run-dir")
             if self.folder.exists() and not self.folder.is_dir():
                 raise UserError(f"{self.folder}: is a file; choose another --run-dir")
@@ -205,6 +205,9 @@ class Run:
 
     def _open(self) -> Arithmetic:
         """Make the folder, or find in it where the run stands."""
+        self._refuse_other_run()  # again, since another process may have been here before the folder was locked
+        for unfinished in self.folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            unfinished.unlink()
         environment_file = self.folder / "environment.json"
         if not (self.folder / "config.yaml").is_file():
             try:
@@ -213,10 +216,10 @@ class Run:
                 raise UserError(f"--run-dir {self.folder}: cannot be made ({error.strerror})") from None
             write_config(self.folder / "checkpoints", self.architecture, self._facts())
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
-        if self._state_file.is_file():
-            self._saved = load_position(self._state_file)
+        self._saved = self._states.load()
+        if self._saved is not None:
             self.position = self._saved.position
-            load_state(self.model, self._saved.model, str(self._state_file))
+            load_state(self.model, self._saved.model, str(self._states.folder))
         elif environment_file.is_file():
             environment_file.unlink()
         return self._arithmetic(environment_file)
@@ -290,13 +293,16 @@ class Run:
             arithmetic=arithmetic,
             seed=recipe.runtime.seed,
             device=self.device,
-            files=StageFiles(self._state_file, self._stage_file(stage, "best"), self._stage_file(stage, "last")),
+            files=StageFiles(self._states, self._stage_file(stage, "best"), self._stage_file(stage, "last")),
             log=log,
             progress=progress,
             stop=stop,
             save_minutes=recipe.runtime.save_minutes,
         )
-        finished = run.run(self.position, self._saved if goes_on else None)
+        if self._saved is not None:
+            run.restore(self._saved)
+            self._saved = None
+        finished = run.run(self.position)
         self._close_stage(stage, finished, len(loader))
 
     def _prepare_stage(self, number: int) -> None:
@@ -322,8 +328,8 @@ class Run:
                 "kept": stage.keep,
             },
         )
-        self.position, self._saved = Position(stage=finished.stage + 1), None
-        save_position(self._state_file, self.position, self.model, None)
+        self.position = Position(stage=finished.stage + 1)
+        self._states.save(self.position, self.model, None)
 
     def _validator(self) -> Validator | None:
         if self.held_out is None:

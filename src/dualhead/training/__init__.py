@@ -1,6 +1,6 @@
 """Adversarial training in stages."""
 
-from dualhead.training.checkpoint import Position, Saved, load_position, save_position
+from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.loop import StageFiles, StageRun, Validator
 from dualhead.training.metrics import MetricsLog, read_metrics
 from dualhead.training.program import Program, trained_output
@@ -8,6 +8,7 @@ from dualhead.training.progress import Silent, TrainingProgress
 from dualhead.training.stage import Stage
 
 __all__ = [
+    "CheckpointStore",
     "MetricsLog",
     "Position",
     "Program",
@@ -18,8 +19,6 @@ __all__ = [
     "StageRun",
     "TrainingProgress",
     "Validator",
-    "load_position",
     "read_metrics",
-    "save_position",
     "trained_output",
 ]

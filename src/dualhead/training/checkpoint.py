@@ -1,7 +1,11 @@
-"""The state of an unfinished stage: all that determines what comes next."""
+"""The state of an unfinished run: all that determines what comes next, and a folder that keeps the last few."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import logging
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,10 @@ from torch import nn
 
 from dualhead.errors import RunError
 from dualhead.files import write_atomically
-from dualhead.runtime import generator_states, set_generator_states
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"(\d{8})-([0-9a-f]{16})\.pt")
 
 
 @dataclass
@@ -27,6 +34,7 @@ class Position:
         step: finished steps of the epoch after those.
         seconds: time spent on the stage so far.
         step_cost: floating-point operations of one step, as torch counts them; 0 before the first.
+        retreats: how often the stage went back to a saved state because its numbers were no longer finite.
         sums: what the unfinished epoch has added up for its line of metrics.
         best: metrics of the best epoch of the stage so far; empty before the first validation.
     """
@@ -36,31 +44,14 @@ class Position:
     step: int = 0
     seconds: float = 0.0
     step_cost: int = 0
+    retreats: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
 
 
-def save_position(path: Path, position: Position, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> None:
-    """Write the state atomically.
-
-    Args:
-        path: the file.
-        position: where the run stands.
-        model: with the weights of that moment.
-        optimiser: of the stage; None between stages.
-    """
-    state = {
-        "position": asdict(position),
-        "model": model.state_dict(),
-        "optimiser": None if optimiser is None else optimiser.state_dict(),
-        **generator_states(),
-    }
-    write_atomically(path, lambda aside: torch.save(state, aside))
-
-
 @dataclass
 class Saved:
-    """What `save_position` wrote: the position, and the states to load into model and optimiser."""
+    """What a checkpoint holds: the position, and the states to load into model and optimiser."""
 
     position: Position
     model: dict[str, torch.Tensor]
@@ -70,18 +61,85 @@ class Saved:
 
     def restore_generators(self) -> None:
         """Put torch's generators where they stood."""
-        set_generator_states(self.generator, self.accelerator_generators)
+        torch.set_rng_state(self.generator)
+        if self.accelerator_generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.accelerator_generators)
 
 
-def load_position(path: Path) -> Saved:
-    """Read what `save_position` wrote; nothing in the file is run.
+class CheckpointStore:
+    """The last few states of a run: files `NUMBER-CHECKSUM.pt`, numbered as they come.
 
-    Raises:
-        RunError: if the file is damaged.
+    The checksum in the name (the first 16 hexadecimal digits of SHA-256) tells a file that is whole from one that a
+    disk or a copy has damaged; the one before it is taken then.
+
+    Args:
+        folder: where the files lie.
+        keep: how many stay, at least 1.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return Saved(**{**state, "position": Position(**state["position"])})
-    except Exception as error:  # a damaged file fails in many ways: EOFError, RuntimeError, KeyError, ...
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RunError(f"{path}: damaged checkpoint ({reason}); remove it to start the run anew") from None
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def save(self, position: Position, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> None:
+        """Write a state, and remove those that are too old; a crash leaves the old ones or the new one besides.
+
+        Args:
+            position: where the run stands.
+            model: with the weights of that moment.
+            optimiser: of the stage; None between stages.
+        """
+        buffer = io.BytesIO()
+        state = {
+            "position": asdict(position),
+            "model": model.state_dict(),
+            "optimiser": None if optimiser is None else optimiser.state_dict(),
+            "generator": torch.get_rng_state(),
+            "accelerator_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        torch.save(state, buffer)
+        content, before = buffer.getbuffer(), self._files()
+        number = _number(before[-1]) + 1 if before else 1
+        path = self.folder / f"{number:08d}-{_checksum(content)}.pt"
+        write_atomically(path, lambda aside: aside.write_bytes(content))
+        for old in before[: max(0, len(before) + 1 - self._keep)]:
+            old.unlink()
+
+    def load(self) -> Saved | None:
+        """The newest state that is whole, on the CPU; None if there is no file. Nothing in a file is run.
+
+        Raises:
+            RunError: if there are files and all of them are damaged.
+        """
+        files = self._files()
+        for path in reversed(files):
+            try:
+                return _read(path)
+            except Exception as error:  # a damaged file fails in many ways: EOFError, RuntimeError, KeyError, ...
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                logger.warning("%s: damaged checkpoint (%s); the one before it is taken", path, reason)
+        if files:
+            raise RunError(f"{self.folder}: all {len(files)} checkpoints are damaged; remove them to start anew")
+        return None
+
+    def _files(self) -> list[Path]:
+        """Checkpoints by name, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[0])
+
+
+def _checksum(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _read(path: Path) -> Saved:
+    content = path.read_bytes()
+    if _checksum(content) != path.stem.partition("-")[2]:
+        raise ValueError("its checksum is not the one in its name")
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return Saved(**{**state, "position": Position(**state["position"])})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,12 +20,23 @@ from dualhead.models import write_state
 from dualhead.noise import Streams
 from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
-from dualhead.training.checkpoint import Position, Saved, save_position
+from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.metrics import MetricsLog
 from dualhead.training.program import Program
 from dualhead.training.progress import TrainingProgress
 from dualhead.training.stage import Stage
 from dualhead.training.step import StepOutcome, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 10
+"""So many dropped steps in a row, and a stage goes back; also how often the loop looks, since looking waits."""
+MAX_RETREATS = 3
+"""How often a stage goes back, each time with half the learning rate, before it gives up."""
+
+
+class NotFinite(Exception):  # noqa: N818  # caught by the stage that raises it
+    """Loss or gradient was not finite too often; the message says when."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,12 @@ class StageFiles:
     """Where a stage leaves its results.
 
     Args:
-        state: what an unfinished stage goes on from.
+        states: what an unfinished stage goes on from.
         best: weights of the epoch with the highest robust validation accuracy.
         last: weights after the last epoch.
     """
 
-    state: Path
+    states: CheckpointStore
     best: Path
     last: Path
 
@@ -129,37 +140,42 @@ class StageRun:
         self._optimiser = stage.optimiser.create(program.parameters())
         self._step = TrainingStep(program, stage, threat, self._optimiser, arithmetic)
 
-    def run(self, position: Position, saved: Saved | None = None) -> Position:
-        """Train to the end of the stage.
+    def restore(self, saved: Saved) -> None:
+        """Take over a saved state, except for the model's weights, which are loaded already."""
+        saved.restore_generators()
+        if saved.optimiser is not None:
+            self._optimiser.load_state_dict(saved.optimiser)
 
-        Args:
-            position: where the stage stands.
-            saved: the state to go on from; None at the stage's beginning. Its model is loaded already.
+    def run(self, position: Position) -> Position:
+        """Train from a position to the end of the stage.
 
         Returns:
             The position at the stage's end, with the metrics of its best epoch.
 
         Raises:
             Interrupted: if asked to stop; the position is saved.
-            RunError: if the loss is no longer finite.
+            RunError: if loss or gradients stay without finite values, or memory runs out.
         """
-        if saved is not None and saved.optimiser is not None:
-            self._optimiser.load_state_dict(saved.optimiser)
-            saved.restore_generators()
         self._position = position
         self._clock = time.monotonic() - position.seconds
+        if (position.epoch, position.step) == (0, 0):
+            self._save()  # so that there is always a state of this stage to go back to
         self._saved_at = time.monotonic()
-        for epoch in range(position.epoch, self._stage.epochs):
-            self._epoch(epoch)
+        while self._position.epoch < self._stage.epochs:
+            try:
+                self._epoch(self._position.epoch)
+            except NotFinite as fault:
+                self._retreat(fault)
         write_state(self._program.model.state_dict(), self._files.last)
-        if self._validator is None or not position.best:
+        if self._validator is None or not self._position.best:
             write_state(self._program.model.state_dict(), self._files.best)
-        return position
+        return self._position
 
     def _epoch(self, epoch: int) -> None:
         position = self._position
         sums = {name: torch.tensor(value, dtype=torch.float32) for name, value in position.sums.items()}
         sums = {name: value.to(self._device) for name, value in sums.items()}
+        self._step.guard.reset()
         for batch in self._loader.epoch(epoch, position.step):
             self._set_rate(epoch + position.step / len(self._loader))
             streams = Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
@@ -167,14 +183,12 @@ class StageRun:
             self._add(sums, outcome, len(batch))
             position.step += 1
             self._progress.step(epoch + 1, outcome.terms["loss"])
+            if position.step % PATIENCE == 0:
+                self._check_streak(outcome)
             if self._stop() or time.monotonic() - self._saved_at > self._save_seconds:
-                position.sums = {name: float(value) for name, value in sums.items()}
-                self._save()
-                if self._stop():
-                    raise Interrupted(
-                        f"stopped in stage {self._stage.name}, epoch {epoch + 1}, after step {position.step}; "
-                        "the same command goes on from there"
-                    )
+                self._save_within_epoch(sums)
+        if position.step == len(self._loader) and float(sums["images"]) == 0:
+            raise NotFinite(f"in all {position.step} steps of epoch {epoch + 1}")
         self._finish_epoch({name: float(value) for name, value in sums.items()})
 
     def _counted_step(self, batch: Batch, streams: Streams) -> StepOutcome:
@@ -184,23 +198,65 @@ class StageRun:
         self._position.step_cost = counter.total
         return outcome
 
+    def _save_within_epoch(self, sums: Mapping[str, Tensor]) -> None:
+        position = self._position
+        if int(self._step.guard.streak) == 0:  # else the weights may be such that nothing good comes of them
+            position.sums = {name: float(value) for name, value in sums.items()}
+            self._save()
+        if self._stop():
+            raise Interrupted(
+                f"stopped in stage {self._stage.name}, epoch {position.epoch + 1}, after step {position.step}; "
+                "the same command goes on from there"
+            )
+
     @staticmethod
     def _add(sums: dict[str, Tensor], outcome: StepOutcome, images: int) -> None:
         # Added up on the device: the loop does not wait for a step's numbers.
-        for name, value in {**outcome.terms, "correct": outcome.correct}.items():
-            weighted = value.float() * (1 if name == "correct" else images)
-            sums[name] = sums[name] + weighted if name in sums else weighted
-        sums["images"] = sums.get("images", torch.zeros(())) + images
+        taken = outcome.taken
+        values = {name: term.float() * images for name, term in outcome.terms.items()}
+        values |= {"correct": outcome.correct.float(), "images": taken.new_full((), images, dtype=torch.float32)}
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + torch.where(taken, value, 0.0)
+        sums["dropped"] = sums.get("dropped", 0.0) + (~taken).float()
+
+    # ---- numbers that are not finite
+
+    def _check_streak(self, outcome: StepOutcome) -> None:
+        if int(self._step.guard.streak) >= PATIENCE:
+            seen = ", ".join(f"{name} {float(value):g}" for name, value in outcome.terms.items())
+            raise NotFinite(f"in {PATIENCE} steps in a row, up to epoch {self._position.epoch + 1} ({seen})")
+
+    def _retreat(self, fault: NotFinite) -> None:
+        """Back to the last saved state, with a lower rate from there on."""
+        where, rate = f"stage {self._stage.name}", self._stage.optimiser.lr
+        saved = self._files.states.load()
+        if saved is None or self._position.retreats >= MAX_RETREATS:
+            raise RunError(
+                f"{where}: loss or gradient was not finite {fault}, also at {self._rate_factor():g} of the learning "
+                f"rate; lower optimiser.lr (now {rate:g}) or set runtime.precision=float32. The epochs before are kept"
+            )
+        self._program.model.load_state_dict(saved.model)
+        self.restore(saved)
+        self._position = saved.position
+        self._position.retreats += 1
+        logger.warning(
+            "%s: loss or gradient was not finite %s; going on from step %d of epoch %d with %g of the learning rate",
+            where, fault, self._position.step, self._position.epoch + 1, self._rate_factor(),
+        )  # fmt: skip
+        self._save()
+
+    def _rate_factor(self) -> float:
+        return float(0.5**self._position.retreats)
 
     def _set_rate(self, epoch: float) -> None:
-        rate = self._stage.optimiser.lr * self._stage.schedule.factor(epoch, self._stage.epochs)
+        rate = self._stage.optimiser.lr * self._stage.schedule.factor(epoch, self._stage.epochs) * self._rate_factor()
         for group in self._optimiser.param_groups:
             group["lr"] = rate
 
     def _finish_epoch(self, sums: Mapping[str, float]) -> None:
         position, stage = self._position, self._stage
-        means = {name: value / sums["images"] for name, value in sums.items() if name not in ("images", "correct")}
-        self._check_finite(means, position.epoch + 1)
+        counts = ("images", "correct", "dropped")
+        means = {name: value / sums["images"] for name, value in sums.items() if name not in counts}
         position.epoch += 1
         line: dict[str, Any] = {
             "stage": stage.name,
@@ -209,6 +265,7 @@ class StageRun:
             "learning_rate": self._optimiser.param_groups[0]["lr"],
             **means,
             "train_accuracy": sums["correct"] / sums["images"],
+            "dropped_steps": int(sums["dropped"]),
         }
         last = position.epoch == stage.epochs
         if self._validator is not None and (last or position.epoch % self._validator.every == 0):
@@ -226,16 +283,7 @@ class StageRun:
     def _rank(line: Mapping[str, Any]) -> tuple[float, float]:
         return line["validation_robust"], line["validation_clean"]
 
-    def _check_finite(self, means: Mapping[str, float], epoch: int) -> None:
-        wrong = [name for name, value in means.items() if not math.isfinite(value)]
-        if wrong:
-            raise RunError(
-                f"stage {self._stage.name}, epoch {epoch}: {', '.join(wrong)} is no longer finite; "
-                f"lower optimiser.lr (now {self._stage.optimiser.lr:g}) or set runtime.precision=float32. "
-                "The epochs before are kept"
-            )
-
     def _save(self) -> None:
         self._position.seconds = time.monotonic() - self._clock
-        save_position(self._files.state, self._position, self._program.model, self._optimiser)
+        self._files.states.save(self._position, self._program.model, self._optimiser)
         self._saved_at = time.monotonic()

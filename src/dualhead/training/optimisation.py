@@ -75,7 +75,7 @@ class SGD(Optimiser):
 
     def create(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """`torch.optim.SGD`, fused where the device has it."""
-        return torch.optim.SGD(
+        optimiser = torch.optim.SGD(
             list(parameters),
             lr=self.lr,
             momentum=self.momentum,
@@ -83,6 +83,10 @@ class SGD(Optimiser):
             weight_decay=self.weight_decay,
             fused=True,
         )
+        if self.momentum > 0:  # else torch leaves it uninitialised where the very first step is skipped
+            for parameter in optimiser.param_groups[0]["params"]:
+                optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimiser
 
 
 def _warmed(epoch: float, warmup: float) -> float:

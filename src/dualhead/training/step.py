@@ -13,6 +13,7 @@ from dualhead.data import Batch
 from dualhead.noise import Streams
 from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
+from dualhead.training.guard import StepGuard
 from dualhead.training.program import Features, LossForward, Program
 from dualhead.training.stage import Stage
 
@@ -23,6 +24,8 @@ class StepOutcome:
 
     terms: dict[str, Tensor]
     """Scalars: the loss and its parts."""
+    taken: Tensor
+    """Whether the update was made: bool scalar, False where loss or gradient was not finite."""
     correct: Tensor
     """How many of the batch's images, attacked if the objective attacks, were classified correctly."""
 
@@ -40,6 +43,9 @@ class TrainingStep:
         optimiser: over `program.parameters()`.
         arithmetic: number format of the passes.
         forward: `LossForward` of the program, or a wrapper around it.
+
+    Attributes:
+        guard: drops updates that are not finite, and counts them.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class TrainingStep:
         self._threat = threat
         self._optimiser = optimiser
         self._arithmetic = arithmetic
+        self.guard = StepGuard(program.model, optimiser)
         self._forward = forward or LossForward(program, joint=stage.forward == "joint")
 
     def __call__(self, batch: Batch, streams: Streams) -> StepOutcome:
@@ -75,15 +82,17 @@ class TrainingStep:
             x_adv = self._attack(x, clean, batch.y, streams)
             with self._arithmetic.autocast(x.device):
                 attacked = self._program.constant(x_adv)
+        self.guard.remember()
         with self._arithmetic.autocast(x.device):
             clean_logits, adv_logits = self._forward(clean if objective.clean else None, attacked)
         terms = objective.loss(clean_logits, adv_logits, batch.y)
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(terms.total)
-        self._optimiser.step()
+        taken = self.guard.step(terms.total)
         judged = clean_logits if adv_logits is None else adv_logits
         return StepOutcome(
             {"loss": terms.total.detach(), **{name: term.detach() for name, term in terms.terms.items()}},
+            taken,
             (cast("Tensor", judged).argmax(1) == batch.y).sum(),
         )
 

@@ -1,0 +1,61 @@
+"""Steps whose numbers are not finite do not happen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class StepGuard:
+    """Takes a step of the optimiser, unless the loss or a gradient is not finite: then all stays as it was.
+
+    The decision is made on the device: whoever drives the steps does not wait for it. Parameters and optimiser are
+    held by torch's own fused optimisers, which skip a step by a flag on the device, as for gradient scaling. Buffers
+    (statistics of batch norm, which the forward pass has moved already) are put back.
+
+    Args:
+        model: whose buffers the forward pass may move.
+        optimiser: of its parameters.
+
+    Attributes:
+        streak: how many steps in a row were dropped, up to now; int64 scalar on the device.
+    """
+
+    streak: Tensor
+
+    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        self._optimiser = optimiser
+        self._on_device = bool(getattr(optimiser, "_step_supports_amp_scaling", False))
+        self._model = model
+        self._buffers: list[Tensor] = []
+        self._before: list[Tensor] = []
+        device = optimiser.param_groups[0]["params"][0].device
+        self.streak = torch.zeros((), dtype=torch.int64, device=device)
+
+    def remember(self) -> None:
+        """To be called before the forward pass of the loss, in the mode in which it runs."""
+        training = (module for module in self._model.modules() if module.training)
+        self._buffers = [buffer for module in training for buffer in module.buffers(recurse=False)]
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Take the step or drop it, given the loss (scalar) whose gradients lie in `.grad`.
+
+        Returns:
+            Whether it was taken, bool scalar on the device.
+        """
+        gradients = [p.grad for group in self._optimiser.param_groups for p in group["params"] if p.grad is not None]
+        taken = torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients))
+        if self._on_device:
+            self._optimiser.found_inf = (~taken).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+            self._optimiser.step()
+        elif bool(taken):  # an optimiser without that flag is asked on the host
+            self._optimiser.step()
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            torch.where(taken, buffer, before, out=buffer)
+        self.streak = torch.where(taken, 0, self.streak + 1)
+        return taken
+
+    def reset(self) -> None:
+        """Forget the streak."""
+        self.streak = torch.zeros_like(self.streak)

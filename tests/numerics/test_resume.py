@@ -1,0 +1,101 @@
+"""A run that was stopped or killed, at whatever moment, ends as one that was not: bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+
+import pytest
+
+from resume_helpers import STEPS, outcome, train_in_process, train_until
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train_until(folder, lambda: False)
+    return outcome(folder)
+
+
+def test_the_undisturbed_run_leaves_all_that_is_compared(undisturbed):
+    stages = ("main_head", "second_head", "aggregator")
+    expected = {f"checkpoints/{stage}/{which}.safetensors" for stage in stages for which in ("best", "last")}
+    assert set(undisturbed["weights"]) == expected | {"model/model.safetensors"}
+    assert [(line["stage"], line["epoch"]) for line in undisturbed["metrics"]] == [
+        (s, e) for s in stages for e in (1, 2)
+    ]
+    assert set(undisturbed["summaries"]) == set(stages)
+
+
+def test_stopped_after_every_single_step(undisturbed, tmp_path):
+    starts = 1
+    while not train_until(tmp_path / "run", lambda: True):
+        starts += 1
+    assert starts == STEPS + 1
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize("step", [5, 12])
+def test_stopped_once(undisturbed, tmp_path, step):
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) >= step  # asked once a step, until it says yes
+
+    assert not train_until(tmp_path / "run", stop)
+    assert train_until(tmp_path / "run", lambda: False)
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_a_log_line_or_best_weights_from_after_the_saved_state_do_no_harm(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    states = folder / "checkpoints" / "states"
+    train_until(folder, lambda: len(list(states.glob("*.pt"))) >= 3)
+    newest = sorted(states.glob("*.pt"))[-1]
+    newest.unlink()  # as if the process had been killed between writing best weights and log, and saving its state
+    assert train_until(folder, lambda: False)
+    assert outcome(folder) == undisturbed
+
+
+# ---- kill -9
+
+
+def train_in_spite_of(kills, folder, epochs, seconds=0.0, seed=0):
+    """Kill a process that trains, at random moments, until it gets through; how often it was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dualhead.run"])
+    moments, killed = random.Random(seed), 0
+    while True:
+        process = context.Process(target=train_in_process, args=(str(folder), epochs))
+        process.start()
+        process.join(moments.uniform(0.0, 1.5 * seconds / kills) if killed < kills else None)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            killed += 1
+        else:
+            assert process.exitcode == 0, "the process failed by itself"
+            return killed
+
+
+def chaos(tmp_path, epochs, kills, seed):
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    began = time.monotonic()
+    train_in_spite_of(0, undisturbed, epochs)
+    seconds = time.monotonic() - began
+    assert train_in_spite_of(kills, disturbed, epochs, seconds, seed) >= kills // 2
+    assert outcome(disturbed) == outcome(undisturbed)
+    assert not list(disturbed.rglob("*.tmp"))
+    assert not (disturbed / ".lock").exists()
+
+
+def test_killed_at_random_moments(tmp_path):
+    chaos(tmp_path, epochs=3, kills=4, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_25_random_moments(tmp_path):
+    chaos(tmp_path, epochs=60, kills=25, seed=1)
