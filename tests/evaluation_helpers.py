@@ -28,7 +28,7 @@ def patterns(count: int, classes: int = 4, side: int = 8, *, seed: int = 0) -> t
 def trained(classes: int = 4) -> nn.Module:
     """A convolutional network with batch norm that has learnt the patterns; shared, so leave it as it is."""
     images, labels = patterns(512, classes, seed=7)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Conv2d(3, 12, 3, padding=1),

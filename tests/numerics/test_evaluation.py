@@ -197,6 +197,13 @@ def test_looking_less_often_gives_the_same_verdicts(reference, monkeypatch):
             )
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_callers_may_have_turned_gradients_off(reference, off):
+    with off():
+        result = measure()
+    assert_same(result, reference)
+
+
 def test_another_seed_draws_other_starts(reference):
     other = measure(seed=1)
     assert not np.array_equal(other.verdicts[LABELS[0]].margin, reference.verdicts[LABELS[0]].margin, equal_nan=True)
