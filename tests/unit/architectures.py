@@ -1,14 +1,16 @@
-"""Small, randomly initialised models of transformers, for the tests and the table of what can be cut."""
+"""Small, randomly initialised models of transformers, and what must hold of a cut of any of them."""
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from dualhead.heads import as_logits
 
 CLASSES = 5
 
@@ -24,6 +26,7 @@ class Architecture:
         blocks: pattern of the names of the modules that are its blocks, in the order of the forward pass.
         size: of the images.
         model: name of the model class, where it is not CONFIG's ForImageClassification.
+        refused: words of the reason, if its blocks cannot be cut.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Architecture:
     blocks: str
     size: int = 32
     model: str | None = None
+    refused: str | None = None
 
     def create(self) -> nn.Module:
         import transformers
@@ -207,7 +211,7 @@ ARCHITECTURES = [
     Architecture(
         "CvT",
         "CvtConfig",
-        {"embed_dim": [8, 8, 16], "depth": [1, 1, 2], "num_heads": [1, 1, 2], "drop_path_rate": [0.0, 0.0, 0.0]},
+        {"embed_dim": [8, 8, 16], "depth": [1, 2, 3], "num_heads": [1, 1, 2]},
         r"cvt\.encoder\.stages\.\d+\.layers\.\d+",
         64,
     ),
@@ -296,9 +300,68 @@ ARCHITECTURES = [
         r"vision_model\.(encoder\.)?layers\.\d+",
     ),
     Architecture(
-        "DiNAT",
-        "DinatConfig",
-        {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]},
-        r"dinat\.encoder\.levels\.\d+\.layers\.\d+",
+        "Perceiver",
+        "PerceiverConfig",
+        {
+            "image_size": 32,
+            "num_latents": 4,
+            "d_latents": 16,
+            "num_blocks": 2,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 2,
+            "num_cross_attention_heads": 2,
+        },
+        r"perceiver\.encoder\.self_attends\.\d+",
+        model="PerceiverForImageClassificationLearned",
+        refused="called 2 times",
     ),
 ]
+
+
+def gradients(forward, thing, images, mode):
+    """Logits and gradients by name, of the images too, under the same random numbers."""
+    torch.manual_seed(0)
+    parts = [thing] if isinstance(thing, nn.Module) else [thing.trunk, thing.tail]
+    for part in parts:
+        part.train(mode)
+    images = images.clone().requires_grad_()
+    logits = forward(images, thing)
+    torch.nn.functional.cross_entropy(logits, torch.arange(len(images)) % CLASSES).backward()
+    named = {name: p.grad for part in parts for name, p in part.named_parameters() if p.grad is not None}
+    return logits.detach(), {**named, "images": images.grad}
+
+
+def assert_same_function(model, split, images):
+    """The cut model gives the model's logits and gradients in both modes."""
+    for mode in (False, True):
+        # Deep copies, since a forward pass in training mode moves statistics.
+        logits, expected = gradients(lambda x, m: as_logits(m(x)), copy.deepcopy(model), images, mode)
+        cut_logits, found = gradients(lambda x, s: s.tail(s.trunk(x)), copy.deepcopy(split), images, mode)
+        torch.testing.assert_close(cut_logits, logits, rtol=1e-4, atol=1e-5)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * max(scale, 1e-3), msg=name)
+
+
+def assert_second_head_trains(classifier, images):
+    """Steps on head 2 alone lower its loss and leave everything else as it was, to the bit."""
+    labels = torch.arange(len(images)) % classifier.num_classes
+    classifier.set_trainable({"head2"})
+    view = classifier.view("head2")
+    optimiser = torch.optim.Adam([p for p in classifier.parameters() if p.requires_grad], lr=1e-2)
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    losses = []
+    for _ in range(6):
+        classifier.train()
+        view.train()
+        loss = torch.nn.functional.cross_entropy(view(images), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    after = classifier.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved and all(name.startswith("head2.") for name in moved)
+    assert all(p.grad is None for name, p in classifier.named_parameters() if not name.startswith("head2."))
+    assert min(losses[1:]) < losses[0]

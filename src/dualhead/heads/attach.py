@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ def attach_second_head(
 ) -> DualHeadClassifier:
     """A dual-head classifier from a classifier: its layers up to `at` as the trunk, those behind it twice.
 
-    The model is copied and left as it is; the classifier is in the model's mode, and everything in it trains.
+    The model is copied and left as it is; the classifier is in the model's mode. Everything in it trains, except
+    for parameters that the model has fixed.
 
     Args:
         model: images [B, ...] to logits, as a tensor or within what it returns (see `as_logits`).
@@ -41,6 +43,8 @@ def attach_second_head(
     Raises:
         UserError: if the model cannot be cut there, has another number of classes, or its head cannot be reset.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        model = copy.deepcopy(model).requires_grad_()  # frozen as a whole, for evaluation: no wish for what trains here
     split = split_model(model, at, example)
     num_outputs = _num_outputs(split, split.tail, example)
     if num_classes not in (None, num_outputs):

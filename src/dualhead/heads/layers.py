@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualhead.errors import UserError
-from dualhead.heads.splitting.base import How, Split, is_shape_only, undisturbed
-from dualhead.heads.splitting.split import NOTHING_BEHIND, attempt, two_images
+from dualhead.heads.outputs import as_logits
+from dualhead.heads.splitting.base import CannotCut, How, Split, is_shape_only, undisturbed
+from dualhead.heads.splitting.split import NOTHING_BEHIND, attempt, calls_complaint, close
 
 _USUAL, _STAGE_BONUS = 0.3, 0.15
 """Share of the cost in front of the paper's cut (a third of WRN-34-10, after block 1); weight of a stage's end."""
@@ -46,32 +47,36 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
 
     Listed are stages and blocks: the model's submodules, and inwards as far as submodules hold lists of blocks. Of
     layers between which nothing costly happens, one is listed. A submodule within a block, where a residual connection
-    has to cross too, can be cut as well and is not listed. Cuts are checked in evaluation mode; `split_model` checks in
-    both.
+    has to cross too, can be cut as well and is not listed. Cuts are checked in evaluation mode, on one image;
+    `split_model` checks them in full.
 
     One is recommended: where about 30 % of the cost is done, preferably at the end of a stage, that is, before the
     shape changes. On WRN-34-10 this is block 1, as in the paper.
 
     Args:
         model: images to logits; left as it is.
-        example: images [B, ...] that the model accepts; two are used.
+        example: images [B, ...] that the model accepts; one is used.
 
     Raises:
         UserError: if no layer can be cut.
     """
-    images = two_images(example)
-    done = _cost_done(model, images)
-    total = max(done[""], 1)
+    images = example[:1]
+    done, calls, logits = _costs(model, images)
+
+    def check(split: Split) -> None:
+        with undisturbed(images, split.trunk, split.tail):
+            if not close(split.tail.eval()(split.trunk.eval()(images.clone())), logits):
+                raise CannotCut("the cut model gives other logits")
+
     found = []
     for name in _distinct([name for name in _candidates(model) if done.get(name, 0) > 0], done):
-        split = attempt(model, name, images, modes=(False,))
-        cost_after = 1 - done[name] / total
+        split = calls_complaint(calls[name]) or attempt(model, name, images, (False,), check)
+        cost_after = 1 - done[name] / done[""]
         if isinstance(split, Split):
             found.append(_info(split, images, cost_after))
-        elif NOTHING_BEHIND not in split:
+        elif split != NOTHING_BEHIND:
             found.append(LayerInfo(name, (), 0, 0, cost_after, None, split))
-    found = _without_insides(found)
-    return _with_recommendation(found)
+    return _with_recommendation(_without_insides(found))
 
 
 def _info(split: Split, images: Tensor, cost_after: float) -> LayerInfo:
@@ -130,22 +135,27 @@ def _holds_blocks(module: nn.Module) -> bool:
     return False
 
 
-def _cost_done(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """Floating-point operations done when each submodule has run, by name; those of the whole pass under ''."""
+def _costs(model: nn.Module, images: Tensor) -> tuple[dict[str, int], Counter[str], Tensor]:
+    """One forward pass: floating-point operations done when each submodule has run, how often it ran, and the logits.
+
+    The whole model's name is ''.
+    """
     done: dict[str, int] = {}
+    calls: Counter[str] = Counter()
     counter = FlopCounterMode(display=False)
 
     def passed(name: str) -> None:
         done[name] = counter.get_total_flops()
+        calls[name] += 1
 
     handles = [m.register_forward_hook(lambda *_, name=name: passed(name)) for name, m in model.named_modules()]
     try:
         with undisturbed(images, model), counter:
-            model.eval()(images)
+            logits = as_logits(model.eval()(images))
     finally:
         for handle in handles:
             handle.remove()
-    return done
+    return done, calls, logits
 
 
 def _with_recommendation(found: list[LayerInfo]) -> list[LayerInfo]:

@@ -11,6 +11,8 @@ from dualhead.errors import UserError
 from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import CannotCut, Split, fresh_copy
 
+OWN_NOT_OFFERED = "does not offer a cut"
+
 
 def _plain_logits(module: nn.Module, args: Any, output: Any) -> Any:  # a forward hook
     del module, args
@@ -24,12 +26,12 @@ def own_split(model: nn.Module, at: str) -> Split:
         CannotCut: if the model has no such method, or the method refuses this layer.
     """
     if not callable(getattr(model, "split", None)):
-        raise CannotCut("the model has no split method of its own")
+        raise CannotCut(f"the model {OWN_NOT_OFFERED}")
     copied: Any = fresh_copy(model)
     try:
         trunk, tail = copied.split(at)
     except (UserError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise CannotCut(f"the model's own split refuses it: {error}") from None
+        raise CannotCut(f"the model's own split {OWN_NOT_OFFERED} at this layer: {error}") from None
     for part in (trunk, tail):
         if not isinstance(part, nn.Module):
             raise CannotCut("the model's own split does not give two modules")

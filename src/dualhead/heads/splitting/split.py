@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import CannotCut, Features, How, Split, undisturbed
-from dualhead.heads.splitting.direct import own_split, sequential_split
+from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split
 from dualhead.heads.splitting.functional import functional_split
 from dualhead.heads.splitting.tracing import traced_split
 
@@ -51,7 +51,8 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
         raise UserError(
             f"the model gives logits of shape {list(logits.shape)} for {len(images)} images; expected [B, C]"
         )
-    found = attempt(model, at, images)
+    order = call_order(model, images)
+    found = attempt_checked(model, at, images, order.count(at))
     if isinstance(found, Split):
         if found.how == "functional":
             warnings.warn(
@@ -60,7 +61,7 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
                 stacklevel=2,
             )
         return found
-    near = list(_nearest(model, at, images))
+    near = list(_nearest(model, at, images, order))
     advice = f"; the nearest layers that work: {', '.join(map(repr, near))}" if near else "; no layer near it works"
     raise UserError(f"cannot cut the model at {at!r}: {found}{advice}")
 
@@ -84,57 +85,60 @@ def two_images(example: Tensor) -> Tensor:
     return example[:2] if len(example) >= 2 else example.repeat(2, *(1 for _ in example.shape[1:]))
 
 
-def attempt(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool] = (True, False)) -> Split | str:
-    """The first cut that serves and equals the model on two images, or the reasons why there is none.
+def attempt(
+    model: nn.Module, at: str, images: Tensor, modes: Sequence[bool], check: Callable[[Split], None]
+) -> Split | str:
+    """The first cut that serves and passes a check, or the reasons why there is none.
 
     Args:
         model: the model.
-        at: name of the layer.
-        images: two images.
-        modes: whether in training mode; in these, cuts are traced and compared with the model.
+        at: name of a layer that runs once in a forward pass.
+        images: a few images.
+        modes: whether in training mode; in these, containers are traced.
+        check: raises `CannotCut` for a cut that does not equal the model.
     """
-    if (complaint := _calls_complaint(model, at, images)) is not None:
-        return complaint
     ways: dict[How, Callable[[], Split]] = {
         "own": lambda: own_split(model, at),
         "sequential": lambda: sequential_split(model, at),
         "traced": lambda: traced_split(model, at, images, modes),
         "functional": lambda: functional_split(model, at, images),
     }
-    reasons: list[str] = []
+    reasons: dict[How, str] = {}
     for how, way in ways.items():
         try:
             split = way()
             check_keys(model, split)
-            guard_features(split, images)
-            check_equal(model, split, images, modes)
+            check(split)
         except CannotCut as reason:
-            # A method of another meaning, or a layer that it does not know, is no news; a wrong cut is.
-            if how == "own" and callable(getattr(model, "split", None)) and "refuses" not in str(reason):
-                warnings.warn(f"the model's own split at {at!r} is passed over: {reason}", stacklevel=3)
-            reasons.append(f"{how}: {reason}")
+            reasons[how] = str(reason)
+            if NOTHING_BEHIND in str(reason):
+                return NOTHING_BEHIND
+            if how == "own" and OWN_NOT_OFFERED not in str(reason):
+                warnings.warn(f"the model's own split at {at!r} is passed over: {reason}", stacklevel=4)
         else:
             return split
-    return "; ".join(reasons[2:])
+    return f"traced: {reasons['traced']}; functional: {reasons['functional']}"
 
 
-def _calls_complaint(model: nn.Module, at: str, images: Tensor) -> str | None:
-    """What is wrong if the layer does not run just once in a forward pass."""
-    count = 0
+def attempt_checked(model: nn.Module, at: str, images: Tensor, calls: int) -> Split | str:
+    """As `attempt`, with the full check, for a layer that runs `calls` times in a forward pass."""
+    if (complaint := calls_complaint(calls)) is not None:
+        return complaint
 
-    def seen(*_: object) -> None:
-        nonlocal count
-        count += 1
+    def check(split: Split) -> None:
+        guard_features(split, images)
+        check_equal(model, split, images)
 
-    handle = model.get_submodule(at).register_forward_hook(seen)
-    try:
-        with undisturbed(images, model):
-            model.eval()(images)
-    finally:
-        handle.remove()
-    if count == 0:
+    return attempt(model, at, images, (True, False), check)
+
+
+def calls_complaint(calls: int) -> str | None:
+    """What is wrong with a layer that runs so often in a forward pass."""
+    if calls == 1:
+        return None
+    if calls == 0:
         return "it is not called in a forward pass"
-    return None if count == 1 else f"it is called {count} times in a forward pass, so its output is ambiguous"
+    return f"it is called {calls} times in a forward pass, so its output is ambiguous"
 
 
 def check_keys(model: nn.Module, split: Split) -> None:
@@ -147,7 +151,7 @@ def check_keys(model: nn.Module, split: Split) -> None:
     if keys != given:
         odd = sorted(keys ^ given)
         raise CannotCut(f"the two halves lose or add the keys {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")
-    if not any(p.requires_grad for p in split.tail.parameters()):
+    if next(split.tail.parameters(), None) is None:
         raise CannotCut(NOTHING_BEHIND)
 
 
@@ -181,6 +185,14 @@ def guard_features(split: Split, images: Tensor) -> None:
         split.tail.register_forward_pre_hook(_CloneChanged(tuple(sorted(changed))))
 
 
+def close(logits: Tensor, expected: Tensor) -> bool:
+    """Whether two forward passes agree to float tolerance."""
+    absolute = _ABSOLUTE * max(1.0, expected.abs().max().item())
+    return logits.shape == expected.shape and torch.allclose(
+        logits, expected, rtol=_RELATIVE, atol=absolute, equal_nan=True
+    )
+
+
 def _run(
     forward: Callable[[Tensor], Tensor], parts: tuple[nn.Module, ...], images: Tensor, mode: bool
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
@@ -195,14 +207,14 @@ def _run(
         return logits, buffers, (torch.get_rng_state().tolist(), random.getstate())
 
 
-def check_equal(model: nn.Module, split: Split, images: Tensor, modes: Sequence[bool]) -> None:
+def check_equal(model: nn.Module, split: Split, images: Tensor) -> None:
     """The cut computes what the model does.
 
     Raises:
         CannotCut: saying in which mode and respect it differs.
     """
     more = torch.cat((images, images[:1]))
-    for mode, batch in itertools.product(modes, (images, more)):
+    for mode, batch in itertools.product((True, False), (images, more)):
         name = "training" if mode else "evaluation"
         expected, buffers, drawn = _run(lambda x: as_logits(model(x)), (model,), batch, mode)
         try:
@@ -212,10 +224,7 @@ def check_equal(model: nn.Module, split: Split, images: Tensor, modes: Sequence[
         except Exception as error:  # any code of any model may run here
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CannotCut(f"the cut model fails on {len(batch)} images: {reason[0]}") from error
-        scale = expected.abs().max().item()
-        if logits.shape != expected.shape or not torch.allclose(
-            logits, expected, rtol=_RELATIVE, atol=_ABSOLUTE * max(1.0, scale), equal_nan=True
-        ):
+        if not close(logits, expected):
             raise CannotCut(f"the cut model gives other logits in {name} mode on {len(batch)} images")
         if drawn != own_drawn:
             raise CannotCut(f"the cut model draws other random numbers in {name} mode")
@@ -224,14 +233,13 @@ def check_equal(model: nn.Module, split: Split, images: Tensor, modes: Sequence[
                 raise CannotCut(f"the cut model leaves another {key} in {name} mode")
 
 
-def _nearest(model: nn.Module, at: str, images: Tensor) -> Iterator[str]:
+def _nearest(model: nn.Module, at: str, images: Tensor, order: list[str]) -> Iterator[str]:
     """Up to two layers near one that cannot be cut, in the order of the forward pass."""
-    order = call_order(model, images)
     place = next((i for i, name in enumerate(order) if name == at or name.startswith(at + ".")), 0)
-    ranked = sorted((name for name in order if name != at), key=lambda name: abs(order.index(name) - place))
+    ranked = sorted(dict.fromkeys(order), key=lambda name: abs(order.index(name) - place))
     found = 0
-    for name in ranked[:_TRIES]:
-        split = attempt(model, name, images)
+    for name in [name for name in ranked if name != at][:_TRIES]:
+        split = attempt_checked(model, name, images, order.count(name))
         if isinstance(split, Split) and split.how != "functional":
             yield name
             found += 1
