@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 err = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+# A file or a pipe has no width to fit into; a table in it must not lose columns.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 REFRESH_SECONDS = 0.5
 
@@ -123,15 +125,16 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     attacks = [name for name in rows[0]["robust_accuracy"] if name != "worst"]
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for column in ("clean", *shown):
         table.add_column(column, justify="right", no_wrap=True)
+    gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
     for row in rows:
-        cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"])]
-        cells += [_percent(row["robust_accuracy"][name], row["intervals"][name]) for name in shown]
+        cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
+        cells += [_percent(row["robust_accuracy"][name], row["intervals"][name], gap) for name in shown]
         table.add_row(row["name"], *cells)
     return table
 
 
-def _percent(share: float, ends: Sequence[float]) -> str:
-    return f"{100 * share:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+def _percent(share: float, ends: Sequence[float], gap: str) -> str:
+    return f"{100 * share:.1f}{gap}[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
