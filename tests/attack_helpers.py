@@ -114,14 +114,14 @@ def run(
     *,
     job: int | Tensor = 0,
     watch: Callable[[State], None] = lambda state: None,
-    steps: int | None = None,
+    outputs: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[State, Query]:
     """One job of every sample, to its end; `watch` sees the state before each step."""
-    query = Query(model)
+    query = Query(model, outputs)
     with torch.no_grad():
         clean = model(x)
     state = search.begin(x, y, clean, torch.zeros_like(y) + job, threat, draws)
-    for _ in range(search.max_steps() if steps is None else steps):
+    for _ in range(search.max_steps()):
         watch(state)
         state = search.step(state, query, threat)
     return state, query
@@ -137,12 +137,13 @@ def run_staggered(
     *,
     job: Tensor,
     slots: int = 3,
+    outputs: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """All samples through a few slots that take the next one when they are done, started out of step.
 
     Rows are assigned in place, as a scheduler does. Returns the final `adversarial`, `found` (and `distance`).
     """
-    query = Query(model)
+    query = Query(model, outputs)
     with torch.no_grad():
         clean = model(x)
 

@@ -2,12 +2,14 @@
 
 Croce and Hein 2020, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks,
 algorithm 1. Where their published code departs from the paper, this follows the code, since published numbers come from
-it: see `_APGD.step`.
+it: see `_APGD._checkpoint`.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +19,6 @@ from dualhead.attacks.base import Query, Search, State, attacks, per_slot
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Real, ThreatModel
-
-_MOMENTUM = 0.75
 
 
 def require_at_least_one(attack: object, *fields: str) -> None:
@@ -49,6 +49,9 @@ class _APGD(Search):
         eot: gradients averaged per step, for models with random outputs, at least 1.
     """
 
+    momentum: ClassVar[float] = 0.75
+    """The share of a step that is new; the rest is the step before."""
+
     steps: int = 100
     rho: Real = 0.75
     restarts: int = 1
@@ -73,14 +76,17 @@ class _APGD(Search):
         del clean, job
         return y
 
+    @abstractmethod
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         """What is climbed: one number per image [B]."""
-        raise NotImplementedError
+
+    def first_step(self, threat: ThreatModel) -> float:
+        """The step size before any halving."""
+        return 2.0 * threat.eps
 
     def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
         """See `Search.begin`."""
         start = threat.sphere_point(x, streams.fork(job))
-        unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
         return {
             "x": x,
             "y": y,
@@ -89,15 +95,23 @@ class _APGD(Search):
             "previous": start.clone(),
             "best": x.clone(),
             "best_gradient": torch.zeros_like(x),
-            "best_loss": unseen,
             "adversarial": x.clone(),
             "found": torch.zeros_like(y, dtype=torch.bool),
             "iteration": torch.zeros_like(y),
+            **self._fresh_schedule(x, y, threat),
+        }
+
+    def _fresh_schedule(self, x: Tensor, y: Tensor, threat: ThreatModel) -> State:
+        """What an ascent that has not begun knows of its losses and step sizes."""
+        unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
+        first_window = torch.full_like(y, max(int(0.22 * self.steps), 1))
+        return {
+            "best_loss": unseen,
             "last_loss": torch.zeros_like(unseen),
-            "step_size": torch.full_like(unseen, 2.0 * threat.eps),
+            "step_size": torch.full_like(unseen, self.first_step(threat)),
             "increases": torch.zeros_like(y),
-            "window": torch.full_like(y, max(int(0.22 * self.steps), 1)),
-            "window_left": torch.full_like(y, max(int(0.22 * self.steps), 1)),
+            "window": first_window,
+            "window_left": first_window.clone(),
             "best_loss_at_check": unseen.clone(),
             "halved_at_check": torch.ones_like(y, dtype=torch.bool),
         }
@@ -111,13 +125,12 @@ class _APGD(Search):
             gradient = gradient + again
         return logits, loss, gradient / self.eot if self.eot > 1 else gradient
 
-    def _checkpoint(self, state: State, loss: Tensor, best_loss: Tensor) -> tuple[Tensor, State]:
+    def _checkpoint(self, state: State, started: Tensor, loss: Tensor, best_loss: Tensor) -> tuple[Tensor, State]:
         """Which slots halve their step size and go back to their best point, bool [B], and the bookkeeping after it.
 
         As in the published code, not the paper: the first window counts a rise from a loss of 0 to that of the first
         step, and a slot counts as halved before its first checkpoint.
         """
-        started = state["iteration"] > 0
         increases = state["increases"] + (started & (loss > state["last_loss"]))
         left = state["window_left"] - started.to(torch.int64)
         check = left == 0
@@ -136,25 +149,34 @@ class _APGD(Search):
         }
 
     def step(self, state: State, query: Query, threat: ThreatModel) -> State:
-        """Look at the iterate, keep what is best, and move with momentum.
+        """Look at the iterate, keep what is best, and move with momentum."""
+        logits, loss, gradient = self._query(state, query)
+        fooled = logits.argmax(1) != state["y"]
+        shown = fooled | ((loss > state["best_loss"]) & ~state["found"])
+        return {
+            **self._climb(state, state["iteration"] > 0, loss, gradient, threat),
+            "adversarial": torch.where(per_slot(shown, state["x"]), state["iterate"], state["adversarial"]),
+            "found": state["found"] | fooled,
+            "iteration": state["iteration"] + 1,
+        }
+
+    def _climb(self, state: State, started: Tensor, loss: Tensor, gradient: Tensor, threat: ThreatModel) -> State:
+        """The next iterate of slots that have `started` (bool [B]) or are at their first.
 
         Going back to the best point leaves the point that the momentum is taken from, as in the published code.
         """
         x, iterate = state["x"], state["iterate"]
-        logits, loss, gradient = self._query(state, query)
-        fooled = logits.argmax(1) != state["y"]
         better = loss > state["best_loss"]
         best = torch.where(per_slot(better, x), iterate, state["best"])
         best_gradient = torch.where(per_slot(better, x), gradient, state["best_gradient"])
         best_loss = torch.where(better, loss, state["best_loss"])
-        halve, schedule = self._checkpoint(state, loss, best_loss)
+        halve, schedule = self._checkpoint(state, started, loss, best_loss)
 
         origin = torch.where(per_slot(halve, x), best, iterate)
         uphill = torch.where(per_slot(halve, x), best_gradient, gradient)
         target = threat.project(threat.ascend(origin, uphill, schedule["step_size"]), x)
-        share = per_slot(torch.where(state["iteration"] > 0, _MOMENTUM, 1.0), x)
+        share = per_slot(torch.where(started, self.momentum, 1.0), x)
         moved = origin + (target - origin) * share + (origin - state["previous"]) * (1 - share)
-        shown = fooled | (better & ~state["found"])
         return {
             **state,
             **schedule,
@@ -163,9 +185,6 @@ class _APGD(Search):
             "best": best,
             "best_gradient": best_gradient,
             "best_loss": best_loss,
-            "adversarial": torch.where(per_slot(shown, x), iterate, state["adversarial"]),
-            "found": state["found"] | fooled,
-            "iteration": state["iteration"] + 1,
         }
 
 
