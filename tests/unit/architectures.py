@@ -327,7 +327,8 @@ def gradients(forward, thing, images, mode):
     images = images.clone().requires_grad_()
     logits = forward(images, thing)
     torch.nn.functional.cross_entropy(logits, torch.arange(len(images)) % CLASSES).backward()
-    named = {name: p.grad for part in parts for name, p in part.named_parameters() if p.grad is not None}
+    named = {name: p.grad for part in parts for name, p in part.named_parameters(remove_duplicate=False)}
+    named = {name: gradient for name, gradient in named.items() if gradient is not None}
     return logits.detach(), {**named, "images": images.grad}
 
 

@@ -160,11 +160,11 @@ def test_pairwise_shared_does_not_jump_where_the_leading_classes_change():
     module = randomised("pairwise_shared", 6, rivals=2).eval().double()
     z = head_logits(1, 6, scale=0.1).double()
     z[0, :, 0] += 2.0
-    for third_less in (1e-9, -1e-9):  # class 1 and class 2 exchange the last place among the leading two
-        z[0, :, 1], z[0, :, 2] = 1.0, 1.0 - third_less
-        value = module(z).detach()
-        first = value if third_less > 0 else first
-    torch.testing.assert_close(first, value, rtol=0, atol=1e-6)
+    values = []
+    for less in (1e-9, -1e-9):  # class 1 and class 2 exchange the last place among the leading two
+        z[0, :, 1], z[0, :, 2] = 1.0, 1.0 - less
+        values.append(module(z).detach())
+    torch.testing.assert_close(*values, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [100, 1000])

@@ -206,7 +206,8 @@ class _Trace:
         graph = tracer.trace(scratch)
         if tracer.cut is None:
             raise CannotCut("it is not called in a forward pass")
-        self._whole = {node for node in graph.nodes if isinstance(tracer.values.get(node), Tensor)}
+        values = {node: tracer.values.get(node) for node in graph.nodes}
+        self._sizes = {node: (value.shape, value.dtype) for node, value in values.items() if isinstance(value, Tensor)}
         self._prune(graph, tracer.cut)
         self._rename(graph, scratch)
         self._divide(graph, tracer.cut)
@@ -214,7 +215,7 @@ class _Trace:
     def _prune(self, graph: fx.Graph, cut: fx.Node) -> None:
         """Drop what only branches needed: numbers, attributes and entries that nothing uses."""
         for node in reversed(graph.nodes):
-            passive = node.op == "get_attr" or node.target is operator.getitem or node not in self._whole
+            passive = node.op == "get_attr" or node.target is operator.getitem or node not in self._sizes
             if (
                 node is not cut
                 and not node.users
@@ -270,7 +271,7 @@ class _Trace:
     def _only_shape(self, node: fx.Node, behind: set[fx.Node]) -> bool:
         """Whether the tail asks a tensor for its shape alone."""
         used = [user for user in node.users if user in behind]
-        return all(u not in self._whole and (u.target is getattr or u.target in _METADATA) for u in used)
+        return all(u not in self._sizes and (u.target is getattr or u.target in _METADATA) for u in used)
 
     def _crossing(self, behind: set[fx.Node]) -> set[fx.Node]:
         """Tensors that nodes behind the cut take from before it; grows `behind` by what is better made again there."""
@@ -280,7 +281,7 @@ class _Trace:
             for node in needed.pop().all_input_nodes:
                 if node in behind:
                     continue
-                if node.op == "placeholder" or (node.op != "get_attr" and node in self._whole):
+                if node.op == "placeholder" or (node.op != "get_attr" and node in self._sizes):
                     crossing.add(node)
                     continue
                 if node.op == "call_module":
@@ -289,9 +290,10 @@ class _Trace:
                 needed.append(node)
         return crossing
 
-    def signature(self) -> list[tuple[str, str]]:
-        """What crosses, comparable between the two modes."""
-        return [(node.op, f"{node.target}/{node.name}") for node in self.crossing]
+    def signature(self) -> list[tuple[str, torch.Size, torch.dtype]]:
+        """What crosses, comparable between the two modes: layers by name, all by shape and type."""
+        kinds = (str(node.target) if node.op == "call_module" else "" for node in self.crossing)
+        return [(kind, *self._sizes[node]) for kind, node in zip(kinds, self.crossing, strict=True)]
 
 
 def _item(features: tuple[Tensor, ...], index: int) -> Tensor:
