@@ -114,7 +114,7 @@ def evaluate(
     output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, mean or aggregate.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="Where results go.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, float32 or bf16, of the search.")] = "auto",
     save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
@@ -153,6 +153,9 @@ def evaluate(
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
         out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
+    for name, record in evaluation.results["attacks"].items():
+        for note in record["notes"]:
+            out.print(f"{name}: {note}", soft_wrap=True, markup=False)
     for finding in evaluation.results["diagnostics"]:
         if finding["status"] != "ok":
             out.print(f"{finding['status']}: {finding['name']}: {finding['message']}", soft_wrap=True, markup=False)
@@ -294,7 +297,7 @@ def main() -> None:
         _end(error, 2, debug)
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "dualhead"
-        _end(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2, debug)
+        _end(f"{error.format_message().rstrip('.')} (see `{command} --help`)", 2, debug)
     except _ClickError as error:
         _end(error.format_message(), error.exit_code, debug)
     except Interrupted as error:
