@@ -1,5 +1,6 @@
 """What people read of a run, made from the files it left and from nothing else."""
 
 from dualhead.report.model_card import model_card
+from dualhead.report.page import write_report
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "write_report"]

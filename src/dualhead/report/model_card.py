@@ -6,6 +6,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dualhead.report.text import component_text, eps_text
+
 OUTPUTS = {
     "model": "A single-head classifier",
     "head1": "Head 1 of a dual-head classifier",
@@ -37,7 +39,8 @@ def model_card(
         "",
         f"# {_safe(config.get('recipe', 'dualhead model'))}",
         "",
-        f"{OUTPUTS.get(config.get('output', 'model'), 'A classifier')} on {_safe(_name(architecture['backbone']))}, "
+        f"{OUTPUTS.get(config.get('output', 'model'), 'A classifier')} on "
+        f"{_safe(component_text(architecture['backbone']))}, "
         f"for images {shape} in [0, 1] and {architecture['num_classes']} classes.",
         "",
         "```python",
@@ -48,7 +51,7 @@ def model_card(
         "",
         "## Threat model",
         "",
-        f"Trained against perturbations of {threat['norm']} norm at most {_eps(threat['eps'])}."
+        f"Trained against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}."
         if threat
         else "Not recorded.",
         "",
@@ -81,7 +84,7 @@ def _measured(results: Mapping[str, Any] | None) -> list[str]:
     threat = results["threat"]
     doubts = [entry for entry in results.get("diagnostics", []) if entry["status"] != "ok"]
     return [
-        f"{results['num_samples']} test images, {threat['norm']} eps {_eps(threat['eps'])}, Wilson 95 % intervals.",
+        f"{results['num_samples']} test images, {threat['norm']} eps {eps_text(threat['eps'])}, Wilson 95 % intervals.",
         "",
         "| accuracy | percent | interval |",
         "|---|---|---|",
@@ -99,23 +102,12 @@ def _training(recipe: Mapping[str, Any] | None) -> list[str]:
     return [
         f"- data: {_safe(recipe['data']['source'])}",
         *(
-            f"- stage {_safe(stage['name'])}: {_safe(_name(stage['objective']))}, {', '.join(stage['train'])}, "
-            f"{stage['epochs']} epochs, attack {_safe(_name(stage['attack']))}"
+            f"- stage {_safe(stage['name'])}: {_safe(component_text(stage['objective']))}, "
+            f"{', '.join(stage['train'])}, {stage['epochs']} epochs, attack {_safe(component_text(stage['attack']))}"
             for stage in stages
         ),
         f"- seed: {recipe['runtime']['seed']}",
     ]
-
-
-def _name(component: Mapping[str, Any]) -> str:
-    fields = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                       for key, value in component.items() if key != "name" and value is not None)  # fmt: skip
-    return f"{component['name']} ({fields})" if fields else str(component["name"])
-
-
-def _eps(eps: float) -> str:
-    levels = eps * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 
 def _safe(text: object) -> str:

@@ -1,0 +1,374 @@
+"""The part of the report that sets classifiers side by side: verdict, table, bars, curves and what differs."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dualhead.report.differences import Difference, comparable, difference
+from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
+from dualhead.report.sources import Estimate, Measured, Source
+from dualhead.report.text import duration, eps_text, large, percent, points, threat_text
+from dualhead.report.training import COLOURS, best_line
+
+MOST_DIFFERENCES = 60
+"""Lines in the table of what differs between recipes."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the page says first.
+
+    Args:
+        sentence: the result with its interval.
+        caveats: what limits it.
+        doubted: a diagnostic says that it cannot be believed.
+    """
+
+    sentence: str
+    caveats: list[str]
+    doubted: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Args:
+        text: what it shows.
+        order: what it is sorted by; None: its text.
+        note: in small print behind it.
+    """
+
+    text: str
+    order: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        columns: their names.
+        rows: a cell for each column.
+    """
+
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+# ---- the verdict
+
+
+def verdict(sources: Sequence[Source]) -> Verdict:
+    """The result in one sentence, and what limits it."""
+    measured = [row for source in sources if (row := source.deployed or _last(source)) and row.worst]
+    if not measured:
+        return _unmeasured(sources)
+    peers = [row for row in measured if row.threat == measured[0].threat and row.attacks == measured[0].attacks]
+    best = max(peers, key=_robust)
+    sentence = _result(best)
+    if len(peers) > 1:
+        second = max((row for row in peers if row is not best), key=_robust)
+        sentence += _against(best, second, f"the next, {second.title}")
+    else:
+        rows = next(source.rows for source in sources if best in source.rows)
+        base = next((row for row in rows if row.role == "base" and row is not best), None)
+        sentence += _against(best, base, "its base model") if base else ""
+    caveats = [*_doubts(best), *_limits(best)]
+    if len(peers) < len(measured):
+        caveats.append(
+            "The runs were measured under different threat models or attacks. Only those that share them are ranked: "
+            + ", ".join(row.title for row in peers) + "."
+        )  # fmt: skip
+    elif any(not comparable(best, row) for row in peers):
+        caveats.append("The runs were not measured on the same samples: compare intervals, not images.")
+    return Verdict(f"{sentence}.", caveats, any(_status(finding) == "failed" for finding in findings(best)))
+
+
+def _last(source: Source) -> Measured | None:
+    return source.rows[-1] if source.rows else None
+
+
+def _robust(row: Measured) -> float:
+    return row.worst.value if row.worst else 0.0
+
+
+def _unmeasured(sources: Sequence[Source]) -> Verdict:
+    told = []
+    for source in sources:
+        trained = [stage for stage in source.stages if best_line(source.lines(stage["name"]))]
+        line = best_line(source.lines(trained[-1]["name"])) if trained else None
+        if line is not None:
+            told.append(
+                f"{source.label}: stage {line['stage']} reached {percent(line['validation_robust'])} % robust and "
+                f"{percent(line['validation_clean'])} % clean accuracy on held-out training images (epoch "
+                f"{line['epoch']}); this chose the checkpoint and is no test result."
+            )
+    return Verdict("Nothing has been measured on test images yet.", told)
+
+
+def _result(row: Measured) -> str:
+    worst = row.worst
+    assert worst is not None
+    images = f"{row.num_samples:,} test images" if row.num_samples else "the test images"
+    attack = row.attacks[0] if len(row.attacks) == 1 else f"the worst of {len(row.attacks)} attacks"
+    return (
+        f"{row.title} classifies {percent(worst.value)} % of {images} correctly under {attack} "
+        f"({threat_text(row.threat)}), "
+        f"95 % interval {percent(worst.low)} to {percent(worst.high)}, and {percent(row.clean.value)} % without attack"
+    )
+
+
+def _against(row: Measured, other: Measured, called: str) -> str:
+    found = difference(row, other, "worst")
+    if found is None:
+        return f"; {called} has {percent(_robust(other))} % under attack"
+    size = f"{abs(100 * found.value):.1f} points {'less' if found.value < 0 else 'more'} than {called}"
+    interval = f"(interval {points(found.low)} to {points(found.high)})"
+    decided = "too little to be told from chance" if found.verdict == "undecided" else "which chance does not explain"
+    return f"; that is {size} {interval}, {decided}"
+
+
+def findings(row: Measured) -> list[Mapping[str, Any]]:
+    """The diagnostics of an evaluation."""
+    found = row.results.get("diagnostics")
+    return (
+        [entry for entry in found if isinstance(entry, Mapping) and "name" in entry] if isinstance(found, list) else []
+    )
+
+
+def _status(finding: Mapping[str, Any]) -> str:
+    return str(finding.get("status", "unknown"))
+
+
+def _doubts(row: Measured) -> list[str]:
+    words = {"failed": "This result cannot be believed", "warning": "Take care"}
+    return [
+        f"{words[status]}: {finding.get('message', finding['name'])}."
+        for status in words
+        for finding in findings(row)
+        if _status(finding) == status
+    ]
+
+
+def _limits(row: Measured) -> list[str]:
+    if any(name.startswith("autoattack") for name in row.attacks):
+        return []
+    return [
+        f"Attacked by {', '.join(row.attacks)} only. Robust accuracy is an upper bound: a stronger attack, such as "
+        "AutoAttack, finds as many adversarial examples or more."
+    ]
+
+
+# ---- figures and tables
+
+
+def accuracy_figures(sources: Sequence[Source]) -> list[Figure]:
+    """Bars of clean accuracy and of robust accuracy for each attack and threat model."""
+    panels: dict[str, list[Entry]] = {}
+    for row in _rows(sources):
+        panels.setdefault("Clean accuracy", []).append((row, row.clean))
+        for attack in row.attacks:
+            panels.setdefault(f"Under {attack}, {threat_text(row.threat)}", []).append((row, row.robust[attack]))
+        if len(row.attacks) > 1 and row.worst:
+            title = f"Under the worst of {', '.join(row.attacks)}, {threat_text(row.threat)}"
+            panels.setdefault(title, []).append((row, row.worst))
+    return [bars(title, entries) for title, entries in panels.items()]
+
+
+def _rows(sources: Sequence[Source]) -> Iterator[Measured]:
+    for source in sources:
+        yield from source.rows
+
+
+def trade_offs(sources: Sequence[Source]) -> list[Figure]:
+    """Clean against robust accuracy, a figure for each group that met the same threat model and attacks."""
+    groups: dict[str, list[Entry]] = {}
+    for row in _rows(sources):
+        if row.worst:
+            title = f"Clean against robust accuracy, {', '.join(row.attacks)}, {threat_text(row.threat)}"
+            groups.setdefault(title, []).append((row, row.worst))
+    return [scatter(title, entries) for title, entries in groups.items() if len(entries) > 1]
+
+
+def eps_figures(sources: Sequence[Source]) -> list[Figure]:
+    """Robust accuracy over eps, a figure for each norm."""
+    groups: dict[str, list[Series]] = {}
+    for source in sources:
+        for row in [*source.rows, *source.further]:
+            curve = _curve(row)
+            if len(curve) > 1 and row.threat:
+                series = groups.setdefault(str(row.threat["norm"]), [])
+                attacked = f"{row.title} ({', '.join(row.attacks)})"
+                series.append(
+                    Series(
+                        attacked,
+                        COLOURS[len(series) % len(COLOURS)],
+                        [(eps, estimate.value) for eps, estimate in curve],
+                        [(estimate.low, estimate.high) for _, estimate in curve],
+                    )
+                )
+    figures = []
+    for norm, series in groups.items():
+        radii = sorted({x for entry in series for x, _ in entry.points})
+        marked = radii if len(radii) <= 7 else radii[:: -(-len(radii) // 6)]
+        told = "; ".join(
+            f"{entry.name}: " + ", ".join(f"{eps_text(x)} {percent(y)}" for x, y in entry.points) for entry in series
+        )
+        figures.append(
+            lines(
+                f"robustness-over-eps-{norm}", f"Accuracy over eps, {norm}, percent", series, x_label=f"eps ({norm})",
+                share=True, describe=told, x_ticks=[(x, eps_text(x)) for x in marked],
+                caption="The shade is the 95 % interval. A curve that does not fall to zero at large eps, or that "
+                "rises, is a sign of an attack that fails.",
+            )
+        )  # fmt: skip
+    return figures
+
+
+def _curve(row: Measured) -> list[tuple[float, Estimate]]:
+    try:
+        return [
+            (float(p["eps"]), Estimate(float(p["robust_accuracy"]["worst"]), *map(float, p["intervals"]["worst"])))
+            for p in row.results.get("curve", [])
+        ]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def accuracy_table(rows: Sequence[Measured]) -> Table:
+    """Every number of the comparison."""
+    attacks = list(dict.fromkeys(attack for row in rows for attack in row.attacks))
+    worst = ["worst"] if any(len(row.attacks) > 1 for row in rows) else []
+    shown = [*attacks, *worst]
+    columns = ["model", "threat model", "images", "clean %", *(f"{name} %" for name in shown)]
+    cells = []
+    for row in rows:
+        line = [Cell(row.title), Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)]
+        line += [_accuracy_cell(row.clean), *(_accuracy_cell(row.robust.get(name)) for name in shown)]
+        cells.append(line)
+    return Table(columns, cells)
+
+
+def _accuracy_cell(value: Estimate | None) -> Cell:
+    if value is None:
+        return Cell("n/a", -1.0)
+    return Cell(percent(value.value), value.value, f"[{percent(value.low)}, {percent(value.high)}]")
+
+
+def cost_table(rows: Sequence[Measured]) -> Table:
+    """Parameters and what training cost, of the classifiers for which it is recorded."""
+    cells = [
+        [
+            Cell(row.title),
+            Cell(large(row.parameters), row.parameters),
+            Cell(large(row.forward_equivalents), row.forward_equivalents),
+            Cell(duration(row.training_seconds), row.training_seconds),
+        ]
+        for row in rows
+        if row.forward_equivalents is not None
+    ]
+    return Table(["model", "parameters", "training, in forward passes of an image", "training time"], cells)
+
+
+def difference_table(sources: Sequence[Source]) -> Table:
+    """Paired differences: of each row against its base model, and of each run's result against the first run's."""
+    pairs = []
+    for source in sources:
+        base = next((row for row in source.rows if row.role == "base"), None)
+        pairs += [(row, base) for row in source.rows if base and row is not base]
+    deployed = [row for source in sources if (row := source.deployed)]
+    pairs += [(row, deployed[0]) for row in deployed[1:]]
+    cells = []
+    for row, other in pairs:
+        clean, robust = difference(row, other, "clean"), difference(row, other, "worst")
+        if clean and robust:
+            cells.append([Cell(row.title), Cell(other.title), _difference_cell(clean), _difference_cell(robust)])
+    return Table(["model", "compared with", "clean, points", "robust, points"], cells)
+
+
+def _difference_cell(found: Difference) -> Cell:
+    words = {"more": "more", "less": "less", "undecided": "undecided"}[found.verdict]
+    return Cell(points(found.value), found.value, f"[{points(found.low)}, {points(found.high)}] {words}")
+
+
+# ---- downloads
+
+
+def as_records(rows: Sequence[Measured]) -> list[dict[str, Any]]:
+    """The numbers of the comparison, a flat record for each classifier; fractions, not percent."""
+    records = []
+    for row in rows:
+        record: dict[str, Any] = {
+            "run": row.run, "model": row.name, "norm": row.threat["norm"] if row.threat else None,
+            "eps": row.threat["eps"] if row.threat else None, "num_samples": row.num_samples,
+        }  # fmt: skip
+        for name, value in {"clean": row.clean, **row.robust}.items():
+            record |= {name: value.value, f"{name} low": value.low, f"{name} high": value.high}
+        record |= {
+            "parameters": row.parameters,
+            "training_forward_equivalents": row.forward_equivalents,
+            "training_seconds": row.training_seconds,
+        }
+        records.append(record)
+    return records
+
+
+def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records as comma-separated values."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue()
+
+
+def download(kind: str, text: str) -> str:
+    """A data URI that a browser saves as a file."""
+    return f"data:{kind};base64,{base64.b64encode(text.encode('utf-8', 'replace')).decode()}"
+
+
+def downloads(rows: Sequence[Measured]) -> dict[str, str]:
+    """File names and data URIs of the comparison's numbers."""
+    records = as_records(rows)
+    return {
+        "results.csv": download("text/csv", as_csv(records)),
+        "results.json": download("application/json", json.dumps(records, indent=2)),
+    }
+
+
+# ---- recipes
+
+
+def recipe_differences(sources: Sequence[Source]) -> Table | None:
+    """The keys in which the recipes of several runs differ; None for fewer than two recipes."""
+    runs = [source for source in sources if source.recipe]
+    if len(runs) < 2:
+        return None
+    flat = [dict(_flat(source.recipe, "")) for source in runs]
+    keys = list(dict.fromkeys(key for values in flat for key in values))
+    different = [key for key in keys if len({values.get(key, "-") for values in flat}) > 1]
+    rows = [[Cell(key), *(Cell(values.get(key, "-")) for values in flat)] for key in different[:MOST_DIFFERENCES]]
+    if len(different) > MOST_DIFFERENCES:
+        rows.append([Cell(f"and {len(different) - MOST_DIFFERENCES} more"), *(Cell("") for _ in flat)])
+    return Table(["key", *(source.label for source in runs)], rows)
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Dotted keys and values; stages go by their names."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{key}.{inner.get('name', number)}")
+    else:
+        yield key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)

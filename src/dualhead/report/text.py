@@ -1,0 +1,59 @@
+"""How numbers and components are written for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def eps_text(eps: float) -> str:
+    """A radius, in steps of 1/255 where it is a whole number of them."""
+    levels = eps * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
+def threat_text(threat: Mapping[str, Any] | None) -> str:
+    """Norm and radius of a threat model."""
+    return f"{threat['norm']} eps {eps_text(threat['eps'])}" if threat else "threat model not recorded"
+
+
+def component_text(component: Mapping[str, Any]) -> str:
+    """A component of a recipe: its name and what was set."""
+    fields = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                       for key, value in component.items() if key != "name" and value is not None)  # fmt: skip
+    return f"{component['name']} ({fields})" if fields else str(component["name"])
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A fraction in percent, without the sign."""
+    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}"
+
+
+def points(difference: float) -> str:
+    """A difference of fractions in points, with its sign."""
+    return f"{100 * difference:+.1f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that people would choose."""
+    if seconds is None or not math.isfinite(seconds):
+        return "n/a"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def large(number: float | None) -> str:
+    """A count, to three digits from a million on."""
+    if number is None or not math.isfinite(number):
+        return "n/a"
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def shortened(text: str, length: int) -> str:
+    """Text of at most so many characters; what is cut shows as an ellipsis."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"

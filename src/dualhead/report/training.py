@@ -1,0 +1,174 @@
+"""Training curves, and what they say of overfitting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dualhead.report.figures import Figure, Series, lines, slug
+from dualhead.report.sources import Source
+from dualhead.report.text import component_text, duration, large, percent
+
+NOT_LOSSES = {
+    "stage", "epoch", "step", "learning_rate", "train_accuracy", "validation_clean", "validation_robust", "seconds",
+    "dropped_steps",
+}  # fmt: skip
+"""What a line of metrics holds besides the loss and its terms."""
+
+COLOURS = ("aggregate", "head1", "head2", "mean", "base", "model")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, for the page.
+
+    Args:
+        name: of the stage.
+        facts: what it did, in words.
+        cost: epochs, time and arithmetic.
+        verdict: of the best and the last epoch.
+        overfits: robust accuracy fell after the best epoch by more than chance explains.
+        figures: its curves; empty if no epoch is finished.
+    """
+
+    name: str
+    facts: str
+    cost: str
+    verdict: str
+    overfits: bool
+    figures: list[Figure]
+
+
+def stages(source: Source) -> list[Stage]:
+    """The stages of a run, in order."""
+    return [_stage(source, recipe) for recipe in source.stages]
+
+
+def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
+    name = str(recipe["name"])
+    found = source.lines(recipe["name"])
+    best, last = best_line(found), next((line for line in reversed(found) if _validated(line)), None)
+    verdict, overfits = _verdict(source, best, last) if best and last else ("", False)
+    if not found:
+        verdict = "No epoch is logged."
+    elif not verdict:
+        verdict = "There were no held-out images: the last epoch was kept, and overfitting cannot be seen."
+    return Stage(
+        name, _facts(recipe), _cost(source, recipe, found), verdict, overfits,
+        _figures(source, name, found, best) if found else [],
+    )  # fmt: skip
+
+
+def _validated(line: Mapping[str, Any]) -> bool:
+    return all(_number(line, f"validation_{kind}") is not None for kind in ("clean", "robust"))
+
+
+def _number(line: Mapping[str, Any], key: str) -> float | None:
+    value = line.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def best_line(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The epoch with the highest robust, then clean accuracy on held-out images; the first of several."""
+    validated = [line for line in found if _validated(line)]
+    return max(validated, key=lambda line: (line["validation_robust"], line["validation_clean"]), default=None)
+
+
+def _verdict(source: Source, best: Mapping[str, Any], last: Mapping[str, Any]) -> tuple[str, bool]:
+    def told(line: Mapping[str, Any]) -> str:
+        robust, clean = percent(line["validation_robust"]), percent(line["validation_clean"])
+        return f"epoch {line['epoch']}: robust {robust} %, clean {clean} %"
+
+    held_out = source.recipe.get("data", {}).get("validation")
+    words = f"Best {told(best)}. Last {told(last)}."
+    drop = best["validation_robust"] - last["validation_robust"]
+    if drop <= 0:
+        return f"{words} No robust overfitting: the last epoch is as robust as any.", False
+    words += f" The last is {100 * drop:.1f} points less robust than the best"
+    if not isinstance(held_out, int) or held_out < 1:
+        return f"{words}.", False
+    share = best["validation_robust"]
+    noise = 1.96 * math.sqrt(2 * share * (1 - share) / held_out)
+    if drop > noise:
+        return f"{words}, more than {held_out} held-out images explain by chance: robust overfitting.", True
+    return f"{words}, which {held_out} held-out images explain by chance.", False
+
+
+def _facts(recipe: Mapping[str, Any]) -> str:
+    parts = []
+    if isinstance(recipe.get("train"), list):
+        parts.append(f"trains {', '.join(map(str, recipe['train']))}")
+    for key, word in (("objective", ""), ("attack", "attack "), ("optimiser", ""), ("schedule", "schedule ")):
+        component = recipe.get(key)
+        if isinstance(component, Mapping) and "name" in component:
+            parts.append(f"{word}{component_text(component)}")
+    return "; ".join(parts)
+
+
+def _cost(source: Source, recipe: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
+    summary = source.summaries.get(recipe["name"])
+    planned = recipe.get("epochs", "?")
+    if summary is None:
+        seconds = _number(found[-1], "seconds") if found else None
+        return f"{found[-1]['epoch'] if found else 0} of {planned} epochs, {duration(seconds or 0.0)}; not finished"
+    words = f"{summary.get('epochs', planned)} epochs, {duration(summary.get('seconds'))}"
+    return f"{words}, {large(summary.get('flops'))}FLOP; kept: {summary.get('kept', 'not recorded')}"
+
+
+def _figures(
+    source: Source, stage: str, found: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None
+) -> list[Figure]:
+    marks = []
+    if best is not None:
+        marks.append((float(best["epoch"]), f"best: {best['epoch']}"))
+    if best is None or found[-1]["epoch"] - best["epoch"] > 0.18 * len(found):  # else the words would collide
+        marks.append((float(found[-1]["epoch"]), f"last: {found[-1]['epoch']}"))
+    elif found[-1] is not best:
+        marks = [(marks[0][0], f"best: {best['epoch']}, last: {found[-1]['epoch']}"), (float(found[-1]["epoch"]), "")]
+    terms = list(dict.fromkeys(key for line in found for key in line if key not in NOT_LOSSES and _is_term(found, key)))
+    accuracy = {
+        "validation_robust": ("held out, attacked", "aggregate"),
+        "validation_clean": ("held out, clean", "head1"),
+        "train_accuracy": ("training batches", "base"),
+    }
+    curves = [Series(name, style, _points(found, key)) for key, (name, style) in accuracy.items() if _has(found, key)]
+    losses = [Series(term, COLOURS[n % len(COLOURS)], _points(found, term)) for n, term in enumerate(terms)]
+    rate = [Series("learning rate", "model", _points(found, "learning_rate"))]
+    figures = []
+    for title, series, share in (
+        ("Accuracy, percent", curves, True),
+        ("Loss", losses, False),
+        ("Learning rate", rate, False),
+    ):
+        if series:
+            name = slug(source.label, stage, title.split(",")[0])
+            told = "; ".join(_told(entry, share=share) for entry in series)
+            figures.append(lines(name, title, series, x_label="epoch", share=share, marks=marks, describe=told))
+    return figures
+
+
+def _is_term(found: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a metric holds numbers, or what stands for one that is not finite."""
+    return all(line.get(key) is None or isinstance(line[key], int | float) for line in found)
+
+
+def _has(found: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return any(_number(line, key) is not None for line in found)
+
+
+def _points(found: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Epochs and values, NaN for what is not finite; epochs without the key, as without validation, are left out."""
+    values = [(line["epoch"], _number(line, key)) for line in found if key in line]
+    return [(float(epoch), math.nan if value is None else value) for epoch, value in values]
+
+
+def _told(entry: Series, *, share: bool) -> str:
+    seen = [y for _, y in entry.points if math.isfinite(y)]
+    if not seen:
+        return f"{entry.name} has no finite value"
+    first, last, low, high = (
+        percent(value) if share else f"{value:.4g}" for value in (seen[0], seen[-1], min(seen), max(seen))
+    )
+    return f"{entry.name} from {first} to {last}, lowest {low}, highest {high}"
