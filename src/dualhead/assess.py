@@ -12,8 +12,9 @@ from torch import nn
 from dualhead.data import Split, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate
+from dualhead.files import check_folder
 from dualhead.heads import LayerInfo, layers
-from dualhead.hub import Architecture, find_model, load, read_config, view
+from dualhead.hub import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.models import Normalize, backbones
 from dualhead.run import load_stage, read_recipe
 from dualhead.runtime import Precision, find_device
@@ -67,9 +68,11 @@ def assess(request: Request, progress: EvaluationProgress | None = None) -> tupl
     device = find_device(request.device)
     threat, curve = _threat(request)
     test = _test_images(request)
+    _check_images(request, test)
     model = _model(request, test)
     count = min(request.limit or len(test), len(test))
     folder = request.output_dir or _default_folder(request)
+    check_folder(folder, "--output")
     evaluation = evaluate(
         model.to(device).eval(),  # a factory hands it out in train mode
         test.images[:count],
@@ -100,7 +103,7 @@ def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
     norm = request.norm or known.get("norm", "Linf")
     if request.eps is None and "eps" not in known:
         raise UserError("--eps is needed, since the model does not say for what it was trained; e.g. --eps 8/255")
-    radii = [part.strip() for part in (request.eps or str(known["eps"])).split(",")]
+    radii = [part.strip() for part in (str(known["eps"]) if request.eps is None else request.eps).split(",")]
     threats = [ThreatModel(cast("Norm", norm), cast("float", radius)) for radius in radii if radius not in ("0", "0.0")]
     if not threats:
         raise UserError(f"--eps {request.eps}: at least one radius must be greater than 0")
@@ -113,6 +116,25 @@ def _test_images(request: Request) -> Split:
     if request.data is None:
         raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
     return load_split(request.data, "test")
+
+
+def _check_images(request: Request, test: Split) -> None:
+    """A factory makes what fits the images; a trained model has to fit them. Other sizes are up to the network."""
+    if request.is_run:
+        folder = Path(request.model) / "checkpoints"
+        if not (folder / CONFIG).is_file():
+            return  # what is missing is said where the run is loaded
+    elif ":" in request.model:
+        return
+    else:
+        folder = find_model(request.model)
+    trained = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
+    channels = trained.image_shape[0]
+    if (test.image_shape[0], test.num_classes) != (channels, trained.num_classes):
+        raise UserError(
+            f"the test images have {test.image_shape[0]} channels and {test.num_classes} classes, "
+            f"but {request.model} is for {channels} channels and {trained.num_classes} classes; choose other --data"
+        )
 
 
 def _model(request: Request, test: Split) -> nn.Module:

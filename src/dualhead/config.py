@@ -80,6 +80,17 @@ class Statistics(Section):
     std: tuple[float, ...]
 
 
+def _statistics(value: object) -> object:
+    if isinstance(value, Mapping):
+        try:
+            return Statistics.model_validate(value)
+        except ValidationError as error:
+            raise UserError(first_error(error, ".")) from None
+    if value is None or isinstance(value, Statistics) or value in ("data", "none"):
+        return value
+    raise UserError(f": must be data, none or {{mean: [...], std: [...]}}, got {value!r}")
+
+
 class Model(Section):
     """The network."""
 
@@ -90,7 +101,7 @@ class Model(Section):
     """None: the paper's, up to the number of classes where its size is in proportion."""
     second_head: Literal["reset", "clone"] = "reset"
     """Whether the second head starts from fresh weights or from those of the first, when its first stage begins."""
-    normalize: Literal["data", "none"] | Statistics | None = None
+    normalize: Annotated[Literal["data", "none"] | Statistics | None, BeforeValidator(_statistics)] = None
     """Inside the model: by the statistics of the training images, not at all, or by given ones. None: `none` for a
     `package.module:factory`, whose model takes images in [0, 1] as they are, `data` for every other backbone."""
 
@@ -113,8 +124,12 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _attacks_exist(self) -> Self:
+        labels: list[str] = []
         for index, spec in enumerate(self.attacks):
-            attacks.build(spec, where=f".attacks.{index}")
+            label = attacks.build(spec, where=f".attacks.{index}").label
+            if label in labels:
+                raise UserError(f".attacks.{index}: {label} is named twice")
+            labels.append(label)
         return self
 
 
@@ -124,7 +139,7 @@ class Runtime(Section):
     device: str = "auto"
     precision: Literal["float32", "bf16", "auto"] = "auto"
     """`bf16`: autocast with channels-last; `auto`: whichever is faster on this device, measured at the start."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**62)
     save_minutes: float = Field(5.0, gt=0)
     """Longest time between two saved states within an epoch; one is saved after every epoch besides."""
     tensorboard: bool = False
@@ -240,7 +255,11 @@ def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
     if not isinstance(parent, str) or parent in chain:
         raise UserError(f"recipe {name}: extends must name one other recipe, without a circle; got {parent!r}")
     beside = Path(name).parent / parent
-    base = _extended(str(beside) if Path(name).is_file() and beside.is_file() else parent, (*chain, name, parent))[0]
+    found = str(beside) if Path(name).is_file() and beside.is_file() else parent
+    try:
+        base = _extended(found, (*chain, name, parent))[0]
+    except UserError as error:
+        raise UserError(f"recipe {name}: extends: {error}") from None
     own = {"name": content.pop("name")} if "name" in content else {}  # a recipe's name tells no components apart
     base.pop("name", None)
     return {**_merge(base, content), **own}, label
@@ -271,6 +290,16 @@ def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None
     if not isinstance(inner, dict | list):
         raise UserError(f"{override}: {key!r} holds {inner!r}, which has no keys")
     _assign(inner, rest, value, override)
+
+
+def read_recipe_file(path: Path) -> Recipe:
+    """A recipe in full, as `resolved` gave it and a file holds it.
+
+    Raises:
+        UserError: if the file is no such recipe.
+    """
+    content = _parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    return parse_recipe(content, str(path))
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

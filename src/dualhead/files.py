@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dualhead.errors import UserError
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file aside, put it on the disk, then give it its name; a crash leaves the old file or the new.
@@ -35,6 +37,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """JSON with sorted-as-given keys and a final newline, atomically; numbers that are not finite are refused."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Refuse a folder that is none, or in which nothing could be written; nothing is made.
+
+    Args:
+        folder: there already or to be made later.
+        option: where it was given, for the message.
+
+    Raises:
+        UserError: if it, or what it would lie in, is a file or may not be written to.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{option} {folder}: {'it' if nearest == folder else nearest} is a file; choose another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {folder}: no permission to write in {nearest}; choose another folder")
 
 
 def _flush(path: Path) -> None:

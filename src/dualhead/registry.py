@@ -47,8 +47,13 @@ def first_error(error: ValidationError, where: str = "") -> str:
     if detail["type"] in ("missing", "missing_argument"):
         return f"{place}: missing; this key is required"
     given = detail["input"]
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""
-    return f"{place}: {message[0].lower() + message[1:]}{shown}" if where or place else message
+    if detail["type"] == "value_error":  # our own words
+        shown = ""
+    else:  # pydantic's, which do not know that in a recipe a tuple is a list
+        message = (message[0].lower() + message[1:]).replace("tuple", "list")
+        plain = given is None or (isinstance(given, str | int | float | bool) and repr(given) not in message)
+        shown = f" (got {'nothing' if given is None else repr(given)})" if plain else ""
+    return f"{place}: {message}{shown}" if where or place else message + shown
 
 
 class Registry(Generic[T]):
@@ -126,7 +131,7 @@ class Registry(Generic[T]):
         self._load()
         if not isinstance(spec, str):
             if "name" not in spec:
-                raise UserError(f"a {self.kind} needs a name: {{name: {self.names()[0]}, ...}}")
+                raise UserError(f"{self.kind} needs a name, as in {{name: {self.names()[0]}}}")
             return {**self.expand(str(spec["name"])), **{k: v for k, v in spec.items() if k != "name"}}
         if spec in self._classes:
             return {"name": spec}

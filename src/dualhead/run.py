@@ -12,11 +12,11 @@ import torch
 import yaml
 from torch import nn
 
-from dualhead.config import Recipe, Statistics, load_recipe, parse_recipe
+from dualhead.config import Recipe, Statistics, load_recipe, read_recipe_file
 from dualhead.data import Loader, Split, hold_out
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate
-from dualhead.files import write_json, write_text
+from dualhead.files import check_folder, write_json, write_text
 from dualhead.flops import CountFlops
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.hub import Architecture, load_base_weights, read_config, save_model, view, write_card, write_config
@@ -150,7 +150,10 @@ class Run:
         whole, self.test = load_data(recipe)
         amount = recipe.data.validation
         self.held_out: Split | None
-        self.training, self.held_out = hold_out(whole, amount, recipe.runtime.seed) if amount else (whole, None)
+        try:
+            self.training, self.held_out = hold_out(whole, amount, recipe.runtime.seed) if amount else (whole, None)
+        except UserError as error:
+            raise UserError(f"data.validation: {error}") from None
         self._check_validation()
         self.architecture = architecture_of(recipe, self.training)
         torch.manual_seed(recipe.runtime.seed)
@@ -168,12 +171,11 @@ class Run:
         return self.folder / "checkpoints" / stage.name / f"{which}.safetensors"
 
     def _refuse_other_run(self) -> None:
+        check_folder(self.folder, "--run-dir")
         path = self.folder / "config.yaml"
         if not path.is_file():
             if self.folder.is_dir() and any(not path.name.startswith(LOCK) for path in self.folder.iterdir()):
                 raise UserError(f"{self.folder}: holds something that is not a run; choose another --run-dir")
-            if self.folder.exists() and not self.folder.is_dir():
-                raise UserError(f"{self.folder}: is a file; choose another --run-dir")
             return
         before, now = read_recipe(self.folder).resolved(), self.recipe.resolved()
         different = sorted(differences(before, now))
@@ -210,10 +212,6 @@ class Run:
             unfinished.unlink()
         environment_file = self.folder / "environment.json"
         if not (self.folder / "config.yaml").is_file():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--run-dir {self.folder}: cannot be made ({error.strerror})") from None
             write_config(self.folder / "checkpoints", self.architecture, self._facts())
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
         self._saved = self._states.load()
@@ -504,7 +502,7 @@ def read_recipe(folder: Path) -> Recipe:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: holds no run (config.yaml is missing)")
-    return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    return read_recipe_file(path)
 
 
 def differences(before: Any, now: Any, place: str = "") -> Iterator[str]:

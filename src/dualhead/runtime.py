@@ -33,7 +33,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"runtime.device: {name!r} is not usable here; write auto, cpu, cuda or cuda:0") from None
+        raise UserError(f"device {name!r} is not usable here; write auto, cpu, cuda or cuda:0") from None
     return device
 
 

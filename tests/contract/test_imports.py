@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "dualhead"
 
 RANKS = [
     {"errors"},
-    {"files", "noise", "registry"},
+    {"files", "lock", "noise", "registry"},
     {"schema", "threat", "flops"},
     {"runtime"},
     {"data", "models", "heads", "objectives", "attacks", "report"},

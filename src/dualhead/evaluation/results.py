@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +118,14 @@ class Evaluation:
                 raise UserError(
                     f"{folder} holds no finished evaluation: {name} is missing; run `dualhead evaluate` first"
                 )
+        try:
+            return cls._read(folder)
+        except (OSError, ValueError, LookupError, TypeError, BadZipFile) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: its results cannot be read ({type(error).__name__}: {reason})") from None
+
+    @classmethod
+    def _read(cls, folder: Path) -> Evaluation:
         results = json.loads((folder / "results.json").read_text())
         with np.load(folder / "samples.npz") as stored:
             held = {name: stored[name] for name in stored.files}

@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from dualhead.errors import RunError
 from dualhead.files import write_atomically
+from dualhead.runtime import generator_states, set_generator_states
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class Position:
         step: finished steps of the epoch after those.
         seconds: time spent on the stage so far.
         step_cost: floating-point operations of one step, as torch counts them; 0 before the first.
+        streak: steps of the epoch dropped in a row, up to now.
         retreats: how often the stage went back to a saved state because its numbers were no longer finite.
         sums: what the unfinished epoch has added up for its line of metrics.
         best: metrics of the best epoch of the stage so far; empty before the first validation.
@@ -44,6 +47,7 @@ class Position:
     step: int = 0
     seconds: float = 0.0
     step_cost: int = 0
+    streak: int = 0
     retreats: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
@@ -61,9 +65,7 @@ class Saved:
 
     def restore_generators(self) -> None:
         """Put torch's generators where they stood."""
-        torch.set_rng_state(self.generator)
-        if self.accelerator_generators and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.accelerator_generators)
+        set_generator_states(self.generator, self.accelerator_generators)
 
 
 class CheckpointStore:
@@ -94,8 +96,7 @@ class CheckpointStore:
             "position": asdict(position),
             "model": model.state_dict(),
             "optimiser": None if optimiser is None else optimiser.state_dict(),
-            "generator": torch.get_rng_state(),
-            "accelerator_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            **generator_states(),
         }
         torch.save(state, buffer)
         content, before = buffer.getbuffer(), self._files()
@@ -105,20 +106,25 @@ class CheckpointStore:
         for old in before[: max(0, len(before) + 1 - self._keep)]:
             old.unlink()
 
-    def load(self) -> Saved | None:
-        """The newest state that is whole, on the CPU; None if there is no file. Nothing in a file is run.
+    def load(self, wanted: Callable[[Position], bool] = lambda position: True) -> Saved | None:
+        """The newest state that is whole and wanted, on the CPU; None if there is none. Nothing in a file is run.
 
         Raises:
             RunError: if there are files and all of them are damaged.
         """
         files = self._files()
+        damaged = 0
         for path in reversed(files):
             try:
-                return _read(path)
+                saved = _read(path)
             except Exception as error:  # a damaged file fails in many ways: EOFError, RuntimeError, KeyError, ...
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 logger.warning("%s: damaged checkpoint (%s); the one before it is taken", path, reason)
-        if files:
+                damaged += 1
+                continue
+            if wanted(saved.position):
+                return saved
+        if files and damaged == len(files):
             raise RunError(f"{self.folder}: all {len(files)} checkpoints are damaged; remove them to start anew")
         return None
 

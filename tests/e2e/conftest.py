@@ -1,0 +1,25 @@
+"""One tiny finished run that many tests look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from e2e_helpers import TINY, dualhead
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Decoded images go where no user's cache is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DUALHEAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A finished run of three stages; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    ended = dualhead("train", "digits", *TINY, "--run-dir", folder, "--quiet", "--json")
+    assert ended.status == 0, ended.err
+    return folder
