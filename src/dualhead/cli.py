@@ -221,6 +221,17 @@ def export(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained page about runs, side by side: verdict, accuracies, curves, diagnostics, examples."""
+    from dualhead.report import write_report
+
+    typer.echo(f"report: {write_report(runs, output)}")
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run, or a folder with results.json and samples.npz.")],
     second: Annotated[Path, typer.Argument(help="The same, of the same samples and threat model.")],

@@ -13,7 +13,7 @@ from typing import Any
 from dualhead.report.differences import Difference, comparable, difference
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.sources import Estimate, Measured, Source
-from dualhead.report.text import duration, eps_text, large, percent, points, threat_text
+from dualhead.report.text import duration, eps_texts, large, percent, points, threat_text
 from dualhead.report.training import COLOURS, best_line
 
 MOST_DIFFERENCES = 60
@@ -89,7 +89,11 @@ def verdict(sources: Sequence[Source]) -> Verdict:
         )  # fmt: skip
     elif any(not comparable(best, row) for row in peers):
         caveats.append("The runs were not measured on the same samples: compare intervals, not images.")
-    return Verdict(f"{sentence}.", caveats, any(_status(finding) == "failed" for finding in findings(best)))
+    return Verdict(
+        f"{sentence}. Without attack it is right on {percent(best.clean.value)} %.",
+        caveats,
+        any(_status(finding) == "failed" for finding in findings(best)),
+    )
 
 
 def _last(source: Source) -> Measured | None:
@@ -122,18 +126,18 @@ def _result(row: Measured) -> str:
     return (
         f"{row.title} classifies {percent(worst.value)} % of {images} correctly under {attack} "
         f"({threat_text(row.threat)}), "
-        f"95 % interval {percent(worst.low)} to {percent(worst.high)}, and {percent(row.clean.value)} % without attack"
+        f"95 % interval {percent(worst.low)} to {percent(worst.high)}"
     )
 
 
 def _against(row: Measured, other: Measured, called: str) -> str:
     found = difference(row, other, "worst")
     if found is None:
-        return f"; {called} has {percent(_robust(other))} % under attack"
+        return f"; {called} keeps {percent(_robust(other))} % under attack"
     size = f"{abs(100 * found.value):.1f} points {'less' if found.value < 0 else 'more'} than {called}"
     interval = f"(interval {points(found.low)} to {points(found.high)})"
     decided = "too little to be told from chance" if found.verdict == "undecided" else "which chance does not explain"
-    return f"; that is {size} {interval}, {decided}"
+    return f": {size} {interval}, {decided}"
 
 
 def findings(row: Measured) -> list[Mapping[str, Any]]:
@@ -220,12 +224,12 @@ def eps_figures(sources: Sequence[Source]) -> list[Figure]:
         radii = sorted({x for entry in series for x, _ in entry.points})
         marked = radii if len(radii) <= 7 else radii[:: -(-len(radii) // 6)]
         told = "; ".join(
-            f"{entry.name}: " + ", ".join(f"{eps_text(x)} {percent(y)}" for x, y in entry.points) for entry in series
+            f"{entry.name}: " + ", ".join(f"{x:g} {percent(y)}" for x, y in entry.points) for entry in series
         )
         figures.append(
             lines(
                 f"robustness-over-eps-{norm}", f"Accuracy over eps, {norm}, percent", series, x_label=f"eps ({norm})",
-                share=True, describe=told, x_ticks=[(x, eps_text(x)) for x in marked],
+                share=True, describe=told, x_ticks=list(zip(marked, eps_texts(marked), strict=True)),
                 caption="The shade is the 95 % interval. A curve that does not fall to zero at large eps, or that "
                 "rises, is a sign of an attack that fails.",
             )
@@ -244,17 +248,25 @@ def _curve(row: Measured) -> list[tuple[float, Estimate]]:
 
 
 def accuracy_table(rows: Sequence[Measured]) -> Table:
-    """Every number of the comparison."""
+    """Every number of the comparison; what is the same for all of them is left to `conditions`."""
     attacks = list(dict.fromkeys(attack for row in rows for attack in row.attacks))
-    worst = ["worst"] if any(len(row.attacks) > 1 for row in rows) else []
-    shown = [*attacks, *worst]
-    columns = ["model", "threat model", "images", "clean %", *(f"{name} %" for name in shown)]
+    shown = [*attacks, *(["worst"] if any(len(row.attacks) > 1 for row in rows) else [])]
+    told = [] if conditions(rows) else ["threat model", "images"]
     cells = []
     for row in rows:
-        line = [Cell(row.title), Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)]
-        line += [_accuracy_cell(row.clean), *(_accuracy_cell(row.robust.get(name)) for name in shown)]
-        cells.append(line)
-    return Table(columns, cells)
+        met = [Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)] if told else []
+        robust = [_accuracy_cell(row.robust.get(name)) for name in shown]
+        cells.append([Cell(row.title), *met, _accuracy_cell(row.clean), *robust])
+    return Table(["model", *told, "clean %", *(f"{name} %" for name in shown)], cells)
+
+
+def conditions(rows: Sequence[Measured]) -> str:
+    """Threat model and number of images, if all classifiers share them; else nothing."""
+    met = {(threat_text(row.threat), row.num_samples) for row in rows}
+    if len(met) != 1:
+        return ""
+    threat, count = met.pop()
+    return threat if count is None else f"{threat}, {count:,} test images"
 
 
 def _accuracy_cell(value: Estimate | None) -> Cell:

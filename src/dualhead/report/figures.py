@@ -147,7 +147,7 @@ def lines(
     steps = [0, 0.2, 0.4, 0.6, 0.8, 1] if share else ticks(*y_range, 4)
     _horizontal_grid(drawing, steps, at_y, left, right, lambda v: f"{100 * v:g}" if share else f"{v:.4g}")
     for x, words in x_ticks or [(x, f"{x:g}") for x in ticks(*x_range, 6) if x == int(x)]:
-        drawing.text(at_x(x), bottom + 15, words, "axis", "middle")
+        drawing.text(min(at_x(x), WIDTH - 3 - LETTER * len(words) / 2), bottom + 15, words, "axis", "middle")
     drawing.text((left + right) / 2, bottom + 32, x_label, "axis", "middle")
     for number, (x, words) in enumerate(marks):
         drawing.line(at_x(x), top - 3, at_x(x), bottom, "mark" if number == 0 else "mark quiet")
@@ -290,7 +290,7 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
         rows: the classifiers with their robust accuracy.
     """
     front = pareto([(row.clean.value, robust.value) for row, robust in rows])
-    left, right, top, bottom = 50.0, WIDTH - 14, 10.0, 290.0
+    left, right, top, bottom = 50.0, WIDTH - 14, 26.0, 300.0
     legend = bottom + 48
     told = "; ".join(f"{r.title}: clean {percent(r.clean.value)}, robust {percent(e.value)}" for r, e in rows)
     best = ", ".join(rows[number][0].title for number in front)
@@ -302,7 +302,8 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
     for x in ticks(*x_range, 5):
         drawing.line(at_x(x), top, at_x(x), bottom, "grid")
         drawing.text(at_x(x), bottom + 15, f"{100 * x:g}", "axis", "middle")
-    drawing.text((left + right) / 2, bottom + 31, "clean accuracy, percent (robust: upwards)", "axis", "middle")
+    drawing.text((left + right) / 2, bottom + 31, "clean accuracy, percent", "axis", "middle")
+    drawing.text(6, 12, "robust accuracy, percent", "axis")
     steps = [(at_x(rows[n][0].clean.value), at_y(rows[n][1].value)) for n in front]
     outline = [(left, steps[0][1])] + [p for a, b in pairwise(steps) for p in (a, (a[0], b[1]))]
     drawing.path([*outline, steps[-1], (steps[-1][0], bottom)], "front")
@@ -310,9 +311,9 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
         x, y = at_x(row.clean.value), at_y(robust.value)
         drawing.line(at_x(row.clean.low), y, at_x(row.clean.high), y, f"thin {row.role}")
         drawing.line(x, at_y(robust.low), x, at_y(robust.high), f"thin {row.role}")
-    for number, (row, robust) in enumerate(rows, 1):
+    centres = _apart([(at_x(row.clean.value), at_y(robust.value)) for row, robust in rows])
+    for number, ((row, robust), (x, y)) in enumerate(zip(rows, centres, strict=True), 1):
         name = row.title
-        x, y = at_x(row.clean.value), at_y(robust.value)
         tip = f"{name}: clean {_with_interval(row.clean)}, robust {_with_interval(robust)}"
         drawing.circle(x, y, 9, f"fill {row.role} edged", tip)
         drawing.text(x, y + 4, str(number), "inside", "middle")
@@ -322,10 +323,22 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
         words = f"{shortened(name, 36)}: {percent(row.clean.value)} / {percent(robust.value)}"
         drawing.text(32, place, words, "strong" if number - 1 in front else "", tip=name)
     caption = (
-        "Lines are 95 % intervals. The dashed line is the Pareto front; models on it, in bold, are beaten by no other "
+        "Crosses are the values with their 95 % intervals; numbers that would hide one another stand beside. The "
+        "dashed line is the Pareto front; models on it, in bold, are beaten by no other "
         "in both accuracies. Points whose intervals overlap may change places on other images."
     )
     return Figure(slug(title), title, drawing.markup(), caption)
+
+
+def _apart(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Places of numbered discs beside one another: a disc that would hide an earlier one moves to the nearest gap."""
+    placed: list[tuple[float, float]] = []
+    for x, y in points:
+        turns = [(math.tau * turn / 8, 19.0 * ring) for ring in range(1, 6) for turn in range(8)]
+        gaps = [(x, y), *((x + reach * math.cos(angle), y - reach * math.sin(angle)) for angle, reach in turns)]
+        free = (gap for gap in gaps if all(math.dist(gap, other) >= 18 for other in placed))
+        placed.append(next(free, (x, y)))
+    return placed
 
 
 def pareto(values: Sequence[tuple[float, float]]) -> list[int]:

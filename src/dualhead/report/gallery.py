@@ -33,7 +33,7 @@ class Example:
         label: name of its class.
         prediction: of the example; empty if it is not stored.
         pictures: words and data URIs: of the clean image and the perturbation, if they are stored, and of the example.
-        facts: distance, steps and margin, in words.
+        facts: sample, distance, steps and margin, in words.
         holds: other classifiers and whether each withstood its own attack on this sample.
     """
 
@@ -41,7 +41,7 @@ class Example:
     label: str
     prediction: str
     pictures: list[tuple[str, str]]
-    facts: str
+    facts: list[str]
     holds: list[tuple[str, bool]]
 
 
@@ -118,7 +118,7 @@ class Album:
             notes.append("Clean images are not stored with this evaluation, so there is no perturbation to show.")
         if f"prediction_{attack}" not in measured.samples:
             notes.append("What the model takes each example for is not stored; it is a class other than the label.")
-        title = f"{measured.name}, {attack}, {threat_text(measured.threat)}"
+        title = f"{measured.title}, {attack}, {threat_text(measured.threat)}"
         labels = sorted({example.label for example in examples})
         return Gallery(title, examples, len(rows), [other.name for other in others], labels, " ".join(notes))
 
@@ -201,8 +201,8 @@ def _example(
     if f"prediction_{attack}" in samples:
         predicted = int(samples[f"prediction_{attack}"][row])
         prediction = names.get(predicted, str(predicted))
-    facts = []
-    for key, words in (("distance", "distance {:.3g}"), ("steps", "{} steps"), ("margin", "margin {:.2g}")):
+    facts = [f"sample {sample}"]
+    for key, words in (("distance", "distance {:.3g}"), ("steps", "steps {}"), ("margin", "margin {:.2g}")):
         if f"{key}_{attack}" in samples:
             value = samples[f"{key}_{attack}"][row].item()
             if np.isfinite(value):
@@ -211,7 +211,7 @@ def _example(
     for other in others:
         where = int(np.flatnonzero(other.samples["index"] == sample)[0])
         holds.append((other.name, bool(other.samples[f"robust_{attack}"][where])))
-    return Example(sample, names.get(label, str(label)), prediction, pictures, ", ".join(facts), holds)
+    return Example(sample, names.get(label, str(label)), prediction, pictures, facts, holds)
 
 
 def overview(gallery: Gallery) -> str:

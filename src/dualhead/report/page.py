@@ -76,6 +76,7 @@ def _view(sources: Sequence[Source]) -> dict[str, Any]:
         "tiles": _tiles(sources[0]) if len(sources) == 1 else [],
         "accuracy": comparison.accuracy_figures(sources),
         "numbers": comparison.accuracy_table(rows) if rows else None,
+        "conditions": comparison.conditions(rows),
         "downloads": comparison.downloads(rows) if rows else {},
         "differences": comparison.difference_table(sources),
         "trade_offs": comparison.trade_offs(sources),

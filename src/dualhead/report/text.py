@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -11,6 +11,12 @@ def eps_text(eps: float) -> str:
     """A radius, in steps of 1/255 where it is a whole number of them."""
     levels = eps * 255
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
+def eps_texts(radii: Sequence[float]) -> list[str]:
+    """Several radii, all of them in steps of 1/255 or none."""
+    words = [eps_text(radius) if radius else "0" for radius in radii]
+    return words if all(word == "0" or "/" in word for word in words) else [f"{radius:g}" for radius in radii]
 
 
 def threat_text(threat: Mapping[str, Any] | None) -> str:
@@ -32,7 +38,9 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def points(difference: float) -> str:
     """A difference of fractions in points, with its sign."""
-    return f"{100 * difference:+.1f}"
+    if difference == 0:
+        return "0.0"
+    return f"{100 * difference:+.1f}" if abs(difference) >= 0.0005 else f"{100 * difference:+.2f}"
 
 
 def duration(seconds: float | None) -> str:

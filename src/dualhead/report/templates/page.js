@@ -36,7 +36,7 @@ for (const table of document.querySelectorAll(".scroll > table:not(.checks)")) {
 // ---- figures: saved as they look now, with their colours written into them
 
 const DRAWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-linecap",
-  "stroke-linejoin", "opacity", "font-family", "font-size", "font-weight"];
+  "stroke-linejoin", "paint-order", "opacity", "font-family", "font-size", "font-weight"];
 
 function standalone(svg) {
   const copy = svg.cloneNode(true);
