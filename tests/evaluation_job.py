@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualhead.evaluation import Evaluation, evaluate
+from dualhead.evaluation.journal import Journal
 from evaluation_helpers import THREAT, patterns, trained
 
 ATTACKS = ["pgd-10", {"name": "pgd", "steps": 4, "restarts": 3}]
@@ -42,6 +43,7 @@ def main(folder: str | None, seconds: float = 0.0, attacks: list = ATTACKS, coun
 
 if __name__ == "__main__":
     folder, *group = sys.argv[1:]
+    Journal.flight_interval = 0.3
     torch.set_num_threads(1)
     if group:
         rank, world, port = map(int, group)

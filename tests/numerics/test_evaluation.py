@@ -238,6 +238,32 @@ def test_interrupted_anywhere_and_resumed_is_as_if_uninterrupted(reference, tmp_
     assert_same(Evaluation.load(tmp_path), reference)
 
 
+@pytest.mark.parametrize("batch_sizes", [(16, 16), (24, 8), (8, 48)])
+def test_tries_under_way_go_on_where_they_were(reference, tmp_path, monkeypatch, batch_sizes):
+    left = [12, 11]
+    plain = Journal.write_flight
+
+    def write_then_stop(self, *args):
+        plain(self, *args)
+        if left:
+            left[-1] -= 1
+            if not left[-1]:
+                left.pop()
+                raise StoppedError
+
+    monkeypatch.setattr(Journal, "write_flight", write_then_stop)
+    monkeypatch.setattr(Journal, "flight_due", lambda self: self.folder is not None)
+    for batch_size in batch_sizes:
+        with pytest.raises(StoppedError):
+            measure(output_dir=tmp_path, batch_size=batch_size)
+    result = measure(output_dir=tmp_path, batch_size=48)
+    assert_same(result, reference)
+    if batch_sizes == (16, 16):
+        one = result.results["attacks"]["pgd-10"]
+        whole = reference.results["attacks"]["pgd-10"]
+        assert one["forward_passes"] == whole["forward_passes"]
+
+
 @pytest.mark.slow
 def test_a_thousand_samples_interrupted_three_times(tmp_path):
     moments = np.random.default_rng(0).integers(1, 900, 3).tolist()
@@ -523,6 +549,8 @@ def test_progress_falls_to_the_robust_accuracy(reference):
         ({"index": [0, 1, 1, 2]}, "once"),
         ({"batch_size": 0}, "batch_size"),
         ({"class_names": ["a", "b"]}, "2 class names"),
+        ({"eps": [0, "8/255", 8]}, "exceeds 1"),
+        ({"eps": [-1]}, "greater than 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(change, message):

@@ -1,8 +1,9 @@
 """What an evaluation has found out so far, on disk, so that it can be killed anywhere and go on.
 
 A folder of small files that are written once, each under a temporary name and then renamed, hence never half there:
-`identity.json` says what is evaluated, `facts.json` keeps what was settled at the start, and each `tries-*.npz` holds
-the outcomes since the one before. Nothing in them depends on who found it out, so any number of processes may write.
+`identity.json` says what is evaluated, `facts.json` keeps what was settled at the start, each `tries-*.npz` holds the
+outcomes since the one before, and `flight-*.npz` the tries that a process had under way. Nothing in them depends on who
+found it out, so any number of processes may write, and another number may go on.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class Journal:
         UserError: naming what differs, if the folder belongs to another evaluation.
     """
 
+    flight_interval = 60.0
+
     def __init__(
         self, folder: Path | None, identity: Mapping[str, Any], *, resume: bool, rank: int, world: int, examples: bool
     ) -> None:
@@ -98,12 +101,18 @@ class Journal:
         self.facts: dict[str, Any] = {}
         self._new: list[tuple[Part, Try]] = []
         self._new_costs: list[tuple[Part, float, Cost]] = []
-        self._begun = self._written = time.monotonic()
+        self._begun = self._written = self._flown = time.monotonic()
+        self._flight_seconds = 0.0
         self._count = 0
         if folder is None:
             return
         if not resume and rank == 0 and folder.is_dir():
-            for path in [*folder.glob("tries-*.npz"), folder / "facts.json", folder / "identity.json"]:
+            for path in [
+                *folder.glob("tries-*.npz"),
+                *folder.glob("flight-*.npz"),
+                folder / "facts.json",
+                folder / "identity.json",
+            ]:
                 path.unlink(missing_ok=True)
         if resume and (folder / "identity.json").exists():
             self._check(dict(identity))
@@ -190,6 +199,30 @@ class Journal:
         """Whether it is time to write: after 2 s at first, later after 2 % of the time so far, at most a minute."""
         now = time.monotonic()
         return now - self._written > min(max(2.0, 0.02 * (now - self._begun)), 60.0)
+
+    def flight_due(self) -> bool:
+        """Whether to write down what is under way: every minute, less often where writing takes more than a second."""
+        interval = max(self.flight_interval, 50 * self._flight_seconds)
+        return self.folder is not None and time.monotonic() - self._flown > interval
+
+    def write_flight(self, part: Part, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Put on disk what is under way, in place of what was when this was last called."""
+        assert self.folder is not None
+        self.write()
+        begun = time.monotonic()
+        name = {"part_name": np.array(part[0]), "part_number": np.array(part[1])}
+        write_arrays(self.folder / f"flight-{self.rank}.npz", {**name, **arrays})
+        self._flown = time.monotonic()
+        self._flight_seconds = self._flown - begun
+
+    def flight(self, part: Part) -> list[dict[str, NDArray[Any]]]:
+        """What processes had under way of a part."""
+        found = []
+        for path in sorted(self.folder.glob("flight-*.npz")) if self.folder is not None else ():
+            with np.load(path) as stored:
+                if (str(stored["part_name"]), int(stored["part_number"])) == part:
+                    found.append({name: stored[name] for name in stored.files})
+        return found
 
     def write(self) -> None:
         """Put on disk what is new."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from typing import Protocol
+
+from dualhead.evaluation.scheduler import Try
 
 
 class EvaluationProgress(Protocol):
@@ -13,7 +17,8 @@ class EvaluationProgress(Protocol):
 
         Args:
             attack: what is running, e.g. `pgd-40`, or `autoattack: fab-t` for a part of a suite.
-            done: tries (samples times targets or restarts) of this part that need no more work.
+            done: tries (samples times targets or restarts) of this part that need no more work, those under way
+                counted by their share.
             total: tries of this part, of all processes' samples only this one's.
             robust_so_far: share of this process's samples that are classified correctly and that this attack has not
                 fooled yet: it falls to the robust accuracy.
@@ -25,3 +30,60 @@ class Silent:
 
     def update(self, attack: str, done: int, total: int, robust_so_far: float) -> None:
         """See `EvaluationProgress.update`."""
+
+
+class Reporter:
+    """Counts the outcomes of one search for a progress.
+
+    Args:
+        progress: who is told.
+        label: of the search.
+        samples: positions of those that are searched.
+        jobs: tries that a sample gets at most.
+        count: samples of this process, of which `robust_so_far` is a share.
+        known: outcomes of earlier runs.
+    """
+
+    def __init__(
+        self,
+        progress: EvaluationProgress,
+        label: str,
+        samples: Iterable[int],
+        jobs: int,
+        count: int,
+        known: Iterable[Try],
+    ) -> None:
+        self._progress, self._label, self._jobs, self._count = progress, label, jobs, max(count, 1)
+        self._done = dict.fromkeys(samples, 0)
+        self._fooled: set[int] = set()
+        self._finished = self._shown = 0
+        self._told = time.monotonic()
+        for outcome in known:
+            self._add(outcome)
+
+    def _add(self, outcome: Try) -> None:
+        sample = outcome.sample
+        if sample not in self._done or sample in self._fooled:
+            return
+        before = self._done[sample]
+        self._done[sample] = self._jobs if outcome.fooled else before + 1
+        self._finished += self._done[sample] - before
+        if outcome.fooled:
+            self._fooled.add(sample)
+
+    def _tell(self, done: int) -> None:
+        total = len(self._done) * self._jobs
+        self._shown = min(max(done, self._shown), total)
+        self._told = time.monotonic()
+        robust = (len(self._done) - len(self._fooled)) / self._count
+        self._progress.update(self._label, self._shown, total, robust)
+
+    def outcome(self, outcome: Try) -> None:
+        """A try has ended."""
+        self._add(outcome)
+        self._tell(self._finished)
+
+    def look(self, under_way: float) -> None:
+        """Tries go on; told twice a second, so that a long search shows that it moves."""
+        if time.monotonic() - self._told > 0.5:
+            self._tell(int(self._finished + under_way))

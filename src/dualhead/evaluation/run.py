@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from dualhead.evaluation.diagnostics import (
     training_modules,
 )
 from dualhead.evaluation.journal import Journal, data_fingerprint, weights_fingerprint
-from dualhead.evaluation.progress import EvaluationProgress, Silent
+from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.evaluation.subject import Subject, check_images, frozen, predictions
@@ -116,6 +116,7 @@ def evaluate(
             index.to("cpu", torch.int64),
             threat,
             built,
+            [parse_real(value) for value in eps],
             seed,
             progress or Silent(),
             save_adversarial,
@@ -125,7 +126,7 @@ def evaluate(
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
-        evaluation = work.run([parse_real(value) for value in eps], names, command, diagnostics)
+        evaluation = work.run(names, command, diagnostics)
     if output_dir is not None and work.rank == 0:
         evaluation.save(output_dir)
     if work.world > 1:
@@ -171,6 +172,7 @@ class _Work:
         index: Tensor,
         threat: ThreatModel,
         attacks: dict[str, Attack],
+        radii: Sequence[float],
         seed: int,
         progress: EvaluationProgress,
         keep_examples: bool,
@@ -189,6 +191,11 @@ class _Work:
                 f"labels must lie in 0 to {self.num_classes - 1}, since the model gives {self.num_classes} logits; "
                 f"got {int(labels.min())} to {int(labels.max())}"
             )
+        self.num_heads = subject.query().num_heads(self.samples.fetch(torch.arange(1), subject.device))
+        self.threats = {radius: replace(threat, eps=radius) if radius else None for radius in radii}
+        for asked in (threat, *self.threats.values()):  # what cannot be done is refused now, not hours later
+            for attack in attacks.values() if asked else ():
+                attack.parts(self.num_classes, cast("ThreatModel", asked), self.num_heads)
         self.correct = (predictions(self.samples.clean) == labels).numpy()
 
     def _gather(self, value: Any) -> list[Any]:
@@ -292,7 +299,7 @@ class _Work:
             findings = findings + described(check_curve(curve, len(self.correct)))
         return cast("list[dict[str, str]]", findings)
 
-    def run(self, eps: Sequence[float], class_names: list[str], command: str | None, diagnostics: bool) -> Evaluation:
+    def run(self, class_names: list[str], command: str | None, diagnostics: bool) -> Evaluation:
         """All attacks at all budgets."""
         begun = time.perf_counter()
         findings = self._diagnose_model() if diagnostics else []
@@ -308,8 +315,8 @@ class _Work:
         )
         correct = evaluation.correct
         curve = []
-        for radius in sorted(set(eps)):
-            curve.append({"eps": radius, **self._at(radius, correct)})
+        for radius, threat in sorted(self.threats.items()):
+            curve.append({"eps": radius, **self._at(threat, correct)})
         if diagnostics:
             gradient_free = {
                 name: {
@@ -339,14 +346,13 @@ class _Work:
         }
         return evaluation
 
-    def _at(self, radius: float, correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
-        """Accuracies at another budget."""
-        if radius == self.threat.eps:
+    def _at(self, threat: ThreatModel | None, correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
+        """Accuracies under another threat model; None is no threat."""
+        if threat == self.threat:
             columns = correct
-        elif radius == 0:
+        elif threat is None:
             columns = dict.fromkeys(correct, self.correct)
         else:
-            threat = replace(self.threat, eps=radius)
             found = {name: self._attack(attack, threat)[0].robust for name, attack in self.attacks.items()}
             columns = {"clean": self.correct, **found}
             columns["worst"] = cast("NDArray[np.bool_]", np.logical_and.reduce(list(columns.values())))
@@ -355,8 +361,7 @@ class _Work:
 
     def _attack(self, attack: Attack, threat: ThreatModel) -> tuple[Verdicts, dict[str, Any]]:
         """One attack on all samples: what each process found, put together."""
-        heads = self.subject.query().num_heads(self.samples.fetch(torch.arange(1), self.subject.device))
-        parts = attack.parts(self.num_classes, threat, heads)
+        parts = attack.parts(self.num_classes, threat, self.num_heads)
         shares = cast("list[_Found]", self._gather(self._attack_mine(attack, parts, threat)))
         count = len(self.correct)
         numbers = {key: np.full(count, -1) for key in ("part", "job", "steps")}
@@ -424,7 +429,8 @@ class _Work:
         label: str,
     ) -> None:
         """One part on what is left, journalled as it goes."""
-        report = self._reporter(part, left, label, where)
+        jobs, known = part.jobs(self.num_classes), self.journal.tries[where].values()
+        report = Reporter(self.progress, label, left, jobs, len(self.mine), known)
         since = time.perf_counter()
         spent = Cost()
 
@@ -441,7 +447,13 @@ class _Work:
             self.journal.add(where, outcome)
             if self.journal.due():
                 account()
-            report(outcome)
+            report.outcome(outcome)
+
+        def look(under_way: float) -> None:
+            if self.journal.flight_due():
+                account()
+                self.journal.write_flight(where, hunt.in_flight())
+            report.look(under_way)
 
         hunt = Hunt(
             part,
@@ -453,32 +465,11 @@ class _Work:
             known=self.journal.known(where),
             check_every=check_interval(self.subject.device),
             on_try=record,
+            on_round=look,
+            flight=self.journal.flight(where),
         )
         try:
             hunt.run()
         finally:
             if hunt.cost != spent:
                 account()
-
-    def _reporter(self, part: Search, left: list[int], label: str, where: tuple[str, int]) -> Callable[[Try], None]:
-        """What tells the progress, counting as outcomes come."""
-        jobs = part.jobs(self.num_classes)
-        done, fooled, total = dict.fromkeys(left, 0), set[int](), 0
-
-        def count(outcome: Try) -> None:
-            nonlocal total
-            if outcome.sample in done and outcome.sample not in fooled:
-                before = done[outcome.sample]
-                done[outcome.sample] = jobs if outcome.fooled else before + 1
-                total += done[outcome.sample] - before
-                if outcome.fooled:
-                    fooled.add(outcome.sample)
-
-        def report(outcome: Try) -> None:
-            count(outcome)
-            robust = (len(left) - len(fooled)) / max(len(self.mine), 1)
-            self.progress.update(label, total, len(left) * jobs, robust)
-
-        for outcome in self.journal.tries[where].values():
-            count(outcome)
-        return report

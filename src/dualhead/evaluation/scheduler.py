@@ -11,8 +11,9 @@ later job succeeds while an earlier one is in flight, the earlier one is finishe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,8 @@ class Hunt:
         known: what earlier runs found out: (sample, job) to whether it was fooled.
         check_every: steps between looks at what was found; more than 1 saves waiting for an accelerator.
         on_try: called with each outcome.
+        on_round: called after each look, with the number of tries that are under way, each counted by its share done.
+        flight: what `in_flight` gave earlier: tries to go on with instead of beginning them anew.
     """
 
     def __init__(
@@ -112,10 +115,12 @@ class Hunt:
         known: Mapping[tuple[int, int], bool],
         check_every: int,
         on_try: Callable[[Try], None],
+        on_round: Callable[[float], None] = lambda under_way: None,
+        flight: Sequence[Mapping[str, NDArray[Any]]] = (),
     ) -> None:
         self.search, self.threat, self.subject = search, threat, subject
         self.samples, self.streams = samples, streams
-        self.check_every, self.on_try = check_every, on_try
+        self.check_every, self.on_try, self.on_round = check_every, on_try, on_round
         self.query = subject.query()
         self.cost = Cost()
         self.jobs, self.max_steps = search.jobs(samples.clean.shape[1]), search.max_steps()
@@ -123,8 +128,6 @@ class Hunt:
         for (sample, job), fooled in known.items():
             if fooled and sample in self.first_success:
                 self.first_success[sample] = min(self.first_success[sample], job)
-        self._queue = self._tries(known)
-        self._next: tuple[int, int] | None = next(self._queue, None)
         # One entry per row of the state; sample -1 marks a row that nobody uses.
         self._sample = np.empty(0, np.int64)
         self._job = np.empty(0, np.int64)
@@ -132,12 +135,60 @@ class Hunt:
         self._state: State = {}
         self._held = torch.empty(0, dtype=torch.bool)  # rows whose search has found something
         self._example = torch.empty(0)  # what it was, or the best so far
+        going_on = self._restore(flight, known)
+        self._queue = self._tries(known.keys() | going_on)
+        self._next: tuple[int, int] | None = next(self._queue, None)
 
-    def _tries(self, known: Mapping[tuple[int, int], bool]) -> Iterator[tuple[int, int]]:
+    def _tries(self, begun: Set[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         for job in range(self.jobs):
             for sample in self.first_success:
-                if job < self.first_success[sample] and (sample, job) not in known:
+                if job < self.first_success[sample] and (sample, job) not in begun:
                     yield sample, job
+
+    def in_flight(self) -> dict[str, NDArray[Any]]:
+        """The tries under way: a row each. They are the same trajectories when they go on later, or elsewhere."""
+        live = (self._sample >= 0).nonzero()[0]
+        rows = torch.from_numpy(live).to(self.subject.device)
+        state = {f"state_{key}": values[rows].cpu().numpy() for key, values in self._state.items()}
+        return {
+            "sample": self._sample[live],
+            "job": self._job[live],
+            "age": self._age[live],
+            "held": self._held[rows].cpu().numpy(),
+            "example": self._example[rows].cpu().numpy(),
+            **state,
+        }
+
+    def _restore(
+        self, flight: Sequence[Mapping[str, NDArray[Any]]], known: Mapping[tuple[int, int], bool]
+    ) -> set[tuple[int, int]]:
+        """Take up tries that were under way, each where it had got furthest: which ones."""
+        furthest: dict[tuple[int, int], tuple[int, int, int]] = {}
+        for number, rows in enumerate(flight):
+            for row, (sample, job, age) in enumerate(
+                zip(*(rows[k].tolist() for k in ("sample", "job", "age")), strict=True)
+            ):
+                wanted = (sample, job) not in known and job < self.first_success.get(sample, 0)
+                if wanted and age > furthest.get((sample, job), (-1, 0, 0))[0]:
+                    furthest[sample, job] = (age, number, row)
+        places = [place[1:] for place in furthest.values()][: self.subject.batch_size]
+        if not places:
+            return set()
+        places += [places[0]] * (padded(len(places)) - len(places))
+
+        def column(name: str) -> NDArray[Any]:
+            return np.stack([flight[number][name][row] for number, row in places])
+
+        def tensor(name: str) -> Tensor:
+            return torch.from_numpy(column(name)).to(self.subject.device)
+
+        self._sample, self._job, self._age = column("sample"), column("job"), column("age")
+        self._sample[min(len(furthest), self.subject.batch_size) :] = -1
+        self._held, self._example = tensor("held"), tensor("example")
+        names = [name.removeprefix("state_") for name in flight[places[0][0]] if name.startswith("state_")]
+        self._state = {name: tensor(f"state_{name}") for name in names}
+        live = self._sample >= 0
+        return set(zip(self._sample[live].tolist(), self._job[live].tolist(), strict=True))
 
     def _take(self, count: int) -> list[tuple[int, int]]:
         """Up to `count` tries from the queue. Whether a try is still wanted is asked when it is handed out."""
@@ -158,30 +209,33 @@ class Hunt:
         return self.search.begin(x, y, clean, jobs, self.threat, streams)
 
     def _fill(self) -> None:
-        """Give free rows to the queue's next tries."""
-        if not len(self._sample):
-            tries = self._take(self.subject.batch_size)
-            if tries:
-                size = padded(len(tries))
-                self._state = self._begin(tries)
-                self._sample, self._job = np.full(size, -1), np.zeros(size, np.int64)
-                self._age = np.zeros(size, np.int64)
-                self._held = torch.zeros(size, dtype=torch.bool, device=self.subject.device)
-                self._example = self._state["adversarial"].clone()
-                self._sample[: len(tries)], self._job[: len(tries)] = zip(*tries, strict=True)
-            return
+        """Give free rows, and rows there is room for, to the queue's next tries."""
         free = (self._sample < 0).nonzero()[0]
-        tries = self._take(len(free)) if len(free) else []
-        if not tries:
-            return
-        free = free[: len(tries)]
-        fresh, rows = self._begin(tries), torch.from_numpy(free).to(self.subject.device)
-        for key, values in self._state.items():
-            values[rows] = fresh[key][: len(tries)].to(values.dtype)
-        self._held[rows] = False
-        self._example[rows] = fresh["adversarial"][: len(tries)]
-        self._sample[free], self._job[free] = zip(*tries, strict=True)
-        self._age[free] = 0
+        tries = self._take(len(free))
+        if tries:
+            free = free[: len(tries)]
+            fresh, rows = self._begin(tries), torch.from_numpy(free).to(self.subject.device)
+            for key, values in self._state.items():
+                values[rows] = fresh[key][: len(tries)].to(values.dtype)
+            self._held[rows] = False
+            self._example[rows] = fresh["adversarial"][: len(tries)]
+            self._sample[free], self._job[free] = zip(*tries, strict=True)
+            self._age[free] = 0
+        more = self._take(self.subject.batch_size - len(self._sample))
+        if more:
+            self._grow(more)
+
+    def _grow(self, tries: list[tuple[int, int]]) -> None:
+        """Add rows for tries, a multiple of `ROWS` of them."""
+        fresh, device = self._begin(tries), self.subject.device
+        unused = padded(len(tries)) - len(tries)
+        samples, jobs = zip(*tries, *[(-1, 0)] * unused, strict=True)
+        self._sample, self._job = np.append(self._sample, samples), np.append(self._job, jobs)
+        self._age = np.append(self._age, np.zeros(len(samples), np.int64))
+        self._held = torch.cat((self._held.to(device), torch.zeros(len(samples), dtype=torch.bool, device=device)))
+        example = fresh["adversarial"]
+        self._example = torch.cat((self._example, example)) if len(self._example) else example.clone()
+        self._state = {k: torch.cat((self._state[k], v)) for k, v in fresh.items()} if self._state else fresh
 
     def _shrink(self) -> None:
         """Leave out rows that nobody needs any more, once the queue is empty."""
@@ -211,7 +265,7 @@ class Hunt:
             self.cost.forward += round((self.query.forward_passes - forward) * share)
             self.cost.backward += round((self.query.backward_passes - backward) * share)
             open_rows = ~self._held
-            if self.check_every > 1:
+            if (self._age >= self.max_steps).any():
                 open_rows &= torch.from_numpy(self._age < self.max_steps).to(self._held.device)
             mask = open_rows.reshape(-1, *(1 for _ in self._example.shape[1:]))
             self._example = torch.where(mask, self._state["adversarial"], self._example)
@@ -247,7 +301,7 @@ class Hunt:
         doubtful = held | spent if self.subject.reduced else held
         rows = (live & doubtful).nonzero()[0]
         outcomes = self._verify(rows) if len(rows) else {}
-        again = []
+        again, fooled = [], False
         for row in (live & (held | spent)).nonzero()[0].tolist():
             sample, job = int(self._sample[row]), int(self._job[row])
             outcome = outcomes.get(row) or Try(sample, job, False, self.max_steps)
@@ -256,9 +310,10 @@ class Hunt:
                 continue
             self._sample[row] = -1
             if outcome.fooled:
+                fooled = True
                 self.first_success[sample] = min(self.first_success[sample], job)
             self.on_try(outcome)
-        for row in (self._sample >= 0).nonzero()[0].tolist():
+        for row in (self._sample >= 0).nonzero()[0].tolist() if fooled else ():
             if self._job[row] > self.first_success[int(self._sample[row])]:
                 self._sample[row] = -1
         if again:
@@ -274,3 +329,4 @@ class Hunt:
             self._retire()
             self._fill()
             self._shrink()
+            self.on_round(float(self._age[self._sample >= 0].sum()) / self.max_steps)
