@@ -46,8 +46,12 @@ def dualhead(*arguments: object) -> Ended:
     """`dualhead ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     argv = ["dualhead", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with pytest.raises(SystemExit) as ended:
-            main()
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
     code = ended.value.code
     return Ended(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())

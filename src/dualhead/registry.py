@@ -41,7 +41,7 @@ def first_error(error: ValidationError, where: str = "") -> str:
     place = _join(where, *detail["loc"]).removesuffix(".")
     message = detail["msg"].removeprefix("Value error, ")
     if message.startswith((".", ": ")):
-        return place + message if place else message.lstrip(".: ")
+        return place + message if place or where == "." else message.lstrip(".: ")
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{place}: unknown key"
     if detail["type"] in ("missing", "missing_argument"):
