@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from dualhead.heads import as_logits
+from dualhead.errors import UserError
+from dualhead.heads import as_logits, attach_second_head, split_model
+from dualhead.heads.splitting.base import is_shape_only
 
 CLASSES = 5
 
@@ -366,3 +370,27 @@ def assert_second_head_trains(classifier, images):
     assert moved and all(name.startswith("head2.") for name in moved)
     assert all(p.grad is None for name, p in classifier.named_parameters() if not name.startswith("head2."))
     assert min(losses[1:]) < losses[0]
+
+
+def examine(architecture, place):
+    """Cut a model at its first, middle or last block, check all that must hold, and give its line of the table.
+
+    The line says how it was cut and what crosses, or why it cannot be cut.
+    """
+    model = architecture.create()
+    at, images = architecture.places(model)[place], architecture.images()
+    start = f"| {architecture.name} | {place} | `{at}` |"
+    if architecture.refused:
+        with pytest.raises(UserError, match=architecture.refused) as caught:
+            split_model(model, at, images)
+        return f"{start} cannot be cut | {str(caught.value).split(': ', 1)[1]} |"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none of them needs whole passes
+        split = split_model(model, at, images)
+        assert_same_function(model, split, images)
+        torch.manual_seed(0)
+        assert_second_head_trains(attach_second_head(model, at, example=images), images)
+    features = split.trunk.eval()(images)
+    features = (features,) if isinstance(features, torch.Tensor) else features
+    shapes = [" x ".join(map(str, f.shape[1:])) + " (its shape alone)" * is_shape_only(f) for f in features]
+    return f"{start} {split.how} | {', '.join(shapes)} |"
