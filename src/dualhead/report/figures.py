@@ -15,7 +15,7 @@ from dualhead.report.sources import Estimate, Measured
 from dualhead.report.svg import LETTER, Drawing, ticks
 from dualhead.report.text import percent, shortened
 
-WIDTH = 420.0
+WIDTH = 360.0
 """Of every figure, in units: as wide as a phone, so that text stays readable there."""
 
 Entry = tuple[Measured, Estimate]
@@ -84,7 +84,7 @@ def bars(title: str, rows: Sequence[Entry]) -> Figure:
     for number, (row, value) in enumerate(rows):
         name = row.title
         y = top + pitch * number
-        drawing.text(left, y + 12, shortened(name, 34), "strong" if row.deployed else "", tip=name)
+        drawing.text(left, y + 12, shortened(name, 33), "strong" if row.deployed else "", tip=name)
         drawing.text(right, y + 12, _with_interval(value), "numbers", "end")
         drawing.rectangle(left, y + 17, right - left, 11, "track")
         drawing.rectangle(
@@ -138,7 +138,7 @@ def lines(
     drawing = Drawing(WIDTH, bottom + 38, f"{title}. {describe}")
     for x, y, entry in legend:
         drawing.rectangle(x, y - 8, 12, 4, f"fill {entry.style}")
-        drawing.text(x + 17, y, shortened(entry.name, 50), tip=entry.name)
+        drawing.text(x + 17, y, shortened(entry.name, 48), tip=entry.name)
     xs = [x for entry in series for x, _ in entry.points]
     ys = [y for entry in series for _, y in entry.points if math.isfinite(y)]
     x_range = (min(xs, default=0), max(xs, default=1))
@@ -189,7 +189,7 @@ def _legend(series: Sequence[Series]) -> tuple[list[tuple[float, float, Series]]
     """Where entries of the legend stand, and how high it is."""
     places, x, y = [], 6.0, 14.0
     for entry in series:
-        width = 17 + LETTER * len(shortened(entry.name, 50)) + 14
+        width = 17 + LETTER * len(shortened(entry.name, 48)) + 14
         if x > 6 and x + width > WIDTH:
             x, y = 6.0, y + 18
         places.append((x, y, entry))
@@ -213,7 +213,7 @@ def classes(title: str, entries: Sequence[tuple[str, Estimate, Estimate]], capti
         entries: class, clean and attacked accuracy.
         caption: below it.
     """
-    left, right, top, pitch = 128.0, WIDTH - 14, 30.0, 20.0
+    left, right, top, pitch = 110.0, WIDTH - 14, 30.0, 20.0
     bottom = top + pitch * len(entries)
     told = "; ".join(f"{name}: {percent(a.value)}, {percent(b.value)}" for name, a, b in entries)
     drawing = Drawing(WIDTH, bottom + 24, f"{title}, clean and attacked accuracy in percent. {told}")
@@ -225,7 +225,7 @@ def classes(title: str, entries: Sequence[tuple[str, Estimate, Estimate]], capti
     _vertical_grid(drawing, [0, 0.25, 0.5, 0.75, 1], at, top - 4, bottom, lambda value: f"{100 * value:g}")
     for number, (name, clean, robust) in enumerate(entries):
         y = top + pitch * number + pitch / 2
-        drawing.text(left - 10, y + 4, shortened(name, 17), "", "end", tip=name)
+        drawing.text(left - 10, y + 4, shortened(name, 15), "", "end", tip=name)
         drawing.line(at(robust.low), y, at(robust.high), y, "wide aggregate")
         drawing.line(at(robust.value), y, at(clean.value), y, "join")
         drawing.circle(at(clean.value), y, 4.5, "ring ink", f"{name}, clean: {_with_interval(clean)}")
@@ -243,7 +243,7 @@ def confusion(title: str, counts: NDArray[np.int64], names: Sequence[str], capti
         caption: below it.
     """
     count = len(names)
-    left, top = 96.0, 12.0
+    left, top = 88.0, 12.0
     cell = min((WIDTH - left - 8) / count, 40.0)
     bottom = top + cell * count
     drawing = Drawing(WIDTH, bottom + 92, f"{title}: {_told(counts, names)}")
@@ -291,7 +291,7 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
     """
     front = pareto([(row.clean.value, robust.value) for row, robust in rows])
     left, right, top, bottom = 50.0, WIDTH - 14, 26.0, 300.0
-    legend = bottom + 48
+    legend = bottom + 56
     told = "; ".join(f"{r.title}: clean {percent(r.clean.value)}, robust {percent(e.value)}" for r, e in rows)
     best = ", ".join(rows[number][0].title for number in front)
     drawing = Drawing(WIDTH, legend + 19 * len(rows), f"{title} in percent. {told}. Pareto front: {best}")
@@ -311,6 +311,7 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
         x, y = at_x(row.clean.value), at_y(robust.value)
         drawing.line(at_x(row.clean.low), y, at_x(row.clean.high), y, f"thin {row.role}")
         drawing.line(x, at_y(robust.low), x, at_y(robust.high), f"thin {row.role}")
+        drawing.circle(x, y, 2.5, f"fill {row.role}")
     centres = _apart([(at_x(row.clean.value), at_y(robust.value)) for row, robust in rows])
     for number, ((row, robust), (x, y)) in enumerate(zip(rows, centres, strict=True), 1):
         name = row.title
@@ -320,7 +321,7 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
         place = legend + 19 * (number - 1)
         drawing.circle(16, place - 4, 8, f"fill {row.role}")
         drawing.text(16, place, str(number), "inside", "middle")
-        words = f"{shortened(name, 36)}: {percent(row.clean.value)} / {percent(robust.value)}"
+        words = f"{shortened(name, 33)}: {percent(row.clean.value)} / {percent(robust.value)}"
         drawing.text(32, place, words, "strong" if number - 1 in front else "", tip=name)
     caption = (
         "Crosses are the values with their 95 % intervals; numbers that would hide one another stand beside. The "

@@ -212,6 +212,8 @@ def _read_training(source: Source) -> None:
         recipe = None
         notes.append(f"config.yaml cannot be read: {error}")
     source.recipe = recipe if isinstance(recipe, Mapping) else {}
+    if not isinstance(source.recipe.get("stages"), list):
+        notes.append("config.yaml holds no recipe with stages; those that left metrics are shown.")
     source.environment = _json_object(folder / "environment.json", notes)
     source.metrics = _metrics(folder / "metrics.jsonl", notes)
     names = _json_object(folder / "checkpoints" / "config.json", notes).get("class_names")
@@ -240,8 +242,11 @@ def _inside(folder: Path, name: object) -> Path:
 
 def _read_rows(source: Source) -> None:
     folder = source.folder / "evaluation"
-    comparison = _json_object(source.folder / "comparison.json", source.notes).get("rows")
-    listed = [row for row in comparison if isinstance(row, Mapping)] if isinstance(comparison, list) else []
+    comparison = _json_object(source.folder / "comparison.json", source.notes)
+    rows = comparison.get("rows")
+    listed = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    if comparison and not listed:
+        source.notes.append("comparison.json holds no rows; what lies in the folder of the evaluation is shown.")
     if not listed:  # the evaluation of the rows was stopped on the way: take those that are done
         done = sorted(path.parent for path in (folder / "rows").glob("*/results.json"))
         for path in done:

@@ -111,8 +111,9 @@ def _cost(source: Source, recipe: Mapping[str, Any], found: Sequence[Mapping[str
     summary = source.summaries.get(recipe["name"])
     planned = recipe.get("epochs", "?")
     if summary is None:
-        seconds = _number(found[-1], "seconds") if found else None
-        return f"{found[-1]['epoch'] if found else 0} of {planned} epochs, {duration(seconds or 0.0)}; not finished"
+        if not found:
+            return f"{planned} epochs, not begun"
+        return f"{found[-1]['epoch']} of {planned} epochs, {duration(_number(found[-1], 'seconds'))}; not finished"
     words = f"{summary.get('epochs', planned)} epochs, {duration(summary.get('seconds'))}"
     return f"{words}, {large(summary.get('flops'))}FLOP; kept: {summary.get('kept', 'not recorded')}"
 
@@ -123,14 +124,14 @@ def _figures(
     marks = []
     if best is not None:
         marks.append((float(best["epoch"]), f"best: {best['epoch']}"))
-    if best is None or found[-1]["epoch"] - best["epoch"] > 0.18 * len(found):  # else the words would collide
+    if best is None or found[-1]["epoch"] - best["epoch"] > 0.25 * len(found):  # else the words would collide
         marks.append((float(found[-1]["epoch"]), f"last: {found[-1]['epoch']}"))
     elif found[-1] is not best:
         marks = [(marks[0][0], f"best: {best['epoch']}, last: {found[-1]['epoch']}"), (float(found[-1]["epoch"]), "")]
     terms = list(dict.fromkeys(key for line in found for key in line if key not in NOT_LOSSES and _is_term(found, key)))
     accuracy = {
-        "validation_robust": ("held out, attacked", "aggregate"),
-        "validation_clean": ("held out, clean", "head1"),
+        "validation_robust": ("robust", "aggregate"),
+        "validation_clean": ("clean", "head1"),
         "train_accuracy": ("training batches", "base"),
     }
     curves = [Series(name, style, _points(found, key)) for key, (name, style) in accuracy.items() if _has(found, key)]

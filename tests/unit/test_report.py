@@ -1,0 +1,584 @@
+"""The report: it says what the files say, copes with what they lack, and no string of theirs becomes markup."""
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from markupsafe import escape
+from PIL import Image
+
+from dualhead.cli import app
+from dualhead.errors import UserError
+from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
+from dualhead.evaluation.statistics import mcnemar
+from dualhead.report import write_report
+from dualhead.report.comparison import as_csv, as_records
+from dualhead.report.differences import difference
+from dualhead.report.figures import pareto
+from dualhead.report.gallery import picture, spread
+from dualhead.report.sources import read_sources
+from dualhead.report.svg import Drawing, ticks
+from dualhead.report.text import eps_texts
+
+ROWS = ("base model", "head 1", "head 2", "mean of heads", "DH-AT")
+HOSTILE = ["<script>alert(1)</script>", "\N{OWL} & \"quoted\" 'x'", "n" * 200, "</title><img src=x onerror=alert(2)>"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+# ---- folders as training and evaluation leave them
+
+
+def evaluation(folder, seed, *, classes=4, names=None, count=60, eps=0.1, images=False, attacks=("pgd-40",), **more):
+    """An evaluation with random outcomes, written by the code that writes them in earnest."""
+    names = names or [f"class {number}" for number in range(classes)]
+    random, labels = np.random.default_rng(seed), np.arange(count) % classes
+    clean = np.where(random.random(count) < 0.9, labels, (labels + 1) % classes)
+    verdicts = {}
+    for attack in attacks:
+        robust = (clean == labels) & (random.random(count) < 0.6)
+        fooled = (clean == labels) & ~robust
+        unknown = np.full(count, -1)
+        verdicts[attack] = Verdicts(
+            robust, np.where(fooled, eps, np.nan), unknown, unknown, np.where(fooled, 3, -1),
+            np.where(fooled, 0.5, np.nan),
+        )  # fmt: skip
+        if images:
+            rows = np.flatnonzero(fooled)
+            verdicts[attack].adversarial_rows = rows
+            verdicts[attack].adversarial = random.random((len(rows), 3, 8, 8), np.float32)
+    held = Evaluation(np.arange(count), labels, clean, verdicts, {})
+    held.results = {
+        "num_samples": count,
+        "threat": {"norm": "Linf", "eps": eps},
+        **accuracies(held.correct),
+        "attacks": {a: {"seconds": 1.5, "forward_passes": 7, "backward_passes": 6, "fooled": 5} for a in attacks},
+        "curve": [],
+        "per_class": per_class(held.correct, labels, names),
+        "diagnostics": [{"name": "randomness", "status": "ok", "message": "the same logits"}],
+        "environment": {"device": "cpu"},
+        "command": "dualhead train toy",
+        **more,
+    }
+    held.save(folder)
+    return held
+
+
+def metrics(stage, epochs, robust=lambda epoch: 0.1 + 0.05 * epoch):
+    return [
+        {"stage": stage, "epoch": e, "step": 5 * e, "learning_rate": 0.1, "loss": 2.0 / e, "divergence": 0.1,
+         "train_accuracy": 0.5, "validation_clean": 0.9, "validation_robust": robust(e), "seconds": 2.0 * e}
+        for e in range(1, epochs + 1)
+    ]  # fmt: skip
+
+
+def make_run(folder, *, stages=("main_head", "aggregator"), finished=2, lines=None, evaluated=True, seed=0, **more):
+    folder.mkdir(parents=True)
+    recipe = {
+        "name": "toy", "data": {"source": "digits", "validation": 200},
+        "threat": {"norm": "Linf", "eps": 0.1},
+        "stages": [{"name": s, "train": ["head1"], "objective": {"name": "trades", "beta": 6.0}, "epochs": 6}
+                   for s in stages],
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "environment.json").write_text(json.dumps({"device": "cpu", "torch": "2"}))
+    lines = [line for stage in stages for line in metrics(stage, 6)] if lines is None else lines
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for stage in stages[:finished]:
+        place = folder / "checkpoints" / stage
+        place.mkdir(parents=True)
+        (place / "summary.json").write_text(json.dumps({"epochs": 6, "seconds": 12.0, "flops": 1e9, "kept": "best"}))
+    if not evaluated:
+        return folder
+    rows = []
+    for number, name in enumerate(ROWS):
+        last = number == len(ROWS) - 1
+        place = folder / "evaluation" if last else folder / "evaluation" / "rows" / name.replace(" ", "_")
+        held = evaluation(place, seed + number, **more)
+        rows.append({
+            "name": name, "clean_accuracy": held.clean_accuracy, "robust_accuracy": held.robust_accuracy,
+            "intervals": held.intervals, "parameters": 1000 + number,
+            "training_cost": {"forward_equivalents": 5e6, "seconds": 60.0 + number},
+        })  # fmt: skip
+    (folder / "comparison.json").write_text(json.dumps({"rows": rows}))
+    return folder
+
+
+# ---- reading the page
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text that is read."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = Path(path).read_text(encoding="utf-8")
+        self.tags, self.words, self._inside = [], [], []
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        while tag in self._inside and self._inside.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self._inside[-1:]):
+            self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def report(*runs, at):
+    return Page(write_report(runs, at / "report.html"))
+
+
+# ---- what it says
+
+
+def test_verdict_names_accuracy_interval_and_difference(tmp_path):
+    run = make_run(tmp_path / "run", count=400)
+    page = report(run, at=tmp_path)
+    stored = json.loads((run / "evaluation" / "results.json").read_text())
+    low, high = stored["intervals"]["worst"]
+    robust = stored["robust_accuracy"]["worst"]
+    expected = f"DH-AT classifies {100 * robust:.1f} % of 400 test images correctly under pgd-40 (Linf eps 0.1)"
+    assert f"{expected}, 95 % interval {100 * low:.1f} to {100 * high:.1f}" in page.text
+    assert "its base model (interval" in page.text
+    assert f"right on {100 * stored['clean_accuracy']:.1f} %" in page.text
+    assert "AutoAttack" in page.text  # pgd alone is an upper bound
+
+
+def test_a_failed_diagnostic_comes_before_everything(tmp_path):
+    doubt = [{"name": "zero_gradient", "status": "failed", "message": "gradients are masked"}]
+    page = report(make_run(tmp_path / "run", diagnostics=doubt), at=tmp_path)
+    assert "This result cannot be believed: gradients are masked" in page.text
+    assert any("doubted" in section.get("class", "") for section in page.all("section"))
+    assert "This result cannot be believed" not in report(make_run(tmp_path / "fine"), at=tmp_path).text
+
+
+def test_differences_are_those_of_the_paired_test(tmp_path):
+    source = read_sources([make_run(tmp_path / "run", count=300)])[0]
+    first, second = source.rows[0], source.rows[4]
+    for what in ("clean", "pgd-40", "worst"):
+        expected = mcnemar(first.correct(what), second.correct(what))
+        found = difference(second, first, what)
+        assert found.value == pytest.approx(expected.difference)
+        assert (found.low, found.high) == pytest.approx(expected.interval)
+        words = {"gain": "more", "loss": "less", "undecided": "undecided"}
+        assert found.verdict == words[expected.verdict]
+
+
+def test_differences_do_not_depend_on_the_order_of_samples(tmp_path):
+    source = read_sources([make_run(tmp_path / "run", count=50)])[0]
+    first, second = source.rows[0], source.rows[1]
+    before = difference(first, second, "worst")
+    shuffle = np.random.default_rng(0).permutation(50)
+    for name, array in list(second.samples.items()):
+        second.samples[name] = array[shuffle]
+    assert difference(first, second, "worst") == before
+
+
+def test_other_samples_threats_or_attacks_are_not_compared(tmp_path):
+    base = make_run(tmp_path / "a", count=40)
+    others = [
+        make_run(tmp_path / "b", count=44),
+        make_run(tmp_path / "c", count=40, eps=0.2),
+        make_run(tmp_path / "d", count=40, attacks=("pgd-40", "cw")),
+    ]
+    first, *rest = (source.deployed for source in read_sources([base, *others]))
+    assert all(difference(first, other, "clean") is None for other in rest)
+    page = report(base, *others, at=tmp_path)
+    assert "different threat models or attacks" in page.text
+
+
+@pytest.mark.parametrize(("drop", "overfits"), [(0.0, False), (0.01, False), (0.3, True)])
+def test_robust_overfitting_is_told_from_chance(tmp_path, drop, overfits):
+    lines = metrics("main_head", 6, robust=lambda epoch: 0.5 if epoch == 3 else 0.5 - drop)
+    page = report(make_run(tmp_path / "run", lines=lines, evaluated=False), at=tmp_path)
+    assert ("explain by chance: robust overfitting" in page.text) == overfits
+    assert "Best epoch 3: robust 50.0 %" in page.text or drop == 0
+
+
+def test_downloads_hold_every_number(tmp_path):
+    run = make_run(tmp_path / "run", attacks=("pgd-40", "cw"))
+    rows = read_sources([run])[0].rows
+    page = report(run, at=tmp_path)
+    links = {link["download"]: link["href"] for link in page.all("a") if "download" in link}
+    content = {name: base64.b64decode(uri.partition("base64,")[2]).decode() for name, uri in links.items()}
+    records = json.loads(content["results.json"])
+    assert [record["model"] for record in records] == list(ROWS)
+    table = list(csv.DictReader(io.StringIO(content["results.csv"])))
+    for row, record, line in zip(rows, records, table, strict=True):
+        for name, value in {"clean": row.clean, **row.robust}.items():
+            ends = [value.value, value.low, value.high]
+            keys = [name, f"{name} low", f"{name} high"]
+            assert [record[key] for key in keys] == ends
+            assert [float(line[key]) for key in keys] == ends
+
+
+def test_csv_keeps_columns_that_only_some_rows_have(tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", attacks=("cw",))]
+    records = as_records([row for source in read_sources(runs) for row in source.rows])
+    first = next(csv.DictReader(io.StringIO(as_csv(records))))
+    assert first["cw"] == ""
+    assert float(first["pgd-40"]) == records[0]["pgd-40"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_pareto_front_holds_what_nothing_beats(values):
+    front = pareto(values)
+    for number, (x, y) in enumerate(values):
+        beaten = any(a >= x and b >= y and (a, b) != (x, y) for a, b in values)
+        assert (number in front) != beaten
+    assert [values[n] for n in front] == sorted(values[n] for n in front)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 8))
+def test_ticks_lie_evenly_within_their_reach(low, span, count):
+    found = ticks(low, low + span, count)
+    assert len(found) <= count + 1
+    assert all(low - 1e-6 * span <= tick <= low + span + 1e-6 * span for tick in found)
+    steps = np.diff(found)
+    assert len(steps) == 0 or np.allclose(steps, steps[0])
+
+
+def test_eps_is_written_in_steps_of_a_255th_for_all_or_none():
+    assert eps_texts([0, 2 / 255, 8 / 255]) == ["0", "2/255", "8/255"]
+    assert eps_texts([0, 0.1, 0.2]) == ["0", "0.1", "0.2"]  # 0.2 alone would be 51/255
+
+
+# ---- what it survives
+
+
+def test_every_string_stays_text(tmp_path):
+    run = make_run(tmp_path / "x <b>&", names=HOSTILE, images=True)
+    (run / "checkpoints" / "config.json").write_text(json.dumps({"class_names": HOSTILE}))
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    evil = "</script><script>alert(3)</script>"
+    results["diagnostics"] = [{"name": evil, "status": evil, "message": evil}]
+    results["command"], results["environment"] = evil, {evil: evil}
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
+    lines = [{**line, "<img src=x onerror=alert(4)>": 1.0} for line in metrics("main_head", 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(run, at=tmp_path)
+    assert len(page.all("script")) == 1
+    assert not [tag for tag in page.all("img") if not tag["src"].startswith("data:image/png")]
+    assert not [value for _, tag in page.tags for key, value in tag.items() if key.startswith("on")]
+    for name in HOSTILE:
+        assert name in page.text.replace("\n", " ") or " ".join(name.split()) in page.text
+        assert str(escape(name)) in page.source or name.isalnum()
+    assert evil in page.text
+
+
+def test_nothing_is_loaded_and_no_other_script_may_run(tmp_path):
+    page = report(make_run(tmp_path / "run", images=True), at=tmp_path)
+    for tag, attributes in page.tags:
+        for key in ("src", "href", "action", "data", "poster", "srcset"):
+            value = attributes.get(key) or "#"
+            assert value.startswith(("#", "data:")), f"<{tag} {key}={value[:60]}>"
+    assert not re.search(r"@import|url\(", page.source)
+    policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    assert re.search(r"script-src 'sha256-[A-Za-z0-9+/=]+';", policy)
+
+
+def test_the_page_can_be_read_without_seeing_it(tmp_path):
+    page = report(make_run(tmp_path / "run", images=True), at=tmp_path)
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(image["alt"].strip() for image in page.all("img"))
+    assert all(svg["role"] == "img" and svg["aria-label"].strip() for svg in page.all("svg"))
+    assert all(
+        d.get("tabindex") == "0" and d.get("aria-label") for d in page.all("div") if "scroll" in d.get("class", "")
+    )
+    named = [tag["id"] for _, tag in page.tags if "id" in tag]
+    assert len(named) == len(set(named))
+    assert {link["href"][1:] for link in page.all("a") if link["href"].startswith("#")} <= set(named)
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_few_and_many_classes(tmp_path, classes):
+    run = tmp_path / "run"
+    evaluation(run, 1, classes=classes, count=2 * classes)
+    samples = dict(np.load(run / "samples.npz"))
+    samples["prediction_pgd-40"] = (samples["label"] + ~samples["robust_pgd-40"]) % classes
+    np.savez(run / "samples.npz", **samples)
+    page = report(run, at=tmp_path)
+    assert len(page.source) < 2_000_000
+    assert f"class {classes - 1}" in page.text
+    if classes > 24:
+        assert "The 24 least robust of 1,000 classes" in page.text
+        assert "taken for, under pgd-40" in page.text
+    else:
+        wrong = int((~samples["robust_pgd-40"] & (samples["label"] == 0)).sum())
+        assert f"class 0 taken for class 1: {wrong} of {int((samples['label'] == 0).sum())}" in page.text
+
+
+def test_confusion_that_is_not_stored_is_explained(tmp_path):
+    assert "Confusion under attack is not shown" in report(make_run(tmp_path / "run"), at=tmp_path).text
+
+
+def test_a_run_without_evaluation_says_so(tmp_path):
+    page = report(make_run(tmp_path / "run", evaluated=False), at=tmp_path)
+    assert "Nothing has been measured on test images yet" in page.text
+    assert "40.0 % robust and 90.0 % clean accuracy on held-out training images" in page.text
+
+
+def test_an_interrupted_run_says_where_it_stands(tmp_path):
+    lines = [*metrics("main_head", 6), *metrics("aggregator", 2)]
+    page = report(make_run(tmp_path / "run", finished=1, lines=lines, evaluated=False), at=tmp_path)
+    assert "1 of 2 stages are done, and stage aggregator has finished 2 of 6 epochs" in page.text
+    just_begun = make_run(tmp_path / "begun", finished=0, lines=[], evaluated=False)
+    assert "no epoch has been finished" in report(just_begun, at=tmp_path).text
+
+
+def test_an_interrupted_evaluation_shows_the_rows_that_are_done(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "comparison.json").unlink()
+    (run / "evaluation" / "results.json").unlink()
+    page = report(run, at=tmp_path)
+    assert "stopped before the final output was measured" in page.text
+    assert "mean of heads" in page.text
+    assert "DH-AT" not in page.text
+
+
+def test_metrics_that_are_no_numbers_leave_a_gap_and_a_note(tmp_path):
+    lines = metrics("main_head", 6)
+    lines[2]["loss"], lines[3]["validation_robust"], lines[4]["loss"] = math.nan, math.nan, math.inf
+    page = report(make_run(tmp_path / "run", stages=["main_head"], lines=lines), at=tmp_path)
+    assert "main_head epoch 3 (loss)" in page.text
+    assert "nan" not in "".join(str(tag.get("d")) for tag in page.all("path"))
+    losses = [tag for tag in page.all("path") if tag["class"] == "curve aggregate"]
+    assert len(losses) >= 2  # cut in pieces around the gaps
+    every = [{**line, "loss": math.nan} for line in metrics("main_head", 4)]
+    assert (
+        "loss has no finite value"
+        in report(make_run(tmp_path / "all", stages=["main_head"], lines=every), at=tmp_path).source
+    )
+
+
+@pytest.mark.parametrize("file", ["comparison.json", "evaluation/results.json", "evaluation/samples.npz",
+                                  "metrics.jsonl", "config.yaml", "environment.json",
+                                  "checkpoints/main_head/summary.json"])  # fmt: skip
+@pytest.mark.parametrize("content", [b"{", b"[1, 2]", b"\xff\xfe\x00", b'{"rows": 3, "intervals": null}'])
+def test_damaged_files_become_notes(tmp_path, file, content):
+    run = make_run(tmp_path / "run", images=True)
+    (run / file).write_bytes(content)
+    page = report(run, at=tmp_path)
+    whole = content.endswith(b"null}") and file.endswith(("environment.json", "summary.json"))
+    if not whole:
+        assert any("notes" in tag.get("class", "") for tag in page.all("div"))
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for wrong, words in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "holds neither a run")):
+        with pytest.raises(UserError, match=words):
+            write_report([wrong], tmp_path / "report.html")
+    with pytest.raises(UserError, match="is a folder"):
+        write_report([make_run(tmp_path / "run")], tmp_path)
+    with pytest.raises(UserError, match="at least one run"):
+        write_report([], tmp_path / "report.html")
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_names_that_lead_out_of_the_run_are_not_followed(tmp_path):
+    evaluation(tmp_path / "secret", 9)
+    run = make_run(tmp_path / "run")
+    comparison = json.loads((run / "comparison.json").read_text())
+    comparison["rows"][0]["name"] = "../../../secret"
+    (run / "comparison.json").write_text(json.dumps(comparison))
+    assert read_sources([run])[0].rows[0].archive is None
+
+
+# ---- several
+
+
+def test_a_folder_of_runs_and_an_evaluation_stand_side_by_side(tmp_path):
+    make_run(tmp_path / "demo" / "b", seed=1)
+    make_run(tmp_path / "demo" / "a", seed=2)
+    evaluation(tmp_path / "alone", 7)
+    page = report(tmp_path / "demo", tmp_path / "alone", at=tmp_path)
+    for name in ("a: DH-AT", "b: DH-AT", "a: base model", "alone"):
+        assert name in page.text
+    same = read_sources([tmp_path / "demo", tmp_path / "demo" / "a"])
+    assert [source.label for source in same] == ["a", "b"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")]
+    assert [source.label for source in read_sources(runs)] == ["x/run", "y/run"]
+
+
+def test_recipes_show_where_they_differ(tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    assert "What differs between the recipes" not in report(*runs, at=tmp_path).text
+    text = (runs[1] / "config.yaml").read_text().replace("beta: 6.0", "beta: 3.5", 1)
+    (runs[1] / "config.yaml").write_text(text)
+    assert "stages.main_head.objective.beta 6.0 3.5" in report(*runs, at=tmp_path).text
+
+
+def test_robustness_over_eps_is_drawn_from_later_evaluations(tmp_path):
+    run = make_run(tmp_path / "run")
+    curve = [
+        {"eps": eps, "robust_accuracy": {"worst": value}, "intervals": {"worst": [value - 0.05, value + 0.05]}}
+        for eps, value in ((0.0, 0.9), (0.1, 0.5), (0.2, 0.1))
+    ]
+    evaluation(run / "evaluations" / "sweep", 5, curve=curve)
+    page = report(run, at=tmp_path)
+    assert any("0 90.0, 0.1 50.0, 0.2 10.0" in svg["aria-label"] for svg in page.all("svg"))
+    assert "Further evaluations" in page.text
+
+
+# ---- gallery
+
+
+def test_gallery_shows_each_example_and_who_withstood(tmp_path):
+    run = make_run(tmp_path / "run", images=True)
+    rows = read_sources([run])[0].rows
+    page = report(run, at=tmp_path)
+    cards = [tag for tag in page.all("li") if tag.get("class") == "card"]
+    fooled = sum(int((row.correct("clean") & ~row.correct("pgd-40")).sum()) for row in rows)
+    assert len(cards) == len(page.all("img")) == fooled
+    assert "there is no perturbation to show" in page.text
+    deployed = cards[-1]  # the last sample that the deployed output lost, and how the four others fared on it
+    lost = int(np.flatnonzero(rows[-1].correct("clean") & ~rows[-1].correct("pgd-40"))[-1])
+    expected = [f"{'+' if row.correct('pgd-40')[lost] else '-'}{n}" for n, row in enumerate(rows[:-1])]
+    assert deployed["data-holds"].split() == expected
+
+
+def test_gallery_shows_clean_image_and_perturbation_where_they_are_stored(tmp_path):
+    folder = tmp_path / "one"
+    evaluation(folder, 3, images=True)
+    samples = dict(np.load(folder / "samples.npz"))
+    samples["original_pgd-40"] = samples["adversarial_pgd-40"].copy()
+    samples["prediction_pgd-40"] = np.full(60, 2)
+    np.savez(folder / "samples.npz", **samples)
+    page = report(folder, at=tmp_path)
+    assert len(page.all("img")) == 3 * len(samples["adversarial_rows_pgd-40"])
+    change = next(image["src"] for image in page.all("img") if "perturbation" in image["alt"])
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(change.partition(",")[2]))))
+    assert set(shown.ravel().tolist()) == {128}  # no change is grey
+
+
+def test_examples_that_do_not_fit_are_left_out_with_a_note(tmp_path):
+    folder = tmp_path / "one"
+    evaluation(folder, 3, images=True)
+    samples = dict(np.load(folder / "samples.npz"))
+    samples["adversarial_rows_pgd-40"] = samples["adversarial_rows_pgd-40"] + 1000
+    np.savez(folder / "samples.npz", **samples)
+    assert "cannot be shown: positions beyond the samples" in report(folder, at=tmp_path).text
+
+
+def test_a_page_of_many_large_examples_stays_small(tmp_path):
+    evaluation(tmp_path / "one", 3, images=True, count=2000)
+    samples = dict(np.load(tmp_path / "one" / "samples.npz"))
+    rows = samples["adversarial_rows_pgd-40"]
+    samples["adversarial_pgd-40"] = np.random.default_rng(0).random((len(rows), 3, 48, 48), np.float32)
+    np.savez(tmp_path / "one" / "samples.npz", **samples)
+    page = report(tmp_path / "one", at=tmp_path)
+    assert len(page.source) < 5_000_000
+    assert re.search(rf"\d+ of {len(rows)} examples are shown", page.text)
+
+
+@given(st.integers(1, 500), st.integers(1, 100))
+def test_shown_examples_are_spread_over_all(count, most):
+    found = spread(count, most)
+    assert len(found) == min(count, most)
+    assert found == sorted(set(found))
+    assert found[-1] < count
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_keep_their_pixels(channels):
+    levels = np.random.default_rng(0).integers(0, 256, (channels, 5, 7))
+    data = base64.b64decode(picture(levels.astype(np.float32) / 255).partition(",")[2])
+    read = np.asarray(Image.open(io.BytesIO(data))).reshape(5, 7, channels)
+    assert np.array_equal(read, levels.transpose(1, 2, 0))
+
+
+def test_drawings_escape_and_hold_no_characters_that_xml_cannot():
+    from xml.etree import ElementTree
+
+    drawing = Drawing(10, 10, "a < b \x00 & \ud800")
+    drawing.text(0, 0, "<b>\x07", tip='"&')
+    root = ElementTree.fromstring(str(drawing.markup()))
+    assert root.attrib["aria-label"] == "a < b \N{REPLACEMENT CHARACTER} & \N{REPLACEMENT CHARACTER}"
+    assert "<b>\N{REPLACEMENT CHARACTER}" in "".join(root.itertext())
+
+
+# ---- the command, and a browser
+
+
+def test_command_writes_the_page(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    app(["report", str(run), "-o", str(tmp_path / "page.html")], standalone_mode=False)
+    assert "page.html" in capsys.readouterr().out
+    assert "DH-AT" in Page(tmp_path / "page.html").text
+
+
+PROBE = """{
+const found = {buttons: document.querySelectorAll("figure .save button").length};
+const table = document.querySelector("#accuracy table");
+const order = () => [...table.tBodies[0].rows].map((row) => Number(row.cells[1].dataset.order));
+const head = table.tHead.rows[0].cells[1].querySelector("button");
+head.click(); found.up = order(); head.click(); found.down = order();
+found.sort = table.tHead.rows[0].cells[1].getAttribute("aria-sort");
+const gallery = document.querySelectorAll(".gallery")[4], select = gallery.querySelector("[data-filter=holds]");
+select.value = "+0"; select.dispatchEvent(new Event("change", {bubbles: true}));
+const open = [...gallery.querySelectorAll(".card")].filter((card) => !card.hidden);
+found.shown = open.length; found.all = open.every((card) => card.dataset.holds.startsWith("+0"));
+found.told = gallery.querySelector("output").textContent;
+found.width = document.documentElement.scrollWidth <= window.innerWidth;
+found.svg = standalone(document.querySelector("svg")).text.includes("var(");
+document.documentElement.dataset.found = JSON.stringify(found);
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: the page is not tried in a browser")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_sorting_filters_and_saving_work_in_a_browser(tmp_path, width):
+    run = make_run(tmp_path / "run", images=True)
+    page = report(run, at=tmp_path)
+    # The probe runs inside the page's own script, and is let in by its digest.
+    script = re.search(r"<script>(.*?)</script>", page.source, re.DOTALL)[1]
+    digest = re.search(r"'sha256-([^']+)'", page.source)[1]
+    probed = script + PROBE
+    changed = page.source.replace(script, probed).replace(
+        digest, base64.b64encode(hashlib.sha256(probed.encode()).digest()).decode()
+    )
+    (tmp_path / "probed.html").write_text(changed, encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom",
+               (tmp_path / "probed.html").as_uri()]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    assert "CONSOLE" not in ended.stderr, [line for line in ended.stderr.splitlines() if "CONSOLE" in line]
+    found = json.loads(
+        dict(re.findall(r'<html[^>]*(data-found)="([^"]*)"', ended.stdout))["data-found"].replace("&quot;", '"')
+    )
+    assert found["buttons"] == 2 * len(page.all("figure"))
+    assert found["up"] == sorted(found["up"])
+    assert found["down"] == sorted(found["down"], reverse=True)
+    assert found["sort"] == "descending"
+    assert found["all"]
+    assert found["shown"] > 0
+    assert found["told"].startswith(f"{found['shown']} of ")
+    assert found["width"], "the page is wider than the window"
+    assert not found["svg"], "a saved figure refers to colours that only the page knows"
