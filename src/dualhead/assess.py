@@ -132,8 +132,8 @@ def _check_images(request: Request, test: Split) -> None:
     channels = trained.image_shape[0]
     if (test.image_shape[0], test.num_classes) != (channels, trained.num_classes):
         raise UserError(
-            f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {request.model}, which is for "
-            f"{trained.num_classes} classes of {channels}-channel images; choose other --data"
+            f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {request.model}, "
+            f"which is for {trained.num_classes} classes of {channels}-channel images; choose other --data"
         )
 
 

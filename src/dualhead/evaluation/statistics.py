@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from dualhead.errors import UserError
 
@@ -21,6 +20,8 @@ def wilson(successes: int, total: int, confidence: float = 0.95) -> tuple[float,
         total: at least 1.
         confidence: in (0, 1).
     """
+    from scipy import stats  # here, since it takes a second to import, and a wrong word should be answered at once
+
     interval = stats.binomtest(int(successes), int(total)).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -71,6 +72,8 @@ def mcnemar(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Pa
         raise UserError(f"a paired comparison needs the same samples twice, got {a.shape} and {b.shape}")
     only_first, only_second, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
     discordant = only_first + only_second
+    from scipy import stats
+
     p_value = float(stats.binomtest(only_second, discordant).pvalue) if discordant else 1.0
     centre = (only_second - only_first) / (n + 2)
     spread = math.sqrt(max(discordant + 1 - (only_second - only_first) ** 2 / (n + 2), 0.0)) / (n + 2)

@@ -1,0 +1,335 @@
+"""The commands from end to end on a tiny run: what they print, what they leave, and that a stopped one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import dualhead as package
+from dualhead.config import REGISTRIES, load_recipe, shipped_recipes
+from dualhead.data import load_split
+from e2e_helpers import TINY, dualhead
+
+ROWS = ["base model", "head 1", "head 2", "mean of heads", "DH-AT"]
+STAGES = ["main_head", "second_head", "aggregator"]
+COUNT = 48  # images that TINY evaluates
+
+
+def is_fraction(value):
+    return isinstance(value, float | int) and 0 <= value <= 1
+
+
+def is_interval(ends, share):
+    return len(ends) == 2 and 0 <= ends[0] <= share + 1e-12 and share - 1e-12 <= ends[1] <= 1
+
+
+def check_accuracies(entry, attacks):
+    assert is_fraction(entry["clean_accuracy"])
+    assert is_interval(entry["intervals"]["clean_accuracy"], entry["clean_accuracy"])
+    assert list(entry["robust_accuracy"]) == [*attacks, "worst"]
+    for name, share in entry["robust_accuracy"].items():
+        assert is_fraction(share)
+        assert share <= entry["clean_accuracy"]
+        assert is_interval(entry["intervals"][name], share)
+    assert entry["robust_accuracy"]["worst"] <= min(entry["robust_accuracy"][name] for name in attacks)
+
+
+def check_results(folder, attacks, count=COUNT, eps=0.15):
+    """`results.json` and `samples.npz` as other programs read them, and that the two agree."""
+    results = json.loads((folder / "results.json").read_text())
+    assert results["num_samples"] == count
+    assert results["threat"] == {"norm": "Linf", "eps": eps}
+    check_accuracies(results, attacks)
+    assert list(results["attacks"]) == list(attacks)
+    for record in results["attacks"].values():
+        assert record["seconds"] > 0
+        assert record["forward_passes"] >= record["backward_passes"] >= 0
+    assert {"name", "status", "message"} <= set(results["diagnostics"][0])
+    assert results["per_class"]
+    assert results["environment"]["torch"] == torch.__version__
+    assert results["command"].startswith("dualhead ")
+    with np.load(folder / "samples.npz") as samples:
+        correct = samples["clean_prediction"] == samples["label"]
+        assert len(np.unique(samples["index"])) == count
+        assert correct.mean() == pytest.approx(results["clean_accuracy"])
+        for attack in attacks:
+            robust, distance = samples[f"robust_{attack}"], samples[f"distance_{attack}"]
+            assert robust.dtype == bool
+            assert robust.mean() == pytest.approx(results["robust_accuracy"][attack])
+            assert not (robust & ~correct).any()
+            assert np.nanmax(distance, initial=0) <= eps
+    return results
+
+
+def outcome(results):
+    return results["clean_accuracy"], results["robust_accuracy"]
+
+
+# ---- help and lists
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], *([name] for name in ("demo", "train", "evaluate", "list", "layers", "export", "compare", "report"))],
+)
+def test_every_command_has_help(command):
+    ended = dualhead(*command, "--help")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith(f"Usage: {' '.join(['dualhead', *command])} ")
+
+
+def test_bare_and_version():
+    assert dualhead().out == dualhead("--help").out
+    assert dualhead("--version").out.strip()[0].isdigit()
+
+
+def test_list_names_what_is_registered():
+    lines = dict(line.split(": ", 1) for line in dualhead("list").out.splitlines())
+    expected = {kind: ", ".join(registry.names()) for kind, registry in REGISTRIES.items()}
+    assert lines == {**expected, "recipes": ", ".join(shipped_recipes())}
+    for kind, names in lines.items():
+        assert dualhead("list", kind).out == f"{kind}: {names}\n"
+
+
+# ---- train
+
+
+def test_a_run_leaves_what_it_promises(finished_run):
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "model", "evaluation"}
+    assert {path.name for path in finished_run.iterdir()} >= expected | {"comparison.json"}
+    assert {path.name for path in (finished_run / "model").iterdir()} == {
+        "model.safetensors", "config.json", "README.md",
+    }  # fmt: skip
+    recipe = load_recipe("digits", TINY)
+    assert yaml.safe_load((finished_run / "config.yaml").read_text()) == recipe.resolved()
+    lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == STAGES
+    for line in lines:
+        assert (line["epoch"], line["step"]) == (1, 2)
+        assert np.isfinite(line["loss"])
+        assert is_fraction(line["validation_robust"])
+    assert not list(finished_run.rglob("*.tmp"))
+
+
+def test_a_run_is_evaluated_and_compared(finished_run):
+    deployed = check_results(finished_run / "evaluation", ["pgd-3"])
+    comparison = json.loads((finished_run / "comparison.json").read_text())
+    assert [row["name"] for row in comparison["rows"]] == ROWS
+    for row in comparison["rows"]:
+        check_accuracies(row, ["pgd-3"])
+        assert row["parameters"] > 0
+        assert set(row["training_cost"]) == {"forward_equivalents", "seconds"}
+        folder = finished_run / "evaluation" / "rows" / row["name"].replace(" ", "_")
+        held = deployed if row["name"] == "DH-AT" else check_results(folder, ["pgd-3"])
+        assert outcome(held) == outcome(row)
+    base, head1, head2, mean, whole = comparison["rows"]
+    assert outcome(base) == outcome(head1), "later stages must leave the base model as it was"
+    costs = [row["training_cost"]["forward_equivalents"] for row in (base, head1, head2, mean, whole)]
+    assert costs[0] == costs[1] < costs[2] == costs[3] < costs[4]
+    assert base["parameters"] < mean["parameters"] < whole["parameters"]
+
+
+def test_training_a_finished_run_prints_the_same_again_and_changes_nothing(finished_run):
+    before = {path: path.read_bytes() for path in finished_run.rglob("*.safetensors")}
+    comparison = (finished_run / "comparison.json").read_text()
+    began = time.monotonic()
+    ended = dualhead("train", "digits", *TINY, "--run-dir", finished_run, "--json")
+    assert time.monotonic() - began < 30
+    assert ended.status == 0
+    assert "epoch" not in ended.err
+    assert json.loads(ended.out) == {"run": str(finished_run), "rows": json.loads(comparison)["rows"]}
+    assert {path: path.read_bytes() for path in finished_run.rglob("*.safetensors")} == before
+    table = dualhead("train", "digits", *TINY, "--run-dir", finished_run, "--quiet")
+    assert table.err == ""
+    assert all(name in table.out for name in ROWS)
+    assert f"run: {finished_run}" in table.out
+
+
+def test_the_library_loads_what_the_command_trained(finished_run):
+    test = load_split("digits", "test")
+    model = package.load(finished_run)
+    with torch.no_grad():
+        predicted = model(test.images[:COUNT].float() / 255).argmax(1)
+    with np.load(finished_run / "evaluation" / "samples.npz") as samples:
+        assert predicted.tolist() == samples["clean_prediction"].tolist()
+
+
+def test_a_plain_model_has_one_row(tmp_path):
+    plain = [word for word in TINY if not word.startswith("stages.*.attack")]
+    ended = dualhead("train", "digits_natural", *plain, "--run-dir", tmp_path / "run", "--json")
+    assert ended.status == 0, ended.err
+    rows = json.loads(ended.out)["rows"]
+    assert [row["name"] for row in rows] == ["digits_natural"]
+    assert "stage natural (1/1): epoch 1/1" in ended.err
+    check_results(tmp_path / "run" / "evaluation", ["pgd-3"])
+
+
+# ---- evaluate
+
+
+@pytest.fixture(scope="module")
+def rows(finished_run):
+    return {row["name"]: row for row in json.loads((finished_run / "comparison.json").read_text())["rows"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "row"),
+    [
+        (["--stage", "main_head"], "base model"),
+        (["--stage", "second_head"], "head 2"),
+        (["--stage", "aggregator"], "DH-AT"),
+        (["--output-of", "head1"], "head 1"),
+        (["--output-of", "head2"], "head 2"),
+        (["--output-of", "mean"], "mean of heads"),
+        (["--output-of", "aggregate"], "DH-AT"),
+        ([], "DH-AT"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_every_stage_and_output_gives_what_the_run_has_measured(finished_run, rows, tmp_path, options, row):
+    output = tmp_path / "results"
+    arguments = ["evaluate", finished_run, *options, "--limit", COUNT, "--output", output, "--device", "cpu"]
+    ended = dualhead(*arguments, "--precision", "float32", "--json")
+    assert ended.status == 0, ended.err
+    results = check_results(output, ["pgd-3"])
+    assert json.loads(ended.out) == results
+    assert outcome(results) == outcome(rows[row])
+
+
+def test_evaluate_prints_a_table_and_a_curve_and_says_where_results_lie(finished_run, tmp_path):
+    output = tmp_path / "results"
+    ended = dualhead(
+        "evaluate", finished_run, "--attack", "fgsm", "--attack", "pgd-2", "--eps", "0,0.01,2/25", "--limit", 16,
+        "--output", output, "--quiet",
+    )  # fmt: skip
+    assert (ended.status, ended.err) == (0, "")
+    results = check_results(output, ["fgsm", "pgd-2"], 16, 0.08)
+    assert [point["eps"] for point in results["curve"]] == [0, 0.01, 0.08]
+    shares = [point["robust_accuracy"]["worst"] for point in results["curve"]]
+    assert shares == sorted(shares, reverse=True)
+    assert "16 images" in ended.out
+    assert "eps 0.08: " in ended.out
+    assert f"results: {output}" in ended.out
+
+
+def test_results_go_to_a_folder_that_names_the_question(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    ended = dualhead("evaluate", run, "--attack", "pgd-2", "--eps", "8/255", "--limit", 8, "--quiet")
+    assert ended.status == 0, ended.err
+    (folder,) = (run / "evaluations").iterdir()
+    assert folder.name == "pgd-2_8-255_first8"
+    check_results(folder, ["pgd-2"], 8, 8 / 255)
+
+
+FACTORY = """
+import torch
+def make(num_classes): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
+"""
+
+
+def test_a_model_of_ones_own_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_own_models.py").write_text(FACTORY)
+    ended = dualhead(
+        "evaluate",
+        "my_own_models:make",
+        "--data",
+        "digits",
+        "--eps",
+        "0.1",
+        "--attack",
+        "pgd-2",
+        "--limit",
+        16,
+        "--json",
+    )
+    assert ended.status == 0, ended.err
+    (folder,) = (tmp_path / "evaluations" / "my_own_models.make").iterdir()
+    assert check_results(folder, ["pgd-2"], 16, 0.1) == json.loads(ended.out)
+
+
+def test_an_exported_model_is_evaluated_to_the_same(finished_run, rows, tmp_path):
+    exported = dualhead("export", finished_run, "--to", tmp_path / "model")
+    assert exported.status == 0, exported.err
+    ended = dualhead(
+        "evaluate", tmp_path / "model", "--data", "digits", "--attack", "pgd-3", "--limit", COUNT,
+        "--output", tmp_path / "results", "--device", "cpu", "--precision", "float32", "--json",
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    assert outcome(check_results(tmp_path / "results", ["pgd-3"])) == outcome(rows["DH-AT"])
+
+
+# ---- stopping and going on
+
+
+def start(folder, overrides):
+    command = [sys.executable, "-m", "dualhead", "train", "digits", *overrides, "--run-dir", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def weights_of(folder):
+    found = sorted(folder.rglob("*.safetensors"))
+    assert len(found) == 7  # best and last of three stages, and the model
+    return {str(path.relative_to(folder)): load_file(path) for path in found}
+
+
+LONG = (*TINY, "stages.*.epochs=8", "evaluate.attacks=[]")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow)],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(number, tmp_path, uninterrupted):
+    process = start(tmp_path / "run", LONG)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= (3 if number == signal.SIGINT else 10):
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1].startswith("dualhead: stopped in stage ")
+    assert err.splitlines()[-1].endswith("; the same command goes on from there")
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "run" / "model").exists()
+    assert len(metrics.read_text().splitlines()) < 24, "it was stopped too late to show anything"
+
+    ended = dualhead("train", "digits", *LONG, "--run-dir", tmp_path / "run", "--quiet")
+    assert ended.status == 0, ended.err
+    expected, found = weights_of(uninterrupted), weights_of(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    for name, tensors in expected.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, found[name][key]), f"{name}: {key}"
+
+    def lines(folder):
+        read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in read]
+
+    assert lines(tmp_path / "run") == lines(uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    ended = dualhead("train", "digits", *LONG, "--run-dir", folder, "--quiet")
+    assert ended.status == 0, ended.err
+    return folder
