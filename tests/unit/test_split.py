@@ -156,6 +156,21 @@ def test_each_half_has_its_own_mode():
     assert torch.equal(split.tail(features), split.tail(features))
 
 
+@pytest.mark.parametrize("wants", ["", "data branch"])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_a_cut_model_moves_as_a_whole(wants):
+    """Another type of number, as another device, replaces buffers and parameters' contents."""
+    classifier = attach_second_head(Net(wants=wants), "bn", example=IMAGES, init="clone").eval()
+    expected = classifier(IMAGES)
+    moved = classifier.double()
+    assert moved(IMAGES.double()).dtype == torch.float64
+    torch.testing.assert_close(moved(IMAGES.double()).float(), expected)
+    with torch.no_grad():
+        moved.head2.scale.zero_()  # a buffer of the container itself, behind the cut
+    z = moved.head_logits(IMAGES.double())
+    assert not torch.allclose(z[:, 0], z[:, 1])
+
+
 @pytest.mark.parametrize("at", ["0", "1", "1.0", "2"])
 def test_nested_sequentials(at):
     torch.manual_seed(0)

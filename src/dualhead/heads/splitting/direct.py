@@ -32,6 +32,8 @@ def own_split(model: nn.Module, at: str) -> Split:
         trunk, tail = copied.split(at)
     except (UserError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise CannotCut(f"the model's own split {OWN_NOT_OFFERED} at this layer: {error}") from None
+    except Exception as error:  # any code of any model may run here; it is told, and the next way is tried
+        raise CannotCut(f"it fails: {type(error).__name__}: {error}") from error
     for part in (trunk, tail):
         if not isinstance(part, nn.Module):
             raise CannotCut("the model's own split does not give two modules")
