@@ -366,6 +366,9 @@ def test_metrics_that_are_no_numbers_leave_a_gap_and_a_note(tmp_path):
     assert "nan" not in "".join(str(tag.get("d")) for tag in page.all("path"))
     losses = [tag for tag in page.all("path") if tag["class"] == "curve aggregate"]
     assert len(losses) >= 2  # cut in pieces around the gaps
+    blind = [{**line, "validation_robust": math.nan} for line in metrics("main_head", 4)]
+    run = make_run(tmp_path / "blind", stages=["main_head"], lines=blind)
+    assert "No accuracy on held-out images is a number" in report(run, at=tmp_path).text
     every = [{**line, "loss": math.nan} for line in metrics("main_head", 4)]
     assert (
         "loss has no finite value"
@@ -457,8 +460,8 @@ def test_gallery_shows_each_example_and_who_withstood(tmp_path):
     fooled = sum(int((row.correct("clean") & ~row.correct("pgd-40")).sum()) for row in rows)
     assert len(cards) == len(page.all("img")) == fooled
     assert "there is no perturbation to show" in page.text
-    deployed = cards[-1]  # the last sample that the deployed output lost, and how the four others fared on it
-    lost = int(np.flatnonzero(rows[-1].correct("clean") & ~rows[-1].correct("pgd-40"))[-1])
+    deployed = cards[0]  # the first sample that the deployed output lost, and how the four others fared on it
+    lost = int(np.flatnonzero(rows[-1].correct("clean") & ~rows[-1].correct("pgd-40"))[0])
     expected = [f"{'+' if row.correct('pgd-40')[lost] else '-'}{n}" for n, row in enumerate(rows[:-1])]
     assert deployed["data-holds"].split() == expected
 
@@ -540,7 +543,7 @@ const order = () => [...table.tBodies[0].rows].map((row) => Number(row.cells[1].
 const head = table.tHead.rows[0].cells[1].querySelector("button");
 head.click(); found.up = order(); head.click(); found.down = order();
 found.sort = table.tHead.rows[0].cells[1].getAttribute("aria-sort");
-const gallery = document.querySelectorAll(".gallery")[4], select = gallery.querySelector("[data-filter=holds]");
+const gallery = document.querySelector(".gallery"), select = gallery.querySelector("[data-filter=holds]");
 select.value = "+0"; select.dispatchEvent(new Event("change", {bubbles: true}));
 const open = [...gallery.querySelectorAll(".card")].filter((card) => !card.hidden);
 found.shown = open.length; found.all = open.every((card) => card.dataset.holds.startsWith("+0"));

@@ -70,7 +70,7 @@ class Details:
     attacks: Table
     further: Table | None
     galleries: list[Gallery]
-    gallery_note: str
+    gallery_command: str
     recipe: str
     environment: list[tuple[str, str]]
     commands: list[tuple[str, str]]
@@ -88,7 +88,8 @@ def details(source: Source, album: Album) -> Details:
     entries = _class_entries(shown, notes) if shown else []
     everything = [*source.rows, *source.further]
     class_names = {**{label: name for label, name, *_ in entries}, **source.class_names}
-    galleries = [g for row in everything for g in album.galleries(row, everything, class_names, notes)]
+    by_weight = sorted(everything, key=lambda row: not row.deployed)  # what is deployed comes first, and has most room
+    galleries = [g for row in by_weight for g in album.galleries(row, everything, class_names, notes)]
     confusion, listed, why = _confusion(shown, class_names)
     return Details(
         label=source.label,
@@ -104,7 +105,7 @@ def details(source: Source, album: Album) -> Details:
         attacks=_attack_table(everything),
         further=accuracy_table(source.further) if source.further else None,
         galleries=galleries,
-        gallery_note="" if galleries else _no_gallery(source),
+        gallery_command="" if galleries else _gallery_command(source),
         recipe=source.recipe_text,
         environment=_environment(source, shown),
         commands=_commands(source, shown),
@@ -222,12 +223,12 @@ def _spent(record: Mapping[str, Any]) -> list[Cell]:
 # ---- the rest
 
 
-def _no_gallery(source: Source) -> str:
+def _gallery_command(source: Source) -> str:
+    """What to type for a gallery; empty where nothing has been evaluated yet."""
     if not source.rows and not source.further:
         return ""
     model = source.folder.as_posix() if source.is_run else "MODEL"
-    command = f"dualhead evaluate {shlex.quote(model)} --limit 200 --save-adversarial"
-    return f"No adversarial examples are stored. `{command}` keeps them, and the next report shows them."
+    return f"dualhead evaluate {shlex.quote(model)} --limit 200 --save-adversarial"
 
 
 def _environment(source: Source, row: Measured | None) -> list[tuple[str, str]]:

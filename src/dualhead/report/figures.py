@@ -225,7 +225,7 @@ def classes(title: str, entries: Sequence[tuple[str, Estimate, Estimate]], capti
     _vertical_grid(drawing, [0, 0.25, 0.5, 0.75, 1], at, top - 4, bottom, lambda value: f"{100 * value:g}")
     for number, (name, clean, robust) in enumerate(entries):
         y = top + pitch * number + pitch / 2
-        drawing.text(left - 10, y + 4, shortened(name, 15), "", "end", tip=name)
+        drawing.text(left - 10, y + 4, shortened(name, 13), "", "end", tip=name)
         drawing.line(at(robust.low), y, at(robust.high), y, "wide aggregate")
         drawing.line(at(robust.value), y, at(clean.value), y, "join")
         drawing.circle(at(clean.value), y, 4.5, "ring ink", f"{name}, clean: {_with_interval(clean)}")
@@ -249,7 +249,7 @@ def confusion(title: str, counts: NDArray[np.int64], names: Sequence[str], capti
     drawing = Drawing(WIDTH, bottom + 92, f"{title}: {_told(counts, names)}")
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for row, name in enumerate(names):
-        drawing.text(left - 6, top + cell * (row + 0.5) + 4, shortened(name, 14), "axis", "end", tip=name)
+        drawing.text(left - 6, top + cell * (row + 0.5) + 4, shortened(name, 11), "axis", "end", tip=name)
         for column, other in enumerate(names):
             share, number = float(shares[row, column]), int(counts[row, column])
             place = (left + cell * column, top + cell * row, cell - 1, cell - 1)
@@ -262,7 +262,7 @@ def confusion(title: str, counts: NDArray[np.int64], names: Sequence[str], capti
                 style = "cell dense" if share > 0.45 else "cell"
                 drawing.text(left + cell * (column + 0.5), top + cell * (row + 0.5) + 4, str(number), style, "middle")
     for column, name in enumerate(names):
-        drawing.upright(left + cell * (column + 0.5) + 4, bottom + 6, shortened(name, 12), "axis", tip=name)
+        drawing.upright(left + cell * (column + 0.5) + 4, bottom + 6, shortened(name, 10), "axis", tip=name)
     return Figure(slug(title), title, drawing.markup(), caption)
 
 

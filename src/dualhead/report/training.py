@@ -53,6 +53,8 @@ def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
     verdict, overfits = _verdict(source, best, last) if best and last else ("", False)
     if not found:
         verdict = "No epoch is logged."
+    elif not verdict and any("validation_robust" in line for line in found):
+        verdict = "No accuracy on held-out images is a number."
     elif not verdict:
         verdict = "There were no held-out images: the last epoch was kept, and overfitting cannot be seen."
     return Stage(
@@ -82,10 +84,10 @@ def _verdict(source: Source, best: Mapping[str, Any], last: Mapping[str, Any]) -
         return f"epoch {line['epoch']}: robust {robust} %, clean {clean} %"
 
     held_out = source.recipe.get("data", {}).get("validation")
-    words = f"Best {told(best)}. Last {told(last)}."
     drop = best["validation_robust"] - last["validation_robust"]
     if drop <= 0:
-        return f"{words} No robust overfitting: the last epoch is as robust as any.", False
+        return f"The last epoch is as robust as any: {told(last)}. No robust overfitting.", False
+    words = f"Best {told(best)}. Last {told(last)}."
     words += f" The last is {100 * drop:.1f} points less robust than the best"
     if not isinstance(held_out, int) or held_out < 1:
         return f"{words}.", False
