@@ -1,5 +1,6 @@
 """Backbones hold what the field publishes; weights are read without running anything and load whole or not at all."""
 
+import math
 import os
 import pickle
 import sys
@@ -12,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import nn
 
 from dualhead.errors import UserError
+from dualhead.heads import attach_second_head
 from dualhead.models import (
     Normalize,
     Wrapped,
@@ -838,3 +840,16 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
         write_state({"weight": torch.ones(3)}, path)
     assert torch.equal(read_state(path)["weight"], torch.zeros(3))
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["wideresnet-10-2", "cnn-16"])
+def test_a_second_head_starts_from_the_backbones_own_initialisation(name):
+    torch.manual_seed(0)
+    model = backbones.build(name).create(10, (3, 32, 32), Normalize.identity(3))
+    dual = attach_second_head(model, backbones.build(name).attach_at, example=torch.rand(2, 3, 32, 32), num_classes=10)
+    assert not dual.head2.get_parameter("fc.bias").any()
+    for key, weight in dual.head2.named_parameters():
+        if weight.dim() == 4:
+            expected = math.sqrt(2.0 / (weight.shape[0] * weight.shape[2] * weight.shape[3]))
+            assert weight.std().item() == pytest.approx(expected, rel=0.15)
+            assert not torch.equal(weight, dual.head1.get_parameter(key))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, backbones
+from dualhead.models.initialisation import init_he_fan_out
 from dualhead.models.normalize import Normalize
 
 
@@ -41,10 +42,11 @@ class CNN(nn.Module):
             self.add_module(f"stage{index + 1}", stage)
             channels = width << index
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.fc.bias)
+        init_he_fan_out(self)
+
+    def reset_head_parameters(self, head: nn.Module) -> None:
+        """Initialise a second head, whose layers have been reset by their own classes, as the network was."""
+        init_he_fan_out(head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,20 +10,8 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, backbones
+from dualhead.models.initialisation import init_he_fan_out
 from dualhead.models.normalize import Normalize
-
-
-def init_he_fan_out(model: nn.Module) -> None:
-    """Initialise as published WideResNets are: convolutions N(0, 2 / (k k out)), He et al. 2015 with fan-out.
-
-    Batch norm starts at 1 and 0, linear biases at 0, linear weights stay at torch's default.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-            nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-        elif isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
 
 class WideBlock(nn.Module):
@@ -87,6 +74,10 @@ class WideResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], num_classes)
         init_he_fan_out(self)
+
+    def reset_head_parameters(self, head: nn.Module) -> None:
+        """Initialise a second head, whose layers have been reset by their own classes, as the network was."""
+        init_he_fan_out(head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
