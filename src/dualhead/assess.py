@@ -78,7 +78,7 @@ def assess(request: Request, progress: EvaluationProgress | None = None) -> tupl
         test.images[:count],
         test.labels[:count],
         threat=threat,
-        attacks=request.attacks or _run_attacks(request),
+        attacks=_attacks(request, model),
         eps=curve,
         batch_size=request.batch_size,
         seed=request.seed,
@@ -150,8 +150,13 @@ def _model(request: Request, test: Split) -> nn.Module:
     return load(request.model, request.output)
 
 
-def _run_attacks(request: Request) -> tuple[Any, ...]:
-    return read_recipe(Path(request.model)).evaluate.attacks if request.is_run else ("pgd-40",)
+def _attacks(request: Request, model: nn.Module) -> tuple[Any, ...]:
+    """Those asked for; else the run's, and for a model that merges heads the attack that knows of them."""
+    if request.attacks:
+        return request.attacks
+    chosen = read_recipe(Path(request.model)).evaluate.attacks if request.is_run else ("pgd-40",)
+    adaptive = hasattr(model, "head_logits") and "multihead" not in chosen
+    return (*chosen, "multihead") if adaptive else chosen
 
 
 def _default_folder(request: Request) -> Path:

@@ -96,7 +96,7 @@ def train(
         typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
         return
     out.print(accuracy_table("accuracy in percent, with 95 % intervals", rows))
-    out.print(f"run: {result.run_dir}", soft_wrap=True)
+    out.print(f"run: {result.run_dir}, report: {result.run_dir / 'report.html'}", soft_wrap=True)
 
 
 @app.command()

@@ -10,8 +10,11 @@ from typing import Any
 from dualhead.config import load_recipe
 from dualhead.evaluation import EvaluationProgress
 from dualhead.files import write_json
+from dualhead.report import write_report
 from dualhead.run import BASE, train
 from dualhead.training import TrainingProgress
+
+RECIPES = ("digits_natural", "digits")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def run_demo(
         command: as in `train`.
     """
     rows: list[dict[str, Any]] = []
-    for name in ("digits_natural", "digits"):
+    for name in RECIPES:
         result = train(
             load_recipe(name),
             run_dir=folder / name,
@@ -59,6 +62,7 @@ def run_demo(
         rows += [row.describe() for row in result.rows]
     rows[0]["name"] = "natural training"
     write_json(folder / "comparison.json", {"rows": rows})
+    report = write_report([folder / name for name in RECIPES], folder / "report.html")
     samples, recipe = result.rows[0].evaluation.num_samples, load_recipe("digits")
     title = (
         f"digits, {samples} test images, {recipe.threat.norm} eps {recipe.threat.eps:g}, "
@@ -68,6 +72,7 @@ def run_demo(
     remarks = [
         f"PGD-40 leaves natural training {_robust(natural):.1%} of the images, TRADES {_robust(base):.1%}.",
         "head 1 is the base model: later stages leave it untouched.",
+        f"Report: {report}",
         f"The runs lie in {folder}; try `dualhead evaluate {folder / 'digits'} --attack pgd-100 --eps 0.1`.",
     ]
     return Demonstration(title, rows, remarks)

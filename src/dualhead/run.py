@@ -23,6 +23,7 @@ from dualhead.hub import Architecture, load_base_weights, read_config, save_mode
 from dualhead.lock import NAME as LOCK
 from dualhead.lock import FolderLock
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
+from dualhead.report import write_report
 from dualhead.runtime import Arithmetic, choose_arithmetic, describe_environment, find_device, in_eval_mode
 from dualhead.training import (
     CheckpointStore,
@@ -127,6 +128,7 @@ def train(
     with FolderLock(run.folder):
         run.train(progress or Silent(), stop)
         rows = run.evaluate(evaluation_progress, command)
+    write_report([run.folder], run.folder / "report.html")
     return RunResult(run.folder, view(run.model, run.output), tuple(rows))
 
 
