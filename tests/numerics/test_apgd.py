@@ -104,7 +104,7 @@ def test_l2_in_float32_follows_the_reference_up_to_the_first_checkpoint(monkeypa
         torch.testing.assert_close(b, a, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 20, 33, 250])
+@pytest.mark.parametrize("steps", [1, 2, 7, 33, 150])
 def test_follows_the_reference_for_other_numbers_of_steps(steps, monkeypatch):
     model, x = network(seed=1, gain=3.0), images(BATCH, seed=4)
     y = model(x).argmax(1)
@@ -116,6 +116,51 @@ def test_follows_the_reference_for_other_numbers_of_steps(steps, monkeypatch):
     run(APGDCE(steps=steps), ours, x, y, LINF, draws)
     for a, b in zip(theirs.with_gradient, ours.with_gradient, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=2e-6)
+
+
+class Scripted(torch.nn.Module):
+    """A model whose k-th answer is given, so that every course that losses can take is seen; class 0 is the truth."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.script, self.asked = script, 0
+
+    def forward(self, x):
+        lead = self.script[self.asked] + 1e-4 * (x - 0.5).sum((1, 2, 3))
+        self.asked += 1
+        return torch.stack((torch.zeros_like(lead), lead, lead - 5.0), 1)
+
+
+def courses():
+    """Losses [101, B] that rise with different frequency, stay, or start high and never come back there."""
+    generator = torch.Generator().manual_seed(0)
+    rises = torch.rand(101, 96, generator=generator) < torch.linspace(0.5, 1.0, 96)
+    course = torch.where(rises, 0.02, -0.03).cumsum(0)
+    course[0] += torch.tensor([0.0, 3.0, -3.0]).repeat(32)
+    course[30:, ::7] = course[30, ::7]  # a plateau
+    return course
+
+
+@pytest.mark.parametrize(("kind", "search"), [("ce", APGDCE()), ("dlr", APGDDLR())])
+def test_step_sizes_are_the_references_whatever_the_losses_do(kind, search, monkeypatch):
+    script, x = courses(), images(96, 1, 3, 3)
+    y, draws = torch.zeros(96, dtype=torch.long), streams(96)
+    theirs = Recorder(Scripted(script))
+    theirs.watched = ("step_size",)
+    attack = reference(kind, theirs, LINF)
+    attack.init_hyperparam(x)
+    noise = draws.fork(y)
+    with drawn(monkeypatch, rand=lambda shape, **_: noise.uniform(*shape[1:])):
+        attack.attack_single_run(x, y)
+    step_sizes = []
+    query = Query(Scripted(script))
+    state = search.begin(x, y, torch.zeros(96, 3), y, LINF, draws)
+    for _ in range(101):
+        step_sizes.append(state["step_size"])
+        state = search.step(state, query, LINF)
+    for k in range(1, 101):
+        torch.testing.assert_close(step_sizes[k], theirs.local[k]["step_size"].flatten(), msg=f"step size {k}")
+    assert len(set(step_sizes[-1].tolist())) > 4
 
 
 def test_checkpoints_are_the_published_ones():
@@ -159,7 +204,7 @@ def test_few_classes_have_fewer_targets_and_a_note_where_the_loss_differs(classe
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=["Linf", "L2"])
-@pytest.mark.parametrize("search", [APGDCE(steps=20), APGDT(steps=20)])
+@pytest.mark.parametrize("search", [APGDCE(steps=12), APGDT(steps=12)])
 def test_a_samples_result_does_not_depend_on_when_it_starts_or_on_its_neighbours(search, threat):
     model, x = network(gain=3.0), images(7)
     y = model(x).argmax(1)
@@ -185,16 +230,16 @@ def test_passes_are_those_of_the_published_cost_where_no_sample_is_fooled():
         assert (query.forward_passes, query.backward_passes) == (4 * forward, 4 * backward)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+@pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t"])
 def test_on_linear_models_fools_just_outside_the_margin_and_not_inside(name, norm, classes):
     # An untargeted loss need not climb to the nearest of several boundaries: give it one that is near.
     model, x, y, margin = linear_problem(norm, classes, near=classes if name == "apgd-t" else 2)
     for factor, fooled in ((0.98, False), (1.02, True)):
-        for row in range(len(x)):
+        for row in range(2):
             one, threat = slice(row, row + 1), ThreatModel(norm, factor * margin[row].item())
-            x_adv = attacks.build(f"{name}-50")(model, x[one], y[one], threat, generator=streams(1))
+            x_adv = attacks.build(f"{name}-30")(model, x[one], y[one], threat, generator=streams(1))
             assert (threat.distance(x_adv, x[one]) <= threat.eps).all()
             assert (model(x_adv).argmax(1) != y[one]).item() == fooled
 

@@ -45,7 +45,7 @@ def plain_loop(model, x, y, steps, searches, rate, constant):
     return asked, nearest
 
 
-@pytest.mark.parametrize("row", range(3))
+@pytest.mark.parametrize("row", range(2))
 def test_l2_follows_a_plain_loop_with_torchs_adam(row):
     model, x = network(), images(3)[row : row + 1]
     y, ours = model(x).argmax(1), Recorder(model)
@@ -69,7 +69,7 @@ def test_under_linf_it_is_pgd_on_the_margin():
     assert minimisation(LINF).max_steps() == 101
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("classes", [2, 5])
 def test_on_linear_models_finds_nearly_the_exact_distance(classes):
     model, x, y, margin = linear_problem("L2", classes, near=classes)
     state, _ = run(minimisation(), model, x, y, L2, streams(len(x)))
@@ -81,7 +81,7 @@ def test_on_linear_models_finds_nearly_the_exact_distance(classes):
 def test_on_linear_models_fools_just_outside_the_margin_and_not_inside(norm):
     model, x, y, margin = linear_problem(norm, 4, near=2)
     for factor, fooled in ((0.98, False), (1.04, True)):
-        for row in range(2):
+        for row in range(1):
             one, threat = slice(row, row + 1), ThreatModel(norm, factor * margin[row].item())
             x_adv = attacks.build({"name": "cw", "searches": 6})(model, x[one], y[one], threat, generator=streams(1))
             assert (threat.distance(x_adv, x[one]) <= threat.eps).all()
@@ -90,7 +90,7 @@ def test_on_linear_models_fools_just_outside_the_margin_and_not_inside(norm):
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=["Linf", "L2"])
 def test_a_samples_result_does_not_depend_on_when_it_starts_or_on_its_neighbours(threat):
-    model, x, search = network(), images(7), minimisation(threat, steps=8, searches=3, restarts=2)
+    model, x, search = network(), images(7), minimisation(threat, steps=4, searches=3, restarts=2)
     y, job = model(x).argmax(1), torch.arange(7) % 2
     together = run_staggered(search, model, x, y, threat, streams(7), job=job, slots=3)
     for row in range(7):

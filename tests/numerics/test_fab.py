@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def reference(model, threat, *, targeted, steps=100):
     return FABAttack_PT(model, norm=threat.norm, eps=threat.eps, n_iter=steps, targeted=targeted, device="cpu")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     size=st.sampled_from([1, 2, 7, 192]),
@@ -146,11 +148,11 @@ def test_distances_in_float32_are_the_references(threat):
 
 
 @BOTH
-@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("name", ["fab", "fab-t"])
 def test_on_linear_models_finds_the_exact_distance(name, classes, threat):
     model, x, y, margin = linear_problem(threat.norm, classes, near=classes)
-    (search,) = attacks.build({"name": name, "steps": 20, "minimise": True}).parts(classes, threat)
+    (search,) = attacks.build({"name": name, "steps": 12, "minimise": True}).parts(classes, threat)
     state, _ = run(search, model, x, y, threat, streams(len(x)))
     # It overshoots by 5 % of a way that the last example's step back has left at 10 % of the distance.
     assert (state["distance"] <= margin * (1 + 0.05 * 0.1 / 0.95 + 1e-4)).all()
@@ -162,9 +164,9 @@ def test_on_linear_models_finds_the_exact_distance(name, classes, threat):
 def test_on_linear_models_fools_just_outside_the_margin_and_not_inside(name, norm):
     model, x, y, margin = linear_problem(norm, 4, near=4)
     for factor, fooled in ((0.98, False), (1.02, True)):
-        for row in range(len(x)):
+        for row in range(2):
             one, threat = slice(row, row + 1), ThreatModel(norm, factor * margin[row].item())
-            x_adv = attacks.build(f"{name}-20")(model, x[one], y[one], threat, generator=streams(1))
+            x_adv = attacks.build(f"{name}-10")(model, x[one], y[one], threat, generator=streams(1))
             assert (threat.distance(x_adv, x[one]) <= threat.eps).all()
             assert (model(x_adv).argmax(1) != y[one]).item() == fooled
 
@@ -204,12 +206,15 @@ def test_an_example_that_does_not_stand_is_followed_by_another():
     model, x = network(), images(BATCH)
     y, threat = model(x).argmax(1), ThreatModel("Linf", 0.5)
     state = FABT().begin(x, y, model(x), torch.zeros_like(y), threat, streams(BATCH))
-    offered = torch.zeros(BATCH, dtype=torch.long)
-    for _ in range(60):
+    offered = [[] for _ in range(BATCH)]
+    for _ in range(30):
         state = FABT().step(state, Query(model), threat)
-        offered += state["found"]
+        for row in state["found"].nonzero()[:, 0].tolist():
+            offered[row].append(state["adversarial"][row].clone())
         state["found"][:] = False
-    assert (offered > 10).all()
+    for examples in offered:
+        assert len(examples) > 5
+        assert not any(torch.equal(a, b) for a, b in pairwise(examples)), "the same one again"
 
 
 def test_fab_t_costs_less_than_the_published_code():
