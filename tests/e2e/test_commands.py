@@ -199,12 +199,21 @@ def rows(finished_run):
 )
 def test_every_stage_and_output_gives_what_the_run_has_measured(finished_run, rows, tmp_path, options, row):
     output = tmp_path / "results"
-    arguments = ["evaluate", finished_run, *options, "--limit", COUNT, "--output", output, "--device", "cpu"]
-    ended = dualhead(*arguments, "--precision", "float32", "--json")
+    arguments = ["evaluate", finished_run, *options, "--attack", "pgd-3", "--limit", COUNT, "--output", output]
+    ended = dualhead(*arguments, "--device", "cpu", "--precision", "float32", "--json")
     assert ended.status == 0, ended.err
     results = check_results(output, ["pgd-3"])
     assert json.loads(ended.out) == results
     assert outcome(results) == outcome(rows[row])
+
+
+@pytest.mark.parametrize(("options", "attacks"), [([], ["pgd-3", "multihead"]), (["--output-of", "mean"], ["pgd-3"])])
+def test_merged_heads_are_attacked_adaptively_unless_attacks_are_named(finished_run, tmp_path, options, attacks):
+    output = tmp_path / "results"
+    ended = dualhead("evaluate", finished_run, *options, "--limit", 4, "--output", output, "--precision", "float32")
+    assert ended.status == 0, ended.err
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["attacks"]) == attacks
 
 
 def test_evaluate_prints_a_table_and_a_curve_and_says_where_results_lie(finished_run, tmp_path):
