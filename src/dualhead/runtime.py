@@ -75,6 +75,13 @@ class Arithmetic:
         """The context for a forward pass."""
         return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
+    def reuse_casts(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which passes share the casts of weights to bfloat16; the weights must not change inside.
+
+        Autocast drops them when the outermost of its contexts ends, even one that is switched off.
+        """
+        return torch.autocast(device.type, torch.bfloat16, enabled=False) if self.bf16 else nullcontext()
+
     def lay_out(self, model: nn.Module) -> None:
         """Give the model's weights the layout that suits, in place; values stay."""
         if self.bf16:

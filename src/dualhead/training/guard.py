@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class StepGuard:
-    """Takes a step of the optimiser, unless the loss or a gradient is not finite: then all stays as it was.
+    """Takes a step of the optimiser, unless loss, gradients or buffers are not finite: then all stays as it was.
 
     The decision is made on the device: whoever drives the steps does not wait for it. Parameters and optimiser are
     held by torch's own fused optimisers, which skip a step by a flag on the device, as for gradient scaling. Buffers
@@ -45,7 +45,8 @@ class StepGuard:
             Whether it was taken, bool scalar on the device.
         """
         gradients = [p.grad for group in self._optimiser.param_groups for p in group["params"] if p.grad is not None]
-        taken = torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients))
+        moved = [buffer for buffer in self._buffers if buffer.is_floating_point()]
+        taken = torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients + moved))
         if self._on_device:
             self._optimiser.found_inf = (~taken).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
             self._optimiser.step()
@@ -56,6 +57,6 @@ class StepGuard:
         self.streak = torch.where(taken, 0, self.streak + 1)
         return taken
 
-    def reset(self) -> None:
-        """Forget the streak."""
-        self.streak = torch.zeros_like(self.streak)
+    def set_streak(self, streak: int) -> None:
+        """Count on from a number of dropped steps."""
+        self.streak = torch.full_like(self.streak, streak)

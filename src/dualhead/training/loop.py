@@ -39,6 +39,11 @@ class NotFinite(Exception):  # noqa: N818  # caught by the stage that raises it
     """Loss or gradient was not finite too often; the message says when."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on whatever device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @dataclass(frozen=True)
 class Validator:
     """Clean and robust accuracy on the held-out part of the training images.
@@ -166,6 +171,10 @@ class StageRun:
                 self._epoch(self._position.epoch)
             except NotFinite as fault:
                 self._retreat(fault)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise RunError(self._memory_advice()) from None
         write_state(self._program.model.state_dict(), self._files.last)
         if self._validator is None or not self._position.best:
             write_state(self._program.model.state_dict(), self._files.best)
@@ -175,7 +184,7 @@ class StageRun:
         position = self._position
         sums = {name: torch.tensor(value, dtype=torch.float32) for name, value in position.sums.items()}
         sums = {name: value.to(self._device) for name, value in sums.items()}
-        self._step.guard.reset()
+        self._step.guard.set_streak(position.streak)
         for batch in self._loader.epoch(epoch, position.step):
             self._set_rate(epoch + position.step / len(self._loader))
             streams = Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
@@ -184,11 +193,10 @@ class StageRun:
             position.step += 1
             self._progress.step(epoch + 1, outcome.terms["loss"])
             if position.step % PATIENCE == 0:
-                self._check_streak(outcome)
+                self._check_streak(outcome.terms)
             if self._stop() or time.monotonic() - self._saved_at > self._save_seconds:
                 self._save_within_epoch(sums)
-        if position.step == len(self._loader) and float(sums["images"]) == 0:
-            raise NotFinite(f"in all {position.step} steps of epoch {epoch + 1}")
+        self._check_epoch(sums)
         self._finish_epoch({name: float(value) for name, value in sums.items()})
 
     def _counted_step(self, batch: Batch, streams: Streams) -> StepOutcome:
@@ -200,9 +208,9 @@ class StageRun:
 
     def _save_within_epoch(self, sums: Mapping[str, Tensor]) -> None:
         position = self._position
-        if int(self._step.guard.streak) == 0:  # else the weights may be such that nothing good comes of them
-            position.sums = {name: float(value) for name, value in sums.items()}
-            self._save()
+        position.sums = {name: float(value) for name, value in sums.items()}
+        position.streak = int(self._step.guard.streak)
+        self._save()
         if self._stop():
             raise Interrupted(
                 f"stopped in stage {self._stage.name}, epoch {position.epoch + 1}, after step {position.step}; "
@@ -219,17 +227,33 @@ class StageRun:
             sums[name] = sums.get(name, 0.0) + torch.where(taken, value, 0.0)
         sums["dropped"] = sums.get("dropped", 0.0) + (~taken).float()
 
+    def _memory_advice(self) -> str:
+        stage = self._stage
+        at_once = min(stage.micro_batch or stage.batch_size, stage.batch_size)
+        smaller = f"set stages.{stage.name}.micro_batch={at_once // 2}, " if at_once > 1 else ""
+        return (
+            f"stage {stage.name}, epoch {self._position.epoch + 1}: out of memory with {at_once} images at once; "
+            f"{smaller}or stages.{stage.name}.checkpoint_activations=true. What was saved is kept"
+        )
+
     # ---- numbers that are not finite
 
-    def _check_streak(self, outcome: StepOutcome) -> None:
+    def _check_streak(self, terms: Mapping[str, Tensor]) -> None:
         if int(self._step.guard.streak) >= PATIENCE:
-            seen = ", ".join(f"{name} {float(value):g}" for name, value in outcome.terms.items())
+            seen = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
             raise NotFinite(f"in {PATIENCE} steps in a row, up to epoch {self._position.epoch + 1} ({seen})")
+
+    def _check_epoch(self, sums: Mapping[str, Tensor]) -> None:
+        """An epoch that ends well leaves a state to go back to, so it must not end in the middle of a streak."""
+        if float(sums["images"]) == 0:
+            raise NotFinite(f"in all {self._position.step} steps of epoch {self._position.epoch + 1}")
+        if int(self._step.guard.streak) >= PATIENCE:
+            raise NotFinite(f"in the last {PATIENCE} steps of epoch {self._position.epoch + 1}")
 
     def _retreat(self, fault: NotFinite) -> None:
         """Back to the last saved state, with a lower rate from there on."""
         where, rate = f"stage {self._stage.name}", self._stage.optimiser.lr
-        saved = self._files.states.load()
+        saved = self._files.states.load(lambda position: position.streak == 0)
         if saved is None or self._position.retreats >= MAX_RETREATS:
             raise RunError(
                 f"{where}: loss or gradient was not finite {fault}, also at {self._rate_factor():g} of the learning "
@@ -276,7 +300,7 @@ class StageRun:
         line["seconds"] = round(time.monotonic() - self._clock, 3)
         self._log.write(line)
         self._progress.epoch(line)
-        position.step, position.sums = 0, {}
+        position.step, position.streak, position.sums = 0, 0, {}
         self._save()
 
     @staticmethod

@@ -27,6 +27,11 @@ class Stage(Section):
     """Clean and attacked images in two forwards, as published, or in one: joint batch-norm statistics, and faster."""
     epochs: int = Field(ge=0)
     batch_size: int = Field(128, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
+    """Images in memory at once; gradients add up to the whole batch's. None: the batch. Trained batch norm sees the
+    statistics of a piece, then."""
+    checkpoint_activations: bool = False
+    """Compute activations twice rather than keep them: less memory for about a third more time; same results."""
     optimiser: Annotated[Optimiser, *component(optimisers)] = Field("sgd", validate_default=True)
     schedule: Annotated[Schedule, *component(schedules)] = Field("step", validate_default=True)
     init: str | None = None

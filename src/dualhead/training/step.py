@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +16,7 @@ from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
 from dualhead.training.guard import StepGuard
 from dualhead.training.program import Features, LossForward, Program
+from dualhead.training.recompute import blocks, recomputed
 from dualhead.training.stage import Stage
 
 
@@ -30,11 +32,24 @@ class StepOutcome:
     """How many of the batch's images, attacked if the objective attacks, were classified correctly."""
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a batch, ready for the loss: what the frozen prefix makes of it clean and attacked, and labels."""
+
+    clean: Features | None
+    attacked: Features | None
+    y: Tensor
+
+
 class TrainingStep:
     """The step of a stage, with as few passes as its objective allows.
 
     The clean target of an objective is computed once a batch; the attack asks for input gradients only; a frozen
     prefix is run once for the clean batch and once for the attacked one.
+
+    With `micro_batch`, the batch is attacked piece by piece and gradients add up over the pieces: exactly those of the
+    whole batch for losses that are means over images, except for batch norm that trains, whose statistics are then
+    those of a piece. With `checkpoint_activations` they are exact for any network.
 
     Args:
         program: what of the network runs.
@@ -64,6 +79,7 @@ class TrainingStep:
         self._arithmetic = arithmetic
         self.guard = StepGuard(program.model, optimiser)
         self._forward = forward or LossForward(program, joint=stage.forward == "joint")
+        self._forgetful = blocks(program.model) if stage.checkpoint_activations else []
 
     def __call__(self, batch: Batch, streams: Streams) -> StepOutcome:
         """Train on a batch.
@@ -72,29 +88,51 @@ class TrainingStep:
             batch: images float32 [B, C, H, W] in [0, 1] and labels int64 [B].
             streams: the randomness of these samples in this epoch.
         """
-        objective = self._stage.objective
         self._program.model.train()
-        x = self._arithmetic.images(batch.x)
-        with self._arithmetic.autocast(x.device):
-            clean = self._program.constant(x) if objective.clean or objective.clean_target else None
-        attacked = None
+        self.guard.remember()
+        with recomputed(self._forgetful):
+            pieces = [self._prepare(piece, part) for piece, part in self._cut(batch, streams)]
+            self._optimiser.zero_grad(set_to_none=True)
+            terms, correct = self._descend(pieces, len(batch))
+        return StepOutcome(terms, self.guard.step(terms["loss"]), correct)
+
+    def _cut(self, batch: Batch, streams: Streams) -> Iterator[tuple[Batch, Streams]]:
+        size = self._stage.micro_batch or len(batch)
+        if size >= len(batch):
+            yield batch, streams
+            return
+        for rows in torch.split(torch.arange(len(batch), device=batch.y.device), size):
+            yield Batch(batch.index[rows], batch.x[rows], batch.y[rows]), streams[rows]
+
+    def _prepare(self, piece: Batch, streams: Streams) -> _Piece:
+        """Attack a piece, and run the frozen prefix."""
+        objective = self._stage.objective
+        x = self._arithmetic.images(piece.x)
+        clean = attacked = None
+        if objective.clean or objective.clean_target:
+            with self._arithmetic.autocast(x.device):
+                clean = self._program.constant(x)
         if objective.adversarial:
-            x_adv = self._attack(x, clean, batch.y, streams)
+            x_adv = self._attack(x, clean, piece.y, streams)
             with self._arithmetic.autocast(x.device):
                 attacked = self._program.constant(x_adv)
-        self.guard.remember()
-        with self._arithmetic.autocast(x.device):
-            clean_logits, adv_logits = self._forward(clean if objective.clean else None, attacked)
-        terms = objective.loss(clean_logits, adv_logits, batch.y)
-        self._optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(terms.total)
-        taken = self.guard.step(terms.total)
-        judged = clean_logits if adv_logits is None else adv_logits
-        return StepOutcome(
-            {"loss": terms.total.detach(), **{name: term.detach() for name, term in terms.terms.items()}},
-            taken,
-            (cast("Tensor", judged).argmax(1) == batch.y).sum(),
-        )
+        return _Piece(clean if objective.clean else None, attacked, piece.y)
+
+    def _descend(self, pieces: Sequence[_Piece], images: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of the mean loss, in `.grad`; the loss and its terms, and the number of correct images."""
+        sums: dict[str, Tensor] = {}
+        correct = torch.zeros((), dtype=torch.int64, device=pieces[0].y.device)
+        for piece in pieces:
+            share = len(piece.y) / images
+            with self._arithmetic.autocast(piece.y.device):
+                clean_logits, adv_logits = self._forward(piece.clean, piece.attacked)
+            loss = self._stage.objective.loss(clean_logits, adv_logits, piece.y)
+            torch.autograd.backward(loss.total * share)
+            for name, term in {"loss": loss.total, **loss.terms}.items():
+                sums[name] = sums.get(name, 0.0) + term.detach() * share
+            judged = cast("Tensor", clean_logits if adv_logits is None else adv_logits)
+            correct += (judged.argmax(1) == piece.y).sum()
+        return sums, correct
 
     def _attack(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
         if self._stage.attack_mode == "train":
@@ -109,4 +147,5 @@ class TrainingStep:
                 target = self._program.suffix(clean).float()
         attack = cast("Maximiser", self._stage.attack)
         logits_fn = self._arithmetic.wrap(self._program.logits)
-        return attack.maximise(logits_fn, x, lambda z: objective.inner_loss(z, target, y), self._threat, streams)
+        with self._arithmetic.reuse_casts(x.device):
+            return attack.maximise(logits_fn, x, lambda z: objective.inner_loss(z, target, y), self._threat, streams)
