@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from dualhead.evaluation import evaluate
 from dualhead.evaluation.diagnostics import check_black_box, check_curve
+from dualhead.threat import ThreatModel
 from evaluation_helpers import THREAT, patterns, trained
 
 
@@ -141,3 +144,41 @@ def test_robust_accuracy_that_rises_with_eps_is_noted():
     curve[2]["robust_accuracy"]["pgd"] = 0.4
     assert check_curve(curve, 100)[0].status == "warning"
     assert "from eps 0.2 to 0.3" in check_curve(curve, 100)[0].message
+
+
+class TwoHeads(nn.Module):
+    """The trained network twice, once slightly changed, and what `aggregate` makes of their logits."""
+
+    def __init__(self, aggregate):
+        super().__init__()
+        self.first, self.second = trained(), copy.deepcopy(trained())
+        with torch.no_grad():
+            self.second[-1].weight.mul_(1.1)
+        self.aggregate = aggregate
+
+    def head_logits(self, x):
+        return torch.stack((self.first(x), self.second(x)), 1)
+
+    def forward(self, x):
+        return self.aggregate(self.head_logits(x))
+
+
+def test_a_saturated_aggregate_is_brought_down_by_the_adaptive_attack():
+    honest, _ = findings(TwoHeads(lambda heads: heads.mean(1)).eval())
+    model = TwoHeads(lambda heads: (50 * heads.mean(1)).tanh() + 1e-4 * heads.mean(1).detach()).eval()
+    masked, found = findings(model, attacks=["pgd-10", "multihead-10"])
+    assert {"zero_gradient", "large_eps"} <= fired(found)
+    assert masked.robust_accuracy["pgd-10"] > honest.robust_accuracy["pgd-10"] + 0.2
+    assert masked.robust_accuracy["worst"] <= honest.robust_accuracy["pgd-10"] + 0.03
+    assert masked.results["attacks"]["multihead-10"]["fooled"] > 0
+
+
+def test_quantised_logits_do_not_stop_square():
+    options = {"attacks": ["pgd-10", "square-300"], "threat": ThreatModel("Linf", "24/255")}
+    honest, _ = findings(trained(), **options)
+    masked, found = findings(Masked(lambda z: (z * 4).round() / 4 + 1e-4 * z.detach()), **options)
+    assert masked.robust_accuracy["pgd-10"] > honest.robust_accuracy["pgd-10"] + 0.5
+    assert abs(masked.robust_accuracy["square-300"] - honest.robust_accuracy["square-300"]) <= 0.03
+    assert masked.robust_accuracy["worst"] < masked.robust_accuracy["pgd-10"]
+    assert found["black_box"]["status"] == "failed"
+    assert "masked" in found["black_box"]["message"]

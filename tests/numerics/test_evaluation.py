@@ -185,6 +185,18 @@ def test_verdicts_do_not_depend_on_order_or_shards(reference):
                 )
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_every_attack_is_independent_of_its_batch(norm, precision):
+    suite = ["apgd-ce-8", "apgd-t-5", "fab-t-5", "square-40", "cw" if norm == "L2" else "cw-8"]
+    suite = [attack if attack != "cw" else {"name": "cw", "steps": 8} for attack in suite]
+    threat = ThreatModel(norm, "12/255" if norm == "Linf" else 0.6)
+    options = {"attacks": suite, "threat": threat, "precision": precision}
+    whole = measure(40, batch_size=64, **options)
+    assert 0 < whole.robust_accuracy["worst"] < 1
+    assert_same(measure(40, batch_size=7, **options), whole)
+
+
 def test_looking_less_often_gives_the_same_verdicts(reference, monkeypatch):
     from dualhead.evaluation import run
 
@@ -559,3 +571,25 @@ def test_bad_input_is_refused_in_one_line(change, message):
     with pytest.raises(UserError, match=message) as caught:
         evaluate(trained(), **given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_standard_suite_costs_what_it_should_on_robust_samples():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    images = torch.rand(9, 3, 2, 2)
+    labels = model(images).argmax(1)
+    threat = ThreatModel("Linf", 1e-6)
+    result = evaluate(
+        model, images, labels, threat=threat, attacks=["autoattack"], precision="float32", diagnostics=False
+    )
+    assert result.robust_accuracy["autoattack"] == 1
+    passes = {
+        part["name"]: (part["forward_passes"], part["backward_passes"])
+        for part in result.results["attacks"]["autoattack"]["parts"]
+    }
+    at_most = {"apgd-ce": (103, 101), "apgd-t": (920, 909), "fab-t": (1829, 900), "square": (5004, 0)}
+    for name, (forward, backward) in at_most.items():
+        assert 0.97 * 9 * forward <= passes[name][0] <= 9 * forward, name
+        assert passes[name][1] == 9 * backward, name
+    assert [part["fooled"] for part in result.results["attacks"]["autoattack"]["parts"]] == [0, 0, 0, 0]
