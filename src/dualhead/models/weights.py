@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
+from dualhead.files import write_atomically
 from dualhead.models.base import Wrapped
 
 logger = logging.getLogger(__name__)
@@ -177,23 +177,5 @@ def write_state(state: Mapping[str, Any], path: str | Path) -> None:
         state: names to tensors, on any device; shared memory is written once per name.
         path: the file; its folder is made if need be.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    try:
-        safetensors.torch.save_file(copies, aside, metadata={"format": "pt"})
-        _flush(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_atomically(Path(path), lambda aside: safetensors.torch.save_file(copies, aside, metadata={"format": "pt"}))
