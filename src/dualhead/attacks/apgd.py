@@ -2,7 +2,7 @@
 
 Croce and Hein 2020, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks,
 algorithm 1. Where their published code departs from the paper, this follows the code, since published numbers come from
-it: see `_APGD._checkpoint`.
+it: see `APGD._checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,31 +15,14 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import Query, Search, State, attacks, per_slot
+from dualhead.attacks.base import Query, Search, State, attacks, class_by_rank, per_slot, require_at_least_one
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Real, ThreatModel
 
 
-def require_at_least_one(attack: object, *fields: str) -> None:
-    """Refuse numbers below 1.
-
-    Raises:
-        UserError: naming the field.
-    """
-    for field in fields:
-        if getattr(attack, field) < 1:
-            raise UserError(f"{field} must be at least 1, got {getattr(attack, field)}")
-
-
-def class_by_rank(clean: Tensor, y: Tensor, rank: Tensor) -> Tensor:
-    """The class int64 [B] that comes `rank` places (1 or more) after the true one in the order of the clean logits."""
-    others = clean.scatter(1, y[:, None], torch.inf)
-    return others.argsort(1).gather(1, clean.shape[1] - 1 - rank[:, None])[:, 0]
-
-
 @dataclass(frozen=True)
-class _APGD(Search):
+class APGD(Search):
     """What the three forms of Auto-PGD share.
 
     Args:
@@ -190,7 +173,7 @@ class _APGD(Search):
 
 @attacks.register("apgd-ce", numbers=("steps",))
 @dataclass(frozen=True)
-class APGDCE(_APGD):
+class APGDCE(APGD):
     """Auto-PGD on the cross-entropy.
 
     Args:
@@ -208,7 +191,7 @@ class APGDCE(_APGD):
 
 @attacks.register("apgd-dlr", numbers=("steps",))
 @dataclass(frozen=True)
-class APGDDLR(_APGD):
+class APGDDLR(APGD):
     """Auto-PGD on the difference of logits ratio; on the margin below 3 classes, where the ratio is not defined.
 
     Args:
@@ -232,7 +215,7 @@ class APGDDLR(_APGD):
 
 @attacks.register("apgd-t", numbers=("steps",))
 @dataclass(frozen=True)
-class APGDT(_APGD):
+class APGDT(APGD):
     """Auto-PGD on the targeted difference of logits ratio, towards one class after another.
 
     The targets are the classes that follow the true one in the order of the clean logits. Any misclassification counts.

@@ -43,6 +43,23 @@ def per_slot(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
+def require_at_least_one(attack: object, *fields: str) -> None:
+    """Refuse numbers below 1.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for field in fields:
+        if getattr(attack, field) < 1:
+            raise UserError(f"{field} must be at least 1, got {getattr(attack, field)}")
+
+
+def class_by_rank(clean: Tensor, y: Tensor, rank: Tensor) -> Tensor:
+    """The class int64 [B] that comes `rank` places (1 or more) after the true one in the order of the clean logits."""
+    others = clean.scatter(1, y[:, None], torch.inf)
+    return others.argsort(1).gather(1, clean.shape[1] - 1 - rank[:, None])[:, 0]
+
+
 def _full_precision(logits: Tensor) -> Tensor:
     """Logits as float32, or as float64 if the model works in that."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.apgd import require_at_least_one
-from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot
+from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, require_at_least_one
 from dualhead.attacks.pgd import PGD
 from dualhead.errors import UserError
 from dualhead.noise import Streams

@@ -2,9 +2,9 @@
 
 What an aggregate hides from its own gradient, its parts may show: an aggregate that saturates passes no gradient on,
 and two heads that must both be fooled are easier to fool one after the other. So the ascent climbs the loss of the
-aggregate, of each head, and of weighted sums of all of them (Tramer et al. 2020, On adaptive attacks to adversarial
-example defenses, sections 4 and 5: attack all components, with several weightings), each from the best point of the one
-before, and every point that it visits is tried on the aggregate, which alone decides.
+aggregate, of each head, and of weighted sums of all of them, each from the best point of the one before, and every point
+that it visits is tried on the aggregate, which alone decides. This adapts the attack to the defence in the sense of
+Tramer et al. 2020, On adaptive attacks to adversarial example defenses; the choice of losses is this project's own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.apgd import _APGD, APGDCE, APGDT, require_at_least_one
-from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot
+from dualhead.attacks.apgd import APGD, APGDCE, APGDT
+from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, require_at_least_one
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Real, ThreatModel
@@ -89,7 +89,7 @@ def _weights(num_heads: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Chain(_APGD):
+class _Chain(APGD):
     """Ascents in turn within one slot: each begins at the point that came nearest to fooling the aggregate."""
 
     num_heads: int = 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import LogitsFn, Query, Search, State, attacks, per_slot
+from dualhead.attacks.base import LogitsFn, Query, Search, State, attacks, per_slot, require_at_least_one
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Real, ThreatModel
@@ -40,9 +40,7 @@ class PGD(Search):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least_one(self, "steps", "restarts")
         if self.step_size is not None and self.step_size <= 0:
             raise UserError(f"step_size must be greater than 0, got {self.step_size:g}; write e.g. 2/255")
 

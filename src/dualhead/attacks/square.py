@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.apgd import require_at_least_one
-from dualhead.attacks.base import Query, Search, State, attacks, per_slot
+from dualhead.attacks.base import Query, Search, State, attacks, per_slot, require_at_least_one
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Norm, Real, ThreatModel
