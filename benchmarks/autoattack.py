@@ -57,7 +57,7 @@ class Clock(logging.Handler):
         """Keep the time of lines that end an attack."""
         words = record.getMessage().split()
         if words[:3] == ["robust", "accuracy", "after"]:
-            self.ends.append((words[3].lower(), time.perf_counter()))
+            self.ends.append((words[3].lower().rstrip(":"), time.perf_counter()))
 
 
 def reference(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, batch_size: int, seed: int) -> Row:

@@ -247,7 +247,7 @@ class _Work:
         x, y = samples.fetch(rows, self.subject.device), samples.labels[rows].to(self.subject.device)
 
         def settle() -> dict[str, Any]:
-            self.subject.settle(precision, x, y)
+            self.subject.settle(precision, x, y, self._most_passes())
             return {
                 "precision": self.subject.arithmetic.name,
                 "layout": self.subject.layout,
@@ -259,6 +259,17 @@ class _Work:
         self.settled = self._gather(self.journal.fact("arithmetic", settle) if self.rank == 0 else None)[0]
         self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
         self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
+
+    def _most_passes(self) -> int:
+        """Steps of one process, if nothing were fooled."""
+        threats = {self.threat, *self.threats.values()} - {None}
+        parts = [
+            part
+            for threat in cast("set[ThreatModel]", threats)
+            for attack in self.attacks.values()
+            for part in attack.parts(self.num_classes, threat, self.num_heads)
+        ]
+        return len(self.mine) * sum(part.jobs(self.num_classes) * part.max_steps() for part in parts)
 
     def _diagnose_model(self) -> list[dict[str, str]]:
         """Checks before the attacks, by the first process."""

@@ -175,29 +175,31 @@ class Subject:
         if not differ(expected, logits.detach()[: len(expected)], 1e-3):
             self._search_model, self._layout = copied, torch.channels_last
 
-    def settle(self, precision: Precision, x: Tensor, y: Tensor) -> None:
+    def settle(self, precision: Precision, x: Tensor, y: Tensor, work: int) -> None:
         """Choose precision and batch size for speed, neither of which changes what a verdict means.
 
-        Under `auto` the search runs in bf16 if that is at least 1.2 times faster here. The batch grows, up to
-        `batch_size`, while that makes an image cheaper: on a CPU a batch that outgrows the cache is slower.
+        Under `auto` the search runs in bf16 if that is at least 1.2 times faster here. The batch grows from 32, up to
+        `batch_size`, while that makes an image cheaper: on a CPU a batch that outgrows the cache is slower. A size is
+        tried only if that costs little beside the work.
 
         Args:
             precision: what was asked for.
             x: at least one image.
             y: its label.
+            work: passes that lie ahead at most.
         """
-        sizes = [size for size in (16 * 2**k for k in range(16)) if size < self.batch_size] + [self.batch_size]
+        sizes = [size for size in (32 * 2**k for k in range(16)) if size < self.batch_size] + [self.batch_size]
         self.use(BF16 if precision == "bf16" else FLOAT32, x)
         if precision == "auto":
-            size = sizes[min(1, len(sizes) - 1)]
-            timings = {}
             for arithmetic in (FLOAT32, BF16):
                 self.use(arithmetic, x)
-                timings[arithmetic] = self._seconds_per_image(x, y, size)
-                self.timings[arithmetic.name] = timings[arithmetic]
-            self.use(BF16 if timings[BF16] * 1.2 < timings[FLOAT32] else FLOAT32, x)
+                self.timings[arithmetic.name] = self._seconds_per_image(x, y, sizes[0])
+            self.use(BF16 if self.timings["bf16"] * 1.2 < self.timings["float32"] else FLOAT32, x)
         best = math.inf
         for size in sizes:
+            if size > 0.005 * work:
+                self.batch_size = min(self.batch_size, max(size, sizes[0]))
+                break
             try:
                 seconds = self._seconds_per_image(x, y, size)
             except torch.OutOfMemoryError:
