@@ -2,9 +2,9 @@
 
 What an aggregate hides from its own gradient, its parts may show: an aggregate that saturates passes no gradient on,
 and two heads that must both be fooled are easier to fool one after the other. So the ascent climbs the loss of the
-aggregate, of each head, and of weighted sums of all of them, each from the best point of the one before, and every point
-that it visits is tried on the aggregate, which alone decides. This adapts the attack to the defence in the sense of
-Tramer et al. 2020, On adaptive attacks to adversarial example defenses; the choice of losses is this project's own.
+aggregate, of each head, and of weighted sums of all of them, each from the best point of the one before, and every
+point that it visits is tried on the aggregate, which alone decides. This adapts the attack to the defence in the sense
+of Tramer et al. 2020, On adaptive attacks to adversarial example defenses; the choice of losses is this project's own.
 """
 
 from __future__ import annotations
