@@ -90,7 +90,7 @@ def train_in_spite_of(kills, folder, epochs, epoch_seconds=0.0, seed=0):
             process.join()
             killed += 1
         else:
-            assert process.exitcode == 0, "the process failed by itself"
+            assert process.exitcode == 0, f"the process ended by itself, with status {process.exitcode}"
             return killed
 
 
