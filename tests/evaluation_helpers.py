@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualhead.threat import ThreatModel
 
 THREAT = ThreatModel("Linf", "16/255")
-COLUMNS = ("robust", "distance", "part", "job", "steps", "margin")
+COLUMNS = ("robust", "distance", "part", "job", "steps", "margin", "prediction")
 
 
 def patterns(count: int, classes: int = 4, side: int = 8, *, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,18 @@ def test_examples_kept_are_inside_ball_and_box_and_fool_the_model():
             assert (trained()(example).argmax(1) != labels[rows]).all()
 
 
+def test_predictions_are_the_models_own_of_what_each_attack_left():
+    result = measure(40, save_adversarial=True)
+    for verdict in result.verdicts.values():
+        rows = verdict.adversarial_rows
+        with torch.no_grad():
+            taken = trained()(torch.from_numpy(verdict.adversarial)).argmax(1).numpy()
+        np.testing.assert_array_equal(verdict.prediction[rows], taken)
+        assert (verdict.prediction[rows] != result.labels[rows]).all()
+        others = np.setdiff1d(np.arange(40), rows)
+        np.testing.assert_array_equal(verdict.prediction[others], result.clean_prediction[others])
+
+
 def test_scheduler_follows_the_attack_called_alone(reference):
     images, labels = patterns(60)
     attack = attacks.build(ATTACKS[1])

@@ -53,7 +53,7 @@ def evaluation(folder, seed, *, classes=4, names=None, count=60, eps=0.1, images
         unknown = np.full(count, -1)
         verdicts[attack] = Verdicts(
             robust, np.where(fooled, eps, np.nan), unknown, unknown, np.where(fooled, 3, -1),
-            np.where(fooled, 0.5, np.nan),
+            np.where(fooled, 0.5, np.nan), np.where(fooled, (labels + 1) % classes, clean),
         )  # fmt: skip
         if images:
             rows = np.flatnonzero(fooled)
@@ -331,7 +331,11 @@ def test_few_and_many_classes(tmp_path, classes):
 
 
 def test_confusion_that_is_not_stored_is_explained(tmp_path):
-    assert "Confusion under attack is not shown" in report(make_run(tmp_path / "run"), at=tmp_path).text
+    evaluation(tmp_path / "one", 1)
+    samples = dict(np.load(tmp_path / "one" / "samples.npz"))
+    del samples["prediction_pgd-40"]
+    np.savez(tmp_path / "one" / "samples.npz", **samples)
+    assert "Confusion under attack is not shown" in report(tmp_path / "one", at=tmp_path).text
 
 
 def test_a_run_without_evaluation_says_so(tmp_path):

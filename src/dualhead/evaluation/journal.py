@@ -14,7 +14,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,28 @@ Part = tuple[str, int]
 """A task (an attack at an eps) and the number of its part."""
 
 _COSTS = tuple(f.name for f in fields(Cost))
-_OUTCOME = {"sample": int, "job": int, "fooled": bool, "steps": int, "distance": float, "margin": float}
+_OUTCOME = {
+    "sample": int,
+    "job": int,
+    "fooled": bool,
+    "steps": int,
+    "distance": float,
+    "margin": float,
+    "taken_for": int,
+}
+LAYOUT = 2
+"""Of the files; raised when one of another layout could not be read."""
+
+
+@dataclass
+class Outcome(Try):
+    """A try, and what came of it for people to see.
+
+    Attributes:
+        taken_for: the class that the float32 model takes the example for; -1 where not fooled, or no logit is a number.
+    """
+
+    taken_for: int = -1
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -95,17 +116,18 @@ class Journal:
         self, folder: Path | None, identity: Mapping[str, Any], *, resume: bool, rank: int, world: int, examples: bool
     ) -> None:
         self.folder, self.rank, self.world, self.examples = folder, rank, world, examples
-        self.tries: dict[Part, dict[tuple[int, int], Try]] = defaultdict(dict)
+        self.tries: dict[Part, dict[tuple[int, int], Outcome]] = defaultdict(dict)
         self.costs: dict[Part, Cost] = defaultdict(Cost)
         self.seconds: dict[Part, float] = defaultdict(float)
         self.facts: dict[str, Any] = {}
-        self._new: list[tuple[Part, Try]] = []
+        self._new: list[tuple[Part, Outcome]] = []
         self._new_costs: list[tuple[Part, float, Cost]] = []
         self._begun = self._written = self._flown = time.monotonic()
         self._flight_seconds = 0.0
         self._count = 0
         if folder is None:
             return
+        identity = {**identity, "layout of these files": LAYOUT}
         if not resume and rank == 0 and folder.is_dir():
             for path in [
                 *folder.glob("tries-*.npz"),
@@ -142,7 +164,7 @@ class Journal:
             examples = iter(held["example"]) if "example" in held else None
             columns = (held[n].tolist() for n in ("task", "part", *_OUTCOME))
             for task, part, *outcome in zip(*columns, strict=True):
-                found = Try(*outcome)
+                found = Outcome(**dict(zip(_OUTCOME, outcome, strict=True)))
                 if found.fooled and examples is not None:
                     found.example = torch.from_numpy(next(examples).copy())
                 self.tries[tasks[task], part][found.sample, found.job] = found
@@ -175,7 +197,7 @@ class Journal:
         """(sample, job) to whether it was fooled."""
         return {key: found.fooled for key, found in self.tries[part].items()}
 
-    def first_successes(self, part: Part, samples: Iterable[int]) -> dict[int, Try]:
+    def first_successes(self, part: Part, samples: Iterable[int]) -> dict[int, Outcome]:
         """For each of the samples that was fooled, the first job in order that did it."""
         asked, first = set(samples), {}
         for (sample, _), found in sorted(self.tries[part].items(), reverse=True):
@@ -183,7 +205,7 @@ class Journal:
                 first[sample] = found
         return first
 
-    def add(self, part: Part, found: Try) -> None:
+    def add(self, part: Part, found: Outcome) -> None:
         """Record an outcome."""
         if not self.examples:
             found.example = None

@@ -16,6 +16,9 @@ from dualhead.evaluation.journal import finite, write_arrays
 from dualhead.evaluation.statistics import wilson
 from dualhead.files import write_json
 
+PER_SAMPLE = ("distance", "part", "job", "steps", "margin", "prediction")
+"""What `samples.npz` holds of each attack beside `robust`, as arrays [N]."""
+
 
 @dataclass
 class Verdicts:
@@ -28,6 +31,8 @@ class Verdicts:
         job: int64 [N]: which target or restart of that part; -1 where none did.
         steps: int64 [N]: how many steps that took; -1 where none was found.
         margin: float64 [N]: highest other logit minus the label's at the example; NaN where none was found.
+        prediction: int64 [N]: the class of the image as the attack left it, the clean one where nothing was found;
+            -1 where the logits are not numbers.
         adversarial: float32 [M, C, H, W], the examples of the samples in `adversarial_rows`; None unless asked for.
         adversarial_rows: int64 [M], positions of those samples.
     """
@@ -38,6 +43,7 @@ class Verdicts:
     job: NDArray[np.int64]
     steps: NDArray[np.int64]
     margin: NDArray[np.float64]
+    prediction: NDArray[np.int64]
     adversarial: NDArray[np.float32] | None = None
     adversarial_rows: NDArray[np.int64] | None = None
 
@@ -97,7 +103,7 @@ class Evaluation:
         }
         for name, verdict in self.verdicts.items():
             arrays[f"robust_{name}"] = verdict.robust
-            for key in ("distance", "part", "job", "steps", "margin"):
+            for key in PER_SAMPLE:
                 arrays[f"{key}_{name}"] = getattr(verdict, key)
             if verdict.adversarial is not None and verdict.adversarial_rows is not None:
                 arrays[f"adversarial_{name}"] = verdict.adversarial
@@ -131,7 +137,7 @@ class Evaluation:
             held = {name: stored[name] for name in stored.files}
         verdicts = {}
         for name in results["attacks"]:
-            found = {key: held[f"{key}_{name}"] for key in ("robust", "distance", "part", "job", "steps", "margin")}
+            found = {key: held[f"{key}_{name}"] for key in ("robust", *PER_SAMPLE)}
             kept: dict[str, Any] = {key: held.get(f"{key}_{name}") for key in ("adversarial", "adversarial_rows")}
             verdicts[name] = Verdicts(**found, **kept)
         return cls(held["index"], held["label"], held["clean_prediction"], verdicts, results)

@@ -25,7 +25,7 @@ from dualhead.evaluation.diagnostics import (
     described,
     training_modules,
 )
-from dualhead.evaluation.journal import Journal, data_fingerprint, weights_fingerprint
+from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
@@ -156,7 +156,7 @@ def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
 class _Found:
     """What one process found of one attack."""
 
-    tries: dict[int, tuple[int, Try]]  # sample to the part that fooled it, and how
+    tries: dict[int, tuple[int, Outcome]]  # sample to the part that fooled it, and how
     costs: dict[int, Cost]
     seconds: dict[int, float]
 
@@ -376,12 +376,15 @@ class _Work:
         shares = cast("list[_Found]", self._gather(self._attack_mine(attack, parts, threat)))
         count = len(self.correct)
         numbers = {key: np.full(count, -1) for key in ("part", "job", "steps")}
-        verdicts = Verdicts(self.correct.copy(), np.full(count, np.nan), **numbers, margin=np.full(count, np.nan))
+        clean = predictions(self.samples.clean).numpy()
+        empty = np.full(count, np.nan)
+        verdicts = Verdicts(self.correct.copy(), empty, **numbers, margin=empty.copy(), prediction=clean)
         tries = {sample: outcome for found in shares for sample, outcome in found.tries.items()}
         for sample, (part, outcome) in tries.items():
             verdicts.robust[sample] = False
             verdicts.part[sample], verdicts.job[sample], verdicts.steps[sample] = part, outcome.job, outcome.steps
             verdicts.distance[sample], verdicts.margin[sample] = outcome.distance, outcome.margin
+            verdicts.prediction[sample] = outcome.taken_for
         if self.keep_examples:
             verdicts.adversarial_rows = np.array(sorted(tries), np.int64)
             examples = [cast("Tensor", tries[sample][1].example).numpy() for sample in sorted(tries)]
@@ -444,9 +447,12 @@ class _Work:
         report = Reporter(self.progress, label, left, jobs, len(self.mine), known)
         since = time.perf_counter()
         spent = Cost()
+        ended: list[Try] = []
 
         def account() -> None:
             nonlocal since, spent
+            self._journal_tries(where, ended)
+            ended.clear()
             now, cost = time.perf_counter(), hunt.cost
             self.journal.add_cost(
                 where, now - since, Cost(**{key: value - getattr(spent, key) for key, value in asdict(cost).items()})
@@ -455,8 +461,8 @@ class _Work:
             self.journal.write()
 
         def record(outcome: Try) -> None:
-            self.journal.add(where, outcome)
-            if self.journal.due():
+            ended.append(outcome)
+            if self.journal.due() or len(ended) >= self.subject.batch_size:
                 account()
             report.outcome(outcome)
 
@@ -482,5 +488,18 @@ class _Work:
         try:
             hunt.run()
         finally:
-            if hunt.cost != spent:
+            if hunt.cost != spent or ended:
                 account()
+
+    def _journal_tries(self, where: tuple[str, int], ended: Sequence[Try]) -> None:
+        """Write down tries that have ended, with what the model takes each example for, asked in one batch."""
+        examples = [found.example for found in ended if found.fooled and found.example is not None]
+        wrong: list[int] = []
+        if examples:
+            labels = self.samples.labels[[found.sample for found in ended if found.fooled]]
+            logits = self.subject.verify(torch.stack(examples).to(self.subject.device)).cpu()
+            # They are known to be misclassified. Another batch may round a tie otherwise, and must not undo that.
+            wrong = predictions(logits.scatter(1, labels[:, None], -torch.inf)).tolist()
+        taken = iter(wrong)
+        for found in ended:
+            self.journal.add(where, Outcome(**vars(found), taken_for=next(taken) if found.fooled else -1))
