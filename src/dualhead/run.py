@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -383,14 +384,18 @@ class Run:
         if not isinstance(self.model, DualHeadClassifier):
             yield self._row_name("model"), self.model, "model"
             return
-        first = self.recipe.stages[0]
-        if "head1" in first.train:
+        first = self._base_stages()
+        if first:
             base = self.architecture.create().to(self.device)
-            path = self._stage_file(first, first.keep)
+            path = self._stage_file(first[-1], first[-1].keep)
             load_state(base, read_state(path), str(path))
             yield BASE, view(base, "head1"), "head1"
         for output, name in ROWS.items():
             yield name, view(self.model, output), output
+
+    def _base_stages(self) -> list[Stage]:
+        """The stages that make the base model: those before any other part than trunk and head 1 is trained."""
+        return list(takewhile(lambda stage: set(stage.train) <= {"trunk", "head1"}, self.recipe.stages))
 
     def _parameters(self, output: str) -> int:
         if not isinstance(self.model, DualHeadClassifier):
@@ -414,7 +419,8 @@ class Run:
             "model": {"model"}, "head1": {"trunk", "head1"}, "head2": {"trunk", "head2"},
             "mean": {"trunk", "head1", "head2"}, "aggregate": {"trunk", "head1", "head2", "aggregator"},
         }  # fmt: skip
-        costs = {"base": (stages[0][1] / unit, stages[0][2])}
+        base = stages[: len(self._base_stages())]
+        costs = {"base": (sum(s[1] for s in base) / unit, sum(s[2] for s in base))}
         for output, parts in needed.items():
             reached = max((n + 1 for n, (trained, _, _) in enumerate(stages) if trained & parts), default=0)
             costs[output] = (sum(s[1] for s in stages[:reached]) / unit, sum(s[2] for s in stages[:reached]))

@@ -136,7 +136,7 @@ def test_published_settings(name):
 
 @pytest.mark.parametrize("name", [n for n in shipped_recipes() if n != "digits_natural"])
 def test_the_second_head_leans_to_clean_accuracy_by_half_of_beta(name):
-    betas = [getattr(stage.objective, "beta", None) for stage in load_recipe(name).stages]
+    betas = [getattr(stage.objective, "beta", None) for stage in load_recipe(name).stages[-3:]]
     assert betas[1] == betas[2]
     assert betas[0] is None or betas[1] == betas[0] / 2
 
