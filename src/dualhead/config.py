@@ -20,6 +20,7 @@ from dualhead.objectives import objectives
 from dualhead.registry import Registry, first_error
 from dualhead.schema import Section, component
 from dualhead.threat import ThreatModel, parse_real
+from dualhead.training.averaging import averagings
 from dualhead.training.optimisation import optimisers, schedules
 from dualhead.training.stage import Stage
 
@@ -27,6 +28,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "aggregators": aggregators,
     "attacks": attacks,
     "augmentations": augmentations,
+    "averages": averagings,
     "backbones": backbones,
     "objectives": objectives,
     "optimisers": optimisers,

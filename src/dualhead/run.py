@@ -324,7 +324,7 @@ class Run:
                 "epochs": finished.epoch,
                 "seconds": round(finished.seconds, 3),
                 "steps": finished.epoch * steps,
-                "flops": finished.step_cost * finished.epoch * steps,
+                "flops": finished.flops,
                 "best": finished.best or None,
                 "kept": stage.keep,
             },

@@ -30,6 +30,7 @@ RANKS = [
 ROOMS = {"data", "models", "heads", "objectives", "attacks", "report", "training", "evaluation"}
 INSIDES = {
     # The recipe's schema is made of the stage's, which lies beside the loop that reads it.
+    ("config", "training.averaging"),
     ("config", "training.optimisation"),
     ("config", "training.stage"),
     # Losses and the reading of logits serve the harness and the attacks alike.

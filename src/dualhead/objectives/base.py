@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from dualhead.errors import UserError
 from dualhead.registry import Registry
 
 
@@ -64,6 +65,16 @@ class Objective(ABC):
             adv_logits: logits [B, C] of the attacked images; None unless `adversarial`.
             y: labels, int64 [B].
         """
+
+
+def check_label_smoothing(value: float) -> None:
+    """Refuse what is no share of a label.
+
+    Raises:
+        UserError: outside [0, 1).
+    """
+    if not 0 <= value < 1:
+        raise UserError(f"label_smoothing must lie in [0, 1), got {value:g}; 0.1 is usual")
 
 
 def given(logits: Tensor | None) -> Tensor:

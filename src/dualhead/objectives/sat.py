@@ -8,15 +8,26 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-from dualhead.objectives.base import LossTerms, Objective, given, objectives
+from dualhead.objectives.base import LossTerms, Objective, check_label_smoothing, given, objectives
+from dualhead.threat import Real
 
 
 @objectives.register("sat")
 @dataclass(frozen=True)
 class SAT(Objective):
-    """Cross-entropy on attacked images; the attack climbs the same."""
+    """Cross-entropy on attacked images; the attack climbs the same.
+
+    Args:
+        label_smoothing: share s in [0, 1) of each label that is spread over all classes, (1 - s) CE + s mean(-log p);
+            0.1 is usual.
+    """
+
+    label_smoothing: Real = 0.0
 
     clean: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_label_smoothing(self.label_smoothing)
 
     def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
         """CE(f(x'), y) per image."""
@@ -26,4 +37,5 @@ class SAT(Objective):
     def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
         """CE(f(x'), y)."""
         del clean_logits
-        return LossTerms.sum_of(adversarial=F.cross_entropy(given(adv_logits), y))
+        cross_entropy = F.cross_entropy(given(adv_logits), y, label_smoothing=self.label_smoothing)
+        return LossTerms.sum_of(adversarial=cross_entropy)

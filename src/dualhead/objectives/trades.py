@@ -9,7 +9,15 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from dualhead.errors import UserError
-from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
+from dualhead.objectives.base import (
+    LossTerms,
+    Objective,
+    check_label_smoothing,
+    given,
+    kl_divergence,
+    objectives,
+)
+from dualhead.threat import Real
 
 
 @objectives.register("trades")
@@ -19,14 +27,18 @@ class TRADES(Objective):
 
     Args:
         beta: weight of the divergence (1/lambda in the paper), at least 0. More of it trades clean for robust accuracy.
+        label_smoothing: share s in [0, 1) of each label that is spread over all classes, on clean
+            images: (1 - s) CE + s mean(-log p); 0.1 is usual.
     """
 
     beta: float = 6.0
+    label_smoothing: Real = 0.0
     clean_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.beta < 0:
             raise UserError(f"beta must be at least 0, got {self.beta:g}; TRADES uses 1 to 6")
+        check_label_smoothing(self.label_smoothing)
 
     def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
         """KL(p || p') per image."""
@@ -36,5 +48,6 @@ class TRADES(Objective):
     def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
         """CE(f(x), y) + beta KL(p || p'); both predictions carry gradients."""
         clean = given(clean_logits)
+        cross_entropy = F.cross_entropy(clean, y, label_smoothing=self.label_smoothing)
         divergence = kl_divergence(clean, given(adv_logits)).mean()
-        return LossTerms.sum_of(clean=F.cross_entropy(clean, y), divergence=self.beta * divergence)
+        return LossTerms.sum_of(clean=cross_entropy, divergence=self.beta * divergence)

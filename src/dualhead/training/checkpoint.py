@@ -17,6 +17,7 @@ from torch import nn
 from dualhead.errors import RunError
 from dualhead.files import write_atomically
 from dualhead.runtime import generator_states, set_generator_states
+from dualhead.training.averaging import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class Position:
         epoch: finished epochs of the stage.
         step: finished steps of the epoch after those.
         seconds: time spent on the stage so far.
-        step_cost: floating-point operations of one step, as torch counts them; 0 before the first.
+        step_cost: floating-point operations of one step, as torch counts them; 0 where the next step is to be counted.
+        flops: floating-point operations of all steps so far.
         streak: steps of the epoch dropped in a row, up to now.
         retreats: how often the stage went back to a saved state because its numbers were no longer finite.
         sums: what the unfinished epoch has added up for its line of metrics.
@@ -47,6 +49,7 @@ class Position:
     step: int = 0
     seconds: float = 0.0
     step_cost: int = 0
+    flops: int = 0
     streak: int = 0
     retreats: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -55,13 +58,14 @@ class Position:
 
 @dataclass
 class Saved:
-    """What a checkpoint holds: the position, and the states to load into model and optimiser."""
+    """What a checkpoint holds: the position, and the states to load into model, optimiser and weight average."""
 
     position: Position
     model: dict[str, torch.Tensor]
     optimiser: dict[str, Any] | None
     generator: torch.Tensor
     accelerator_generators: list[torch.Tensor]
+    average: dict[str, torch.Tensor] | None = None
 
     def restore_generators(self) -> None:
         """Put torch's generators where they stood."""
@@ -83,19 +87,27 @@ class CheckpointStore:
         self.folder = folder
         self._keep = keep
 
-    def save(self, position: Position, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> None:
+    def save(
+        self,
+        position: Position,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer | None,
+        average: WeightAverage | None = None,
+    ) -> None:
         """Write a state, and remove those that are too old; a crash leaves the old ones or the new one besides.
 
         Args:
             position: where the run stands.
             model: with the weights of that moment.
             optimiser: of the stage; None between stages.
+            average: of the stage's weights; None if it keeps none.
         """
         buffer = io.BytesIO()
         state = {
             "position": asdict(position),
             "model": model.state_dict(),
             "optimiser": None if optimiser is None else optimiser.state_dict(),
+            "average": None if average is None else average.state_dict(),
             **generator_states(),
         }
         torch.save(state, buffer)

@@ -16,6 +16,7 @@ class StepGuard:
     Args:
         model: whose buffers the forward pass may move.
         optimiser: of its parameters.
+        clip_norm: longest gradient, over all parameters together; a longer one is shortened to it. None: any.
 
     Attributes:
         streak: how many steps in a row were dropped, up to now; int64 scalar on the device.
@@ -23,8 +24,9 @@ class StepGuard:
 
     streak: Tensor
 
-    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
         self._optimiser = optimiser
+        self._clip_norm = clip_norm
         self._on_device = bool(getattr(optimiser, "_step_supports_amp_scaling", False))
         self._model = model
         self._buffers: list[Tensor] = []
@@ -44,9 +46,11 @@ class StepGuard:
         Returns:
             Whether it was taken, bool scalar on the device.
         """
-        gradients = [p.grad for group in self._optimiser.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
         moved = [buffer for buffer in self._buffers if buffer.is_floating_point()]
         taken = torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients + moved))
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters(), self._clip_norm, nn.utils.get_total_norm(gradients))
         if self._on_device:
             self._optimiser.found_inf = (~taken).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
             self._optimiser.step()
@@ -56,6 +60,9 @@ class StepGuard:
             torch.where(taken, buffer, before, out=buffer)
         self.streak = torch.where(taken, 0, self.streak + 1)
         return taken
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self._optimiser.param_groups for p in group["params"]]
 
     def set_streak(self, streak: int) -> None:
         """Count on from a number of dropped steps."""

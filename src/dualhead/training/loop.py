@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dualhead.models import write_state
 from dualhead.noise import Streams
 from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
+from dualhead.training.averaging import WeightAverage
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.metrics import MetricsLog
 from dualhead.training.program import Program
@@ -85,8 +88,8 @@ class StageFiles:
 
     Args:
         states: what an unfinished stage goes on from.
-        best: weights of the epoch with the highest robust validation accuracy.
-        last: weights after the last epoch.
+        best: weights of the epoch with the highest robust validation accuracy; averaged ones if the stage averages.
+        last: weights after the last epoch, likewise.
     """
 
     states: CheckpointStore
@@ -144,12 +147,15 @@ class StageRun:
         self._save_seconds = 60.0 * save_minutes
         self._optimiser = stage.optimiser.create(program.parameters())
         self._step = TrainingStep(program, stage, threat, self._optimiser, arithmetic)
+        self._average = None if stage.average is None else WeightAverage(program.model, stage.average)
 
     def restore(self, saved: Saved) -> None:
         """Take over a saved state, except for the model's weights, which are loaded already."""
         saved.restore_generators()
         if saved.optimiser is not None:
             self._optimiser.load_state_dict(saved.optimiser)
+        if self._average is not None and saved.average is not None:
+            self._average.load_state_dict(saved.average)
 
     def run(self, position: Position) -> Position:
         """Train from a position to the end of the stage.
@@ -175,9 +181,10 @@ class StageRun:
                 if not is_out_of_memory(error):
                     raise
                 raise RunError(self._memory_advice()) from None
-        write_state(self._program.model.state_dict(), self._files.last)
-        if self._validator is None or not self._position.best:
-            write_state(self._program.model.state_dict(), self._files.best)
+        with self._averaged():
+            write_state(self._program.model.state_dict(), self._files.last)
+            if self._validator is None or not self._position.best:
+                write_state(self._program.model.state_dict(), self._files.best)
         return self._position
 
     def _epoch(self, epoch: int) -> None:
@@ -185,11 +192,16 @@ class StageRun:
         sums = {name: torch.tensor(value, dtype=torch.float32) for name, value in position.sums.items()}
         sums = {name: value.to(self._device) for name, value in sums.items()}
         self._step.guard.set_streak(position.streak)
+        if self._step.begin(epoch):
+            position.step_cost = 0
         for batch in self._loader.epoch(epoch, position.step):
             self._set_rate(epoch + position.step / len(self._loader))
             streams = Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
             outcome = self._counted_step(batch, streams) if position.step_cost == 0 else self._step(batch, streams)
+            position.flops += position.step_cost
             self._add(sums, outcome, len(batch))
+            if self._average is not None and self._average.averaging.after_step():
+                self._average.update(outcome.taken)
             position.step += 1
             self._progress.step(epoch + 1, outcome.terms["loss"])
             if position.step % PATIENCE == 0:
@@ -292,16 +304,40 @@ class StageRun:
             "dropped_steps": int(sums["dropped"]),
         }
         last = position.epoch == stage.epochs
-        if self._validator is not None and (last or position.epoch % self._validator.every == 0):
-            line |= self._validator(self._program, self._arithmetic, self._device)
-            if not position.best or self._rank(line) > self._rank(position.best):
-                position.best = line
-                write_state(self._program.model.state_dict(), self._files.best)
+        validates = self._validator is not None and (last or position.epoch % self._validator.every == 0)
+        self._average_epoch(used=last or validates)
+        if self._validator is not None and validates:
+            with self._averaged():
+                line |= self._validator(self._program, self._arithmetic, self._device)
+                if not position.best or self._rank(line) > self._rank(position.best):
+                    position.best = line
+                    write_state(self._program.model.state_dict(), self._files.best)
         line["seconds"] = round(time.monotonic() - self._clock, 3)
         self._log.write(line)
         self._progress.epoch(line)
         position.step, position.streak, position.sums = 0, 0, {}
         self._save()
+
+    def _average_epoch(self, *, used: bool) -> None:
+        """Take a finished epoch into the average; estimate its statistics of batch norm if it is to be used now."""
+        average, finished = self._average, self._position.epoch
+        if average is None:
+            return
+        if not average.averaging.after_step() and average.averaging.starts(finished - 1):
+            average.update()
+        if used and average.averaging.batch_norm == "reestimate":
+            with CountFlops() as counter:
+                average.reestimate(self._passes())
+            self._position.flops += counter.total
+
+    def _passes(self) -> Iterator[Callable[[], Tensor]]:
+        forward = self._arithmetic.wrap(self._program.logits)
+        for batch in self._loader.epoch(0):
+            yield partial(forward, batch.x)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The weights that count: the average if the stage takes one, else the live ones."""
+        return nullcontext() if self._average is None else self._average.in_place()
 
     @staticmethod
     def _rank(line: Mapping[str, Any]) -> tuple[float, float]:
@@ -309,5 +345,5 @@ class StageRun:
 
     def _save(self) -> None:
         self._position.seconds = time.monotonic() - self._clock
-        self._files.states.save(self._position, self._program.model, self._optimiser)
+        self._files.states.save(self._position, self._program.model, self._optimiser, self._average)
         self._saved_at = time.monotonic()

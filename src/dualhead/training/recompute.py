@@ -41,14 +41,15 @@ def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _forgetful(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        contexts = lambda: (nullcontext(), _still_buffers(module))  # noqa: E731  # an argument, not a function to name
+        contexts = lambda: (nullcontext(), still_buffers(module))  # noqa: E731  # an argument, not a function to name
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return run
 
 
 @contextmanager
-def _still_buffers(module: nn.Module) -> Iterator[None]:
+def still_buffers(module: nn.Module) -> Iterator[None]:
+    """Inside, forward passes may move buffers (statistics of batch norm); afterwards they are as before."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

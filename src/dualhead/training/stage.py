@@ -10,7 +10,10 @@ from dualhead.attacks import Attack, Maximiser, attacks
 from dualhead.errors import UserError
 from dualhead.objectives import Objective, objectives
 from dualhead.schema import Section, component
+from dualhead.threat import Real
+from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
+from dualhead.training.perturbation import AWP
 
 
 class Stage(Section):
@@ -34,6 +37,12 @@ class Stage(Section):
     """Compute activations twice rather than keep them: less memory for about a third more time; same results."""
     optimiser: Annotated[Optimiser, *component(optimisers)] = Field("sgd", validate_default=True)
     schedule: Annotated[Schedule, *component(schedules)] = Field("step", validate_default=True)
+    clip_norm: Real | None = Field(None, gt=0)
+    """Longest gradient, over all trained parameters together; a longer one is shortened to it."""
+    average: Annotated[Averaging, *component(averagings)] | None = None
+    """Of the weights over training (`ema`, `swa`): what validation sees and what is kept, in place of the live ones."""
+    awp: AWP | None = None
+    """Adversarial weight perturbation."""
     init: str | None = None
     """Weights to start the trained network from: a file, an exported model or a run."""
     keep: Literal["best", "last"] = "best"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +17,7 @@ from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
 from dualhead.training.guard import StepGuard
 from dualhead.training.program import Features, LossForward, Program
-from dualhead.training.recompute import blocks, recomputed
+from dualhead.training.recompute import blocks, recomputed, still_buffers
 from dualhead.training.stage import Stage
 
 
@@ -77,9 +78,16 @@ class TrainingStep:
         self._threat = threat
         self._optimiser = optimiser
         self._arithmetic = arithmetic
-        self.guard = StepGuard(program.model, optimiser)
+        self.guard = StepGuard(program.model, optimiser, stage.clip_norm)
+        self._perturbs = False
         self._forward = forward or LossForward(program, joint=stage.forward == "joint")
         self._forgetful = blocks(program.model) if stage.checkpoint_activations else []
+
+    def begin(self, epoch: int) -> bool:
+        """Prepare for an epoch, counted from 0; whether its steps differ in cost from those of the one before."""
+        awp = self._stage.awp
+        self._perturbs = awp is not None and epoch >= awp.start
+        return awp is not None and epoch == awp.start
 
     def __call__(self, batch: Batch, streams: Streams) -> StepOutcome:
         """Train on a batch.
@@ -92,8 +100,9 @@ class TrainingStep:
         self.guard.remember()
         with recomputed(self._forgetful):
             pieces = [self._prepare(piece, part) for piece, part in self._cut(batch, streams)]
-            self._optimiser.zero_grad(set_to_none=True)
-            terms, correct = self._descend(pieces, len(batch))
+            with self._perturbed(pieces, len(batch)):
+                self._optimiser.zero_grad(set_to_none=True)
+                terms, correct = self._descend(pieces, len(batch))
         return StepOutcome(terms, self.guard.step(terms["loss"]), correct)
 
     def _cut(self, batch: Batch, streams: Streams) -> Iterator[tuple[Batch, Streams]]:
@@ -133,6 +142,19 @@ class TrainingStep:
             judged = cast("Tensor", clean_logits if adv_logits is None else adv_logits)
             correct += (judged.argmax(1) == piece.y).sum()
         return sums, correct
+
+    @contextmanager
+    def _perturbed(self, pieces: Sequence[_Piece], images: int) -> Iterator[None]:
+        """The weights moved to where the loss on these pieces is higher, if the stage perturbs them."""
+        awp = self._stage.awp
+        if awp is None or not self._perturbs:
+            yield
+            return
+        self._optimiser.zero_grad(set_to_none=True)
+        with still_buffers(self._program.model):
+            self._descend(pieces, images)
+        with awp.ascended(self._program.parameters()):
+            yield
 
     def _attack(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
         if self._stage.attack_mode == "train":
