@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +12,12 @@ from torch import nn
 
 from dualhead.data import Split, load_split
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate
+from dualhead.evaluation import Evaluation, EvaluationProgress, Gallery, evaluate, make_gallery
 from dualhead.files import check_folder
 from dualhead.heads import LayerInfo, layers
 from dualhead.hub import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.models import Normalize, backbones
-from dualhead.run import load_stage, read_recipe
+from dualhead.run import GALLERY, load_stage, read_recipe
 from dualhead.runtime import Precision, find_device
 from dualhead.threat import Norm, ThreatModel
 
@@ -90,6 +91,35 @@ def assess(request: Request, progress: EvaluationProgress | None = None) -> tupl
         command=request.command,
     )
     return folder, evaluation
+
+
+def exhibit(request: Request, landscapes: Sequence[int] | None = None) -> tuple[Path, Gallery]:
+    """Make a gallery of the first `limit` test images, and put it where the report looks for it.
+
+    Args:
+        request: what is asked for; attacks and precision are not.
+        landscapes: positions of the samples whose surroundings are mapped; None for some that are worth it.
+
+    Returns:
+        The file, and what is in it.
+
+    Raises:
+        UserError: for a model, data or values that do not exist or do not fit one another.
+    """
+    device = find_device(request.device)
+    threat, _ = _threat(request)
+    test = _test_images(request)
+    _check_images(request, test)
+    model = _model(request, test)
+    count = min(request.limit or len(test), len(test))
+    folder = request.output_dir or (Path(request.model) / "evaluation" if request.is_run else _default_folder(request))
+    check_folder(folder, "--output")
+    gallery = make_gallery(
+        model.to(device), test.images[:count], test.labels[:count], threat=threat, landscapes=landscapes,
+        seed=request.seed, batch_size=request.batch_size,
+    )  # fmt: skip
+    gallery.save(folder / GALLERY)
+    return folder / GALLERY, gallery
 
 
 def _threat(request: Request) -> tuple[ThreatModel, list[str]]:

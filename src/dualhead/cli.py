@@ -172,6 +172,42 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
 
 
 @app.command()
+def gallery(
+    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The first so many test images.")] = 48,
+    landscape: Annotated[
+        str | None, typer.Option("--landscape", help="Samples to map, by number, with commas; default: some.")
+    ] = None,
+    eps: Annotated[str | None, typer.Option("--eps", help="The largest radius, 8/255; default: the run's.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="Where it goes; default: the run.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Attack some images at several eps and map logits around them, for the gallery of the next report."""
+    from dualhead.assess import Request, exhibit
+
+    try:
+        mapped = None if landscape is None else [int(word) for word in landscape.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"--landscape {landscape}: write numbers of samples, e.g. --landscape 3,17") from None
+    request = Request(
+        model=model, eps=eps, norm=norm, data=data, limit=limit, output_dir=output_dir, batch_size=batch_size,
+        seed=seed, device=device,
+    )  # fmt: skip
+    path, made = exhibit(request, mapped)
+    if as_json:
+        facts = {"gallery": str(path), "images": len(made.label), "eps": made.eps.tolist()}
+        typer.echo(json.dumps({**facts, "landscapes": made.index[made.landscape_rows].tolist()}, indent=2))
+    elif not quiet:
+        typer.echo(f"gallery: {path}; `dualhead report` shows it")
+
+
+@app.command()
 def layers(
     model: Annotated[str, typer.Argument(help="A backbone (wideresnet-34-10), package.module:factory, run or model.")],
     image_shape: Annotated[str, typer.Option("--image-shape", help="CHANNELSxHEIGHTxWIDTH")] = "3x32x32",

@@ -123,6 +123,8 @@ class Evaluate(Section):
     limit: int | None = Field(None, gt=0)
     """Use only the first so many test images."""
     batch_size: int = Field(256, ge=1)
+    gallery: int = Field(48, ge=0)
+    """So many of the first test images are shown under attack in the report."""
 
     @model_validator(mode="after")
     def _attacks_exist(self) -> Self:

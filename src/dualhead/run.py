@@ -16,7 +16,7 @@ from torch import nn
 from dualhead.config import Recipe, Statistics, load_recipe, read_recipe_file
 from dualhead.data import Loader, Split, hold_out
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate
+from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
 from dualhead.files import check_folder, write_json, write_text
 from dualhead.flops import CountFlops
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
@@ -44,6 +44,9 @@ from dualhead.training import (
 BASE = "base model"
 ROWS = {"head1": "head 1", "head2": "head 2", "mean": "mean of heads", "aggregate": "DH-AT"}
 """What tables call the outputs of a dual-head model."""
+
+GALLERY = "gallery.npz"
+"""Images under attack, for the report."""
 
 
 @dataclass(frozen=True)
@@ -374,6 +377,17 @@ class Run:
         rows.sort(key=lambda row: row.name == self._row_name(self.output))
         write_json(self.folder / "comparison.json", {"rows": [row.describe() for row in rows]})
         write_card(self.folder / "model", self.folder)
+        shown = min(settings.gallery, len(self.test))
+        if shown and not (self.folder / "evaluation" / GALLERY).is_file():
+            gallery = make_gallery(
+                view(self.model, self.output),
+                self.test.images[:shown],
+                self.test.labels[:shown],
+                threat=self.recipe.threat,
+                seed=self.recipe.runtime.seed,
+                batch_size=settings.batch_size,
+            )
+            gallery.save(self.folder / "evaluation" / GALLERY)
         return rows
 
     def _row_name(self, output: str) -> str:

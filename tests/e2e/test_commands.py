@@ -81,7 +81,10 @@ def outcome(results):
 
 @pytest.mark.parametrize(
     "command",
-    [[], *([name] for name in ("demo", "train", "evaluate", "list", "layers", "export", "compare", "report"))],
+    [
+        [],
+        *([name] for name in ("demo", "train", "evaluate", "gallery", "list", "layers", "export", "compare", "report")),
+    ],
 )
 def test_every_command_has_help(command):
     ended = dualhead(*command, "--help")
@@ -100,6 +103,24 @@ def test_list_names_what_is_registered():
     assert lines == {**expected, "recipes": ", ".join(shipped_recipes())}
     for kind, names in lines.items():
         assert dualhead("list", kind).out == f"{kind}: {names}\n"
+
+
+# ---- gallery
+
+
+def test_gallery_is_made_by_train_and_anew_by_its_command(finished_run, tmp_path):
+    with np.load(finished_run / "evaluation" / "gallery.npz") as stored:
+        assert stored["outputs"].tolist() == ["head 1", "head 2", "aggregate"]
+        assert len(stored["label"]) == load_recipe("digits", TINY).evaluate.gallery
+    ended = dualhead(
+        "gallery", finished_run, "--limit", 5, "--landscape", "3,1", "--eps", "0.2", "--output", tmp_path, "--json"
+    )
+    assert ended.status == 0, ended.err
+    assert json.loads(ended.out) == {
+        "gallery": str(tmp_path / "gallery.npz"), "images": 5, "eps": pytest.approx([0.05, 0.1, 0.15, 0.2]),
+        "landscapes": [3, 1],
+    }  # fmt: skip
+    assert "--landscape x" in dualhead("gallery", finished_run, "--landscape", "x").error_line
 
 
 # ---- train

@@ -2,6 +2,7 @@
 
 from dualhead.evaluation.comparison import compare
 from dualhead.evaluation.diagnostics import Finding
+from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts
 from dualhead.evaluation.run import evaluate
@@ -11,10 +12,12 @@ __all__ = [
     "Evaluation",
     "EvaluationProgress",
     "Finding",
+    "Gallery",
     "Paired",
     "Verdicts",
     "compare",
     "evaluate",
+    "make_gallery",
     "mcnemar",
     "mean_std",
     "wilson",

@@ -89,7 +89,7 @@ def details(source: Source, album: Album) -> Details:
     everything = [*source.rows, *source.further]
     class_names = {**{label: name for label, name, *_ in entries}, **source.class_names}
     by_weight = sorted(everything, key=lambda row: not row.deployed)  # what is deployed comes first, and has most room
-    galleries = [g for row in by_weight for g in album.galleries(row, everything, class_names, notes)]
+    galleries = [g for row in by_weight for g in album.galleries(row, class_names, notes)]
     confusion, listed, why = _confusion(shown, class_names)
     return Details(
         label=source.label,
@@ -228,7 +228,7 @@ def _gallery_command(source: Source) -> str:
     if not source.rows and not source.further:
         return ""
     model = source.folder.as_posix() if source.is_run else "MODEL"
-    return f"dualhead evaluate {shlex.quote(model)} --limit 200 --save-adversarial"
+    return f"dualhead gallery {shlex.quote(model)}"
 
 
 def _environment(source: Source, row: Measured | None) -> list[tuple[str, str]]:

@@ -79,8 +79,8 @@ def bars(title: str, rows: Sequence[Entry]) -> Figure:
     top, pitch, left, right = 6.0, 36.0, 6.0, WIDTH - 12
     drawing = Drawing(WIDTH, top + pitch * len(rows) + 26, f"Bars, {title} in percent: {described}")
     bottom = top + pitch * len(rows) + 4
-    at = _scale((0, 1), (left, right))
-    _vertical_grid(drawing, [0, 0.25, 0.5, 0.75, 1], at, top, bottom, lambda value: f"{100 * value:g}")
+    at = scale((0, 1), (left, right))
+    vertical_grid(drawing, [0, 0.25, 0.5, 0.75, 1], at, top, bottom, lambda value: f"{100 * value:g}")
     for number, (row, value) in enumerate(rows):
         name = row.title
         y = top + pitch * number
@@ -143,9 +143,9 @@ def lines(
     ys = [y for entry in series for _, y in entry.points if math.isfinite(y)]
     x_range = (min(xs, default=0), max(xs, default=1))
     y_range = (0.0, 1.0) if share else _padded(ys)
-    at_x, at_y = _scale(x_range, (left, right)), _scale(y_range, (bottom, top))
+    at_x, at_y = scale(x_range, (left, right)), scale(y_range, (bottom, top))
     steps = [0, 0.2, 0.4, 0.6, 0.8, 1] if share else ticks(*y_range, 4)
-    _horizontal_grid(drawing, steps, at_y, left, right, lambda v: f"{100 * v:g}" if share else f"{v:.4g}")
+    horizontal_grid(drawing, steps, at_y, left, right, lambda v: f"{100 * v:g}" if share else f"{v:.4g}")
     for x, words in x_ticks or [(x, f"{x:g}") for x in ticks(*x_range, 6) if x == int(x)]:
         drawing.text(min(at_x(x), WIDTH - 3 - LETTER * len(words) / 2), bottom + 15, words, "axis", "middle")
     drawing.text((left + right) / 2, bottom + 32, x_label, "axis", "middle")
@@ -221,8 +221,8 @@ def classes(title: str, entries: Sequence[tuple[str, Estimate, Estimate]], capti
     drawing.text(22, 16, "clean")
     drawing.circle(74, 12, 4.5, "fill aggregate")
     drawing.text(84, 16, "attacked, with 95 % interval")
-    at = _scale((0, 1), (left, right))
-    _vertical_grid(drawing, [0, 0.25, 0.5, 0.75, 1], at, top - 4, bottom, lambda value: f"{100 * value:g}")
+    at = scale((0, 1), (left, right))
+    vertical_grid(drawing, [0, 0.25, 0.5, 0.75, 1], at, top - 4, bottom, lambda value: f"{100 * value:g}")
     for number, (name, clean, robust) in enumerate(entries):
         y = top + pitch * number + pitch / 2
         drawing.text(left - 10, y + 4, shortened(name, 13), "", "end", tip=name)
@@ -297,8 +297,8 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
     drawing = Drawing(WIDTH, legend + 19 * len(rows), f"{title} in percent. {told}. Pareto front: {best}")
     x_range = _around([end for row, _ in rows for end in (row.clean.low, row.clean.high)])
     y_range = _around([end for _, robust in rows for end in (robust.low, robust.high)])
-    at_x, at_y = _scale(x_range, (left, right)), _scale(y_range, (bottom, top))
-    _horizontal_grid(drawing, ticks(*y_range, 5), at_y, left, right, lambda value: f"{100 * value:g}")
+    at_x, at_y = scale(x_range, (left, right)), scale(y_range, (bottom, top))
+    horizontal_grid(drawing, ticks(*y_range, 5), at_y, left, right, lambda value: f"{100 * value:g}")
     for x in ticks(*x_range, 5):
         drawing.line(at_x(x), top, at_x(x), bottom, "grid")
         drawing.text(at_x(x), bottom + 15, f"{100 * x:g}", "axis", "middle")
@@ -361,7 +361,8 @@ def _around(ends: Sequence[float]) -> tuple[float, float]:
 # ---- axes
 
 
-def _scale(values: tuple[float, float], places: tuple[float, float]) -> Callable[[float], float]:
+def scale(values: tuple[float, float], places: tuple[float, float]) -> Callable[[float], float]:
+    """The straight line that takes a range of values to a range of places."""
     (low, high), (start, end) = values, places
     span = (high - low) or 1.0
 
@@ -371,7 +372,7 @@ def _scale(values: tuple[float, float], places: tuple[float, float]) -> Callable
     return at
 
 
-def _vertical_grid(
+def vertical_grid(
     drawing: Drawing,
     values: Sequence[float],
     at: Callable[[float], float],
@@ -379,12 +380,13 @@ def _vertical_grid(
     bottom: float,
     words: Callable[[float], str],
 ) -> None:
+    """Upright lines at values, with words below."""
     for value in values:
         drawing.line(at(value), top, at(value), bottom, "grid")
         drawing.text(at(value), bottom + 14, words(value), "axis", "middle")
 
 
-def _horizontal_grid(
+def horizontal_grid(
     drawing: Drawing,
     values: Sequence[float],
     at: Callable[[float], float],
@@ -392,6 +394,7 @@ def _horizontal_grid(
     right: float,
     words: Callable[[float], str],
 ) -> None:
+    """Level lines at values, with words to the left."""
     for value in values:
         drawing.line(left, at(value), right, at(value), "grid")
         drawing.text(left - 6, at(value) + 4, words(value), "axis", "end")

@@ -1,4 +1,4 @@
-"""Adversarial examples as pictures."""
+"""Images under attack, and what each output of the model says of them."""
 
 from __future__ import annotations
 
@@ -7,62 +7,117 @@ import io
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.report.differences import comparable
+from dualhead.report import landscape
+from dualhead.report.comparison import Cell, Table
+from dualhead.report.figures import Figure
 from dualhead.report.sources import Measured
-from dualhead.report.text import eps_text, percent, threat_text
+from dualhead.report.text import eps_text, percent
 
 MOST_EXAMPLES = 500
-MOST_BYTES = 3_000_000
+MOST_BYTES = 3_600_000
 """Of all pictures of a page, as text."""
 
-Images = NDArray[np.float32]
+CALLED = {"aggregate": "DH-AT"}
+"""What the page calls an output."""
+
+ROLES = {"head 1": "head1", "head 2": "head2", "aggregate": "aggregate"}
+
+OUTCOMES = {
+    1: {"+": "withstands", "-": "is fooled"},
+    3: {
+        "**+": "DH-AT holds",
+        "**-": "DH-AT fails",
+        "-*+": "head 1 fails, DH-AT holds",
+        "*-+": "head 2 fails, DH-AT holds",
+        "--+": "both heads fail, DH-AT holds",
+        "+*-|*+-": "a head holds, DH-AT fails",
+        "+-*|-+*": "the heads disagree on what is right",
+        "+++": "all hold",
+        "---": "all fail",
+    },
+}
+"""What examples can be chosen by: a sign for each output, * for either, | for or."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What an output says of an image.
+
+    Args:
+        output: its name.
+        role: its colour.
+        predicted: name of the class.
+        probability: of that class, in [0, 1].
+        of_label: probability of the label.
+        right: whether it says the label.
+    """
+
+    output: str
+    role: str
+    predicted: str
+    probability: float
+    of_label: float
+    right: bool
 
 
 @dataclass(frozen=True)
 class Example:
-    """One adversarial example.
+    """One image, as the page shows it before anybody has moved anything.
 
     Args:
-        sample: its index.
+        sample: its name.
         label: name of its class.
-        prediction: of the example; empty if it is not stored.
-        pictures: words and data URIs: of the clean image and the perturbation, if they are stored, and of the example.
-        facts: sample, distance, steps and margin, in words.
-        holds: other classifiers and whether each withstood its own attack on this sample.
+        clean: data URI.
+        change: data URI of the perturbation, scaled; empty where the attack changed nothing.
+        scale: how many grey levels stand for one level of change.
+        opinions: of the outputs on the attacked image.
     """
 
     sample: int
     label: str
-    prediction: str
-    pictures: list[tuple[str, str]]
-    facts: list[str]
-    holds: list[tuple[str, bool]]
+    clean: str
+    change: str
+    scale: int
+    opinions: list[Opinion]
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """The examples that one attack found against one classifier.
+    """Images that one attack changed, against one model.
 
     Args:
-        title: classifier, attack and threat model.
+        title: model, attack and norm.
         examples: those that are shown.
-        found: how many there are.
-        others: names of the classifiers that `Example.holds` speaks of.
+        total: how many there are.
         labels: names of the classes that occur.
+        outcomes: pattern and words of what they can be chosen by.
+        targets: number and name of the outputs that were attacked, the one that is shown first in front.
+        steps: number and words of the budgets, clean images first.
+        data: what moving the controls shows, for the script.
+        transfer: how often each output is right under the attack on each.
+        figures: logits and landscapes.
         note: what is not shown, and why.
     """
 
     title: str
     examples: list[Example]
-    found: int
-    others: list[str]
+    total: int
     labels: list[str]
+    outcomes: Mapping[str, str]
+    targets: list[tuple[int, str]]
+    steps: list[tuple[int, str]]
+    data: Mapping[str, Any] = field(repr=False)
+    transfer: Table
+    figures: list[Figure]
     note: str
 
 
@@ -72,55 +127,110 @@ class Album:
     def __init__(self) -> None:
         self._bytes, self._examples = MOST_BYTES, MOST_EXAMPLES
 
-    def galleries(
-        self, measured: Measured, others: Sequence[Measured], names: Mapping[int, str], notes: list[str]
-    ) -> list[Gallery]:
-        """The galleries of a classifier, one for each attack whose examples are stored.
+    def galleries(self, measured: Measured, names: Mapping[int, str], notes: list[str]) -> list[Gallery]:
+        """The gallery of a classifier, as a list of one; of none if none is stored.
 
         Args:
             measured: the classifier.
-            others: classifiers of the same run, of which those under the same threat model are compared.
             names: of the classes.
             notes: told what cannot be read.
         """
-        if measured.archive is None or not measured.samples:
+        if measured.gallery is None:
             return []
-        found = []
-        for attack in measured.attacks:
-            try:
-                arrays = _arrays(measured, attack)
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, IndexError) as error:
-                notes.append(f"{measured.name}: adversarial examples of {attack} cannot be shown: {error}")
-                continue
-            if arrays is not None and len(arrays["rows"]):
-                found.append(self._gallery(measured, attack, arrays, _facing(measured, attack, others), names))
-        return found
+        try:
+            arrays = read(measured.gallery)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            notes.append(f"{measured.name}: its gallery cannot be shown: {error}")
+            return []
+        return [self._gallery(measured, arrays, names)] if len(arrays["label"]) and self._examples else []
 
-    def _gallery(
-        self,
-        measured: Measured,
-        attack: str,
-        arrays: Mapping[str, NDArray[Any]],
-        others: Sequence[Measured],
-        names: Mapping[int, str],
-    ) -> Gallery:
-        rows, examples = arrays["rows"], []
-        for position in spread(len(rows), self._examples):
-            pictures = _pictures(arrays, position)
-            size = sum(len(data) for _, data in pictures)
-            if size > self._bytes:
+    def _gallery(self, measured: Measured, arrays: Mapping[str, NDArray[Any]], names: Mapping[int, str]) -> Gallery:
+        total, count = len(arrays["label"]), len(arrays["outputs"])
+        rows = spread(total, self._examples)
+        clean = self._fitting([picture(arrays["original"][row]) for row in rows])
+        rows = rows[: len(clean)]
+        # What the final output faces comes first, its largest budget before smaller ones; then the heads.
+        order = [(t, s) for t in (count - 1, *range(count - 1)) for s in reversed(range(len(arrays["eps"])))]
+        pictured: dict[tuple[int, int], list[tuple[str, int]]] = {}
+        for target, step in order:
+            made = [change(arrays["original"][r], arrays["adversarial"][target, step, r]) for r in rows]
+            size = sum(len(data) for data, _ in made)
+            if pictured and size > self._bytes:
                 break
+            pictured[target, step] = made
             self._bytes -= size
-            self._examples -= 1
-            examples.append(_example(measured, attack, int(rows[position]), pictures, others, names))
-        notes = [] if len(examples) == len(rows) else [f"{len(examples)} of {len(rows)} examples are shown."]
-        if "original" not in arrays:
-            notes.append("Clean images are not stored with this evaluation, so there is no perturbation to show.")
-        if f"prediction_{attack}" not in measured.samples:
-            notes.append("What the model takes each example for is not stored; it is a class other than the label.")
-        title = f"{measured.title}, {attack}, {threat_text(measured.threat)}"
-        labels = sorted({example.label for example in examples})
-        return Gallery(title, examples, len(rows), [other.name for other in others], labels, " ".join(notes))
+        self._examples -= len(rows)
+        first = order[0]
+        called = [CALLED.get(str(name), str(name)) for name in arrays["outputs"]]
+        said = {key: _opinions(arrays, key, rows, names) for key in (None, *pictured)}
+        labels = [names.get(int(arrays["label"][row]), str(arrays["label"][row])) for row in rows]
+        steps = sorted({step for _, step in pictured})
+        examples = [
+            Example(int(arrays["index"][row]), labels[n], clean[n], *pictured[first][n], said[first][n])
+            for n, row in enumerate(rows)
+        ]
+        return Gallery(
+            title=f"{measured.title}, {arrays['attack']}, {arrays['norm']}",
+            examples=examples,
+            total=total,
+            labels=sorted(set(labels)),
+            outcomes=OUTCOMES.get(count, {}),
+            targets=[(t, called[t]) for t in dict.fromkeys(target for target, _ in pictured)],
+            steps=[(-1, "0 (clean)"), *((step, eps_text(float(arrays["eps"][step]))) for step in steps)],
+            data={
+                "first": f"{first[0]},{first[1]}",
+                "said": {
+                    "clean" if key is None else f"{key[0]},{key[1]}": [[_plain(o) for o in row] for row in opinions]
+                    for key, opinions in said.items()
+                },
+                "changes": {f"{t},{s}": made for (t, s), made in pictured.items() if (t, s) != first},
+            },
+            transfer=_transfer(arrays, called),
+            figures=landscape.figures(arrays, called, names),
+            note=_note(len(rows), total, len(pictured), len(order)),
+        )
+
+    def _fitting(self, pictures: list[str]) -> list[str]:
+        """As many of the pictures as leave room for as many perturbations."""
+        room, kept = self._bytes // 2, 0
+        while kept < len(pictures) and len(pictures[kept]) <= room:
+            room -= len(pictures[kept])
+            kept += 1
+        self._bytes -= sum(map(len, pictures[:kept]))
+        return pictures[:kept]
+
+
+def read(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a gallery.
+
+    Raises:
+        ValueError: if they do not fit one another.
+        KeyError: if one is missing.
+    """
+    with np.load(path) as stored:
+        held = {name: stored[name] for name in stored.files}
+    images = held["original"]
+    outputs, steps, count = len(held["outputs"]), len(held["eps"]), len(images)
+    shapes = {
+        "adversarial": (outputs, steps, *images.shape),
+        "clean_prediction": (count, outputs),
+        "clean_probability": (count, outputs, 2),
+        "clean_margin": (count, outputs),
+        "prediction": (outputs, steps, count, outputs),
+        "probability": (outputs, steps, count, outputs, 2),
+        "margin": (outputs, steps, count, outputs),
+        "index": (count,),
+        "label": (count,),
+    }
+    wrong = [name for name, shape in shapes.items() if held[name].shape != shape]
+    if wrong or images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != np.uint8:
+        raise ValueError(f"{', '.join(wrong) or 'original'} has a shape or type that does not fit")
+    rows = held["landscape_rows"]
+    if held["landscape"].shape[:2] != (len(rows), outputs) and len(rows):
+        raise ValueError("landscape has a shape that does not fit")
+    if len(rows) and not 0 <= rows.min() <= rows.max() < count:
+        raise ValueError("landscapes are of samples that are not there")
+    return held
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -130,94 +240,74 @@ def spread(count: int, most: int) -> list[int]:
     return [position * count // most for position in range(most)]
 
 
-def _arrays(measured: Measured, attack: str) -> dict[str, NDArray[Any]] | None:
-    """Adversarial examples [M, C, H, W], positions `rows` [M] and, if stored, the `original` images."""
-    assert measured.archive is not None
-    with np.load(measured.archive) as stored:
-        if f"adversarial_{attack}" not in stored.files or f"adversarial_rows_{attack}" not in stored.files:
-            return None
-        held = {"adversarial": stored[f"adversarial_{attack}"], "rows": stored[f"adversarial_rows_{attack}"]}
-        if f"original_{attack}" in stored.files:
-            held["original"] = stored[f"original_{attack}"]
-    images, rows = held["adversarial"], held["rows"]
-    if images.ndim != 4 or rows.shape != images.shape[:1] or images.shape[1] not in (1, 3):
-        raise ValueError(f"arrays of shapes {images.shape} and {rows.shape} are no images with their positions")
-    if held.get("original", images).shape != images.shape:
-        raise ValueError("there are not as many clean images as adversarial ones")
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(measured.samples["label"]):
-        raise IndexError("positions beyond the samples")
-    return held
+def _opinions(
+    arrays: Mapping[str, NDArray[Any]], key: tuple[int, int] | None, rows: Sequence[int], names: Mapping[int, str]
+) -> list[list[Opinion]]:
+    """What the outputs say of the clean images, or of those of a target and budget."""
+    where: tuple[int, ...] = () if key is None else key
+    prefix = "clean_" if key is None else ""
+    found = []
+    for row in rows:
+        label = int(arrays["label"][row])
+        said = arrays[f"{prefix}prediction"][(*where, row)].tolist()
+        shares = arrays[f"{prefix}probability"][(*where, row)].tolist()
+        found.append([
+            Opinion(
+                CALLED.get(str(name), str(name)), ROLES.get(str(name), "model"), names.get(predicted, str(predicted)),
+                round(share, 3), round(of_label, 3), predicted == label,
+            )
+            for name, predicted, (share, of_label) in zip(arrays["outputs"], said, shares, strict=True)
+        ])  # fmt: skip
+    return found
 
 
-def _facing(measured: Measured, attack: str, others: Sequence[Measured]) -> list[Measured]:
-    """Those of the other classifiers that met the same attack on the same samples."""
-    return [
-        other
-        for other in others
-        if other is not measured and comparable(measured, other) and f"robust_{attack}" in other.samples
+def _plain(opinion: Opinion) -> list[Any]:
+    return [opinion.predicted, opinion.probability, opinion.of_label, int(opinion.right)]
+
+
+def _transfer(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Table:
+    right = arrays["margin"][:, -1] > 0
+    clean = (arrays["clean_margin"] > 0).mean(0)
+    rows = [[Cell("no attack"), *(Cell(percent(share), float(share)) for share in clean)]]
+    rows += [
+        [Cell(f"attack on {name}"), *(Cell(percent(share), float(share)) for share in right[target].mean(0))]
+        for target, name in enumerate(called)
     ]
+    return Table(["images", *(f"{name} right, %" for name in called)], rows)
 
 
-def _pictures(arrays: Mapping[str, NDArray[Any]], position: int) -> list[tuple[str, str]]:
-    adversarial = _unit(arrays["adversarial"][position])
-    if "original" not in arrays:
-        return [("adversarial", picture(adversarial))]
-    original = _unit(arrays["original"][position])
-    change = adversarial - original
-    largest = float(np.abs(change).max()) or 1.0
-    shown = 0.5 + change / (2 * largest)
-    scale = f"perturbation, scaled so that grey is none and the largest is {eps_text(round(largest, 6))}"
-    return [("clean", picture(original)), (scale, picture(shown)), ("adversarial", picture(adversarial))]
+def _note(shown: int, total: int, pictured: int, possible: int) -> str:
+    notes = []
+    if shown < total:
+        notes.append(f"{shown} of {total} images are shown.")
+    if pictured < possible:
+        notes.append(
+            f"To keep the page small, it holds {pictured} of {possible} combinations of attacked output and eps."
+        )
+    return " ".join(notes)
 
 
-def _unit(image: NDArray[Any]) -> Images:
-    """An image [C, H, W] in [0, 1], as float32."""
-    scale = 255.0 if image.dtype == np.uint8 else 1.0
-    unit: Images = np.nan_to_num(np.asarray(image, np.float32) / np.float32(scale))
-    return unit
+# ---- pictures
 
 
-def picture(image: Images) -> str:
-    """A data URI of an image [C, H, W] in [0, 1], with one or three channels."""
+def picture(image: Bytes) -> str:
+    """A data URI of an image uint8 [C, H, W] with one or three channels, without loss."""
     from PIL import Image
 
-    levels = (image.clip(0.0, 1.0) * 255).round().astype(np.uint8)
     stored = io.BytesIO()
-    Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(stored, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stored.getvalue()).decode()
+    plain = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    plain.save(stored, "WEBP", lossless=True, quality=60, method=4)
+    return "data:image/webp;base64," + base64.b64encode(stored.getvalue()).decode()
 
 
-def _example(
-    measured: Measured,
-    attack: str,
-    row: int,
-    pictures: list[tuple[str, str]],
-    others: Sequence[Measured],
-    names: Mapping[int, str],
-) -> Example:
-    samples = measured.samples
-    sample, label = int(samples["index"][row]), int(samples["label"][row])
-    prediction = ""
-    if f"prediction_{attack}" in samples:
-        predicted = int(samples[f"prediction_{attack}"][row])
-        prediction = names.get(predicted, str(predicted))
-    facts = [f"sample {sample}"]
-    for key, words in (("distance", "distance {:.3g}"), ("steps", "steps {}"), ("margin", "margin {:.2g}")):
-        if f"{key}_{attack}" in samples:
-            value = samples[f"{key}_{attack}"][row].item()
-            if np.isfinite(value):
-                facts.append(words.format(value))
-    holds = []
-    for other in others:
-        where = int(np.flatnonzero(other.samples["index"] == sample)[0])
-        holds.append((other.name, bool(other.samples[f"robust_{attack}"][where])))
-    return Example(sample, names.get(label, str(label)), prediction, pictures, facts, holds)
+def change(clean: Bytes, attacked: Bytes) -> tuple[str, int]:
+    """A picture of what an attack changed, grey where nothing, and how many grey levels stand for one; "" for nothing.
 
-
-def overview(gallery: Gallery) -> str:
-    """How often the other classifiers hold where this one is fooled."""
-    if not gallery.examples or not gallery.others:
-        return ""
-    counts = {name: sum(dict(example.holds)[name] for example in gallery.examples) for name in gallery.others}
-    told = ", ".join(f"{name} {percent(count / len(gallery.examples), 0)} %" for name, count in counts.items())
-    return f"Of these samples others withstood their own attack: {told}."
+    A change of more than 127 levels is cut there.
+    """
+    levels = attacked.astype(np.int16) - clean
+    largest = min(int(np.abs(levels).max()), 127)
+    if largest == 0:
+        return "", 1
+    scale = 127 // largest
+    return picture((128 + levels.clip(-127, 127) * scale).astype(np.uint8)), scale

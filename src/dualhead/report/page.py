@@ -13,7 +13,7 @@ from dualhead.files import write_atomically
 from dualhead.report import comparison
 from dualhead.report.details import LIGHTS, details
 from dualhead.report.differences import difference
-from dualhead.report.gallery import Album, overview
+from dualhead.report.gallery import Album
 from dualhead.report.sources import Measured, Source, read_sources
 from dualhead.report.text import duration, percent, points
 
@@ -62,7 +62,6 @@ def _render(sources: Sequence[Source]) -> str:
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         lights=LIGHTS,
-        overview=overview,
         **_view(sources),
     )
 

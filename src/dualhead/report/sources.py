@@ -49,7 +49,7 @@ class Measured:
         robust: by attack, with `worst`.
         results: content of `results.json`; empty if only `comparison.json` is left.
         samples: arrays [N] of `samples.npz`; empty if there are none.
-        archive: `samples.npz` itself, for adversarial examples.
+        gallery: `gallery.npz`, images under attack; None if there is none.
         parameters: of the classifier.
         forward_equivalents: cost of its training, in forward passes of one image.
         training_seconds: of its training.
@@ -65,7 +65,7 @@ class Measured:
     robust: Mapping[str, Estimate]
     results: Mapping[str, Any] = field(default_factory=dict, repr=False)
     samples: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
-    archive: Path | None = None
+    gallery: Path | None = None
     parameters: int | None = None
     forward_equivalents: float | None = None
     training_seconds: float | None = None
@@ -284,7 +284,6 @@ def _evaluation(
     threat = results.get("threat") if results else source.recipe.get("threat")
     cost = row.get("training_cost")
     cost = cost if isinstance(cost, Mapping) else {}
-    archive = folder / "samples.npz"
     count = results.get("num_samples")
     return [
         Measured(
@@ -297,8 +296,8 @@ def _evaluation(
             clean=clean,
             robust=robust,
             results=results,
-            samples=_samples(archive, count, source.notes) if results else {},
-            archive=archive if archive.is_file() else None,
+            samples=_samples(folder / "samples.npz", count, source.notes) if results else {},
+            gallery=folder / "gallery.npz" if (folder / "gallery.npz").is_file() else None,
             parameters=row.get("parameters"),
             forward_equivalents=cost.get("forward_equivalents"),
             training_seconds=cost.get("seconds"),

@@ -52,6 +52,10 @@ class Drawing:
         """A disc, with words that show when it is pointed at."""
         self._add("circle", style, tip, cx=x, cy=y, r=radius)
 
+    def image(self, x: float, y: float, width: float, height: float, data: str) -> None:
+        """A picture, by its data URI, stretched to a rectangle."""
+        self._add("image", "", x=x, y=y, width=width, height=height, href=data, preserveAspectRatio="none")
+
     def path(self, points: Sequence[tuple[float, float]], style: str) -> None:
         """A line through points, or an area bounded by it, as the style says."""
         words = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)

@@ -1,0 +1,156 @@
+"""Where outputs change their mind: in logits, and in the plane around an image."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualhead.report.figures import WIDTH, Figure, horizontal_grid, scale, vertical_grid
+from dualhead.report.svg import Drawing, ticks
+from dualhead.report.text import eps_text, shortened
+
+RIGHT, WRONG, EVEN = (10, 125, 90), (192, 57, 43), (250, 250, 250)
+"""Colours of a landscape; they are part of the picture, the same on dark and light pages."""
+
+
+def figures(arrays: Mapping[str, NDArray[Any]], called: Sequence[str], names: Mapping[int, str]) -> list[Figure]:
+    """The figures that a gallery's logits give.
+
+    Args:
+        arrays: of the gallery.
+        called: names of the outputs.
+        names: of the classes.
+    """
+    found = [_logits(arrays, called)] if len(called) > 2 else []
+    for number, row in enumerate(arrays["landscape_rows"].tolist()):
+        label = int(arrays["label"][row])
+        title = f"Around sample {int(arrays['index'][row])}, {shortened(names.get(label, str(label)), 24)}"
+        found.append(_landscape(title, arrays["landscape"][number], called))
+    return found
+
+
+def _logits(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure:
+    """Margins of head 1 against those of head 2, on clean images and under the attack on the last output."""
+    clean, attacked = arrays["clean_margin"], arrays["margin"][-1, -1]
+    both = np.concatenate((clean, attacked))[:, :2]
+    limit = float(np.quantile(np.abs(both[np.isfinite(both)]), 0.98)) * 1.1 if np.isfinite(both).any() else 1.0
+    limit = limit or 1.0
+    left, right, top, bottom = 44.0, WIDTH - 12, 34.0, 318.0
+    at_x, at_y = scale((-limit, limit), (left, right)), scale((-limit, limit), (bottom, top))
+    eps = eps_text(float(arrays["eps"][-1]))
+    held = attacked[:, -1] > 0
+    both_right = [_share((margins[:, :2] > 0).all(axis=1)) for margins in (clean, attacked)]
+    told = (
+        f"{len(clean)} images, clean and under the attack on {called[-1]} at eps {eps}. "
+        f"Both heads right: clean {both_right[0]}, attacked {both_right[1]}. "
+        f"{called[-1]} right under attack: {_share(held)}."
+    )
+    drawing = Drawing(WIDTH, bottom + 40, f"Margins of the heads. {told}")
+    for x, style, words in (
+        (12.0, "ring ink", "clean"),
+        (74.0, "fill aggregate", f"attacked, {called[-1]} right"),
+        (224.0, "fill alarm", "wrong"),
+    ):
+        drawing.circle(x, 12, 4, style)
+        drawing.text(x + 9, 16, words)
+    values = ticks(-limit, limit, 4)
+    vertical_grid(drawing, values, at_x, top, bottom, lambda value: f"{value:g}")
+    horizontal_grid(drawing, values, at_y, left, right, lambda value: f"{value:g}")
+    drawing.line(at_x(0), top, at_x(0), bottom, "axis-line")
+    drawing.line(left, at_y(0), right, at_y(0), "axis-line")
+    drawing.text((left + right) / 2, bottom + 32, f"margin at {called[0]}", "axis", "middle")
+    drawing.text(6, 30, f"margin at {called[1]}", "axis")
+
+    def place(margins: NDArray[Any]) -> tuple[float, float]:
+        x, y = np.nan_to_num(margins[:2]).clip(-limit, limit).tolist()
+        return at_x(x), at_y(y)
+
+    for number, label in enumerate(arrays["label"].tolist()):
+        tip = f"sample {int(arrays['index'][number])}, label {label}"
+        start, end = place(clean[number]), place(attacked[number])
+        drawing.line(*start, *end, "join faint")
+        drawing.circle(*start, 2.6, "ring ink", f"{tip}, clean")
+        drawing.circle(*end, 3.2, "fill aggregate" if held[number] else "fill alarm", f"{tip}, attacked")
+    caption = (
+        "A margin is the label's logit minus the highest other one: right of the upright axis head 1 is right, above "
+        f"the level one head 2. A line leads from each clean image to what the attack on {called[-1]} made of it. "
+        "Points beyond the frame are drawn on it."
+    )
+    return Figure("margins-of-the-heads", "What the attack does to the logits of both heads", drawing.markup(), caption)
+
+
+def _share(flags: Any) -> str:
+    return f"{100 * float(flags.mean()):.0f} %"
+
+
+def _landscape(title: str, surface: NDArray[Any], called: Sequence[str]) -> Figure:
+    """The margin of each output in the plane of the attack's direction and a random one."""
+    count = len(called)
+    gap, top = 10.0, 22.0
+    side = (WIDTH - gap * (count + 1)) / max(count, 2)
+    drawing = Drawing(WIDTH, top + side + 36, f"{title}: {_told(surface, called)}")
+    reach = 1.5
+    for number, (name, values) in enumerate(zip(called, surface, strict=True)):
+        left = gap + number * (side + gap)
+        drawing.text(left + side / 2, 14, name, "strong", "middle")
+        drawing.image(left, top, side, side, _colours(values))
+        at_x, at_y = scale((-reach, reach), (left, left + side)), scale((-reach, reach), (top + side, top))
+        for line in _boundary(values):
+            points = [(at_x(reach * (2 * x - 1)), at_y(reach * (2 * y - 1))) for x, y in line]
+            drawing.path(points, "boundary")
+        drawing.circle(at_x(0), at_y(0), 3.2, "ring ink", "the clean image")
+        drawing.circle(at_x(1), at_y(0), 3.2, "fill dark", "the attacked image")
+        drawing.text(left + side / 2, top + side + 15, "attack's direction", "axis", "middle")
+    drawing.text(gap, top + side + 31, "upwards: a random direction of length eps", "axis")
+    caption = (
+        "Green: the output is right, the deeper the larger its margin; red: wrong; the line is where it changes its "
+        "mind. Ring: the clean image; dot: what the attack on the last output made of it."
+    )
+    return Figure("landscape-" + "".join(c if c.isalnum() and c.isascii() else "-" for c in title.lower())[:40], title,
+                  drawing.markup(), caption)  # fmt: skip
+
+
+def _told(surface: NDArray[Any], called: Sequence[str]) -> str:
+    return "; ".join(
+        f"{name} is right on {_share(values > 0)} of the plane" for name, values in zip(called, surface, strict=True)
+    )
+
+
+def _colours(values: NDArray[Any]) -> str:
+    """A data URI of a surface, its first row at the bottom: the deeper a colour, the farther from zero."""
+    from PIL import Image
+
+    finite = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    depth = (np.abs(finite) / (np.abs(finite).max() or 1.0))[..., None] ** 0.6 * 0.85 + 0.12 * (finite[..., None] != 0)
+    towards = np.where(finite[..., None] > 0, np.array(RIGHT), np.array(WRONG))
+    mixed = np.array(EVEN) * (1 - depth) + towards * depth
+    stored = io.BytesIO()
+    Image.fromarray(mixed.round().astype(np.uint8)[::-1].copy()).save(stored, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stored.getvalue()).decode()
+
+
+def _boundary(values: NDArray[Any]) -> list[list[tuple[float, float]]]:
+    """Where a surface is zero: pieces of lines in the unit square, by marching squares."""
+    rows, columns = values.shape
+    pieces = []
+    for r in range(rows - 1):
+        for c in range(columns - 1):
+            corners = [(c, r), (c + 1, r), (c + 1, r + 1), (c, r + 1)]
+            heights = [float(values[y, x]) for x, y in corners]
+            crossings = []
+            for (first, a), (second, b) in zip(
+                zip(corners, heights, strict=True),
+                zip(corners[1:] + corners[:1], heights[1:] + heights[:1], strict=True),
+                strict=True,
+            ):
+                if (a > 0) != (b > 0) and np.isfinite(a) and np.isfinite(b):
+                    share = a / (a - b)
+                    x, y = (p + share * (q - p) for p, q in zip(first, second, strict=True))
+                    crossings.append((x / (columns - 1), y / (rows - 1)))
+            pieces += [crossings[n : n + 2] for n in range(0, len(crossings) - 1, 2)]
+    return pieces
