@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint types wheel check clean
+.PHONY: demo test test-all browser lint types wheel check clean
 
 # A shell line per package set: torch first and pinned, so that no other package draws in another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ test: $(VENV)/.developer
 
 test-all: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The report in a headless Chromium of the system; without one these tests are skipped with a word.
+browser: $(VENV)/.developer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -rs
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check

@@ -1,0 +1,267 @@
+"""The report in a real browser: nothing is loaded, nothing goes wrong, and every control does what it says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualhead.report import write_report
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from test_report import evaluation, gallery, make_run  # folders as training and evaluation leave them
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no page is tried")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: the page is not tried in a browser"),
+]
+PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a file, and fails the test for anything that the page complains of or asks for."""
+    contexts, complaints = [], []
+
+    def open_page(path, **options):
+        context = browser.new_context(**{"viewport": DESKTOP, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "request",
+            lambda request: request.url.startswith(("data:", "blob:")) or request.url == Path(path).as_uri()
+            or complaints.append(f"request for {request.url[:80]}"),
+        )  # fmt: skip
+        page.goto(Path(path).as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return write_report([make_run(folder / "run", images=True, attacks=("pgd-40", "cw"))], folder / "report.html")
+
+
+def cards(page):
+    return page.locator(".card:visible")
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_nothing_is_wider_than_the_window(opened, report, viewport, colours):
+    page = opened(report, viewport=viewport, color_scheme=colours)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_tables_sort_by_number_and_back(opened, report):
+    page = opened(report)
+    head = page.locator("#accuracy thead th").nth(1)
+    values = "rows => rows.map(row => Number(row.cells[1].dataset.order))"
+    head.locator("button").click()
+    up = page.locator("#accuracy table").first.locator("tbody tr").evaluate_all(values)
+    assert head.get_attribute("aria-sort") == "ascending"
+    head.locator("button").click()
+    down = page.locator("#accuracy table").first.locator("tbody tr").evaluate_all(values)
+    assert up == sorted(up)
+    assert down == sorted(up, reverse=True)
+
+
+def test_everything_can_be_reached_and_used_by_keyboard(opened, report):
+    page = opened(report)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    head = page.locator("#accuracy thead th").nth(1)
+    head.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    slider = page.locator("[data-filter=step]")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert page.locator(".filters .eps").inner_text() == "0 (clean)"
+    assert slider.get_attribute("aria-valuetext") == "eps 0 (clean)"
+    unnamed = "nodes => nodes.filter(n => !(n.innerText || n.ariaLabel || n.labels?.length)).map(n => n.outerHTML)"
+    assert page.locator("button:visible, a:visible, select:visible, input:visible").evaluate_all(unnamed) == []
+
+
+def attacked(page, number):
+    """Levels [H, W, 3] of the picture that a card has put together."""
+    canvas = page.locator(".card canvas").nth(number)
+    canvas.scroll_into_view_if_needed()
+    canvas.wait_for(state="visible")
+    data = canvas.evaluate("canvas => canvas.toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).convert("RGB"))
+
+
+def test_the_slider_shows_the_stored_images_and_answers(opened, report):
+    stored = dict(np.load(report.parent / "run" / "evaluation" / "gallery.npz"))
+    page = opened(report)
+    slider, target = page.locator("[data-filter=step]"), page.locator("[data-filter=target]")
+    for chosen, step in ((2, 1), (2, 0), (0, 1), (1, 0)):
+        target.select_option(str(chosen))
+        slider.fill(str(step + 1))
+        for row in (0, 7):
+            expected = stored["adversarial"][chosen, step, row].transpose(1, 2, 0)
+            page.wait_for_timeout(200)
+            np.testing.assert_array_equal(attacked(page, row), expected)
+            wrong = page.locator(".card").nth(row).locator(".opinions li").evaluate_all(
+                "rows => rows.map(row => row.classList.contains('wrong'))"
+            )  # fmt: skip
+            assert wrong == (stored["margin"][chosen, step, row] <= 0).tolist()
+    slider.fill("0")
+    page.wait_for_timeout(200)
+    np.testing.assert_array_equal(attacked(page, 3), stored["original"][3].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rule"),
+    [
+        ("-*+", lambda right: ~right[:, 0] & right[:, 2]),
+        ("--+", lambda right: ~right[:, 0] & ~right[:, 1] & right[:, 2]),
+        ("+*-|*+-", lambda right: (right[:, 0] | right[:, 1]) & ~right[:, 2]),
+        ("---", lambda right: ~right.any(1)),
+    ],
+)
+def test_outcomes_choose_what_they_say(opened, report, pattern, rule):
+    stored = dict(np.load(report.parent / "run" / "evaluation" / "gallery.npz"))
+    expected = rule(stored["margin"][-1, -1] > 0)
+    page = opened(report)
+    page.locator("[data-filter=outcome]").select_option(pattern)
+    assert page.locator(".filters .count").inner_text() == f"{expected.sum()} of 12 shown"
+    shown = page.locator(".card").evaluate_all("cards => cards.map(card => !card.hidden)")
+    assert shown == expected.tolist()
+    page.locator("[data-filter=label]").select_option("class 1")
+    assert cards(page).count() == (expected & (stored["label"] == 1)).sum()
+
+
+def test_figures_and_numbers_are_saved_as_files(opened, report, tmp_path):
+    page = opened(report, accept_downloads=True)
+    figure = page.locator("figure").first
+    figure.scroll_into_view_if_needed()
+    figure.hover()
+    for kind, head in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
+        with page.expect_download() as waited:
+            figure.get_by_role("button", name=f"Save figure as {kind}").click()
+        waited.value.save_as(tmp_path / kind)
+        content = (tmp_path / kind).read_bytes()
+        assert content.startswith(head)
+        assert b"var(" not in content  # a saved figure does not refer to colours that only the page knows
+    with page.expect_download() as waited:
+        page.get_by_text("Save JSON").click()
+    waited.value.save_as(tmp_path / "results.json")
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 5
+
+
+def test_light_and_dark_differ_and_both_can_be_read(opened, report):
+    def luminance(colour):
+        parts = [int(number) / 255 for number in re.findall(r"\d+", colour)[:3]]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    grounds = set()
+    for scheme in ("light", "dark"):
+        page = opened(report, color_scheme=scheme)
+        ground = page.evaluate("getComputedStyle(document.querySelector('main > section')).backgroundColor")
+        grounds.add(ground)
+        for selector in (".sentence", ".lead", ".opinions .who", ".opinions .wrong .what", "nav a", ".count"):
+            colour = page.locator(selector).first.evaluate("node => getComputedStyle(node).color")
+            low, high = sorted((luminance(colour), luminance(ground)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, f"{selector} in {scheme}"
+    assert len(grounds) == 2
+
+
+def test_it_prints_whole(opened, report, tmp_path):
+    page = opened(report)
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_timeout(500)
+    assert page.locator(".filters:visible, nav:visible, .button:visible").count() == 0
+    assert page.locator("details").evaluate_all("all => all.every(one => one.open)")
+    assert page.locator(".card canvas:visible").count() == 12
+    assert page.pdf(path=tmp_path / "page.pdf").startswith(b"%PDF")
+
+
+def test_without_scripts_the_page_still_speaks(opened, report):
+    page = opened(report, java_script_enabled=False)
+    assert "DH-AT classifies" in page.locator(".sentence").inner_text()
+    assert page.locator(".card .clean").count() == 12
+    assert "need JavaScript" in page.locator("noscript").inner_text()
+    assert page.locator(".filters:visible").count() == 0
+
+
+def test_five_hundred_images_are_light_and_quick(opened, tmp_path):
+    evaluation(tmp_path / "one", 3)
+    gallery(tmp_path / "one", count=500, side=32, smooth=True, eps=(4 / 255, 8 / 255))
+    path = write_report([tmp_path / "one"], tmp_path / "report.html")
+    assert path.stat().st_size < 5_000_000
+    page = opened(path)
+    page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0")
+    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    assert paint < 1000
+    page.locator("[data-filter=outcome]").select_option("-*+")
+    assert 0 < cards(page).count() < 500
+
+
+HOSTILE = [
+    "<script>document.title = 'taken'</script>",
+    "\N{OWL} \N{FAMILY} & \"quoted\" 'x'",
+    "n" * 200,
+    "</script><img src=x onerror=document.title='taken'>",
+]
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_hostile_class_names_are_words(opened, tmp_path, viewport):
+    run = make_run(tmp_path / "run", names=HOSTILE, images=True)
+    (run / "checkpoints" / "config.json").write_text(json.dumps({"class_names": HOSTILE}))
+    page = opened(write_report([run], tmp_path / "report.html"), viewport=viewport)
+    page.locator("[data-filter=step]").fill("1")
+    assert "taken" not in page.title()
+    assert page.locator("script").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for name in HOSTILE:
+        page.locator("[data-filter=label]").select_option(name)
+        assert cards(page).count() == 3
+        assert cards(page).first.locator(".labels span").first.text_content() == name
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_two_and_a_thousand_classes(opened, tmp_path, classes):
+    run = tmp_path / "run"
+    evaluation(run, 1, classes=classes, count=2 * classes, images=True)
+    page = opened(write_report([run], tmp_path / "report.html"), viewport=PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.locator(".card").count() == 12
+
+
+def test_what_was_not_finished_says_so(opened, tmp_path):
+    begun = make_run(tmp_path / "begun", finished=0, lines=[], evaluated=False)
+    broken = make_run(tmp_path / "nan", lines=[{"stage": "main_head", "epoch": 1, "loss": float("nan")}])
+    page = opened(write_report([begun, broken], tmp_path / "report.html"))
+    notes = " ".join(page.locator(".notes").all_inner_texts())
+    for words in ("no epoch has been finished", "not been evaluated", "not finite"):
+        assert words in notes
