@@ -29,7 +29,7 @@ def figures(arrays: Mapping[str, NDArray[Any]], called: Sequence[str], names: Ma
     found = [_logits(arrays, called)] if len(called) > 2 else []
     for number, row in enumerate(arrays["landscape_rows"].tolist()):
         label = int(arrays["label"][row])
-        title = f"Around sample {int(arrays['index'][row])}, {shortened(names.get(label, str(label)), 24)}"
+        title = f"Around sample {int(arrays['index'][row])} (label {shortened(names.get(label, str(label)), 24)})"
         found.append(_landscape(title, arrays["landscape"][number], called))
     return found
 
@@ -38,10 +38,12 @@ def _logits(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
     """Margins of head 1 against those of head 2, on clean images and under the attack on the last output."""
     clean, attacked = arrays["clean_margin"], arrays["margin"][-1, -1]
     both = np.concatenate((clean, attacked))[:, :2]
-    limit = float(np.quantile(np.abs(both[np.isfinite(both)]), 0.98)) * 1.1 if np.isfinite(both).any() else 1.0
-    limit = limit or 1.0
+    seen = both[np.isfinite(both)]
+    ends = np.quantile(seen, (0.01, 0.99)) if len(seen) else np.zeros(2)
+    span = float(ends[1] - ends[0]) or 1.0
+    low, high = min(float(ends[0]), 0.0) - 0.06 * span, max(float(ends[1]), 0.0) + 0.06 * span
     left, right, top, bottom = 44.0, WIDTH - 12, 34.0, 318.0
-    at_x, at_y = scale((-limit, limit), (left, right)), scale((-limit, limit), (bottom, top))
+    at_x, at_y = scale((low, high), (left, right)), scale((low, high), (bottom, top))
     eps = eps_text(float(arrays["eps"][-1]))
     held = attacked[:, -1] > 0
     both_right = [_share((margins[:, :2] > 0).all(axis=1)) for margins in (clean, attacked)]
@@ -58,7 +60,7 @@ def _logits(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
     ):
         drawing.circle(x, 12, 4, style)
         drawing.text(x + 9, 16, words)
-    values = ticks(-limit, limit, 4)
+    values = ticks(low, high, 5)
     vertical_grid(drawing, values, at_x, top, bottom, lambda value: f"{value:g}")
     horizontal_grid(drawing, values, at_y, left, right, lambda value: f"{value:g}")
     drawing.line(at_x(0), top, at_x(0), bottom, "axis-line")
@@ -67,7 +69,7 @@ def _logits(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
     drawing.text(6, 30, f"margin at {called[1]}", "axis")
 
     def place(margins: NDArray[Any]) -> tuple[float, float]:
-        x, y = np.nan_to_num(margins[:2]).clip(-limit, limit).tolist()
+        x, y = np.nan_to_num(margins[:2]).clip(low, high).tolist()
         return at_x(x), at_y(y)
 
     for number, label in enumerate(arrays["label"].tolist()):
@@ -81,7 +83,7 @@ def _logits(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
         f"the level one head 2. A line leads from each clean image to what the attack on {called[-1]} made of it. "
         "Points beyond the frame are drawn on it."
     )
-    return Figure("margins-of-the-heads", "What the attack does to the logits of both heads", drawing.markup(), caption)
+    return Figure("margins-of-the-heads", "What the attack does to both heads", drawing.markup(), caption)
 
 
 def _share(flags: Any) -> str:
