@@ -51,7 +51,7 @@ def _options(
 
 
 @app.command()
-def demo(run_dir: RunDir = None, quiet: Quiet = False) -> None:
+def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Show on real handwritten digits what adversarial training and a second head do; a few minutes on two cores."""
     from dualhead.demo import run_demo
     from dualhead.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
@@ -64,7 +64,12 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False) -> None:
             stop=stop,
             command=_command(),
         )
+    if as_json:
+        typer.echo(json.dumps({"title": comparison.title, "rows": comparison.rows}, indent=2))
+        return
     out.print(accuracy_table(comparison.title, comparison.rows))
+    if quiet:
+        return
     for line in comparison.remarks:
         out.print(line, soft_wrap=True)
 
@@ -96,7 +101,8 @@ def train(
         typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
         return
     out.print(accuracy_table("accuracy in percent, with 95 % intervals", rows))
-    out.print(f"run: {result.run_dir}, report: {result.run_dir / 'report.html'}", soft_wrap=True)
+    if not quiet:
+        out.print(f"run: {result.run_dir}, report: {result.run_dir / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -159,7 +165,8 @@ def evaluate(
     for finding in evaluation.results["diagnostics"]:
         if finding["status"] != "ok":
             out.print(f"{finding['status']}: {finding['name']}: {finding['message']}", soft_wrap=True, markup=False)
-    out.print(f"results: {folder}", soft_wrap=True)
+    if not quiet:
+        out.print(f"results: {folder}", soft_wrap=True)
 
 
 def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
@@ -212,6 +219,7 @@ def layers(
     model: Annotated[str, typer.Argument(help="A backbone (wideresnet-34-10), package.module:factory, run or model.")],
     image_shape: Annotated[str, typer.Option("--image-shape", help="CHANNELSxHEIGHTxWIDTH")] = "3x32x32",
     classes: Annotated[int, typer.Option("--classes", min=2)] = 10,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Where a second head can be attached: what crosses there, parameters and cost behind it, way of cutting."""
@@ -237,7 +245,8 @@ def layers(
     ]
     columns = ("layer", "crosses", "parameters before", "parameters after", "cost behind", "cut")
     print_table({name: "left" if name in ("layer", "cut") else "right" for name in columns}, rows)
-    typer.echo("* recommended: about 30 % of the forward cost lies before it")
+    if not quiet:
+        typer.echo("* recommended: about 30 % of the forward cost lies before it")
 
 
 @app.command()
@@ -245,35 +254,77 @@ def export(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
     push: Annotated[str | None, typer.Option("--push", help="Also upload to the Hub as OWNER/NAME.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write weights, configuration and a model card to a folder that `dualhead.load` reads."""
     from dualhead.hub import export as export_model
     from dualhead.hub import push_to_hub
 
     folder = export_model(run, to)
-    typer.echo(f"model: {folder}")
-    if push is not None:
-        typer.echo(f"Hub: {push_to_hub(folder, push)}")
+    address = None if push is None else push_to_hub(folder, push)
+    if as_json:
+        typer.echo(json.dumps({"model": str(folder), "hub": address}, indent=2))
+    elif not quiet:
+        typer.echo(f"model: {folder}")
+        if address is not None:
+            typer.echo(f"Hub: {address}")
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write one self-contained page about runs, side by side: verdict, accuracies, curves, diagnostics, examples."""
     from dualhead.report import write_report
 
-    typer.echo(f"report: {write_report(runs, output)}")
+    path = write_report(runs, output)
+    if as_json:
+        typer.echo(json.dumps({"report": str(path)}, indent=2))
+    elif not quiet:
+        typer.echo(f"report: {path}")
+
+
+@app.command()
+def info(
+    run: Annotated[Path, typer.Argument(help="A run, finished or not.")], quiet: Quiet = False, as_json: AsJson = False
+) -> None:
+    """Say where a run stands: stages, epochs, accuracies on held-out and test images, and who works on it."""
+    from dualhead.lock import owner_of
+    from dualhead.report import summary
+    from dualhead.terminal import accuracy_table, out, stage_table
+
+    facts = summary(run)
+    facts["process"] = owner_of(run)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    if not quiet:
+        at_work, state = facts["process"], facts["state"]
+        if at_work:
+            told = f"{state}, process {at_work.get('pid')} on {at_work.get('host')} is at work"
+        else:
+            told = state if state == "finished" else f"stopped while {state}; the command that started it goes on"
+        out.print(f"{run}: recipe {facts['recipe']}, {told}", soft_wrap=True, markup=False)
+    out.print(stage_table(facts["stages"]))
+    if facts["rows"]:
+        out.print(accuracy_table("test images, accuracy in percent, with 95 % intervals", facts["rows"]))
+    for note in [] if quiet else facts["notes"]:
+        out.print(note, soft_wrap=True, markup=False)
 
 
 @app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run, or a folder with results.json and samples.npz.")],
     second: Annotated[Path, typer.Argument(help="The same, of the same samples and threat model.")],
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """McNemar's exact test between two evaluations of the same samples."""
+    del quiet  # there are results only
     from dataclasses import asdict
 
     from dualhead.evaluation import compare as compare_evaluations
@@ -301,14 +352,21 @@ def compare(
 @app.command("list")
 def list_components(
     kind: Annotated[str | None, typer.Argument(help="objectives, attacks, ..., recipes; default: all")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Name what is registered."""
+    del quiet  # there are results only
     from dualhead.config import REGISTRIES, shipped_recipes
 
     kinds = {name: registry.names() for name, registry in REGISTRIES.items()} | {"recipes": shipped_recipes()}
     if kind is not None and kind not in kinds:
         raise UserError(f"list {kind}: unknown kind; known: {', '.join(sorted(kinds))}")
-    for name in [kind] if kind else sorted(kinds):
+    chosen = {name: kinds[name] for name in ([kind] if kind else sorted(kinds))}
+    if as_json:
+        typer.echo(json.dumps({name: list(names) for name, names in chosen.items()}, indent=2))
+        return
+    for name in chosen:
         typer.echo(f"{name}: {', '.join(kinds[name])}")
 
 

@@ -89,6 +89,13 @@ class FolderLock:
                 os.utime(self._path)
 
 
+def owner_of(folder: Path) -> dict[str, Any] | None:
+    """Host and process that work in a folder; None if nobody does, or only one that is gone."""
+    path = folder / NAME
+    owner = _read(path)
+    return owner if owner is not None and (path.resolve() in _held or _lives(owner, path)) else None
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -136,5 +136,27 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of the stages of a run, as `report.summary` tells them."""
+    table = Table(title="stages, accuracy in percent on held-out training images", title_justify="left")
+    for column, justify in (
+        ("stage", "left"), ("state", "left"), ("epoch", "right"), ("time", "right"), ("clean", "right"),
+        ("robust", "right"), ("best robust", "right"),
+    ):  # fmt: skip
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a literal that the tuple widens
+    for stage in stages:
+        best, last, seconds = stage["best"], stage["last"], stage["seconds"]
+        table.add_row(
+            str(stage["name"]), stage["state"], f"{stage['epoch']}/{stage['epochs']}",
+            "-" if seconds is None else f"{seconds:.0f} s", *(_share(last[key]) for key in ("clean", "robust")),
+            "-" if best is None else f"{_share(best['robust'])} (epoch {best['epoch']})",
+        )  # fmt: skip
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def _percent(share: float, ends: Sequence[float], gap: str) -> str:
     return f"{100 * share:.1f}{gap}[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"

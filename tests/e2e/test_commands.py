@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import dualhead as package
 from dualhead.config import REGISTRIES, load_recipe, shipped_recipes
 from dualhead.data import load_split
+from dualhead.lock import FolderLock
 from e2e_helpers import TINY, dualhead
 
 ROWS = ["base model", "head 1", "head 2", "mean of heads", "DH-AT"]
@@ -83,7 +84,21 @@ def outcome(results):
     "command",
     [
         [],
-        *([name] for name in ("demo", "train", "evaluate", "gallery", "list", "layers", "export", "compare", "report")),
+        *(
+            [name]
+            for name in (
+                "demo",
+                "train",
+                "evaluate",
+                "gallery",
+                "info",
+                "list",
+                "layers",
+                "export",
+                "compare",
+                "report",
+            )
+        ),
     ],
 )
 def test_every_command_has_help(command):
@@ -103,6 +118,59 @@ def test_list_names_what_is_registered():
     assert lines == {**expected, "recipes": ", ".join(shipped_recipes())}
     for kind, names in lines.items():
         assert dualhead("list", kind).out == f"{kind}: {names}\n"
+
+
+# ---- info, --quiet and --json
+
+
+def test_info_tells_where_a_finished_run_stands(finished_run):
+    facts = json.loads(dualhead("info", finished_run, "--json").out)
+    assert (facts["state"], facts["recipe"], facts["process"]) == ("finished", "digits", None)
+    assert [(s["name"], s["state"], s["epoch"], s["epochs"]) for s in facts["stages"]] == [
+        (name, "finished", 1, 1) for name in STAGES
+    ]
+    results = json.loads((finished_run / "evaluation" / "results.json").read_text())
+    assert facts["rows"][-1]["robust_accuracy"] == results["robust_accuracy"]
+    text = dualhead("info", finished_run).out
+    assert "finished" in text
+    assert "DH-AT" in text
+
+
+def test_info_tells_where_an_unfinished_run_stands(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    for gone in ("checkpoints/aggregator", "evaluation"):
+        shutil.rmtree(run / gone)
+    (run / "comparison.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines()[:2]
+    broken = json.dumps({**json.loads(lines[1]), "validation_robust": float("nan"), "validation_clean": float("nan")})
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], broken, ""]))
+    facts = json.loads(dualhead("info", run, "--json").out)
+    assert facts["state"] == "training"
+    assert [stage["state"] for stage in facts["stages"]] == ["finished", "finished", "not begun"]
+    assert facts["stages"][1]["last"] == {"clean": None, "robust": None}
+    assert facts["rows"] == []
+    assert "stopped while training" in dualhead("info", run).out
+    with FolderLock(run):
+        assert json.loads(dualhead("info", run, "--json").out)["process"]["pid"] == os.getpid()
+        assert f"process {os.getpid()} on" in dualhead("info", run).out
+    assert "no single run" in dualhead("info", finished_run / "evaluation").error_line
+
+
+def test_every_command_can_be_quiet_and_speak_json():
+    for command in ("demo", "train", "evaluate", "gallery", "info", "list", "layers", "export", "compare", "report"):
+        words = dualhead(command, "--help").out
+        assert "--quiet" in words, command
+        assert "--json" in words, command
+
+
+def test_json_is_json_and_quiet_is_short(finished_run, tmp_path):
+    assert json.loads(dualhead("list", "attacks", "--json").out)["attacks"] == list(REGISTRIES["attacks"].names())
+    page = tmp_path / "page.html"
+    assert json.loads(dualhead("report", finished_run, "-o", page, "--json").out) == {"report": str(page)}
+    assert dualhead("report", finished_run, "-o", page, "--quiet").out == ""
+    model = tmp_path / "model"
+    assert json.loads(dualhead("export", finished_run, "--to", model, "--json").out)["model"] == str(model)
 
 
 # ---- gallery

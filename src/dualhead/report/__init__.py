@@ -2,5 +2,6 @@
 
 from dualhead.report.model_card import model_card
 from dualhead.report.page import write_report
+from dualhead.report.summary import summary
 
-__all__ = ["model_card", "write_report"]
+__all__ = ["model_card", "summary", "write_report"]

@@ -1,0 +1,75 @@
+"""Where a run stands, in a few facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dualhead.errors import UserError
+from dualhead.report.sources import Measured, Source, read_sources
+from dualhead.report.training import best_line
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What the files of one run say, as plain values; whatever is missing or damaged becomes a note.
+
+    Returns:
+        `run`, `recipe`, `threat`, `state` (`training`, `evaluating` or `finished`), `stages` with their epochs,
+        seconds and accuracies on held-out images, `rows` with accuracies on test images, and `notes`.
+
+    Raises:
+        UserError: for a folder that is no single run.
+    """
+    sources = read_sources([folder])
+    if len(sources) != 1 or not sources[0].is_run:
+        raise UserError(f"{folder}: holds no single run (config.yaml); name one, e.g. runs/digits")
+    source = sources[0]
+    stages = [_stage(source, recipe) for recipe in source.stages]
+    trained = all(stage["state"] == "finished" for stage in stages)
+    measured = (folder / "comparison.json").is_file()
+    threat = source.recipe.get("threat")
+    return {
+        "run": folder.as_posix(),
+        "recipe": source.recipe.get("name"),
+        "threat": threat if isinstance(threat, Mapping) else None,
+        "state": "training" if not trained else "finished" if measured else "evaluating",
+        "device": source.environment.get("device"),
+        "stages": stages,
+        "rows": [_row(row) for row in source.rows],
+        "notes": source.notes,
+    }
+
+
+def _stage(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    name = recipe["name"]
+    lines, done = source.lines(name), source.summaries.get(name)
+    last, best = (lines[-1] if lines else {}), best_line(lines)
+    seconds = (done or last).get("seconds")
+    return {
+        "name": name,
+        "state": "finished" if done else "begun" if lines else "not begun",
+        "epoch": last.get("epoch", 0),
+        "epochs": recipe.get("epochs"),
+        "seconds": seconds if isinstance(seconds, int | float) and math.isfinite(seconds) else None,
+        "last": _accuracies(last),
+        "best": None if best is None else {"epoch": best["epoch"], **_accuracies(best)},
+    }
+
+
+def _accuracies(line: Mapping[str, Any]) -> dict[str, float | None]:
+    values = {"clean": line.get("validation_clean"), "robust": line.get("validation_robust")}
+    return {k: v if isinstance(v, int | float) and math.isfinite(v) else None for k, v in values.items()}
+
+
+def _row(row: Measured) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "clean_accuracy": row.clean.value,
+        "robust_accuracy": {name: estimate.value for name, estimate in row.robust.items()},
+        "intervals": {
+            "clean_accuracy": [row.clean.low, row.clean.high],
+            **{name: [estimate.low, estimate.high] for name, estimate in row.robust.items()},
+        },
+    }
