@@ -77,7 +77,7 @@ def stage_of(
 
 def step_of(model: nn.Module, stage: Stage) -> TrainingStep:
     """The training step of a stage."""
-    program = Program(model, stage.train)
+    program = Program.of(model, stage)
     return TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), FLOAT32)
 
 

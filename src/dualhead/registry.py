@@ -193,4 +193,5 @@ class Registry(Generic[T]):
         """The component in the long form that `build` accepts."""
         fields = dataclasses.fields(cast("Any", component))
         values = {f.name: getattr(component, f.name) for f in fields if f.init}
-        return {"name": cast("Any", component).registered_name, **values}
+        inside = {key: self.describe(value) for key, value in values.items() if hasattr(value, "registered_name")}
+        return {"name": cast("Any", component).registered_name, **values, **inside}

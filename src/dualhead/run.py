@@ -38,7 +38,6 @@ from dualhead.training import (
     StageRun,
     TrainingProgress,
     Validator,
-    trained_output,
 )
 
 BASE = "base model"
@@ -165,7 +164,7 @@ class Run:
         torch.manual_seed(recipe.runtime.seed)
         self.model = self.architecture.create().to(self.device)
         self._check_stages()
-        self.output = trained_output(recipe.stages[-1].train)
+        self.output = recipe.stages[-1].output
         self.position = Position()
         self._states = CheckpointStore(folder / "checkpoints" / "states")
         self._saved: Saved | None = None
@@ -204,7 +203,7 @@ class Run:
         """A stage that cannot be is refused now, not after the hours before it."""
         begun = (self.folder / "config.yaml").is_file()  # then a stage's first weights may have gone since
         for index, stage in enumerate(self.recipe.stages):
-            Program(self.model, stage.train)
+            Program.of(self.model, stage)
             if stage.init is not None and not begun:
                 try:
                     load_base_weights(copy.deepcopy(self.model), stage.init)
@@ -279,7 +278,7 @@ class Run:
         goes_on = self._saved is not None and self._saved.optimiser is not None
         if not goes_on:
             self._prepare_stage(number)
-        program = Program(self.model, stage.train)
+        program = Program.of(self.model, stage)
         loader = Loader(
             self.training, stage.batch_size, seed=recipe.runtime.seed + number, augment=recipe.data.augment,
             device=self.device,
@@ -512,7 +511,7 @@ def load_stage(folder: Path, stage: str | None = None, checkpoint: str | None = 
     model = Architecture.parse(config["architecture"], str(folder / "checkpoints")).create()
     path = folder / "checkpoints" / chosen.name / f"{checkpoint or chosen.keep}.safetensors"
     load_state(model, read_state(path), str(path))
-    return model, trained_output(chosen.train)
+    return model, chosen.output
 
 
 def read_recipe(folder: Path) -> Recipe:

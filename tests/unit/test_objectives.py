@@ -97,12 +97,26 @@ def objective(request) -> Objective:
     return objectives.build(request.param)
 
 
+def several(objective, *tensors, attacked=False):
+    """Logits [B, C] as [B, outputs, C] for an objective of several outputs, each output's own."""
+    names = objective.attacked if attacked else objective.outputs
+    if not names:
+        return tensors if len(tensors) > 1 else tensors[0]
+    out = tuple(torch.stack([t.roll(n, 1) * (1 + n / 4) for n, _ in enumerate(names)], 1) for t in tensors)
+    return out if len(out) > 1 else out[0]
+
+
+def logits_for(objective, seed, *, attacked=False, **how):
+    clean, adv, y = logits(seed, **how)
+    return *several(objective, clean, adv, attacked=attacked), y
+
+
 def as_asked(objective, clean, attacked):
     return clean if objective.clean else None, attacked if objective.adversarial else None
 
 
 def test_contract_terms_add_up_to_a_finite_scalar(objective):
-    clean, attacked, y = logits(0)
+    clean, attacked, y = logits_for(objective, 0)
     loss = objective.loss(*as_asked(objective, clean, attacked), y)
     assert loss.total.shape == ()
     assert loss.total.isfinite()
@@ -112,7 +126,7 @@ def test_contract_terms_add_up_to_a_finite_scalar(objective):
 
 
 def test_contract_loss_is_the_mean_over_the_batch(objective):
-    clean, attacked, y = logits(1)
+    clean, attacked, y = logits_for(objective, 1)
     each = [
         objective.loss(*as_asked(objective, clean[i : i + 1], attacked[i : i + 1]), y[i : i + 1]).total
         for i in range(len(y))
@@ -122,7 +136,7 @@ def test_contract_loss_is_the_mean_over_the_batch(objective):
 
 
 def test_contract_inner_loss_is_one_number_per_image_by_itself(objective):
-    clean, attacked, y = logits(2)
+    clean, attacked, y = logits_for(objective, 2, attacked=True)
     target = clean if objective.clean_target else None
     inner = objective.inner_loss(attacked, target, y)
     assert inner.shape == y.shape
@@ -132,30 +146,32 @@ def test_contract_inner_loss_is_one_number_per_image_by_itself(objective):
     point = attacked.clone().requires_grad_()
     objective.inner_loss(point, target, y).sum().backward()
     assert point.grad.isfinite().all()
-    assert (point.grad.abs().sum(1) > 0).all()
+    assert (point.grad.abs().flatten(1).sum(1) > 0).all()
 
 
 def test_contract_order_of_images_and_names_of_classes_do_not_matter(objective):
-    clean, attacked, y = logits(3)
+    clean, attacked, y = logits_for(objective, 3)
     before = objective.loss(*as_asked(objective, clean, attacked), y).total
     order = torch.tensor([3, 1, 5, 0, 4, 2])
     moved = objective.loss(*as_asked(objective, clean[order], attacked[order]), y[order]).total
     assert torch.allclose(before, moved)
     classes = torch.tensor([4, 2, 0, 3, 1])
-    renamed = objective.loss(*as_asked(objective, clean[:, classes], attacked[:, classes]), classes.argsort()[y]).total
+    renamed = objective.loss(
+        *as_asked(objective, clean[..., classes], attacked[..., classes]), classes.argsort()[y]
+    ).total
     assert torch.allclose(before, renamed)
 
 
 def test_contract_a_shift_of_all_logits_of_an_image_does_not_matter(objective):
-    clean, attacked, y = logits(4)
-    shift = torch.arange(len(y), dtype=torch.float64)[:, None] * 7 - 11
+    clean, attacked, y = logits_for(objective, 4)
+    shift = torch.arange(len(y), dtype=torch.float64).reshape(-1, *[1] * (clean.dim() - 1)) * 7 - 11
     before = objective.loss(*as_asked(objective, clean, attacked), y).total
     assert torch.allclose(before, objective.loss(*as_asked(objective, clean + shift, attacked - shift), y).total)
 
 
 def test_contract_class_attributes_say_truly_which_logits_are_used(objective):
     """What is not asked for has no effect, be it NaN; what is asked for gets a gradient."""
-    clean, attacked, y = logits(5)
+    clean, attacked, y = logits_for(objective, 5)
     nan = torch.full_like(clean, math.nan)
     asked = [clean.clone().requires_grad_(), attacked.clone().requires_grad_()]
     given_ = [asked[0] if objective.clean else nan, asked[1] if objective.adversarial else nan]
@@ -165,7 +181,8 @@ def test_contract_class_attributes_say_truly_which_logits_are_used(objective):
     total.backward()
     for used, tensor in zip((objective.clean, objective.adversarial), asked, strict=True):
         assert (tensor.grad is not None and bool(tensor.grad.abs().sum() > 0)) == used
-    target = clean if objective.clean_target else nan
+    clean, attacked, y = logits_for(objective, 5, attacked=True)
+    target = clean if objective.clean_target else torch.full_like(clean, math.nan)
     assert objective.inner_loss(attacked, target, y).isfinite().all()
     if objective.clean_target:
         moved = objective.inner_loss(attacked, attacked, y)
@@ -174,7 +191,7 @@ def test_contract_class_attributes_say_truly_which_logits_are_used(objective):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e2, 1e4])
 def test_contract_losses_and_gradients_stay_finite_for_large_logits(objective, scale):
-    clean, attacked, y = (t.float() if t.is_floating_point() else t for t in logits(6, scale=scale))
+    clean, attacked, y = (t.float() if t.is_floating_point() else t for t in logits_for(objective, 6, scale=scale))
     clean.requires_grad_()
     attacked.requires_grad_()
     total = objective.loss(*as_asked(objective, clean, attacked), y).total

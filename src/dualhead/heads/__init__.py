@@ -2,12 +2,13 @@
 
 from dualhead.heads.aggregators import Aggregator, aggregators, default_aggregator
 from dualhead.heads.attach import attach_second_head
-from dualhead.heads.classifier import DualHeadClassifier, Output
+from dualhead.heads.classifier import PARTS_OF, DualHeadClassifier, Output
 from dualhead.heads.layers import LayerInfo, layers
 from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting import Split, split_model
 
 __all__ = [
+    "PARTS_OF",
     "Aggregator",
     "DualHeadClassifier",
     "LayerInfo",

@@ -16,12 +16,13 @@ Output = Literal["head1", "head2", "mean", "aggregate"]
 """Whose logits a view gives."""
 
 PARTS: Final = ("trunk", "head1", "head2", "aggregator")
-_USED: Final[Mapping[str, tuple[str, ...]]] = {
+PARTS_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "head1": ("trunk", "head1"),
     "head2": ("trunk", "head2"),
     "mean": ("trunk", "head1", "head2"),
     "aggregate": PARTS,
 }
+"""The parts that each output runs."""
 
 
 class _KeepFrozen:
@@ -179,7 +180,7 @@ class HeadView(nn.Module):
         self.num_classes = classifier.num_classes
         self.training = classifier.training
         self._classifier = (classifier,)  # in a tuple, so that its unused parts are not this module's
-        for name in _USED[output]:
+        for name in PARTS_OF[output]:
             self.add_module(name, classifier.get_submodule(name))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class HeadView(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen parts."""
         super().train(mode)
-        for name in _USED[self.output]:
+        for name in PARTS_OF[self.output]:
             if self._classifier[0]._freezers[name].frozen:
                 self.get_submodule(name).eval()
         return self

@@ -46,6 +46,17 @@ class Objective(ABC):
     clean_target: ClassVar[bool] = False
     """Whether `inner_loss` uses the clean logits, taken once a batch in the mode in which the attack runs."""
 
+    outputs: ClassVar[tuple[str, ...]] = ()
+    """Outputs of a dual-head model that the loss is a function of, the deployed one last: logits are [B, outputs, C]
+    then. Empty: the one output that a stage trains, [B, C]."""
+    attacked: ClassVar[tuple[str, ...]] = ()
+    """The same for `inner_loss`."""
+
+    def at(self, epoch: int) -> Objective:
+        """The objective in an epoch of its stage, counted from 0; most do not change."""
+        del epoch
+        return self
+
     @abstractmethod
     def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
         """What the attack climbs, one number per image [B].

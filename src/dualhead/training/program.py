@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, cast
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dualhead.errors import UserError
-from dualhead.heads import DualHeadClassifier, Output
+from dualhead.heads import PARTS_OF, DualHeadClassifier, Output
+
+if TYPE_CHECKING:
+    from dualhead.training.stage import Stage
 
 Features = Any
 """What crosses from prefix to suffix: a tensor with one row per image, or a tuple of such."""
@@ -29,43 +32,75 @@ class Program:
     """The pass from images to the logits that a stage trains, cut where learning begins.
 
     The frozen prefix runs without a graph, once an image, whatever uses its result; so the loss's backward pass ends
-    where learning begins.
+    where learning begins. Trunk and heads run once, however many outputs there are.
 
     Args:
         model: a plain classifier, or a dual-head one.
         parts: the parts that learn: `{"model"}`, or some of trunk, head1, head2, aggregator.
+        outputs: of a dual-head model, those on which the loss depends, the deployed one last: logits are then
+            [B, outputs, C]. None: the one that the parts train, [B, C].
+        attacked: likewise those on which the loss of the attack depends.
+
+    Attributes:
+        output: the deployed one.
 
     Raises:
         UserError: if the parts are not the model's.
     """
 
-    def __init__(self, model: nn.Module, parts: Collection[str]) -> None:
+    def __init__(
+        self, model: nn.Module, parts: Collection[str], outputs: Sequence[str] = (), attacked: Sequence[str] = ()
+    ) -> None:
         self.model = model
         self.parts = frozenset(parts)
-        self.output = trained_output(parts)
+        self.output = outputs[-1] if outputs else trained_output(parts)
         self.prefix: Callable[[Tensor], Features] = lambda x: x
         self.suffix: Callable[[Features], Tensor] = model
+        self.attacked_suffix: Callable[[Features], Tensor] = model
+        self._final: Callable[[Features], Tensor] = model
         if isinstance(model, DualHeadClassifier):
             model.set_trainable(set(parts))
-            self._cut(model)
+            if self.parts == {"aggregator"}:
+                self.prefix = model.head_logits
+            elif "trunk" not in self.parts:
+                self.prefix = model.features
+            self._final = self._suffix(model, (self.output,), stacked=False)
+            self.suffix = self._suffix(model, outputs, stacked=True) if outputs else self._final
+            self.attacked_suffix = self._suffix(model, attacked, stacked=True) if outputs else self._final
         elif self.parts != {"model"}:
             raise UserError(f"a model without a second head trains as 'model', not {', '.join(sorted(self.parts))}")
 
-    def _cut(self, model: DualHeadClassifier) -> None:
-        if "trunk" in self.parts:
-            self.suffix = model.view(cast("Output", self.output))
-        elif self.parts == {"aggregator"}:
-            self.prefix, self.suffix = model.head_logits, model.aggregate
-        elif self.output == "aggregate":
-            self.prefix = model.features
-            self.suffix = lambda f: model.aggregate(torch.stack([model.head(1, f), model.head(2, f)], 1))
-        else:
-            head = 2 if self.output == "head2" else 1
-            self.prefix, self.suffix = model.features, lambda f: model.head(head, f)
+    @classmethod
+    def of(cls, model: nn.Module, stage: Stage) -> Self:
+        """What of a model a stage runs."""
+        return cls(model, stage.train, stage.objective.outputs, stage.objective.attacked)
+
+    def _suffix(
+        self, model: DualHeadClassifier, outputs: Sequence[str], *, stacked: bool
+    ) -> Callable[[Features], Tensor]:
+        used = {part for output in outputs for part in PARTS_OF[cast("Output", output)]}
+
+        def run(start: Features) -> Tensor:
+            if self.parts == {"aggregator"}:
+                heads = dict(zip(("head1", "head2"), start.unbind(1), strict=True))
+            else:
+                features = model.features(start) if "trunk" in self.parts else start
+                heads = {f"head{n}": model.head(n, features) for n in (1, 2) if f"head{n}" in used}
+            if {"mean", "aggregate"} & set(outputs):
+                both = torch.stack((heads["head1"], heads["head2"]), 1)
+                heads |= {"aggregate": model.aggregate(both)} if "aggregate" in outputs else {}
+                heads |= {"mean": both.mean(1)} if "mean" in outputs else {}
+            return torch.stack([heads[output] for output in outputs], 1) if stacked else heads[outputs[0]]
+
+        return run
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits [B, C] of images [B, ...] through prefix and suffix, differentiable to the images."""
-        return self.suffix(self.prefix(x))
+        """Logits [B, C] of the deployed output for images [B, ...], differentiable to the images."""
+        return self._final(self.prefix(x))
+
+    def attacked_logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C] or [B, outputs, C] that the loss of the attack is a function of."""
+        return self.attacked_suffix(self.prefix(x))
 
     def constant(self, x: Tensor) -> Features:
         """The prefix's result, without a graph."""
@@ -92,7 +127,7 @@ class LossForward(nn.Module):
         self._joint = joint
 
     def forward(self, clean: Features | None, attacked: Features | None) -> tuple[Tensor | None, Tensor | None]:
-        """Logits [B, C] for each that is given."""
+        """Logits [B, C] or [B, outputs, C] for each that is given."""
         if clean is None or attacked is None or not self._joint:
             return (
                 None if clean is None else self._suffix(clean).float(),

@@ -8,12 +8,14 @@ from pydantic import Field, model_validator
 
 from dualhead.attacks import Attack, Maximiser, attacks
 from dualhead.errors import UserError
+from dualhead.heads import PARTS_OF
 from dualhead.objectives import Objective, objectives
 from dualhead.schema import Section, component
 from dualhead.threat import Real
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
 from dualhead.training.perturbation import AWP
+from dualhead.training.program import trained_output
 
 
 class Stage(Section):
@@ -54,4 +56,26 @@ class Stage(Section):
             raise UserError(f"attack {self.attack.registered_name!r} cannot be trained with; use pgd or fgsm")
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
+        self._losses_fit_parts()
         return self
+
+    @property
+    def output(self) -> str:
+        """What the stage deploys: the last of the objective's outputs, else the one that its parts train."""
+        return self.objective.outputs[-1] if self.objective.outputs else trained_output(self.train)
+
+    def _losses_fit_parts(self) -> None:
+        if "model" in self.train:
+            if self.objective.outputs:
+                raise UserError(f"objective {self.objective.registered_name!r} needs a model with two heads")
+            return
+        outputs = self.objective.outputs or (self.output,)
+        for output in outputs:
+            if not set(PARTS_OF[output]) & set(self.train):
+                raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")
+        idle = [part for part in self.train if not any(part in PARTS_OF[output] for output in outputs)]
+        if idle:
+            raise UserError(
+                f"{idle[0]} would learn nothing, since the loss is on {', '.join(outputs)} alone; leave it out of "
+                "train, or use objective joint"
+            )

@@ -80,12 +80,14 @@ class TrainingStep:
         self._arithmetic = arithmetic
         self.guard = StepGuard(program.model, optimiser, stage.clip_norm)
         self._perturbs = False
+        self._objective = stage.objective
         self._forward = forward or LossForward(program, joint=stage.forward == "joint")
         self._forgetful = blocks(program.model) if stage.checkpoint_activations else []
 
     def begin(self, epoch: int) -> bool:
         """Prepare for an epoch, counted from 0; whether its steps differ in cost from those of the one before."""
         awp = self._stage.awp
+        self._objective = self._stage.objective.at(epoch)
         self._perturbs = awp is not None and epoch >= awp.start
         return awp is not None and epoch == awp.start
 
@@ -115,7 +117,7 @@ class TrainingStep:
 
     def _prepare(self, piece: Batch, streams: Streams) -> _Piece:
         """Attack a piece, and run the frozen prefix."""
-        objective = self._stage.objective
+        objective = self._objective
         x = self._arithmetic.images(piece.x)
         clean = attacked = None
         if objective.clean or objective.clean_target:
@@ -135,11 +137,12 @@ class TrainingStep:
             share = len(piece.y) / images
             with self._arithmetic.autocast(piece.y.device):
                 clean_logits, adv_logits = self._forward(piece.clean, piece.attacked)
-            loss = self._stage.objective.loss(clean_logits, adv_logits, piece.y)
+            loss = self._objective.loss(clean_logits, adv_logits, piece.y)
             torch.autograd.backward(loss.total * share)
             for name, term in {"loss": loss.total, **loss.terms}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
             judged = cast("Tensor", clean_logits if adv_logits is None else adv_logits)
+            judged = judged[:, -1] if judged.dim() == 3 else judged
             correct += (judged.argmax(1) == piece.y).sum()
         return sums, correct
 
@@ -163,11 +166,11 @@ class TrainingStep:
             return self._climb(x, clean, y, streams)
 
     def _climb(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
-        objective, target = self._stage.objective, None
+        objective, target = self._objective, None
         if objective.clean_target:
             with torch.no_grad(), self._arithmetic.autocast(x.device):
-                target = self._program.suffix(clean).float()
+                target = self._program.attacked_suffix(clean).float()
         attack = cast("Maximiser", self._stage.attack)
-        logits_fn = self._arithmetic.wrap(self._program.logits)
+        logits_fn = self._arithmetic.wrap(self._program.attacked_logits)
         with self._arithmetic.reuse_casts(x.device):
             return attack.maximise(logits_fn, x, lambda z: objective.inner_loss(z, target, y), self._threat, streams)

@@ -1,0 +1,115 @@
+"""Both heads at once, the second learning the first's confusions: the joint loss in the public code of DH-AT."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
+from torch import Tensor
+
+from dualhead.errors import UserError
+from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
+from dualhead.threat import Real
+
+
+@objectives.register("reverse_smoothing")
+@dataclass(frozen=True)
+class ReverseSmoothing(Objective):
+    """TRADES on head 1, and head 2 learning from head 1 by reverse smoothing (public code of Jiang et al. 2021).
+
+    With p = softmax(z_1), p' the same on attacked images, s' = softmax(z_2(x')), s = softmax(z_2(x)):
+
+        b_0 CE(z_1, y) + b_1 KL(p || p') + b_2 KL(q_alpha(p') || s') + b_3 KL(q_alpha(p) || s)
+
+    `reversed_target` is q_alpha. alpha is 1.1 where the attack turned head 1, 1.0 where it did not, and 0.9 on clean
+    images; images that head 1 gets wrong without attack have no term on s'. Inferred: the target is a constant for
+    head 1, and made of its prediction for the same image.
+
+    Args:
+        clean_weight: b_0.
+        divergence: b_1.
+        second_adversarial: b_2.
+        second_clean: b_3.
+        decay_from: finished epochs before the first decay; the next follow every `decay_every`, five in all.
+        decay_every: epochs.
+        decay_first: factor of b_0 and b_1 at each decay.
+        decay_second: factor of b_2 and b_3 at each decay.
+    """
+
+    outputs: ClassVar[tuple[str, ...]] = ("head1", "head2")
+    attacked: ClassVar[tuple[str, ...]] = ("head1",)
+    clean_target: ClassVar[bool] = True
+
+    clean_weight: Real = 1.0
+    divergence: Real = 1.0
+    second_adversarial: Real = 1.0
+    second_clean: Real = 0.1
+    decay_from: int = 60
+    decay_every: int = 10
+    decay_first: Real = 0.95
+    decay_second: Real = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("clean_weight", "divergence", "second_adversarial", "second_clean", "decay_from"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name):g}")
+        if self.decay_every < 1:
+            raise UserError(f"decay_every must be at least 1, got {self.decay_every}")
+        for name in ("decay_first", "decay_second"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie in (0, 1], got {getattr(self, name):g}")
+
+    def at(self, epoch: int) -> ReverseSmoothing:
+        """With the weights of an epoch: at 60, 70, 80, 90 and 100, b_0 and b_1 times 0.95, b_2 and b_3 times 0.8."""
+        decays = min(max((epoch - self.decay_from) // self.decay_every + 1, 0), 5)
+        first, second = self.decay_first**decays, self.decay_second**decays
+        return dataclasses.replace(
+            self,
+            clean_weight=self.clean_weight * first,
+            divergence=self.divergence * first,
+            second_adversarial=self.second_adversarial * second,
+            second_clean=self.second_clean * second,
+        )
+
+    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        """KL(p || p') of head 1 per image, from logits [B, 1, C]."""
+        del y
+        return kl_divergence(given(clean_logits)[:, 0], adv_logits[:, 0])
+
+    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
+        """The sum above, from logits [B, 2, C]."""
+        clean, adv = given(clean_logits), given(adv_logits)
+        labels = y if y.dim() == 1 else y.argmax(1)
+        right, kept = clean[:, 0].argmax(1) == labels, adv[:, 0].argmax(1) == labels
+        alpha = 1.1 - 0.1 * kept.to(clean.dtype)
+        on_attacked = learn_confusions(adv[:, 0], adv[:, 1], labels, alpha) * right
+        on_clean = learn_confusions(clean[:, 0], clean[:, 1], labels, clean.new_full(labels.shape, 0.9))
+        return LossTerms.sum_of(
+            clean=self.clean_weight * F.cross_entropy(clean[:, 0], y),
+            divergence=self.divergence * kl_divergence(clean[:, 0], adv[:, 0]).mean(),
+            second_adversarial=self.second_adversarial * on_attacked.mean(),
+            second_clean=self.second_clean * on_clean.mean(),
+        )
+
+
+def reversed_target(probabilities: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """The target q [B, C]: q_y = p_y, q_k = (1 + b) p_k for k != y, with b = alpha p_y / (1.0001 - p_y).
+
+    Its mass is not 1 but about 1 + alpha p_y.
+
+    Args:
+        probabilities: p [B, C].
+        y: labels, int64 [B].
+        alpha: [B].
+    """
+    true = probabilities.gather(1, y[:, None])
+    b = alpha[:, None] * true / (1.0001 - true)
+    return (probabilities * (1.0 + b)).scatter(1, y[:, None], true)
+
+
+def learn_confusions(teacher: Tensor, student: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """sum_k q_k log(q_k / s_k) per image [B], q from the teacher's logits [B, C], s = softmax of the student's."""
+    target = reversed_target(teacher.detach().softmax(1), y, alpha)
+    return F.kl_div(student.log_softmax(1), target, reduction="none").sum(1)

@@ -1,0 +1,210 @@
+"""Several outputs trained at once: values, passes, gradients, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from dualhead.config import load_recipe, parse_recipe
+from dualhead.errors import UserError
+from dualhead.objectives import objectives
+from dualhead.objectives.joint import alikeness
+from dualhead.objectives.reverse_smoothing import learn_confusions, reversed_target
+from dualhead.training import Program
+from resume_helpers import outcome, train_until
+from training_helpers import CallCounter, batch, dual_model, stage_of, step_of, streams_of
+
+ALL = ("trunk", "head1", "head2", "aggregator")
+
+
+def random_logits(outputs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 6, outputs, 5, generator=generator, dtype=torch.float64), torch.arange(6) % 5
+
+
+def test_joint_is_the_weighted_sum_of_its_base_methods():
+    (clean, adv), y = random_logits(3)
+    spec = {
+        "name": "joint", "head1": "sat", "head2": {"name": "trades", "beta": 2}, "aggregate": "mart",
+        "head1_weight": 0.5, "head2_weight": 2, "aggregate_weight": 3, "attack": "sum",
+    }  # fmt: skip
+    joint = objectives.build(spec)
+    methods = [(objectives.build(spec[name]), spec[f"{name}_weight"]) for name in ("head1", "head2", "aggregate")]
+    by_hand = sum(w * m.loss(clean[:, i], adv[:, i], y).total for i, (m, w) in enumerate(methods))
+    assert torch.allclose(joint.loss(clean, adv, y).total, by_hand)
+    inner = sum(w * m.inner_loss(adv[:, i], clean[:, i], y) for i, (m, w) in enumerate(methods))
+    assert torch.allclose(joint.inner_loss(adv, clean, y), inner)
+    assert objectives.build(objectives.describe(joint)) == joint
+
+
+def test_each_head_learns_from_the_merged_prediction_which_learns_nothing_from_it():
+    (clean, _), y = random_logits(3)
+    clean.requires_grad_()
+    joint = objectives.build({"name": "joint", "head1": "natural", "head2": "natural", "aggregate": "natural",
+                              "distillation": 2})  # fmt: skip
+    term = joint.loss(clean, None, y).terms["distillation"]
+    p = clean.softmax(2)
+    by_hand = (p[:, 2:] * (p[:, 2:].log() - p[:, :2].log())).sum((1, 2)).mean() / 2
+    assert torch.allclose(term, 2 * by_hand)
+    term.backward()
+    assert torch.equal(clean.grad[:, 2], torch.zeros(6, 5, dtype=torch.float64))
+    assert torch.allclose(clean.grad[:, 0], (p[:, 0] - p[:, 2]) / 6)
+
+
+def test_diversity_is_least_for_heads_that_err_alike_and_ignores_the_true_class():
+    first = torch.tensor([[9.0, 1.0, 0.0, 0.0]])
+    y = torch.tensor([0])
+    same, moved = alikeness(first, first, y), alikeness(first, torch.tensor([[-5.0, 1.0, 0.0, 0.0]]), y)
+    assert float(same) == pytest.approx(-math.log(1e-6), rel=0.1)
+    assert torch.allclose(same, moved, rtol=0.1)
+    one, other = torch.tensor([[0.0, 50.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 50.0, 0.0]])
+    assert abs(float(alikeness(one, other, y))) < 1e-4
+
+
+def test_reverse_smoothing_by_hand():
+    p, y = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64), torch.tensor([0])
+    b = 1.1 * 0.7 / (1.0001 - 0.7)
+    expected = [0.7, (1 + b) * 0.2, (1 + b) * 0.1]
+    q = reversed_target(p, y, torch.tensor([1.1], dtype=torch.float64))
+    assert q[0].tolist() == pytest.approx(expected)
+    assert float(q.sum()) == pytest.approx(1 + 1.1 * 0.7, rel=1e-3)  # the mass that the method's description gives
+    sure = reversed_target(torch.tensor([[0.98, 0.01, 0.01]]), y, torch.tensor([1.0]))
+    assert float(sure[0, 0] / sure.sum()) == pytest.approx(0.5, abs=0.01)
+    s = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    found = learn_confusions(p.log(), s.log(), y, torch.tensor([1.1], dtype=torch.float64))
+    assert float(found) == pytest.approx(sum(a * math.log(a / c) for a, c in zip(expected, s[0].tolist(), strict=True)))
+
+
+def test_reverse_smoothing_weighs_images_by_what_the_attack_did():
+    def one_hot(*classes):
+        return 4.0 * F.one_hot(torch.tensor(classes), 3).double()
+
+    y = torch.tensor([0, 0, 0])
+    z1, z1_adv = one_hot(0, 0, 1), one_hot(0, 1, 1)  # kept, turned, wrong from the start
+    z2 = torch.randn(3, 3, dtype=torch.float64)
+    clean, adv = torch.stack((z1, z2), 1), torch.stack((z1_adv, z2), 1)
+    terms = objectives.build("reverse_smoothing").loss(clean, adv, y).terms
+    alpha = torch.tensor([1.0, 1.1, 0.0], dtype=torch.float64)
+    by_hand = learn_confusions(z1_adv, z2, y, alpha)[:2].sum() / 3
+    assert torch.allclose(terms["second_adversarial"], by_hand)
+    assert torch.allclose(terms["second_clean"], 0.1 * learn_confusions(z1, z2, y, torch.full((3,), 0.9)).mean())
+
+
+def test_reverse_smoothing_decays_as_published():
+    objective = objectives.build("reverse_smoothing")
+    for epoch, decays in ((0, 0), (59, 0), (60, 1), (70, 2), (80, 3), (90, 4), (100, 5), (150, 5)):
+        now = objective.at(epoch)
+        assert now.clean_weight == pytest.approx(0.95**decays)
+        assert now.second_clean == pytest.approx(0.1 * 0.8**decays)
+
+
+# ---- passes
+
+
+@pytest.mark.parametrize("attack", ["aggregate", "sum"])
+def test_trunk_and_heads_run_once_a_pass_however_many_losses(attack):
+    model, data = dual_model(), batch(0, 8)
+    step = step_of(model, stage_of({"name": "joint", "attack": attack}, ALL, start="gaussian"))
+    with CallCounter(trunk=model.trunk, head1=model.head1, head2=model.head2) as calls:
+        result = step(data, streams_of(data))
+    assert calls == {"trunk": 13, "head1": 13, "head2": 13}
+    assert bool(result.taken)
+    assert set(result.terms) == {
+        "loss", *(f"{o}_{t}" for o in ("head1", "head2", "aggregate") for t in ("clean", "divergence")),
+    }  # fmt: skip
+
+
+def test_an_attack_on_one_head_does_not_run_the_other():
+    model, data = dual_model(), batch(0, 8)
+    step = step_of(model, stage_of("reverse_smoothing", ("trunk", "head1", "head2"), start="gaussian"))
+    with CallCounter(trunk=model.trunk, head1=model.head1, head2=model.head2) as calls:
+        step(data, streams_of(data))
+    assert calls == {"trunk": 13, "head1": 13, "head2": 2}
+
+
+def test_one_joint_step_is_the_loop_written_plainly():
+    ours, theirs = dual_model(), dual_model()
+    data = batch(0, 8)
+    spec = {"name": "joint", "head1": "sat", "head2": "natural", "aggregate": "sat", "head2_weight": 0.5}
+    step = step_of(ours, stage_of(spec, ALL, lr=0.01))
+    theirs.eval()
+    streams, x_adv = streams_of(data), None
+    x, eps = data.x, 8 / 255
+    x_adv = (x + eps * (2 * streams.uniform(*x.shape[1:]) - 1)).clamp(0, 1)
+    for _ in range(10):
+        x_adv.requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(theirs(x_adv), data.y, reduction="sum"), x_adv)
+        x_adv = torch.min(torch.max(x_adv.detach() + 2 / 255 * g.sign(), x - eps), x + eps).clamp(0, 1)
+    theirs.train()
+    optimiser = torch.optim.SGD(theirs.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    features, attacked = theirs.trunk(x), None
+    clean2 = theirs.head2(features)
+    theirs.aggregator(torch.stack((theirs.head1(features), clean2), 1))  # moves statistics as the joint pass does
+    attacked = theirs.trunk(x_adv)
+    both = torch.stack((theirs.head1(attacked), theirs.head2(attacked)), 1)
+    loss = F.cross_entropy(both[:, 0], data.y) + 0.5 * F.cross_entropy(clean2, data.y)
+    (loss + F.cross_entropy(theirs.aggregator(both), data.y)).backward()
+    optimiser.step()
+    step(data, streams_of(data))
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.allclose(a.double(), b.double(), atol=2e-4), name
+
+
+def test_frozen_parts_stay_bit_equal_while_the_rest_trains_jointly():
+    model, data = dual_model(), batch(0, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    spec = {"name": "joint", "head1": None, "aggregate": "sat"}
+    step_of(model, stage_of(spec, ("head2", "aggregator")))(data, streams_of(data))
+    for name, value in model.state_dict().items():
+        frozen = name.startswith(("trunk.", "head1."))
+        assert not frozen or torch.equal(value, before[name]), name
+    assert all(p.grad is None for part in (model.trunk, model.head1) for p in part.parameters())
+
+
+def test_the_deployed_output_of_a_program_is_the_last_one():
+    model, x = dual_model().eval(), batch(0, 4).x
+    program = Program(model, ALL, ("head1", "head2", "aggregate"), ("aggregate",))
+    model.eval()
+    assert torch.allclose(program.logits(x), model(x))
+    assert torch.allclose(program.suffix(program.prefix(x))[:, 1], model.view("head2")(x))
+    assert program.attacked_logits(x).shape == (4, 1, 10)
+
+
+JOINT = [
+    "stages.main_head.train=[trunk, head1, head2, aggregator]",
+    "stages.main_head.objective={name: joint, distillation: 0.5, diversity: 0.1}",
+]
+
+
+def test_a_joint_stage_within_a_run_resumes_bit_for_bit(tmp_path):
+    assert train_until(tmp_path / "whole", lambda: False, *JOINT)
+    asked = []
+
+    def every_fourth():
+        asked.append(None)
+        return len(asked) % 4 == 0
+
+    while not train_until(tmp_path / "stopped", every_fourth, *JOINT):
+        pass
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": ["trunk", "head1", "head2"], "objective": "sat"}, "head1 would learn nothing, since the loss is on"),
+        ({"train": ["aggregator"], "objective": "joint"}, "a loss on head1 changes nothing"),
+        ({"train": ["trunk"], "objective": {"name": "joint", "aggregate": None}}, "attack: aggregate has no adversar"),
+        ({"objective": {"name": "joint", "head1": None, "head2": None}}, "joint needs at least two of"),
+        ({"objective": {"name": "joint", "head1": "joint"}}, "joint is made of base methods"),
+        ({"objective": {"name": "joint", "head1": None, "distillation": 1}}, "need a loss on head1 and on head2"),
+    ],
+)
+def test_what_cannot_be_trained_jointly_is_refused(change, message):
+    content = load_recipe("digits").resolved()
+    content["stages"] = [{**content["stages"][0], "train": list(ALL), **change}]
+    with pytest.raises(UserError, match=message):
+        parse_recipe(content)
