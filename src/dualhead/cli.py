@@ -253,20 +253,33 @@ def layers(
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also as ONNX, checked with onnxruntime.")] = False,
     push: Annotated[str | None, typer.Option("--push", help="Also upload to the Hub as OWNER/NAME.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write weights, configuration and a model card to a folder that `dualhead.load` reads."""
-    from dualhead.hub import export as export_model
-    from dualhead.hub import push_to_hub
+    from dataclasses import asdict
 
+    from dualhead.hub import export as export_model
+    from dualhead.hub import export_onnx, push_to_hub
+    from dualhead.onnx_export import require_onnx
+
+    if onnx:
+        require_onnx()  # before anything is written
     folder = export_model(run, to)
+    check = export_onnx(folder) if onnx else None
     address = None if push is None else push_to_hub(folder, push)
     if as_json:
-        typer.echo(json.dumps({"model": str(folder), "hub": address}, indent=2))
+        facts = None if check is None else {**asdict(check), "path": str(check.path)}
+        typer.echo(json.dumps({"model": str(folder), "onnx": facts, "hub": address}, indent=2))
     elif not quiet:
         typer.echo(f"model: {folder}")
+        if check is not None:
+            typer.echo(
+                f"ONNX: {check.path}; logits of {check.images} images differ by at most {check.difference:.2g} from "
+                f"PyTorch's, the largest of which is {check.scale:.2g}"
+            )
         if address is not None:
             typer.echo(f"Hub: {address}")
 

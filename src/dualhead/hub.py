@@ -16,6 +16,7 @@ from dualhead.errors import UserError
 from dualhead.files import write_json, write_text
 from dualhead.heads import DualHeadClassifier, Output, aggregators, attach_second_head
 from dualhead.models import Normalize, backbones, load_state, read_state, write_state
+from dualhead.onnx_export import OnnxCheck, write_onnx
 from dualhead.registry import first_error
 from dualhead.report import model_card
 from dualhead.schema import Section
@@ -23,6 +24,7 @@ from dualhead.schema import Section
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+ONNX = "model.onnx"
 
 
 class Architecture(Section):
@@ -136,6 +138,24 @@ def export(run: str | Path, folder: str | Path) -> Path:
     return folder
 
 
+def export_onnx(folder: str | Path) -> OnnxCheck:
+    """Add `model.onnx` to an exported model: its deployed forward, for engines without PyTorch.
+
+    Args:
+        folder: that `export` wrote.
+
+    Returns:
+        How far onnxruntime is from PyTorch on random images.
+
+    Raises:
+        UserError: if there is no model, the extra `onnx` is not installed, the model cannot be written as ONNX, or the
+            file would compute something else.
+    """
+    folder = find_model(folder)
+    architecture = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
+    return write_onnx(load(folder), architecture.image_shape, folder / ONNX)
+
+
 def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> str:
     """Upload an exported model to the Hugging Face Hub, with the credentials that `huggingface_hub` finds.
 
@@ -152,7 +172,7 @@ def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> str:
     find_model(folder)
     api = HfApi()
     api.create_repo(name, private=private, exist_ok=True)
-    info = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=[CONFIG, WEIGHTS, CARD])
+    info = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=[CONFIG, WEIGHTS, CARD, ONNX])
     return str(info)
 
 

@@ -230,14 +230,14 @@ class Run:
     def _arithmetic(self, environment_file: Path) -> Arithmetic:
         if environment_file.is_file():  # a run that goes on keeps its arithmetic, whatever would be faster now
             known = yaml.safe_load(environment_file.read_text(encoding="utf-8"))
-            chosen = choose_arithmetic(known["precision"], self.model, torch.empty(0))
+            chosen = Arithmetic(known["precision"] == "bf16", known["channels_last"])
+            chosen.lay_out(self.model)
         else:
             shape = (min(64, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
             example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
             chosen = choose_arithmetic(self.recipe.runtime.precision, self.model, example)
-            facts = {**describe_environment(self.device), "precision": chosen.name}
-            write_json(environment_file, facts)
-        chosen.lay_out(self.model)
+            facts = {"precision": chosen.name, "channels_last": chosen.channels_last}
+            write_json(environment_file, {**describe_environment(self.device), **facts})
         return chosen
 
     # ---- training

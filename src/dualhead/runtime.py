@@ -61,10 +61,12 @@ class Arithmetic:
     """A choice of number format and memory layout for the passes through a model.
 
     Args:
-        bf16: run the passes under bfloat16 autocast with channels-last images; else in float32.
+        bf16: run the passes under bfloat16 autocast; else in float32.
+        channels_last: keep images and the weights of convolutions in that layout; else contiguous.
     """
 
     bf16: bool
+    channels_last: bool = False
 
     @property
     def name(self) -> str:
@@ -84,12 +86,11 @@ class Arithmetic:
 
     def lay_out(self, model: nn.Module) -> None:
         """Give the model's weights the layout that suits, in place; values stay."""
-        if self.bf16:
-            set_layout(model, torch.channels_last)
+        set_layout(model, torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def images(self, x: Tensor) -> Tensor:
         """Images in the layout that suits."""
-        return x.contiguous(memory_format=torch.channels_last) if self.bf16 else x
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def wrap(self, logits_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function under this arithmetic; logits come out in float32."""
@@ -109,39 +110,59 @@ def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
 
 
 FLOAT32 = Arithmetic(bf16=False)
-BF16 = Arithmetic(bf16=True)
+BF16 = Arithmetic(bf16=True, channels_last=True)
+BF16_CONTIGUOUS = Arithmetic(bf16=True)
 
 
 def choose_arithmetic(precision: Precision, model: nn.Module, example: Tensor, seconds: float = 1.5) -> Arithmetic:
     """The arithmetic that a precision stands for; for `auto` the faster one, measured.
 
     What is timed is a forward pass and a backward pass to the input: most of what adversarial training and white-box
-    attacks do. bf16 must win clearly, since float32 is exact.
+    attacks do. bf16 must win clearly, since float32 is exact. It goes with channels-last images, except for models that
+    cannot take these.
 
     Args:
         precision: `float32`, `bf16` or `auto`.
-        model: images to logits; its mode and values are left as they are.
+        model: images to logits; its mode and values are left as they are, its weights in the layout chosen.
         example: a batch of images as the work will use.
         seconds: about how long to measure each.
     """
-    if precision != "auto":
-        return BF16 if precision == "bf16" else FLOAT32
-    timings = {}
+    chosen = FLOAT32
     with in_eval_mode(model):
-        for arithmetic in (FLOAT32, BF16):
-            arithmetic.lay_out(model)
-            timings[arithmetic] = _seconds_per_pass(arithmetic.wrap(model), example, seconds)
-    chosen = BF16 if timings[BF16] < 0.9 * timings[FLOAT32] else FLOAT32
-    if chosen is FLOAT32:
-        set_layout(model, torch.contiguous_format)
+        if precision != "float32":
+            bf16 = BF16 if _takes_channels_last(model, example) else BF16_CONTIGUOUS
+            chosen = bf16 if precision == "bf16" else _faster(model, example, bf16, seconds)
+    chosen.lay_out(model)
     return chosen
+
+
+def _takes_channels_last(model: nn.Module, example: Tensor) -> bool:
+    """Whether a pass runs in that layout: `features.view(len(features), -1)` fails there, among others' code."""
+    BF16.lay_out(model)
+    try:
+        _pass(BF16.wrap(model), example[:2])
+    except RuntimeError:  # what else it may mean shows again in the contiguous layout
+        return False
+    return True
+
+
+def _faster(model: nn.Module, example: Tensor, bf16: Arithmetic, seconds: float) -> Arithmetic:
+    timings = {}
+    for arithmetic in (FLOAT32, bf16):
+        arithmetic.lay_out(model)
+        timings[arithmetic] = _seconds_per_pass(arithmetic.wrap(model), example, seconds)
+    return bf16 if timings[bf16] < 0.9 * timings[FLOAT32] else FLOAT32
+
+
+def _pass(logits_fn: Callable[[Tensor], Tensor], example: Tensor) -> None:
+    x = example.detach().requires_grad_()
+    torch.autograd.grad(logits_fn(x).sum(), x)
 
 
 def _seconds_per_pass(logits_fn: Callable[[Tensor], Tensor], example: Tensor, seconds: float) -> float:
     def one_pass() -> float:
         began = time.perf_counter()
-        x = example.detach().requires_grad_()
-        torch.autograd.grad(logits_fn(x).sum(), x)
+        _pass(logits_fn, example)
         synchronize(example.device)
         return time.perf_counter() - began
 

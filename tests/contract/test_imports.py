@@ -15,7 +15,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "dualhead"
 RANKS = [
     {"errors"},
     {"files", "lock", "noise", "registry"},
-    {"schema", "threat", "flops"},
+    {"schema", "threat", "flops", "onnx_export"},
     {"runtime"},
     {"data", "models", "heads", "objectives", "attacks", "report"},
     {"training", "evaluation"},

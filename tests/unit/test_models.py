@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import re
 import sys
 import types
 from collections import namedtuple
@@ -13,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.heads import attach_second_head
+from dualhead.heads import attach_second_head, split_model
 from dualhead.models import (
     Normalize,
     Wrapped,
@@ -650,6 +651,12 @@ class TestTransformers:
         assert count_parameters(make("hf:resnet")) == 23_528_522  # ResNet-50 with 10 classes
         model = make(f"hf:{folder / 'config.json'}", 3, (1, 8, 8))
         assert model(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+
+    def test_a_second_head_shares_the_trunk_as_it_does_in_the_bare_model(self, folder, recwarn):
+        model = make(f"hf:{folder}")
+        at = next(name for name, _ in model.named_modules() if re.fullmatch(r"model\.\w+\.encoder\.stages\.0", name))
+        assert split_model(model, at, torch.rand(2, 3, 32, 32)).how == "traced"
+        assert not [w for w in recwarn if "trunk is paid twice" in str(w.message)]
 
     def test_pretrained_weights_are_those_in_the_folder(self, folder):
         published = read_state(folder / "model.safetensors")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dualhead.errors import UserError
 from dualhead.models.normalize import Normalize
@@ -82,6 +82,8 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         UserError: if it is none of these.
     """
+    if isinstance(output, fx.Proxy):  # of a tensor, while a model is traced to be cut; it has any attribute
+        return cast("Tensor", output)
     found = output
     if hasattr(output, "logits"):
         found = output.logits
@@ -89,12 +91,12 @@ def logits_of(output: Any) -> Tensor:
         found = output.get("logits")
     elif isinstance(output, Sequence) and len(output) > 0:
         found = output[0]
-    if not isinstance(found, Tensor):
+    if not isinstance(found, Tensor | fx.Proxy):
         raise UserError(
             f"the model returned {type(output).__name__} without logits; it must return a tensor, a tuple that has "
             "them first, or an object or dict that names them `logits`"
         )
-    return found
+    return cast("Tensor", found)
 
 
 def trial_output(model: nn.Module, image_shape: ImageShape) -> Any:

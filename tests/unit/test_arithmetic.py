@@ -1,0 +1,64 @@
+"""The arithmetic of training: bf16 with channels-last images, and with contiguous ones where a model needs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dualhead.runtime import BF16, BF16_CONTIGUOUS, FLOAT32, choose_arithmetic
+
+IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Flattens(nn.Module):
+    """A convolution whose features are flattened by `view`, which wants them contiguous, or by `flatten`."""
+
+    def __init__(self, *, by_view):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 64, 5)
+        self.by_view = by_view
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.fc(x.view(x.shape[0], -1) if self.by_view else x.flatten(1))
+
+
+def layout(model):
+    last = model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    return "channels last" if last and not model.conv.weight.is_contiguous() else "contiguous"
+
+
+def test_channels_last_fails_where_features_are_viewed():
+    model = Flattens(by_view=True)
+    BF16.lay_out(model)
+    with pytest.raises(RuntimeError, match="view"):
+        BF16.wrap(model)(IMAGES)
+
+
+@pytest.mark.parametrize(("by_view", "expected"), [(True, BF16_CONTIGUOUS), (False, BF16)])
+def test_bf16_takes_the_layout_that_the_model_takes(by_view, expected):
+    model = Flattens(by_view=by_view).train()
+    chosen = choose_arithmetic("bf16", model, IMAGES)
+    assert chosen == expected
+    assert chosen.name == "bf16"
+    assert layout(model) == ("contiguous" if by_view else "channels last")
+    assert model.training
+    torch.testing.assert_close(chosen.wrap(model)(IMAGES), model(IMAGES), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("by_view", [True, False])
+def test_auto_measures_and_leaves_the_layout_it_chose(by_view):
+    model = Flattens(by_view=by_view)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    chosen = choose_arithmetic("auto", model, IMAGES, seconds=0.01)
+    assert chosen in ({FLOAT32, BF16_CONTIGUOUS} if by_view else {FLOAT32, BF16})
+    assert layout(model) == ("channels last" if chosen == BF16 else "contiguous")
+    assert chosen.wrap(model)(IMAGES).shape == (4, 5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_fails_anyway_fails_with_its_own_words():
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(7, 5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        choose_arithmetic("auto", broken, IMAGES, seconds=0.01)
