@@ -106,20 +106,29 @@ def exhibit(request: Request, landscapes: Sequence[int] | None = None) -> tuple[
     Raises:
         UserError: for a model, data or values that do not exist or do not fit one another.
     """
-    device = find_device(request.device)
-    threat, _ = _threat(request)
-    test = _test_images(request)
-    _check_images(request, test)
-    model = _model(request, test)
+    model, test, threat = subject_of(request)
     count = min(request.limit or len(test), len(test))
     folder = request.output_dir or (Path(request.model) / "evaluation" if request.is_run else _default_folder(request))
     check_folder(folder, "--output")
     gallery = make_gallery(
-        model.to(device), test.images[:count], test.labels[:count], threat=threat, landscapes=landscapes,
+        model, test.images[:count], test.labels[:count], threat=threat, landscapes=landscapes,
         seed=request.seed, batch_size=request.batch_size,
     )  # fmt: skip
     gallery.save(folder / GALLERY)
     return folder / GALLERY, gallery
+
+
+def subject_of(request: Request) -> tuple[nn.Module, Split, ThreatModel]:
+    """The model that a request names, on its device and in eval mode, its test images, and its threat model.
+
+    Raises:
+        UserError: for a model, data or values that do not exist or do not fit one another.
+    """
+    device = find_device(request.device)
+    threat, _ = _threat(request)
+    test = _test_images(request)
+    _check_images(request, test)
+    return _model(request, test).to(device).eval(), test, threat
 
 
 def _threat(request: Request) -> tuple[ThreatModel, list[str]]:

@@ -215,6 +215,36 @@ def gallery(
 
 
 @app.command()
+def play(
+    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    eps: Annotated[str | None, typer.Option("--eps", help="Where the slider starts; default: the run's.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a page, to this machine only, on which to choose an image, move eps and watch the heads under attack."""
+    from dualhead.assess import Request, subject_of
+    from dualhead.play import LOOPBACK, Playground, serve
+
+    loaded, images, threat = subject_of(Request(model=model, eps=eps, norm=norm, data=data, device=device))
+    server = serve(Playground(loaded, images, threat), port)
+    address = f"http://{LOOPBACK}:{server.server_port}/"
+    if as_json:
+        typer.echo(json.dumps({"address": address}))
+    else:
+        typer.echo(address if quiet else f"play: {address} (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+
+
+@app.command()
 def layers(
     model: Annotated[str, typer.Argument(help="A backbone (wideresnet-34-10), package.module:factory, run or model.")],
     image_shape: Annotated[str, typer.Option("--image-shape", help="CHANNELSxHEIGHTxWIDTH")] = "3x32x32",

@@ -22,7 +22,7 @@ RANKS = [
     {"config", "hub"},
     {"run"},
     {"assess", "demo"},
-    {"terminal"},
+    {"play", "terminal"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -158,7 +158,19 @@ def test_info_tells_where_an_unfinished_run_stands(finished_run, tmp_path):
 
 
 def test_every_command_can_be_quiet_and_speak_json():
-    for command in ("demo", "train", "evaluate", "gallery", "info", "list", "layers", "export", "compare", "report"):
+    for command in (
+        "demo",
+        "train",
+        "evaluate",
+        "gallery",
+        "info",
+        "play",
+        "list",
+        "layers",
+        "export",
+        "compare",
+        "report",
+    ):
         words = dualhead(command, "--help").out
         assert "--quiet" in words, command
         assert "--json" in words, command

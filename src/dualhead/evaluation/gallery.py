@@ -93,6 +93,7 @@ def make_gallery(
     threat: ThreatModel,
     index: Sequence[int] | None = None,
     landscapes: Sequence[int] | None = None,
+    shares: Sequence[float] = SHARES,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Gallery:
@@ -109,6 +110,7 @@ def make_gallery(
         index: a number per sample that names it; None for 0 to M - 1.
         landscapes: names of the samples whose surroundings are mapped; None for those on which outputs under attack
             disagree, and the first others.
+        shares: budgets, ascending, as shares of the threat model's eps.
         seed: of all random numbers.
         batch_size: images at once.
 
@@ -119,7 +121,7 @@ def make_gallery(
     check_images(images, labels)
     names = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
-        return _Visit(model, images, labels, names, threat, seed, batch_size).gallery(landscapes)
+        return _Visit(model, images, labels, names, threat, seed, batch_size).gallery(landscapes, shares)
 
 
 @dataclass
@@ -182,9 +184,9 @@ class _Visit:
             )
         return torch.cat(found)
 
-    def gallery(self, landscapes: Sequence[int] | None) -> Gallery:
+    def gallery(self, landscapes: Sequence[int] | None, shares: Sequence[float]) -> Gallery:
         """Attack, ask, and map."""
-        threats = [replace(self.threat, eps=share * self.threat.eps) for share in SHARES]
+        threats = [replace(self.threat, eps=share * self.threat.eps) for share in shares]
         shown: list[list[NDArray[Any]]] = []
         said: list[list[_Said]] = []
         adversarial = self.x
@@ -195,7 +197,7 @@ class _Visit:
                 adversarial = self._attack(target, threat)
                 shown[-1].append(_bytes(adversarial))
                 said[-1].append(self._said(adversarial, self.y))
-        rows = self._chosen(landscapes, said[-1][-1])
+        rows = self._chosen(landscapes, said[-1][-1] if shares else self.clean)
         return Gallery(
             outputs=np.array(self.called),
             attack=np.array(ATTACK),

@@ -1,0 +1,135 @@
+"""The page to play with: it answers to this machine only, and what it shows is the model's own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from dualhead.assess import Request, subject_of
+from dualhead.play import Playground, serve
+from e2e_helpers import dualhead
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def playground(finished_run):
+    return Playground(*subject_of(Request(model=str(finished_run), device="cpu")), count=12)
+
+
+@pytest.fixture
+def server(playground):
+    started = serve(playground)
+    thread = threading.Thread(target=started.serve_forever)
+    thread.start()
+    yield started
+    started.shutdown()
+    thread.join()
+    started.server_close()
+
+
+def ask(server, method, path, content=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    body = None if content is None else json.dumps(content)
+    connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def test_an_attack_says_what_every_output_makes_of_it(server, playground):
+    status, body = ask(server, "POST", "/attack", {"sample": 3, "eps": 0.2})
+    assert status == 200
+    found = json.loads(body)
+    assert found["outputs"] == ["head 1", "head 2", "aggregate"] == [target["name"] for target in found["targets"]]
+    x = playground.images.images[3:4].float() / 255
+    with torch.no_grad():
+        expected = [*playground.model.head_logits(x)[0], playground.model(x)[0]]
+    names = playground.images.class_names
+    assert [said["class"] for said in found["says"]] == [names[int(logits.argmax())] for logits in expected]
+    shares = [float(logits.softmax(0).max()) for logits in expected]
+    np.testing.assert_allclose([said["probability"] for said in found["says"]], shares, rtol=1e-4)
+    label = int(playground.images.labels[3])
+    assert all(
+        said["right"] == (said["class"] == names[label]) for target in found["targets"] for said in target["says"]
+    )
+
+
+def test_an_image_of_ones_own_is_taken_for_what_the_model_says(server, playground):
+    pixels = playground.images.images[5].permute(1, 2, 0).flatten().tolist()
+    own = json.loads(ask(server, "POST", "/attack", {"pixels": pixels, "eps": 0.1, "label": None})[1])
+    offered = json.loads(ask(server, "POST", "/attack", {"sample": 5, "eps": 0.1})[1])
+    assert own["clean"] == offered["clean"]
+    assert own["says"][-1]["right"]
+    assert own["class"] == own["says"][-1]["class"]
+
+
+@pytest.mark.parametrize(
+    "asked", [[], {}, {"sample": 99, "eps": 0.1}, {"sample": 0, "eps": -1}, {"sample": 0, "eps": "x"},
+              {"pixels": [1, 2], "eps": 0.1}, {"sample": 0}],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_words(server, asked):
+    status, body = ask(server, "POST", "/attack", asked)
+    assert status == 400
+    assert json.loads(body)["error"]
+
+
+def test_nobody_else_is_let_in(server):
+    assert server.server_address[0] == "127.0.0.1"
+    assert ask(server, "GET", "/offer", Host="evil.example")[0] == 403
+    assert ask(server, "POST", "/attack", {"sample": 0, "eps": 0.1}, Host="evil.example")[0] == 403
+    plain = {"Content-Type": "text/plain"}
+    assert ask(server, "POST", "/attack", {"sample": 0, "eps": 0.1}, **plain)[0] == 400
+    assert ask(server, "GET", "/../pyproject.toml")[0] == 404
+
+
+def test_the_command_starts_answers_and_stops(finished_run):
+    command = [sys.executable, "-m", "dualhead", "play", str(finished_run), "--device", "cpu", "--json"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        address = json.loads(running.stdout.readline())["address"]
+        port = int(re.search(r":(\d+)/", address)[1])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/")
+        assert "Play with the model" in connection.getresponse().read().decode()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 0
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_a_port_that_is_taken_is_named(server, finished_run):
+    assert "--port" in dualhead("play", finished_run, "--port", server.server_port, "--device", "cpu").error_line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: the page is not tried in a browser")
+def test_the_page_plays_in_a_browser(server):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no page is tried")
+    complaints = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.wait_for_function("document.querySelectorAll('#says tr').length === 3")
+        before = page.locator("#attacked").get_attribute("src")
+        page.locator("#eps").fill("200")
+        page.wait_for_function("src => document.getElementById('attacked').src !== src", arg=before)
+        page.locator(".strip button").nth(4).click()
+        page.wait_for_function("document.getElementById('state').textContent === ''")
+        assert page.locator(".strip button").nth(4).get_attribute("aria-pressed") == "true"
+        browser.close()
+    assert not complaints
