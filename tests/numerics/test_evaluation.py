@@ -17,7 +17,10 @@ from dualhead.attacks import Query, Search, attacks
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, evaluate
 from dualhead.evaluation.journal import Journal
+from dualhead.evaluation.lanes import Lanes
+from dualhead.evaluation.subject import Subject
 from dualhead.noise import Streams
+from dualhead.runtime import BF16, FLOAT32
 from dualhead.threat import ThreatModel
 from evaluation_helpers import THREAT, StopAfter, StoppedError, assert_same, patterns, trained
 
@@ -207,6 +210,25 @@ def test_every_attack_is_independent_of_its_batch(norm, precision):
     whole = measure(40, batch_size=64, **options)
     assert 0 < whole.robust_accuracy["worst"] < 1
     assert_same(measure(40, batch_size=7, **options), whole)
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_lanes_and_looking_ahead_give_the_same_verdicts(lanes, precision, monkeypatch):
+    suite = {"attacks": ["apgd-ce-8", "fab-t-5", "square-60"], "precision": precision}
+    alone = measure(60, batch_size=8, **suite)
+    asked = []
+
+    def settle(self, precision, x, y, work):
+        self.use(BF16 if precision == "bf16" else FLOAT32, x)
+        self.use_lanes(lanes)
+        self.forward_batch_size = 256
+
+    plain = Lanes.__call__
+    monkeypatch.setattr(Lanes, "__call__", lambda self, x: asked.append(len(x)) or plain(self, x))
+    monkeypatch.setattr(Subject, "settle", settle)
+    assert_same(measure(60, batch_size=64, **suite), alone)
+    assert max(asked) > 64
 
 
 def test_looking_less_often_gives_the_same_verdicts(reference, monkeypatch):
@@ -596,12 +618,15 @@ def test_the_standard_suite_costs_what_it_should_on_robust_samples():
         model, images, labels, threat=threat, attacks=["autoattack"], precision="float32", diagnostics=False
     )
     assert result.robust_accuracy["autoattack"] == 1
-    passes = {
-        part["name"]: (part["forward_passes"], part["backward_passes"])
+    passes = {  # besides those that looked ahead in vain, few here
+        part["name"]: (part["forward_passes"] - part["vain_passes"], part["backward_passes"])
         for part in result.results["attacks"]["autoattack"]["parts"]
     }
     at_most = {"apgd-ce": (103, 101), "apgd-t": (920, 909), "fab-t": (1829, 900), "square": (5004, 0)}
     for name, (forward, backward) in at_most.items():
         assert 0.97 * 9 * forward <= passes[name][0] <= 9 * forward, name
         assert passes[name][1] == 9 * backward, name
+    vain = [part["vain_passes"] for part in result.results["attacks"]["autoattack"]["parts"]]
+    assert vain[:3] == [0, 0, 0]
+    assert 0 < vain[3] < 0.1 * 9 * 5004
     assert [part["fooled"] for part in result.results["attacks"]["autoattack"]["parts"]] == [0, 0, 0, 0]

@@ -119,17 +119,13 @@ def test_any_shape_of_image_stays_in_ball_and_box(threat, shape):
     weight = torch.randn(4, x[0].numel(), generator=torch.Generator().manual_seed(0))
 
     def model(z):
+        assert (threat.distance(z, x) <= threat.eps + 1e-6).all()
+        assert (z >= 0).all()
+        assert (z <= 1).all()
         return z.flatten(1) @ weight.T
 
     y = model(x).argmax(1)
-
-    def watch(state):
-        for key in ("candidate", "adversarial"):
-            assert (threat.distance(state[key], x) <= threat.eps + 1e-6).all()
-            assert (state[key] >= 0).all()
-            assert (state[key] <= 1).all()
-
-    state, _ = run(Square(queries=25), model, x, y, threat, streams(4), watch=watch)
+    state, _ = run(Square(queries=25), model, x, y, threat, streams(4))
     assert (state["margin"] > -torch.inf).all()
 
 
@@ -166,7 +162,7 @@ def test_a_samples_result_does_not_depend_on_when_it_starts_or_on_its_neighbours
 def test_restarts_differ():
     model, x = network(), images(2)
     y, search = model(x).argmax(1), Square(restarts=2)
-    starts = [search.begin(x, y, model(x), torch.full_like(y, job), LINF, streams(2))["candidate"] for job in range(2)]
+    starts = [search.begin(x, y, model(x), torch.full_like(y, job), LINF, streams(2))["start"] for job in range(2)]
     assert search.jobs(10) == 2
     assert not torch.equal(*starts)
 
@@ -193,3 +189,33 @@ def test_passes_are_those_of_the_published_cost_where_no_sample_is_fooled():
     attacks.build("square-100").search(query, x, torch.zeros(2, dtype=torch.long), LINF, streams(2))
     assert (query.forward_passes, query.backward_passes) == (2 * (1 + 101 + 1), 0)
     assert Square().max_steps() == 5001  # and two looks around it, where the published code takes one more
+
+
+@BOTH
+@pytest.mark.parametrize("count", [2, 5, 64])
+def test_looking_ahead_follows_the_same_path(threat, count):
+    search, model, x = Square(queries=90), network(gain=1.0), images(6)
+    y = model(x).argmax(1)
+
+    def begin():
+        return search.begin(x, y, model(x), torch.zeros_like(y), threat, streams(6))
+
+    path, state = [], begin()
+    for _ in range(search.max_steps()):
+        state = search.step(state, Query(model), threat)
+        path.append(state)
+    changes = sum(float((a["adversarial"] != b["adversarial"]).any((1, 2, 3)).sum()) for a, b in pairwise(path))
+    assert 6 < changes < 6 * 90, "too few or too many squares are kept for this to be a test"
+
+    state, query = begin(), Query(model)
+    for _ in range(search.max_steps()):
+        before, state = state["iteration"], search.leap(state, query, threat, count)
+        assert (state["iteration"] > before).logical_or(before == search.max_steps()).all()
+        assert (state["iteration"] <= search.max_steps()).all()
+        for row, number in enumerate(state["iteration"].tolist()):
+            for key in ("adversarial", "margin", "found"):
+                assert torch.equal(state[key][row], path[number - 1][key][row]), (key, number)
+        if (state["iteration"] == search.max_steps()).all():
+            break
+    assert (state["iteration"] == search.max_steps()).all()
+    assert query.forward_passes < 6 * search.max_steps() * count

@@ -1,5 +1,5 @@
 """Attacks, one a file. An attack sees logits, images and labels: never a module, an optimiser or a recipe."""
 
-from dualhead.attacks.base import Attack, LogitsFn, LossFn, Maximiser, Query, Search, State, attacks
+from dualhead.attacks.base import Attack, LogitsFn, LooksAhead, LossFn, Maximiser, Query, Search, State, attacks
 
-__all__ = ["Attack", "LogitsFn", "LossFn", "Maximiser", "Query", "Search", "State", "attacks"]
+__all__ = ["Attack", "LogitsFn", "LooksAhead", "LossFn", "Maximiser", "Query", "Search", "State", "attacks"]

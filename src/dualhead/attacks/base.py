@@ -294,6 +294,18 @@ class Search(Attack):
 
 
 @runtime_checkable
+class LooksAhead(Protocol):
+    """A search whose next steps are known as long as nothing is found, so that several can be one query."""
+
+    def leap(self, state: State, query: Query, threat: ThreatModel, count: int) -> State:
+        """What up to `count` calls of `step` do, with `count` rows a slot in one query.
+
+        A slot goes as far as its first step that changes something, which `iteration` tells, and never beyond
+        `max_steps`. The queries after that step were in vain.
+        """
+
+
+@runtime_checkable
 class Maximiser(Protocol):
     """An attack that adversarial training can use: it climbs any loss, and gives its last iterate."""
 

@@ -116,7 +116,7 @@ class Square(Search):
             "x": x,
             "y": y,
             "keys": streams.keys,
-            "candidate": start,
+            "start": start,
             "adversarial": x.clone(),
             "margin": torch.full_like(clean[:, 0], -torch.inf),
             "found": torch.zeros_like(y, dtype=torch.bool),
@@ -124,19 +124,36 @@ class Square(Search):
         }
 
     def step(self, state: State, query: Query, threat: ThreatModel) -> State:
-        """Look at the candidate, keep it where the margin grew or the model is fooled, and draw the next."""
-        logits = query.logits(state["candidate"])
-        margin, fooled = losses.margin(logits, state["y"]), logits.argmax(1) != state["y"]
-        kept = (margin > state["margin"]) | fooled
-        best = torch.where(per_slot(kept, state["x"]), state["candidate"], state["adversarial"])
+        """Draw a candidate, look at it, and keep it where the margin grew or the model is fooled."""
+        return self.leap(state, query, threat, 1)
+
+    def leap(self, state: State, query: Query, threat: ThreatModel, count: int) -> State:
+        """See `LooksAhead.leap`: candidates that follow one another as long as none of them is kept."""
+        ahead = torch.arange(count, device=state["y"].device)
+        number = state["iteration"][:, None] + ahead
+        rows = torch.arange(len(state["y"]), device=ahead.device).repeat_interleave(count)
+        needed = ("x", "start", "adversarial", "keys")
+        repeated = {key: state[key] if count == 1 else state[key][rows] for key in needed}
+        candidates = self._candidates(repeated, number.flatten(), threat)
+        logits, y = query.logits(candidates), state["y"][rows]
+        margin, fooled = losses.margin(logits, y).view_as(number), (logits.argmax(1) != y).view_as(number)
+        kept = ((margin > state["margin"][:, None]) | fooled) & (number < self.max_steps())
+        first = torch.where(kept, ahead, count).amin(1)
+        any_kept, place = first < count, first.clamp_max(count - 1)[:, None]
+        chosen = candidates[torch.arange(0, len(rows), count, device=ahead.device) + place[:, 0]]
+        left = (self.max_steps() - state["iteration"]).clamp_min(0)
         return {
             **state,
-            "candidate": self._propose(state["x"], best, state["iteration"], Streams(state["keys"]), threat),
-            "adversarial": best,
-            "margin": torch.where(kept, margin, state["margin"]),
-            "found": state["found"] | fooled,
-            "iteration": state["iteration"] + 1,
+            "adversarial": torch.where(per_slot(any_kept, chosen), chosen, state["adversarial"]),
+            "margin": torch.where(any_kept, margin.gather(1, place)[:, 0], state["margin"]),
+            "found": state["found"] | (any_kept & fooled.gather(1, place)[:, 0]),
+            "iteration": state["iteration"] + torch.minimum((first + 1).clamp_max(count), left),
         }
+
+    def _candidates(self, state: State, number: Tensor, threat: ThreatModel) -> Tensor:
+        """What is looked at in step `number`, int64 [B], if the best so far is still the best then."""
+        drawn = self._propose(state["x"], state["adversarial"], number - 1, Streams(state["keys"]), threat)
+        return torch.where(per_slot(number == 0, drawn), state["start"], drawn)
 
     def _propose(self, x: Tensor, best: Tensor, number: Tensor, streams: Streams, threat: ThreatModel) -> Tensor:
         """`best` with one more square, number int64 [B] counting those before it."""

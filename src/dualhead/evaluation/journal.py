@@ -40,7 +40,7 @@ _OUTCOME = {
     "margin": float,
     "taken_for": int,
 }
-LAYOUT = 2
+LAYOUT = 3
 """Of the files; raised when one of another layout could not be read."""
 
 

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualhead.attacks import Search, State
+from dualhead.attacks import LooksAhead, Search, State
 from dualhead.attacks.losses import margin
-from dualhead.evaluation.subject import Subject, pad_rows, padded, predictions
+from dualhead.evaluation.subject import ROWS, Subject, pad_rows, padded, predictions
 from dualhead.noise import Streams
 from dualhead.threat import ThreatModel
 
@@ -52,10 +52,11 @@ class Try:
 
 @dataclass
 class Cost:
-    """Passes in images: those of the search, and those that verified what it found."""
+    """Passes in images: those of the search, those of them that looked ahead in vain, and verification's."""
 
     forward: int = 0
     backward: int = 0
+    vain: int = 0
     verification: int = 0
 
 
@@ -122,6 +123,10 @@ class Hunt:
         self.samples, self.streams = samples, streams
         self.check_every, self.on_try, self.on_round = check_every, on_try, on_round
         self.query = subject.query()
+        self._capacity, self._unit = subject.batch_size, ROWS
+        self._ahead: int | None = None
+        if isinstance(search, LooksAhead):
+            self._capacity, self._unit, self._ahead = subject.forward_batch_size, 1, 1
         self.cost = Cost()
         self.jobs, self.max_steps = search.jobs(samples.clean.shape[1]), search.max_steps()
         self.first_success = dict.fromkeys(open_samples, self.jobs)
@@ -171,10 +176,10 @@ class Hunt:
                 wanted = (sample, job) not in known and job < self.first_success.get(sample, 0)
                 if wanted and age > furthest.get((sample, job), (-1, 0, 0))[0]:
                     furthest[sample, job] = (age, number, row)
-        places = [place[1:] for place in furthest.values()][: self.subject.batch_size]
+        places = [place[1:] for place in furthest.values()][: self._capacity]
         if not places:
             return set()
-        places += [places[0]] * (padded(len(places)) - len(places))
+        places += [places[0]] * (self._rounded(len(places)) - len(places))
 
         def column(name: str) -> NDArray[Any]:
             return np.stack([flight[number][name][row] for number, row in places])
@@ -183,7 +188,7 @@ class Hunt:
             return torch.from_numpy(column(name)).to(self.subject.device)
 
         self._sample, self._job, self._age = column("sample"), column("job"), column("age")
-        self._sample[min(len(furthest), self.subject.batch_size) :] = -1
+        self._sample[min(len(furthest), self._capacity) :] = -1
         self._held, self._example = tensor("held"), tensor("example")
         names = [name.removeprefix("state_") for name in flight[places[0][0]] if name.startswith("state_")]
         self._state = {name: tensor(f"state_{name}") for name in names}
@@ -199,11 +204,15 @@ class Hunt:
             self._next = next(self._queue, None)
         return taken
 
+    def _rounded(self, count: int) -> int:
+        """Rows for so many tries: a search that looks ahead fills its batches itself."""
+        return padded(count, self._unit)
+
     def _begin(self, tries: list[tuple[int, int]]) -> State:
-        """Fresh state rows, a multiple of `ROWS` of them, the last ones copies."""
+        """Fresh state rows, `_rounded` many, the last ones copies."""
         device = self.subject.device
-        rows = pad_rows(torch.tensor([sample for sample, _ in tries]))
-        jobs = pad_rows(torch.tensor([job for _, job in tries])).to(device)
+        rows = pad_rows(torch.tensor([sample for sample, _ in tries]), self._unit)
+        jobs = pad_rows(torch.tensor([job for _, job in tries]), self._unit).to(device)
         x, y = self.samples.fetch(rows, device), self.samples.labels[rows].to(device)
         clean, streams = self.samples.clean[rows].to(device), Streams(self.streams.keys[rows].to(device))
         return self.search.begin(x, y, clean, jobs, self.threat, streams)
@@ -221,14 +230,14 @@ class Hunt:
             self._example[rows] = fresh["adversarial"][: len(tries)]
             self._sample[free], self._job[free] = zip(*tries, strict=True)
             self._age[free] = 0
-        more = self._take(self.subject.batch_size - len(self._sample))
+        more = self._take(self._capacity - len(self._sample))
         if more:
             self._grow(more)
 
     def _grow(self, tries: list[tuple[int, int]]) -> None:
-        """Add rows for tries, a multiple of `ROWS` of them."""
+        """Add rows for tries, `_rounded` many."""
         fresh, device = self._begin(tries), self.subject.device
-        unused = padded(len(tries)) - len(tries)
+        unused = self._rounded(len(tries)) - len(tries)
         samples, jobs = zip(*tries, *[(-1, 0)] * unused, strict=True)
         self._sample, self._job = np.append(self._sample, samples), np.append(self._job, jobs)
         self._age = np.append(self._age, np.zeros(len(samples), np.int64))
@@ -240,7 +249,7 @@ class Hunt:
     def _shrink(self) -> None:
         """Leave out rows that nobody needs any more, once the queue is empty."""
         live = (self._sample >= 0).nonzero()[0]
-        size = padded(len(live))
+        size = self._rounded(len(live))
         # Where looking at the results costs a wait, so does every new shape: halve, rather than follow closely.
         if (
             self._next is not None
@@ -256,7 +265,10 @@ class Hunt:
         self._sample[len(live) :] = -1
 
     def _advance(self) -> None:
-        """`check_every` steps; each row's example is taken at the step that found it, or at its last step."""
+        """Some steps; each row's example is taken at the step that found it, or at its last step."""
+        if self._ahead is not None:
+            self._leap(max(1, min(self._ahead, self._capacity // len(self._sample))))
+            return
         for _ in range(self.check_every):
             live = (self._sample >= 0) & (self._age < self.max_steps)
             forward, backward = self.query.forward_passes, self.query.backward_passes
@@ -264,13 +276,33 @@ class Hunt:
             share = int(live.sum()) / len(live)
             self.cost.forward += round((self.query.forward_passes - forward) * share)
             self.cost.backward += round((self.query.backward_passes - backward) * share)
-            open_rows = ~self._held
-            if (self._age >= self.max_steps).any():
-                open_rows &= torch.from_numpy(self._age < self.max_steps).to(self._held.device)
-            mask = open_rows.reshape(-1, *(1 for _ in self._example.shape[1:]))
-            self._example = torch.where(mask, self._state["adversarial"], self._example)
-            self._held = self._held | (self._state["found"] & open_rows)
+            self._keep_examples()
             self._age += 1
+
+    def _leap(self, count: int) -> None:
+        """Up to `count` steps of each row in one query."""
+        search, before = cast("LooksAhead", self.search), self._age
+        live = (self._sample >= 0) & (before < self.max_steps)
+        self._state = search.leap(self._state, self.query, self.threat, count)
+        self._keep_examples()
+        self._age = self._state["iteration"].cpu().numpy()
+        asked, taken = int(live.sum()) * count, int((self._age - before)[live].sum())
+        self.cost.forward += asked
+        self.cost.vain += asked - taken
+        # As many rows as pay: what is asked in vain grows with how often a step changes something.
+        if taken > 0.9 * asked:
+            self._ahead = 2 * count
+        elif taken < 0.75 * asked:
+            self._ahead = max(1, count // 2)
+
+    def _keep_examples(self) -> None:
+        """Of rows that hold nothing yet; called after a step, with the ages before it."""
+        open_rows = ~self._held
+        if (self._age >= self.max_steps).any():
+            open_rows &= torch.from_numpy(self._age < self.max_steps).to(self._held.device)
+        mask = open_rows.reshape(-1, *(1 for _ in self._example.shape[1:]))
+        self._example = torch.where(mask, self._state["adversarial"], self._example)
+        self._held = self._held | (self._state["found"] & open_rows)
 
     def _verify(self, rows: NDArray[np.int64]) -> dict[int, Try]:
         """Ask the float32 model about the examples of some rows: outcomes by row."""

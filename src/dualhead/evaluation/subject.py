@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dualhead.attacks import LogitsFn, Query
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
+from dualhead.evaluation.lanes import LEAST_ROWS, Lanes, twins
 from dualhead.models.base import logits_of
 from dualhead.runtime import BF16, FLOAT32, Arithmetic, Precision, set_layout, synchronize
 
@@ -50,14 +51,14 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def padded(count: int) -> int:
-    """The next multiple of `ROWS`."""
-    return -(-count // ROWS) * ROWS
+def padded(count: int, unit: int = ROWS) -> int:
+    """The next multiple of `unit`."""
+    return -(-count // unit) * unit
 
 
-def pad_rows(x: Tensor) -> Tensor:
-    """Rows [B, ...] with copies of the first up to a multiple of `ROWS`."""
-    missing = padded(x.shape[0]) - x.shape[0]
+def pad_rows(x: Tensor, unit: int = ROWS) -> Tensor:
+    """Rows [B, ...] with copies of the first up to a multiple of `unit`."""
+    missing = padded(x.shape[0], unit) - x.shape[0]
     return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing else x
 
 
@@ -79,6 +80,10 @@ def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
         return torch.cat((each, whole[:, None].to(each.dtype)), 1)
 
     return outputs
+
+
+def _logits_fn(model: nn.Module) -> LogitsFn:
+    return lambda x: logits_of(model(x))
 
 
 def _padded_call(function: LogitsFn, x: Tensor) -> Tensor:
@@ -103,11 +108,12 @@ class Subject:
     def __init__(self, model: nn.Module, heads: LogitsFn | None, batch_size: int) -> None:
         self.model = model
         self.device = device_of(model)
-        self.batch_size = padded(batch_size)
+        self.batch_size = self.forward_batch_size = padded(batch_size)
         self.arithmetic: Arithmetic = FLOAT32
+        self.lanes = 1
         self.timings: dict[str, float] = {}
         self._heads = heads
-        self._search_model, self._layout = model, torch.contiguous_format
+        self._search_models, self._layout = [model], torch.contiguous_format
 
     @property
     def reduced(self) -> bool:
@@ -130,19 +136,26 @@ class Subject:
 
     def query(self) -> Query:
         """The model as the search sees it."""
-        model, outputs = self._search_model, outputs_of(self._search_model, self._heads)
-        # Somebody's own function of the images may not take another layout.
+        models = self._search_models[: self.lanes]
+        logits = self._searching([_logits_fn(model) for model in models], self._layout)
+        outputs = [outputs_of(model, self._heads) for model in models]
+        if outputs[0] is None:
+            return Query(logits)
+        # Somebody's own function of the images may not take another layout, nor several questions at once.
         layout = self._layout if self._heads is None else torch.contiguous_format
-        return Query(
-            self._searching(lambda x: logits_of(model(x)), self._layout),
-            None if outputs is None else self._searching(outputs, layout),
-        )
+        ask = cast("list[LogitsFn]", outputs if self._heads is None else outputs[:1])
+        return Query(logits, self._searching(ask, layout))
 
-    def _searching(self, function: LogitsFn, layout: torch.memory_format) -> LogitsFn:
-        def ask(x: Tensor) -> Tensor:
-            with self.arithmetic.autocast(self.device):
-                return function(x.contiguous(memory_format=layout)).float()
+    def _searching(self, functions: Sequence[LogitsFn], layout: torch.memory_format) -> LogitsFn:
+        def asking(function: LogitsFn) -> LogitsFn:
+            def ask(x: Tensor) -> Tensor:
+                with self.arithmetic.autocast(self.device):
+                    return function(x.contiguous(memory_format=layout)).float()
 
+            return ask
+
+        asks = [asking(function) for function in functions]
+        ask = asks[0] if len(asks) == 1 else Lanes(asks, torch.get_num_threads(), ROWS)
         return lambda x: _padded_call(ask, x)
 
     def use(self, arithmetic: Arithmetic, example: Tensor) -> None:
@@ -157,7 +170,7 @@ class Subject:
             example: some images to try the copy on.
         """
         self.arithmetic = arithmetic
-        self._search_model, self._layout = self.model, torch.contiguous_format
+        self._search_models, self._layout, self.lanes = [self.model], torch.contiguous_format, 1
         if arithmetic == FLOAT32 and self.device.type != "cpu":
             return
         try:
@@ -173,10 +186,10 @@ class Subject:
         with torch.no_grad():
             expected = self.logits(example[:ROWS])
         if not differ(expected, logits.detach()[: len(expected)], 1e-3):
-            self._search_model, self._layout = copied, torch.channels_last
+            self._search_models, self._layout = [copied], torch.channels_last
 
     def settle(self, precision: Precision, x: Tensor, y: Tensor, work: int) -> None:
-        """Choose precision and batch size for speed, neither of which changes what a verdict means.
+        """Choose precision, batch sizes and lanes for speed, none of which changes what a verdict means.
 
         Under `auto` the search runs in bf16 if that is at least 1.2 times faster here. The batch grows from 32, up to
         `batch_size`, while that makes an image cheaper: on a CPU a batch that outgrows the cache is slower. A size is
@@ -195,30 +208,71 @@ class Subject:
                 self.use(arithmetic, x)
                 self.timings[arithmetic.name] = self._seconds_per_image(x, y, sizes[0])
             self.use(BF16 if self.timings["bf16"] * 1.2 < self.timings["float32"] else FLOAT32, x)
-        best = math.inf
-        for size in sizes:
-            if size > 0.005 * work:
-                self.batch_size = min(self.batch_size, max(size, sizes[0]))
-                break
-            try:
+        affordable = [size for size in sizes if size <= 0.005 * work]
+        if not affordable:
+            self.batch_size = self.forward_batch_size = sizes[0]
+            return
+        best, lanes = math.inf, 1
+        for count in self._possible_lanes(x, y):
+            self.lanes = count
+            for size in affordable:
                 seconds = self._seconds_per_image(x, y, size)
-            except torch.OutOfMemoryError:
-                break
-            if seconds > 0.95 * best:
-                break
-            best, self.batch_size = seconds, size
+                if seconds > 0.95 * best:
+                    if size > count * LEAST_ROWS:
+                        break
+                    continue
+                best, self.batch_size, lanes = seconds, size, count
+        self.lanes = lanes
+        best = math.inf
+        for size in affordable:
+            seconds = self._seconds_per_image(x, y, size, backward=False)
+            if seconds < 0.95 * best:
+                best, self.forward_batch_size = seconds, size
 
-    def _seconds_per_image(self, x: Tensor, y: Tensor, size: int, budget: float = 0.15) -> float:
-        """The best time of a forward and backward pass; the first, which pays for warming up, does not count."""
+    def use_lanes(self, count: int) -> None:
+        """Ask in so many threads at once from now on; call it after `use`."""
+        self._search_models = [*self._search_models[:1], *twins(self._search_models[0], count)[1:]]
+        self.lanes = count
+
+    def _possible_lanes(self, x: Tensor, y: Tensor) -> list[int]:
+        """Numbers of lanes that change nothing to the bit: 1 and, on a CPU, as many as torch has threads."""
+        lanes = min(torch.get_num_threads(), self.batch_size // LEAST_ROWS)
+        if self.device.type != "cpu" or lanes < 2:
+            return [1]
+        few, many = (torch.arange(size) % len(x) for size in (ROWS, lanes * LEAST_ROWS))
+        try:
+            self.use_lanes(lanes)
+            in_lanes = [self._gradient(x[rows], y[rows]) for rows in (few, many)]
+        except Exception:  # whatever somebody else's model may raise that is copied, or asked from another thread
+            self.lanes = 1
+            return [1]
+        self.lanes = 1
+        alone = [self._gradient(x[rows], y[rows]) for rows in (few, many)]
+        pairs = zip((*in_lanes[0], *in_lanes[1]), (*alone[0], *alone[1]), strict=True)
+        return [1, lanes] if all(torch.equal(a, b) for a, b in pairs) else [1]
+
+    def _gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query().gradient(x, lambda logits: cross_entropy(logits, y))
+
+    def _seconds_per_image(
+        self, x: Tensor, y: Tensor, size: int, *, backward: bool = True, budget: float = 0.15
+    ) -> float:
+        """The best time of a pass; infinite if memory does not suffice. The first, a warm-up, does not count."""
         rows = torch.arange(size, device=x.device) % len(x)
         x, y = x[rows], y[rows]
         query, begun = self.query(), time.perf_counter()
         times: list[float] = []
-        while len(times) < 3 or (len(times) < 10 and time.perf_counter() - begun < budget):
-            start = time.perf_counter()
-            query.gradient(x, lambda logits: cross_entropy(logits, y))
-            synchronize(self.device)
-            times.append(time.perf_counter() - start)
+        try:
+            while len(times) < 3 or (len(times) < 10 and time.perf_counter() - begun < budget):
+                start = time.perf_counter()
+                if backward:
+                    query.gradient(x, lambda logits: cross_entropy(logits, y))
+                else:
+                    query.logits(x)
+                synchronize(self.device)
+                times.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            return math.inf
         return min(times[1:]) / size
 
     def batch_invariant(self, x: Tensor, y: Tensor) -> bool:
@@ -226,9 +280,7 @@ class Subject:
         if x.shape[0] <= ROWS:
             return True
         order = torch.arange(x.shape[0] - 1, -1, -1, device=x.device)
-        query = self.query()
-        few = query.gradient(x[:ROWS], lambda logits: cross_entropy(logits, y[:ROWS]))
-        many = query.gradient(x[order], lambda logits: cross_entropy(logits, y[order]))
+        few, many = self._gradient(x[:ROWS], y[:ROWS]), self._gradient(x[order], y[order])
         back = order[:ROWS]
         return all(torch.equal(a, b[back]) for a, b in zip(few, many, strict=True))
 
