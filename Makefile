@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all browser lint types wheel check clean
+.PHONY: demo test test-all chaos fuzz browser lint types wheel check clean
 
 # A shell line per package set: torch first and pinned, so that no other package draws in another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,6 +30,15 @@ test-all: $(VENV)/.developer
 # The report in a headless Chromium of the system; without one these tests are skipped with a word.
 browser: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -rs
+
+# kill -9, 25 times a run of three stages and 25 times an evaluation; what comes out is the same to the bit.
+chaos: $(VENV)/.developer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos
+
+# An hour of rubbish for every way in; atheris is for Linux, and not among what everybody installs.
+fuzz: $(VENV)/.developer
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --minutes 60
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check

@@ -41,6 +41,13 @@ def main(folder: str | None, seconds: float = 0.0, attacks: list = ATTACKS, coun
     )
 
 
+def slowly(folder: str) -> None:
+    """What a process of its own does; puts down what is under way three times a second."""
+    Journal.flight_interval = 0.3
+    torch.set_num_threads(1)
+    main(folder, seconds=0.05)
+
+
 if __name__ == "__main__":
     folder, *group = sys.argv[1:]
     Journal.flight_interval = 0.3

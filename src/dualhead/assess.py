@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from dualhead.files import check_folder
 from dualhead.heads import LayerInfo, layers
 from dualhead.hub import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.models import Normalize, backbones
+from dualhead.processes import group
 from dualhead.run import GALLERY, load_stage, read_recipe
 from dualhead.runtime import Precision, find_device
 from dualhead.threat import Norm, ThreatModel
@@ -55,8 +56,15 @@ class Request:
         return (Path(self.model) / "config.yaml").is_file()
 
 
-def assess(request: Request, progress: EvaluationProgress | None = None) -> tuple[Path, Evaluation]:
+def assess(
+    request: Request, progress: EvaluationProgress | None = None, stop: Callable[[], bool] = lambda: False
+) -> tuple[Path, Evaluation]:
     """Evaluate what was asked for.
+
+    Args:
+        request: the options.
+        progress: told how far it is.
+        stop: as in `evaluate`.
 
     Returns:
         The folder with the results, and the evaluation.
@@ -66,9 +74,9 @@ def assess(request: Request, progress: EvaluationProgress | None = None) -> tupl
     """
     if request.precision not in ("auto", "float32", "bf16"):
         raise UserError(f"--precision {request.precision}: use auto, float32 or bf16")
-    device = find_device(request.device)
+    device = group().agreed(lambda: find_device(request.device))
     threat, curve = _threat(request)
-    test = _test_images(request)
+    test = group().in_turn(lambda: _test_images(request))
     _check_images(request, test)
     model = _model(request, test)
     count = min(request.limit or len(test), len(test))
@@ -89,6 +97,7 @@ def assess(request: Request, progress: EvaluationProgress | None = None) -> tupl
         output_dir=folder,
         progress=progress,
         command=request.command,
+        stop=stop,
     )
     return folder, evaluation
 

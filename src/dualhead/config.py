@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
@@ -35,6 +36,11 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "schedules": schedules,
 }
 """Everything that a recipe can name, by the word for it."""
+LARGEST_RECIPE = 2**20
+"""Bytes of a file."""
+LARGEST_CONTENT = 100_000
+"""Values in a recipe, each use of an anchor counted."""
+_TOO_MUCH = f"holds more than {LARGEST_CONTENT:,} values, each use of an anchor counted, so it is no recipe"
 
 
 def _amount(value: object) -> int | float:
@@ -146,6 +152,9 @@ class Runtime(Section):
     seed: int = Field(0, ge=0, le=2**62)
     save_minutes: float = Field(5.0, gt=0)
     """Longest time between two saved states within an epoch; one is saved after every epoch besides."""
+    batch_norm: Literal["local", "synchronised"] = "local"
+    """Statistics of batch norm that trains, where several processes share a batch: each its own share's (running ones
+    are the mean over processes), or the whole batch's, which needs GPUs."""
     tensorboard: bool = False
 
 
@@ -204,7 +213,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"recipe {name}: no such file")
-        text, label = path.read_text(encoding="utf-8", errors="replace"), path.stem
+        text, label = _text_of(path, f"recipe {name}"), path.stem
     elif name in shipped_recipes():
         text, label = (resources.files("dualhead.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), name
     else:
@@ -217,9 +226,38 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     return content, label
 
 
+def _text_of(path: Path, where: str) -> str:
+    if path.stat().st_size > LARGEST_RECIPE:
+        raise UserError(f"{where}: is larger than {LARGEST_RECIPE:,} bytes, so it is no recipe")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that stands twice in a mapping, and mappings merged without end."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(f"line {line}: key {key.value!r} stands in line {lines[key.value]} already; remove one")
+            lines[key.value] = line
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > LARGEST_CONTENT:  # merges of merges, each of which doubles
+            raise UserError(f"line {node.start_mark.line + 1}: {_TOO_MUCH}")
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return _unshared(yaml.safe_load(text))
+        return _unshared(yaml.load(text, _Loader), [0])  # a safe one
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1} " if mark else ""
@@ -231,11 +269,21 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: is nested too deeply, or an anchor holds itself") from None
 
 
-def _unshared(content: Any) -> Any:
-    """The content with a copy for each use of an anchor, so that to change one is not to change them all."""
+def _unshared(content: Any, count: list[int]) -> Any:
+    """The content with a copy for each use of an anchor, so that to change one is not to change them all.
+
+    Args:
+        content: as YAML gave it.
+        count: of values so far, in a list of one; anchors within anchors grow without end.
+    """
+    count[0] += 1
+    if count[0] > LARGEST_CONTENT:
+        raise UserError(_TOO_MUCH)
+    if isinstance(content, int) and content.bit_length() > 1024:  # not even written in a message by Python
+        raise UserError("holds a number of more than 300 digits")
     if isinstance(content, dict):
-        return {str(key): _unshared(value) for key, value in content.items()}
-    return [_unshared(item) for item in content] if isinstance(content, list) else content
+        return {str(key): _unshared(value, count) for key, value in content.items()}
+    return [_unshared(item, count) for item in content] if isinstance(content, list) else content
 
 
 def _merge(base: Any, change: Any) -> Any:
@@ -281,7 +329,7 @@ def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None
         if not rest:
             raise UserError(f"{override}: name the key to change inside {key!r}")
         for item in named:
-            _assign(item, rest, _unshared(value), override)
+            _assign(item, rest, copy.deepcopy(value), override)
         return
     if not rest:
         target[key] = value
@@ -302,7 +350,7 @@ def read_recipe_file(path: Path) -> Recipe:
     Raises:
         UserError: if the file is no such recipe.
     """
-    content = _parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    content = _parse_yaml(_text_of(path, str(path)), str(path))
     return parse_recipe(content, str(path))
 
 

@@ -1,8 +1,27 @@
 """The two ways in which a run can end badly, told apart by who can mend it."""
 
+from __future__ import annotations
+
+from typing import Final
+
+_LONGEST: Final = 1000
+
+
+def one_line(text: str) -> str:
+    """Text for one line of a terminal: white space becomes blanks, what is not printable is escaped, length bounded.
+
+    Messages quote what stood in somebody's file, which may hold line breaks and what steers a terminal.
+    """
+    if len(text) > _LONGEST:  # what is wrong stands at its beginning and its end, what is quoted in between
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+
 
 class UserError(ValueError):
     """Bad input: the message is one line that says what is wrong, where, and what would be right (exit status 2)."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class RunError(RuntimeError):

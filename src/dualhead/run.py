@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -24,8 +25,16 @@ from dualhead.hub import Architecture, load_base_weights, read_config, save_mode
 from dualhead.lock import NAME as LOCK
 from dualhead.lock import FolderLock
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
+from dualhead.processes import group
 from dualhead.report import write_report
-from dualhead.runtime import Arithmetic, choose_arithmetic, describe_environment, find_device, in_eval_mode
+from dualhead.runtime import (
+    Arithmetic,
+    choose_arithmetic,
+    describe_environment,
+    find_device,
+    in_eval_mode,
+    synchronised_batch_norm,
+)
 from dualhead.training import (
     CheckpointStore,
     MetricsLog,
@@ -38,6 +47,7 @@ from dualhead.training import (
     StageRun,
     TrainingProgress,
     Validator,
+    summary_writer,
 )
 
 BASE = "base model"
@@ -56,15 +66,13 @@ class Row:
         name: as tables call it.
         evaluation: what was measured.
         parameters: of the modules that the output runs.
-        flops: floating-point operations of its training.
-        forward_equivalents: the same in forward passes of one image through the base model.
+        forward_equivalents: cost of its training, in forward passes of one image through the base model.
         seconds: of its training.
     """
 
     name: str
     evaluation: Evaluation
     parameters: int
-    flops: int
     forward_equivalents: float
     seconds: float
 
@@ -77,7 +85,6 @@ class Row:
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
             "training_cost": {
-                "flops": self.flops,
                 "forward_equivalents": round(self.forward_equivalents, 1),
                 "seconds": round(self.seconds, 1),
             },
@@ -111,6 +118,9 @@ def train(
 ) -> RunResult:
     """Train as a recipe says and evaluate what came of it; in a folder with an unfinished run, go on with it.
 
+    In a group of processes (`dualhead.processes`) each calls this with the same arguments and trains on its share of
+    every batch; the first one writes, and is the only one to tell of progress.
+
     Args:
         recipe: a recipe, the name of a shipped one, or a path to a YAML file.
         overrides: `KEY=VALUE` with dotted keys, for a recipe by name or path.
@@ -130,11 +140,19 @@ def train(
         recipe = load_recipe(str(recipe), overrides)
     elif overrides:
         raise UserError("overrides apply to a recipe by name or path, not to one that is built already")
+    processes = group()
+    if not processes.first:
+        progress = evaluation_progress = None
     run = Run(recipe, Path(run_dir) if run_dir is not None else Path("runs") / recipe.name)
-    with FolderLock(run.folder):
+    with ExitStack() as held:
+
+        def take_folder() -> None:
+            held.enter_context(FolderLock(run.folder))
+
+        processes.lead(take_folder)
         run.train(progress or Silent(), stop)
-        rows = run.evaluate(evaluation_progress, command)
-    write_report([run.folder], run.folder / "report.html")
+        rows = run.evaluate(evaluation_progress, command, stop)
+    processes.lead(lambda: write_report([run.folder], run.folder / "report.html"))
     return RunResult(run.folder, view(run.model, run.output), tuple(rows))
 
 
@@ -153,9 +171,21 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
-        self._refuse_other_run()
-        self.device = find_device(recipe.runtime.device)
-        whole, self.test = load_data(recipe)
+        processes = group()
+        processes.lead(self._refuse_other_run)
+        self.device = processes.agreed(lambda: find_device(recipe.runtime.device))
+        whole, self.test = processes.in_turn(lambda: load_data(recipe))
+        processes.agreed(lambda: self._fit(whole))
+        self.output = recipe.stages[-1].output
+        self.position = Position()
+        self._states = CheckpointStore(folder / "checkpoints" / "states")
+        self._saved: Saved | None = None
+
+    def _fit(self, whole: Split) -> None:
+        """Make the network for the data, and refuse what does not fit."""
+        recipe = self.recipe
+        if recipe.runtime.tensorboard:
+            summary_writer()
         amount = recipe.data.validation
         self.held_out: Split | None
         try:
@@ -167,11 +197,12 @@ class Run:
         torch.manual_seed(recipe.runtime.seed)
         self.model = self.architecture.create().to(self.device)
         self._check_stages()
-        self.output = recipe.stages[-1].output
-        self.position = Position()
-        self._states = CheckpointStore(folder / "checkpoints" / "states")
-        self._saved: Saved | None = None
-        self._history: list[dict[str, Any]] = []
+        if self._synchronises:
+            self.model = synchronised_batch_norm(self.model, self.device)
+
+    @property
+    def _synchronises(self) -> bool:
+        return self.recipe.runtime.batch_norm == "synchronised" and group().world > 1
 
     # ---- the folder
 
@@ -207,40 +238,50 @@ class Run:
         begun = (self.folder / "config.yaml").is_file()  # then a stage's first weights may have gone since
         for index, stage in enumerate(self.recipe.stages):
             Program.of(self.model, stage)
+            if self._synchronises and stage.micro_batch is not None and stage.batch_size % group().world:
+                raise UserError(
+                    f"stages.{index}.batch_size: must be a multiple of the {group().world} processes, since "
+                    f"synchronised batch norm needs as many micro-batches in each; got {stage.batch_size}"
+                )
             if stage.init is not None and not begun:
                 try:
                     load_base_weights(copy.deepcopy(self.model), stage.init)
                 except UserError as error:
                     raise UserError(f"stages.{index}.init: {error}") from None
 
-    def _open(self) -> Arithmetic:
-        """Make the folder, or find in it where the run stands."""
+    def _make_folder(self) -> None:
         self._refuse_other_run()  # again, since another process may have been here before the folder was locked
         for unfinished in self.folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
             unfinished.unlink()
-        environment_file = self.folder / "environment.json"
         if not (self.folder / "config.yaml").is_file():
             write_config(self.folder / "checkpoints", self.architecture, self._facts())
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
+
+    def _open(self) -> Arithmetic:
+        """Make the folder, or find in it where the run stands; all processes get the first one's weights."""
+        processes = group()
+        processes.lead(self._make_folder)
         self._saved = self._states.load()
         if self._saved is not None:
             self.position = self._saved.position
             load_state(self.model, self._saved.model, str(self._states.folder))
-        elif environment_file.is_file():
-            environment_file.unlink()
-        return self._arithmetic(environment_file)
+        arithmetic = processes.lead(self._arithmetic)
+        arithmetic.lay_out(self.model)
+        processes.share_state(self.model)
+        if self._saved is None and not processes.first:
+            torch.manual_seed(self.recipe.runtime.seed + processes.rank)  # dropout of its own for each share
+        return arithmetic
 
-    def _arithmetic(self, environment_file: Path) -> Arithmetic:
-        if environment_file.is_file():  # a run that goes on keeps its arithmetic, whatever would be faster now
+    def _arithmetic(self) -> Arithmetic:
+        environment_file = self.folder / "environment.json"
+        if self._saved is not None and environment_file.is_file():  # it is kept, whatever would be faster now
             known = yaml.safe_load(environment_file.read_text(encoding="utf-8"))
-            chosen = Arithmetic(known["precision"] == "bf16", known["channels_last"])
-            chosen.lay_out(self.model)
-        else:
-            shape = (min(64, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
-            example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-            chosen = choose_arithmetic(self.recipe.runtime.precision, self.model, example)
-            facts = {"precision": chosen.name, "channels_last": chosen.channels_last}
-            write_json(environment_file, {**describe_environment(self.device), **facts})
+            return Arithmetic(known["precision"] == "bf16", known["channels_last"])
+        shape = (min(64, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
+        example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        chosen = choose_arithmetic(self.recipe.runtime.precision, self.model, example)
+        facts = {"precision": chosen.name, "channels_last": chosen.channels_last}
+        write_json(environment_file, {**describe_environment(self.device), **facts})
         return chosen
 
     # ---- training
@@ -255,7 +296,11 @@ class Run:
         )
         while self.position.stage < len(self.recipe.stages):
             self._train_stage(self.position.stage, arithmetic, log, progress, stop)
-        save_model(self.folder / "model", self.model, self.architecture, self._facts())
+        if self._synchronises:  # what is measured and saved is the network of the architecture
+            trained, self.model = self.model.state_dict(), self.architecture.create().to(self.device)
+            load_state(self.model, trained, "trained weights")
+            arithmetic.lay_out(self.model)
+        group().lead(lambda: save_model(self.folder / "model", self.model, self.architecture, self._facts()))
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -284,7 +329,7 @@ class Run:
         program = Program.of(self.model, stage)
         loader = Loader(
             self.training, stage.batch_size, seed=recipe.runtime.seed + number, augment=recipe.data.augment,
-            device=self.device,
+            device=self.device, group=group(),
         )  # fmt: skip
         progress.stage(
             stage.name, number + 1, len(recipe.stages), stage.epochs, len(loader),
@@ -313,29 +358,34 @@ class Run:
 
     def _prepare_stage(self, number: int) -> None:
         stage = self.recipe.stages[number]
-        if stage.init is not None:
-            load_base_weights(self.model, stage.init)
+        init = stage.init
+        if init is not None:
+            group().lead(lambda: load_base_weights(self.model, init))
+            group().share_state(self.model)
         begins = "head2" in stage.train and not any("head2" in earlier.train for earlier in self.recipe.stages[:number])
         if isinstance(self.model, DualHeadClassifier) and begins and self.recipe.model.second_head == "clone":
             self.model.head2.load_state_dict(self.model.head1.state_dict())
 
     def _close_stage(self, stage: Stage, finished: Position, steps: int) -> None:
         kept = self._stage_file(stage, stage.keep)
-        load_state(self.model, read_state(kept), str(kept))
-        write_json(
-            kept.parent / "summary.json",
-            {
-                "stage": stage.name,
-                "epochs": finished.epoch,
-                "seconds": round(finished.seconds, 3),
-                "steps": finished.epoch * steps,
-                "flops": finished.flops,
-                "best": finished.best or None,
-                "kept": stage.keep,
-            },
-        )
+        summary = {
+            "stage": stage.name,
+            "epochs": finished.epoch,
+            "seconds": round(finished.seconds, 3),
+            "steps": finished.epoch * steps,
+            "flops": finished.flops,
+            "best": finished.best or None,
+            "kept": stage.keep,
+        }
+        group().lead(lambda: write_json(kept.parent / "summary.json", summary))
+        self._load_stage(self.model, stage)
         self.position = Position(stage=finished.stage + 1)
         self._states.save(self.position, self.model, None)
+
+    def _load_stage(self, model: nn.Module, stage: Stage) -> None:
+        """Give a network the weights that a finished stage keeps."""
+        path = self._stage_file(stage, stage.keep)
+        load_state(model, group().lead(lambda: read_state(path)), str(path))
 
     def _validator(self) -> Validator | None:
         if self.held_out is None:
@@ -345,7 +395,12 @@ class Run:
 
     # ---- evaluation
 
-    def evaluate(self, progress: Callable[[str], EvaluationProgress] | None, command: str | None) -> list[Row]:
+    def evaluate(
+        self,
+        progress: Callable[[str], EvaluationProgress] | None,
+        command: str | None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Row]:
         """Measure every output of the finished model, and its base model, on the test images.
 
         The deployed output's results lie in `evaluation/`, the others' in `evaluation/rows/`, all of them side by side
@@ -354,7 +409,7 @@ class Run:
         settings = self.recipe.evaluate
         count = len(self.test) if settings.limit is None else min(settings.limit, len(self.test))
         images, labels = self.test.images[:count], self.test.labels[:count]
-        costs, unit = self._costs(), self._forward_flops()
+        costs = group().lead(self._costs)
         rows = []
         for name, model, output in self._outputs():
             model.eval()
@@ -373,12 +428,18 @@ class Run:
                 output_dir=folder if deployed else folder / "rows" / name.replace(" ", "_"),
                 progress=progress(name) if progress else None,
                 command=command,
+                stop=stop,
             )
-            flops, seconds = costs["base" if name == BASE else output]
-            rows.append(Row(name, evaluation, self._parameters(output), flops, flops / unit, seconds))
+            forward_equivalents, seconds = costs["base" if name == BASE else output]
+            rows.append(Row(name, evaluation, self._parameters(output), forward_equivalents, seconds))
         rows.sort(key=lambda row: row.name == self._row_name(self.output))
+        group().lead(lambda: self._write_rows(rows))
+        return rows
+
+    def _write_rows(self, rows: Sequence[Row]) -> None:
         write_json(self.folder / "comparison.json", {"rows": [row.describe() for row in rows]})
         write_card(self.folder / "model", self.folder)
+        settings = self.recipe.evaluate
         shown = min(settings.gallery, len(self.test))
         if shown and not (self.folder / "evaluation" / GALLERY).is_file():
             gallery = make_gallery(
@@ -390,7 +451,6 @@ class Run:
                 batch_size=settings.batch_size,
             )
             gallery.save(self.folder / "evaluation" / GALLERY)
-        return rows
 
     def _row_name(self, output: str) -> str:
         return ROWS.get(output, self.recipe.name)
@@ -403,8 +463,7 @@ class Run:
         first = self._base_stages()
         if first:
             base = self.architecture.create().to(self.device)
-            path = self._stage_file(first[-1], first[-1].keep)
-            load_state(base, read_state(path), str(path))
+            self._load_stage(base, first[-1])
             yield BASE, view(base, "head1"), "head1"
         for output, name in ROWS.items():
             yield name, view(self.model, output), output
@@ -420,8 +479,8 @@ class Run:
         used = ["trunk", *parts.get(output, ["head1", "head2", "aggregator"])]
         return sum(count_parameters(getattr(self.model, part)) for part in used)
 
-    def _costs(self) -> dict[str, tuple[int, float]]:
-        """Training cost of each output, in floating-point operations and in seconds.
+    def _costs(self) -> dict[str, tuple[float, float]]:
+        """Training cost of each output, in forward passes of one image through the base model, and in seconds.
 
         An output costs the stages up to the last one that trains a part it runs.
         """
@@ -430,15 +489,16 @@ class Run:
             path = self._stage_file(stage, stage.keep).parent / "summary.json"
             summary = yaml.safe_load(path.read_text(encoding="utf-8"))
             stages.append((set(stage.train), summary["flops"], summary["seconds"]))
+        unit = self._forward_flops()
         needed = {
             "model": {"model"}, "head1": {"trunk", "head1"}, "head2": {"trunk", "head2"},
             "mean": {"trunk", "head1", "head2"}, "aggregate": {"trunk", "head1", "head2", "aggregator"},
         }  # fmt: skip
         base = stages[: len(self._base_stages())]
-        costs = {"base": (sum(s[1] for s in base), sum(s[2] for s in base))}
+        costs = {"base": (sum(s[1] for s in base) / unit, sum(s[2] for s in base))}
         for output, parts in needed.items():
             reached = max((n + 1 for n, (trained, _, _) in enumerate(stages) if trained & parts), default=0)
-            costs[output] = (sum(s[1] for s in stages[:reached]), sum(s[2] for s in stages[:reached]))
+            costs[output] = (sum(s[1] for s in stages[:reached]) / unit, sum(s[2] for s in stages[:reached]))
         return costs
 
     def _forward_flops(self) -> int:

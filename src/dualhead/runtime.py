@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
+from dualhead.processes import group, local_rank
 
 Precision = Literal["float32", "bf16", "auto"]
 
@@ -21,14 +22,25 @@ Precision = Literal["float32", "bf16", "auto"]
 def find_device(name: str) -> torch.device:
     """A device by name; `auto` takes an accelerator if there is one that knows float64, else the CPU.
 
-    Budgets are checked in float64, which Apple's GPUs do not have.
+    Budgets are checked in float64, which Apple's GPUs do not have. Of several processes on a machine each gets the
+    accelerator of its number, unless the name itself has one.
 
     Raises:
         UserError: if torch does not know the device or this machine lacks it.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+        name = "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
+    number = local_rank()
+    if number is not None and name.isalpha() and name != "cpu":
+        here = torch.accelerator.device_count()
+        if number >= here:
+            raise UserError(
+                f"device {name!r}: there are {here} on this machine, too few for process {number + 1}; "
+                f"start --nproc-per-node {here}"
+            )
+        torch.accelerator.set_device_index(number)
+        name = f"{name}:{number}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -43,17 +55,29 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def generator_states() -> dict[str, Any]:
-    """The states of torch's own generators: `generator` of the CPU, `accelerator_generators` of each accelerator."""
-    on_accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"generator": torch.get_rng_state(), "accelerator_generators": on_accelerators}
+def generator_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's own generators: of the CPU, and of the device if it is another."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def set_generator_states(generator: Tensor, accelerator_generators: list[Tensor]) -> None:
-    """Put torch's generators where `generator_states` found them; states of accelerators need as many accelerators."""
-    torch.set_rng_state(generator)
-    if accelerator_generators and torch.cuda.device_count() >= len(accelerator_generators):
-        torch.cuda.set_rng_state_all(accelerator_generators)
+def set_generator_states(states: Sequence[Tensor], device: torch.device) -> None:
+    """Put torch's generators where `generator_states` found them; on another kind of device, that of the CPU alone."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def synchronised_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norm that takes its statistics over all processes; parameters and names stay.
+
+    Raises:
+        UserError: on a device for which torch does not have it.
+    """
+    if device.type != "cuda":
+        raise UserError(f"runtime.batch_norm: synchronised needs GPUs, and this is {device.type}; write local")
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return converted
 
 
 @dataclass(frozen=True)
@@ -204,6 +228,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processes": group().world,
     }
 
 

@@ -14,14 +14,14 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "dualhead"
 
 RANKS = [
     {"errors"},
-    {"files", "lock", "noise", "registry"},
+    {"files", "lock", "noise", "processes", "registry"},
     {"schema", "threat", "flops", "onnx_export"},
     {"runtime"},
     {"data", "models", "heads", "objectives", "attacks", "report"},
     {"training", "evaluation"},
     {"config", "hub"},
     {"run"},
-    {"assess", "demo", "standings", "sweep"},
+    {"assess", "demo"},
     {"play", "terminal"},
     {"cli", "__init__"},
     {"__main__"},

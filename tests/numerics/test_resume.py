@@ -110,6 +110,7 @@ def test_killed_at_random_moments(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_killed_at_25_random_moments(tmp_path):
     chaos(tmp_path, epochs=60, kills=25, seed=1)

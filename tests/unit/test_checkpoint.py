@@ -49,7 +49,7 @@ def test_what_is_loaded_is_what_was_saved(store):
     assert after["param_groups"] == before["param_groups"]
     for index, state in before["state"].items():
         assert torch.equal(after["state"][index]["momentum_buffer"], state["momentum_buffer"])
-    saved.restore_generators()
+    saved.restore_generators(torch.device("cpu"))
     assert torch.equal(torch.rand(4), drawn)
 
 

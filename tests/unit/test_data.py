@@ -20,6 +20,7 @@ from PIL import Image
 
 from dualhead.data import Loader, Split, augmentations, batches, cache, hold_out, load_split
 from dualhead.errors import UserError
+from dualhead.processes import Group
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("cat", "dog", "owl")
@@ -862,12 +863,13 @@ def test_going_on_at_a_step_gives_the_rest(step):
     assert all(equal_batches(a, b) for a, b in zip(rest, whole, strict=True))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_processes_share_the_global_batch(world):
     _, alone = loader_of()
-    shards = [list(loader_of(rank=rank, world_size=world)[1].epoch(0)) for rank in range(world)]
+    shards = [list(loader_of(group=Group(rank, world))[1].epoch(0)) for rank in range(world)]
     for whole, *parts in zip(alone.epoch(0), *shards, strict=True):
-        assert {len(part) for part in parts} == {4 // world}
+        assert {len(part) for part in parts} <= {4 // world, -(-4 // world)}
+        assert {part.total for part in parts} == {4}
         assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
         assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
 
@@ -879,13 +881,22 @@ def test_a_split_smaller_than_a_batch_is_one_batch():
 
 def test_impossible_batches_are_refused():
     refused("batch_size must be at least 1, got 0", loader_of, batch=0)
-    refused("cannot be shared equally by 3 processes; use a multiple of 3", loader_of, world_size=3)
-    refused("a batch of 5 (the split has 5 images)", loader_of, count=5, batch=8, world_size=2)
+    refused("a batch of 4 is less than an image for each of 5 processes", loader_of, group=Group(0, 5))
+    refused("a batch of 5 (the split has 5 images) is", loader_of, count=5, batch=8, group=Group(0, 6))
     refused("batch_size must be at least 1", next, batches(tiny_split([0, 1]), 0, "cpu"))
-    with pytest.raises(ValueError, match="rank"):
-        loader_of(rank=1)
     with pytest.raises(ValueError, match="first_step"):
         loader_of()[1].epoch(0, 6)
+
+
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_processes_share_a_split_without_a_gap_or_an_image_twice(count, size, world):
+    split = tiny_split([i % 3 for i in range(count)])
+    shares = [Group(rank, world).share_of(count) for rank in range(world)]
+    seen = [batch.index for share in shares for batch in batches(split, size, "cpu", share)]
+    assert torch.cat(seen).tolist() == list(range(count))
+    lengths = [share.stop - share.start for share in shares]
+    assert max(lengths) - min(lengths) <= 1
 
 
 @given(st.integers(1, 20), st.integers(1, 25))

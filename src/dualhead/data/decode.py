@@ -57,7 +57,7 @@ def decode(images: Iterable[Encoded], image_size: tuple[int, int] | None = None)
         uint8 [N, C, H, W].
 
     Raises:
-        UserError: naming the image that is not readable, too large, or of another size than the first.
+        UserError: if there are none; or naming the image that is not readable, too large, or unlike the first in size.
     """
     chunks: list[Pixels] = []
     first: Encoded | None = None
@@ -73,6 +73,8 @@ def decode(images: Iterable[Encoded], image_size: tuple[int, int] | None = None)
                     raise UserError(_sizes_differ(first, expected, encoded, pixels))
             grey = all(pixels.ndim == 2 for pixels in decoded)
             chunks.append(np.stack([pixels[..., None] if grey else _as_rgb(pixels) for pixels in decoded]))
+    if not chunks:
+        raise UserError("holds no images")
     grey = all(chunk.shape[3] == 1 for chunk in chunks)
     total, (height, width) = sum(map(len, chunks)), chunks[0].shape[1:3]
     result = np.empty((total, 1 if grey else 3, height, width), np.uint8)

@@ -12,6 +12,7 @@ from dualhead.data.augmentations.base import Augmentation
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
+from dualhead.processes import ALONE, Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +23,13 @@ class Batch:
         index: position of each image in its split, int64 [B].
         x: images, float32 [B, C, H, W] in [0, 1].
         y: labels, int64 [B].
+        total: images of the batch that this one is a process's share of; None: it is the whole.
     """
 
     index: Tensor
     x: Tensor
     y: Tensor
+    total: int | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -51,8 +54,7 @@ class Loader:
         seed: names order and augmentation.
         augment: applied in turn.
         device: where batches are made.
-        rank: this process; it gets the rank-th contiguous shard of each global batch.
-        world_size: number of processes; must divide the batch.
+        group: the processes that share each batch, this one among them; shares differ by one image at most.
 
     Raises:
         UserError: if the batch size is impossible.
@@ -66,22 +68,20 @@ class Loader:
         seed: int,
         augment: Sequence[Augmentation] = (),
         device: torch.device | str,
-        rank: int = 0,
-        world_size: int = 1,
+        group: Group = ALONE,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
         self.global_batch = min(batch_size, len(split))
-        if self.global_batch % world_size:
+        if self.global_batch < group.world:
             small = f" (the split has {len(split)} images)" if self.global_batch < batch_size else ""
-            fault = f"a batch of {self.global_batch}{small} cannot be shared equally by {world_size} processes"
-            raise UserError(f"batch_size: {fault}; use a multiple of {world_size}")
+            raise UserError(
+                f"batch_size: a batch of {self.global_batch}{small} is less than an image for each of {group.world} "
+                "processes; use a larger one, or fewer processes"
+            )
         self._images, self._labels = split.images.to(device), split.labels.to(device)
         self._seed, self._augment = seed, tuple(augment)
-        self._shard = self.global_batch // world_size
-        self._skip = rank * self._shard
+        self._share = group.share_of(self.global_batch)
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -106,25 +106,26 @@ class Loader:
     def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
         order = self.order(epoch)
         for step in range(first_step, len(self)):
-            start = step * self.global_batch + self._skip
-            index = order[start : start + self._shard]
+            index = order[step * self.global_batch : (step + 1) * self.global_batch][self._share]
             images, streams = self._images[index], Streams.of(self._seed, index).fork("augment", epoch)
             for number, augmentation in enumerate(self._augment):
                 images = augmentation(images, streams.fork(number))
-            yield Batch(index, _as_float(images), self._labels[index])
+            yield Batch(index, _as_float(images), self._labels[index], self.global_batch)
 
 
-def batches(split: Split, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+def batches(split: Split, batch_size: int, device: torch.device | str, share: slice = slice(None)) -> Iterator[Batch]:
     """All images of a split in order, without augmentation; the last batch may be smaller.
 
     Args:
         split: images and labels.
         batch_size: images in a batch, at least 1.
         device: where batches are put.
+        share: only these images, a range without a step.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    for start in range(0, len(split), batch_size):
-        chosen = slice(start, start + batch_size)
-        index = torch.arange(start, min(start + batch_size, len(split)), device=device)
+    first, end, _ = share.indices(len(split))
+    for start in range(first, end, batch_size):
+        chosen = slice(start, min(start + batch_size, end))
+        index = torch.arange(chosen.start, chosen.stop, device=device)
         yield Batch(index, _as_float(split.images[chosen].to(device)), split.labels[chosen].to(device))

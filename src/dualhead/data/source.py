@@ -136,7 +136,6 @@ def _read_parquet(found: ParquetFiles, options: _Options) -> Split:
 
 
 def _parquet(path: Path) -> _Table:
-    import pyarrow as pa
     from datasets import Features
     from pyarrow import parquet
 
@@ -145,13 +144,20 @@ def _parquet(path: Path) -> _Table:
             with parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(_ROWS, columns=[column]):
                     yield batch.column(0)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # what is damaged inside comes out as errors of several libraries
             raise _damaged(path, error) from None
 
     try:
-        features = Features.from_arrow_schema(parquet.read_schema(path))
-    except (pa.ArrowException, OSError) as error:
+        schema = parquet.read_schema(path)
+    except Exception as error:
         raise _damaged(path, error) from None
+    if b"names_file" in (schema.metadata or {}).get(b"huggingface", b""):
+        raise UserError(f"{path.name} takes its class names from a file that it names; store the names instead")
+    try:
+        features = Features.from_arrow_schema(schema)
+    except Exception as error:  # JSON of any shape may stand there, and fails in as many ways
+        fault = f"{path.name} describes its columns in a way that cannot be read"
+        raise UserError(f"{fault} (metadata 'huggingface': {type(error).__name__}: {_one_line(error)})") from None
     return _Table(path.name, features, read)
 
 
@@ -211,6 +217,8 @@ def _read_tables(tables: Sequence[_Table], others: Sequence[_Table], options: _O
         raise UserError(f"{first.name} has no rows")
     encoded = (row for table in tables for row in _encoded(table, image))
     images = decode(islice(encoded, len(numbers)), options.image_size)
+    if len(images) != len(numbers):
+        raise UserError(f"{first.name} is damaged: {len(numbers)} labels, but {len(images)} images")
     return Split(torch.from_numpy(images), torch.from_numpy(numbers), tuple(names))
 
 

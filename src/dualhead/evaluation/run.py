@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, LogitsFn, Search
 from dualhead.attacks import attacks as registry
-from dualhead.errors import UserError
+from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.diagnostics import (
     check_attacks,
     check_black_box,
@@ -31,6 +30,7 @@ from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_cl
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.evaluation.subject import Subject, check_images, frozen, predictions
 from dualhead.noise import Streams
+from dualhead.processes import group
 from dualhead.runtime import BF16, FLOAT32, Precision, describe_environment
 from dualhead.threat import ThreatModel, parse_real
 
@@ -58,6 +58,7 @@ def evaluate(
     diagnostics: bool = True,
     progress: EvaluationProgress | None = None,
     command: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Measure how robust a classifier is.
 
@@ -67,7 +68,7 @@ def evaluate(
     batch size, order or number of processes, as far as the model's kernels allow (`environment.batch_invariant` in
     the results says whether they do here).
 
-    In a group of processes (`torch.distributed`) each calls this with the same arguments, searches its share of the
+    In a group of processes (`dualhead.processes`) each calls this with the same arguments, searches its share of the
     samples, and returns the whole; the first one writes.
 
     Args:
@@ -92,9 +93,11 @@ def evaluate(
         diagnostics: look for signs that the results cannot be believed; costs about 1,600 passes on a robust model.
         progress: told how far it is.
         command: the command line, for the results.
+        stop: asked again and again; when true, what is under way is put on disk and `Interrupted` raised.
 
     Raises:
         UserError: for images, labels or attacks that do not fit, or an output folder of another evaluation.
+        Interrupted: when stopped.
     """
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     check_images(images, labels)
@@ -121,16 +124,16 @@ def evaluate(
             progress or Silent(),
             save_adversarial,
             came_training,
+            stop,
         )
         names = list(class_names) if class_names is not None else [str(k) for k in range(work.num_classes)]
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
         evaluation = work.run(names, command, diagnostics)
-    if output_dir is not None and work.rank == 0:
-        evaluation.save(output_dir)
-    if work.world > 1:
-        dist.barrier()
+    if output_dir is not None:
+        folder = output_dir
+        work.group.lead(lambda: evaluation.save(folder))
     return evaluation
 
 
@@ -177,12 +180,13 @@ class _Work:
         progress: EvaluationProgress,
         keep_examples: bool,
         came_training: bool,
+        stop: Callable[[], bool],
     ) -> None:
         self.subject, self.threat, self.attacks = subject, threat, attacks
         self.seed, self.progress, self.keep_examples = seed, progress, keep_examples
-        self.came_training = came_training
-        grouped = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        self.came_training, self.stop = came_training, stop
+        self.group = group()
+        self.rank, self.world = self.group.rank, self.group.world
         self.mine = np.arange(self.rank, len(images), self.world)
         self.samples = Samples(images, labels, self._clean(images), index)
         self.num_classes = self.samples.clean.shape[1]
@@ -198,14 +202,6 @@ class _Work:
                 attack.parts(self.num_classes, cast("ThreatModel", asked), self.num_heads)
         self.correct = (predictions(self.samples.clean) == labels).numpy()
 
-    def _gather(self, value: Any) -> list[Any]:
-        """The value of each process, in order of rank."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
-
     def _clean(self, images: Tensor) -> Tensor:
         """Float32 logits of all clean images, each process computing its own."""
         subject = self.subject
@@ -215,7 +211,7 @@ class _Work:
             if logits.ndim != 2 or logits.shape[1] < 2:
                 raise UserError(f"the model must give logits [B, C] with C at least 2, got {list(logits.shape)}")
             shares.append(logits.cpu())
-        gathered = [part for part in self._gather(torch.cat(shares) if shares else None) if part is not None]
+        gathered = [part for part in self.group.gather(torch.cat(shares) if shares else None) if part is not None]
         clean = torch.empty(len(images), gathered[0].shape[1])
         for rank, part in enumerate(gathered):
             clean[rank :: self.world] = part
@@ -232,16 +228,15 @@ class _Work:
             "precision": precision,
             "adversarial examples": self.keep_examples,
         }
-        if self.rank == 0:
-            self.journal = Journal(
-                folder, identity, resume=resume, rank=0, world=self.world, examples=self.keep_examples
-            )
-        if self.world > 1:
-            dist.barrier()  # a folder that is begun anew has been emptied before others look
-        if self.rank != 0:
+        first = self.group.first
+
+        def begin() -> None:
             self.journal = Journal(
                 folder, identity, resume=resume, rank=self.rank, world=self.world, examples=self.keep_examples
             )
+
+        self.group.agreed(lambda: begin() if first else None)
+        self.group.agreed(lambda: None if first else begin())  # a folder that is begun anew has been emptied by now
 
         rows = torch.arange(min(self.subject.batch_size, len(samples.labels)))
         x, y = samples.fetch(rows, self.subject.device), samples.labels[rows].to(self.subject.device)
@@ -258,7 +253,7 @@ class _Work:
                 "batch_invariant": self.subject.batch_invariant(x, y),
             }
 
-        self.settled = self._gather(self.journal.fact("arithmetic", settle) if self.rank == 0 else None)[0]
+        self.settled = self.group.lead(lambda: self.journal.fact("arithmetic", settle))
         self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
         self.subject.use_lanes(self.settled["lanes"])
         self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
@@ -281,10 +276,7 @@ class _Work:
         def check() -> list[dict[str, str]]:
             return described(check_model(self.subject, self.samples, self.correct, self.came_training))
 
-        return cast(
-            "list[dict[str, str]]",
-            self._gather(self.journal.fact("checks before", check) if self.rank == 0 else None)[0],
-        )
+        return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact("checks before", check)))
 
     def _diagnose_attacks(
         self, verdicts: dict[str, Verdicts], gradient_free: dict[str, set[int]], curve: list[dict[str, Any]]
@@ -300,9 +292,7 @@ class _Work:
         def probe() -> list[dict[str, str]]:
             return described(check_attacks(self.subject, self.samples, self.correct, self.threat, self.seed))
 
-        findings = self._gather(
-            self.journal.fact(f"checks after at eps {self.threat.eps!r}", probe) if self.rank == 0 else None
-        )[0]
+        findings = self.group.lead(lambda: self.journal.fact(f"checks after at eps {self.threat.eps!r}", probe))
         white, black = np.zeros_like(self.correct), np.zeros_like(self.correct)
         for name, verdict in verdicts.items():
             blind = np.isin(verdict.part, list(gradient_free[name]))
@@ -377,7 +367,7 @@ class _Work:
     def _attack(self, attack: Attack, threat: ThreatModel) -> tuple[Verdicts, dict[str, Any]]:
         """One attack on all samples: what each process found, put together."""
         parts = attack.parts(self.num_classes, threat, self.num_heads)
-        shares = cast("list[_Found]", self._gather(self._attack_mine(attack, parts, threat)))
+        shares = cast("list[_Found]", self.group.gather(self._attack_mine(attack, parts, threat)))
         count = len(self.correct)
         numbers = {key: np.full(count, -1) for key in ("part", "job", "steps")}
         clean = predictions(self.samples.clean).numpy()
@@ -471,9 +461,12 @@ class _Work:
             report.outcome(outcome)
 
         def look(under_way: float) -> None:
-            if self.journal.flight_due():
+            stopped = self.stop()
+            if self.journal.flight_due() or (stopped and self.journal.folder is not None):
                 account()
                 self.journal.write_flight(where, hunt.in_flight())
+            if stopped:
+                raise Interrupted(f"stopped in {label}; the same command goes on from there")
             report.look(under_way)
 
         hunt = Hunt(

@@ -2,7 +2,7 @@
 
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.loop import StageFiles, StageRun, Validator
-from dualhead.training.metrics import MetricsLog, read_metrics
+from dualhead.training.metrics import MetricsLog, read_metrics, summary_writer
 from dualhead.training.program import Program, trained_output
 from dualhead.training.progress import Silent, TrainingProgress
 from dualhead.training.stage import Stage
@@ -20,5 +20,6 @@ __all__ = [
     "TrainingProgress",
     "Validator",
     "read_metrics",
+    "summary_writer",
     "trained_output",
 ]

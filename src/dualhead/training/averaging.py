@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualhead.errors import UserError
+from dualhead.processes import group
 from dualhead.registry import Registry
 from dualhead.threat import Real
 
@@ -208,6 +209,9 @@ class WeightAverage:
                 for statistic in ("running_mean", "running_var"):
                     self._mean[_of(name, statistic)].copy_(getattr(layer, statistic))
                 layer.momentum, layer.num_batches_tracked = momenta[name]
+            statistics = [self._mean[_of(name, kind)] for name in layers for kind in ("running_mean", "running_var")]
+            torch._foreach_div_(statistics, group().world)
+            group().sum_(statistics)
             for module, mode in modes:
                 module.training = mode
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from dualhead.errors import RunError
 from dualhead.files import write_atomically
+from dualhead.processes import group
 from dualhead.runtime import generator_states, set_generator_states
 from dualhead.training.averaging import WeightAverage
 
@@ -29,7 +30,7 @@ class Position:
     """Where a run stands.
 
     Randomness needs no state: order, augmentation and attack are functions of seed, stage, epoch and sample. Torch's
-    own generators are kept for modules that draw from them (dropout).
+    own generators are kept, those of each process, for modules that draw from them (dropout).
 
     Args:
         stage: number of the stage, from 0.
@@ -63,13 +64,16 @@ class Saved:
     position: Position
     model: dict[str, torch.Tensor]
     optimiser: dict[str, Any] | None
-    generator: torch.Tensor
-    accelerator_generators: list[torch.Tensor]
+    generators: list[list[torch.Tensor]]
     average: dict[str, torch.Tensor] | None = None
 
-    def restore_generators(self) -> None:
-        """Put torch's generators where they stood."""
-        set_generator_states(self.generator, self.accelerator_generators)
+    def restore_generators(self, device: torch.device) -> None:
+        """Put torch's generators where they stood in this process; one that is new begins its own numbers."""
+        rank = group().rank
+        if rank < len(self.generators):
+            set_generator_states(self.generators[rank], device)
+        else:
+            torch.manual_seed(torch.initial_seed() + rank)
 
 
 class CheckpointStore:
@@ -96,19 +100,24 @@ class CheckpointStore:
     ) -> None:
         """Write a state, and remove those that are too old; a crash leaves the old ones or the new one besides.
 
+        Called by all processes of a run; the first one writes.
+
         Args:
             position: where the run stands.
             model: with the weights of that moment.
             optimiser: of the stage; None between stages.
             average: of the stage's weights; None if it keeps none.
         """
+        generators = group().gather(generator_states(next(model.parameters()).device))
+        if not group().first:
+            return
         buffer = io.BytesIO()
         state = {
             "position": asdict(position),
             "model": model.state_dict(),
             "optimiser": None if optimiser is None else optimiser.state_dict(),
             "average": None if average is None else average.state_dict(),
-            **generator_states(),
+            "generators": generators,
         }
         torch.save(state, buffer)
         content, before = buffer.getbuffer(), self._files()
@@ -121,9 +130,14 @@ class CheckpointStore:
     def load(self, wanted: Callable[[Position], bool] = lambda position: True) -> Saved | None:
         """The newest state that is whole and wanted, on the CPU; None if there is none. Nothing in a file is run.
 
+        Called by all processes of a run; the first one reads.
+
         Raises:
             RunError: if there are files and all of them are damaged.
         """
+        return group().lead(lambda: self._load(wanted))
+
+    def _load(self, wanted: Callable[[Position], bool]) -> Saved | None:
         files = self._files()
         damaged = 0
         for path in reversed(files):

@@ -40,6 +40,11 @@ class StepGuard:
         self._buffers = [buffer for module in training for buffer in module.buffers(recurse=False)]
         self._before = [buffer.clone() for buffer in self._buffers]
 
+    @property
+    def moved(self) -> list[Tensor]:
+        """The statistics that the forward pass may have moved."""
+        return [buffer for buffer in self._buffers if buffer.is_floating_point()]
+
     def step(self, loss: Tensor) -> Tensor:
         """Take the step or drop it, given the loss (scalar) whose gradients lie in `.grad`.
 
@@ -47,8 +52,7 @@ class StepGuard:
             Whether it was taken, bool scalar on the device.
         """
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        moved = [buffer for buffer in self._buffers if buffer.is_floating_point()]
-        taken = torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients + moved))
+        taken = torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients + self.moved))
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters(), self._clip_norm, nn.utils.get_total_norm(gradients))
         if self._on_device:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualhead.attacks import Attack
 from dualhead.data import Batch, Loader, Split, batches
@@ -20,6 +20,7 @@ from dualhead.errors import Interrupted, RunError
 from dualhead.flops import CountFlops
 from dualhead.models import write_state
 from dualhead.noise import Streams
+from dualhead.processes import group
 from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
 from dualhead.training.averaging import WeightAverage
@@ -69,17 +70,19 @@ class Validator:
 
     def __call__(self, program: Program, arithmetic: Arithmetic, device: torch.device) -> dict[str, float]:
         """`validation_clean` and `validation_robust`, fractions of the held-out images."""
-        clean = robust = 0
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
         logits_fn = arithmetic.wrap(program.logits)
         with in_eval_mode(program.model):
-            for batch in batches(self.split, self.batch_size, device):
+            for batch in batches(self.split, self.batch_size, device, group().share_of(len(self.split))):
                 streams = Streams.of(self.seed, batch.index).fork("validation")
                 x_adv = self.attack(logits_fn, batch.x, batch.y, self.threat, generator=streams)
                 with torch.no_grad():
                     right = logits_fn(batch.x).argmax(1) == batch.y
-                    clean += int(right.sum())
-                    robust += int((right & (logits_fn(x_adv).argmax(1) == batch.y)).sum())
-        return {"validation_clean": clean / len(self.split), "validation_robust": robust / len(self.split)}
+                    robust = right & (logits_fn(x_adv).argmax(1) == batch.y)
+                    counts += torch.stack((right.sum(), robust.sum()))
+        group().sum_([counts])
+        clean, robust_clean = counts.tolist()
+        return {"validation_clean": clean / len(self.split), "validation_robust": robust_clean / len(self.split)}
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,16 @@ class StageFiles:
     states: CheckpointStore
     best: Path
     last: Path
+
+    def write_best(self, model: nn.Module) -> None:
+        """Keep the model's weights as those of the best epoch."""
+        if group().first:
+            write_state(model.state_dict(), self.best)
+
+    def write_last(self, model: nn.Module) -> None:
+        """Keep the model's weights as those of the last epoch."""
+        if group().first:
+            write_state(model.state_dict(), self.last)
 
 
 class StageRun:
@@ -151,7 +164,7 @@ class StageRun:
 
     def restore(self, saved: Saved) -> None:
         """Take over a saved state, except for the model's weights, which are loaded already."""
-        saved.restore_generators()
+        saved.restore_generators(self._device)
         if saved.optimiser is not None:
             self._optimiser.load_state_dict(saved.optimiser)
         if self._average is not None and saved.average is not None:
@@ -182,9 +195,9 @@ class StageRun:
                     raise
                 raise RunError(self._memory_advice()) from None
         with self._averaged():
-            write_state(self._program.model.state_dict(), self._files.last)
+            self._files.write_last(self._program.model)
             if self._validator is None or not self._position.best:
-                write_state(self._program.model.state_dict(), self._files.best)
+                self._files.write_best(self._program.model)
         return self._position
 
     def _epoch(self, epoch: int) -> None:
@@ -199,15 +212,16 @@ class StageRun:
             streams = Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
             outcome = self._counted_step(batch, streams) if position.step_cost == 0 else self._step(batch, streams)
             position.flops += position.step_cost
-            self._add(sums, outcome, len(batch))
+            self._add(sums, outcome, self._loader.global_batch)
             if self._average is not None and self._average.averaging.after_step():
                 self._average.update(outcome.taken)
             position.step += 1
             self._progress.step(epoch + 1, outcome.terms["loss"])
             if position.step % PATIENCE == 0:
                 self._check_streak(outcome.terms)
-            if self._stop() or time.monotonic() - self._saved_at > self._save_seconds:
-                self._save_within_epoch(sums)
+            stop, due = group().any(self._stop(), time.monotonic() - self._saved_at > self._save_seconds)
+            if stop or due:
+                self._save_within_epoch(sums, stop=stop)
         self._check_epoch(sums)
         self._finish_epoch({name: float(value) for name, value in sums.items()})
 
@@ -215,15 +229,15 @@ class StageRun:
         counter = CountFlops()
         with counter:
             outcome = self._step(batch, streams)
-        self._position.step_cost = counter.total
+        self._position.step_cost = sum(group().gather(counter.total))
         return outcome
 
-    def _save_within_epoch(self, sums: Mapping[str, Tensor]) -> None:
+    def _save_within_epoch(self, sums: Mapping[str, Tensor], *, stop: bool) -> None:
         position = self._position
         position.sums = {name: float(value) for name, value in sums.items()}
         position.streak = int(self._step.guard.streak)
         self._save()
-        if self._stop():
+        if stop:
             raise Interrupted(
                 f"stopped in stage {self._stage.name}, epoch {position.epoch + 1}, after step {position.step}; "
                 "the same command goes on from there"
@@ -286,8 +300,8 @@ class StageRun:
 
     def _set_rate(self, epoch: float) -> None:
         rate = self._stage.optimiser.lr * self._stage.schedule.factor(epoch, self._stage.epochs) * self._rate_factor()
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
+        for parameters in self._optimiser.param_groups:
+            parameters["lr"] = rate
 
     def _finish_epoch(self, sums: Mapping[str, float]) -> None:
         position, stage = self._position, self._stage
@@ -311,7 +325,7 @@ class StageRun:
                 line |= self._validator(self._program, self._arithmetic, self._device)
                 if not position.best or self._rank(line) > self._rank(position.best):
                     position.best = line
-                    write_state(self._program.model.state_dict(), self._files.best)
+                    self._files.write_best(self._program.model)
         line["seconds"] = round(time.monotonic() - self._clock, 3)
         self._log.write(line)
         self._progress.epoch(line)
@@ -328,7 +342,7 @@ class StageRun:
         if used and average.averaging.batch_norm == "reestimate":
             with CountFlops() as counter:
                 average.reestimate(self._passes())
-            self._position.flops += counter.total
+            self._position.flops += sum(group().gather(counter.total))
 
     def _passes(self) -> Iterator[Callable[[], Tensor]]:
         forward = self._arithmetic.wrap(self._program.logits)

@@ -9,10 +9,25 @@ from typing import Any
 
 from dualhead.errors import UserError
 from dualhead.files import write_text
+from dualhead.processes import group
+
+
+def summary_writer() -> Any:
+    """TensorBoard's class, which may not be there.
+
+    Raises:
+        UserError: if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        hint = "pip install 'dualhead[tensorboard]'"
+        raise UserError(f"runtime.tensorboard: TensorBoard is not installed; {hint}") from None
+    return SummaryWriter
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run.
+    """`metrics.jsonl` of a run; of several processes the first one writes it.
 
     Args:
         path: the file.
@@ -26,19 +41,18 @@ class MetricsLog:
 
     def __init__(self, path: Path, keep: Any = None, tensorboard: Path | None = None) -> None:
         self._path = path
+        self._writer: Any = None
+        if not group().first:
+            return
         kept = [line for line in read_metrics(path) if keep is None or keep(line)]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._writer: Any = None
         if tensorboard is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                hint = "pip install 'dualhead[tensorboard]'"
-                raise UserError(f"runtime.tensorboard: TensorBoard is not installed; {hint}") from None
-            self._writer = SummaryWriter(str(tensorboard))
+            self._writer = summary_writer()(str(tensorboard))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line."""
+        if not group().first:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(line)) + "\n")
         if self._writer is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dualhead.attacks import Maximiser
 from dualhead.data import Batch
 from dualhead.noise import Streams
+from dualhead.processes import group
 from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
 from dualhead.training.guard import StepGuard
@@ -23,7 +24,7 @@ from dualhead.training.stage import Stage
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step leaves for the log, as tensors on the device: reading them is up to the log."""
+    """What a step leaves for the log, over all processes, as tensors on the device: reading them is up to the log."""
 
     terms: dict[str, Tensor]
     """Scalars: the loss and its parts."""
@@ -98,13 +99,15 @@ class TrainingStep:
             batch: images float32 [B, C, H, W] in [0, 1] and labels int64 [B].
             streams: the randomness of these samples in this epoch.
         """
+        images = batch.total or len(batch)
         self._program.model.train()
         self.guard.remember()
         with recomputed(self._forgetful):
             pieces = [self._prepare(piece, part) for piece, part in self._cut(batch, streams)]
-            with self._perturbed(pieces, len(batch)):
+            with self._perturbed(pieces, images):
                 self._optimiser.zero_grad(set_to_none=True)
-                terms, correct = self._descend(pieces, len(batch))
+                terms, correct = self._descend(pieces, images)
+        self._add_up(terms, correct, len(batch) / images)
         return StepOutcome(terms, self.guard.step(terms["loss"]), correct)
 
     def _cut(self, batch: Batch, streams: Streams) -> Iterator[tuple[Batch, Streams]]:
@@ -156,8 +159,33 @@ class TrainingStep:
         self._optimiser.zero_grad(set_to_none=True)
         with still_buffers(self._program.model):
             self._descend(pieces, images)
+        group().sum_(self._gradients())
         with awp.ascended(self._program.parameters()):
             yield
+
+    def _add_up(self, terms: dict[str, Tensor], correct: Tensor, share: float) -> None:
+        """Gradients, terms and counts of the whole batch in every process, from those of its shares.
+
+        One exchange a step and not DistributedDataParallel, which exchanges at every backward pass, so again for each
+        micro-batch, and knows of parameters alone: here loss, counts and the statistics of batch norm travel along, so
+        that all processes take or drop the step alike and attack the same network. What DDP would hide, the exchange
+        behind the backward pass, is little: an adversarial step has ten and more passes for each exchange.
+
+        Args:
+            terms: of the loss, weighted by share, in place.
+            correct: images, in place.
+            share: of this process in the batch, in (0, 1].
+        """
+        processes = group()
+        if processes.world == 1:
+            return
+        moved = self.guard.moved  # the mean over processes: running statistics are linear in those of a batch
+        for statistic in moved:
+            statistic.mul_(share)
+        processes.sum_([*self._gradients(), *moved, *terms.values(), correct])
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._program.parameters() if p.grad is not None]
 
     def _attack(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
         if self._stage.attack_mode == "train":
