@@ -368,36 +368,62 @@ def info(
 
 
 @app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(help="A run, or a folder with results.json and samples.npz.")],
-    second: Annotated[Path, typer.Argument(help="The same, of the same samples and threat model.")],
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=A,B,C for each axis, KEY=A for all runs.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each point, with seeds 0, 1, ...")] = 1,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the sweep; the same goes on with it.")
+    ] = None,
+    shard: Annotated[str, typer.Option("--shard", help="I/N: every N-th run from the I-th (from 0) on.")] = "0/1",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """McNemar's exact test between two evaluations of the same samples."""
-    del quiet  # there are results only
-    from dataclasses import asdict
+    """Train and evaluate a grid of settings, and write one table; the same command goes on where it was stopped."""
+    from dualhead.sweep import plan, run_sweep
+    from dualhead.terminal import TrainingDisplay, err, progress_bar, sweep_table
 
-    from dualhead.evaluation import compare as compare_evaluations
-    from dualhead.terminal import print_table
-
-    folders = [folder / "evaluation" if (folder / "evaluation").is_dir() else folder for folder in (first, second)]
-    pairs = compare_evaluations(*folders)
+    first, slash, count = shard.partition("/")
+    if not (slash and first.isdigit() and count.isdigit() and int(first) < int(count)):
+        raise UserError(f"--shard {shard}: write I/N with I from 0 to N - 1, e.g. 0/4")
+    folder = out_dir or Path("runs") / f"sweep-{Path(recipe).stem}"
+    with progress_bar(quiet=quiet) as bar, _stop_on_signals() as stop:
+        rows = run_sweep(
+            plan(recipe, settings or [], seeds),
+            folder,
+            shard=(int(first), int(count)),
+            progress=None if quiet else TrainingDisplay(bar),
+            tell=lambda line: None if quiet else err.print(line, soft_wrap=True, markup=False),
+            stop=stop,
+            command=_command(),
+        )
     if as_json:
-        typer.echo(json.dumps({name: asdict(pair) for name, pair in pairs.items()}, indent=2))
+        typer.echo(json.dumps({"sweep": str(folder), "rows": rows}, indent=2))
         return
-    rows = [
-        [
-            name,
-            *(f"{accuracy:.1%}" for accuracy in pair.accuracy),
-            f"{pair.difference:+.1%} [{pair.interval[0]:+.1%}, {pair.interval[1]:+.1%}]",
-            f"{pair.p_value:.2g}",
-            pair.verdict,
-        ]
-        for name, pair in pairs.items()
-    ]
-    columns = ("accuracy", "first", "second", "second - first, 95 % interval", "p (McNemar, exact)", "verdict")
-    print_table({name: "left" if name in ("accuracy", "verdict") else "right" for name in columns}, rows)
+    sweep_table(rows)
+    typer.echo(f"table: {folder / 'sweep.csv'}, {folder / 'sweep.json'}; compare: dualhead compare {folder}")
+
+
+@app.command()
+def compare(
+    places: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Set runs side by side: accuracy over seeds, cost, Pareto front at equal cost, and paired tests with the first."""
+    del quiet  # there are results only
+    from dualhead.files import write_json
+    from dualhead.standings import read_entries, standings
+    from dualhead.terminal import print_standings
+
+    found = standings(read_entries(places))
+    if output is not None:
+        write_json(output, found)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    print_standings(found)
 
 
 @app.command("list")

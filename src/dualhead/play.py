@@ -6,6 +6,7 @@ The page is served to this machine only. It needs nothing that is not installed 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -193,8 +194,9 @@ def serve(playground: Playground, port: int = 0) -> ThreadingHTTPServer:
                 ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"),
             ):  # fmt: skip
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # the page has been closed, or has moved on
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing: the terminal is the user's."""

@@ -66,13 +66,15 @@ class Row:
         name: as tables call it.
         evaluation: what was measured.
         parameters: of the modules that the output runs.
-        forward_equivalents: cost of its training, in forward passes of one image through the base model.
+        flops: floating-point operations of its training.
+        forward_equivalents: the same in forward passes of one image through the base model.
         seconds: of its training.
     """
 
     name: str
     evaluation: Evaluation
     parameters: int
+    flops: int
     forward_equivalents: float
     seconds: float
 
@@ -85,6 +87,7 @@ class Row:
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
             "training_cost": {
+                "flops": self.flops,
                 "forward_equivalents": round(self.forward_equivalents, 1),
                 "seconds": round(self.seconds, 1),
             },
@@ -409,7 +412,7 @@ class Run:
         settings = self.recipe.evaluate
         count = len(self.test) if settings.limit is None else min(settings.limit, len(self.test))
         images, labels = self.test.images[:count], self.test.labels[:count]
-        costs = group().lead(self._costs)
+        costs, unit = group().lead(self._costs), self._forward_flops()
         rows = []
         for name, model, output in self._outputs():
             model.eval()
@@ -430,8 +433,8 @@ class Run:
                 command=command,
                 stop=stop,
             )
-            forward_equivalents, seconds = costs["base" if name == BASE else output]
-            rows.append(Row(name, evaluation, self._parameters(output), forward_equivalents, seconds))
+            flops, seconds = costs["base" if name == BASE else output]
+            rows.append(Row(name, evaluation, self._parameters(output), flops, flops / unit, seconds))
         rows.sort(key=lambda row: row.name == self._row_name(self.output))
         group().lead(lambda: self._write_rows(rows))
         return rows
@@ -479,8 +482,8 @@ class Run:
         used = ["trunk", *parts.get(output, ["head1", "head2", "aggregator"])]
         return sum(count_parameters(getattr(self.model, part)) for part in used)
 
-    def _costs(self) -> dict[str, tuple[float, float]]:
-        """Training cost of each output, in forward passes of one image through the base model, and in seconds.
+    def _costs(self) -> dict[str, tuple[int, float]]:
+        """Training cost of each output, in floating-point operations and in seconds.
 
         An output costs the stages up to the last one that trains a part it runs.
         """
@@ -489,16 +492,15 @@ class Run:
             path = self._stage_file(stage, stage.keep).parent / "summary.json"
             summary = yaml.safe_load(path.read_text(encoding="utf-8"))
             stages.append((set(stage.train), summary["flops"], summary["seconds"]))
-        unit = self._forward_flops()
         needed = {
             "model": {"model"}, "head1": {"trunk", "head1"}, "head2": {"trunk", "head2"},
             "mean": {"trunk", "head1", "head2"}, "aggregate": {"trunk", "head1", "head2", "aggregator"},
         }  # fmt: skip
         base = stages[: len(self._base_stages())]
-        costs = {"base": (sum(s[1] for s in base) / unit, sum(s[2] for s in base))}
+        costs = {"base": (sum(s[1] for s in base), sum(s[2] for s in base))}
         for output, parts in needed.items():
             reached = max((n + 1 for n, (trained, _, _) in enumerate(stages) if trained & parts), default=0)
-            costs[output] = (sum(s[1] for s in stages[:reached]) / unit, sum(s[2] for s in stages[:reached]))
+            costs[output] = (sum(s[1] for s in stages[:reached]), sum(s[2] for s in stages[:reached]))
         return costs
 
     def _forward_flops(self) -> int:

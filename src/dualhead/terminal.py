@@ -160,3 +160,57 @@ def _share(value: float | None) -> str:
 
 def _percent(share: float, ends: Sequence[float], gap: str) -> str:
     return f"{100 * share:.1f}{gap}[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of a sweep: a line for each model at each point of the grid, means over seeds."""
+    told = ("run", "seed", "model", "clean_accuracy", "parameters")
+    varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(("robust_", "train"))]
+    points: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        points.setdefault((*(str(row[key]) for key in varied), row["model"]), []).append(row)
+    columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", "clean", "worst", "cost"), "right")
+    lines = []
+    for point, members in points.items():
+        shares = [_spread([row[key] for row in members if key in row]) for key in ("clean_accuracy", "robust_worst")]
+        cost = sum(row["training_forward_equivalents"] for row in members) / len(members)
+        lines.append([*point, str(len(members)), *shares, f"{cost:,.0f}"])
+    print_table(columns, lines, "accuracy in percent, mean and deviation over seeds; cost in forward passes")
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    deviation = (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
+    return f"{100 * mean:.1f}" + (f" +- {100 * deviation:.1f}" if len(values) > 1 else "")
+
+
+def print_standings(found: Mapping[str, Any]) -> None:
+    """Print what `standings` found."""
+    rows = found["rows"]
+    attacks = list(rows[0]["robust_accuracy"])
+    shown = [name for name in attacks if name != "worst" or len(attacks) > 2]
+    lines = []
+    for row in rows:
+        ends, cost = row["intervals"], row["training_cost"]
+        lines.append([
+            ("* " if row["pareto"] else "  ") + row["name"], str(len(row["seeds"])),
+            _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
+            *(_percent(row["robust_accuracy"][name], ends[name], " ") for name in shown),
+            "-" if row["parameters"] is None else f"{row['parameters']:,}",
+            "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",
+            "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
+        ])  # fmt: skip
+    columns = {"model": "left"} | dict.fromkeys(("seeds", "clean", *shown, "parameters", "cost", "seconds"), "right")
+    print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
+    out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
+    if found["pairs"]:
+        print_table(
+            {"compared": "left", "accuracy": "left", "difference, 95 % interval": "right", "p": "right",
+             "verdict": "left", "test": "left"},
+            [
+                [f"{pair['name']} - {pair['reference']}", pair["accuracy"],
+                 f"{pair['difference']:+.1%} [{pair['interval'][0]:+.1%}, {pair['interval'][1]:+.1%}]",
+                 f"{pair['p_value']:.2g}", pair["verdict"], pair["test"]]
+                for pair in found["pairs"]
+            ],
+        )  # fmt: skip

@@ -21,7 +21,7 @@ RANKS = [
     {"training", "evaluation"},
     {"config", "hub"},
     {"run"},
-    {"assess", "demo"},
+    {"assess", "demo", "standings", "sweep"},
     {"play", "terminal"},
     {"cli", "__init__"},
     {"__main__"},

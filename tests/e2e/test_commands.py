@@ -97,6 +97,7 @@ def outcome(results):
                 "export",
                 "compare",
                 "report",
+                "sweep",
             )
         ),
     ],
@@ -170,6 +171,7 @@ def test_every_command_can_be_quiet_and_speak_json():
         "export",
         "compare",
         "report",
+        "sweep",
     ):
         words = dualhead(command, "--help").out
         assert "--quiet" in words, command
@@ -230,7 +232,7 @@ def test_a_run_is_evaluated_and_compared(finished_run):
     for row in comparison["rows"]:
         check_accuracies(row, ["pgd-3"])
         assert row["parameters"] > 0
-        assert set(row["training_cost"]) == {"forward_equivalents", "seconds"}
+        assert set(row["training_cost"]) == {"flops", "forward_equivalents", "seconds"}
         folder = finished_run / "evaluation" / "rows" / row["name"].replace(" ", "_")
         held = deployed if row["name"] == "DH-AT" else check_results(folder, ["pgd-3"])
         assert outcome(held) == outcome(row)

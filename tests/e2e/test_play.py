@@ -124,12 +124,12 @@ def test_the_page_plays_in_a_browser(server):
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(f"http://127.0.0.1:{server.server_port}/")
-        page.wait_for_function("document.querySelectorAll('#says tr').length === 3")
+        page.locator("#says tr").nth(2).wait_for()
         before = page.locator("#attacked").get_attribute("src")
         page.locator("#eps").fill("200")
-        page.wait_for_function("src => document.getElementById('attacked').src !== src", arg=before)
+        sync_api.expect(page.locator("#attacked")).not_to_have_attribute("src", before)
         page.locator(".strip button").nth(4).click()
-        page.wait_for_function("document.getElementById('state').textContent === ''")
+        sync_api.expect(page.locator("#state")).to_have_text("")
         assert page.locator(".strip button").nth(4).get_attribute("aria-pressed") == "true"
         browser.close()
     assert not complaints

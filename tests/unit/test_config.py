@@ -278,3 +278,22 @@ def test_a_recipe_is_frozen(write):
     recipe = load_recipe(write())
     with pytest.raises(ValueError, match="frozen"):
         recipe.threat = None
+
+
+# ---- what baselines are held to
+
+
+def test_the_wide_baseline_has_the_parameters_of_two_heads():
+    from dualhead.hub import Architecture
+    from dualhead.models import backbones, count_parameters
+
+    def parameters(name):
+        model = load_recipe(name).model
+        facts = {"num_classes": 10, "image_shape": (3, 32, 32), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        aggregator = {"name": "pairwise_cnn"} if model.attach_at else None
+        described = backbones.describe(model.backbone)
+        network = Architecture(backbone=described, attach_at=model.attach_at, aggregator=aggregator, **facts)
+        return count_parameters(network.create())
+
+    assert parameters("cifar10_cpu_wide") == pytest.approx(parameters("cifar10_cpu"), rel=0.02)
+    assert parameters("cifar10_cpu_joint") == parameters("cifar10_cpu")

@@ -63,9 +63,9 @@ class WideResNet(nn.Module):
 
     unused_in_published: ClassVar[dict[str, str]] = {"sub_block1": "block1"}
 
-    def __init__(self, depth: int, width: int, dropout: float, num_classes: int, normalize: Normalize) -> None:
+    def __init__(self, depth: int, width: float, dropout: float, num_classes: int, normalize: Normalize) -> None:
         super().__init__()
-        blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
+        blocks, widths = (depth - 4) // 6, (16, *(round(channels * width) for channels in (16, 32, 64)))
         self.normalize = normalize
         self.conv1 = nn.Conv2d(normalize.channels, widths[0], 3, padding=1, bias=False)
         self.block1 = WideStage(blocks, widths[0], widths[1], 1, dropout)
@@ -95,12 +95,12 @@ class WideResNetBackbone(Backbone):
 
     Args:
         depth: 6 n + 4 for n blocks per stage: 10, 16, 22, 28, 34, ...
-        width: how many times wider than the ResNet of 16, 32 and 64 channels, at least 1.
+        width: how many times wider than the ResNet of 16, 32 and 64 channels, at least 1; fractions are rounded.
         dropout: probability inside the blocks, in [0, 1); robust models are published with 0.
     """
 
     depth: int = 34
-    width: int = 10
+    width: int | float = 10
     dropout: float = 0.0
 
     attach_at: ClassVar[str | None] = "block1"
@@ -109,7 +109,7 @@ class WideResNetBackbone(Backbone):
         if self.depth < 10 or (self.depth - 4) % 6:
             raise UserError(f"depth must be 6 n + 4 with n at least 1, such as 10, 16, 28 or 34, got {self.depth}")
         if self.width < 1:
-            raise UserError(f"width must be at least 1, got {self.width}")
+            raise UserError(f"width must be at least 1, got {self.width:g}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must lie in [0, 1), got {self.dropout:g}")
 

@@ -1,0 +1,219 @@
+"""Runs side by side at what they cost: accuracies over seeds, the Pareto front, and paired tests."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation, compare, mean_std, wilson
+
+SAME_COST = 1.05
+"""Costs that differ by less than this factor count as equal."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One output of one run.
+
+    Args:
+        group: runs that differ in nothing but the seed share it.
+        label: of the group.
+        name: of the output, as the run's tables call it; empty for an evaluation that belongs to no run.
+        deployed: it is the run's result.
+        seed: of the run.
+        evaluation: what was measured.
+        parameters: of the modules that the output runs; None if unknown.
+        flops: floating-point operations of its training; None if unknown.
+        forward_equivalents: the same in forward passes of its own run's base model.
+        seconds: of its training; None if unknown.
+    """
+
+    group: str
+    label: str
+    name: str
+    deployed: bool
+    seed: int
+    evaluation: Evaluation
+    parameters: int | None = None
+    flops: float | None = None
+    forward_equivalents: float | None = None
+    seconds: float | None = None
+
+
+def read_entries(places: Sequence[Path]) -> list[Entry]:
+    """All outputs of runs, of folders that hold runs (as `sweep` leaves them), and of evaluations.
+
+    Raises:
+        UserError: if nothing finished is found, naming what is missing.
+    """
+    entries = []
+    for place in places:
+        inside = sorted(path.parent for path in place.glob("*/config.yaml")) if place.is_dir() else []
+        for run in [place] if (place / "config.yaml").is_file() or not inside else inside:
+            entries += _entries(run)
+    return entries
+
+
+def _entries(run: Path) -> list[Entry]:
+    folder = run / "evaluation" if (run / "evaluation").is_dir() else run
+    deployed = Evaluation.load(folder)
+    if not (run / "comparison.json").is_file():
+        return [Entry(str(run), str(run), "", True, 0, deployed)]
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    seed = recipe["runtime"].pop("seed")
+    label = run.name.replace(f",seed={seed}", "").replace(f"seed={seed}", recipe.pop("name"))
+    rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
+    entries = []
+    for row in rows:
+        last = row is rows[-1]
+        place = folder / "rows" / row["name"].replace(" ", "_")
+        cost = row["training_cost"]
+        entries.append(
+            Entry(
+                json.dumps(recipe, sort_keys=True), label, row["name"], last, seed,
+                deployed if last else Evaluation.load(place), row["parameters"], cost.get("flops"),
+                cost["forward_equivalents"], cost["seconds"],
+            )
+        )  # fmt: skip
+    return entries
+
+
+def standings(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What `dualhead compare` says.
+
+    Returns:
+        `rows`: for each output of each group of runs the means over seeds, 95 % intervals (Wilson's for one run,
+        Student's over seeds for several), cost in forward passes of one image through the first run's base model, and
+        whether it is on the Pareto front: nothing at most as costly has more of the one accuracy and no less of the
+        other. `pairs`: for clean accuracy and each attack, each group's result against the first group's: McNemar's
+        exact test for one run each, a paired t-test over the seeds that both have otherwise.
+
+    Raises:
+        UserError: if the entries were not measured alike.
+    """
+    attacks = _common_attacks(entries)
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.group, entry.name), []).append(entry)
+    for members in groups.values():
+        if len({member.seed for member in members}) < len(members):
+            raise UserError(f"{members[0].label}: two runs have the same recipe and seed; compare each run once")
+    unit = _unit(entries)
+    rows = [_row(members, attacks, unit) for members in groups.values()]
+    for row in rows:
+        row["pareto"] = not any(_dominates(other, row) for other in rows)
+    results = [members for members in groups.values() if members[0].deployed]
+    pairs = [pair for members in results[1:] for pair in _pairs(results[0], members, attacks)]
+    return {"rows": rows, "pairs": pairs}
+
+
+def _common_attacks(entries: Sequence[Entry]) -> list[str]:
+    first = entries[0].evaluation
+    for entry in entries[1:]:
+        compare(first, entry.evaluation)  # refuses other samples and other threat models
+    common = [name for name in first.verdicts if all(name in entry.evaluation.verdicts for entry in entries)]
+    if not common:
+        raise UserError("no attack was run on all of them; `dualhead evaluate` each with the same --attack")
+    return common
+
+
+def _correct(entry: Entry, attacks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """What is right by measure, in the order of the samples' indices; `worst` is over the common attacks."""
+    order = np.argsort(entry.evaluation.index)
+    correct = {name: entry.evaluation.correct[name][order] for name in ("clean", *attacks)}
+    return {**correct, "worst": np.logical_and.reduce([correct[name] for name in correct])}
+
+
+def _unit(entries: Sequence[Entry]) -> float | None:
+    """Floating-point operations of one forward pass of one image, of the first run that says so."""
+    for entry in entries:
+        if entry.flops and entry.forward_equivalents:
+            return entry.flops / entry.forward_equivalents
+    return None
+
+
+def _row(members: Sequence[Entry], attacks: Sequence[str], unit: float | None) -> dict[str, Any]:
+    measured = [_correct(member, attacks) for member in members]
+    values = {name: [float(correct[name].mean()) for correct in measured] for name in measured[0]}
+    means = {name: mean_std(shares)[0] for name, shares in values.items()}
+    first = members[0]
+    flops = [member.flops for member in members if member.flops is not None]
+    seconds = [member.seconds for member in members if member.seconds is not None]
+    total = float(np.mean(flops)) if flops else None
+    return {
+        "name": f"{first.label}: {first.name}" if first.name else first.label,
+        "seeds": sorted(member.seed for member in members),
+        "deployed": first.deployed,
+        "clean_accuracy": means.pop("clean"),
+        "robust_accuracy": means,
+        "intervals": {
+            "clean_accuracy" if name == "clean" else name: _interval(shares, len(measured[0][name]))
+            for name, shares in values.items()
+        },
+        "parameters": first.parameters,
+        "training_cost": {
+            "flops": total,
+            "forward_equivalents": round(total / unit, 1) if total is not None and unit else None,
+            "seconds": round(float(np.mean(seconds)), 1) if seconds else None,
+        },
+    }
+
+
+def _interval(shares: Sequence[float], images: int) -> list[float]:
+    if len(shares) == 1:
+        return list(wilson(round(shares[0] * images), images))
+    mean, reach = mean_std(shares)[0], _reach(shares)
+    return [max(mean - reach, 0.0), min(mean + reach, 1.0)]
+
+
+def _reach(values: Sequence[float]) -> float:
+    """Half of Student's 95 % interval of the mean."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, len(values) - 1)) * mean_std(values)[1] / math.sqrt(len(values))
+
+
+def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    mine, theirs = row["training_cost"]["flops"], other["training_cost"]["flops"]
+    if mine is not None and theirs is not None and mine > SAME_COST * theirs:
+        return False
+    a = (row["clean_accuracy"], row["robust_accuracy"]["worst"])
+    b = (other["clean_accuracy"], other["robust_accuracy"]["worst"])
+    return a != b and a[0] >= b[0] and a[1] >= b[1]
+
+
+def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[str]) -> list[dict[str, Any]]:
+    a, b = ({entry.seed: _correct(entry, attacks) for entry in group} for group in (first, second))
+    both = sorted(a.keys() & b.keys())
+    named = {"reference": first[0].label, "name": second[0].label}
+    if len(first) == len(second) == 1:
+        found = compare(first[0].evaluation, second[0].evaluation)
+        return [
+            {**named, "accuracy": name, "difference": found[name].difference, "interval": list(found[name].interval),
+             "p_value": found[name].p_value, "verdict": found[name].verdict, "test": "McNemar, exact"}
+            for name in ("clean", *attacks, *(["worst"] if "worst" in found else []))
+        ]  # fmt: skip
+    if len(both) < 2:
+        return []
+    from scipy import stats
+
+    pairs = []
+    for name in ("clean", *attacks, "worst"):
+        differences = [float(b[seed][name].mean() - a[seed][name].mean()) for seed in both]
+        mean, reach = mean_std(differences)[0], _reach(differences)
+        p_value = float(stats.ttest_1samp(differences, 0.0).pvalue) if reach > 0 else 1.0 if mean == 0 else 0.0
+        verdict = "gain" if mean - reach > 0 else "loss" if mean + reach < 0 else "undecided"
+        pairs.append(
+            {**named, "accuracy": name, "difference": mean, "interval": [mean - reach, mean + reach],
+             "p_value": p_value, "verdict": verdict, "test": f"paired t, {len(both)} seeds"}
+        )  # fmt: skip
+    return pairs

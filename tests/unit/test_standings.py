@@ -1,0 +1,73 @@
+"""Runs side by side: means over seeds, the Pareto front at equal cost, and which tests pair what."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation, Verdicts, mcnemar
+from dualhead.standings import Entry, standings
+
+
+def evaluation(clean, robust, n=200, attack="pgd-40"):
+    """The first so many images are right, clean and attacked."""
+    right = np.arange(n)
+    none = np.full(n, -1)
+    verdicts = Verdicts(right < robust, np.full(n, np.nan), none, none, none, np.full(n, np.nan), none)
+    results = {"threat": {"norm": "Linf", "eps": 0.03}}
+    labels = np.zeros(n, dtype=np.int64)
+    return Evaluation(np.arange(n), labels, np.where(right < clean, 0, 1), {attack: verdicts}, results)
+
+
+def entry(name, clean, robust, *, flops, seed=0, **kind):
+    return Entry(name, name, "", True, seed, evaluation(clean, robust, **kind), 10, flops, flops / 4, 1.0)
+
+
+def test_the_front_is_taken_at_equal_or_lower_cost():
+    found = standings([
+        entry("base", 120, 60, flops=100), entry("worse", 110, 60, flops=104), entry("dear", 140, 80, flops=300),
+        entry("robust", 100, 70, flops=100),
+    ])  # fmt: skip
+    assert [row["pareto"] for row in found["rows"]] == [True, False, True, True]
+    assert [row["training_cost"]["forward_equivalents"] for row in found["rows"]] == [25, 26, 75, 25]
+
+
+def test_one_run_each_is_paired_by_mcnemar_and_has_wilsons_interval():
+    found = standings([entry("a", 120, 60, flops=1), entry("b", 130, 50, flops=1)])
+    by_hand = mcnemar(np.arange(200) < 120, np.arange(200) < 130)
+    clean = found["pairs"][0]
+    assert (clean["accuracy"], clean["p_value"], clean["interval"]) == (
+        "clean",
+        by_hand.p_value,
+        list(by_hand.interval),
+    )
+    assert [pair["verdict"] for pair in found["pairs"]] == ["gain", "loss", "loss"]
+
+
+def test_several_seeds_give_students_interval_and_a_paired_t_test():
+    pairs = [(120, 131), (110, 119), (115, 125)]
+    entries = [entry("a", a, 60, flops=1, seed=seed) for seed, (a, _) in enumerate(pairs)]
+    entries += [entry("b", b, 60, flops=1, seed=seed) for seed, (_, b) in enumerate(pairs)]
+    found = standings(entries)
+    differences = np.array([11, 9, 10]) / 200
+    clean = found["pairs"][0]
+    assert clean["difference"] == pytest.approx(differences.mean())
+    reach = 4.302653 * differences.std(ddof=1) / math.sqrt(3)
+    assert clean["interval"] == pytest.approx([differences.mean() - reach, differences.mean() + reach])
+    assert clean["verdict"] == "gain"
+    low, high = found["rows"][0]["intervals"]["clean_accuracy"]
+    spread = 4.302653 * np.std([0.6, 0.55, 0.575], ddof=1) / math.sqrt(3)
+    assert (low, high) == pytest.approx((0.575 - spread, 0.575 + spread))
+    assert found["pairs"][1]["verdict"] == "undecided"
+
+
+def test_what_was_measured_otherwise_is_refused():
+    with pytest.raises(UserError, match="no attack was run on all of them"):
+        standings([entry("a", 9, 9, flops=1), entry("b", 9, 9, flops=1, attack="square")])
+    with pytest.raises(UserError, match="different samples"):
+        standings([entry("a", 9, 9, flops=1), entry("b", 9, 9, flops=1, n=100)])
+    with pytest.raises(UserError, match="same recipe and seed"):
+        standings([entry("a", 9, 9, flops=1), entry("a", 9, 9, flops=1)])
