@@ -20,7 +20,7 @@ from dualhead.models import Backbone, backbones
 from dualhead.objectives import objectives
 from dualhead.registry import Registry, first_error
 from dualhead.schema import Section, component
-from dualhead.threat import ThreatModel, parse_real
+from dualhead.threat import Real, ThreatModel, parse_real
 from dualhead.training.averaging import averagings
 from dualhead.training.optimisation import optimisers, schedules
 from dualhead.training.stage import Stage
@@ -50,6 +50,17 @@ def _amount(value: object) -> int | float:
     return number
 
 
+class Extra(Section):
+    """A second source of training images, extra or generated, of the same classes and shape."""
+
+    source: str
+    """As `data.source`; columns and size are those of the first."""
+    fraction: Real = Field(0.7, gt=0, lt=1)
+    """Of each batch; 0.7 is usual for generated images. An epoch keeps its number of steps."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first so many of its images."""
+
+
 class Data(Section):
     """The images."""
 
@@ -65,6 +76,9 @@ class Data(Section):
     """Use only the first so many training images (the held-out ones included)."""
     augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] = ()
 
+    extra: Extra | None = None
+    """None is held out of it: validation sees images of the first source only."""
+
     def load(self, part: Literal["train", "test"], source: str | None = None) -> Split:
         """The images of a part, of this source or of another one read in the same way.
 
@@ -79,6 +93,13 @@ class Data(Section):
             image_size=self.image_size,
             limit=self.train_limit if part == "train" else None,
         )
+
+    def load_extra(self) -> Split | None:
+        """The second source; None if there is none."""
+        if self.extra is None:
+            return None
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        return load_split(self.extra.source, "train", image_size=self.image_size, limit=self.extra.limit, **columns)
 
 
 class Statistics(Section):

@@ -178,6 +178,7 @@ class Run:
         processes.lead(self._refuse_other_run)
         self.device = processes.agreed(lambda: find_device(recipe.runtime.device))
         whole, self.test = processes.in_turn(lambda: load_data(recipe))
+        self.extra = processes.in_turn(lambda: load_extra(recipe, whole))
         processes.agreed(lambda: self._fit(whole))
         self.output = recipe.stages[-1].output
         self.position = Position()
@@ -332,6 +333,7 @@ class Run:
         program = Program.of(self.model, stage)
         loader = Loader(
             self.training, stage.batch_size, seed=recipe.runtime.seed + number, augment=recipe.data.augment,
+            cutmix=stage.cutmix, extra=self.extra, fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
             device=self.device, group=group(),
         )  # fmt: skip
         progress.stage(
@@ -524,6 +526,33 @@ def load_data(recipe: Recipe) -> tuple[Split, Split]:
     if test.image_shape[0] != training.image_shape[0]:
         raise UserError(f"data.source {data.source}: training and test images differ in channels (grey and colour)")
     return training, test
+
+
+def load_extra(recipe: Recipe, training: Split) -> Split | None:
+    """The second source of training images; None if the recipe names none.
+
+    Raises:
+        UserError: if they cannot be read, or are not of the same classes and shape.
+    """
+    try:
+        extra = recipe.data.load_extra()
+    except UserError as error:
+        raise UserError(f"data.extra: {error}") from None
+    if recipe.data.extra is None or extra is None:
+        return None
+    for what, theirs, ours in (
+        ("classes", extra.class_names, training.class_names), ("shape", extra.image_shape, training.image_shape),
+    ):  # fmt: skip
+        if theirs != ours:
+            raise UserError(
+                f"data.extra.source {recipe.data.extra.source}: its images have {what} {_told(theirs)}, those of "
+                f"data.source {_told(ours)}; both must agree"
+            )
+    return extra
+
+
+def _told(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values[:4])) + (f" and {len(values) - 4} more" if len(values) > 4 else "")
 
 
 def architecture_of(recipe: Recipe, training: Split) -> Architecture:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dualhead.data.augmentations.base import Augmentation
+from dualhead.data.cutmix import CutMix
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -22,7 +23,7 @@ class Batch:
     Args:
         index: position of each image in its split, int64 [B].
         x: images, float32 [B, C, H, W] in [0, 1].
-        y: labels, int64 [B].
+        y: labels, int64 [B], or shares of the classes, float32 [B, K].
         total: images of the batch that this one is a process's share of; None: it is the whole.
     """
 
@@ -48,11 +49,17 @@ class Loader:
     What remains of an epoch after the last full batch is left out (batch norm does badly on tiny batches); it differs
     from epoch to epoch. A split smaller than one batch is one batch.
 
+    With a second source, a fraction of each batch comes from it, evenly spread over the batch. An epoch keeps its
+    number of steps, so it costs the same; of the split's own images it shows as many fewer, others each time.
+
     Args:
         split: images and labels; moved to the device once.
         batch_size: images in a global batch, over all processes.
         seed: names order and augmentation.
         augment: applied in turn.
+        cutmix: applied after them; labels are then shares.
+        extra: the second source, of the same classes and shape.
+        fraction: of each batch that comes from it, in [0, 1).
         device: where batches are made.
         group: the processes that share each batch, this one among them; shares differ by one image at most.
 
@@ -67,6 +74,9 @@ class Loader:
         *,
         seed: int,
         augment: Sequence[Augmentation] = (),
+        cutmix: CutMix | None = None,
+        extra: Split | None = None,
+        fraction: float = 0.0,
         device: torch.device | str,
         group: Group = ALONE,
     ) -> None:
@@ -79,13 +89,20 @@ class Loader:
                 f"batch_size: a batch of {self.global_batch}{small} is less than an image for each of {group.world} "
                 "processes; use a larger one, or fewer processes"
             )
-        self._images, self._labels = split.images.to(device), split.labels.to(device)
-        self._seed, self._augment = seed, tuple(augment)
+        self._own = len(split)
+        sources = [split] if extra is None else [split, extra]
+        self._images = torch.cat([source.images.to(device) for source in sources])
+        self._labels = torch.cat([source.labels.to(device) for source in sources])
+        self._seed, self._augment, self._cutmix = seed, tuple(augment), cutmix
+        self._classes = len(split.class_names)
+        slots = torch.arange(self.global_batch + 1, dtype=torch.float64, device=device)
+        slots = (slots * (0.0 if extra is None else fraction)).floor()
+        self._own_slots, self._extra_slots = ((slots.diff() == part).nonzero()[:, 0] for part in (0, 1))
         self._share = group.share_of(self.global_batch)
 
     def __len__(self) -> int:
         """Steps an epoch."""
-        return len(self._labels) // self.global_batch
+        return self._own // self.global_batch
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, from a step on.
@@ -100,17 +117,38 @@ class Loader:
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of the split in an epoch, int64 [N]; the same on every device."""
-        positions = torch.arange(len(self._labels), device=self._labels.device)
+        positions = torch.arange(self._own, device=self._labels.device)
         return Streams.of(self._seed, positions).fork("order", epoch).bits(1)[:, 0].argsort(stable=True)
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        order = self.order(epoch)
+    def _global_batches(self, epoch: int, first_step: int) -> Iterator[Tensor]:
+        """Positions int64 [global batch] of each step, those of the second source after those of the split."""
+        own, count = self.order(epoch), len(self._own_slots)
+        extra = torch.arange(self._own, len(self._labels), device=self._labels.device)
+        extra = extra[Streams.of(self._seed, extra).fork("extra", epoch).bits(1)[:, 0].argsort(stable=True)]
         for step in range(first_step, len(self)):
-            index = order[step * self.global_batch : (step + 1) * self.global_batch][self._share]
-            images, streams = self._images[index], Streams.of(self._seed, index).fork("augment", epoch)
-            for number, augmentation in enumerate(self._augment):
-                images = augmentation(images, streams.fork(number))
-            yield Batch(index, _as_float(images), self._labels[index], self.global_batch)
+            index = own.new_empty(self.global_batch)
+            index[self._own_slots] = own[step * count : (step + 1) * count]
+            if len(self._extra_slots):
+                drawn = torch.arange(len(self._extra_slots), device=index.device) + step * len(self._extra_slots)
+                index[self._extra_slots] = extra[drawn % len(extra)]
+            yield index
+
+    def _augmented(self, index: Tensor, epoch: int) -> Tensor:
+        images, streams = self._images[index], Streams.of(self._seed, index).fork("augment", epoch)
+        for number, augmentation in enumerate(self._augment):
+            images = augmentation(images, streams.fork(number))
+        return images
+
+    def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        for whole in self._global_batches(epoch, first_step):
+            index = whole[self._share]
+            images, labels = self._augmented(index, epoch), self._labels[index]
+            if self._cutmix is not None:
+                streams = Streams.of(self._seed, index).fork("cutmix", epoch)
+                partners = self._cutmix.partners(streams, len(self._labels))
+                others = self._augmented(partners, epoch)
+                images, labels = self._cutmix(images, others, labels, self._labels[partners], streams, self._classes)
+            yield Batch(index, _as_float(images), labels, self.global_batch)
 
 
 def batches(split: Split, batch_size: int, device: torch.device | str, share: slice = slice(None)) -> Iterator[Batch]:

@@ -64,7 +64,7 @@ class Objective(ABC):
         Args:
             adv_logits: logits [B, C] of the attacked images.
             clean_logits: logits [B, C] of the clean images, detached; None unless `clean_target`.
-            y: labels, int64 [B].
+            y: labels, int64 [B], or shares of the classes [B, C].
         """
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Objective(ABC):
         Args:
             clean_logits: logits [B, C] of the clean images; None unless `clean`.
             adv_logits: logits [B, C] of the attacked images; None unless `adversarial`.
-            y: labels, int64 [B].
+            y: labels, int64 [B], or shares of the classes [B, C].
         """
 
 

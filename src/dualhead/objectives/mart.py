@@ -35,7 +35,8 @@ class MART(Objective):
     def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
         """BCE(x') + beta mean[KL(p || p') (1 - p_y)], BCE = CE(x') - log(1.0001 - max of the wrong classes' p')."""
         clean, adv = given(clean_logits), given(adv_logits)
-        wrong = adv.softmax(1).scatter(1, y[:, None], 0.0).amax(1)
+        true = y if y.dim() == 2 else F.one_hot(y, adv.shape[1])
+        wrong = adv.softmax(1).masked_fill(true > 0, 0.0).amax(1)
         boosted = F.cross_entropy(adv, y) - torch.log(1.0001 - wrong).mean()
-        doubt = 1.0 - clean.softmax(1).gather(1, y[:, None])[:, 0]
+        doubt = 1.0 - (clean.softmax(1) * true).sum(1)
         return LossTerms.sum_of(adversarial=boosted, divergence=self.beta * (kl_divergence(clean, adv) * doubt).mean())

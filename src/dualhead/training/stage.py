@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from dualhead.attacks import Attack, Maximiser, attacks
+from dualhead.data import CutMix
 from dualhead.errors import UserError
 from dualhead.heads import PARTS_OF
 from dualhead.objectives import Objective, objectives
@@ -45,6 +46,8 @@ class Stage(Section):
     """Of the weights over training (`ema`, `swa`): what validation sees and what is kept, in place of the live ones."""
     awp: AWP | None = None
     """Adversarial weight perturbation."""
+    cutmix: CutMix | None = None
+    """Boxes of other images, and shares of their labels."""
     init: str | None = None
     """Weights to start the trained network from: a file, an exported model or a run."""
     keep: Literal["best", "last"] = "best"

@@ -146,7 +146,8 @@ class TrainingStep:
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
             judged = cast("Tensor", clean_logits if adv_logits is None else adv_logits)
             judged = judged[:, -1] if judged.dim() == 3 else judged
-            correct += (judged.argmax(1) == piece.y).sum()
+            labels = piece.y if piece.y.dim() == 1 else piece.y.argmax(1)
+            correct += (judged.argmax(1) == labels).sum()
         return sums, correct
 
     @contextmanager
