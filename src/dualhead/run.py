@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -332,7 +332,8 @@ class Run:
             self._prepare_stage(number)
         program = Program.of(self.model, stage)
         loader = Loader(
-            self.training, stage.batch_size, seed=recipe.runtime.seed + number, augment=recipe.data.augment,
+            self.training, stage.batch_size, seed=recipe.runtime.seed + number,
+            augment=recipe.data.augment if stage.augment is None else stage.augment,
             cutmix=stage.cutmix, extra=self.extra, fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
             device=self.device, group=group(),
         )  # fmt: skip
@@ -345,7 +346,7 @@ class Run:
             program,
             loader,
             validator=self._validator(),
-            threat=recipe.threat,
+            threat=recipe.threat if stage.eps is None else replace(recipe.threat, eps=stage.eps),
             arithmetic=arithmetic,
             seed=recipe.runtime.seed,
             device=self.device,

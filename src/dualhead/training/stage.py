@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from dualhead.attacks import Attack, Maximiser, attacks
-from dualhead.data import CutMix
+from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
 from dualhead.heads import PARTS_OF
 from dualhead.objectives import Objective, objectives
@@ -46,6 +46,10 @@ class Stage(Section):
     """Of the weights over training (`ema`, `swa`): what validation sees and what is kept, in place of the live ones."""
     awp: AWP | None = None
     """Adversarial weight perturbation."""
+    eps: Real | None = Field(None, gt=0)
+    """Radius of the attack while this stage trains; None: the threat model's. Validation keeps that one."""
+    augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] | None = None
+    """Of this stage; None: `data.augment`."""
     cutmix: CutMix | None = None
     """Boxes of other images, and shares of their labels."""
     init: str | None = None
