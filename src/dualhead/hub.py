@@ -15,7 +15,7 @@ from torch import nn
 from dualhead.errors import UserError
 from dualhead.files import write_json, write_text
 from dualhead.heads import DualHeadClassifier, Output, aggregators, attach_second_head
-from dualhead.models import Normalize, backbones, load_state, read_state, write_state
+from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, read_state, write_state
 from dualhead.onnx_export import OnnxCheck, write_onnx
 from dualhead.registry import first_error
 from dualhead.report import model_card
@@ -67,6 +67,11 @@ class Architecture(Section):
             init="reset",
             aggregator=aggregators.build(self.aggregator or "pairwise_cnn", where="model.aggregator"),
         )
+
+    def plain(self) -> nn.Module:
+        """The network without a second head; torch's generator stays where it is."""
+        with torch.random.fork_rng(devices=[]):
+            return self.model_copy(update={"attach_at": None, "aggregator": None}).create()
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], where: str) -> Self:
@@ -176,7 +181,9 @@ def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> str:
     return str(info)
 
 
-def load_base_weights(model: nn.Module, path: str | Path) -> None:
+def load_base_weights(
+    model: nn.Module, path: str | Path, architecture: Architecture, *, replace_classifier: bool | str = False
+) -> None:
     """Start a network from weights that exist: a file, an exported model's folder or a run's.
 
     Weights of the whole network fill it; weights of the plain backbone fill trunk and head 1.
@@ -184,21 +191,60 @@ def load_base_weights(model: nn.Module, path: str | Path) -> None:
     Args:
         model: a plain or dual-head classifier.
         path: the weights.
+        architecture: that made the model.
+        replace_classifier: leave the layer that gives the logits as it is in the model, which may have other classes:
+            true to find that layer, or its name in the plain backbone. Of a dual-head model's weights, those of its
+            trunk and head 1 are then taken.
 
     Raises:
         UserError: if they are of neither shape.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((p for p in (path / WEIGHTS, path / "model" / WEIGHTS) if p.is_file()), path / WEIGHTS)
+    path = _weights_file(Path(path))
     state = read_state(path)
-    if isinstance(model, DualHeadClassifier) and set(state) != set(model.state_dict()):
-        try:
-            model.load_base_state_dict(state)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-    else:
-        load_state(model, state, str(path))
+    if isinstance(model, DualHeadClassifier) and set(state) == set(model.state_dict()):
+        if not replace_classifier:
+            load_state(model, state, str(path))
+            return
+        parts = ("trunk.", "head1.")
+        state = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(parts)}
+    plain = architecture.plain() if isinstance(model, DualHeadClassifier) or replace_classifier else model
+    replaced = _classifier(plain, architecture, replace_classifier) if replace_classifier else None
+    if not isinstance(model, DualHeadClassifier):
+        load_state(model, state, str(path), replaced=replaced)
+        return
+    plain.load_state_dict(model.base_state_dict())
+    load_state(plain, state, str(path), replaced=replaced)
+    model.load_base_state_dict(plain.state_dict())
+
+
+def _classifier(plain: nn.Module, architecture: Architecture, name: bool | str) -> str:
+    if isinstance(name, str):
+        if name not in dict(plain.named_modules()):
+            raise UserError(f"replace_classifier: the model has no layer {name!r}; `dualhead layers` lists them")
+        return name
+    try:
+        return last_layer(plain, architecture.num_classes, architecture.image_shape)
+    except UserError as error:
+        raise UserError(f"replace_classifier: {error}") from None
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        return next((p for p in (path / WEIGHTS, path / "model" / WEIGHTS) if p.is_file()), path / WEIGHTS)
+    return path
+
+
+def normalisation_of(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """By what mean and standard deviation a trained model normalises, where its weights or their folder tell.
+
+    Raises:
+        UserError: if there are no weights, or what they tell cannot be.
+    """
+    file = _weights_file(Path(path))
+    if file.name == WEIGHTS and (file.parent / CONFIG).is_file():
+        known = Architecture.parse(read_config(file.parent)["architecture"], str(file.parent / CONFIG))
+        return known.mean, known.std
+    return normalisation_in(read_state(file), str(file))
 
 
 def load(path: str | Path, output: str | None = None) -> nn.Module:

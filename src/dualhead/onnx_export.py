@@ -106,7 +106,7 @@ def _compare(model: nn.Module, content: bytes, images: torch.Tensor) -> tuple[fl
     """Largest absolute difference of a logit, and largest logit, over batches of several sizes."""
     session = importlib.import_module("onnxruntime").InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = scale = 0.0
-    for batch in images.split(BATCHES):
+    for batch in torch.split(images, list(BATCHES)):
         with torch.no_grad():
             expected = model(batch)
         found = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])

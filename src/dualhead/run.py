@@ -21,7 +21,17 @@ from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_g
 from dualhead.files import check_folder, write_json, write_text
 from dualhead.flops import CountFlops
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
-from dualhead.hub import Architecture, load_base_weights, read_config, save_model, view, write_card, write_config
+from dualhead.hub import (
+    CONFIG,
+    Architecture,
+    load_base_weights,
+    normalisation_of,
+    read_config,
+    save_model,
+    view,
+    write_card,
+    write_config,
+)
 from dualhead.lock import NAME as LOCK
 from dualhead.lock import FolderLock
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
@@ -197,7 +207,7 @@ class Run:
         except UserError as error:
             raise UserError(f"data.validation: {error}") from None
         self._check_validation()
-        self.architecture = architecture_of(recipe, self.training)
+        self.architecture = self._architecture()
         torch.manual_seed(recipe.runtime.seed)
         self.model = self.architecture.create().to(self.device)
         self._check_stages()
@@ -207,6 +217,23 @@ class Run:
     @property
     def _synchronises(self) -> bool:
         return self.recipe.runtime.batch_norm == "synchronised" and group().world > 1
+
+    def _architecture(self) -> Architecture:
+        """The network, which normalises as the weights do that it starts from, unless the recipe says how."""
+        made = architecture_of(self.recipe, self.training)
+        if self.recipe.model.normalize is not None or self.recipe.model.backbone.registered_name == "factory":
+            return made
+        if (self.folder / "checkpoints" / CONFIG).is_file():  # begun: the weights it started from may have gone since
+            found = normalisation_of(self.folder / "checkpoints")
+            return made if found is None else made.model_copy(update={"mean": found[0], "std": found[1]})
+        for index, stage in enumerate(self.recipe.stages):
+            try:
+                found = None if stage.init is None else normalisation_of(stage.init)
+            except UserError as error:
+                raise UserError(f"stages.{index}.init: {error}") from None
+            if found is not None:
+                return made.model_copy(update={"mean": found[0], "std": found[1]})
+        return made
 
     # ---- the folder
 
@@ -249,9 +276,13 @@ class Run:
                 )
             if stage.init is not None and not begun:
                 try:
-                    load_base_weights(copy.deepcopy(self.model), stage.init)
+                    self._start_from(copy.deepcopy(self.model), stage)
                 except UserError as error:
                     raise UserError(f"stages.{index}.init: {error}") from None
+
+    def _start_from(self, model: nn.Module, stage: Stage) -> None:
+        if stage.init is not None:
+            load_base_weights(model, stage.init, self.architecture, replace_classifier=stage.replace_classifier)
 
     def _make_folder(self) -> None:
         self._refuse_other_run()  # again, since another process may have been here before the folder was locked
@@ -364,9 +395,8 @@ class Run:
 
     def _prepare_stage(self, number: int) -> None:
         stage = self.recipe.stages[number]
-        init = stage.init
-        if init is not None:
-            group().lead(lambda: load_base_weights(self.model, init))
+        if stage.init is not None:
+            group().lead(lambda: self._start_from(self.model, stage))
             group().share_state(self.model)
         begins = "head2" in stage.train and not any("head2" in earlier.train for earlier in self.recipe.stages[:number])
         if isinstance(self.model, DualHeadClassifier) and begins and self.recipe.model.second_head == "clone":

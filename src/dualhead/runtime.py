@@ -86,11 +86,12 @@ class Arithmetic:
 
     Args:
         bf16: run the passes under bfloat16 autocast; else in float32.
-        channels_last: keep images and the weights of convolutions in that layout; else contiguous.
+        channels_last: keep images and the weights of convolutions in that layout; False: contiguous; None: the weights
+            contiguous, the images as they come.
     """
 
     bf16: bool
-    channels_last: bool = False
+    channels_last: bool | None = None
 
     @property
     def name(self) -> str:
@@ -114,7 +115,11 @@ class Arithmetic:
 
     def images(self, x: Tensor) -> Tensor:
         """Images in the layout that suits."""
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        if self.channels_last:
+            return x.contiguous(memory_format=torch.channels_last)
+        if self.channels_last is None or x.stride() == torch.empty(x.shape, device="meta").stride():
+            return x
+        return x.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves the strides of grey images
 
     def wrap(self, logits_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function under this arithmetic; logits come out in float32."""
@@ -135,15 +140,16 @@ def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
 
 FLOAT32 = Arithmetic(bf16=False)
 BF16 = Arithmetic(bf16=True, channels_last=True)
-BF16_CONTIGUOUS = Arithmetic(bf16=True)
+FLOAT32_CONTIGUOUS = Arithmetic(bf16=False, channels_last=False)
+BF16_CONTIGUOUS = Arithmetic(bf16=True, channels_last=False)
 
 
 def choose_arithmetic(precision: Precision, model: nn.Module, example: Tensor, seconds: float = 1.5) -> Arithmetic:
     """The arithmetic that a precision stands for; for `auto` the faster one, measured.
 
     What is timed is a forward pass and a backward pass to the input: most of what adversarial training and white-box
-    attacks do. bf16 must win clearly, since float32 is exact. It goes with channels-last images, except for models that
-    cannot take these.
+    attacks do. bf16 must win clearly, since float32 is exact. It goes with channels-last images; models that cannot
+    take these get contiguous ones in either format.
 
     Args:
         precision: `float32`, `bf16` or `auto`.
@@ -151,31 +157,31 @@ def choose_arithmetic(precision: Precision, model: nn.Module, example: Tensor, s
         example: a batch of images as the work will use.
         seconds: about how long to measure each.
     """
-    chosen = FLOAT32
     with in_eval_mode(model):
-        if precision != "float32":
-            bf16 = BF16 if _takes_channels_last(model, example) else BF16_CONTIGUOUS
-            chosen = bf16 if precision == "bf16" else _faster(model, example, bf16, seconds)
+        takes = _takes_channels_last(model, example)
+        float32, bf16 = (FLOAT32, BF16) if takes else (FLOAT32_CONTIGUOUS, BF16_CONTIGUOUS)
+        if precision == "auto":
+            timings = {}
+            for arithmetic in (float32, bf16):
+                arithmetic.lay_out(model)
+                timings[arithmetic] = _seconds_per_pass(arithmetic.wrap(model), example, seconds)
+            chosen = bf16 if timings[bf16] < 0.9 * timings[float32] else float32
+        else:
+            chosen = bf16 if precision == "bf16" else float32
     chosen.lay_out(model)
     return chosen
 
 
 def _takes_channels_last(model: nn.Module, example: Tensor) -> bool:
     """Whether a pass runs in that layout: `features.view(len(features), -1)` fails there, among others' code."""
-    BF16.lay_out(model)
+    arithmetic = Arithmetic(bf16=False, channels_last=True)
+    arithmetic.lay_out(model)
     try:
-        _pass(BF16.wrap(model), example[:2])
+        # A copy, since `contiguous` leaves the strides of grey images.
+        _pass(arithmetic.wrap(model), example[:2].clone(memory_format=torch.channels_last))
     except RuntimeError:  # what else it may mean shows again in the contiguous layout
         return False
     return True
-
-
-def _faster(model: nn.Module, example: Tensor, bf16: Arithmetic, seconds: float) -> Arithmetic:
-    timings = {}
-    for arithmetic in (FLOAT32, bf16):
-        arithmetic.lay_out(model)
-        timings[arithmetic] = _seconds_per_pass(arithmetic.wrap(model), example, seconds)
-    return bf16 if timings[bf16] < 0.9 * timings[FLOAT32] else FLOAT32
 
 
 def _pass(logits_fn: Callable[[Tensor], Tensor], example: Tensor) -> None:

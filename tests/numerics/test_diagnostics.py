@@ -11,6 +11,7 @@ from torch import nn
 
 from dualhead.evaluation import evaluate
 from dualhead.evaluation.diagnostics import check_black_box, check_curve
+from dualhead.heads import aggregators
 from dualhead.threat import ThreatModel
 from evaluation_helpers import THREAT, patterns, trained
 
@@ -161,6 +162,18 @@ class TwoHeads(nn.Module):
 
     def forward(self, x):
         return self.aggregate(self.head_logits(x))
+
+
+def test_the_shared_aggregator_masks_no_gradients():
+    """Also with few rivals and with read-outs that weigh as much as the mean of the heads."""
+    torch.manual_seed(0)
+    mean, found = findings(TwoHeads(lambda heads: heads.mean(1)).eval(), attacks=["pgd-10"])
+    for rivals in (1, 10):
+        aggregator = aggregators.build({"name": "pairwise_shared", "rivals": rivals}).create(4).eval()
+        torch.nn.init.normal_(aggregator.readout, std=0.5)
+        whole, found = findings(TwoHeads(aggregator).eval(), attacks=["pgd-10", "multihead-10"])
+        assert not fired(found), found
+        assert whole.robust_accuracy["worst"] <= mean.robust_accuracy["pgd-10"] + 0.1
 
 
 def test_a_saturated_aggregate_is_brought_down_by_the_adaptive_attack():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualhead.runtime import BF16, BF16_CONTIGUOUS, FLOAT32, choose_arithmetic
+from dualhead.runtime import BF16, BF16_CONTIGUOUS, FLOAT32, FLOAT32_CONTIGUOUS, choose_arithmetic
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -52,10 +52,24 @@ def test_auto_measures_and_leaves_the_layout_it_chose(by_view):
     model = Flattens(by_view=by_view)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     chosen = choose_arithmetic("auto", model, IMAGES, seconds=0.01)
-    assert chosen in ({FLOAT32, BF16_CONTIGUOUS} if by_view else {FLOAT32, BF16})
+    assert chosen in ({FLOAT32_CONTIGUOUS, BF16_CONTIGUOUS} if by_view else {FLOAT32, BF16})
     assert layout(model) == ("channels last" if chosen == BF16 else "contiguous")
     assert chosen.wrap(model)(IMAGES).shape == (4, 5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_in_any_layout_reach_such_a_model_contiguous(channels):
+    model = Flattens(by_view=True)
+    model.conv = nn.Conv2d(channels, 4, 3, padding=1)
+    images = torch.rand(4, 8, 8, channels).permute(0, 3, 1, 2)
+    with pytest.raises(RuntimeError, match="view"):
+        FLOAT32.wrap(model)(images)
+    chosen = choose_arithmetic("float32", model, images.contiguous())
+    assert chosen == FLOAT32_CONTIGUOUS
+    x = images.requires_grad_()
+    (gradient,) = torch.autograd.grad(chosen.wrap(model)(x).sum(), x)
+    assert gradient.shape == x.shape
 
 
 def test_a_model_that_fails_anyway_fails_with_its_own_words():

@@ -108,7 +108,7 @@ def test_weights_of_the_plain_backbone_fill_trunk_and_head_1(tmp_path, form):
         torch.save(base.state_dict(), path)
     elif form == "wrapped":
         torch.save({"state_dict": {f"module.{k}": v for k, v in base.state_dict().items()}, "epoch": 3}, path)
-    load_base_weights(dual, path)
+    load_base_weights(dual, path, architecture())
     assert torch.equal(view(dual, "head1").eval()(IMAGES), base(IMAGES))
     for name, tensor in dual.state_dict().items():
         if name.startswith(("head2.", "aggregator.")):
@@ -119,26 +119,27 @@ def test_weights_of_the_whole_network_fill_it(tmp_path):
     source, target = made(architecture()), made(architecture(), seed=1)
     save_model(tmp_path / "run" / "model", source, architecture(), {})
     assert not torch.equal(source(IMAGES), target(IMAGES))
-    load_base_weights(target, tmp_path / "run")
+    load_base_weights(target, tmp_path / "run", architecture())
     assert torch.equal(source(IMAGES), target.eval()(IMAGES))
 
 
 @pytest.mark.parametrize(("kind", "other"), [("dual", {"classes": 5}), ("dual", {"width": 8}), ("plain", {"width": 8})])
 def test_weights_of_another_network_are_refused_and_nothing_is_loaded(tmp_path, kind, other):
-    model = made(architecture("stage1" if kind == "dual" else None))
+    plan = architecture("stage1" if kind == "dual" else None)
+    model = made(plan)
     before = model(IMAGES)
     save_model(tmp_path, made(architecture(None, **other)), architecture(None, **other), {})
     with pytest.raises(UserError, match="of another shape") as caught:
-        load_base_weights(model, tmp_path)
+        load_base_weights(model, tmp_path, plan)
     assert str(tmp_path) in str(caught.value)
     assert torch.equal(model.eval()(IMAGES), before)
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no such file of weights"):
-        load_base_weights(made(architecture()), tmp_path)
+        load_base_weights(made(architecture()), tmp_path, architecture())
     with pytest.raises(UserError, match="there is no such file of weights"):
-        load_base_weights(made(architecture()), tmp_path / "nothing.pt")
+        load_base_weights(made(architecture()), tmp_path / "nothing.pt", architecture())
 
 
 class Attacker:
@@ -159,7 +160,7 @@ def test_a_pickle_with_code_is_refused_and_has_no_effect(tmp_path, form):
     else:
         torch.save({**made(architecture(None)).state_dict(), "extra": Attacker(str(effect))}, path)
     with pytest.raises(UserError, match=r"refused|neither a safetensors file nor one of torch\.save") as caught:
-        load_base_weights(made(architecture(None)), path)
+        load_base_weights(made(architecture(None)), path, architecture(None))
     assert "\n" not in str(caught.value)
     assert not effect.exists()
     # The same file read without care does run it, so the test can fail.

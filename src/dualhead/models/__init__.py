@@ -1,8 +1,8 @@
 """Backbones, one a file: each makes an ordinary classifier of images in [0, 1], which normalises them itself."""
 
-from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, logits_of
+from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, last_layer, logits_of
 from dualhead.models.normalize import Normalize, channel_statistics
-from dualhead.models.weights import load_state, read_state, write_state
+from dualhead.models.weights import load_state, normalisation_in, read_state, write_state
 
 __all__ = [
     "Backbone",
@@ -11,8 +11,10 @@ __all__ = [
     "backbones",
     "channel_statistics",
     "count_parameters",
+    "last_layer",
     "load_state",
     "logits_of",
+    "normalisation_in",
     "read_state",
     "write_state",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -142,6 +142,32 @@ def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, wh
             f"the data have {num_classes} classes, so (1, {num_classes}) would be right"
         )
     return output
+
+
+def last_layer(model: nn.Module, num_classes: int, image_shape: ImageShape) -> str:
+    """The name of the layer that gives the logits: the last to run of those whose weight has a row per class.
+
+    Raises:
+        UserError: if no such layer runs.
+    """
+    ran: list[str] = []
+
+    def note(name: str) -> Callable[[object, object, object], None]:
+        return lambda module, images, output: ran.append(name)
+
+    hooks = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim > 1 and weight.shape[0] == num_classes:
+            hooks.append(module.register_forward_hook(note(name)))
+    try:
+        trial_output(model, image_shape)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran:
+        raise UserError(f"no layer that runs has a weight of {num_classes} rows; name the classifier's layer")
+    return ran[-1]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.files import write_atomically
 from dualhead.models.base import Wrapped
+from dualhead.models.normalize import Normalize
 
 logger = logging.getLogger(__name__)
 
 NESTED_UNDER = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
 PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+NORMALISED_BY = (("mu", "sigma"), ("mean", "std"), ("normalize.mean", "normalize.std"))
+"""Buffers under which published models hold the mean and the standard deviation by which they normalise images."""
 SHOWN = 3
 
 
@@ -102,18 +105,75 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> tuple[str, ...]:
+def normalisation_in(state: Mapping[str, Tensor], where: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The normalisation that a checkpoint carries as buffers, as models of RobustBench do; None if it has none.
+
+    Args:
+        state: names to tensors.
+        where: the file, for messages.
+
+    Returns:
+        Mean and standard deviation of each channel, in units of images in [0, 1].
+
+    Raises:
+        UserError: if the buffers are not one number per channel.
+    """
+    for mean, std in NORMALISED_BY:
+        if mean in state and std in state:
+            for name in (mean, std):
+                # [C], [C, 1, 1] and [1, C, 1, 1] are one number per channel.
+                sizes = list(state[name].shape)
+                if sizes not in ([state[name].numel()], [state[name].numel(), 1, 1], [1, state[name].numel(), 1, 1]):
+                    raise UserError(f"{where}: {name} should hold one number per channel, but has shape {sizes}")
+            found = state[mean].flatten().tolist(), state[std].flatten().tolist()
+            try:
+                Normalize(*found)
+            except UserError as error:
+                raise UserError(f"{where}: {mean} and {std}: {error}") from None
+            return tuple(found[0]), tuple(found[1])
+    return None
+
+
+def _without_normalisation(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The state without the buffers of a normalisation, which the model must have as its own."""
+    wanted = model.state_dict()
+    found = None if any(set(names) <= wanted.keys() for names in NORMALISED_BY) else normalisation_in(state, where)
+    if found is None:
+        return dict(state)
+    own = next((module for module in model.modules() if isinstance(module, Normalize)), None)
+    same = own is not None and all(
+        len(numbers) == own.channels and torch.equal(torch.tensor(numbers), buffer.flatten().cpu())
+        for numbers, buffer in zip(found, (own.mean, own.std), strict=True)
+    )
+    if not same:
+        raise UserError(
+            f"{where}: these weights normalise images by other numbers than the model; set model.normalize: "
+            f"{{mean: {[round(x, 6) for x in found[0]]}, std: {[round(x, 6) for x in found[1]]}}}, or leave it out"
+        )
+    buffers = {name for names in NORMALISED_BY for name in names}
+    given = {name: tensor for name, tensor in state.items() if name not in buffers}
+    if all(name.startswith("model.") for name in given) and not any(name.startswith("model.") for name in wanted):
+        return {name.removeprefix("model."): tensor for name, tensor in given.items()}
+    return given
+
+
+def load_state(
+    model: nn.Module, state: Mapping[str, Tensor], where: str, *, replaced: str | None = None
+) -> tuple[str, ...]:
     """Put weights into a model; every tensor must fit.
 
     Two things that published checkpoints are known for are mended, each only where nothing else can be meant: parts
     that the model's class names in `unused_in_published` are left out where they repeat the named part tensor by
     tensor (said in the log); and `num_batches_tracked`, which checkpoints from before torch 0.4.1 lack altogether,
-    starts at 0, as torch itself has it. Weights of the model inside a `Wrapped` may go without its prefix.
+    starts at 0, as torch itself has it. Weights of the model inside a `Wrapped` may go without its prefix. Buffers of a
+    normalisation (see `normalisation_in`) must say what the model's own `Normalize` does.
 
     Args:
         model: what to load into; unchanged if the weights do not fit.
         state: names to tensors, as `read_state` gives them.
         where: the file, for messages.
+        replaced: a layer that keeps the model's own weights, such as a classifier for other classes; in the file it
+            may have another number of outputs, or be absent.
 
     Returns:
         The names left out.
@@ -122,11 +182,16 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> tup
         UserError: naming how many tensors are missing, unexpected or of another shape, and the first of each.
     """
     wanted = model.state_dict()
+    state = _without_normalisation(model, state, where)
     if isinstance(model, Wrapped):
         inside = model.model.state_dict()
         if len(inside.keys() & state.keys()) > len(wanted.keys() & state.keys()):
-            return load_state(model.model, state, where)
+            inner = None if replaced is None else replaced.removeprefix("model.")
+            return load_state(model.model, state, where, replaced=inner)
     given, left_out = _without_unused(model, state)
+    if replaced is not None:
+        own = {name: tensor for name, tensor in wanted.items() if name.startswith(f"{replaced}.")}
+        given |= {n: t for n, t in own.items() if n not in given or given[n].shape[1:] == t.shape[1:]}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     if counters.isdisjoint(given):
         given |= {name: torch.zeros_like(wanted[name]) for name in counters}

@@ -54,6 +54,9 @@ class Stage(Section):
     """Boxes of other images, and shares of their labels."""
     init: str | None = None
     """Weights to start the trained network from: a file, an exported model or a run."""
+    replace_classifier: bool | str = False
+    """Take from `init` all but the layer that gives the logits, which starts afresh, for other classes; true finds that
+    layer, a name (`fc`, `model.head`) says which it is."""
     keep: Literal["best", "last"] = "best"
     """The checkpoint that the next stage and the evaluation use."""
 
@@ -61,6 +64,8 @@ class Stage(Section):
     def _attack_fits(self) -> Self:
         if self.objective.adversarial and not isinstance(self.attack, Maximiser):
             raise UserError(f"attack {self.attack.registered_name!r} cannot be trained with; use pgd or fgsm")
+        if self.replace_classifier and self.init is None:
+            raise UserError("replace_classifier is for weights that init names; set init too")
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
         self._losses_fit_parts()
