@@ -2,7 +2,7 @@
 
     python tools/fuzz.py --minutes 60          # all targets in turn (needs `pip install atheris`)
 
-Each target runs in a process of its own, in which libFuzzer ends an input that takes longer than 10 s or more than
+Each target runs in a process of its own, in which libFuzzer ends an input that takes longer than 30 s or more than
 2 GiB. What breaks the promise of `tests/fuzz/fuzz_targets.py` is written to the folder of findings, once for each
 place in the code where it arises.
 """
@@ -57,7 +57,7 @@ def fuzz_one(name: str, seconds: float, seed: int, folder: Path) -> None:
                 finding.write_bytes(data)
                 finding.with_suffix(".txt").write_text(f"{place}\n\n{traceback.format_exc()}")
 
-    words = [f"-max_total_time={max(1, int(seconds))}", f"-seed={seed}", "-timeout=10", "-rss_limit_mb=2560"]
+    words = [f"-max_total_time={max(1, int(seconds))}", f"-seed={seed}", "-timeout=30", "-rss_limit_mb=2560"]
     words += [
         "-max_len=20000",
         f"-dict={dictionary}",

@@ -231,8 +231,8 @@ def shipped_recipes() -> list[str]:
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
+    if path.suffix in (".yaml", ".yml") or _is_file(path):
+        if not _is_file(path):
             raise UserError(f"recipe {name}: no such file")
         text, label = _text_of(path, f"recipe {name}"), path.stem
     elif name in shipped_recipes():
@@ -245,6 +245,14 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     if not isinstance(content, dict):
         raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
     return content, label
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; there is none of a name that cannot be."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a character that no name has
+        return False
 
 
 def _text_of(path: Path, where: str) -> str:
@@ -284,10 +292,10 @@ def _parse_yaml(text: str, where: str) -> Any:
         line = f"line {mark.line + 1} " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: {line}is not valid YAML: {problem}") from None
-    except (ValueError, OverflowError) as error:  # YAML takes 2021-02-30 for a date, and !!int for a number
-        raise UserError(f"{where}: holds a value that is not valid YAML: {error}") from None
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply, or an anchor holds itself") from None
+    except Exception as error:  # YAML takes 2021-02-30 for a date and !!int for a number, and fails in many ways
+        raise UserError(f"{where}: holds a value that is not valid YAML: {error}") from None
 
 
 def _unshared(content: Any, count: list[int]) -> Any:
@@ -312,7 +320,9 @@ def _merge(base: Any, change: Any) -> Any:
     if isinstance(base, dict) and isinstance(change, dict) and change.get("name", base.get("name")) == base.get("name"):
         return {**base, **{key: _merge(base[key], value) if key in base else value for key, value in change.items()}}
     named = [
-        x for x in (base, change) if isinstance(x, list) and x and all(isinstance(s, dict) and "name" in s for s in x)
+        x
+        for x in (base, change)
+        if isinstance(x, list) and x and all(isinstance(s, dict) and isinstance(s.get("name"), str) for s in x)
     ]
     if len(named) == 2 and {s["name"] for s in change} <= {s["name"] for s in base}:
         changes = {stage["name"]: stage for stage in change}
@@ -328,7 +338,7 @@ def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
     if not isinstance(parent, str) or parent in chain:
         raise UserError(f"recipe {name}: extends must name one other recipe, without a circle; got {parent!r}")
     beside = Path(name).parent / parent
-    found = str(beside) if Path(name).is_file() and beside.is_file() else parent
+    found = str(beside) if _is_file(Path(name)) and _is_file(beside) else parent
     try:
         base = _extended(found, (*chain, name, parent))[0]
     except UserError as error:

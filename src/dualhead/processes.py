@@ -146,7 +146,13 @@ def joined() -> Iterator[Group]:
         yield group()
         return
     with _others():
-        dist.init_process_group(timeout=_PATIENCE)  # gloo, and what fits the accelerators of this machine
+        store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # One torchrun keeps one store over its restarts; in it still stand the addresses of processes that died.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+        # Without a backend's name: gloo, and what fits the accelerators of this machine.
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     try:
         yield group()
     finally:

@@ -70,6 +70,10 @@ FOUND = {
         + b"".join(b"a%d: &a%d {<<: [*a%d, *a%d], k%d: 1}\n" % (n, n, n - 1, n - 1, n) for n in range(1, 40)),
     ),
     "a key that steers a terminal": ("recipe", b'"\\e[2J\\n\\r": 1\ndata: 3'),
+    "a parent whose name is too long for a file": ("recipe", b"extends: " + b"x" * 5000),
+    "a parent whose name no file can have": ("recipe", b'extends: "a\\0b"'),
+    "an empty number": ("recipe", b'data: !!int ""'),
+    "stages whose name is a mapping": ("recipe", b"extends: digits\nstages: [{name: {a: 1}}]"),
     "a line break in a key": ("overrides", b'model.backbone={name: cnn, "a\\nb": 1}'),
 }
 """What fuzzing, and thinking of it, has found: each was another exception, several lines, or had no end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
+
+logger = logging.getLogger(__name__)
 
 
 def _reason(error: Exception) -> str:
@@ -74,6 +77,7 @@ class FactoryBackbone(Backbone):
     path: str
 
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
+        logger.warning("model %s: code named there is run", self.path)
         factory = _import(self.path)
         try:
             model = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()

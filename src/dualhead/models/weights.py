@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> object:
+    _refuse_bomb(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -73,6 +75,22 @@ def _read_torch(path: Path) -> object:
     except Exception as error:  # a damaged file fails in many ways: EOFError, RuntimeError, KeyError, ...
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: neither a safetensors file nor one of torch.save, or damaged ({reason})") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Torch packs tensors without compressing them; what unpacks to far more than the file is not of its making."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise UserError(f"{path}: neither a safetensors file nor one of torch.save, or damaged ({error})") from None
+    if unpacked > 2 * path.stat().st_size + 2**20:
+        raise UserError(
+            f"{path}: unpacks to {unpacked:,} bytes from {path.stat().st_size:,}, possibly a decompression bomb; "
+            "torch.save does not compress"
+        )
 
 
 def _state_in(content: object, where: str) -> dict[str, Tensor]:
