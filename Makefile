@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all chaos fuzz browser lint types wheel check clean
+.PHONY: demo test test-all chaos fuzz browser docs lint types wheel check clean
 
 # A shell line per package set: torch first and pinned, so that no other package draws in another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,6 +39,11 @@ chaos: $(VENV)/.developer
 fuzz: $(VENV)/.developer
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
 	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --minutes 60
+
+# The documentation as pages in build/site; a broken link is an error.
+docs: $(VENV)/.developer
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check

@@ -1,0 +1,116 @@
+"""Pages of the documentation that are made from the code and from files beside it, so that nothing is said twice.
+
+A hook of mkdocs: the README is the first page, each registered component has a card from its own docstring, and the
+package's public names make the API reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "objectives": ["objectives"],
+    "attacks": ["attacks"],
+    "aggregators": ["aggregators"],
+    "backbones": ["backbones"],
+    "training": ["augmentations", "averages", "optimisers", "schedules"],
+}
+INTRODUCTIONS = {
+    "objectives": "Base methods: what training descends, and what its attack climbs. `objective: {name: NAME, ...}` in "
+    "a stage.",
+    "attacks": "Ways to look for adversarial examples. `--attack NAME`, `evaluate.attacks` and, for those that can "
+    "climb any loss, `attack` in a stage. The cost is that of an image that stays robust, with 10 classes; one that is "
+    "fooled costs less.",
+    "aggregators": "How the logits of two heads become one. `model.aggregator`.",
+    "backbones": "Networks. `model.backbone`, and names for `dualhead layers`.",
+    "training": "Parts of a stage and of its data.",
+}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are made."""
+    for name, text in made().items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def made() -> dict[str, str]:
+    """Paths in the site and Markdown of all pages that are made."""
+    pages = {
+        "index.md": _from_root("README.md"),
+        "contributing.md": _from_root("CONTRIBUTING.md"),
+        "changelog.md": _from_root("CHANGELOG.md"),
+        "api.md": _api(),
+    }
+    return pages | {f"components/{page}.md": _components(page, kinds) for page, kinds in PAGES.items()}
+
+
+def _from_root(name: str) -> str:
+    """A file beside the docs, its links as they are from within."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(r"\]\(docs/", "](", text).replace('src="docs/', 'src="')
+    for file, page in (("CONTRIBUTING.md", "contributing.md"), ("CHANGELOG.md", "changelog.md")):
+        text = text.replace(f"]({file})", f"]({page})")
+    return re.sub(r"\[([^\]]+)\]\(((?:CITATION|LICENSE|examples|src|benchmarks)[^)]*)\)", r"\1 (`\2`)", text)
+
+
+def _components(page: str, kinds: list[str]) -> str:
+    from dualhead.config import REGISTRIES
+
+    lines = [f"# {page.capitalize()}", "", INTRODUCTIONS[page], ""]
+    for kind in kinds:
+        if len(kinds) > 1:
+            lines += [f"## {kind.capitalize()}", ""]
+        for name in REGISTRIES[kind].names():
+            lines += _card(kind, name, REGISTRIES[kind].get(name), "###" if len(kinds) > 1 else "##")
+    return "\n".join(lines)
+
+
+def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
+    documented = inspect.getdoc(component) or ""
+    what, _, arguments = documented.partition("\nArgs:\n")
+    arguments = re.split(r"\n(?:Raises|Returns|Note|Attributes):", arguments)[0]
+    lines = [f"{heading} {name}", "", what.strip(), ""]
+    cost = _cost(component) if kind == "attacks" else ""
+    if cost:
+        lines += [f"*Cost:* {cost}", ""]
+    fields = {field.name: field for field in dataclasses.fields(component) if field.init}  # type: ignore[arg-type]
+    told = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
+    if fields:
+        lines += ["| key | default | |", "|---|---|---|"]
+        for key, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            default = "required" if required else f"`{field.default}`"
+            words = " ".join(told.get(key, "").split()).replace("|", "\\|")
+            lines.append(f"| `{key}` | {default} | {words} |")
+        lines.append("")
+    return lines
+
+
+def _cost(component: Any) -> str:
+    """Steps of an image that stays robust, by parts."""
+    from dualhead.threat import ThreatModel
+
+    attack, threat = component(), ThreatModel("Linf", 8 / 255)
+    parts = attack.parts(10, threat, 2)
+    told = [f"{part.label} {part.jobs(10)} x {part.max_steps():,}" for part in parts]
+    total = sum(part.jobs(10) * part.max_steps() for part in parts)
+    return f"{total:,} queries of the model at most ({', '.join(told)}: tries x queries)."
+
+
+def _api() -> str:
+    import dualhead
+
+    lines = ["# API reference", "", "The public names of `dualhead`.", ""]
+    for name in sorted(dualhead.__all__):
+        value = getattr(dualhead, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            lines += [f"::: {value.__module__}.{value.__qualname__}", ""]
+    return "\n".join(lines)
