@@ -1,0 +1,217 @@
+"""Every command and every Python block of README and docs runs, on small data, or is declared here with the reason."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualhead.objectives import objectives
+from e2e_helpers import TINY, dualhead
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CANNOT = {
+    "make ": "sets up a virtual environment; CI runs it",
+    "python benchmarks/": "a measurement of its own; its arguments are tested beside it",
+    "python tools/": "makes files of the repository anew",
+    "pip install": "installs",
+    "dualhead train cifar10_cpu": "downloads CIFAR-10; the same recipe runs below from parquet",
+    "dualhead train cifar10_wrn34": "a network for an accelerator, and weights that are not ours to ship",
+    "dualhead export runs/mine --to model --push": "uploads to the Hub",
+    "srun torchrun": "a Slurm cluster; tests/distributed runs several processes",
+    "dualhead train mine.yaml data.source=path/to/my_images": "weights that only the reader has",
+    "dualhead sweep": "trains many networks; its own tests run small ones",
+    "dualhead play": "serves until it is stopped; tests/e2e/test_play.py starts and stops it",
+}
+"""Beginnings of commands that are not run here. The longest that fits a command counts."""
+CAN = ("dualhead train cifar10_cpu data.source=",)
+
+
+def blocks(language):
+    for page in PAGES:
+        for number, text in enumerate(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)):
+            yield pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}")
+
+
+def commands():
+    for block in blocks("sh"):
+        for line in block.values[0].replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield pytest.param(shlex.join(words), id=f"{block.id}: {' '.join(words)[:60]}")
+
+
+def reason(command):
+    if command.startswith(CAN):
+        return None
+    return next((why for start, why in CANNOT.items() if command.startswith(start)), None)
+
+
+def save(path, side, random):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)).save(path)
+
+
+def image_folder(folder, classes, random, side=32):
+    for part, count in (("train", 12), ("test", 4)):
+        for name in classes:
+            for number in range(count):
+                save(folder / part / name / f"{number}.png", side, random)
+
+
+def parquet(folder, random):
+    """Ten classes of noise in the layout of CIFAR-10 on the Hub."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    folder.mkdir(parents=True)
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=[f"class {k}" for k in range(10)])})
+    for part, count in (("train", 80), ("test", 20)):
+        images = []
+        for _ in range(count):
+            stored = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(stored, "PNG")
+            images.append({"bytes": stored.getvalue(), "path": None})
+        rows = {"img": images, "label": [number % 10 for number in range(count)]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{part}-00000-of-00001.parquet")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, finished_run):
+    """A folder that holds everything the documents speak of."""
+    folder, random = tmp_path_factory.mktemp("docs"), np.random.default_rng(0)
+    for name in ("a", "b", "mine", "cifar10_cpu", "photos", "digits"):
+        shutil.copytree(finished_run, folder / "runs" / name)
+    other = folder / "runs" / "b" / "config.yaml"  # two runs that are compared differ in their seed
+    other.write_text(other.read_text().replace("seed: 0", "seed: 1"))
+    image_folder(folder / "photos", ("cat", "dog"), random)
+    image_folder(folder / "path" / "to" / "images", [f"class {k}" for k in range(10)], random)
+    parquet(folder / "path" / "to" / "parquet", random)
+    shutil.copytree(folder / "path/to/parquet", folder / "path/to/cifar10-jpeg75")
+    recipe = next(
+        text for text in re.findall(r"```yaml\n(# photos.yaml.*?)```", (ROOT / "docs/tutorial.md").read_text(), re.S)
+    )
+    (folder / "photos.yaml").write_text(recipe)
+    (folder / "my_recipe.yaml").write_text("extends: digits\nname: mine\n")
+    (folder / "mypackage").mkdir()
+    (folder / "mypackage" / "__init__.py").touch()
+    (folder / "mypackage" / "models.py").write_text(
+        "from torch import nn\n\n\ndef make(num_classes=10):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(256, num_classes))\n"
+    )
+    return folder
+
+
+def shortened(words, folder):
+    """The command with settings that make it quick and leave what it shows as it is."""
+    if words[1] == "train":
+        given = {word.partition("=")[0] for word in words[2:]}
+        short = [pair for pair in TINY if pair.partition("=")[0] not in given | {"model.backbone"}]
+        small = [] if words[2].startswith("cifar10") else TINY[:1]
+        held = (
+            ["data.validation=10", "data.train_limit=60"]
+            if {"photos.yaml"} & set(words) or "data.source" in given
+            else []
+        )
+        fresh = folder / "fresh" / str(len(list((folder / "fresh").glob("*"))) if (folder / "fresh").is_dir() else 0)
+        where = [] if "--run-dir" not in words else words[words.index("--run-dir") : words.index("--run-dir") + 2]
+        rest = [word for word in words if word not in where and not word.startswith("stages.")]
+        return [*rest, *short, *small, *held, "stages.*.epochs=1", "--run-dir", str(fresh), "--quiet"]
+    if words[1] == "evaluate":
+        limit = ["--limit"] if "--limit" not in words else []
+        rest = list(words)
+        if not limit:
+            rest[rest.index("--limit") + 1] = "4"
+        return [*rest, *([*limit, "4"] if limit else []), "--quiet"]
+    if words[1] == "gallery":
+        rest = list(words)
+        if "--limit" in rest:
+            rest[rest.index("--limit") + 1] = "4"
+        return rest
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands())
+def test_command_runs(command, place, monkeypatch):
+    why = reason(command)
+    if why:
+        pytest.skip(why)
+    words = shlex.split(command)
+    assert words[0] == "dualhead", f"neither run nor declared: {command}"
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    ended = dualhead(*shortened(words, place)[1:])
+    assert ended.status == 0, ended.err
+
+
+def test_every_reason_is_still_needed():
+    texts = [param.values[0] for param in commands()]
+    for start in CANNOT:
+        assert start in ("pip install", "python tools/") or any(text.startswith(start) for text in texts), start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_block_runs(text, place, monkeypatch, tmp_path):
+    import torch
+
+    import dualhead as package
+
+    monkeypatch.chdir(place)
+    known = {
+        "my_model": torch.nn.Sequential(),
+        "images": torch.rand(8, 1, 8, 8),
+        "labels": torch.arange(8),
+    }
+    if "my_model" in text:  # a block that leaves the network to the reader
+        known["my_model"] = package.load("runs/digits").view("head1")
+        text = text.replace('attach_second_head(my_model, "layer1"', 'attach_second_head(my_model, "trunk"')
+    if 'dualhead.train("digits", run_dir' in text:
+        short = ", ".join(repr(pair) for pair in TINY)
+        text = text.replace('dualhead.train("digits", run_dir', f'dualhead.train("digits", [{short}], run_dir')
+    before = dict(objectives._classes)
+    try:
+        exec(compile(text, "block", "exec"), {"__name__": "__main__", **known})
+    finally:  # what a block registers is gone again for other tests
+        objectives._classes.clear()
+        objectives._classes.update(before)
+
+
+@pytest.mark.slow
+def test_documentation_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    ended = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    cards = (tmp_path / "site" / "components" / "attacks" / "index.html").read_text()
+    assert "Madry" in cards
+    assert "queries of the model at most" in cards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "told"),
+    [("attach_and_evaluate.py", [], "head2: clean"), ("digits_to_report.py", ["run", *TINY], "report.html")],
+)
+def test_examples_run(script, arguments, told, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert told in ended.stdout
