@@ -15,7 +15,7 @@ from dualhead.data import Batch
 from dualhead.heads import DualHeadClassifier, attach_second_head
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
-from dualhead.runtime import FLOAT32
+from dualhead.runtime import FLOAT32, Arithmetic
 from dualhead.threat import ThreatModel
 from dualhead.training import Program, Stage
 from dualhead.training.step import TrainingStep
@@ -75,10 +75,10 @@ def stage_of(
     return Stage.model_validate({"optimiser": optimiser, **values, **settings})
 
 
-def step_of(model: nn.Module, stage: Stage) -> TrainingStep:
+def step_of(model: nn.Module, stage: Stage, arithmetic: Arithmetic = FLOAT32) -> TrainingStep:
     """The training step of a stage."""
     program = Program.of(model, stage)
-    return TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), FLOAT32)
+    return TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), arithmetic)
 
 
 def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -44,6 +44,7 @@ from dualhead.runtime import (
     find_device,
     in_eval_mode,
     synchronised_batch_norm,
+    with_lanes,
 )
 from dualhead.training import (
     CheckpointStore,
@@ -311,11 +312,12 @@ class Run:
         environment_file = self.folder / "environment.json"
         if self._saved is not None and environment_file.is_file():  # it is kept, whatever would be faster now
             known = yaml.safe_load(environment_file.read_text(encoding="utf-8"))
-            return Arithmetic(known["precision"] == "bf16", known["channels_last"])
-        shape = (min(64, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
+            return Arithmetic(known["precision"] == "bf16", known["channels_last"], known["lanes"])
+        shape = (min(128, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
         example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         chosen = choose_arithmetic(self.recipe.runtime.precision, self.model, example)
-        facts = {"precision": chosen.name, "channels_last": chosen.channels_last}
+        chosen = with_lanes(chosen, self.model, example)
+        facts = {"precision": chosen.name, "channels_last": chosen.channels_last, "lanes": chosen.lanes}
         write_json(environment_file, {**describe_environment(self.device), **facts})
         return chosen
 

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
+from dualhead.lanes import LEAST_ROWS, Lanes, twins
 from dualhead.processes import group, local_rank
 
 Precision = Literal["float32", "bf16", "auto"]
@@ -82,16 +83,18 @@ def synchronised_batch_norm(model: nn.Module, device: torch.device) -> nn.Module
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """A choice of number format and memory layout for the passes through a model.
+    """A choice of number format, memory layout and use of threads for the passes through a model.
 
     Args:
         bf16: run the passes under bfloat16 autocast; else in float32.
         channels_last: keep images and the weights of convolutions in that layout; False: contiguous; None: the weights
             contiguous, the images as they come.
+        lanes: in how many threads, each with images of its own, attacks run; 1 leaves threads to torch.
     """
 
     bf16: bool
     channels_last: bool | None = None
+    lanes: int = 1
 
     @property
     def name(self) -> str:
@@ -170,6 +173,29 @@ def choose_arithmetic(precision: Precision, model: nn.Module, example: Tensor, s
             chosen = bf16 if precision == "bf16" else float32
     chosen.lay_out(model)
     return chosen
+
+
+def with_lanes(arithmetic: Arithmetic, model: nn.Module, example: Tensor, seconds: float = 0.8) -> Arithmetic:
+    """The arithmetic with as many lanes as torch has threads on a CPU, if attacks are clearly faster so: measured.
+
+    Args:
+        arithmetic: with one lane.
+        model: images to logits, laid out for that arithmetic; left as it is.
+        example: a batch of images as the work will use.
+        seconds: about how long to measure each.
+    """
+    count = torch.get_num_threads()
+    if example.device.type != "cpu" or count == 1 or len(example) < count * LEAST_ROWS:
+        return arithmetic
+    try:
+        copies = twins(model, count + 1)[1:]
+        lanes = Lanes([arithmetic.wrap(copied.eval()) for copied in copies], 1)
+        in_lanes = _seconds_per_pass(lanes, example, seconds)
+    except Exception:  # whatever somebody else's model may raise that is copied or asked from a thread
+        return arithmetic
+    with in_eval_mode(model):
+        alone = _seconds_per_pass(arithmetic.wrap(model), example, seconds)
+    return replace(arithmetic, lanes=count) if in_lanes < 0.9 * alone else arithmetic
 
 
 def _takes_channels_last(model: nn.Module, example: Tensor) -> bool:

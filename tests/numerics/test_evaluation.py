@@ -17,8 +17,8 @@ from dualhead.attacks import Query, Search, attacks
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, evaluate
 from dualhead.evaluation.journal import Journal
-from dualhead.evaluation.lanes import Lanes
 from dualhead.evaluation.subject import Subject
+from dualhead.lanes import Lanes
 from dualhead.noise import Streams
 from dualhead.runtime import BF16, FLOAT32
 from dualhead.threat import ThreatModel

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from dualhead.runtime import Arithmetic
 from training_helpers import (
     PARTS,
     THREAT,
@@ -247,3 +250,29 @@ def test_the_counter_sees_weight_gradients_where_an_attack_calls_backward():
     assert len(layers) == LAYERS
     assert all(kernels.counts["weight_gradient", name] == 1 for name in layers if name != "fc")
     assert kernels.counts["weight_gradient", "linear"] == 1
+
+
+@pytest.mark.parametrize("stage", [None, 1, 2, 3])
+@pytest.mark.parametrize("base", ["trades", "sat"])
+def test_attacks_in_lanes_train_the_same(base, stage, monkeypatch):
+    alone, together = twins(plain_model() if stage is None else dual_model())
+    objective, start = BASES[base]
+    parts, lr = ("model",) if stage is None else PARTS[stage], 0.002 if stage == 3 else 0.01
+    before, names = flat(alone), []
+    for model, lanes in ((alone, 1), (together, 2)):
+        step = step_of(model, stage_of(objective, parts, start=start, lr=lr), Arithmetic(bf16=False, lanes=lanes))
+        climb = step._climb
+        monkeypatch.setattr(
+            step, "_climb", lambda *args, climb=climb: names.append(threading.current_thread().name) or climb(*args)
+        )
+        for number in range(3):
+            step(batch(number, 36), streams_of(batch(number, 36)))
+        step(batch(3, 36), streams_of(batch(3, 36)), one_thread=True)
+        step(batch(4, 31), streams_of(batch(4, 31)))  # too few for two lanes
+    here = threading.current_thread().name
+    assert [name == here for name in names] == [True] * 5 + [False] * 6 + [True] * 2
+    moved, apart = flat(alone) - before, flat(together) - flat(alone)
+    assert (moved != 0).sum() > 100
+    assert apart.norm() < 1e-3 * moved.norm()
+    for name, parameter in together.named_parameters():
+        assert stage is None or parameter.grad is None or name.split(".")[0] in parts, name

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dualhead.attacks import LogitsFn, Query
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
-from dualhead.evaluation.lanes import LEAST_ROWS, Lanes, twins
+from dualhead.lanes import LEAST_ROWS, Lanes, twins
 from dualhead.models.base import logits_of
 from dualhead.runtime import BF16, FLOAT32, Arithmetic, Precision, set_layout, synchronize
 
@@ -155,7 +155,7 @@ class Subject:
             return ask
 
         asks = [asking(function) for function in functions]
-        ask = asks[0] if len(asks) == 1 else Lanes(asks, torch.get_num_threads(), ROWS)
+        ask = asks[0] if len(asks) == 1 else Lanes(asks, ROWS)
         return lambda x: _padded_call(ask, x)
 
     def use(self, arithmetic: Arithmetic, example: Tensor) -> None:

@@ -228,7 +228,7 @@ class StageRun:
     def _counted_step(self, batch: Batch, streams: Streams) -> StepOutcome:
         counter = CountFlops()
         with counter:
-            outcome = self._step(batch, streams)
+            outcome = self._step(batch, streams, one_thread=True)
         self._position.step_cost = sum(group().gather(counter.total))
         return outcome
 

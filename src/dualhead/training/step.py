@@ -9,9 +9,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dualhead.attacks import Maximiser
 from dualhead.data import Batch
+from dualhead.lanes import LEAST_ROWS, pool, twins
 from dualhead.noise import Streams
 from dualhead.processes import group
 from dualhead.runtime import Arithmetic, in_eval_mode
@@ -84,6 +86,13 @@ class TrainingStep:
         self._objective = stage.objective
         self._forward = forward or LossForward(program, joint=stage.forward == "joint")
         self._forgetful = blocks(program.model) if stage.checkpoint_activations else []
+        self._in_lanes: list[Program] = []
+        self._use_lanes = True
+        if arithmetic.lanes > 1 and stage.attack_mode == "eval" and not stage.checkpoint_activations:
+            copies = twins(program.model, arithmetic.lanes + 1)[1:]  # in eval mode for good
+            self._in_lanes = [Program.of(copied, stage) for copied in copies]
+            for copied in copies:
+                copied.eval()
 
     def begin(self, epoch: int) -> bool:
         """Prepare for an epoch, counted from 0; whether its steps differ in cost from those of the one before."""
@@ -92,13 +101,15 @@ class TrainingStep:
         self._perturbs = awp is not None and epoch >= awp.start
         return awp is not None and epoch == awp.start
 
-    def __call__(self, batch: Batch, streams: Streams) -> StepOutcome:
+    def __call__(self, batch: Batch, streams: Streams, *, one_thread: bool = False) -> StepOutcome:
         """Train on a batch.
 
         Args:
             batch: images float32 [B, C, H, W] in [0, 1] and labels int64 [B].
             streams: the randomness of these samples in this epoch.
+            one_thread: ask the model in the caller's thread only, so that whoever counts there sees all passes.
         """
+        self._use_lanes = not one_thread
         images = batch.total or len(batch)
         self._program.model.train()
         self.guard.remember()
@@ -190,16 +201,30 @@ class TrainingStep:
 
     def _attack(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
         if self._stage.attack_mode == "train":
-            return self._climb(x, clean, y, streams)
+            return self._climb(self._program, x, clean, y, streams)
+        if self._use_lanes and self._in_lanes and len(y) >= len(self._in_lanes) * LEAST_ROWS:
+            return self._climb_in_lanes(x, clean, y, streams)
         with in_eval_mode(self._program.model):
-            return self._climb(x, clean, y, streams)
+            return self._climb(self._program, x, clean, y, streams)
 
-    def _climb(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
+    def _climb_in_lanes(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
+        """The whole attack on a share of the batch in each thread: in eval mode, images do not know of one another."""
+        count = len(self._in_lanes)
+        edges = [len(y) * lane // count for lane in range(count + 1)]
+
+        def climb(program: Program, first: int, end: int) -> Tensor:
+            rows = slice(first, end)
+            features = tree_map(lambda values: values[rows], clean)
+            return self._climb(program, x[rows], features, y[rows], Streams(streams.keys[rows]))
+
+        return torch.cat(list(pool(count).map(climb, self._in_lanes, edges[:-1], edges[1:])))
+
+    def _climb(self, program: Program, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
         objective, target = self._objective, None
         if objective.clean_target:
             with torch.no_grad(), self._arithmetic.autocast(x.device):
-                target = self._program.attacked_suffix(clean).float()
+                target = program.attacked_suffix(clean).float()
         attack = cast("Maximiser", self._stage.attack)
-        logits_fn = self._arithmetic.wrap(self._program.attacked_logits)
+        logits_fn = self._arithmetic.wrap(program.attacked_logits)
         with self._arithmetic.reuse_casts(x.device):
             return attack.maximise(logits_fn, x, lambda z: objective.inner_loss(z, target, y), self._threat, streams)

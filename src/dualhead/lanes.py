@@ -8,28 +8,40 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dualhead.attacks import LogitsFn
+Function = Callable[[Tensor], Tensor]
+"""Images [B, ...] to something with one row per image."""
 
 LEAST_ROWS = 16
 """Rows that a lane has at least. On fewer, oneDNN takes other kernels in one thread than it takes in several, and
 logits differ in the last bit (measured on AVX512)."""
 
 
+def pool(lanes: int) -> ThreadPoolExecutor:
+    """Workers, each with its share of the threads that torch has; what the caller has stays as it is."""
+    return _pool(lanes, max(1, torch.get_num_threads() // lanes))
+
+
 @functools.cache
 def _pool(lanes: int, threads: int) -> ThreadPoolExecutor:
-    """Workers with so many threads of their own each; the caller's number stays as it is."""
     own = torch.get_num_threads()
-    pool = ThreadPoolExecutor(lanes, "lane", lambda: torch.set_num_threads(threads))
-    list(pool.map(lambda _: torch.get_num_threads(), range(lanes * 4)))
+    ready = threading.Barrier(lanes)
+
+    def begin() -> None:
+        torch.set_num_threads(threads)
+        ready.wait()
+
+    workers = ThreadPoolExecutor(lanes, "lane", begin)
+    list(workers.map(lambda _: None, range(lanes)))
     torch.set_num_threads(own)  # what a worker sets is also what threads begin with that torch has not met yet
-    return pool
+    return workers
 
 
 def twins(model: nn.Module, count: int) -> list[nn.Module]:
@@ -46,14 +58,13 @@ class Lanes:
 
     Args:
         functions: one per lane, all equal: images [B, ...] to one row per image.
-        threads: how many threads all lanes have together.
         unit: see above.
     """
 
-    def __init__(self, functions: Sequence[LogitsFn], threads: int, unit: int) -> None:
+    def __init__(self, functions: Sequence[Function], unit: int) -> None:
         self._functions, self._unit = functions, unit
         self._least = max(LEAST_ROWS, unit)
-        self._pool = _pool(len(functions), max(1, threads // len(functions)))
+        self._pool = pool(len(functions))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The function's rows for the images', differentiable where the images are."""
@@ -71,7 +82,7 @@ class Lanes:
     def each(self, parts: Sequence[Tensor], *, with_graph: bool) -> list[tuple[Tensor, Tensor]]:
         """Each part's images, as the leaf of a graph if asked for, and what the function makes of them."""
 
-        def ask(function: LogitsFn, part: Tensor) -> tuple[Tensor, Tensor]:
+        def ask(function: Function, part: Tensor) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(with_graph):
                 leaf = part.detach().requires_grad_(with_graph)
                 return leaf, function(leaf)
