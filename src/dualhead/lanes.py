@@ -36,11 +36,12 @@ def _pool(lanes: int, threads: int) -> ThreadPoolExecutor:
 
     def begin() -> None:
         torch.set_num_threads(threads)
+        torch.get_num_threads()  # settles it: otherwise the first use would take over what the caller has by then
         ready.wait()
 
     workers = ThreadPoolExecutor(lanes, "lane", begin)
     list(workers.map(lambda _: None, range(lanes)))
-    torch.set_num_threads(own)  # what a worker sets is also what threads begin with that torch has not met yet
+    torch.set_num_threads(own)
     return workers
 
 

@@ -171,13 +171,13 @@ def test_what_counts_as_out_of_memory():
 def test_out_of_memory_ends_clearly_offers_a_smaller_piece_and_loses_nothing(tmp_path, monkeypatch, error):
     call, steps = TrainingStep.__call__, []
 
-    def fails_in_the_second_epoch(self, data, streams):
+    def fails_in_the_second_epoch(self, data, streams, **how):
         steps.append(None)
         if len(steps) == 5:
             if error is not None:
                 raise error
             torch.empty(10**15)
-        return call(self, data, streams)
+        return call(self, data, streams, **how)
 
     monkeypatch.setattr(TrainingStep, "__call__", fails_in_the_second_epoch)
     advice = r"stage main_head, epoch 2: out of memory with 32 images at once; set stages.main_head.micro_batch=16, or"
@@ -189,7 +189,7 @@ def test_out_of_memory_ends_clearly_offers_a_smaller_piece_and_loses_nothing(tmp
 
 
 def test_other_errors_pass_through(tmp_path, monkeypatch):
-    def fails(self, data, streams):
+    def fails(self, data, streams, **how):
         raise RuntimeError("size mismatch")
 
     monkeypatch.setattr(TrainingStep, "__call__", fails)

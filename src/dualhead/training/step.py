@@ -214,7 +214,7 @@ class TrainingStep:
 
         def climb(program: Program, first: int, end: int) -> Tensor:
             rows = slice(first, end)
-            features = tree_map(lambda values: values[rows], clean)
+            features = None if clean is None else tree_map(lambda values: values[rows], clean)
             return self._climb(program, x[rows], features, y[rows], Streams(streams.keys[rows]))
 
         return torch.cat(list(pool(count).map(climb, self._in_lanes, edges[:-1], edges[1:])))
