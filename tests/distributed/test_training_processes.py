@@ -35,17 +35,17 @@ def metrics(folder):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def assert_same_training(folder, other):
+def assert_same_training(folder, other, within=2e-5):
     """Weights after each stage, and the log, within what the order of float32 sums makes of them."""
     weights, others = states(folder), states(other)
     for stage in STAGES:
         for name, value in weights[stage].items():
-            torch.testing.assert_close(others[stage][name], value, rtol=2e-4, atol=2e-5, msg=f"{stage} {name}")
+            torch.testing.assert_close(others[stage][name], value, rtol=2e-4, atol=within, msg=f"{stage} {name}")
     for line, its in zip(metrics(folder), metrics(other), strict=True):
         assert line.keys() == its.keys()
         for key, value in line.items():
-            within = 2 / 26 if "accuracy" in key or "validation" in key else 2e-4  # an image on the brink may tip
-            assert its[key] == (pytest.approx(value, rel=1e-3, abs=within) if isinstance(value, float) else value)
+            brink = 2 / 26 if "accuracy" in key or "validation" in key else 10 * within  # an image may tip
+            assert its[key] == (pytest.approx(value, rel=1e-3, abs=brink) if isinstance(value, float) else value)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +126,9 @@ def test_what_cannot_be_ends_in_every_process(tmp_path, words, says):
     ]  # fmt: skip
     said = [process.communicate(timeout=120)[1] for process in group]
     assert [process.returncode for process in group] == [2, 2]
-    assert says in said[0]
-    assert len(said[0].splitlines()) == 1
+    lines = [line for line in said[0].splitlines() if not line.endswith("code named there is run")]
+    assert len(lines) == 1
+    assert says in lines[0]
     assert not said[1]  # told once
 
 
@@ -168,9 +169,23 @@ def newest(states):
 LONGER = "stages.*.epochs=6"
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A longer run of two processes that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    assert run_group(2, folder, network("plain"), LONGER) == [0, 0]
+    return folder
+
+
+def assert_same_bits(folder, other):
+    assert metrics(folder) == metrics(other)
+    weights, others = states(folder), states(other)
+    assert all(torch.equal(value, others[s][name]) for s in STAGES for name, value in weights[s].items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_killed_under_torchrun_with_restarts_allowed(alone, tmp_path, victim):
+def test_a_process_killed_under_torchrun_with_restarts_allowed(two, tmp_path, victim):
     folder = tmp_path / "run"
     process = torchrun(folder, LONGER, restarts=2)
     for count in (8, 30):
@@ -178,12 +193,12 @@ def test_a_process_killed_under_torchrun_with_restarts_allowed(alone, tmp_path, 
         os.kill(workers(process.pid)[victim], signal.SIGKILL)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
-    assert_same_training(alone(network("plain"), LONGER), folder)
+    assert_same_bits(two, folder)
     assert not (folder / ".lock").exists()
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_the_same_step(alone, tmp_path):
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two, tmp_path):
     folder = tmp_path / "run"
     process = torchrun(folder, LONGER)
     wait_for_states(folder, process, 8)
@@ -196,7 +211,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(alone, tmp_path):
     again = torchrun(folder, LONGER)
     said = again.communicate(timeout=300)[1]
     assert again.returncode == 0, said
-    assert_same_training(alone(network("plain"), LONGER), folder)
+    assert_same_bits(two, folder)
 
 
 @pytest.mark.slow
@@ -207,7 +222,7 @@ def test_another_number_of_processes_goes_on(alone, tmp_path):
     process.terminate()
     process.communicate(timeout=120)
     training_job.start(str(folder), [network("plain"), LONGER])
-    assert_same_training(alone(network("plain"), LONGER), folder)
+    assert_same_training(alone(network("plain"), LONGER), folder, within=2e-3)  # signs of gradients that tip add up
 
 
 # ---- the group itself

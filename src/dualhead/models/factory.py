@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
+from dualhead.processes import group
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class FactoryBackbone(Backbone):
     path: str
 
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
-        logger.warning("model %s: code named there is run", self.path)
+        if group().first:
+            logger.warning("model %s: code named there is run", self.path)
         factory = _import(self.path)
         try:
             model = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
