@@ -321,7 +321,7 @@ BAD = [
     ("NEW threat.epsilon=0.3", "threat.epsilon: unknown key"),
     ("NEW stages.*.objective=tradse", "stages.0.objective: unknown objective 'tradse'; did you mean 'trades'?"),
     ("NEW stages.*.objective=3", "stages.0.objective: input should be an instance of Objective (got 3)"),
-    ("NEW 'stages.*.objective={beta: 3}'", "stages.0.objective: objective needs a name, as in {name: mart}"),
+    ("NEW 'stages.*.objective={beta: 3}'", "stages.0.objective: objective needs a name, as in {name: joint}"),
     (
         "NEW stages.main_head.objective.beta=-1",
         "stages.0.objective: beta must be at least 0, got -1; TRADES uses 1 to 6",
@@ -384,7 +384,7 @@ BAD = [
     ("NEW stages.main_head.init=nowhere.pt", "stages.0.init: nowhere.pt: there is no such file of weights"),
     (
         "NEW stages.second_head.init=models/other.pt",
-        "stages.1.init: models/other.pt: the weights do not fit the model: missing",
+        "stages.1.init: models/other.pt: these weights are not for this CNN: 31 missing",
     ),
     (
         "NEW stages.main_head.init=models/code.pt",
@@ -396,7 +396,7 @@ BAD = [
     ),
     (
         "NEW stages.main_head.init=models/good",
-        "stages.0.init: models/good/model.safetensors: the weights do not fit the model: missing",
+        "stages.0.init: models/good/model.safetensors: these weights are not for this CNN: 32 missing",
     ),
     ("NEW model.backbone=mymodels:nothing", "model 'mymodels:nothing': module 'mymodels' has no 'nothing'"),
     (

@@ -256,7 +256,8 @@ def test_training_a_finished_run_prints_the_same_again_and_changes_nothing(finis
     table = dualhead("train", "digits", *TINY, "--run-dir", finished_run, "--quiet")
     assert table.err == ""
     assert all(name in table.out for name in ROWS)
-    assert f"run: {finished_run}" in table.out
+    assert "run:" not in table.out
+    assert f"run: {finished_run}" in dualhead("train", "digits", *TINY, "--run-dir", finished_run).out
 
 
 def test_the_library_loads_what_the_command_trained(finished_run):
@@ -332,7 +333,7 @@ def test_evaluate_prints_a_table_and_a_curve_and_says_where_results_lie(finished
     assert shares == sorted(shares, reverse=True)
     assert "16 images" in ended.out
     assert "eps 0.08: " in ended.out
-    assert f"results: {output}" in ended.out
+    assert "results:" not in ended.out
 
 
 def test_results_go_to_a_folder_that_names_the_question(finished_run, tmp_path):

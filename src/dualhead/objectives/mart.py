@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dualhead.errors import UserError
 from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
+from dualhead.threat import Real
 
 
 @objectives.register("mart")
@@ -21,7 +22,7 @@ class MART(Objective):
         beta: weight of the divergence (lambda in the paper), at least 0.
     """
 
-    beta: float = 5.0
+    beta: Real = 5.0
 
     def __post_init__(self) -> None:
         if self.beta < 0:
@@ -35,7 +36,8 @@ class MART(Objective):
     def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
         """BCE(x') + beta mean[KL(p || p') (1 - p_y)], BCE = CE(x') - log(1.0001 - max of the wrong classes' p')."""
         clean, adv = given(clean_logits), given(adv_logits)
-        true = y if y.dim() == 2 else F.one_hot(y, adv.shape[1])
+        # Not one_hot, which waits for the device to look at the labels.
+        true = y if y.dim() == 2 else torch.zeros_like(adv).scatter(1, y[:, None], 1.0)
         wrong = adv.softmax(1).masked_fill(true > 0, 0.0).amax(1)
         boosted = F.cross_entropy(adv, y) - torch.log(1.0001 - wrong).mean()
         doubt = 1.0 - (clean.softmax(1) * true).sum(1)

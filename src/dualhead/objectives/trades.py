@@ -31,7 +31,7 @@ class TRADES(Objective):
             images: (1 - s) CE + s mean(-log p); 0.1 is usual.
     """
 
-    beta: float = 6.0
+    beta: Real = 6.0
     label_smoothing: Real = 0.0
     clean_target: ClassVar[bool] = True
 
