@@ -223,11 +223,9 @@ class Subject:
                     continue
                 best, self.batch_size, lanes = seconds, size, count
         self.lanes = lanes
-        best = math.inf
-        for size in affordable:
-            seconds = self._seconds_per_image(x, y, size, backward=False)
-            if seconds < 0.95 * best:
-                best, self.forward_batch_size = seconds, size
+        # The largest of nearly the best: a batch that is not full, or costs its search something, then weighs less.
+        forward = {size: self._seconds_per_image(x, y, size, backward=False) for size in affordable}
+        self.forward_batch_size = max(size for size in affordable if forward[size] <= 1.1 * min(forward.values()))
 
     def use_lanes(self, count: int) -> None:
         """Ask in so many threads at once from now on; call it after `use`."""
