@@ -97,7 +97,8 @@ def place(tmp_path_factory, finished_run):
     image_folder(folder / "photos", ("cat", "dog"), random)
     image_folder(folder / "path" / "to" / "images", [f"class {k}" for k in range(10)], random)
     parquet(folder / "path" / "to" / "parquet", random)
-    shutil.copytree(folder / "path/to/parquet", folder / "path/to/cifar10-jpeg75")
+    for name in ("cifar10-jpeg75", "tiny-imagenet-32-jpeg75"):
+        shutil.copytree(folder / "path/to/parquet", folder / "path/to" / name)
     recipe = next(
         text for text in re.findall(r"```yaml\n(# photos.yaml.*?)```", (ROOT / "docs/tutorial.md").read_text(), re.S)
     )
@@ -117,7 +118,9 @@ def shortened(words, folder):
     if words[1] == "train":
         given = {word.partition("=")[0] for word in words[2:]}
         short = [pair for pair in TINY if pair.partition("=")[0] not in given | {"model.backbone"}]
-        small = [] if words[2].startswith("cifar10") else TINY[:1]
+        small = [] if words[2].startswith(("cifar10", "tiny")) else TINY[:1]
+        if words[2].startswith("tiny"):  # its first stage has no attack to shorten
+            short = [pair for pair in short if not pair.startswith("stages.")]
         held = (
             ["data.validation=10", "data.train_limit=60"]
             if {"photos.yaml"} & set(words) or "data.source" in given
