@@ -170,6 +170,9 @@ class Runtime(Section):
     device: str = "auto"
     precision: Literal["float32", "bf16", "auto"] = "auto"
     """`bf16`: autocast with channels-last; `auto`: whichever is faster on this device, measured at the start."""
+    lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """In how many threads, each with images of its own, a CPU runs attacks in training; 1 leaves threads to torch.
+    `auto`: as many as torch has if that is faster, measured at the start. The last bits of a result depend on it."""
     seed: int = Field(0, ge=0, le=2**62)
     save_minutes: float = Field(5.0, gt=0)
     """Longest time between two saved states within an epoch; one is saved after every epoch besides."""

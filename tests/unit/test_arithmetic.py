@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from dualhead.runtime import BF16, BF16_CONTIGUOUS, FLOAT32, FLOAT32_CONTIGUOUS, choose_arithmetic
+from dualhead import runtime
+from dualhead.config import load_recipe
+from dualhead.errors import UserError
+from dualhead.lanes import Lanes
+from dualhead.run import train
+from dualhead.runtime import BF16, BF16_CONTIGUOUS, FLOAT32, FLOAT32_CONTIGUOUS, choose_arithmetic, with_lanes
+from e2e_helpers import TINY
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -76,3 +84,27 @@ def test_a_model_that_fails_anyway_fails_with_its_own_words():
     broken = nn.Sequential(nn.Flatten(), nn.Linear(7, 5))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         choose_arithmetic("auto", broken, IMAGES, seconds=0.01)
+
+
+@pytest.mark.parametrize(("words", "expected"), [("1", 1), ("3", 3)])
+def test_a_recipe_sets_the_lanes(tmp_path, words, expected):
+    recipe = load_recipe("digits", [*TINY, f"runtime.lanes={words}"])
+    train(recipe, run_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["lanes"] == expected
+    with pytest.raises(UserError, match=r"runtime\.lanes"):
+        load_recipe("digits", ["runtime.lanes=0"])
+
+
+def test_lanes_are_chosen_by_the_clock_and_only_where_they_can_help(monkeypatch):
+    model, example = Flattens(by_view=False), torch.rand(64, 3, 8, 8)
+    seconds = {"alone": 1.0, "lanes": 1.0}
+    monkeypatch.setattr(
+        runtime, "_seconds_per_pass", lambda f, *_: seconds["lanes" if isinstance(f, Lanes) else "alone"]
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert with_lanes(FLOAT32, model, example) == FLOAT32
+    seconds["lanes"] = 0.8
+    assert with_lanes(FLOAT32, model, example).lanes == 2
+    assert with_lanes(FLOAT32, model, example[:20]) == FLOAT32
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert with_lanes(FLOAT32, model, example) == FLOAT32
