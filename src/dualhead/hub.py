@@ -297,11 +297,24 @@ def find_model(path: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+            folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
         except Exception as error:  # the network fails in many ways
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{name}: no such folder, and the Hub gives no such model ({reason})") from None
+        _refuse_code(name, folder)
+        return folder
     raise UserError(f"{path}: holds no finished model ({WEIGHTS} and {CONFIG}, also not in its folder model/)")
+
+
+def _refuse_code(name: str, folder: Path) -> None:
+    """What a download names is not run: only what a user names is."""
+    architecture = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
+    backbone = backbones.build(architecture.backbone, where=f"{folder / CONFIG}: backbone")
+    if backbone.registered_name == "factory":
+        raise UserError(
+            f"{name}: its {CONFIG} names the function {architecture.backbone.get('path')!r}, and code that a download "
+            f"names is not run; if you trust it, load the folder {folder}"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -70,6 +70,41 @@ def test_training_and_evaluation_go_on_when_there_is_room_again(undisturbed, tmp
     assert (output / "results.json").is_file()
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, in memory, and how to change its size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder]
+        return subprocess.run(command, capture_output=True, check=False)
+
+    if shutil.which("mount") is None or mount("size=64k").returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder, lambda size: mount("remount", f"size={size}")
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_with_one_line_and_with_room_it_goes_on(undisturbed, small_disk):
+    disk, resize = small_disk
+    needed = sum(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
+    begun = False
+    for share in (0.2, 0.5):
+        resize(int(needed * share))
+        ended = run("train", "digits", *SMALL, "--run-dir", disk / "run", "--quiet")
+        failed_in_one_line(ended, "No space left on device")
+        assert not (disk / "run" / ".lock").exists()
+        saved = CheckpointStore(disk / "run" / "checkpoints" / "states").load()
+        begun = begun or saved is not None
+    assert begun, "the disk was full before anything could be lost"
+    resize("64m")
+    ended = run("train", "digits", *SMALL, "--run-dir", disk / "run", "--quiet")
+    assert ended.returncode == 0, ended.stderr
+    assert outcome(disk / "run") == outcome(undisturbed)
+
+
 @pytest.mark.slow
 def test_data_that_vanish_between_two_starts_are_told_and_the_run_stays(undisturbed, tmp_path):
     data = tmp_path / "data"

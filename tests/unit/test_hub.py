@@ -223,3 +223,20 @@ def test_saving_again_replaces(saved):
     other = made(architecture(), seed=5)
     save_model(saved, other, architecture(), {"output": "aggregate"})
     assert torch.equal(load(saved)(IMAGES), other(IMAGES))
+
+
+def test_a_function_that_a_download_names_is_not_run(tmp_path, monkeypatch, caplog):
+    import huggingface_hub
+
+    plan = architecture(attach_at=None)
+    save_model(tmp_path / "m", made(plan), plan, {})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "m"))
+    load("somebody/model")
+    config = json.loads((tmp_path / "m" / CONFIG).read_text())
+    (tmp_path / "hostile.py").write_text("open('taken', 'w').close()\ndef make(): raise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    config["architecture"]["backbone"] = {"name": "factory", "path": "hostile:make"}
+    (tmp_path / "m" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"hostile:make.*is not run; if you trust it, load the folder"):
+        load("somebody/model")
+    assert not (tmp_path / "taken").exists()

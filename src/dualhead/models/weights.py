@@ -259,6 +259,16 @@ def write_state(state: Mapping[str, Any], path: str | Path) -> None:
     Args:
         state: names to tensors, on any device; shared memory is written once per name.
         path: the file; its folder is made if need be.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    write_atomically(Path(path), lambda aside: safetensors.torch.save_file(copies, aside, metadata={"format": "pt"}))
+
+    def write(aside: Path) -> None:
+        try:
+            safetensors.torch.save_file(copies, aside, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # a full disk, among others
+            raise OSError(f"{path}: {error}") from error
+
+    write_atomically(Path(path), write)
