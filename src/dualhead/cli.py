@@ -238,6 +238,8 @@ def play(
     from dualhead.play import LOOPBACK, Playground, serve
 
     loaded, images, threat = subject_of(Request(model=model, eps=eps, norm=norm, data=data, device=device))
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
+        signal.signal(number, signal.default_int_handler)
     server = serve(Playground(loaded, images, threat), port)
     address = f"http://{LOOPBACK}:{server.server_port}/"
     if as_json:

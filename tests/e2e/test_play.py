@@ -93,16 +93,25 @@ def test_nobody_else_is_let_in(server):
     assert ask(server, "GET", "/../pyproject.toml")[0] == 404
 
 
-def test_the_command_starts_answers_and_stops(finished_run):
+@pytest.mark.parametrize(
+    ("number", "ignored"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_the_command_starts_answers_and_stops(finished_run, number, ignored):
     command = [sys.executable, "-m", "dualhead", "play", str(finished_run), "--device", "cpu", "--json"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=lambda: ignored and signal.signal(number, signal.SIG_IGN),  # noqa: PLW1509  # no threads here
+    )
     try:
         address = json.loads(running.stdout.readline())["address"]
         port = int(re.search(r":(\d+)/", address)[1])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", "/")
         assert "Play with the model" in connection.getresponse().read().decode()
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         assert running.wait(60) == 0
     finally:
         running.kill()
