@@ -249,13 +249,11 @@ class _Work:
                 "seconds_per_image": {name: round(seconds, 8) for name, seconds in self.subject.timings.items()},
                 "batch_size": self.subject.batch_size,
                 "forward_batch_size": self.subject.forward_batch_size,
-                "lanes": self.subject.lanes,
                 "batch_invariant": self.subject.batch_invariant(x, y),
             }
 
         self.settled = self.group.lead(lambda: self.journal.fact("arithmetic", settle))
         self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
-        self.subject.use_lanes(self.settled["lanes"])
         self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
         self.subject.forward_batch_size = min(self.subject.forward_batch_size, self.settled["forward_batch_size"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dualhead.attacks import LogitsFn, Query
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
-from dualhead.lanes import LEAST_ROWS, Lanes, twins
 from dualhead.models.base import logits_of
 from dualhead.runtime import BF16, FLOAT32, Arithmetic, Precision, set_layout, synchronize
 
@@ -82,10 +81,6 @@ def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
     return outputs
 
 
-def _logits_fn(model: nn.Module) -> LogitsFn:
-    return lambda x: logits_of(model(x))
-
-
 def _padded_call(function: LogitsFn, x: Tensor) -> Tensor:
     return function(pad_rows(x))[: x.shape[0]]
 
@@ -110,10 +105,9 @@ class Subject:
         self.device = device_of(model)
         self.batch_size = self.forward_batch_size = padded(batch_size)
         self.arithmetic: Arithmetic = FLOAT32
-        self.lanes = 1
         self.timings: dict[str, float] = {}
         self._heads = heads
-        self._search_models, self._layout = [model], torch.contiguous_format
+        self._search_model, self._layout = model, torch.contiguous_format
 
     @property
     def reduced(self) -> bool:
@@ -136,26 +130,19 @@ class Subject:
 
     def query(self) -> Query:
         """The model as the search sees it."""
-        models = self._search_models[: self.lanes]
-        logits = self._searching([_logits_fn(model) for model in models], self._layout)
-        outputs = [outputs_of(model, self._heads) for model in models]
-        if outputs[0] is None:
-            return Query(logits)
-        # Somebody's own function of the images may not take another layout, nor several questions at once.
+        model, outputs = self._search_model, outputs_of(self._search_model, self._heads)
+        # Somebody's own function of the images may not take another layout.
         layout = self._layout if self._heads is None else torch.contiguous_format
-        ask = cast("list[LogitsFn]", outputs if self._heads is None else outputs[:1])
-        return Query(logits, self._searching(ask, layout))
+        return Query(
+            self._searching(lambda x: logits_of(model(x)), self._layout),
+            None if outputs is None else self._searching(outputs, layout),
+        )
 
-    def _searching(self, functions: Sequence[LogitsFn], layout: torch.memory_format) -> LogitsFn:
-        def asking(function: LogitsFn) -> LogitsFn:
-            def ask(x: Tensor) -> Tensor:
-                with self.arithmetic.autocast(self.device):
-                    return function(x.contiguous(memory_format=layout)).float()
+    def _searching(self, function: LogitsFn, layout: torch.memory_format) -> LogitsFn:
+        def ask(x: Tensor) -> Tensor:
+            with self.arithmetic.autocast(self.device):
+                return function(x.contiguous(memory_format=layout)).float()
 
-            return ask
-
-        asks = [asking(function) for function in functions]
-        ask = asks[0] if len(asks) == 1 else Lanes(asks, ROWS)
         return lambda x: _padded_call(ask, x)
 
     def use(self, arithmetic: Arithmetic, example: Tensor) -> None:
@@ -170,7 +157,7 @@ class Subject:
             example: some images to try the copy on.
         """
         self.arithmetic = arithmetic
-        self._search_models, self._layout, self.lanes = [self.model], torch.contiguous_format, 1
+        self._search_model, self._layout = self.model, torch.contiguous_format
         if arithmetic == FLOAT32 and self.device.type != "cpu":
             return
         try:
@@ -186,10 +173,10 @@ class Subject:
         with torch.no_grad():
             expected = self.logits(example[:ROWS])
         if not differ(expected, logits.detach()[: len(expected)], 1e-3):
-            self._search_models, self._layout = [copied], torch.channels_last
+            self._search_model, self._layout = copied, torch.channels_last
 
     def settle(self, precision: Precision, x: Tensor, y: Tensor, work: int) -> None:
-        """Choose precision, batch sizes and lanes for speed, none of which changes what a verdict means.
+        """Choose precision and batch sizes for speed, none of which changes what a verdict means.
 
         Under `auto` the search runs in bf16 if that is at least 1.2 times faster here. The batch grows from 32, up to
         `batch_size`, while that makes an image cheaper: on a CPU a batch that outgrows the cache is slower. A size is
@@ -212,42 +199,15 @@ class Subject:
         if not affordable:
             self.batch_size = self.forward_batch_size = sizes[0]
             return
-        best, lanes = math.inf, 1
-        for count in self._possible_lanes(x, y):
-            self.lanes = count
-            for size in affordable:
-                seconds = self._seconds_per_image(x, y, size)
-                if seconds > 0.95 * best:
-                    if size > count * LEAST_ROWS:
-                        break
-                    continue
-                best, self.batch_size, lanes = seconds, size, count
-        self.lanes = lanes
+        best = math.inf
+        for size in affordable:
+            seconds = self._seconds_per_image(x, y, size)
+            if seconds > 0.95 * best:
+                break
+            best, self.batch_size = seconds, size
         # The largest of nearly the best: a batch that is not full, or costs its search something, then weighs less.
         forward = {size: self._seconds_per_image(x, y, size, backward=False) for size in affordable}
         self.forward_batch_size = max(size for size in affordable if forward[size] <= 1.1 * min(forward.values()))
-
-    def use_lanes(self, count: int) -> None:
-        """Ask in so many threads at once from now on; call it after `use`."""
-        self._search_models = [*self._search_models[:1], *twins(self._search_models[0], count)[1:]]
-        self.lanes = count
-
-    def _possible_lanes(self, x: Tensor, y: Tensor) -> list[int]:
-        """Numbers of lanes that change nothing to the bit: 1 and, on a CPU, as many as torch has threads."""
-        lanes = min(torch.get_num_threads(), self.batch_size // LEAST_ROWS)
-        if self.device.type != "cpu" or lanes < 2:
-            return [1]
-        few, many = (torch.arange(size) % len(x) for size in (ROWS, lanes * LEAST_ROWS))
-        try:
-            self.use_lanes(lanes)
-            in_lanes = [self._gradient(x[rows], y[rows]) for rows in (few, many)]
-        except Exception:  # whatever somebody else's model may raise that is copied, or asked from another thread
-            self.lanes = 1
-            return [1]
-        self.lanes = 1
-        alone = [self._gradient(x[rows], y[rows]) for rows in (few, many)]
-        pairs = zip((*in_lanes[0], *in_lanes[1]), (*alone[0], *alone[1]), strict=True)
-        return [1, lanes] if all(torch.equal(a, b) for a, b in pairs) else [1]
 
     def _gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.query().gradient(x, lambda logits: cross_entropy(logits, y))

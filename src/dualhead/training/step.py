@@ -89,7 +89,7 @@ class TrainingStep:
         self._in_lanes: list[Program] = []
         self._use_lanes = True
         if arithmetic.lanes > 1 and stage.attack_mode == "eval" and not stage.checkpoint_activations:
-            copies = twins(program.model, arithmetic.lanes + 1)[1:]  # in eval mode for good
+            copies = twins(program.model, arithmetic.lanes)  # in eval mode for good
             self._in_lanes = [Program.of(copied, stage) for copied in copies]
             for copied in copies:
                 copied.eval()
