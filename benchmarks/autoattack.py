@@ -112,7 +112,7 @@ def pgd_loop(
     for rows in torch.arange(len(x)).split(batch_size):
         images, labels = x[rows], y[rows]
         streams = Streams.of(seed, rows)
-        loss = lambda z, labels=labels: nn.functional.cross_entropy(z, labels, reduction="none")  # noqa: E731
+        loss = partial(nn.functional.cross_entropy, target=labels, reduction="none")
         adversarial = attack.maximise(model, images, loss, threat, streams)
         with torch.no_grad():
             robust += int((model(adversarial).argmax(1) == labels).sum())

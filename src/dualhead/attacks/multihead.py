@@ -52,9 +52,9 @@ class MultiHead(Attack):
     def _chains(self, num_heads: int) -> tuple[Search, ...]:
         common = {"steps": self.steps, "rho": self.rho, "restarts": self.restarts, "num_heads": num_heads}
         return (
-            _CrossEntropyChain(**common).labelled("apgd-ce"),  # type: ignore[arg-type]
-            _TargetedChain(**common, targets=self.targets).labelled("apgd-t"),  # type: ignore[arg-type]
-            _MarginChain(**common).labelled("pgd"),  # type: ignore[arg-type]
+            _CrossEntropyChain(**common).labelled("apgd-ce"),  # type: ignore[arg-type]  # fields of several types
+            _TargetedChain(**common, targets=self.targets).labelled("apgd-t"),  # type: ignore[arg-type]  # likewise
+            _MarginChain(**common).labelled("pgd"),  # type: ignore[arg-type]  # likewise
         )
 
     def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:

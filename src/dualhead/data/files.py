@@ -84,7 +84,7 @@ def _files_below(root: Path, extensions: Set[str]) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:  # noqa: PTH122  # for speed
-                found.append(os.path.join(folder, name))  # noqa: PTH118
+                found.append(os.path.join(folder, name))  # noqa: PTH118  # likewise
     return [Path(path) for path in sorted(found)]
 
 
