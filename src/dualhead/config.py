@@ -170,6 +170,9 @@ class Runtime(Section):
     device: str = "auto"
     precision: Literal["float32", "bf16", "auto"] = "auto"
     """`bf16`: autocast with channels-last; `auto`: whichever is faster on this device, measured at the start."""
+    layout: Literal["contiguous", "channels_last", "auto"] = "auto"
+    """Of images and convolutions in memory. `auto`: in bf16 channels-last where the model takes it, in float32 the
+    faster one, measured at the start. The last bits of a result depend on it."""
     lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """In how many threads, each with images of its own, a CPU runs attacks in training; 1 leaves threads to torch.
     `auto`: as many as torch has if that is faster, measured at the start. The last bits of a result depend on it."""

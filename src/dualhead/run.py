@@ -315,8 +315,9 @@ class Run:
             return Arithmetic(known["precision"] == "bf16", known["channels_last"], known["lanes"])
         shape = (min(128, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
         example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        chosen = choose_arithmetic(self.recipe.runtime.precision, self.model, example)
-        lanes = self.recipe.runtime.lanes
+        runtime = self.recipe.runtime
+        chosen = choose_arithmetic(runtime.precision, self.model, example, runtime.layout)
+        lanes = runtime.lanes
         chosen = with_lanes(chosen, self.model, example) if lanes == "auto" else replace(chosen, lanes=lanes)
         facts = {"precision": chosen.name, "channels_last": chosen.channels_last, "lanes": chosen.lanes}
         write_json(environment_file, {**describe_environment(self.device), **facts})

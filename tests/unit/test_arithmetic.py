@@ -12,7 +12,15 @@ from dualhead import runtime
 from dualhead.config import load_recipe
 from dualhead.errors import UserError
 from dualhead.run import train
-from dualhead.runtime import BF16, BF16_CONTIGUOUS, FLOAT32, FLOAT32_CONTIGUOUS, choose_arithmetic, with_lanes
+from dualhead.runtime import (
+    BF16,
+    BF16_CONTIGUOUS,
+    FLOAT32,
+    FLOAT32_CHANNELS_LAST,
+    FLOAT32_CONTIGUOUS,
+    choose_arithmetic,
+    with_lanes,
+)
 from e2e_helpers import TINY
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -59,10 +67,55 @@ def test_auto_measures_and_leaves_the_layout_it_chose(by_view):
     model = Flattens(by_view=by_view)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     chosen = choose_arithmetic("auto", model, IMAGES, seconds=0.01)
-    assert chosen in ({FLOAT32_CONTIGUOUS, BF16_CONTIGUOUS} if by_view else {FLOAT32, BF16})
-    assert layout(model) == ("channels last" if chosen == BF16 else "contiguous")
+    assert chosen in ({FLOAT32_CONTIGUOUS, BF16_CONTIGUOUS} if by_view else {FLOAT32, FLOAT32_CHANNELS_LAST, BF16})
+    assert layout(model) == ("channels last" if chosen.channels_last else "contiguous")
     assert chosen.wrap(model)(IMAGES).shape == (4, 5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("precision", "seconds", "expected"),
+    [
+        ("float32", [1.0, 0.95], FLOAT32),
+        ("float32", [1.0, 0.8], FLOAT32_CHANNELS_LAST),
+        ("auto", [1.0, 0.8, 0.75], FLOAT32_CHANNELS_LAST),
+        ("auto", [1.0, 0.95, 0.85], BF16),
+        ("auto", [1.0, 0.8, 0.5], BF16),
+    ],
+)
+def test_what_is_clearly_faster_is_chosen_and_float32_has_two_layouts(monkeypatch, precision, seconds, expected):
+    model, clock = Flattens(by_view=False), iter(seconds)
+    monkeypatch.setattr(runtime, "_seconds_per_pass", lambda *_: next(clock))
+    assert choose_arithmetic(precision, model, IMAGES) == expected
+    assert layout(model) == ("channels last" if expected.channels_last else "contiguous")
+    assert next(clock, None) is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "pinned", "expected"),
+    [
+        ("float32", "contiguous", FLOAT32_CONTIGUOUS),
+        ("float32", "channels_last", FLOAT32_CHANNELS_LAST),
+        ("bf16", "contiguous", BF16_CONTIGUOUS),
+        ("bf16", "channels_last", BF16),
+    ],
+)
+def test_precision_and_layout_together_leave_nothing_to_the_clock(monkeypatch, precision, pinned, expected):
+    monkeypatch.setattr(runtime, "_fastest", lambda *_: pytest.fail("measured"))
+    model = Flattens(by_view=False)
+    assert choose_arithmetic(precision, model, IMAGES, pinned) == expected
+    torch.testing.assert_close(expected.wrap(model)(IMAGES), model(IMAGES), rtol=0.05, atol=0.05)
+
+
+def test_a_layout_that_the_model_cannot_take_is_refused():
+    with pytest.raises(UserError, match=r"runtime\.layout: .* write contiguous or auto"):
+        choose_arithmetic("float32", Flattens(by_view=True), IMAGES, "channels_last")
+
+
+@pytest.mark.parametrize(("word", "expected"), [("contiguous", False), ("channels_last", True)])
+def test_a_recipe_sets_the_layout(tmp_path, word, expected):
+    train(load_recipe("digits", [*TINY, f"runtime.layout={word}"]), run_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["channels_last"] is expected
 
 
 @pytest.mark.parametrize("channels", [1, 3])
