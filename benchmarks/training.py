@@ -1,21 +1,27 @@
 """What training costs: against the published loops, per stage, and against the least number of bare passes.
 
-    python benchmarks/training.py -o training.json
+    python benchmarks/training.py --backbones wideresnet-10-2,resnet-18 -o benchmarks/results/training.json
 
 Everything that is compared runs in turn in this one process, on the same threads, batch and start weights; a round runs
 each contestant once, and ratios are taken within a round. Medians over the rounds are shown, with the extremes of
 the ratios. The published loops are written plainly from their formulas (float32, eager, clean logits recomputed where
-the published code does so). On a shared machine, `--cpu-time` with one thread counts the process's own time.
+the published code does so); ours run as `dualhead train` would: number format, layout and lanes are measured at the
+start. Every backbone meets the published loops and the trainer of adversarial-robustness-toolbox; the first one is
+measured in float32 and stage by stage besides. Results are written after every contest. On a shared machine,
+`--cpu-time` with one thread counts the process's own time.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +31,17 @@ from torch import Tensor, nn
 
 from dualhead.data import Batch
 from dualhead.heads import DualHeadClassifier, attach_second_head
+from dualhead.lanes import pool, twins
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
 from dualhead.runtime import (
-    FLOAT32,
     Arithmetic,
     choose_arithmetic,
     describe_environment,
     find_device,
     in_eval_mode,
     synchronize,
+    with_lanes,
 )
 from dualhead.threat import ThreatModel
 from dualhead.training import Program, Stage
@@ -53,6 +60,10 @@ PARTS = {
     "all parts jointly": ("trunk", "head1", "head2", "aggregator"),
 }
 ART = "adversarial-robustness-toolbox"
+LEAST_ROUNDS = 3
+"""However short the time."""
+WARM = 15.0
+"""Seconds of a first round beside which allocation and the choice of kernels are nothing, so that it counts."""
 Contestant = Callable[[], object]
 
 
@@ -150,7 +161,12 @@ class Bench:
         self.base = base.to(device)
         self.batch = Batch(torch.arange(batch_size, device=device), x.to(device), y.to(device))
         self.threat = ThreatModel("Linf", EPS)
-        self.arithmetic = choose_arithmetic(precision, copy.deepcopy(self.base), self.batch.x)
+        self.arithmetic = self.as_a_run_would(precision)
+
+    def as_a_run_would(self, precision: Any) -> Arithmetic:
+        """The arithmetic that a run chooses at its start for the base model."""
+        model = copy.deepcopy(self.base)
+        return with_lanes(choose_arithmetic(precision, model, self.batch.x), model, self.batch.x)
 
     def stage(self, parts: tuple[str, ...], objective: Any) -> Stage:
         """A stage of the published settings, with any learning rate."""
@@ -180,12 +196,13 @@ class Bench:
         return lambda: loop(model, optimiser, self.batch.x, self.batch.y)
 
     def bare(self, parts: tuple[str, ...]) -> Contestant:
-        """The least number of passes of a TRADES step and nothing else, in the same arithmetic."""
-        program = Program(self.copied(parts, self.arithmetic), parts)
+        """The least number of passes of a TRADES step and nothing else, in the same arithmetic and lanes."""
+        program, lanes = Program(self.copied(parts, self.arithmetic), parts), self.arithmetic.lanes
         x, device = self.arithmetic.images(self.batch.x), self.batch.x.device
+        in_lanes = [Program(copied.eval(), parts) for copied in twins(program.model, lanes)] if lanes > 1 else [program]
 
-        def passes() -> None:
-            with in_eval_mode(program.model):
+        def attack(program: Program, x: Tensor) -> None:
+            with self.arithmetic.reuse_casts(device):
                 with torch.no_grad(), self.arithmetic.autocast(device):
                     program.suffix(program.prefix(x))
                 for _ in range(STEPS):
@@ -193,6 +210,13 @@ class Bench:
                     with self.arithmetic.autocast(device):
                         logits = program.logits(z)
                     torch.autograd.grad(logits.float().sum(), z)
+
+        def passes() -> None:
+            with in_eval_mode(program.model):
+                if lanes > 1:
+                    list(pool(lanes).map(attack, in_lanes, x.tensor_split(lanes)))
+                else:
+                    attack(program, x)
             program.model.train()
             with self.arithmetic.autocast(device):
                 features = program.constant(x) if parts != ("model",) else x
@@ -204,6 +228,7 @@ class Bench:
 
     def art(self) -> Contestant | None:
         """The TRADES trainer of the Adversarial Robustness Toolbox on the same network; None if not installed."""
+        os.environ.setdefault("TQDM_DISABLE", "1")
         try:
             import numpy as np
             from art.attacks.evasion import ProjectedGradientDescentPyTorch
@@ -227,18 +252,62 @@ class Bench:
 # ---- measuring
 
 
-def contest(contestants: dict[str, Contestant], rounds: int, device: torch.device, clock: Callable[[], float]) -> Any:
-    """Seconds of each contestant in each round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name, run in contestants.items():
-            synchronize(device)
-            began = clock()
-            run()
-            synchronize(device)
-            if number:
-                seconds[name].append(clock() - began)
-    return seconds
+@dataclass(frozen=True)
+class Comparison:
+    """A ratio of two contestants of a contest, paired by round.
+
+    Args:
+        what: the line's name.
+        over: whose time is divided.
+        under: by whose.
+        meaning: of the ratio.
+        aim: what the ratio should be, `>= 2.5` or `<= 1.4`; empty for none.
+    """
+
+    what: str
+    over: str
+    under: str
+    meaning: str
+    aim: str = ""
+
+    def met(self, ratio: float) -> bool | None:
+        """Whether the aim is; None without one."""
+        if not self.aim:
+            return None
+        sign, number = self.aim.split()
+        return ratio >= float(number) if sign == ">=" else ratio <= float(number)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who runs in turn, and what is read off."""
+
+    contestants: dict[str, Contestant]
+    comparisons: list[Comparison]
+
+    def measure(self, rounds: int, seconds: float, device: torch.device, clock: Callable[[], float]) -> Any:
+        """Seconds of each contestant in each round; the first round does not count unless it was long.
+
+        Args:
+            rounds: that count, at most.
+            seconds: after which no further round begins, if there are `LEAST_ROUNDS`.
+            device: where they run.
+            clock: in seconds.
+        """
+        taken: dict[str, list[float]] = {name: [] for name in self.contestants}
+        names, least, began, number = list(self.contestants), min(LEAST_ROUNDS, rounds), time.monotonic(), 0
+        while (done := len(taken[names[0]])) < rounds and (done < least or time.monotonic() - began < seconds):
+            start = number % len(names)  # nobody always follows the same one
+            for name in names[start:] + names[:start]:
+                synchronize(device)
+                beginning = clock()
+                self.contestants[name]()
+                synchronize(device)
+                taken[name].append(clock() - beginning)
+            if number == 0 and time.monotonic() - began < WARM:
+                taken = {name: [] for name in names}
+            number += 1
+        return taken
 
 
 def ratios(over: Iterable[float], under: Iterable[float]) -> dict[str, float]:
@@ -246,91 +315,131 @@ def ratios(over: Iterable[float], under: Iterable[float]) -> dict[str, float]:
     return {"median": statistics.median(paired), "lowest": min(paired), "highest": max(paired)}
 
 
+def methods(bench: Bench, *, in_full: bool) -> Iterator[Contest]:
+    """Base methods against the published loops and the toolbox's TRADES; in full: ours in float32 too."""
+    float32 = bench.as_a_run_would("float32") if in_full else None
+    for name, loop in PUBLISHED.items():
+        contestants = {
+            "published": bench.published(loop, copy.deepcopy(bench.base)),
+            "ours": bench.ours(("model",), OBJECTIVES[name]),
+        }
+        aim = ">= 2.5" if name == "trades" else ""
+        found = [Comparison(f"{name}, ours", "published", "ours", "times faster than published", aim)]
+        if float32 is not None:
+            ours = f"{name}, ours in float32"
+            contestants["float32"] = bench.ours(("model",), OBJECTIVES[name], float32)
+            found.append(Comparison(ours, "published", "float32", "times faster than published"))
+        art = bench.art() if name == "trades" else None
+        if art is not None:
+            contestants["art"] = art
+            found.append(Comparison(f"{name}, ours", "art", "ours", f"times faster than {ART}", ">= 2.0"))
+        yield Contest(contestants, found)
+
+
+def stages(bench: Bench) -> Contest:
+    """What stages cost beside the base method, beside their bare passes, and stage 3 beside its plain loop."""
+    trades, on_cpu = OBJECTIVES["trades"], bench.batch.x.device.type == "cpu"
+    plain = bench.published(published_trades, TwoNetworks(copy.deepcopy(bench.dual)))
+    contestants: dict[str, Contestant] = {"plain": plain}
+    found = [
+        Comparison("DH-AT stage 3, ours", "plain", "stage 3", "times faster than plainly written", ">= 4.0"),
+    ]
+    most = {"stage 2": "<= 1.0", "stage 3": "<= 1.4", "all parts jointly": "<= 1.8"}
+    limit = f">= {0.85 if on_cpu else 0.8}"
+    for name, parts in {"base method": ("model",), **PARTS}.items():
+        contestants |= {name: bench.ours(parts, trades), f"bare {name}": bench.bare(parts)}
+        if name in PARTS:
+            meaning = "times that of the base method"
+            found.append(Comparison(f"an epoch of {name}", name, "base method", meaning, most.get(name, "")))
+        found.append(Comparison(f"{name}: the least bare passes", f"bare {name}", name, "of our time", limit))
+    return Contest(contestants, found)
+
+
+def contests(bench: Bench, *, in_full: bool) -> Iterator[Contest]:
+    """All on a backbone; each is made when the one before it is over, so that not all networks are held at once."""
+    yield from methods(bench, in_full=in_full)
+    if in_full:
+        yield stages(bench)
+
+
+def rows_of(contest: Contest, backbone: str, images: int, times: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
+    """What is read off a contest's times."""
+    for comparison in contest.comparisons:
+        ours = comparison.over if comparison.meaning == "times that of the base method" else comparison.under
+        seconds = statistics.median(times[ours])
+        ratio = ratios(times[comparison.over], times[comparison.under])
+        yield {
+            "backbone": backbone,
+            **asdict(comparison),
+            "seconds": seconds,
+            "steps_per_second": 1.0 / seconds,
+            "images_per_second": images / seconds,
+            "ratio": ratio,
+            "rounds": len(times[ours]),
+            "met": comparison.met(ratio["median"]),
+        }
+
+
 def show(row: dict[str, Any]) -> None:
     ratio = row["ratio"]
     spread = f"[{ratio['lowest']:.2f}, {ratio['highest']:.2f}]"
-    print(f"{row['what']:58s} {row['seconds']:9.3f} s  {row['meaning']} {ratio['median']:5.2f} {spread}", flush=True)
+    verdict = {None: "", True: f"aim {row['aim']}: met", False: f"aim {row['aim']}: short"}[row["met"]]
+    print(
+        f"{row['backbone'] + ' ' + row['what']:58s} {row['seconds']:9.3f} s  {row['images_per_second']:8.1f} images/s  "
+        f"{ratio['median']:5.2f} {spread:14s} {row['meaning']}  {verdict}",
+        flush=True,
+    )
 
 
-def rows_of(bench: Bench, backbone: str, measure: Callable[[dict[str, Contestant]], Any]) -> Iterable[dict[str, Any]]:
-    """All comparisons on a backbone, one after the other."""
-
-    def row(what: str, meaning: str, times: Any, over: str, under: str, shown: str) -> dict[str, Any]:
-        seconds = statistics.median(times[shown])
-        images = len(bench.batch) / seconds
-        ratio = ratios(times[over], times[under])
-        return {
-            "what": f"{backbone} {what}",
-            "meaning": meaning,
-            "seconds": seconds,
-            "images_per_second": images,
-            "ratio": ratio,
-        }
-
-    for name, loop in PUBLISHED.items():
-        model = copy.deepcopy(bench.base)
-        times = measure(
-            {
-                "published": bench.published(loop, model),
-                "ours": bench.ours(("model",), OBJECTIVES[name]),
-                "ours in float32": bench.ours(("model",), OBJECTIVES[name], FLOAT32),
-            }
-        )
-        yield row(f"{name}, ours", "times faster than published", times, "published", "ours", "ours")
-        yield row(
-            f"{name}, ours in float32",
-            "times faster than published",
-            times,
-            "published",
-            "ours in float32",
-            "ours in float32",
-        )
-    trades = OBJECTIVES["trades"]
-    plain = bench.published(published_trades, TwoNetworks(copy.deepcopy(bench.dual)))
-    times = measure({"plain": plain, "ours": bench.ours(PARTS["stage 3"], trades)})
-    yield row("DH-AT stage 3, ours", "times faster than plainly written", times, "plain", "ours", "ours")
-    contestants = {name: bench.ours(parts, trades) for name, parts in PARTS.items()}
-    times = measure({"base": bench.ours(("model",), trades), **contestants})
-    for name in PARTS:
-        yield row(f"an epoch of {name}", "times that of the base method", times, name, "base", name)
-    for name, parts in {"base method": ("model",), **PARTS}.items():
-        times = measure({"bare": bench.bare(parts), "ours": bench.ours(parts, trades)})
-        yield row(f"{name}: the least bare passes", "of our time", times, "bare", "ours", "bare")
-    art = bench.art()
-    if art is None:
-        print(f"{ART} is not installed, so it is left out; pip install {ART}==1.20.1")
-        return
-    times = measure({"art": art, "ours": bench.ours(("model",), trades)})
-    yield row("trades, ours", f"times faster than {ART}", times, "art", "ours", "ours")
-
-
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbones", default="wideresnet-10-2,resnet-18")
+    parser.add_argument("--backbones", default="wideresnet-10-2,resnet-18", help="the first one is measured in full")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--side", type=int, default=32, help="height and width of the images")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="that count, at most")
+    parser.add_argument("--minutes", type=float, default=20.0, help="about; a contest has at least 3 rounds")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "float32"], help="ours")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="the process's own time instead of the wall's")
     parser.add_argument("-o", "--output", type=Path, default=None)
     given = parser.parse_args()
+    if given.cpu_time and (given.threads > 1 or find_device(given.device).type != "cpu"):
+        parser.error("--cpu-time counts all threads together; use it with --threads 1 on the CPU")
+    return given
+
+
+def main() -> None:
+    given = read_arguments()
     torch.set_num_threads(given.threads)
     device = find_device(given.device)
-    if given.cpu_time and (given.threads > 1 or device.type != "cpu"):
-        parser.error("--cpu-time counts all threads together; use it with --threads 1 on the CPU")
     clock = time.process_time if given.cpu_time else time.perf_counter
-    settings = {key: str(value) for key, value in vars(given).items()}
-    results: dict[str, Any] = {"environment": describe_environment(device), "settings": settings, "rows": []}
-    for backbone in given.backbones.split(","):
+    environment = describe_environment(device)
+    results: dict[str, Any] = {"environment": environment, "settings": {k: str(v) for k, v in vars(given).items()}}
+    results["arithmetic"], results["rows"] = {}, []
+    names, end = given.backbones.split(","), time.monotonic() + 60.0 * given.minutes
+    left = len(PUBLISHED) * len(names) + 1
+    if importlib.util.find_spec("art") is None:
+        print(f"{ART} is not installed, so it is left out; pip install -c constraints.txt -e '.[benchmark]'")
+    for number, backbone in enumerate(names):
         bench = Bench(backbone, given.batch_size, given.side, device, given.precision)
-        print(f"{backbone}, batch {given.batch_size}, {given.threads} threads, ours in {bench.arithmetic.name}")
-        for row in rows_of(bench, backbone, lambda contestants: contest(contestants, given.rounds, device, clock)):
-            show(row)
-            results["rows"].append({**row, "precision": bench.arithmetic.name})
+        results["arithmetic"][backbone] = asdict(bench.arithmetic)
+        print(
+            f"{backbone}, batch {given.batch_size}, {environment['accelerator'] or environment['cpu']}, "
+            f"{given.threads} threads; ours in {bench.arithmetic.name}, {bench.arithmetic.lanes} lanes"
+        )
+        for contest in contests(bench, in_full=number == 0):
+            share = max(0.0, end - time.monotonic()) / left
+            times = contest.measure(given.rounds, share, device, clock)
+            left -= 1
+            for row in rows_of(contest, backbone, given.batch_size, times):
+                show(row)
+                results["rows"].append(row)
             if given.output:
                 given.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print("\nAll of it:")
+    for row in results["rows"]:
+        show(row)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ PATH = Path(__file__).parents[2] / "benchmarks" / "training.py"
 def benchmark():
     spec = importlib.util.spec_from_file_location("benchmark_training", PATH)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -66,15 +68,33 @@ def test_the_bare_passes_are_as_many_as_a_steps(benchmark, parts, trunk, suffix)
 
 def test_one_command_measures_everything(benchmark, monkeypatch, tmp_path, capsys):
     output = tmp_path / "results.json"
-    arguments = ["--backbones", "cnn-2", "--batch-size", "4", "--side", "8", "--rounds", "1", "--precision", "float32"]
+    arguments = [
+        "--backbones",
+        "cnn-2,cnn-4",
+        "--batch-size",
+        "4",
+        "--side",
+        "8",
+        "--rounds",
+        "1",
+        "--precision",
+        "float32",
+    ]
     monkeypatch.setattr(sys, "argv", ["training.py", *arguments, "--device", "cpu", "-o", str(output)])
     threads = torch.get_num_threads()
     try:
         benchmark.main()
     finally:
         torch.set_num_threads(threads)
-    rows = json.loads(output.read_text())["rows"]
-    assert all(row["ratio"]["lowest"] > 0 and row["seconds"] > 0 for row in rows)
+    results = json.loads(output.read_text())
+    rows = results["rows"]
+    assert set(results["arithmetic"]) == {"cnn-2", "cnn-4"}
+    assert results["arithmetic"]["cnn-2"]["bf16"] is False
+    assert all(row["ratio"]["lowest"] > 0 and row["seconds"] > 0 and row["rounds"] == 1 for row in rows)
+    assert {row["aim"]: row["met"] for row in rows}[""] is None
+    assert all(isinstance(row["met"], bool) for row in rows if row["aim"])
+    methods = ["trades, ours", "sat, ours", "mart, ours"]
+    assert [row["what"] for row in rows if row["backbone"] == "cnn-4" and row["over"] == "published"] == methods
     named = " | ".join(row["what"] for row in rows)
     for what in (
         "trades, ours",
@@ -86,6 +106,48 @@ def test_one_command_measures_everything(benchmark, monkeypatch, tmp_path, capsy
     ):
         assert what in named
     if importlib.util.find_spec("art") is None:
-        assert "adversarial-robustness-toolbox is not installed" in capsys.readouterr().out
+        assert "pip install -c constraints.txt -e '.[benchmark]'" in capsys.readouterr().out
     else:
         assert any("adversarial-robustness-toolbox" in row["meaning"] for row in rows)
+
+
+def test_a_contest_pairs_by_round_and_keeps_to_its_time(benchmark, monkeypatch):
+    order = []
+    contest = benchmark.Contest({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, [])
+    cpu, clock = torch.device("cpu"), iter(range(1000))
+    times = contest.measure(5, 60.0, cpu, lambda: next(clock))
+    assert times == {"a": [1] * 5, "b": [1] * 5}
+    assert "".join(order) == "abbaabbaabba"  # six rounds, the first of which does not count, begun by each in turn
+    order.clear()
+    contest.measure(5, 0.0, cpu, lambda: next(clock))
+    assert len(order) == 2 * (1 + benchmark.LEAST_ROUNDS)
+    order.clear()
+    monkeypatch.setattr(benchmark, "WARM", 0.0)
+    contest.measure(5, 60.0, cpu, lambda: next(clock))
+    assert len(order) == 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("aim", "ratio", "met"), [(">= 2.5", 2.5, True), (">= 2.5", 2.4, False), ("<= 1.4", 1.5, False), ("", 9.0, None)]
+)
+def test_an_aim_says_which_way(benchmark, aim, ratio, met):
+    assert benchmark.Comparison("what", "a", "b", "times", aim).met(ratio) is met
+
+
+def test_the_bare_passes_run_in_as_many_lanes_as_ours(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "with_lanes", lambda arithmetic, *_: replace(arithmetic, lanes=2))
+    bench = benchmark.Bench("cnn-2", 32, 8, torch.device("cpu"), "float32")
+    seen = []
+    monkeypatch.setattr(benchmark.Program, "logits", recorded(benchmark.Program.logits, seen))
+    bench.bare(("model",))()
+    assert seen == [16] * (2 * benchmark.STEPS)
+
+
+def recorded(function, seen):
+    """The method, which notes how many images it is given."""
+
+    def run(self, x):
+        seen.append(len(x))
+        return function(self, x)
+
+    return run
