@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from dualhead.errors import Interrupted, RunError, UserError
+from dualhead.memory import keep_freed_blocks
 
 # What computes is imported by the commands that compute, so that `--help` and a wrong option answer at once.
 
@@ -474,6 +475,7 @@ def _command() -> str:
 def main() -> None:
     """The entry point: every ending is one line and an exit status."""
     debug = "--debug" in sys.argv
+    keep_freed_blocks()
     try:
         words = [word for word in sys.argv[1:] if word != "--debug"]  # it may stand anywhere
         sys.exit(app(words, prog_name="dualhead", standalone_mode=False) or 0)

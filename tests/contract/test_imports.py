@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "dualhead"
 
 RANKS = [
     {"errors"},
-    {"files", "lanes", "lock", "noise", "processes", "registry"},
+    {"files", "lanes", "lock", "memory", "noise", "processes", "registry"},
     {"schema", "threat", "flops", "onnx_export"},
     {"runtime"},
     {"data", "models", "heads", "objectives", "attacks", "report"},

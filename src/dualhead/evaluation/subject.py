@@ -193,7 +193,7 @@ class Subject:
         if precision == "auto":
             for arithmetic in (FLOAT32, BF16):
                 self.use(arithmetic, x)
-                self.timings[arithmetic.name] = self._seconds_per_image(x, y, sizes[0])
+                self.timings[arithmetic.name] = self.seconds_per_image(x, y, sizes[0])
             self.use(BF16 if self.timings["bf16"] * 1.2 < self.timings["float32"] else FLOAT32, x)
         affordable = [size for size in sizes if size <= 0.005 * work]
         if not affordable:
@@ -201,21 +201,32 @@ class Subject:
             return
         best = math.inf
         for size in affordable:
-            seconds = self._seconds_per_image(x, y, size)
+            seconds = self.seconds_per_image(x, y, size)
             if seconds > 0.95 * best:
                 break
             best, self.batch_size = seconds, size
         # The largest of nearly the best: a batch that is not full, or costs its search something, then weighs less.
-        forward = {size: self._seconds_per_image(x, y, size, backward=False) for size in affordable}
+        forward = {size: self.seconds_per_image(x, y, size, backward=False) for size in affordable}
         self.forward_batch_size = max(size for size in affordable if forward[size] <= 1.1 * min(forward.values()))
 
     def _gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.query().gradient(x, lambda logits: cross_entropy(logits, y))
 
-    def _seconds_per_image(
+    def seconds_per_image(
         self, x: Tensor, y: Tensor, size: int, *, backward: bool = True, budget: float = 0.15
     ) -> float:
-        """The best time of a pass; infinite if memory does not suffice. The first, a warm-up, does not count."""
+        """The best time of a pass of the search: forward, and back to the images unless told otherwise.
+
+        Args:
+            x: at least one image.
+            y: its label.
+            size: images at once; those of x, again and again.
+            backward: both passes, or the forward one alone.
+            budget: seconds to measure for, about.
+
+        Returns:
+            Seconds; infinite if memory does not suffice. The first pass, a warm-up, does not count.
+        """
         rows = torch.arange(size, device=x.device) % len(x)
         x, y = x[rows], y[rows]
         query, begun = self.query(), time.perf_counter()
