@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dualhead.data import Split, load_split
+from dualhead.data import Split, Storage, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, Gallery, evaluate, make_gallery
 from dualhead.files import check_folder
@@ -19,7 +19,7 @@ from dualhead.hub import CONFIG, Architecture, find_model, load, read_config, vi
 from dualhead.models import Normalize, backbones
 from dualhead.processes import group
 from dualhead.run import GALLERY, load_stage, read_recipe
-from dualhead.runtime import Precision, find_device
+from dualhead.runtime import Precision, find_device, room_for_images
 from dualhead.threat import Norm, ThreatModel
 
 
@@ -159,11 +159,12 @@ def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
 
 
 def _test_images(request: Request) -> Split:
+    room = room_for_images(find_device(request.device))
     if request.is_run:
-        return read_recipe(Path(request.model)).data.load("test", request.data)
+        return read_recipe(Path(request.model)).data.load("test", request.data, room=room)
     if request.data is None:
         raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
-    return load_split(request.data, "test")
+    return load_split(request.data, "test", storage=Storage(room=room))
 
 
 def _check_images(request: Request, test: Split) -> None:

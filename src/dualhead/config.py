@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dualhead.attacks import Attack, attacks
-from dualhead.data import Augmentation, Split, augmentations, load_split
+from dualhead.data import Augmentation, Split, Storage, augmentations, load_split
 from dualhead.errors import UserError
 from dualhead.heads import Aggregator, aggregators
 from dualhead.models import Backbone, backbones
@@ -70,36 +70,94 @@ class Data(Section):
     label_column: str | None = None
     image_size: tuple[int, int] | None = None
     """[height, width] to resize to; None: all images must have one size."""
+    crop: Annotated[Real, Field(gt=0, le=1)] | None = None
+    """None: images are stretched to `image_size`. A fraction: their middle is taken, in the proportions of `image_size`
+    and as large as fits into this part of the image; 0.875 is customary for ImageNet."""
+    train_size: tuple[int, int] | None = None
+    """[height, width] at which training images are kept where they are larger than what the model sees, for an
+    augmentation that cuts `image_size` out of them (random_resized_crop); with `crop` they show all that fits."""
     validation: Annotated[int | float, BeforeValidator(_amount)] = 0.02
     """Part of the training images held out to choose checkpoints: a fraction, or a number of images."""
     train_limit: int | None = Field(None, gt=0)
-    """Use only the first so many training images (the held-out ones included)."""
+    """Use only so many training images (the held-out ones included)."""
+    train_choice: Literal["first", "sample"] = "first"
+    """Which: the first ones, or a random sample, always the same, for a set that is sorted by class."""
     augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] = ()
+    stream: Literal["auto"] | bool = "auto"
+    """Read images from disk while training, rather than decode all into memory before; the batches are the same.
+    `auto`: where they would take more than a quarter of the free memory, of the machine or of the accelerator."""
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Processes that decode streamed images, for each process that trains; `auto`: its share of the processors."""
 
     extra: Extra | None = None
     """None is held out of it: validation sees images of the first source only."""
 
-    def load(self, part: Literal["train", "test"], source: str | None = None) -> Split:
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.image_size is None and (self.crop is not None or self.train_size is not None):
+            key = "crop" if self.crop is not None else "train_size"
+            raise UserError(f".{key}: needs image_size, what the model sees; e.g. image_size: [224, 224]")
+        sizes = zip(self.train_size or (), self.image_size or (), strict=False)
+        if any(kept < seen for kept, seen in sizes):
+            raise UserError(f".train_size: must be at least image_size {list(self.image_size or ())}")
+        return self
+
+    def load(
+        self, part: Literal["train", "test"], source: str | None = None, *, room: int | None = None, workers: int = 0
+    ) -> Split:
         """The images of a part, of this source or of another one read in the same way.
 
+        Args:
+            part: which.
+            source: another one.
+            room: bytes that they may take in memory, with `stream: auto`; None: any number.
+            workers: processes that decode what is streamed, with `workers: auto`.
+
         Raises:
-            UserError: if they cannot be read.
+            UserError: if they cannot be read, or `train_limit` leaves classes without an image.
         """
+        train = part == "train"
+        split = self._load(
+            source or self.source, part, limit=self.train_limit if train else None,
+            choice=self.train_choice if train else "first", storage=self._storage(room, workers),
+        )  # fmt: skip
+        if train and self.train_limit is not None and self.train_choice == "first":
+            shown = int(split.labels.bincount(minlength=split.num_classes).count_nonzero())
+            if shown < split.num_classes:
+                raise UserError(
+                    f"data.train_limit: the first {len(split)} images show {shown} of {split.num_classes} classes, "
+                    "as in a set that is sorted by class; set data.train_choice=sample, or a larger limit"
+                )
+        return split
+
+    def load_extra(self, *, room: int | None = None, workers: int = 0) -> Split | None:
+        """The second source; None if there is none. Arguments and errors as those of `load`."""
+        if self.extra is None:
+            return None
+        return self._load(
+            self.extra.source, "train", limit=self.extra.limit, choice="first", storage=self._storage(room, workers)
+        )
+
+    def _load(
+        self, source: str, part: Literal["train", "test"], *, limit: int | None, choice: Literal["first", "sample"],
+        storage: Storage,
+    ) -> Split:  # fmt: skip
+        larger = part == "train" and self.train_size is not None
         return load_split(
-            source or self.source,
+            source,
             part,
             image_column=self.image_column,
             label_column=self.label_column,
-            image_size=self.image_size,
-            limit=self.train_limit if part == "train" else None,
+            image_size=self.train_size if larger else self.image_size,
+            crop=1.0 if larger and self.crop is not None else self.crop,
+            limit=limit,
+            choice=choice,
+            storage=storage,
         )
 
-    def load_extra(self) -> Split | None:
-        """The second source; None if there is none."""
-        if self.extra is None:
-            return None
-        columns = {"image_column": self.image_column, "label_column": self.label_column}
-        return load_split(self.extra.source, "train", image_size=self.image_size, limit=self.extra.limit, **columns)
+    def _storage(self, room: int | None, workers: int) -> Storage:
+        stream = None if self.stream == "auto" else self.stream
+        return Storage(stream, room, workers if self.workers == "auto" else self.workers)
 
 
 class Statistics(Section):

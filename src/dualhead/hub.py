@@ -18,7 +18,7 @@ from dualhead.heads import DualHeadClassifier, Output, aggregators, attach_secon
 from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, read_state, write_state
 from dualhead.onnx_export import OnnxCheck, write_onnx
 from dualhead.registry import first_error
-from dualhead.report import model_card
+from dualhead.report import ONNX_SECTION, model_card
 from dualhead.schema import Section
 
 CONFIG = "config.json"
@@ -116,7 +116,7 @@ def write_card(folder: Path, run: Path | None) -> None:
         recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     if run is not None and (run / "evaluation" / "results.json").is_file():
         results = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    write_text(folder / CARD, model_card(read_config(folder), recipe, results))
+    write_text(folder / CARD, model_card(read_config(folder), recipe, results, onnx=(folder / ONNX).is_file()))
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
@@ -144,7 +144,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
 
 
 def export_onnx(folder: str | Path) -> OnnxCheck:
-    """Add `model.onnx` to an exported model: its deployed forward, for engines without PyTorch.
+    """Add `model.onnx` to an exported model: its deployed forward, for engines without PyTorch. The card then says so.
 
     Args:
         folder: that `export` wrote.
@@ -158,7 +158,11 @@ def export_onnx(folder: str | Path) -> OnnxCheck:
     """
     folder = find_model(folder)
     architecture = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
-    return write_onnx(load(folder), architecture.image_shape, folder / ONNX)
+    check = write_onnx(load(folder), architecture.image_shape, folder / ONNX)
+    card = folder / CARD
+    if card.is_file() and ONNX_SECTION not in (text := card.read_text(encoding="utf-8")):
+        write_text(card, text + ONNX_SECTION)
+    return check
 
 
 def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> str:

@@ -108,7 +108,7 @@ class Playground:
             sample = asked.get("sample")
             if not isinstance(sample, int) or not 0 <= sample < self.count:
                 raise UserError(f"sample must lie in 0 to {self.count - 1}, got {sample}")
-            return _bytes(self.images.images[sample]), int(self.images.labels[sample])
+            return _bytes(self.images.images[sample : sample + 1][0]), int(self.images.labels[sample])
         channels, height, width = self.images.image_shape
         pixels = asked["pixels"]
         if not isinstance(pixels, list) or len(pixels) != channels * height * width:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,10 +14,10 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from dualhead.config import Recipe, Statistics, load_recipe, read_recipe_file
-from dualhead.data import Loader, Split, hold_out
+from dualhead.data import Augmentation, Loader, Split, hold_out, in_turn
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
 from dualhead.files import check_folder, write_json, write_text
@@ -35,6 +37,7 @@ from dualhead.hub import (
 from dualhead.lock import NAME as LOCK
 from dualhead.lock import FolderLock
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
+from dualhead.noise import Streams
 from dualhead.processes import group
 from dualhead.report import write_report
 from dualhead.runtime import (
@@ -43,6 +46,8 @@ from dualhead.runtime import (
     describe_environment,
     find_device,
     in_eval_mode,
+    processors,
+    room_for_images,
     synchronised_batch_norm,
     with_lanes,
 )
@@ -60,6 +65,8 @@ from dualhead.training import (
     Validator,
     summary_writer,
 )
+
+_log = logging.getLogger(__name__)
 
 BASE = "base model"
 ROWS = {"head1": "head 1", "head2": "head 2", "mean": "mean of heads", "aggregate": "DH-AT"}
@@ -188,8 +195,9 @@ class Run:
         processes = group()
         processes.lead(self._refuse_other_run)
         self.device = processes.agreed(lambda: find_device(recipe.runtime.device))
-        whole, self.test = processes.in_turn(lambda: load_data(recipe))
-        self.extra = processes.in_turn(lambda: load_extra(recipe, whole))
+        self.room = room_for_images(self.device)
+        whole, self.test = processes.in_turn(lambda: load_data(recipe, self.room))
+        self.extra = processes.in_turn(lambda: load_extra(recipe, whole, self.room))
         processes.agreed(lambda: self._fit(whole))
         self.output = recipe.stages[-1].output
         self.position = Position()
@@ -207,7 +215,11 @@ class Run:
             self.training, self.held_out = hold_out(whole, amount, recipe.runtime.seed) if amount else (whole, None)
         except UserError as error:
             raise UserError(f"data.validation: {error}") from None
+        if self.held_out is not None and recipe.data.train_size and recipe.data.image_size:
+            self.held_out = self.held_out.show_middle(*recipe.data.image_size)
         self._check_validation()
+        self._check_augmented()
+        self._check_evaluation()
         self.architecture = self._architecture()
         torch.manual_seed(recipe.runtime.seed)
         self.model = self.architecture.create().to(self.device)
@@ -264,6 +276,40 @@ class Run:
                     f"stages.{index}.keep: best needs held-out images, but data.validation is 0; "
                     "set keep: last or data.validation: 0.02"
                 )
+
+    def _check_augmented(self) -> None:
+        """What augmentations leave of a training image is what the model sees."""
+        data = self.recipe.data
+        seen = data.image_size or self.training.image_shape[1:]
+        for index, stage in enumerate(self.recipe.stages):
+            image = torch.zeros(1, *self.training.image_shape, dtype=torch.uint8)
+            for augmentation in self._augmentations(stage):
+                image = augmentation(image, Streams.of(0, torch.arange(1)))
+            if tuple(image.shape[2:]) != tuple(seen):
+                key = "data.augment" if stage.augment is None else f"stages.{index}.augment"
+                height, width = image.shape[2:]
+                raise UserError(
+                    f"{key}: training images come out as {height}x{width}, but the model takes {seen[0]}x{seen[1]}; "
+                    f"cut that out with {{name: random_resized_crop, size: [{seen[0]}, {seen[1]}]}}"
+                )
+
+    def _check_evaluation(self) -> None:
+        """An evaluation holds its images in memory, also those of a set that stays on disk."""
+        count, free = self._evaluated, 4 * self.room
+        size = count * math.prod(self.test.image_shape)
+        if self.test.is_stored and size > free:
+            raise UserError(
+                f"evaluate.limit: an evaluation holds its images in memory, and {count:,} of them take "
+                f"{size / 2**30:.1f} GiB of {free / 2**30:.1f} that are free; set {free // (size // count)} or less"
+            )
+
+    @property
+    def _evaluated(self) -> int:
+        """Number of test images that are measured."""
+        return min(self.recipe.evaluate.limit or len(self.test), len(self.test))
+
+    def _augmentations(self, stage: Stage) -> tuple[Augmentation, ...]:
+        return self.recipe.data.augment if stage.augment is None else stage.augment
 
     def _check_stages(self) -> None:
         """A stage that cannot be is refused now, not after the hours before it."""
@@ -368,7 +414,7 @@ class Run:
         program = Program.of(self.model, stage)
         loader = Loader(
             self.training, stage.batch_size, seed=recipe.runtime.seed + number,
-            augment=recipe.data.augment if stage.augment is None else stage.augment,
+            augment=self._augmentations(stage),
             cutmix=stage.cutmix, extra=self.extra, fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
             device=self.device, group=group(),
         )  # fmt: skip
@@ -447,8 +493,7 @@ class Run:
         in `comparison.json`.
         """
         settings = self.recipe.evaluate
-        count = len(self.test) if settings.limit is None else min(settings.limit, len(self.test))
-        images, labels = self.test.images[:count], self.test.labels[:count]
+        images, labels = self.test.images[: self._evaluated], self.test.labels[: self._evaluated]
         costs, unit = group().lead(self._costs), self._forward_flops()
         rows = []
         for name, model, output in self._outputs():
@@ -549,10 +594,10 @@ class Run:
         return counter.total
 
 
-def load_data(recipe: Recipe) -> tuple[Split, Split]:
-    """Training and test images as a recipe names them."""
+def load_data(recipe: Recipe, room: int | None = None) -> tuple[Split, Split]:
+    """Training and test images as a recipe names them; on disk if they would take more memory than there is room."""
     data = recipe.data
-    training, test = data.load("train"), data.load("test")
+    training, test = (data.load(part, room=room, workers=processors()) for part in ("train", "test"))
     if test.class_names != training.class_names:
         raise UserError(
             f"data.source {data.source}: training and test images have different classes "
@@ -563,14 +608,14 @@ def load_data(recipe: Recipe) -> tuple[Split, Split]:
     return training, test
 
 
-def load_extra(recipe: Recipe, training: Split) -> Split | None:
+def load_extra(recipe: Recipe, training: Split, room: int | None = None) -> Split | None:
     """The second source of training images; None if the recipe names none.
 
     Raises:
         UserError: if they cannot be read, or are not of the same classes and shape.
     """
     try:
-        extra = recipe.data.load_extra()
+        extra = recipe.data.load_extra(room=room, workers=processors())
     except UserError as error:
         raise UserError(f"data.extra: {error}") from None
     if recipe.data.extra is None or extra is None:
@@ -596,7 +641,7 @@ def architecture_of(recipe: Recipe, training: Split) -> Architecture:
     imported = recipe.model.backbone.registered_name == "factory"
     normalize = recipe.model.normalize or ("none" if imported else "data")
     if normalize == "data":
-        mean, std = channel_statistics(training.images)
+        mean, std = channel_statistics(_pieces(training))
         std = tuple(deviation or 1.0 for deviation in std)  # a channel that never varies keeps its scale
     elif isinstance(normalize, Statistics):
         mean, std = normalize.mean, normalize.std
@@ -608,10 +653,17 @@ def architecture_of(recipe: Recipe, training: Split) -> Architecture:
         attach_at=recipe.model.attach_at,
         aggregator=aggregators.describe(aggregator) if recipe.model.attach_at else None,
         num_classes=classes,
-        image_shape=training.image_shape,
+        image_shape=(channels, *(recipe.data.image_size or training.image_shape[1:])),
         mean=mean,
         std=std,
     )
+
+
+def _pieces(split: Split) -> Iterator[Tensor]:
+    """The images of a split, some at a time; those on disk are all read for it."""
+    if split.is_stored:
+        _log.info("reading %d images for their mean and deviation; model.normalize may give these", len(split))
+    return in_turn(split.images, torch.split(torch.arange(len(split)), 256), "cpu")
 
 
 def load_stage(folder: Path, stage: str | None = None, checkpoint: str | None = None) -> tuple[nn.Module, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,8 @@ from dualhead.processes import group, local_rank
 
 Precision = Literal["float32", "bf16", "auto"]
 Layout = Literal["contiguous", "channels_last", "auto"]
+UNKNOWN_MEMORY = 8 * 2**30
+"""Bytes that are taken to be free where the system does not tell."""
 
 
 def find_device(name: str) -> torch.device:
@@ -50,6 +54,46 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {name!r} is not usable here; write auto, cpu, cuda or cuda:0") from None
     return device
+
+
+def room_for_images(device: torch.device) -> int:
+    """Bytes of decoded images that a process should hold at most: a quarter of what is free, since work copies them.
+
+    What is free is the smaller of this machine's memory, shared by the processes that torchrun started on it, and the
+    device's own.
+    """
+    free = _free_memory() // _processes_here()
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return free // 4
+
+
+def processors() -> int:
+    """This process's share of the processors of the machine, at least 1."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // _processes_here())
+
+
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_memory() -> int:
+    """Bytes that this machine, or the container that it is, has left; of a system that does not tell, half of all."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text("ascii") for name in ("max", "current"))
+        if limit.strip() != "max":
+            stat = Path("/sys/fs/cgroup/memory.stat").read_text("ascii").splitlines()
+            files = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
+            found.append(max(0, int(limit) - int(used) + files))
+    except (OSError, ValueError):
+        pass  # another system, or a container without these files: what was found counts
+    if not found and hasattr(os, "sysconf"):
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    return min(found, default=UNKNOWN_MEMORY)
 
 
 def synchronize(device: torch.device) -> None:

@@ -293,7 +293,7 @@ BAD = [
     ("NEW name=", "name: input should be a valid string (got nothing)"),
     (
         "NEW data=digits",
-        "data: must hold the keys source, image_column, label_column, image_size, validation, train_limit, au",
+        "data: must hold the keys source, image_column, label_column, image_size, crop, train_size, validation",
     ),
     ("NEW model=null", "model: must hold the keys backbone, attach_at, aggregator, second_head, normalize; got None"),
     ("NEW runtime.seed=-1", "runtime.seed: input should be greater than or equal to 0 (got -1)"),

@@ -29,6 +29,7 @@ def test_a_run_is_exported_as_onnx_and_gives_its_logits(finished_run, tmp_path, 
     assert {path.name for path in (tmp_path / "m").iterdir()} == {
         "model.safetensors", "config.json", "README.md", "model.onnx",
     }  # fmt: skip
+    assert "`model.onnx` is the same forward" in (tmp_path / "m" / "README.md").read_text()
     model, session = load(finished_run), session_of(tmp_path / "m" / "model.onnx")
     for count in (1, 3, 64):
         images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(count))

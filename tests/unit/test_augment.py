@@ -98,3 +98,50 @@ def test_flip_at_its_extremes():
 def test_impossible_values_are_refused(spec, words):
     with pytest.raises(UserError, match=words):
         augmentations.build(spec, "data.augment")
+
+
+# ---- random_resized_crop
+
+
+def test_a_resized_crop_of_all_is_the_image():
+    images = images_of(5, (3, 12, 16))
+    whole = augmentations.build({"name": "random_resized_crop", "area": [1, 1], "ratio": [16 / 12, 16 / 12]})
+    assert torch.equal(whole(images, streams_of(5)), images)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (12, 5)])
+def test_a_resized_crop_keeps_to_area_and_proportions(size):
+    # The images tell where a pixel comes from: rows in channel 0, columns in channel 1.
+    across = torch.arange(64, dtype=torch.uint8) * 2
+    images = torch.stack((across[:, None].expand(64, 64), across.expand(64, 64)))[None].expand(500, -1, -1, -1)
+    crop = augmentations.build({"name": "random_resized_crop", "size": list(size), "area": [0.25, 0.5]})
+    cut = crop(images, streams_of(500)).float() / 2
+    assert cut.shape == (500, 2, *size)
+    height = (cut[:, 0, -1, 0] - cut[:, 0, 0, 0]) * size[0] / (size[0] - 1)
+    width = (cut[:, 1, 0, -1] - cut[:, 1, 0, 0]) * size[1] / (size[1] - 1)
+    area, ratio = height * width / 64**2, width / height
+    for found, low, high in ((area, 0.25, 0.5), (ratio, 0.75, 4 / 3)):
+        assert float(found.min()) == pytest.approx(low, rel=0.1)
+        assert float(found.max()) == pytest.approx(high, rel=0.1)
+    assert len(cut[:, 0, 0, 0].unique()) > 20  # everywhere
+
+
+def test_proportions_that_do_not_fit_give_the_largest_that_does():
+    image = torch.arange(40, dtype=torch.uint8).expand(1, 1, 10, 40)
+    wide = augmentations.build({"name": "random_resized_crop", "size": [10, 10], "area": [1, 1], "ratio": [1, 1]})
+    found = wide(image, streams_of(1))[0, 0, 0]
+    assert int(found[-1]) - int(found[0]) == 9  # a square as high as the image
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"size": [0, 8]}, "size must be"),
+        ({"area": [0, 1]}, "area must be"),
+        ({"area": [0.5, 0.4]}, "area must be"),
+        ({"ratio": [2, 1]}, "ratio must be"),
+    ],
+)
+def test_impossible_resized_crops_are_refused(wrong, words):
+    with pytest.raises(UserError, match=words):
+        augmentations.build({"name": "random_resized_crop", **wrong})

@@ -3,7 +3,20 @@
 from dualhead.data.augmentations import Augmentation, augmentations
 from dualhead.data.cutmix import CutMix
 from dualhead.data.loader import Batch, Loader, batches
-from dualhead.data.source import load_split
+from dualhead.data.source import Storage, load_split
 from dualhead.data.split import Split, hold_out
+from dualhead.data.stored import in_turn
 
-__all__ = ["Augmentation", "Batch", "CutMix", "Loader", "Split", "augmentations", "batches", "hold_out", "load_split"]
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "CutMix",
+    "Loader",
+    "Split",
+    "Storage",
+    "augmentations",
+    "batches",
+    "hold_out",
+    "in_turn",
+    "load_split",
+]

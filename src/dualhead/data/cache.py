@@ -63,17 +63,17 @@ def read(key: str) -> Split | None:
 
 def write(key: str, split: Split) -> None:
     """Store a split; another process sees all of it or nothing."""
-    temporary = None
+    temporary, images = None, split.images[:]
     try:
         folder().mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder(), suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
         metadata = {
-            "checksum": _checksum(split.images, split.labels),
+            "checksum": _checksum(images, split.labels),
             "class_names": json.dumps(split.class_names),
         }
-        save_file({"images": split.images, "labels": split.labels}, temporary, metadata)
+        save_file({"images": images, "labels": split.labels}, temporary, metadata)
         temporary.replace(folder() / f"{key}.safetensors")
     except (OSError, RuntimeError, SafetensorError) as error:
         _log.warning("the decoded images are not kept for the next run: %s", error)

@@ -6,8 +6,10 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -42,7 +44,35 @@ class Encoded(NamedTuple):
         return self.file if self.row is None else f"row {self.row} of {self.file}"
 
 
-def decode(images: Iterable[Encoded], image_size: tuple[int, int] | None = None) -> Pixels:
+@dataclass(frozen=True)
+class Framing:
+    """How images come to one size.
+
+    Args:
+        size: height and width; None to demand equal sizes.
+        crop: None: each image is stretched to that size. A fraction in (0, 1]: the middle of the image is taken, in the
+            proportions of the size and as large as fits into this part of it.
+    """
+
+    size: tuple[int, int] | None = None
+    crop: float | None = None
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """The image, resized with a bicubic filter and antialiasing where that is needed."""
+        if self.size is None:
+            return image
+        (height, width), box = self.size, None
+        if self.crop is not None:
+            unit = self.crop * min(image.height / height, image.width / width)
+            across, down = unit * width, unit * height
+            left, top = (image.width - across) / 2, (image.height - down) / 2
+            box = (left, top, left + across, top + down)
+        if (image.height, image.width) == self.size and box in (None, (0, 0, width, height)):
+            return image
+        return image.resize((width, height), Image.Resampling.BICUBIC, box)
+
+
+def decode(images: Iterable[Encoded], framing: Framing = Framing()) -> Pixels:
     """Decode images into one array.
 
     The set is grey (C = 1) if every image is: modes 1, L, LA and 16-bit grey. Otherwise it is RGB (C = 3), whatever
@@ -51,7 +81,7 @@ def decode(images: Iterable[Encoded], image_size: tuple[int, int] | None = None)
 
     Args:
         images: at least one.
-        image_size: height and width to resize to (bicubic, with antialiasing); None to demand equal sizes.
+        framing: how they come to one size.
 
     Returns:
         uint8 [N, C, H, W].
@@ -62,11 +92,10 @@ def decode(images: Iterable[Encoded], image_size: tuple[int, int] | None = None)
     chunks: list[Pixels] = []
     first: Encoded | None = None
     source = iter(images)
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _bombs_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := list(islice(source, _BATCH)):
             first = first or batch[0]
-            decoded = list(_decoded(batch, image_size, pool))
+            decoded = list(_decoded(batch, framing, pool))
             expected = chunks[0].shape[1:3] if chunks else decoded[0].shape[:2]
             for encoded, pixels in zip(batch, decoded, strict=True):
                 if pixels.shape[:2] != expected:
@@ -85,10 +114,48 @@ def decode(images: Iterable[Encoded], image_size: tuple[int, int] | None = None)
     return result
 
 
-def _decoded(batch: list[Encoded], size: tuple[int, int] | None, pool: ThreadPoolExecutor) -> Iterator[Pixels]:
-    one = functools.partial(_decode_one, size=size)
-    large = sum(map(_num_bytes, batch)) >= _WORTH_A_THREAD * len(batch)
-    return pool.map(one, batch) if large else map(one, batch)
+def decode_as(
+    images: Sequence[Encoded], framing: Framing, shape: tuple[int, int, int], pool: Executor | None = None
+) -> Pixels:
+    """Decode some images of a set whose shape is known, as `decode` would with the whole set.
+
+    Args:
+        images: any number.
+        framing: how they come to one size.
+        shape: channels (1 if the set is grey), height and width of the set.
+        pool: threads for large images; None: this one alone.
+
+    Returns:
+        uint8 [N, *shape].
+
+    Raises:
+        UserError: naming the image that is not readable, too large, of another size, or coloured in a grey set.
+    """
+    result = np.empty((len(images), *shape), np.uint8)
+    with _bombs_refused():
+        for row, pixels in enumerate(_decoded(images, framing, pool)):
+            if pixels.shape[:2] != shape[1:]:
+                raise UserError(_sizes_differ("the first image", shape[1:], images[row], pixels))
+            if shape[0] == 1 and pixels.ndim == 3:
+                raise UserError(
+                    f"{images[row]} is coloured, but the set was taken for grey by a sample of its images; "
+                    "set data.stream=false, or store all images as RGB"
+                )
+            result[row] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return result
+
+
+@contextmanager
+def _bombs_refused() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _decoded(batch: Sequence[Encoded], framing: Framing, pool: Executor | None) -> Iterator[Pixels]:
+    one = functools.partial(_decode_one, framing=framing)
+    large = pool is not None and sum(map(_num_bytes, batch)) >= _WORTH_A_THREAD * len(batch)
+    return pool.map(one, batch) if pool is not None and large else map(one, batch)
 
 
 def _num_bytes(encoded: Encoded) -> int:
@@ -97,7 +164,7 @@ def _num_bytes(encoded: Encoded) -> int:
     return encoded.data.stat().st_size if encoded.data.exists() else 0
 
 
-def _sizes_differ(first: Encoded, expected: tuple[int, ...], other: Encoded, pixels: Pixels) -> str:
+def _sizes_differ(first: Encoded | str, expected: tuple[int, ...], other: Encoded, pixels: Pixels) -> str:
     (h1, w1), (h2, w2) = expected, pixels.shape[:2]
     sizes = f"{first} is {h1}x{w1}, {other} is {h2}x{w2} (height x width)"
     return f"images differ in size: {sizes}; set data.image_size, for example [{h1}, {w1}], to resize them"
@@ -109,14 +176,14 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _decode_one(encoded: Encoded, size: tuple[int, int] | None) -> Pixels:
+def _decode_one(encoded: Encoded, framing: Framing) -> Pixels:
     """uint8 [H, W] if grey, else [H, W, 3]."""
     stream = io.BytesIO(encoded.data) if isinstance(encoded.data, bytes) else encoded.data
     try:
         with Image.open(stream, formats=_formats()) as image:
             if image.getexif().get(_ORIENTATION, 1) != 1:
-                return _pixels(ImageOps.exif_transpose(image), size)
-            return _pixels(image, size)
+                return _pixels(ImageOps.exif_transpose(image), framing)
+            return _pixels(image, framing)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
         raise UserError(f"{encoded} is larger than {limit}, possibly a decompression bomb; shrink it first") from None
@@ -127,16 +194,14 @@ def _decode_one(encoded: Encoded, size: tuple[int, int] | None) -> Pixels:
         raise UserError(f"{encoded} is not a readable image: {reason}") from None
 
 
-def _pixels(image: Image.Image, size: tuple[int, int] | None) -> Pixels:
+def _pixels(image: Image.Image, framing: Framing) -> Pixels:
     if image.mode in _GREY:
         image = _eight_bit(image)
     elif image.mode == "F":
         raise ValueError("its pixels are floats of unknown range; store it with 8 or 16 bits")
     elif image.mode != "RGB":
         image = image.convert("RGB")
-    if size is not None and (image.height, image.width) != size:
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(framing.apply(image))
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -1,9 +1,10 @@
-"""Batches from images that lie on the device as uint8; order and augmentation are functions of the seed."""
+"""Batches from images that lie on the device as uint8, or on disk; order and augmentation are functions of the seed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import tee
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from dualhead.data.augmentations.base import Augmentation
 from dualhead.data.cutmix import CutMix
 from dualhead.data.split import Split
+from dualhead.data.stored import in_turn
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.processes import ALONE, Group
@@ -52,8 +54,10 @@ class Loader:
     With a second source, a fraction of each batch comes from it, evenly spread over the batch. An epoch keeps its
     number of steps, so it costs the same; of the split's own images it shows as many fewer, others each time.
 
+    Images on disk are decoded ahead, each by the process whose share it is in; the batches are the same to the bit.
+
     Args:
-        split: images and labels; moved to the device once.
+        split: images and labels; moved to the device once, unless the images are on disk.
         batch_size: images in a global batch, over all processes.
         seed: names order and augmentation.
         augment: applied in turn.
@@ -91,11 +95,15 @@ class Loader:
             )
         self._own = len(split)
         sources = [split] if extra is None else [split, extra]
-        self._images = torch.cat([source.images.to(device) for source in sources])
-        self._labels = torch.cat([source.labels.to(device) for source in sources])
+        self._device = torch.device(device)
+        self._sources = [source.images for source in sources]
+        held = [source.images for source in sources if isinstance(source.images, Tensor)]
+        self._images = torch.cat([images.to(device) for images in held]) if len(held) == len(sources) else None
+        home = torch.device("cpu") if self._images is None else self._device  # where it is decided what comes next
+        self._labels = torch.cat([source.labels.to(home) for source in sources])
         self._seed, self._augment, self._cutmix = seed, tuple(augment), cutmix
         self._classes = len(split.class_names)
-        slots = torch.arange(self.global_batch + 1, dtype=torch.float64, device=device)
+        slots = torch.arange(self.global_batch + 1, dtype=torch.float64, device=home)
         slots = (slots * (0.0 if extra is None else fraction)).floor()
         self._own_slots, self._extra_slots = ((slots.diff() == part).nonzero()[:, 0] for part in (0, 1))
         self._share = group.share_of(self.global_batch)
@@ -133,22 +141,50 @@ class Loader:
                 index[self._extra_slots] = extra[drawn % len(extra)]
             yield index
 
-    def _augmented(self, index: Tensor, epoch: int) -> Tensor:
-        images, streams = self._images[index], Streams.of(self._seed, index).fork("augment", epoch)
+    def _augmented(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
+        streams = Streams.of(self._seed, index).fork("augment", epoch)
         for number, augmentation in enumerate(self._augment):
             images = augmentation(images, streams.fork(number))
         return images
 
+    def _pixels(self, steps: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The images at the positions of each step, on the device."""
+        if self._images is not None:
+            yield from (self._images[positions] for positions in steps)
+            return
+        steps, start, read = list(steps), 0, []
+        for images in self._sources:
+            inside = [(start <= positions) & (positions < start + len(images)) for positions in steps]
+            pieces = [positions[its] - start for positions, its in zip(steps, inside, strict=True)]
+            read.append(zip(inside, in_turn(images, pieces, self._device), strict=True))
+            start += len(images)
+        for step in zip(*read, strict=True):
+            whole = step[0][1].new_empty(len(step[0][0]), *step[0][1].shape[1:])
+            for its, images in step:
+                whole[its.to(self._device)] = images
+            yield whole
+
+    def _partners(self, index: Tensor, epoch: int) -> Tensor:
+        """Positions of the images that CutMix mixes in."""
+        if self._cutmix is None:
+            return index[:0]
+        return self._cutmix.partners(Streams.of(self._seed, index).fork("cutmix", epoch), len(self._labels))
+
     def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        for whole in self._global_batches(epoch, first_step):
-            index = whole[self._share]
-            images, labels = self._augmented(index, epoch), self._labels[index]
-            if self._cutmix is not None:
-                streams = Streams.of(self._seed, index).fork("cutmix", epoch)
-                partners = self._cutmix.partners(streams, len(self._labels))
-                others = self._augmented(partners, epoch)
-                images, labels = self._cutmix(images, others, labels, self._labels[partners], streams, self._classes)
-            yield Batch(index, _as_float(images), labels, self.global_batch)
+        shares = (whole[self._share] for whole in self._global_batches(epoch, first_step))
+        ours, needed = tee(torch.cat((index, self._partners(index, epoch))) for index in shares)
+        count = self._share.stop - self._share.start
+        for positions, pixels in zip(ours, self._pixels(needed), strict=True):
+            labels = self._labels[positions].to(self._device)
+            index, partners = positions.to(self._device).tensor_split([count])
+            images = self._augmented(pixels[:count], index, epoch)
+            if self._cutmix is None:
+                yield Batch(index, _as_float(images), labels, self.global_batch)
+                continue
+            streams = Streams.of(self._seed, index).fork("cutmix", epoch)
+            others = self._augmented(pixels[count:], partners, epoch)
+            images, shared = self._cutmix(images, others, labels[:count], labels[count:], streams, self._classes)
+            yield Batch(index, _as_float(images), shared, self.global_batch)
 
 
 def batches(split: Split, batch_size: int, device: torch.device | str, share: slice = slice(None)) -> Iterator[Batch]:
@@ -163,7 +199,6 @@ def batches(split: Split, batch_size: int, device: torch.device | str, share: sl
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     first, end, _ = share.indices(len(split))
-    for start in range(first, end, batch_size):
-        chosen = slice(start, min(start + batch_size, end))
-        index = torch.arange(chosen.start, chosen.stop, device=device)
-        yield Batch(index, _as_float(split.images[chosen].to(device)), split.labels[chosen].to(device))
+    pieces = [torch.arange(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
+    for index, images in zip(pieces, in_turn(split.images, pieces, device), strict=True):
+        yield Batch(index.to(device), _as_float(images), split.labels[index].to(device))

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dualhead.data import cache
-from dualhead.data.decode import Encoded, decode
+from dualhead.data.decode import Encoded, Framing, decode
 from dualhead.data.files import ImageFiles, ParquetFiles, Part, choose_part, find_files, no_part
 from dualhead.data.split import Split
+from dualhead.data.stored import Encodings, Files, Rows, StoredImages, encoded_row
 from dualhead.errors import UserError
+from dualhead.noise import Streams
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -26,6 +30,38 @@ _IMAGE_NAMES: Final = ("image", "img")
 _LABEL_NAMES: Final = ("label", "labels", "fine_label", "class", "target")
 _ROWS: Final = 1024  # read at once
 _MANY_CLASSES: Final = 10_000  # a few rows may well have large labels, but not larger than this
+_PROBED: Final = 64  # images, evenly spread, that tell whether a set on disk is grey
+
+_log = logging.getLogger(__name__)
+
+Choice = Literal["first", "sample"]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where the images of a set are while they are used.
+
+    Args:
+        stream: True: on disk, decoded when they are needed; False: decoded into memory; None: on disk if they would
+            take more than `room` in memory.
+        room: bytes; None: any number.
+        workers: processes that decode streamed images; 0: the one that uses them decodes.
+    """
+
+    stream: bool | None = None
+    room: int | None = None
+    workers: int = 0
+
+    def streams(self, count: int, shape: Callable[[], tuple[int, int, int]]) -> bool:
+        """Whether so many images of such a shape stay on disk."""
+        if self.stream is not None:
+            return self.stream
+        if self.room is None:
+            return False
+        size = count * math.prod(shape())
+        if size > self.room:
+            _log.info("%d images take %d bytes decoded, more than %d: read from disk", count, size, self.room)
+        return size > self.room
 
 
 def load_split(
@@ -35,9 +71,15 @@ def load_split(
     image_column: str | None = None,
     label_column: str | None = None,
     image_size: Sequence[int] | None = None,
+    crop: float | None = None,
     limit: int | None = None,
+    choice: Choice = "first",
+    storage: Storage = Storage(),
 ) -> Split:
     """One part of a data set, decoded; the second time from the cache (see `dualhead.data.cache`).
+
+    Images that stay on disk are decoded whenever they are used, and nothing of them is cached, except that parquet is
+    converted once to Arrow files in the cache's folder, from which single rows can be read.
 
     Args:
         source: one of:
@@ -51,7 +93,11 @@ def load_split(
         image_column: column of a table that holds the images; None to find it by its type and name.
         label_column: column that holds the labels, integers; None to find it.
         image_size: height and width to which images are resized; None if they are equally large.
-        limit: only the first so many images. An image folder is read class by class in turn.
+        crop: None to stretch images to `image_size`; else see `Framing`.
+        limit: only so many images.
+        choice: which: the first (an image folder is read class by class in turn), or a random sample of all, always
+            the same, in the order of the set.
+        storage: whether they are decoded into memory.
 
     Raises:
         UserError: one line that says what cannot be read, where, and what would be right.
@@ -63,10 +109,10 @@ def load_split(
     size = None if image_size is None else tuple(image_size)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise UserError(f"data.image_size must be [height, width], both at least 1, got {list(size)}")
-    options = _Options(part, image_column, label_column, size, limit)
+    options = _Options(part, image_column, label_column, size, crop, limit, choice)
     try:
         path = _path(source)
-        return _from_hub(source, options) if path is None else _from_path(path, options)
+        return _from_hub(source, options, storage) if path is None else _from_path(path, options, storage)
     except UserError as error:
         raise UserError(f"data.source {source!r}: {error}") from None
 
@@ -77,7 +123,21 @@ class _Options:
     image_column: str | None
     label_column: str | None
     image_size: tuple[int, int] | None
+    crop: float | None
     limit: int | None
+    choice: Choice
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.image_size, self.crop)
+
+    def chosen(self, total: int) -> NDArray[np.int64]:
+        """Positions of the images that are used, of so many, in order."""
+        count = total if self.limit is None else min(self.limit, total)
+        if self.choice == "first" or count == total:
+            return np.arange(count)
+        lot = Streams.of(0, torch.arange(total)).fork("train_limit").bits(1)[:, 0]
+        return np.sort(lot.argsort(stable=True)[:count].numpy())
 
 
 def _path(source: str) -> Path | None:
@@ -102,18 +162,45 @@ def _cached(files: Sequence[Path], options: _Options, extra: object, make: Calla
     return split
 
 
-def _from_path(path: Path, options: _Options) -> Split:
+def _from_path(path: Path, options: _Options, storage: Storage) -> Split:
     found = find_files(path, options.part)
     if isinstance(found, ImageFiles):
-        names = found.class_names
-        return _cached(found.all(), options, names, lambda: _read_images(path, found, options))
-    return _cached(found.all(), options, None, lambda: _read_parquet(found, options))
+        return _from_images(path, found, options, storage)
+    tables, others = [_parquet(path) for path in found.part], [_parquet(path) for path in found.other]
+    reader = _TableReader(tables, others, options, lambda column: _arrow(found, column))
+    return reader.read(found.all(), None, storage)
 
 
-def _read_images(root: Path, found: ImageFiles, options: _Options) -> Split:
-    files, labels = found.files[: options.limit], found.labels[: options.limit]
-    images = decode((Encoded(path, str(path.relative_to(root)), None) for path in files), options.image_size)
-    return Split(torch.from_numpy(images), torch.tensor(labels), found.class_names)
+def _from_images(root: Path, found: ImageFiles, options: _Options, storage: Storage) -> Split:
+    chosen = options.chosen(len(found.files)).tolist()
+    paths, labels = [found.files[n] for n in chosen], torch.tensor([found.labels[n] for n in chosen])
+
+    def encoded() -> Iterator[Encoded]:
+        return (Encoded(path, str(path.relative_to(root)), None) for path in paths)
+
+    if storage.streams(len(paths), lambda: _shape_like(next(encoded()), options)):
+        return _stored(Files(root, paths), torch.arange(len(paths)), labels, found.class_names, options, storage)
+    return _cached(
+        found.all(), options, found.class_names,
+        lambda: Split(torch.from_numpy(decode(encoded(), options.framing)), labels, found.class_names),
+    )  # fmt: skip
+
+
+def _shape_like(first: Encoded, options: _Options) -> tuple[int, int, int]:
+    """Three channels, and the height and width that images have: the given ones, else those of the first."""
+    height, width = options.image_size or decode([first]).shape[2:]
+    return 3, height, width
+
+
+def _stored(
+    encodings: Encodings, rows: torch.Tensor, labels: torch.Tensor, names: Sequence[str], options: _Options,
+    storage: Storage,
+) -> Split:  # fmt: skip
+    """Images that stay on disk; a sample of them tells channels and size."""
+    probed = rows[torch.linspace(0, len(rows) - 1, min(_PROBED, len(rows)), dtype=torch.float64).round().long()]
+    _, channels, height, width = decode(encodings.read(probed.numpy()), options.framing).shape
+    images = StoredImages(encodings, rows, options.framing, (channels, height, width), storage.workers)
+    return Split(images, labels, tuple(names))
 
 
 @dataclass(frozen=True)
@@ -122,17 +209,35 @@ class _Table:
 
     Args:
         name: for messages.
+        rows: number of them.
         features: the columns with their types.
         read: the named column in pieces, as pyarrow arrays.
     """
 
     name: str
+    rows: int
     features: Features
     read: Callable[[str], Iterator[Any]]
 
 
-def _read_parquet(found: ParquetFiles, options: _Options) -> Split:
-    return _read_tables([_parquet(path) for path in found.part], [_parquet(path) for path in found.other], options)
+def _arrow(found: ParquetFiles, column: str) -> Any:  # datasets has no types
+    """The rows of a part as a data set of Arrow files, which are made the first time."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        paths = [str(path) for path in found.part]
+        return datasets.Dataset.from_parquet(paths, columns=[column], cache_dir=str(cache.folder() / "arrow"))
+    except Exception as error:  # of several libraries: a damaged file, a full disk
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{found.part[0].parent.name}/ cannot be converted for reading single rows: {type(cause).__name__}: "
+            f"{_one_line(cause)}"
+        ) from None
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _parquet(path: Path) -> _Table:
@@ -148,7 +253,7 @@ def _parquet(path: Path) -> _Table:
             raise _damaged(path, error) from None
 
     try:
-        schema = parquet.read_schema(path)
+        schema, rows = parquet.read_schema(path), parquet.read_metadata(path).num_rows
     except Exception as error:
         raise _damaged(path, error) from None
     if b"names_file" in (schema.metadata or {}).get(b"huggingface", b""):
@@ -158,18 +263,18 @@ def _parquet(path: Path) -> _Table:
     except Exception as error:  # JSON of any shape may stand there, and fails in as many ways
         fault = f"{path.name} describes its columns in a way that cannot be read"
         raise UserError(f"{fault} (metadata 'huggingface': {type(error).__name__}: {_one_line(error)})") from None
-    return _Table(path.name, features, read)
+    return _Table(path.name, rows, features, read)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path.name} is not a readable parquet file: {_one_line(error)}")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())
 
 
-def _from_hub(source: str, options: _Options) -> Split:
+def _from_hub(source: str, options: _Options, storage: Storage) -> Split:
     from datasets import load_dataset
 
     name, _, config = source.partition(":")
@@ -184,7 +289,8 @@ def _from_hub(source: str, options: _Options) -> Split:
     other = choose_part(loaded, "test" if options.part == "train" else "train")
     tables = [_hub_table(part, loaded[part]) for part in (chosen, other) if part is not None]
     files = [Path(entry["filename"]) for part in (chosen, other) if part for entry in loaded[part].cache_files]
-    return _cached(files, options, [source, chosen], lambda: _read_tables(tables[:1], tables[1:], options))
+    reader = _TableReader(tables[:1], tables[1:], options, lambda _: loaded[chosen])
+    return reader.read(files, [source, chosen], storage)
 
 
 def _hub_table(part: str, dataset: Any) -> _Table:  # datasets has no types
@@ -192,34 +298,82 @@ def _hub_table(part: str, dataset: Any) -> _Table:  # datasets has no types
         for table in dataset.select_columns([column]).with_format("arrow").iter(_ROWS):
             yield from table.column(0).chunks
 
-    return _Table(f"its {part} part", dataset.features, read)
+    return _Table(f"its {part} part", dataset.num_rows, dataset.features, read)
 
 
-def _read_tables(tables: Sequence[_Table], others: Sequence[_Table], options: _Options) -> Split:
-    first = tables[0]
-    image = _image_column(first.features, options.image_column)
-    label = _label_column(first.features, options.label_column)
-    for table in tables[1:]:
-        if table.features.get(image) != first.features[image] or table.features.get(label) != first.features[label]:
-            raise UserError(f"{table.name} and {first.name} differ in the type of column {image!r} or {label!r}")
-    labels = [_labels(table, label) for table in tables]
-    names = getattr(first.features[label], "names", None)
-    if names is None:
-        # The numbers that occur in either part, so that both have the same classes.
-        names = _numbered_classes(
-            labels + [_labels(table, label) for table in others if label in table.features], label
-        )
-    if len(names) < 2:
-        raise UserError(f"column {label!r} has {len(names)} class; a classifier needs at least 2")
-    _check_labels(tables, labels, len(names), options.limit)
-    numbers = np.concatenate(labels)[: options.limit]
-    if not len(numbers):
-        raise UserError(f"{first.name} has no rows")
-    encoded = (row for table in tables for row in _encoded(table, image))
-    images = decode(islice(encoded, len(numbers)), options.image_size)
-    if len(images) != len(numbers):
-        raise UserError(f"{first.name} is damaged: {len(numbers)} labels, but {len(images)} images")
-    return Split(torch.from_numpy(images), torch.from_numpy(numbers), tuple(names))
+@dataclass(frozen=True)
+class _TableReader:
+    """Images and labels in the rows of tables.
+
+    Args:
+        tables: of the part, one after the other.
+        others: of the other part; its labels count where classes have no names.
+        options: which images, and how.
+        rows_of: an image column of the part as a `datasets.Dataset` that reads single rows.
+    """
+
+    tables: Sequence[_Table]
+    others: Sequence[_Table]
+    options: _Options
+    rows_of: Callable[[str], Any]
+
+    def read(self, files: Sequence[Path], extra: object, storage: Storage) -> Split:
+        """The split; in memory it is cached under the files and what else names it."""
+        total = sum(table.rows for table in self.tables)
+        count = min(self.options.limit or total, total)
+        if count and storage.streams(count, self._shape):
+            return self._stored(storage)
+        return _cached(files, self.options, extra, self._decoded)
+
+    def _columns(self) -> tuple[str, str]:
+        first = self.tables[0]
+        image = _image_column(first.features, self.options.image_column)
+        label = _label_column(first.features, self.options.label_column)
+        for table in self.tables[1:]:
+            if table.features.get(image) != first.features[image] or table.features.get(label) != first.features[label]:
+                raise UserError(f"{table.name} and {first.name} differ in the type of column {image!r} or {label!r}")
+        return image, label
+
+    def _shape(self) -> tuple[int, int, int]:
+        image, _ = self._columns()
+        return _shape_like(next(row for table in self.tables for row in _encoded(table, image)), self.options)
+
+    def _labelled(self) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+        """Rows that are used, their labels, and the names of the classes."""
+        first, (_, label) = self.tables[0], self._columns()
+        labels = [_labels(table, label) for table in self.tables]
+        names = getattr(first.features[label], "names", None)
+        if names is None:
+            # The numbers that occur in either part, so that both have the same classes.
+            theirs = [_labels(table, label) for table in self.others if label in table.features]
+            names = _numbered_classes(labels + theirs, label)
+        if len(names) < 2:
+            raise UserError(f"column {label!r} has {len(names)} class; a classifier needs at least 2")
+        numbers = np.concatenate(labels)
+        if not len(numbers):
+            raise UserError(f"{first.name} has no rows")
+        chosen = self.options.chosen(len(numbers))
+        _check_labels(self.tables, numbers, chosen, len(names))
+        return chosen, numbers[chosen], names
+
+    def _decoded(self) -> Split:
+        chosen, numbers, names = self._labelled()
+        image, _ = self._columns()
+        used = np.zeros(chosen[-1] + 1, np.bool_)  # what comes after the last one is not even read
+        used[chosen] = True
+        encoded = (row for table in self.tables for row in _encoded(table, image))
+        images = decode(compress(encoded, used), self.options.framing)
+        if len(images) != len(numbers):
+            name = self.tables[0].name
+            raise UserError(f"{name} is damaged: {len(numbers)} labels, but {len(images)} images")
+        return Split(torch.from_numpy(images), torch.from_numpy(numbers), tuple(names))
+
+    def _stored(self, storage: Storage) -> Split:
+        chosen, numbers, names = self._labelled()
+        image, _ = self._columns()
+        rows = Rows(self.rows_of(image), image, [(table.name, table.rows) for table in self.tables])
+        labels = torch.from_numpy(numbers)
+        return _stored(rows, torch.from_numpy(chosen), labels, names, self.options, storage)
 
 
 def _numbered_classes(labels: Sequence[NDArray[np.int64]], column: str) -> list[str]:
@@ -240,29 +394,31 @@ def _labels(table: _Table, column: str) -> NDArray[np.int64]:
 
 
 def _check_labels(
-    tables: Sequence[_Table], labels: Sequence[NDArray[np.int64]], num_classes: int, limit: int | None
+    tables: Sequence[_Table], numbers: NDArray[np.int64], chosen: NDArray[np.int64], num_classes: int
 ) -> None:
-    left = limit
-    for table, column in zip(tables, labels, strict=True):
-        used = column[:left]
-        wrong = ((used < 0) | (used >= num_classes)).nonzero()[0]
-        if len(wrong):
-            hint = " (-1 often marks a part without labels)" if used[wrong[0]] == -1 else ""
-            fault = f"row {wrong[0]} of {table.name} has label {used[wrong[0]]}{hint}"
-            raise UserError(f"{fault}; labels must lie in 0..{num_classes - 1}")
-        left = None if left is None else left - len(used)
+    used = numbers[chosen]
+    wrong = ((used < 0) | (used >= num_classes)).nonzero()[0]
+    if len(wrong):
+        number = used[wrong[0]]
+        hint = " (-1 often marks a part without labels)" if number == -1 else ""
+        name, row = _place(tables, int(chosen[wrong[0]]))
+        raise UserError(f"row {row} of {name} has label {number}{hint}; labels must lie in 0..{num_classes - 1}")
+
+
+def _place(tables: Iterable[_Table], row: int) -> tuple[str, int]:
+    """Name of the table that a row of all lies in, and its number there."""
+    for table in tables:
+        if row < table.rows:
+            return table.name, row
+        row -= table.rows
+    raise IndexError(row)
 
 
 def _encoded(table: _Table, column: str) -> Iterator[Encoded]:
     row = 0
     for piece in table.read(column):
         for value in piece.to_pylist():
-            content = value if isinstance(value, bytes | None) else value.get("bytes")
-            if content is None:
-                if value is None or not value.get("path"):
-                    raise UserError(f"row {row} of {table.name} has no image")
-                content = Path(value["path"])
-            yield Encoded(content, table.name, row)
+            yield encoded_row(value, table.name, row)
             row += 1
 
 

@@ -1,4 +1,4 @@
-"""One part of a data set, held in memory: uint8 images, labels, class names."""
+"""One part of a data set: uint8 images in memory or on disk, labels, class names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dualhead.data.stored import Images, StoredImages, middle
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 
@@ -20,7 +21,7 @@ class Split:
     """Images with labels.
 
     Args:
-        images: uint8 [N, C, H, W], 0 to 255.
+        images: uint8 [N, C, H, W], 0 to 255: a tensor, or images on disk that are decoded when they are indexed.
         labels: int64 [N], each in [0, number of classes).
         class_names: one name per class, in the order of the labels; at least two.
 
@@ -28,20 +29,20 @@ class Split:
         UserError: if shape, type or a label is impossible, or there is no image.
     """
 
-    images: Tensor
+    images: Images
     labels: Tensor
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.dim() != 4:
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.dim() != 4):
             raise UserError(f"images must be uint8 [N, C, H, W], got {_described(images)}")
         if labels.dtype != torch.int64 or labels.dim() != 1:
             raise UserError(f"labels must be int64 [N], got {_described(labels)}")
         if len(images) != len(labels):
             raise UserError(f"there must be one label per image, got {len(images)} images and {len(labels)} labels")
-        if images.numel() == 0:
+        if 0 in images.shape:
             raise UserError(f"there must be at least one image, got shape {list(images.shape)}")
         if self.num_classes < 2:
             raise UserError(f"a classifier needs at least 2 classes, got {self.num_classes}")
@@ -92,10 +93,22 @@ class Split:
         _, channels, height, width = self.images.shape
         return channels, height, width
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether the images are on disk."""
+        return isinstance(self.images, StoredImages)
+
     def take(self, indices: Tensor | Sequence[int]) -> Split:
-        """The images at the given positions, in that order."""
+        """The images at the given positions, in that order; those on disk stay there."""
         chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
-        return Split(self.images[chosen], self.labels[chosen], self.class_names)
+        images = self.images.select(chosen) if isinstance(self.images, StoredImages) else self.images[chosen]
+        return Split(images, self.labels[chosen], self.class_names)
+
+    def show_middle(self, height: int, width: int) -> Split:
+        """The middle of each image, of that height and width."""
+        if isinstance(self.images, StoredImages):
+            return Split(self.images.show_middle(height, width), self.labels, self.class_names)
+        return Split(middle(self.images[:], height, width), self.labels, self.class_names)
 
     def first(self, n: int) -> Split:
         """The first n images, or all if there are fewer.
@@ -105,7 +118,7 @@ class Split:
         """
         if n < 1:
             raise UserError(f"the number of images must be at least 1, got {n}")
-        return Split(self.images[:n], self.labels[:n], self.class_names)
+        return self.take(range(min(n, len(self))))
 
 
 def _described(tensor: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.fx
@@ -69,13 +69,13 @@ class Normalize(nn.Module):
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Tensor | Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels.
 
-    Summed in integers, chunk by chunk: the result is exact and memory stays small.
+    Summed in integers, chunk by chunk: the result is exact, does not depend on the pieces, and memory stays small.
 
     Args:
-        images: uint8 [N, C, H, W], N at least 1.
+        images: uint8 [N, C, H, W], N at least 1; or such pieces of them, one after another.
 
     Returns:
         Means and (population) standard deviations, one per channel, in units of images in [0, 1].
@@ -83,16 +83,20 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     Raises:
         UserError: if there is no image, or they are not uint8 [N, C, H, W].
     """
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.numel() == 0:
-        raise UserError(f"images must be uint8 [N, C, H, W], N at least 1, got {images.dtype} {tuple(images.shape)}")
-    channels, pixels = images.shape[1], images.numel() // images.shape[1]
-    totals, squares = [0] * channels, [0] * channels
-    length = max(1, CHUNK * len(images) // images.numel())
-    for start in range(0, len(images), length):
-        for channel in range(channels):
-            values = images[start : start + length, channel]
-            totals[channel] += int(values.sum(dtype=torch.int64))
-            squares[channel] += int(values.int().square().sum(dtype=torch.int64))
+    pixels, totals, squares = 0, [0], [0]
+    for piece in (images,) if isinstance(images, Tensor) else images:
+        if piece.dtype != torch.uint8 or piece.dim() != 4 or piece.numel() == 0:
+            raise UserError(f"images must be uint8 [N, C, H, W], N at least 1, got {piece.dtype} {tuple(piece.shape)}")
+        channels = piece.shape[1]
+        if not pixels:
+            totals, squares = [0] * channels, [0] * channels
+        pixels += piece.numel() // channels
+        length = max(1, CHUNK * len(piece) // piece.numel())
+        for start in range(0, len(piece), length):
+            for channel in range(channels):
+                values = piece[start : start + length, channel]
+                totals[channel] += int(values.sum(dtype=torch.int64))
+                squares[channel] += int(values.int().square().sum(dtype=torch.int64))
     means = tuple(total / (255 * pixels) for total in totals)
     variances = (pixels * square - total**2 for total, square in zip(totals, squares, strict=True))
     return means, tuple(math.sqrt(variance) / (255 * pixels) for variance in variances)

@@ -1,4 +1,4 @@
-"""Residual networks for small images (He et al. 2016a, with a 3x3 stem), as published robust models use them."""
+"""Residual networks (He et al. 2016a) for small images, as published robust models use them, and for large ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dualhead.models.normalize import Normalize
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)
+Stem = Literal["small", "imagenet"]
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -77,15 +78,17 @@ def _stage(
 class ResNet(nn.Module):
     """Parameters named as in `pytorch-cifar`, MART and RobustBench; weights start at torch's defaults, as there.
 
-    The stem is one 3x3 convolution of stride 1 without pooling.
+    The stem for small images is one 3x3 convolution of stride 1; that for ImageNet a 7x7 one of stride 2, and pooling.
     """
 
-    def __init__(self, depth: int, num_classes: int, normalize: Normalize) -> None:
+    def __init__(self, depth: int, num_classes: int, normalize: Normalize, stem: Stem = "small") -> None:
         super().__init__()
         block = BasicBlock if depth < 50 else Bottleneck
         self.normalize = normalize
-        self.conv1 = nn.Conv2d(normalize.channels, WIDTHS[0], 3, padding=1, bias=False)
+        size, stride = (3, 1) if stem == "small" else (7, 2)
+        self.conv1 = nn.Conv2d(normalize.channels, WIDTHS[0], size, stride, padding=size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.pools = stem == "imagenet"
         blocks, wider = BLOCKS[depth], block.expansion
         self.layer1 = _stage(block, WIDTHS[0], WIDTHS[0], blocks[0], 1)
         self.layer2 = _stage(block, WIDTHS[0] * wider, WIDTHS[1], blocks[1], 2)
@@ -96,6 +99,8 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         x = F.relu(self.bn1(self.conv1(self.normalize(images))), inplace=True)
+        if self.pools:
+            x = F.max_pool2d(x, 3, 2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.linear(x.mean((2, 3)))
         return logits
@@ -104,15 +109,18 @@ class ResNet(nn.Module):
 @backbones.register("resnet", numbers=("depth",))
 @dataclass(frozen=True)
 class ResNetBackbone(Backbone):
-    """ResNet for small images: `resnet-18`.
+    """ResNet: `resnet-18` for small images.
 
     Args:
         depth: 18, 34 or 50.
+        stem: `small`, or `imagenet`, which reduces the image to a quarter before the first block, as He et al. do.
+            (Weights of that form are published under other names: take `timm:resnet50` for those.)
     """
 
     depth: Literal[18, 34, 50] = 18
+    stem: Stem = "small"
 
     attach_at: ClassVar[str | None] = "layer1"
 
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
-        return ResNet(self.depth, num_classes, normalize)
+        return ResNet(self.depth, num_classes, normalize, self.stem)

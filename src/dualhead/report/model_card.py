@@ -16,9 +16,21 @@ OUTPUTS = {
     "aggregate": "A dual-head classifier (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
 }
 
+ONNX_SECTION = """
+## ONNX
+
+`model.onnx` is the same forward for engines without PyTorch: `images`, float32 [N, channels, height, width] in [0, 1],
+to `logits`, for any N. It normalises by itself, and was checked with onnxruntime when it was written.
+"""
+"""What a card says of the model as ONNX."""
+
 
 def model_card(
-    config: Mapping[str, Any], recipe: Mapping[str, Any] | None = None, results: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
+    *,
+    onnx: bool = False,
 ) -> str:
     """A card in Markdown, with the front matter that the Hugging Face Hub reads.
 
@@ -26,6 +38,7 @@ def model_card(
         config: content of the model's `config.json`.
         recipe: content of the run's `config.yaml`; None if it is not known.
         results: content of the evaluation's `results.json`; None if there is none, which the card then says.
+        onnx: whether `model.onnx` lies beside it.
     """
     architecture, threat = config["architecture"], config.get("threat", {})
     shape = "x".join(map(str, architecture["image_shape"]))
@@ -70,7 +83,7 @@ def model_card(
         "It holds for the threat model above and for images like the test images; other norms, larger budgets, "
         "corruptions and unrelated images are outside it.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (ONNX_SECTION if onnx else "")
 
 
 def _measured(results: Mapping[str, Any] | None) -> list[str]:

@@ -29,7 +29,7 @@ class Augmentation(ABC):
             streams: randomness of these samples, on the images' device.
 
         Returns:
-            uint8 [B, C, H, W], of the same shape.
+            uint8 [B, C, H, W], of the same shape, unless the augmentation has a size of its own.
         """
 
 
