@@ -81,6 +81,9 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe (`dualhead list recipes`), or a YAML file.")],
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Leave in RUN/profile where the time of steps goes.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -98,6 +101,7 @@ def train(
             evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
             stop=stop,
             command=_command(),
+            profile=profile,
         )
     if not group.first:
         return
@@ -107,6 +111,8 @@ def train(
         return
     out.print(accuracy_table("accuracy in percent, with 95 % intervals", rows))
     if not quiet:
+        if profile:
+            out.print(f"profile: {result.run_dir / 'profile'}, a table and a trace for each stage", soft_wrap=True)
         out.print(f"run: {result.run_dir}, report: {result.run_dir / 'report.html'}", soft_wrap=True)
 
 

@@ -61,6 +61,7 @@ from dualhead.training import (
     Stage,
     StageFiles,
     StageRun,
+    StepProfiler,
     TrainingProgress,
     Validator,
     summary_writer,
@@ -136,6 +137,7 @@ def train(
     evaluation_progress: Callable[[str], EvaluationProgress] | None = None,
     stop: Callable[[], bool] = lambda: False,
     command: str | None = None,
+    profile: bool = False,
 ) -> RunResult:
     """Train as a recipe says and evaluate what came of it; in a folder with an unfinished run, go on with it.
 
@@ -150,6 +152,7 @@ def train(
         evaluation_progress: gives, for the name of a row, who is told of its evaluation.
         stop: asked after every step; when true the run saves itself and raises `Interrupted`.
         command: what the user typed, kept with the results.
+        profile: look at a few steps of each stage, and leave what takes how long in the run's folder, in `profile`.
 
     Raises:
         UserError: for a bad recipe, bad data, or a folder that holds another run or where another process works;
@@ -171,7 +174,7 @@ def train(
             held.enter_context(FolderLock(run.folder))
 
         processes.lead(take_folder)
-        run.train(progress or Silent(), stop)
+        run.train(progress or Silent(), stop, profile=profile)
         rows = run.evaluate(evaluation_progress, command, stop)
     processes.lead(lambda: write_report([run.folder], run.folder / "report.html"))
     return RunResult(run.folder, view(run.model, run.output), tuple(rows))
@@ -371,8 +374,9 @@ class Run:
 
     # ---- training
 
-    def train(self, progress: TrainingProgress, stop: Callable[[], bool]) -> None:
-        """Do the stages that are not done yet, and write the model."""
+    def train(self, progress: TrainingProgress, stop: Callable[[], bool], *, profile: bool = False) -> None:
+        """Do the stages that are not done yet, and write the model; of several processes the first is profiled."""
+        profile = profile and group().first
         arithmetic = self._open()
         log = MetricsLog(
             self.folder / "metrics.jsonl",
@@ -380,7 +384,7 @@ class Run:
             tensorboard=self.folder / "tensorboard" if self.recipe.runtime.tensorboard else None,
         )
         while self.position.stage < len(self.recipe.stages):
-            self._train_stage(self.position.stage, arithmetic, log, progress, stop)
+            self._train_stage(self.position.stage, arithmetic, log, progress, stop, profile=profile)
         if self._synchronises:  # what is measured and saved is the network of the architecture
             trained, self.model = self.model.state_dict(), self.architecture.create().to(self.device)
             load_state(self.model, trained, "trained weights")
@@ -406,6 +410,8 @@ class Run:
         log: MetricsLog,
         progress: TrainingProgress,
         stop: Callable[[], bool],
+        *,
+        profile: bool,
     ) -> None:
         recipe, stage = self.recipe, self.recipe.stages[number]
         goes_on = self._saved is not None and self._saved.optimiser is not None
@@ -436,6 +442,7 @@ class Run:
             progress=progress,
             stop=stop,
             save_minutes=recipe.runtime.save_minutes,
+            profiler=StepProfiler(self.folder / "profile", stage.name, self.device) if profile else None,
         )
         if self._saved is not None:
             run.restore(self._saved)

@@ -3,6 +3,7 @@
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.loop import StageFiles, StageRun, Validator
 from dualhead.training.metrics import MetricsLog, read_metrics, summary_writer
+from dualhead.training.profiler import StepProfiler
 from dualhead.training.program import Program, trained_output
 from dualhead.training.progress import Silent, TrainingProgress
 from dualhead.training.stage import Stage
@@ -17,6 +18,7 @@ __all__ = [
     "Stage",
     "StageFiles",
     "StageRun",
+    "StepProfiler",
     "TrainingProgress",
     "Validator",
     "read_metrics",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dualhead.attacks import Attack
 from dualhead.data import Batch, Loader, Split, batches
@@ -26,6 +27,7 @@ from dualhead.threat import ThreatModel
 from dualhead.training.averaging import WeightAverage
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.metrics import MetricsLog
+from dualhead.training.profiler import StepProfiler, labelled
 from dualhead.training.program import Program
 from dualhead.training.progress import TrainingProgress
 from dualhead.training.stage import Stage
@@ -127,6 +129,7 @@ class StageRun:
         progress: told what happens.
         stop: asked after every step; when true the stage saves itself and ends with `Interrupted`.
         save_minutes: longest time between two saved positions.
+        profiler: looks at a few steps; None: nobody does.
     """
 
     def __init__(
@@ -145,8 +148,10 @@ class StageRun:
         progress: TrainingProgress,
         stop: Callable[[], bool],
         save_minutes: float,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self._stage = stage
+        self._profiler = profiler
         self._program = program
         self._loader = loader
         self._validator = validator
@@ -185,6 +190,15 @@ class StageRun:
         if (position.epoch, position.step) == (0, 0):
             self._save()  # so that there is always a state of this stage to go back to
         self._saved_at = time.monotonic()
+        with self._profiler or nullcontext():
+            self._epochs()
+        with self._averaged():
+            self._files.write_last(self._program.model)
+            if self._validator is None or not self._position.best:
+                self._files.write_best(self._program.model)
+        return self._position
+
+    def _epochs(self) -> None:
         while self._position.epoch < self._stage.epochs:
             try:
                 self._epoch(self._position.epoch)
@@ -194,11 +208,6 @@ class StageRun:
                 if not is_out_of_memory(error):
                     raise
                 raise RunError(self._memory_advice()) from None
-        with self._averaged():
-            self._files.write_last(self._program.model)
-            if self._validator is None or not self._position.best:
-                self._files.write_best(self._program.model)
-        return self._position
 
     def _epoch(self, epoch: int) -> None:
         position = self._position
@@ -207,7 +216,7 @@ class StageRun:
         self._step.guard.set_streak(position.streak)
         if self._step.begin(epoch):
             position.step_cost = 0
-        for batch in self._loader.epoch(epoch, position.step):
+        for batch in labelled("load images", self._loader.epoch(epoch, position.step)):
             self._set_rate(epoch + position.step / len(self._loader))
             streams = Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
             outcome = self._counted_step(batch, streams) if position.step_cost == 0 else self._step(batch, streams)
@@ -222,8 +231,13 @@ class StageRun:
             stop, due = group().any(self._stop(), time.monotonic() - self._saved_at > self._save_seconds)
             if stop or due:
                 self._save_within_epoch(sums, stop=stop)
-        self._check_epoch(sums)
-        self._finish_epoch({name: float(value) for name, value in sums.items()})
+            if self._profiler is not None and position.step < len(self._loader):
+                self._profiler.step()
+        with record_function("end of epoch"):
+            self._check_epoch(sums)
+            self._finish_epoch({name: float(value) for name, value in sums.items()})
+        if self._profiler is not None:
+            self._profiler.step()
 
     def _counted_step(self, batch: Batch, streams: Streams) -> StepOutcome:
         counter = CountFlops()

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
 from dualhead.attacks import Maximiser
@@ -119,7 +120,8 @@ class TrainingStep:
                 self._optimiser.zero_grad(set_to_none=True)
                 terms, correct = self._descend(pieces, images)
         self._add_up(terms, correct, len(batch) / images)
-        return StepOutcome(terms, self.guard.step(terms["loss"]), correct)
+        with record_function("update"):
+            return StepOutcome(terms, self.guard.step(terms["loss"]), correct)
 
     def _cut(self, batch: Batch, streams: Streams) -> Iterator[tuple[Batch, Streams]]:
         size = self._stage.micro_batch or len(batch)
@@ -135,13 +137,16 @@ class TrainingStep:
         x = self._arithmetic.images(piece.x)
         clean = attacked = None
         if objective.clean or objective.clean_target:
-            with self._arithmetic.autocast(x.device):
-                clean = self._program.constant(x)
+            clean = self._constant(x)
         if objective.adversarial:
-            x_adv = self._attack(x, clean, piece.y, streams)
-            with self._arithmetic.autocast(x.device):
-                attacked = self._program.constant(x_adv)
+            with record_function("attack"):
+                x_adv = self._attack(x, clean, piece.y, streams)
+            attacked = self._constant(x_adv)
         return _Piece(clean if objective.clean else None, attacked, piece.y)
+
+    def _constant(self, x: Tensor) -> Features:
+        with record_function("frozen prefix"), self._arithmetic.autocast(x.device):
+            return self._program.constant(x)
 
     def _descend(self, pieces: Sequence[_Piece], images: int) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of the mean loss, in `.grad`; the loss and its terms, and the number of correct images."""
@@ -149,10 +154,12 @@ class TrainingStep:
         correct = torch.zeros((), dtype=torch.int64, device=pieces[0].y.device)
         for piece in pieces:
             share = len(piece.y) / images
-            with self._arithmetic.autocast(piece.y.device):
-                clean_logits, adv_logits = self._forward(piece.clean, piece.attacked)
-            loss = self._objective.loss(clean_logits, adv_logits, piece.y)
-            torch.autograd.backward(loss.total * share)
+            with record_function("loss: forward"):
+                with self._arithmetic.autocast(piece.y.device):
+                    clean_logits, adv_logits = self._forward(piece.clean, piece.attacked)
+                loss = self._objective.loss(clean_logits, adv_logits, piece.y)
+            with record_function("loss: backward"):
+                torch.autograd.backward(loss.total * share)
             for name, term in {"loss": loss.total, **loss.terms}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
             judged = cast("Tensor", clean_logits if adv_logits is None else adv_logits)
