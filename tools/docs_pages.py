@@ -77,32 +77,67 @@ def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
     documented = inspect.getdoc(component) or ""
     what, _, arguments = documented.partition("\nArgs:\n")
     arguments = re.split(r"\n(?:Raises|Returns|Note|Attributes):", arguments)[0]
+    facts = dict(re.findall(r"^(When|Paper): (.*(?:\n.+)*)", what, re.MULTILINE))
+    what = re.sub(r"^(When|Paper): .*(?:\n.+)*\n*", "", what, flags=re.MULTILINE)
     lines = [f"{heading} {name}", "", what.strip(), ""]
-    cost = _cost(component) if kind == "attacks" else ""
-    if cost:
-        lines += [f"*Cost:* {cost}", ""]
+    if kind in COSTS:
+        if len(facts) != 2:
+            raise ValueError(f"{kind} {name}: its docstring lacks a paragraph `When: ...` or `Paper: ...`")
+        told = {"When": facts["When"], "Cost": COSTS[kind](component), "Paper": facts["Paper"]}
+        lines += [f"* *{word}:* {' '.join(text.split())}" for word, text in told.items()] + [""]
     fields = {field.name: field for field in dataclasses.fields(component) if field.init}  # type: ignore[arg-type]
-    told = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
+    keys = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
     if fields:
         lines += ["| key | default | |", "|---|---|---|"]
         for key, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             default = "required" if required else f"`{field.default}`"
-            words = " ".join(told.get(key, "").split()).replace("|", "\\|")
+            words = " ".join(keys.get(key, "").split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {default} | {words} |")
         lines.append("")
     return lines
 
 
-def _cost(component: Any) -> str:
+def _attack_cost(component: Any) -> str:
     """Steps of an image that stays robust, by parts."""
     from dualhead.threat import ThreatModel
 
     attack, threat = component(), ThreatModel("Linf", 8 / 255)
     parts = attack.parts(10, threat, 2)
-    told = [f"{part.label} {part.jobs(10)} x {part.max_steps():,}" for part in parts]
-    total = sum(part.jobs(10) * part.max_steps() for part in parts)
+    queries = [part.max_steps() * getattr(part, "eot", 1) for part in parts]  # a step may average several
+    told = [f"{part.label} {part.jobs(10)} x {count:,}" for part, count in zip(parts, queries, strict=True)]
+    total = sum(part.jobs(10) * count for part, count in zip(parts, queries, strict=True))
     return f"{total:,} queries of the model at most ({', '.join(told)}: tries x queries)."
+
+
+def _objective_cost(component: Any) -> str:
+    """Passes of an image in a step, by what the objective asks the loop for."""
+    objective = component()
+    passes = int(objective.clean) + int(objective.adversarial)
+    loss = f"{passes} forward and backward pass{'es' if passes > 1 else ''} for the loss"
+    if not objective.adversarial:
+        return f"{loss}; no attack."
+    target = " a forward pass for its target," if objective.clean_target else ""
+    return f"one forward and backward pass for each step of the attack,{target} and {loss}."
+
+
+def _aggregator_cost(component: Any) -> str:
+    """Parameters at several numbers of classes."""
+    from dualhead.errors import UserError
+
+    told = []
+    for classes in (10, 100, 1000):
+        try:
+            module = component().create(classes)
+        except UserError:
+            told.append(f"refused at {classes:,}")
+        else:
+            told.append(f"{sum(p.numel() for p in module.parameters()):,} parameters at {classes:,} classes")
+    return ", ".join(told) + "."
+
+
+COSTS = {"attacks": _attack_cost, "objectives": _objective_cost, "aggregators": _aggregator_cost}
+"""Kinds whose cards tell when to use a component, what it costs and where it was published."""
 
 
 def _api() -> str:

@@ -158,6 +158,39 @@ def test_outcomes_choose_what_they_say(opened, report, pattern, rule):
     assert cards(page).count() == (expected & (stored["label"] == 1)).sum()
 
 
+def test_outcomes_say_how_many_there_are(opened, report):
+    right = np.load(report.parent / "run" / "evaluation" / "gallery.npz")["margin"][-1, -1] > 0
+    page = opened(report)
+    told = page.locator("[data-filter=outcome] option").all_inner_texts()
+    assert "all (12)" in told
+    assert f"head 1 fails, DH-AT holds ({(~right[:, 0] & right[:, 2]).sum()})" in told
+    page.locator("[data-filter=label]").select_option("class 1")
+    assert "all (3)" in page.locator("[data-filter=outcome] option").all_inner_texts()
+
+
+def test_one_image_can_be_looked_at_closely_and_the_next_one_too(opened, report):
+    stored = dict(np.load(report.parent / "run" / "evaluation" / "gallery.npz"))
+    page = opened(report)
+    page.get_by_role("button", name="Look closer at sample 3").press("Enter")
+    dialog = page.get_by_role("dialog")
+    for sample in (3, 4, 3):
+        assert dialog.get_attribute("aria-label").startswith(f"Sample {sample},")
+        page.wait_for_timeout(200)
+        data = dialog.locator("canvas").evaluate("canvas => canvas.toDataURL()")
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).convert("RGB"))
+        np.testing.assert_array_equal(pixels, stored["adversarial"][-1, -1, sample].transpose(1, 2, 0))
+        wrong = dialog.locator("td:last-child").evaluate_all("all => all.map(one => one.classList.contains('wrong'))")
+        assert wrong == (stored["margin"][-1, -1, sample] <= 0).tolist()
+        page.keyboard.press("ArrowRight" if sample == 3 else "ArrowLeft")
+    page.get_by_role("slider").last.fill("0")
+    assert dialog.locator(".wrong").count() == (stored["clean_margin"][4] <= 0).sum()
+    assert page.locator("[data-filter=step]").input_value() == "0"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    assert page.evaluate("document.activeElement.className") == "closer"  # where the reader was
+
+
 def test_figures_and_numbers_are_saved_as_files(opened, report, tmp_path):
     page = opened(report, accept_downloads=True)
     figure = page.locator("figure").first
@@ -207,7 +240,7 @@ def test_it_prints_whole(opened, report, tmp_path):
 
 def test_without_scripts_the_page_still_speaks(opened, report):
     page = opened(report, java_script_enabled=False)
-    assert "DH-AT classifies" in page.locator(".sentence").inner_text()
+    assert "DH-AT still gets" in page.locator(".sentence").inner_text()
     assert page.locator(".card .clean").count() == 12
     assert "need JavaScript" in page.locator("noscript").inner_text()
     assert page.locator(".filters:visible").count() == 0
@@ -229,8 +262,15 @@ def test_five_hundred_images_are_light_and_quick(opened, tmp_path):
             )
         )
     assert 0 < min(times) < 1000  # ms
+    assert cards(page).count() == 12
+    page.get_by_role("button", name="Show 48 more").click()
+    assert cards(page).count() == 60
     page.locator("[data-filter=outcome]").select_option("-*+")
-    assert 0 < cards(page).count() < 500
+    found = int(page.locator(".filters .count").inner_text().split()[0])
+    assert 60 < found < 500
+    while page.locator(".more:visible").count():
+        page.locator(".more button").click()
+    assert cards(page).count() == found
 
 
 HOSTILE = [

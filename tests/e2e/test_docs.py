@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dualhead.config import REGISTRIES
 from dualhead.objectives import objectives
 from e2e_helpers import TINY, dualhead
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CANNOT = {
+    "source .venv/bin/activate": "these tests run inside an environment",
     "make ": "sets up a virtual environment; CI runs it",
     "python benchmarks/": "a measurement of its own; its arguments are tested beside it",
     "python tools/": "makes files of the repository anew",
@@ -189,6 +192,21 @@ def test_python_block_runs(text, place, monkeypatch, tmp_path):
     finally:  # what a block registers is gone again for other tests
         objectives._classes.clear()
         objectives._classes.update(before)
+
+
+def test_every_card_says_when_at_what_cost_and_where_published():
+    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    made = pages.made()
+    for kind in ("objectives", "attacks", "aggregators"):
+        cards = re.split(r"^## ", made[f"components/{kind}.md"], flags=re.MULTILINE)[1:]
+        assert [card.partition("\n")[0] for card in cards] == list(REGISTRIES[kind].names())
+        for card in cards:
+            told = dict(re.findall(r"^\* \*(When|Cost|Paper):\* (.+)$", card, re.MULTILINE))
+            assert all(len(told[word]) > 4 for word in ("When", "Cost", "Paper")), card
+            assert "When: " not in card.partition("* *When")[0]
+    assert "4,040 queries" in made["components/attacks.md"]  # of autoattack-rand: 20 for each gradient
 
 
 @pytest.mark.slow

@@ -176,6 +176,10 @@ class APGD(Search):
 class APGDCE(APGD):
     """Auto-PGD on the cross-entropy.
 
+    When: for a gradient attack with no step size to choose; the first member of AutoAttack.
+
+    Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
+
     Args:
         steps: gradient steps after the start, at least 1; the short form `apgd-ce-50` sets it.
         rho: the step is halved where the loss rose in at most this share of a window's steps; in (0, 1].
@@ -193,6 +197,10 @@ class APGDCE(APGD):
 @dataclass(frozen=True)
 class APGDDLR(APGD):
     """Auto-PGD on the difference of logits ratio; on the margin below 3 classes, where the ratio is not defined.
+
+    When: where cross-entropy fails because logits are scaled: the ratio does not depend on their scale.
+
+    Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
 
     Args:
         steps: gradient steps after the start, at least 1; the short form `apgd-dlr-50` sets it.
@@ -220,6 +228,10 @@ class APGDT(APGD):
 
     The targets are the classes that follow the true one in the order of the clean logits. Any misclassification counts.
     Below 4 classes the targeted margin stands in for the ratio, which is not defined there.
+
+    When: if one attack is all you can afford: within AutoAttack it decides most of the images that PGD leaves.
+
+    Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
 
     Args:
         steps: gradient steps after the start, at least 1; the short form `apgd-t-50` sets it.

@@ -36,7 +36,12 @@ class _Suite(Attack):
 @attacks.register("autoattack")
 @dataclass(frozen=True)
 class AutoAttack(_Suite):
-    """The standard version: APGD-CE, targeted APGD-DLR, targeted FAB, Square."""
+    """The standard version: APGD-CE, targeted APGD-DLR, targeted FAB, Square.
+
+    When: for a number to publish, or to compare with RobustBench.
+
+    Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
+    """
 
     def members(self) -> Sequence[Search]:
         """See the class."""
@@ -46,7 +51,12 @@ class AutoAttack(_Suite):
 @attacks.register("autoattack-plus")
 @dataclass(frozen=True)
 class AutoAttackPlus(_Suite):
-    """The standard version's members and APGD-DLR and untargeted FAB, with 5 restarts where they are untargeted."""
+    """The standard version's members and APGD-DLR and untargeted FAB, with 5 restarts where they are untargeted.
+
+    When: where the standard version leaves doubts, for instance after a warning of the diagnostics.
+
+    Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
+    """
 
     def members(self) -> Sequence[Search]:
         """See the class."""
@@ -63,7 +73,12 @@ class AutoAttackPlus(_Suite):
 @attacks.register("autoattack-rand")
 @dataclass(frozen=True)
 class AutoAttackRand(_Suite):
-    """For models with random outputs: APGD-CE and APGD-DLR, each gradient the mean of 20."""
+    """For models with random outputs: APGD-CE and APGD-DLR, each gradient the mean of 20.
+
+    When: if the model's answers are random, which the diagnostics tell.
+
+    Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
+    """
 
     def members(self) -> Sequence[Search]:
         """See the class."""
@@ -73,7 +88,13 @@ class AutoAttackRand(_Suite):
 @attacks.register("autoattack-fast")
 @dataclass(frozen=True)
 class AutoAttackFast(_Suite):
-    """The first two members of the standard version, a fifth of its cost: an upper bound on its robust accuracy."""
+    """The first two members of the standard version, a fifth of its cost: an upper bound on its robust accuracy.
+
+    When: while you work, for most of AutoAttack's verdict; say in a paper that it is not the standard version.
+
+    Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690, whose first two members
+    these are.
+    """
 
     def members(self) -> Sequence[Search]:
         """See the class."""

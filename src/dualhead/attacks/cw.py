@@ -29,6 +29,10 @@ _UNBOUNDED = 1e10
 class CW(Attack):
     """PGD on the margin loss under Linf; Carlini and Wagner's minimisation under L2.
 
+    When: to look where cross-entropy has no gradient left (Linf), or for smallest distances (L2).
+
+    Paper: Carlini and Wagner 2017, Towards Evaluating the Robustness of Neural Networks, arXiv 1608.04644.
+
     Args:
         steps: gradient steps, for each constant tried under L2; at least 1; the short form `cw-40` sets it.
         restarts: independent starts, at least 1.

@@ -179,6 +179,11 @@ class _FAB(Search):
 class FAB(_FAB):
     """FAB towards the nearest of all boundaries: a backward pass for every class but one in each step.
 
+    When: for the distance to the nearest boundary rather than a verdict at one eps, with few classes: each adds a
+    backward pass.
+
+    Paper: Croce and Hein 2020, Minimally distorted adversarial examples, arXiv 1907.02044.
+
     Args:
         steps: iterations, at least 1; the short form `fab-50` sets it.
         restarts: the first starts at the image, others at random points at eps / 2; at least 1.
@@ -226,6 +231,10 @@ class FAB(_FAB):
 @dataclass(frozen=True)
 class FABT(_FAB):
     """FAB towards one class after another, in the order of the clean logits; any misclassification counts.
+
+    When: as `fab`, with many classes: a step costs the same for any number of them.
+
+    Paper: Croce and Hein 2020, Minimally distorted adversarial examples, arXiv 1907.02044.
 
     Args:
         steps: iterations, at least 1; the short form `fab-t-50` sets it.

@@ -18,6 +18,11 @@ from dualhead.threat import Real, ThreatModel
 class FGSM(Attack):
     """One step of steepest ascent on the cross-entropy.
 
+    When: in training where time is short (Fast AT). Not as an evaluation: it fools fewer images than 40 steps do.
+
+    Paper: Goodfellow et al. 2015, Explaining and Harnessing Adversarial Examples, arXiv 1412.6572; for training
+    Wong et al. 2020, arXiv 2001.03994.
+
     Args:
         step_size: length of the step in the units of eps; None for eps. Fast AT (Wong et al. 2020) uses 1.25 eps.
         start: `clean`, or as in `pgd`.

@@ -33,6 +33,11 @@ class MultiHead(Attack):
     Three searches, each a chain of ascents: APGD on the cross-entropy, APGD on the targeted difference of logits ratio,
     and PGD on the margin.
 
+    When: beside AutoAttack, whenever heads are merged: it attacks the merging itself.
+
+    Paper: Tramer et al. 2020, On Adaptive Attacks to Adversarial Example Defenses, arXiv 2002.08347, asks for such an
+    attack; the choice of losses is this project's own.
+
     Args:
         steps: gradient steps of each ascent in a chain, at least 1; the short form `multihead-20` sets it.
         targets: classes that targeted chains aim at, in the order of the aggregate's clean logits; at least 1.

@@ -23,6 +23,10 @@ Start = Literal["uniform", "gaussian", "clean"]
 class PGD(Search):
     """Steepest ascent with projection.
 
+    When: in training, and for a quick look while you work. Not as the only evidence for robustness.
+
+    Paper: Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial Attacks, arXiv 1706.06083.
+
     Args:
         steps: gradient steps, at least 1; the short form `pgd-40` sets it.
         step_size: length of a step in the units of eps; None for 2.5 eps / steps (Madry et al. 2018, section 5.1).

@@ -78,6 +78,11 @@ def _norm(delta: Tensor, dims: tuple[int, ...]) -> Tensor:
 class Square(Search):
     """Random search over squares, on the margin loss.
 
+    When: to check for masked gradients: it needs none, so it should find nothing that the others miss.
+
+    Paper: Andriushchenko et al. 2020, Square Attack: a query-efficient black-box adversarial attack via random search,
+    arXiv 1912.00049.
+
     Args:
         queries: squares tried after the start, at least 1; the short form `square-1000` sets it.
         p_init: share of the image that the first squares cover, in (0, 1].

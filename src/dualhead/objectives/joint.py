@@ -34,6 +34,11 @@ class Joint(Objective):
     members, -log(1 - cos^2) is the negative logarithm of the ensemble diversity of Pang et al. 2019 (arXiv 1901.08846,
     eq. 4).
 
+    When: to train both heads and the aggregate in one stage instead of three, or to tie the heads by distillation or
+    push them apart by diversity.
+
+    Paper: this project's own composition; the diversity term is that of Pang et al. 2019, arXiv 1901.08846, eq. 4.
+
     Args:
         head1: base method on head 1; None for no loss there.
         head2: on head 2.

@@ -18,6 +18,10 @@ from dualhead.threat import Real
 class MART(Objective):
     """Boosted cross-entropy on attacked images, and a divergence that counts more where the clean image is in doubt.
 
+    When: where images that are misclassified anyway should count more. Judge it by AutoAttack and not by PGD alone.
+
+    Paper: Wang et al. 2020, Improving Adversarial Robustness Requires Revisiting Misclassified Examples, ICLR, eq. 11.
+
     Args:
         beta: weight of the divergence (lambda in the paper), at least 0.
     """

@@ -17,6 +17,11 @@ from dualhead.threat import Real
 class Natural(Objective):
     """Cross-entropy on clean images; no attack is run.
 
+    When: as a control without robustness, or to warm up before adversarial training that would not begin to learn from
+    random weights, as with many classes.
+
+    Paper: none; the usual training of classifiers.
+
     Args:
         label_smoothing: share s in [0, 1) of each label that is spread over all classes, (1 - s) CE + s mean(-log p);
             0.1 is usual.

@@ -27,6 +27,10 @@ class ReverseSmoothing(Objective):
     images; images that head 1 gets wrong without attack have no term on s'. Inferred: the target is a constant for
     head 1, and made of its prediction for the same image.
 
+    When: to repeat what the authors' public code does, which is not the paper's three stages.
+
+    Paper: none; the public code of Jiang et al. 2021, Dual Head Adversarial Training, arXiv 2104.10377.
+
     Args:
         clean_weight: b_0.
         divergence: b_1.

@@ -17,6 +17,10 @@ from dualhead.threat import Real
 class SAT(Objective):
     """Cross-entropy on attacked images; the attack climbs the same.
 
+    When: for the simplest baseline: nothing to tune but the attack, and the cheapest step of the methods that attack.
+
+    Paper: Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial Attacks, arXiv 1706.06083, eq. 2.1.
+
     Args:
         label_smoothing: share s in [0, 1) of each label that is spread over all classes, (1 - s) CE + s mean(-log p);
             0.1 is usual.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualhead.report.differences import Difference, comparable, difference
+from dualhead.report.differences import Difference, broken_later, comparable, difference
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.sources import Estimate, Measured, Source
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_text
@@ -74,14 +74,14 @@ def verdict(sources: Sequence[Source]) -> Verdict:
     peers = [row for row in measured if row.threat == measured[0].threat and row.attacks == measured[0].attacks]
     best = max(peers, key=_robust)
     sentence = _result(best)
+    home = next(source for source in sources if best in source.rows)
     if len(peers) > 1:
         second = max((row for row in peers if row is not best), key=_robust)
         sentence += _against(best, second, f"the next, {second.title}")
     else:
-        rows = next(source.rows for source in sources if best in source.rows)
-        base = next((row for row in rows if row.role == "base" and row is not best), None)
+        base = next((row for row in home.rows if row.role == "base" and row is not best), None)
         sentence += _against(best, base, "its base model") if base else ""
-    caveats = [*_doubts(best), *_limits(best)]
+    caveats = [*_doubts(best), *_limits(best, home)]
     if len(peers) < len(measured):
         caveats.append(
             "The runs were measured under different threat models or attacks. Only those that share them are ranked: "
@@ -90,7 +90,7 @@ def verdict(sources: Sequence[Source]) -> Verdict:
     elif any(not comparable(best, row) for row in peers):
         caveats.append("The runs were not measured on the same samples: compare intervals, not images.")
     return Verdict(
-        f"{sentence}. Without attack it is right on {percent(best.clean.value)} %.",
+        sentence,
         caveats,
         any(_status(finding) == "failed" for finding in findings(best)),
     )
@@ -124,20 +124,22 @@ def _result(row: Measured) -> str:
     images = f"{row.num_samples:,} test images" if row.num_samples else "the test images"
     attack = row.attacks[0] if len(row.attacks) == 1 else f"the worst of {len(row.attacks)} attacks"
     return (
-        f"{row.title} classifies {percent(worst.value)} % of {images} correctly under {attack} "
-        f"({threat_text(row.threat)}), "
-        f"95 % interval {percent(worst.low)} to {percent(worst.high)}"
+        f"Under {attack} ({threat_text(row.threat)}), {row.title} still gets {percent(worst.value)} % of {images} "
+        f"right (95 % interval {percent(worst.low)} to {percent(worst.high)}), and {percent(row.clean.value)} % "
+        "without attack."
     )
 
 
 def _against(row: Measured, other: Measured, called: str) -> str:
     found = difference(row, other, "worst")
     if found is None:
-        return f"; {called} keeps {percent(_robust(other))} % under attack"
-    size = f"{abs(100 * found.value):.1f} points {'less' if found.value < 0 else 'more'} than {called}"
+        return f" Under attack, {called} keeps {percent(_robust(other))} %."
     interval = f"(interval {points(found.low)} to {points(found.high)})"
-    decided = "too little to be told from chance" if found.verdict == "undecided" else "which chance does not explain"
-    return f": {size} {interval}, {decided}"
+    if found.value == 0:
+        return f" Under attack that is as much as {called} {interval}."
+    size = f"{abs(100 * found.value):.1f} points {'less' if found.value < 0 else 'more'} than {called} {interval}"
+    decided = "too little to tell from chance" if found.verdict == "undecided" else "more than chance explains"
+    return f" Under attack that is {size}, {decided}."
 
 
 def findings(row: Measured) -> list[Mapping[str, Any]]:
@@ -162,13 +164,21 @@ def _doubts(row: Measured) -> list[str]:
     ]
 
 
-def _limits(row: Measured) -> list[str]:
-    if any(name.startswith("autoattack") for name in row.attacks):
-        return []
-    return [
-        f"Attacked by {', '.join(row.attacks)} only. Robust accuracy is an upper bound: a stronger attack, such as "
-        "AutoAttack, finds as many adversarial examples or more."
+def _limits(row: Measured, source: Source) -> list[str]:
+    """What keeps the number from being the last word: what was measured later, and attacks that were not tried."""
+    later = [(other, found) for other in source.further if row.deployed and (found := broken_later(row, other))]
+    told = [
+        f"Measured later: {', '.join(other.attacks)} fools {fooled:,} of the {robust:,} images that count as robust "
+        f"here. Of the {shared:,} images that both met, {percent((robust - fooled) / shared)} % withstand all; "
+        "trust that number."
+        for other, (fooled, robust, shared) in later
     ]
+    if not any(name.startswith("autoattack") for name in row.attacks):
+        told.append(
+            f"Attacked by {', '.join(row.attacks)} only. Robust accuracy is an upper bound: a stronger attack, such as "
+            "AutoAttack, finds as many adversarial examples or more."
+        )
+    return told
 
 
 # ---- figures and tables

@@ -67,6 +67,7 @@ class Details:
     confusion_note: str
     judged: list[str]
     checks: list[Check]
+    all_fine: str
     attacks: Table
     further: Table | None
     galleries: list[Gallery]
@@ -89,6 +90,8 @@ def details(source: Source, album: Album) -> Details:
     everything = [*source.rows, *source.further]
     class_names = {**{label: name for label, name, *_ in entries}, **source.class_names}
     by_weight = sorted(everything, key=lambda row: not row.deployed)  # what is deployed comes first, and has most room
+    judged = [row for row in everything if findings(row)]
+    checks = _checks(judged)
     galleries = [g for row in by_weight for g in album.galleries(row, class_names, notes)]
     confusion, listed, why = _confusion(shown, class_names)
     return Details(
@@ -100,8 +103,9 @@ def details(source: Source, album: Album) -> Details:
         confusion=confusion,
         confusion_table=listed,
         confusion_note=why,
-        judged=[row.name for row in everything if findings(row)],
-        checks=_checks([row for row in everything if findings(row)]),
+        judged=[row.name for row in judged],
+        checks=checks,
+        all_fine=_all_fine(checks, len(judged)),
         attacks=_attack_table(everything),
         further=accuracy_table(source.further) if source.further else None,
         galleries=galleries,
@@ -197,6 +201,14 @@ def _checks(rows: Sequence[Measured]) -> list[Check]:
         told = [(", ".join(models), message) for message, models in messages.items()]
         checks.append(Check(name, MEANINGS.get(name, ""), lights, told))
     return checks
+
+
+def _all_fine(checks: Sequence[Check], models: int) -> str:
+    """What there is to say where no light is yellow or red; else nothing."""
+    if not checks or any(status not in ("ok", "") for check in checks for status in check.lights):
+        return ""
+    told = f"All {len(checks)} checks are" if len(checks) > 1 else "The check is"
+    return f"{told} fine" + (f", in each of {models} evaluations." if models > 1 else ".")
 
 
 def _attack_table(rows: Sequence[Measured]) -> Table:

@@ -246,7 +246,10 @@ def confusion(title: str, counts: NDArray[np.int64], names: Sequence[str], capti
     left, top = 88.0, 12.0
     cell = min((WIDTH - left - 8) / count, 40.0)
     bottom = top + cell * count
-    drawing = Drawing(WIDTH, bottom + 92, f"{title}: {_told(counts, names)}")
+    below = [shortened(name, 10) for name in names]
+    longest = max(map(len, below))
+    room = 22 if longest < 3 else 14 + LETTER * longest
+    drawing = Drawing(WIDTH, bottom + room, f"{title}: {_told(counts, names)}")
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for row, name in enumerate(names):
         drawing.text(left - 6, top + cell * (row + 0.5) + 4, shortened(name, 11), "axis", "end", tip=name)
@@ -262,7 +265,10 @@ def confusion(title: str, counts: NDArray[np.int64], names: Sequence[str], capti
                 style = "cell dense" if share > 0.45 else "cell"
                 drawing.text(left + cell * (column + 0.5), top + cell * (row + 0.5) + 4, str(number), style, "middle")
     for column, name in enumerate(names):
-        drawing.upright(left + cell * (column + 0.5) + 4, bottom + 6, shortened(name, 10), "axis", tip=name)
+        if longest < 3:
+            drawing.text(left + cell * (column + 0.5), bottom + 15, below[column], "axis", "middle", tip=name)
+        else:
+            drawing.upright(left + cell * (column + 0.5) + 4, bottom + 6, below[column], "axis", tip=name)
     return Figure(slug(title), title, drawing.markup(), caption)
 
 

@@ -59,6 +59,7 @@ class Opinion:
         probability: of that class, in [0, 1].
         of_label: probability of the label.
         right: whether it says the label.
+        unharmed: probability of the label on the clean image.
     """
 
     output: str
@@ -67,6 +68,7 @@ class Opinion:
     probability: float
     of_label: float
     right: bool
+    unharmed: float
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Gallery:
         steps: number and words of the budgets, clean images first.
         data: what moving the controls shows, for the script.
         transfer: how often each output is right under the attack on each.
-        figures: logits and landscapes.
+        margins: what the attack does to the logits of both heads; None where there are no two heads.
+        landscapes: margins around some of the images.
         note: what is not shown, and why.
     """
 
@@ -117,7 +120,8 @@ class Gallery:
     steps: list[tuple[int, str]]
     data: Mapping[str, Any] = field(repr=False)
     transfer: Table
-    figures: list[Figure]
+    margins: Figure | None
+    landscapes: list[Figure]
     note: str
 
 
@@ -186,7 +190,8 @@ class Album:
                 "changes": {f"{t},{s}": made for (t, s), made in pictured.items() if (t, s) != first},
             },
             transfer=_transfer(arrays, called),
-            figures=landscape.figures(arrays, called, names),
+            margins=landscape.margins(arrays, called) if count > 2 else None,
+            landscapes=landscape.landscapes(arrays, called, names),
             note=_note(len(rows), total, len(pictured), len(order)),
         )
 
@@ -251,12 +256,15 @@ def _opinions(
         label = int(arrays["label"][row])
         said = arrays[f"{prefix}prediction"][(*where, row)].tolist()
         shares = arrays[f"{prefix}probability"][(*where, row)].tolist()
+        unharmed = arrays["clean_probability"][row, :, 1].tolist()
         found.append([
             Opinion(
                 CALLED.get(str(name), str(name)), ROLES.get(str(name), "model"), names.get(predicted, str(predicted)),
-                round(share, 3), round(of_label, 3), predicted == label,
+                round(share, 3), round(of_label, 3), predicted == label, round(before, 3),
             )
-            for name, predicted, (share, of_label) in zip(arrays["outputs"], said, shares, strict=True)
+            for name, predicted, (share, of_label), before in zip(
+                arrays["outputs"], said, shares, unharmed, strict=True
+            )
         ])  # fmt: skip
     return found
 
@@ -273,7 +281,7 @@ def _transfer(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Tabl
         [Cell(f"attack on {name}"), *(Cell(percent(share), float(share)) for share in right[target].mean(0))]
         for target, name in enumerate(called)
     ]
-    return Table(["images", *(f"{name} right, %" for name in called)], rows)
+    return Table(["images", *(f"{name} %" for name in called)], rows)
 
 
 def _note(shown: int, total: int, pictured: int, possible: int) -> str:

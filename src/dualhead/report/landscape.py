@@ -18,23 +18,23 @@ RIGHT, WRONG, EVEN = (10, 125, 90), (192, 57, 43), (250, 250, 250)
 """Colours of a landscape; they are part of the picture, the same on dark and light pages."""
 
 
-def figures(arrays: Mapping[str, NDArray[Any]], called: Sequence[str], names: Mapping[int, str]) -> list[Figure]:
-    """The figures that a gallery's logits give.
+def landscapes(arrays: Mapping[str, NDArray[Any]], called: Sequence[str], names: Mapping[int, str]) -> list[Figure]:
+    """Margins of every output around those images of a gallery whose surroundings are mapped.
 
     Args:
         arrays: of the gallery.
         called: names of the outputs.
         names: of the classes.
     """
-    found = [_logits(arrays, called)] if len(called) > 2 else []
+    found = []
     for number, row in enumerate(arrays["landscape_rows"].tolist()):
         label = int(arrays["label"][row])
-        title = f"Around sample {int(arrays['index'][row])} (label {shortened(names.get(label, str(label)), 24)})"
+        title = f"Sample {int(arrays['index'][row])}, label {shortened(names.get(label, str(label)), 24)}"
         found.append(_landscape(title, arrays["landscape"][number], called))
     return found
 
 
-def _logits(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure:
+def margins(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure:
     """Margins of head 1 against those of head 2, on clean images and under the attack on the last output."""
     clean, attacked = arrays["clean_margin"], arrays["margin"][-1, -1]
     both = np.concatenate((clean, attacked))[:, :2]
@@ -42,11 +42,11 @@ def _logits(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
     ends = np.quantile(seen, (0.01, 0.99)) if len(seen) else np.zeros(2)
     span = float(ends[1] - ends[0]) or 1.0
     low, high = min(float(ends[0]), 0.0) - 0.06 * span, max(float(ends[1]), 0.0) + 0.06 * span
-    left, right, top, bottom = 44.0, WIDTH - 12, 34.0, 318.0
+    left, right, top, bottom = 44.0, WIDTH - 12, 46.0, 330.0
     at_x, at_y = scale((low, high), (left, right)), scale((low, high), (bottom, top))
     eps = eps_text(float(arrays["eps"][-1]))
     held = attacked[:, -1] > 0
-    both_right = [_share((margins[:, :2] > 0).all(axis=1)) for margins in (clean, attacked)]
+    both_right = [_share((values[:, :2] > 0).all(axis=1)) for values in (clean, attacked)]
     told = (
         f"{len(clean)} images, clean and under the attack on {called[-1]} at eps {eps}. "
         f"Both heads right: clean {both_right[0]}, attacked {both_right[1]}. "
@@ -66,10 +66,10 @@ def _logits(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
     drawing.line(at_x(0), top, at_x(0), bottom, "axis-line")
     drawing.line(left, at_y(0), right, at_y(0), "axis-line")
     drawing.text((left + right) / 2, bottom + 32, f"margin at {called[0]}", "axis", "middle")
-    drawing.text(6, 30, f"margin at {called[1]}", "axis")
+    drawing.text(6, 35, f"margin at {called[1]}", "axis")
 
-    def place(margins: NDArray[Any]) -> tuple[float, float]:
-        x, y = np.nan_to_num(margins[:2]).clip(low, high).tolist()
+    def place(values: NDArray[Any]) -> tuple[float, float]:
+        x, y = np.nan_to_num(values[:2]).clip(low, high).tolist()
         return at_x(x), at_y(y)
 
     for number, label in enumerate(arrays["label"].tolist()):
@@ -95,7 +95,7 @@ def _landscape(title: str, surface: NDArray[Any], called: Sequence[str]) -> Figu
     count = len(called)
     gap, top = 10.0, 22.0
     side = (WIDTH - gap * (count + 1)) / max(count, 2)
-    drawing = Drawing(WIDTH, top + side + 36, f"{title}: {_told(surface, called)}")
+    drawing = Drawing(WIDTH, top + side + 36, f"{title}. Around the image {_told(surface, called)}")
     reach = 1.5
     for number, (name, values) in enumerate(zip(called, surface, strict=True)):
         left = gap + number * (side + gap)
@@ -109,12 +109,8 @@ def _landscape(title: str, surface: NDArray[Any], called: Sequence[str]) -> Figu
         drawing.circle(at_x(1), at_y(0), 3.2, "fill dark", "the attacked image")
         drawing.text(left + side / 2, top + side + 15, "attack's direction", "axis", "middle")
     drawing.text(gap, top + side + 31, "upwards: a random direction of length eps", "axis")
-    caption = (
-        "Green: the output is right, the deeper the larger its margin; red: wrong; the line is where it changes its "
-        "mind. Ring: the clean image; dot: what the attack on the last output made of it."
-    )
     return Figure("landscape-" + "".join(c if c.isalnum() and c.isascii() else "-" for c in title.lower())[:40], title,
-                  drawing.markup(), caption)  # fmt: skip
+                  drawing.markup())  # fmt: skip
 
 
 def _told(surface: NDArray[Any], called: Sequence[str]) -> str:

@@ -122,7 +122,7 @@ def _gain(source: Source, row: Measured) -> list[tuple[str, str, str]]:
         return []
     return [
         (
-            "robust, over its base model",
+            "gain over base model",
             f"{points(found.value)} points",
             f"95 %: {points(found.low)} to {points(found.high)}",
         )

@@ -39,7 +39,12 @@ class LinearOfHeads(nn.Module):
 @aggregators.register("linear")
 @dataclass(frozen=True)
 class Linear(Aggregator):
-    """One affine map from all heads' logits, initialised at their mean."""
+    """One affine map from all heads' logits, initialised at their mean.
+
+    When: as the control that is trained: what learning to weigh logits brings without a network.
+
+    Paper: none.
+    """
 
     def create(self, num_classes: int) -> nn.Module:
         """See `Aggregator.create`; any number of classes."""

@@ -20,7 +20,12 @@ class MeanOfHeads(nn.Module):
 @aggregators.register("mean")
 @dataclass(frozen=True)
 class Mean(Aggregator):
-    """The mean of the heads' logits, without parameters."""
+    """The mean of the heads' logits, without parameters.
+
+    When: as the control that every trained aggregator must beat; it needs no stage of training.
+
+    Paper: none; an ensemble of two.
+    """
 
     def create(self, num_classes: int) -> nn.Module:
         """See `Aggregator.create`; any number of classes and heads."""

@@ -57,7 +57,12 @@ class PairwiseCNNModule(nn.Module):
 @aggregators.register("pairwise_cnn")
 @dataclass(frozen=True)
 class PairwiseCNN(Aggregator):
-    """The paper's CNN over all pairs of classes; 2 to 20 classes (its size grows with their cube)."""
+    """The paper's CNN over all pairs of classes; 2 to 20 classes (its size grows with their cube).
+
+    When: to repeat the paper, up to 20 classes; the default there.
+
+    Paper: Jiang et al. 2021, Dual Head Adversarial Training, arXiv 2104.10377.
+    """
 
     def create(self, num_classes: int) -> nn.Module:
         """See `Aggregator.create`.

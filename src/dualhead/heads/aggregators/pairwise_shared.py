@@ -79,6 +79,10 @@ class PairwiseSharedModule(nn.Module):
 class PairwiseShared(Aggregator):
     """One scorer for all pairs of a class and its leading rivals, for any number of classes from 2.
 
+    When: beyond 20 classes, where it is the default: its cost is linear in the classes.
+
+    Paper: this project's own, after Jiang et al. 2021, Dual Head Adversarial Training, arXiv 2104.10377.
+
     Args:
         rivals: leading classes with which each class is compared, at least 1; `pairwise_shared-20` sets 20.
     """

@@ -122,6 +122,23 @@ async function attacked(clean, change, scale) {
   return image;
 }
 
+function make(tag, className, text) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+function tool(className, text, name, action) {
+  const button = make("button", className, text);
+  button.type = "button";
+  if (name) button.setAttribute("aria-label", name);
+  button.addEventListener("click", action);
+  return button;
+}
+
+const AT_ONCE = 12; // cards that are shown before somebody asks for more
+
 class Gallery {
   constructor(root) {
     this.root = root;
@@ -149,8 +166,24 @@ class Gallery {
       }
     }, { rootMargin: "300px" });
     for (const card of this.cards) this.watch.observe(card);
+    this.most = AT_ONCE;
+    this.more = root.querySelector(".more");
+    this.more.firstChild.addEventListener("click", () => {
+      this.most += 4 * AT_ONCE;
+      this.filter();
+    });
     this.form.hidden = false;
-    this.form.addEventListener("input", () => this.show());
+    this.form.addEventListener("input", () => {
+      this.most = AT_ONCE;
+      this.show();
+    });
+    this.closer = new Closer(this);
+    this.cards.forEach((card, number) => {
+      const name = `Look closer at sample ${card.dataset.sample}`;
+      card.querySelector(".labels").append(tool("closer", "Look closer", name, () => this.closer.open(number)));
+      card.querySelector(".pictures").classList.add("open");
+      card.querySelector(".pictures").addEventListener("click", () => this.closer.open(number));
+    });
     this.form.addEventListener("submit", (event) => event.preventDefault());
     this.show();
   }
@@ -184,6 +217,7 @@ class Gallery {
       for (const number of this.near) this.draw(number);
     }
     this.filter();
+    this.closer.show();
   }
 
   tell(card, number) {
@@ -193,45 +227,158 @@ class Gallery {
       row.querySelector(".what").textContent = predicted;
       row.querySelector(".what").title = predicted;
       row.querySelector(".share").textContent = `${Math.round(100 * share)} %`;
-      row.querySelector(".meter").title = `probability of the label: ${Math.round(100 * label)} %`;
+      const before = Math.round(100 * this.said.clean[number][output][2]);
+      row.querySelector(".meter").title = `probability of the label: ${Math.round(100 * label)} %, on the clean image ${before} %`;
       row.querySelector("i").style.width = `${Math.round(100 * label)}%`;
     });
   }
 
-  async draw(number) {
+  // Draws the change and the attacked image of a card into `place`: the card itself, or what looks closer at it.
+  async draw(number, place = this.cards[number]) {
     const key = this.key;
-    const card = this.cards[number];
-    const clean = card.querySelector(".clean");
     const [change, scale] = this.changes[key][number];
-    const place = card.querySelector(".change");
-    card.querySelector(".times").textContent = change ? `, \u00d7${scale}` : "";
+    const frame = place.querySelector(".change");
+    place.querySelector(".times").textContent = change ? `change \u00d7${scale}` : "no change";
+    place.querySelector(".after").textContent = key === "clean" ? "not attacked" : "attacked";
     if (change) {
-      const image = place.querySelector("img") || document.createElement("img");
-      image.alt = image.title = `perturbation, ${scale} times, grey is none`;
+      const image = frame.querySelector("img") || document.createElement("img");
+      image.alt = `perturbation, ${scale} times, grey is none`;
       image.src = change;
-      place.replaceChildren(image);
-    } else place.replaceChildren();
-    const image = await attacked(clean.src, change, scale);
-    if (key !== this.key) return; // the controls have moved on
-    const canvas = card.querySelector("canvas");
+      frame.replaceChildren(image);
+    } else frame.replaceChildren();
+    const image = await attacked(this.cards[number].querySelector(".clean").src, change, scale);
+    // The controls, or who looks closer, may have moved on meanwhile.
+    if (key !== this.key || (place === this.closer.dialog && number !== this.closer.number)) return;
+    const canvas = place.querySelector("canvas");
     canvas.width = image.width;
     canvas.height = image.height;
     canvas.getContext("2d").putImageData(image, 0, 0);
     canvas.hidden = false;
   }
 
+  fits(number, outcome) {
+    const patterns = outcome.split("|").filter(Boolean);
+    const signs = this.said[this.key][number].map((said) => (said[3] ? "+" : "-"));
+    return !patterns.length || patterns.some((p) => signs.every((sign, n) => p[n] === "*" || p[n] === sign));
+  }
+
   filter() {
     const label = this.chosen("label");
-    const patterns = this.chosen("outcome").split("|").filter(Boolean);
+    const outcome = this.chosen("outcome");
+    const labelled = this.cards.map((card) => !label || card.dataset.label === label);
     let shown = 0;
     this.cards.forEach((card, number) => {
-      const signs = this.said[this.key][number].map((said) => (said[3] ? "+" : "-"));
-      const fits = (!label || card.dataset.label === label)
-        && (!patterns.length || patterns.some((p) => signs.every((sign, n) => p[n] === "*" || p[n] === sign)));
+      const fits = labelled[number] && this.fits(number, outcome);
       card.hidden = !fits;
+      card.classList.toggle("later", fits && shown >= this.most);
       shown += fits;
     });
+    for (const option of this.control("outcome") ? this.control("outcome").options : []) {
+      option.dataset.words ||= option.textContent;
+      const found = this.cards.filter((_, number) => labelled[number] && this.fits(number, option.value)).length;
+      option.textContent = `${option.dataset.words} (${found})`;
+    }
+    const left = shown - this.most;
+    this.more.hidden = left <= 0;
+    this.more.firstChild.textContent = `Show ${Math.min(left, 4 * AT_ONCE)} more`;
     this.form.querySelector(".count").textContent = `${shown} of ${this.cards.length} shown`;
+  }
+}
+
+// ---- one image, large: what each output says of it before and after, with the budget to move and the next image
+
+class Closer {
+  constructor(gallery) {
+    this.gallery = gallery;
+    this.number = 0;
+    this.dialog = make("dialog");
+    this.title = make("h2");
+    this.title.tabIndex = -1;
+    const head = make("header");
+    head.append(this.title, tool("button", "\u2190", "Previous image", () => this.step(-1)),
+      tool("button", "\u2192", "Next image", () => this.step(1)),
+      tool("button", "Close", "", () => this.dialog.close()));
+    const pictures = make("div", "pictures");
+    this.clean = make("img", "clean");
+    this.canvas = make("canvas");
+    this.canvas.setAttribute("role", "img");
+    pictures.append(this.clean, make("span", "change"), this.canvas, make("small", "", "clean"),
+      make("small", "times"), make("small", "after"));
+    const eps = make("label", "wide", "eps ");
+    this.slider = make("input");
+    this.slider.type = "range";
+    this.slider.max = gallery.steps.length - 1;
+    this.words = make("output", "eps");
+    eps.append(this.slider, " ", this.words);
+    this.slider.addEventListener("input", () => {
+      gallery.control("step").value = this.slider.value;
+      gallery.show();
+    });
+    const controls = make("div", "controls");
+    controls.append(eps);
+    const table = make("table");
+    table.createTHead().insertRow().append(...["output", "clean", "attacked"].map((words) => {
+      const cell = make("th", "", words);
+      cell.scope = "col";
+      return cell;
+    }));
+    this.rows = table.createTBody();
+    const scroll = make("div", "scroll");
+    scroll.append(table);
+    this.dialog.append(head, pictures, controls, scroll);
+    this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
+    this.dialog.addEventListener("keydown", (event) => {
+      if (event.target === this.slider) return; // whose keys are its own
+      if (event.key === "ArrowLeft") this.step(-1);
+      if (event.key === "ArrowRight") this.step(1);
+    });
+    gallery.root.append(this.dialog);
+  }
+
+  open(number) {
+    this.number = number;
+    this.dialog.showModal();
+    this.title.focus();
+    this.show();
+  }
+
+  // The next image of those that the filters leave, around the end to the first.
+  step(by) {
+    const left = this.gallery.cards.map((_, number) => number).filter((number) => !this.gallery.cards[number].hidden);
+    const at = left.indexOf(this.number);
+    if (left.length) this.number = left[(at + by + left.length) % left.length];
+    this.show();
+  }
+
+  show() {
+    if (!this.dialog.open) return;
+    const { gallery, number } = this;
+    const card = gallery.cards[number];
+    const slider = gallery.control("step");
+    this.title.replaceChildren(card.dataset.label, " ", make("small", "", `sample ${card.dataset.sample}`));
+    this.dialog.setAttribute("aria-label", `Sample ${card.dataset.sample}, label ${card.dataset.label}`);
+    this.clean.src = card.querySelector(".clean").src;
+    this.clean.alt = "clean";
+    this.canvas.setAttribute("aria-label", "attacked");
+    this.slider.value = slider.value;
+    this.slider.setAttribute("aria-valuetext", slider.getAttribute("aria-valuetext"));
+    this.words.textContent = gallery.form.querySelector(".eps").textContent;
+    this.rows.replaceChildren(...[...card.querySelectorAll(".opinions li")].map((said, output) => {
+      const row = make("tr", said.classList[0]);
+      const name = make("th", "", said.querySelector(".who").textContent);
+      name.scope = "row";
+      row.append(name);
+      for (const key of ["clean", gallery.key]) {
+        const [predicted, share, label, right] = gallery.said[key][number][output];
+        const cell = make("td", right ? "" : "wrong", `${right ? "\u2713" : "\u2717"} ${predicted}, `);
+        cell.title = predicted;
+        cell.append(make("span", "share", `${Math.round(100 * share)} %`));
+        if (!right) cell.append(make("small", "", `label: ${Math.round(100 * label)} %`));
+        row.append(cell);
+      }
+      return row;
+    }));
+    gallery.draw(number, this.dialog);
   }
 }
 
