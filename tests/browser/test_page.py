@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import re
@@ -203,10 +204,35 @@ def test_figures_and_numbers_are_saved_as_files(opened, report, tmp_path):
         content = (tmp_path / kind).read_bytes()
         assert content.startswith(head)
         assert b"var(" not in content  # a saved figure does not refer to colours that only the page knows
-    with page.expect_download() as waited:
-        page.get_by_text("Save JSON").click()
-    waited.value.save_as(tmp_path / "results.json")
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 5
+    for kind in ("CSV", "JSON"):
+        with page.expect_download() as waited:
+            page.get_by_text(f"Save {kind}").click()
+        waited.value.save_as(tmp_path / f"results.{kind.lower()}")
+    numbers = json.loads((tmp_path / "results.json").read_text())
+    with (tmp_path / "results.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert len(numbers) == len(listed) == 5
+    for number, row in zip(numbers, listed, strict=True):
+        assert row["model"] == number["model"]
+        assert float(row["clean"]) == number["clean"]
+        assert float(row["worst"]) == number["worst"]
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_runs_stand_side_by_side_and_apart(opened, tmp_path, viewport):
+    runs = [make_run(tmp_path / name, seed=10 * seed, images=True) for seed, name in enumerate("abc")]
+    page = opened(write_report(runs, tmp_path / "report.html"), viewport=viewport)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.locator("#accuracy table").first.locator("tbody tr").count() == 15
+    assert page.locator("nav a").all_inner_texts()[2:5] == ["a", "b", "c"]
+    galleries = page.locator(".gallery")
+    assert galleries.count() == 3
+    galleries.nth(1).locator("[data-filter=step]").fill("0")  # what one gallery shows is no matter of the others
+    galleries.nth(1).locator("[data-filter=label]").select_option("class 2")
+    assert [galleries.nth(n).locator(".card:visible").count() for n in range(3)] == [12, 3, 12]
+    assert galleries.nth(0).locator(".filters .eps").inner_text() == "0.1"
+    galleries.nth(2).locator(".closer").nth(5).click()
+    assert page.get_by_role("dialog").get_attribute("aria-label").startswith("Sample 5,")
 
 
 def test_light_and_dark_differ_and_both_can_be_read(opened, report):

@@ -453,6 +453,14 @@ def test_what_is_not_a_run_is_refused(tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
+def test_a_stage_without_epochs_says_that_its_weights_are_kept(tmp_path):
+    run = make_run(tmp_path / "run", lines=metrics("aggregator", 6))
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["stages"][0]["epochs"] = 0
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert "no epochs Not trained: the weights that it starts from are kept." in report(run, at=tmp_path).text
+
+
 def test_names_that_lead_out_of_the_run_are_not_followed(tmp_path):
     evaluation(tmp_path / "secret", 9)
     run = make_run(tmp_path / "run")
@@ -497,9 +505,12 @@ def test_robustness_over_eps_is_drawn_from_later_evaluations(tmp_path):
         {"eps": eps, "robust_accuracy": {"worst": value}, "intervals": {"worst": [value - 0.05, value + 0.05]}}
         for eps, value in ((0.0, 0.9), (0.1, 0.5), (0.2, 0.1))
     ]
-    evaluation(run / "evaluations" / "sweep", 5, curve=curve)
+    evaluation(run / "evaluations" / "sweep", 4, curve=curve)  # of the same model as the final output
+    evaluation(run / "evaluations" / "other", 99, curve=curve)
     page = report(run, at=tmp_path)
-    assert any("0 90.0, 0.1 50.0, 0.2 10.0" in svg["aria-label"] for svg in page.all("svg"))
+    drawn = next(svg["aria-label"] for svg in page.all("svg") if "0 90.0, 0.1 50.0, 0.2 10.0" in svg["aria-label"])
+    assert "DH-AT, pgd-40: 0 90.0" in drawn
+    assert "other, pgd-40: 0 90.0" in drawn  # whose folder is all that is known of it
     assert "Further evaluations" in page.text
 
 
@@ -521,6 +532,25 @@ def test_gallery_shows_each_image_and_what_outputs_say(tmp_path):
         where = tuple(map(int, key.split(","))) if key != "clean" else ()
         expected = stored["margin"][where] > 0 if where else stored["clean_margin"] > 0
         assert [[bool(flag) for *_, flag in row] for row in opinions] == expected.tolist()
+
+
+def test_images_that_were_wrong_before_the_attack_come_last(tmp_path):
+    run = make_run(tmp_path / "run", images=True)
+    stored = dict(np.load(run / "evaluation" / "gallery.npz"))
+    stored["clean_margin"][[0, 5], -1] = -1.0
+    np.savez(run / "evaluation" / "gallery.npz", **stored)
+    page = report(run, at=tmp_path)
+    shown = [int(tag["data-sample"]) for tag in page.all("li") if tag.get("class") == "card"]
+    assert shown == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 0, 5]
+
+
+def test_confusion_is_shown_under_the_attack_that_fools_most(tmp_path):
+    run = tmp_path / "run"
+    held = evaluation(run, 1, attacks=("pgd-40", "cw"))
+    weaker, stronger = sorted(("pgd-40", "cw"), key=lambda name: -held.robust_accuracy[name])
+    text = report(run, at=tmp_path).text
+    assert f"Confusion under {stronger}" in text
+    assert f"Confusion under {weaker}" not in text
 
 
 def test_clean_image_and_change_give_the_attacked_image(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualhead.report.differences import Difference, broken_later, comparable, difference
+from dualhead.report.differences import Difference, broken_later, comparable, difference, same_model
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.sources import Estimate, Measured, Source
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_text
@@ -18,6 +18,10 @@ from dualhead.report.training import COLOURS, best_line
 
 MOST_DIFFERENCES = 60
 """Lines in the table of what differs between recipes."""
+
+
+STANDARD = {"autoattack", "autoattack-plus", "autoattack-rand"}
+"""Attacks after which the verdict need not ask for stronger ones."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def _limits(row: Measured, source: Source) -> list[str]:
         "trust that number."
         for other, (fooled, robust, shared) in later
     ]
-    if not any(name.startswith("autoattack") for name in row.attacks):
+    if not STANDARD & set(row.attacks):
         told.append(
             f"Attacked by {', '.join(row.attacks)} only. Robust accuracy is an upper bound: a stronger attack, such as "
             "AutoAttack, finds as many adversarial examples or more."
@@ -220,7 +224,7 @@ def eps_figures(sources: Sequence[Source]) -> list[Figure]:
             curve = _curve(row)
             if len(curve) > 1 and row.threat:
                 series = groups.setdefault(str(row.threat["norm"]), [])
-                attacked = f"{row.title} ({', '.join(row.attacks)})"
+                attacked = f"{_called(source, row)}, {', '.join(row.attacks)}"
                 series.append(
                     Series(
                         attacked,
@@ -245,6 +249,12 @@ def eps_figures(sources: Sequence[Source]) -> list[Figure]:
             )
         )  # fmt: skip
     return figures
+
+
+def _called(source: Source, row: Measured) -> str:
+    """What a curve is of: for a later evaluation the output that it fits, rather than the name of its folder."""
+    known = sorted(source.rows, key=lambda known: not known.deployed)
+    return next((other.title for other in known if other is row or same_model(other, row)), row.title)
 
 
 def _curve(row: Measured) -> list[tuple[float, Estimate]]:

@@ -165,7 +165,8 @@ def _confusion(row: Measured | None, names: Mapping[int, str]) -> tuple[Figure |
     """Confusion under attack as a figure, or as a list where there are many classes, or why there is neither."""
     if row is None:
         return None, None, ""
-    attack = next((name for name in row.attacks if f"prediction_{name}" in row.samples), None)
+    stored = [name for name in row.attacks if f"prediction_{name}" in row.samples]
+    attack = min(stored, key=lambda name: row.robust[name].value, default=None)
     if attack is None:
         return None, None, (
             "Confusion under attack is not shown: the evaluation stores whether an attacked image was misclassified, "
@@ -179,7 +180,7 @@ def _confusion(row: Measured | None, names: Mapping[int, str]) -> tuple[Figure |
     np.add.at(counts, (labels[seen], predictions[seen]), 1)
     title = f"Confusion under {attack}, {row.name}"
     if count <= figures.MOST_CLASSES:
-        caption = "Rows are labels, columns what the attacked image is taken for; the darker, the larger the share."
+        caption = "Rows are labels, columns what the attacked image is taken for; the stronger the colour, the larger the share."
         return figures.confusion(title, counts, called, caption), None, ""
     listed = [[Cell(a), Cell(b), Cell(str(n), n)] for a, b, n in figures.confusions(counts, called, 20)]
     return None, Table(["class", f"taken for, under {attack}", "images"], listed), ""

@@ -63,21 +63,29 @@ def comparable(first: Measured, second: Measured) -> bool:
     return all(np.array_equal(first.samples[key][a], second.samples[key][b]) for key in ("index", "label"))
 
 
+def same_model(first: Measured, second: Measured) -> bool:
+    """Whether two evaluations are of one model, as far as labels and clean predictions of the images of both tell.
+
+    Results do not name the output that was measured.
+    """
+    needed = {"index", "label", "clean_prediction"}
+    if not needed <= set(first.samples) or not needed <= set(second.samples):
+        return False
+    shared, a, b = np.intersect1d(first.samples["index"], second.samples["index"], return_indices=True)
+    keys = ("label", "clean_prediction")
+    return len(shared) > 0 and all(np.array_equal(first.samples[key][a], second.samples[key][b]) for key in keys)
+
+
 def broken_later(row: Measured, later: Measured) -> tuple[int, int, int] | None:
     """How many images that withstood the attacks of one evaluation fell to those of a later one of the same model.
-
-    That both are of one model shows in their clean predictions; results do not name the output that was measured.
 
     Returns:
         Images that fell, images that had withstood, and images that both met; None if nothing fell, or where the
         two are of different models or threat models, or share no images.
     """
     before, after = row.correct("worst"), later.correct("worst")
-    if before is None or after is None or row.threat != later.threat:
+    if before is None or after is None or row.threat != later.threat or not same_model(row, later):
         return None
     shared, a, b = np.intersect1d(row.samples["index"], later.samples["index"], return_indices=True)
-    for key in ("label", "clean_prediction"):
-        if not np.array_equal(row.samples[key][a], later.samples[key][b]):
-            return None
     fell = int((before[a] & ~after[b]).sum())
     return (fell, int(before[a].sum()), len(shared)) if fell else None

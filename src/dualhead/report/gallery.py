@@ -151,6 +151,7 @@ class Album:
     def _gallery(self, measured: Measured, arrays: Mapping[str, NDArray[Any]], names: Mapping[int, str]) -> Gallery:
         total, count = len(arrays["label"]), len(arrays["outputs"])
         rows = spread(total, self._examples)
+        rows.sort(key=lambda row: arrays["clean_margin"][row, -1] <= 0)  # what is wrong anyway comes last
         clean = self._fitting([picture(arrays["original"][row]) for row in rows])
         rows = rows[: len(clean)]
         # What the final output faces comes first, its largest budget before smaller ones; then the heads.

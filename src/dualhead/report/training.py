@@ -51,7 +51,9 @@ def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
     found = source.lines(recipe["name"])
     best, last = best_line(found), next((line for line in reversed(found) if _validated(line)), None)
     verdict, overfits = _verdict(source, best, last) if best and last else ("", False)
-    if not found:
+    if not found and recipe.get("epochs") == 0:
+        verdict = "Not trained: the weights that it starts from are kept."
+    elif not found:
         verdict = "No epoch is logged."
     elif not verdict and any("validation_robust" in line for line in found):
         verdict = "No accuracy on held-out images is a number."
@@ -116,6 +118,8 @@ def _cost(source: Source, recipe: Mapping[str, Any], found: Sequence[Mapping[str
         if not found:
             return f"{planned} epochs, not begun"
         return f"{found[-1]['epoch']} of {planned} epochs, {duration(_number(found[-1], 'seconds'))}; not finished"
+    if planned == 0:
+        return "no epochs"
     words = f"{summary.get('epochs', planned)} epochs, {duration(summary.get('seconds'))}"
     return f"{words}, {large(summary.get('flops'))}FLOP; kept: {summary.get('kept', 'not recorded')}"
 

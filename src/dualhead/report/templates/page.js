@@ -239,7 +239,7 @@ class Gallery {
     const [change, scale] = this.changes[key][number];
     const frame = place.querySelector(".change");
     place.querySelector(".times").textContent = change ? `change \u00d7${scale}` : "no change";
-    place.querySelector(".after").textContent = key === "clean" ? "not attacked" : "attacked";
+    place.querySelector(".after").textContent = change ? "attacked" : "not attacked";
     if (change) {
       const image = frame.querySelector("img") || document.createElement("img");
       image.alt = `perturbation, ${scale} times, grey is none`;
