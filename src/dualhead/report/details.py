@@ -180,7 +180,9 @@ def _confusion(row: Measured | None, names: Mapping[int, str]) -> tuple[Figure |
     np.add.at(counts, (labels[seen], predictions[seen]), 1)
     title = f"Confusion under {attack}, {row.name}"
     if count <= figures.MOST_CLASSES:
-        caption = "Rows are labels, columns what attacked images are taken for; the stronger the colour, the more of them."
+        caption = (
+            "Rows are labels, columns what attacked images are taken for; the stronger the colour, the more of them."
+        )
         return figures.confusion(title, counts, called, caption), None, ""
     listed = [[Cell(a), Cell(b), Cell(str(n), n)] for a, b, n in figures.confusions(counts, called, 20)]
     return None, Table(["class", f"taken for, under {attack}", "images"], listed), ""
