@@ -226,8 +226,9 @@ class Runtime(Section):
     """Where and how the run computes; none of it is part of the method."""
 
     device: str = "auto"
-    precision: Literal["float32", "bf16", "auto"] = "auto"
-    """`bf16`: autocast with channels-last; `auto`: whichever is faster on this device, measured at the start."""
+    precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
+    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured at the
+    start. `tf32`: float32 whose products a GPU rounds; `float32` never does that, and evaluations never do."""
     layout: Literal["contiguous", "channels_last", "auto"] = "auto"
     """Of images and convolutions in memory. `auto`: in bf16 channels-last where the model takes it, in float32 the
     faster one, measured at the start. The last bits of a result depend on it."""

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dualhead.config import Recipe, Statistics, load_recipe, read_recipe_file
+from dualhead.config import Recipe, Runtime, Statistics, load_recipe, read_recipe_file
 from dualhead.data import Augmentation, Loader, Split, hold_out, in_turn
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
@@ -42,11 +42,14 @@ from dualhead.processes import group
 from dualhead.report import write_report
 from dualhead.runtime import (
     Arithmetic,
+    Precision,
     choose_arithmetic,
     describe_environment,
     find_device,
+    float32_products,
     in_eval_mode,
     processors,
+    refuse_tf32,
     room_for_images,
     synchronised_batch_norm,
     with_lanes,
@@ -174,10 +177,16 @@ def train(
             held.enter_context(FolderLock(run.folder))
 
         processes.lead(take_folder)
-        run.train(progress or Silent(), stop, profile=profile)
+        with float32_products(tf32=recipe.runtime.precision == "tf32"):
+            run.train(progress or Silent(), stop, profile=profile)
         rows = run.evaluate(evaluation_progress, command, stop)
     processes.lead(lambda: write_report([run.folder], run.folder / "report.html"))
     return RunResult(run.folder, view(run.model, run.output), tuple(rows))
+
+
+def _precision(runtime: Runtime) -> Precision:
+    """What passes run in; to round the products of float32 is up to `float32_products`."""
+    return "float32" if runtime.precision == "tf32" else runtime.precision
 
 
 class Run:
@@ -210,6 +219,8 @@ class Run:
     def _fit(self, whole: Split) -> None:
         """Make the network for the data, and refuse what does not fit."""
         recipe = self.recipe
+        if recipe.runtime.precision == "tf32":
+            refuse_tf32(self.device)
         if recipe.runtime.tensorboard:
             summary_writer()
         amount = recipe.data.validation
@@ -365,10 +376,11 @@ class Run:
         shape = (min(128, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
         example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         runtime = self.recipe.runtime
-        chosen = choose_arithmetic(runtime.precision, self.model, example, runtime.layout)
+        chosen = choose_arithmetic(_precision(runtime), self.model, example, runtime.layout)
         lanes = runtime.lanes
         chosen = with_lanes(chosen, self.model, example) if lanes == "auto" else replace(chosen, lanes=lanes)
-        facts = {"precision": chosen.name, "channels_last": chosen.channels_last, "lanes": chosen.lanes}
+        name = "tf32" if runtime.precision == "tf32" else chosen.name
+        facts = {"precision": name, "channels_last": chosen.channels_last, "lanes": chosen.lanes}
         write_json(environment_file, {**describe_environment(self.device), **facts})
         return chosen
 
@@ -515,7 +527,7 @@ class Run:
                 attacks=settings.attacks,
                 batch_size=settings.batch_size,
                 seed=self.recipe.runtime.seed,
-                precision=self.recipe.runtime.precision,
+                precision=_precision(self.recipe.runtime),
                 class_names=list(self.test.class_names),
                 output_dir=folder if deployed else folder / "rows" / name.replace(" ", "_"),
                 progress=progress(name) if progress else None,

@@ -102,6 +102,32 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def refuse_tf32(device: torch.device) -> None:
+    """Refuse TF32 where there is none.
+
+    Raises:
+        UserError: on a device that does not have it.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        raise UserError(f"runtime.precision: tf32 needs a GPU that has it, and this is {device.type}; write float32")
+
+
+@contextmanager
+def float32_products(*, tf32: bool = False) -> Iterator[None]:
+    """Inside, what a GPU multiplies in float32 is float32, or TF32, whose factors have 10 bits of mantissa.
+
+    torch's own default is TF32 for convolutions and float32 for matrix products. Elsewhere than on GPUs both are
+    float32 anyway.
+    """
+    matrices, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matrices.allow_tf32, convolutions.allow_tf32
+    matrices.allow_tf32 = convolutions.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matrices.allow_tf32, convolutions.allow_tf32 = before
+
+
 def generator_states(device: torch.device) -> list[Tensor]:
     """The states of torch's own generators: of the CPU, and of the device if it is another."""
     states = [torch.get_rng_state()]

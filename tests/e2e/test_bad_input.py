@@ -299,7 +299,11 @@ BAD = [
     ("NEW runtime.seed=-1", "runtime.seed: input should be greater than or equal to 0 (got -1)"),
     ("NEW runtime.seed=99999999999999999999", "runtime.seed: input should be less than or equal to"),
     ("NEW runtime.save_minutes=0", "runtime.save_minutes: input should be greater than 0"),
-    ("NEW runtime.precision=fp8", "runtime.precision: input should be 'float32', 'bf16' or 'auto' (got 'fp8')"),
+    ("NEW runtime.precision=fp8", "runtime.precision: input should be 'float32', 'tf32', 'bf16' or 'auto' (got 'fp8')"),
+    (
+        "NEW runtime.precision=tf32 runtime.device=cpu",
+        "runtime.precision: tf32 needs a GPU that has it, and this is cpu",
+    ),
     ("NEW runtime.device=tpu", "device 'tpu' is not usable here; write auto, cpu, cuda or cuda:0"),
     ("NEW runtime.device=cuda:99", "device 'cuda:99' is not usable here; write auto, cpu, cuda or cuda:0"),
     ("NEW runtime.device=", "runtime.device: input should be a valid string (got nothing)"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dualhead import runtime
+from dualhead import run, runtime
 from dualhead.config import load_recipe
-from dualhead.errors import UserError
+from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation import evaluate
 from dualhead.run import train
 from dualhead.runtime import (
     BF16,
@@ -19,8 +20,10 @@ from dualhead.runtime import (
     FLOAT32_CHANNELS_LAST,
     FLOAT32_CONTIGUOUS,
     choose_arithmetic,
+    float32_products,
     with_lanes,
 )
+from dualhead.threat import ThreatModel
 from e2e_helpers import TINY
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -159,3 +162,59 @@ def test_lanes_are_chosen_by_the_clock_and_only_where_they_can_help(monkeypatch)
     assert with_lanes(FLOAT32, model, example[:20]) == FLOAT32
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert with_lanes(FLOAT32, model, example) == FLOAT32
+
+
+def tf32_flags():
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_products_are_rounded_inside_only_and_only_if_asked(tf32):
+    before = tf32_flags()
+    with pytest.raises(ValueError, match="ends"), float32_products(tf32=tf32):
+        assert tf32_flags() == (tf32, tf32)
+        raise ValueError("ends")
+    assert tf32_flags() == before
+
+
+def test_an_evaluation_asks_for_exact_products_whatever_torch_has_set():
+    seen = []
+
+    def model(x):
+        seen.append(tf32_flags())
+        return x.flatten(1)[:, :2]
+
+    with float32_products(tf32=True):
+        evaluate(
+            Function(model),
+            IMAGES,
+            torch.zeros(4, dtype=torch.int64),
+            threat=ThreatModel("Linf", 0.1),
+            attacks=["fgsm"],
+        )
+    assert set(seen) == {(False, False)}
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("float32", False), ("auto", False), ("tf32", True)])
+def test_training_rounds_products_if_the_recipe_says_so(tmp_path, monkeypatch, precision, rounded):
+    def stop(self, *args, **kwargs):
+        raise Interrupted(str(tf32_flags()))
+
+    monkeypatch.setattr(run, "refuse_tf32", lambda device: None)
+    monkeypatch.setattr(run.Run, "_train_stage", stop)
+    with pytest.raises(Interrupted, match=str(rounded)):
+        train(load_recipe("digits", [*TINY, f"runtime.precision={precision}"]), run_dir=tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "environment.json").read_text())["precision"]
+    assert written in {"auto": ("float32", "bf16")}.get(precision, (precision,))
+
+
+class Function(nn.Module):
+    """A module of a function, with something to ask for its device."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x) * self.weight

@@ -31,12 +31,13 @@ from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.evaluation.subject import Subject, check_images, frozen, predictions
 from dualhead.noise import Streams
 from dualhead.processes import group
-from dualhead.runtime import BF16, FLOAT32, Precision, describe_environment
+from dualhead.runtime import BF16, FLOAT32, Precision, describe_environment, float32_products
 from dualhead.threat import ThreatModel, parse_real
 
 Spec = str | Mapping[str, Any] | Attack
 
 
+@float32_products()  # TF32 is no float32, and verdicts are float32's
 def evaluate(
     model: nn.Module,
     images: Tensor | NDArray[Any],
