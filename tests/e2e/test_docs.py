@@ -32,6 +32,7 @@ CANNOT = {
     "dualhead train cifar10_wrn34": "a network for an accelerator, and weights that are not ours to ship",
     "dualhead export runs/mine --to model --push": "uploads to the Hub",
     "srun torchrun": "a Slurm cluster; tests/distributed runs several processes",
+    "torchrun --nproc-per-node 8 -m dualhead train imagenet": "ImageNet, 8 GPUs; tests/distributed runs the recipe",
     "dualhead train mine.yaml data.source=path/to/my_images": "weights that only the reader has",
     "dualhead sweep": "trains many networks; its own tests run small ones",
     "dualhead play": "serves until it is stopped; tests/e2e/test_play.py starts and stops it",
