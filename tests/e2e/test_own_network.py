@@ -55,6 +55,7 @@ def make(num_classes):
 RECIPE = """
 extends: digits
 model: {backbone: "my_network:make", attach_at: model.block1}
+runtime: {layout: auto}  # `digits` pins one that `view` in the network above does not take
 """
 OPTIONS = [word for word in TINY if not word.startswith("model.backbone")]
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
