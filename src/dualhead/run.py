@@ -60,6 +60,7 @@ from dualhead.training import (
     Position,
     Program,
     Saved,
+    Selection,
     Silent,
     Stage,
     StageFiles,
@@ -67,6 +68,7 @@ from dualhead.training import (
     StepProfiler,
     TrainingProgress,
     Validator,
+    check_choosable,
     summary_writer,
 )
 
@@ -290,6 +292,8 @@ class Run:
                     f"stages.{index}.keep: best needs held-out images, but data.validation is 0; "
                     "set keep: last or data.validation: 0.02"
                 )
+            if self.held_out is None and stage.fit is not None:
+                raise UserError(f"stages.{index}.fit: needs held-out images, but data.validation is 0; set it to 0.02")
 
     def _check_augmented(self) -> None:
         """What augmentations leave of a training image is what the model sees."""
@@ -330,6 +334,11 @@ class Run:
         begun = (self.folder / "config.yaml").is_file()  # then a stage's first weights may have gone since
         for index, stage in enumerate(self.recipe.stages):
             Program.of(self.model, stage)
+            if stage.fit is not None:
+                try:
+                    check_choosable(self.model)
+                except UserError as error:
+                    raise UserError(f"stages.{index}.fit: {error}") from None
             if self._synchronises and stage.micro_batch is not None and stage.batch_size % group().world:
                 raise UserError(
                     f"stages.{index}.batch_size: must be a multiple of the {group().world} processes, since "
@@ -396,7 +405,11 @@ class Run:
             tensorboard=self.folder / "tensorboard" if self.recipe.runtime.tensorboard else None,
         )
         while self.position.stage < len(self.recipe.stages):
-            self._train_stage(self.position.stage, arithmetic, log, progress, stop, profile=profile)
+            number = self.position.stage
+            if self.recipe.stages[number].fit is None:
+                self._train_stage(number, arithmetic, log, progress, stop, profile=profile)
+            else:
+                self._fit_stage(number, arithmetic, log, progress, stop)
         if self._synchronises:  # what is measured and saved is the network of the architecture
             trained, self.model = self.model.state_dict(), self.architecture.create().to(self.device)
             load_state(self.model, trained, "trained weights")
@@ -461,6 +474,29 @@ class Run:
             self._saved = None
         finished = run.run(self.position)
         self._close_stage(stage, finished, len(loader))
+
+    def _fit_stage(
+        self,
+        number: int,
+        arithmetic: Arithmetic,
+        log: MetricsLog,
+        progress: TrainingProgress,
+        stop: Callable[[], bool],
+    ) -> None:
+        """Choose the aggregator's parameters; short, so that a stage that was stopped begins anew."""
+        stage, validator = self.recipe.stages[number], self._validator()
+        assert isinstance(self.model, DualHeadClassifier) and stage.fit is not None and validator is not None
+        self._saved = None
+        self._prepare_stage(number)
+        progress.stage(stage.name, number + 1, len(self.recipe.stages), 0, 0, 0)
+        selection = Selection(self.model, stage.fit, validator, arithmetic, self.device, stop)
+        finished = selection.run(Position(stage=number))
+        line = {"stage": stage.name, "epoch": 1, "step": 0, **finished.best, "seconds": round(finished.seconds, 3)}
+        log.write(line)
+        files = StageFiles(self._states, self._stage_file(stage, "best"), self._stage_file(stage, "last"))
+        files.write_best(self.model)
+        files.write_last(self.model)
+        self._close_stage(stage, finished, 0)
 
     def _prepare_stage(self, number: int) -> None:
         stage = self.recipe.stages[number]

@@ -107,8 +107,10 @@ def test_a_fresh_aggregator_is_the_mean_of_the_heads(name, classes):
 
 
 @pytest.mark.parametrize("name", aggregators.names())
-@pytest.mark.parametrize("classes", [2, 10, 20])
+@pytest.mark.parametrize("classes", [2, 3, 10, 20])
 def test_every_aggregator_gives_logits_and_gradients_to_all_inputs(name, classes):
+    if (name, classes) == ("mixed_nuts", 2):
+        return  # refused there, since it could give no gradient
     torch.manual_seed(0)
     module = aggregators.build(name).create(classes)
     z = head_logits(16, classes).requires_grad_()

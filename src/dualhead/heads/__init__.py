@@ -1,6 +1,6 @@
 """Two heads on one trunk: cutting a model at a layer, the second head, and the aggregator over both."""
 
-from dualhead.heads.aggregators import Aggregator, aggregators, default_aggregator
+from dualhead.heads.aggregators import Aggregator, Chosen, aggregators, default_aggregator
 from dualhead.heads.attach import attach_second_head
 from dualhead.heads.classifier import PARTS_OF, DualHeadClassifier, Output
 from dualhead.heads.layers import LayerInfo, layers
@@ -10,6 +10,7 @@ from dualhead.heads.splitting import Split, split_model
 __all__ = [
     "PARTS_OF",
     "Aggregator",
+    "Chosen",
     "DualHeadClassifier",
     "LayerInfo",
     "Output",

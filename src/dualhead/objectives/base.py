@@ -45,6 +45,9 @@ class Objective(ABC):
     """Whether the loss uses logits of clean images."""
     clean_target: ClassVar[bool] = False
     """Whether `inner_loss` uses the clean logits, taken once a batch in the mode in which the attack runs."""
+    apart: ClassVar[bool] = True
+    """Whether the loss is a mean over images of what depends on that image alone. Else it is another one for pieces of
+    a batch, as `micro_batch` and several processes make them."""
 
     outputs: ClassVar[tuple[str, ...]] = ()
     """Outputs of a dual-head model that the loss is a function of, the deployed one last: logits are [B, outputs, C]

@@ -83,6 +83,7 @@ class Joint(Objective):
         for name, value in {
             "outputs": tuple(methods),
             "attacked": tuple(climbed) or tuple(methods)[-1:],
+            "apart": all(method.apart for method in methods.values()),
             "adversarial": any(method.adversarial for method in methods.values()),
             "clean": any(method.clean for method in methods.values()),
             "clean_target": any(methods[n].clean_target for n in climbed),

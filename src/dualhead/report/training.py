@@ -49,6 +49,10 @@ def stages(source: Source) -> list[Stage]:
 def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
     name = str(recipe["name"])
     found = source.lines(recipe["name"])
+    if recipe.get("fit") is not None:
+        return Stage(
+            name, "trains nothing: fits the aggregator", _cost(source, recipe, found), _chosen(found), False, []
+        )
     best, last = best_line(found), next((line for line in reversed(found) if _validated(line)), None)
     verdict, overfits = _verdict(source, best, last) if best and last else ("", False)
     if not found and recipe.get("epochs") == 0:
@@ -63,6 +67,16 @@ def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
         name, _facts(recipe), _cost(source, recipe, found), verdict, overfits,
         _figures(source, name, found, best) if found else [],
     )  # fmt: skip
+
+
+def _chosen(found: Sequence[Mapping[str, Any]]) -> str:
+    """What a stage that fits has chosen."""
+    line = found[-1] if found else None
+    if line is None or not _validated(line):
+        return "Nothing is logged."
+    told = ", ".join(f"{key} {_number(line, key):g}" for key in line if key not in NOT_LOSSES and _number(line, key))
+    robust, clean = percent(line["validation_robust"]), percent(line["validation_clean"])
+    return f"Chosen on the held-out images: {told}. There: robust {robust} %, clean {clean} %."
 
 
 def _validated(line: Mapping[str, Any]) -> bool:

@@ -1,12 +1,14 @@
 """Adversarial training in stages."""
 
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
-from dualhead.training.loop import StageFiles, StageRun, Validator
+from dualhead.training.loop import StageFiles, StageRun
 from dualhead.training.metrics import MetricsLog, read_metrics, summary_writer
 from dualhead.training.profiler import StepProfiler
 from dualhead.training.program import Program, trained_output
 from dualhead.training.progress import Silent, TrainingProgress
+from dualhead.training.selection import Selection, check_choosable
 from dualhead.training.stage import Stage
+from dualhead.training.validation import Validator
 
 __all__ = [
     "CheckpointStore",
@@ -14,6 +16,7 @@ __all__ = [
     "Position",
     "Program",
     "Saved",
+    "Selection",
     "Silent",
     "Stage",
     "StageFiles",
@@ -21,6 +24,7 @@ __all__ = [
     "StepProfiler",
     "TrainingProgress",
     "Validator",
+    "check_choosable",
     "read_metrics",
     "summary_writer",
     "trained_output",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +18,7 @@ from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
 from dualhead.training.perturbation import AWP
 from dualhead.training.program import trained_output
+from dualhead.training.selection import Fit
 
 
 class Stage(Section):
@@ -52,6 +54,9 @@ class Stage(Section):
     """Of this stage; None: `data.augment`."""
     cutmix: CutMix | None = None
     """Boxes of other images, and shares of their labels."""
+    fit: Fit | None = None
+    """Choose the aggregator's parameters on the held-out images, in place of training; `train` is the aggregator alone,
+    and objective, attack and epochs are left out."""
     init: str | None = None
     """Weights to start the trained network from: a file, an exported model or a run."""
     replace_classifier: bool | str = False
@@ -60,8 +65,19 @@ class Stage(Section):
     keep: Literal["best", "last"] = "best"
     """The checkpoint that the next stage and the evaluation use."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_trains_nothing(cls, content: Any) -> Any:
+        if isinstance(content, Mapping) and content.get("fit") is not None:
+            return {"objective": "natural", "epochs": 0, **content}
+        return content
+
     @model_validator(mode="after")
     def _attack_fits(self) -> Self:
+        if self.fit is not None and (self.train != ("aggregator",) or self.epochs):
+            raise UserError("a stage with fit trains nothing: write train: [aggregator], without epochs")
+        if self.fit is not None and self.objective != objectives.build("natural"):
+            raise UserError("a stage with fit trains nothing; leave its objective out")
         if self.objective.adversarial and not isinstance(self.attack, Maximiser):
             raise UserError(f"attack {self.attack.registered_name!r} cannot be trained with; use pgd or fgsm")
         if self.replace_classifier and self.init is None:

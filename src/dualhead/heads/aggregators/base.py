@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Final
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Final, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from dualhead.registry import Registry
 
@@ -28,6 +29,20 @@ class Aggregator(ABC):
         Raises:
             UserError: if it cannot be used with that many classes.
         """
+
+
+@runtime_checkable
+class Chosen(Protocol):
+    """An aggregator's module whose parameters are chosen from a list, by a stage with `fit`, and not learnt."""
+
+    def candidates(self) -> Sequence[Mapping[str, float]]:
+        """What there is to choose from."""
+
+    def assign(self, settings: Mapping[str, float]) -> None:
+        """Take one of them over."""
+
+    def __call__(self, head_logits: Tensor) -> Tensor:
+        """Logits [B, C] from head logits [B, 2, C]."""
 
 
 aggregators: Registry[Aggregator] = Registry("aggregator", "dualhead.heads.aggregators")

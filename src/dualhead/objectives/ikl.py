@@ -1,0 +1,93 @@
+"""IKL, the improved form of the decoupled KL divergence (Cui et al. 2024, NeurIPS, arXiv 2305.13948)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
+from torch import Tensor
+
+from dualhead.errors import UserError
+from dualhead.objectives.base import LossTerms, Objective, check_label_smoothing, given, kl_divergence, objectives
+from dualhead.threat import Real
+
+
+@objectives.register("ikl")
+@dataclass(frozen=True)
+class IKL(Objective):
+    """TRADES with its divergence taken apart and improved (Cui et al. 2024, arXiv 2305.13948, eq. 8).
+
+    The gradient of KL(p || p') is that of a weighted mean square error between the differences of logits, which moves
+    the clean prediction alone, plus a cross-entropy, which moves the attacked one alone. Here the first moves both, and
+    is weighted by the mean prediction m for the image's class rather than by the image's own. With logits z, z' and
+    d = z - z', p held constant in the last term:
+
+        CE(f(x), y) + mse/4 sum_jk m_j m_k (d_j - d_k)^2 - ce sum_j p_j log p'_j
+
+    The attack climbs KL(p || p'), as published. m is a constant, of softmax(z / temperature): the mean over the images
+    of the class in the batch, where the public code takes that of the epoch before; so the loss has no memory, and a
+    run that goes on is the run that was not stopped. With `micro_batch` or several processes it is the mean over a
+    piece of the batch.
+
+    Args:
+        mse: weight of the square error, at least 0.
+        ce: weight of the cross-entropy, at least 0.
+        temperature: of the class means, greater than 0.
+        label_smoothing: share s in [0, 1) of each label that is spread over all classes, on clean
+            images: (1 - s) CE + s mean(-log p); 0.1 is usual.
+    """
+
+    mse: Real = 20.0
+    ce: Real = 4.0
+    temperature: Real = 4.0
+    label_smoothing: Real = 0.0
+    clean_target: ClassVar[bool] = True
+    apart: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("mse", "ce"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name):g}")
+        if self.temperature <= 0:
+            raise UserError(f"temperature must be greater than 0, got {self.temperature:g}; 1 to 4 are usual")
+        check_label_smoothing(self.label_smoothing)
+
+    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        """KL(p || p') per image."""
+        del y
+        return kl_divergence(given(clean_logits), adv_logits)
+
+    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
+        """The sum above."""
+        clean, adv = given(clean_logits), given(adv_logits)
+        weights = class_means((clean.detach() / self.temperature).softmax(1), y)
+        soft_labels = -(clean.detach().softmax(1) * adv.log_softmax(1)).sum(1)
+        return LossTerms.sum_of(
+            clean=F.cross_entropy(clean, y, label_smoothing=self.label_smoothing),
+            square_error=self.mse * weighted_square_error(clean - adv, weights).mean(),
+            soft_labels=self.ce * soft_labels.mean(),
+        )
+
+
+def class_means(probabilities: Tensor, y: Tensor) -> Tensor:
+    """For each image the mean prediction of its class in the batch, [B, C] from [B, C].
+
+    Args:
+        probabilities: [B, C].
+        y: labels, int64 [B], or shares of the classes [B, C], which weigh means alike.
+    """
+    # Not one_hot, which waits for the device to look at the labels.
+    shares = y.to(probabilities.dtype) if y.dim() == 2 else torch.zeros_like(probabilities).scatter(1, y[:, None], 1.0)
+    means = shares.T @ probabilities / shares.sum(0).clamp_min(1e-12)[:, None]
+    return shares @ means
+
+
+def weighted_square_error(difference: Tensor, weights: Tensor) -> Tensor:
+    """1/4 sum_jk w_j w_k (d_j - d_k)^2 per image [B], from d [B, C] and w [B, C], which sums to 1 over the classes.
+
+    It is half of d's variance under w, which needs no pairs.
+    """
+    centred = difference - (weights * difference).sum(1, keepdim=True)
+    return 0.5 * (weights * centred.square()).sum(1)

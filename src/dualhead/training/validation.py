@@ -1,0 +1,52 @@
+"""What chooses among the epochs of a stage: accuracy on the held-out part of the training images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dualhead.attacks import Attack
+from dualhead.data import Split, batches
+from dualhead.noise import Streams
+from dualhead.processes import group
+from dualhead.runtime import Arithmetic, in_eval_mode
+from dualhead.threat import ThreatModel
+from dualhead.training.program import Program
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Clean and robust accuracy on the held-out part of the training images.
+
+    Args:
+        split: the held-out images.
+        attack: what decides robust accuracy.
+        every: epochs between validations.
+        threat: ball and box.
+        seed: names the attack's noise, the same at every validation.
+        batch_size: images at once.
+    """
+
+    split: Split
+    attack: Attack
+    every: int
+    threat: ThreatModel
+    seed: int
+    batch_size: int = 256
+
+    def __call__(self, program: Program, arithmetic: Arithmetic, device: torch.device) -> dict[str, float]:
+        """`validation_clean` and `validation_robust`, fractions of the held-out images."""
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        logits_fn = arithmetic.wrap(program.logits)
+        with in_eval_mode(program.model):
+            for batch in batches(self.split, self.batch_size, device, group().share_of(len(self.split))):
+                streams = Streams.of(self.seed, batch.index).fork("validation")
+                x_adv = self.attack(logits_fn, batch.x, batch.y, self.threat, generator=streams)
+                with torch.no_grad():
+                    right = logits_fn(batch.x).argmax(1) == batch.y
+                    robust = right & (logits_fn(x_adv).argmax(1) == batch.y)
+                    counts += torch.stack((right.sum(), robust.sum()))
+        group().sum_([counts])
+        clean, robust_clean = counts.tolist()
+        return {"validation_clean": clean / len(self.split), "validation_robust": robust_clean / len(self.split)}
