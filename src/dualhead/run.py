@@ -26,6 +26,7 @@ from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.hub import (
     CONFIG,
     Architecture,
+    load,
     load_base_weights,
     normalisation_of,
     read_config,
@@ -55,6 +56,7 @@ from dualhead.runtime import (
     with_lanes,
 )
 from dualhead.training import (
+    RESET,
     CheckpointStore,
     MetricsLog,
     Position,
@@ -257,7 +259,7 @@ class Run:
             return made if found is None else made.model_copy(update={"mean": found[0], "std": found[1]})
         for index, stage in enumerate(self.recipe.stages):
             try:
-                found = None if stage.init is None else normalisation_of(stage.init)
+                found = normalisation_of(stage.init) if stage.init not in (None, RESET) else None
             except UserError as error:
                 raise UserError(f"stages.{index}.init: {error}") from None
             if found is not None:
@@ -344,6 +346,11 @@ class Run:
                     f"stages.{index}.batch_size: must be a multiple of the {group().world} processes, since "
                     f"synchronised batch norm needs as many micro-batches in each; got {stage.batch_size}"
                 )
+            if stage.helper is not None:
+                try:
+                    self._check_helper(index, stage.helper.weights, begun=begun)
+                except UserError as error:
+                    raise UserError(f"stages.{index}.helper.weights: {error}") from None
             if stage.init is not None and not begun:
                 try:
                     self._start_from(copy.deepcopy(self.model), stage)
@@ -351,8 +358,49 @@ class Run:
                     raise UserError(f"stages.{index}.init: {error}") from None
 
     def _start_from(self, model: nn.Module, stage: Stage) -> None:
-        if stage.init is not None:
+        if stage.init == RESET:
+            fresh = self._fresh()
+            for part in stage.train:
+                own, new = (model, fresh) if part == "model" else (model.get_submodule(part), fresh.get_submodule(part))
+                own.load_state_dict(new.state_dict())
+        elif stage.init is not None:
             load_base_weights(model, stage.init, self.architecture, replace_classifier=stage.replace_classifier)
+
+    def _fresh(self) -> nn.Module:
+        """The network as the run began with it; torch's generator stays where it is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.runtime.seed)
+            return self.architecture.create()
+
+    def _check_helper(self, number: int, weights: str, *, begun: bool) -> None:
+        if self._earlier(number, weights) is None and not begun:
+            self._check_labels(load(weights), weights)
+
+    def _check_labels(self, model: nn.Module, weights: str) -> None:
+        image = torch.zeros(1, *self.architecture.image_shape)
+        try:
+            with torch.no_grad():
+                given = model(image).shape[1]
+        except RuntimeError as error:
+            raise UserError(f"{weights}: does not take images {list(image.shape[1:])}: {error}") from None
+        if given != self.architecture.num_classes:
+            raise UserError(f"{weights}: knows {given} classes, the data have {self.architecture.num_classes}")
+
+    def _earlier(self, number: int, name: str) -> Stage | None:
+        """The stage of that name among those before a stage."""
+        return next((stage for stage in self.recipe.stages[:number] if stage.name == name), None)
+
+    def _helper(self, number: int) -> nn.Module | None:
+        """The model that a stage's `helper` names."""
+        settings = self.recipe.stages[number].helper
+        if settings is None:
+            return None
+        stage = self._earlier(number, settings.weights)
+        if stage is None:
+            return load(settings.weights).to(self.device)
+        model = self._fresh()
+        self._load_stage(model, stage)
+        return view(model, stage.output).to(self.device)
 
     def _make_folder(self) -> None:
         self._refuse_other_run()  # again, since another process may have been here before the folder was locked
@@ -468,6 +516,7 @@ class Run:
             stop=stop,
             save_minutes=recipe.runtime.save_minutes,
             profiler=StepProfiler(self.folder / "profile", stage.name, self.device) if profile else None,
+            helper=self._helper(number),
         )
         if self._saved is not None:
             run.restore(self._saved)

@@ -7,10 +7,11 @@ from dualhead.training.profiler import StepProfiler
 from dualhead.training.program import Program, trained_output
 from dualhead.training.progress import Silent, TrainingProgress
 from dualhead.training.selection import Selection, check_choosable
-from dualhead.training.stage import Stage
+from dualhead.training.stage import RESET, Stage
 from dualhead.training.validation import Validator
 
 __all__ = [
+    "RESET",
     "CheckpointStore",
     "MetricsLog",
     "Position",

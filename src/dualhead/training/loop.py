@@ -93,6 +93,7 @@ class StageRun:
         stop: asked after every step; when true the stage saves itself and ends with `Interrupted`.
         save_minutes: longest time between two saved positions.
         profiler: looks at a few steps; None: nobody does.
+        helper: the model that the stage's `helper` names; None if it names none.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class StageRun:
         stop: Callable[[], bool],
         save_minutes: float,
         profiler: StepProfiler | None = None,
+        helper: nn.Module | None = None,
     ) -> None:
         self._stage = stage
         self._profiler = profiler
@@ -127,7 +129,7 @@ class StageRun:
         self._stop = stop
         self._save_seconds = 60.0 * save_minutes
         self._optimiser = stage.optimiser.create(program.parameters())
-        self._step = TrainingStep(program, stage, threat, self._optimiser, arithmetic)
+        self._step = TrainingStep(program, stage, threat, self._optimiser, arithmetic, helper=helper)
         self._average = None if stage.average is None else WeightAverage(program.model, stage.average)
 
     def restore(self, saved: Saved) -> None:

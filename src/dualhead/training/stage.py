@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,10 +15,14 @@ from dualhead.objectives import Objective, objectives
 from dualhead.schema import Section, component
 from dualhead.threat import Real
 from dualhead.training.averaging import Averaging, averagings
+from dualhead.training.helper import Helper
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
 from dualhead.training.perturbation import AWP
 from dualhead.training.program import trained_output
 from dualhead.training.selection import Fit
+
+RESET: Final = "reset"
+"""What `init` says for fresh weights."""
 
 
 class Stage(Section):
@@ -48,6 +52,8 @@ class Stage(Section):
     """Of the weights over training (`ema`, `swa`): what validation sees and what is kept, in place of the live ones."""
     awp: AWP | None = None
     """Adversarial weight perturbation."""
+    helper: Helper | None = None
+    """A model trained without attacks, whose labels hold beyond the ball (HAT)."""
     eps: Real | None = Field(None, gt=0)
     """Radius of the attack while this stage trains; None: the threat model's. Validation keeps that one."""
     augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] | None = None
@@ -58,7 +64,8 @@ class Stage(Section):
     """Choose the aggregator's parameters on the held-out images, in place of training; `train` is the aggregator alone,
     and objective, attack and epochs are left out."""
     init: str | None = None
-    """Weights to start the trained network from: a file, an exported model or a run."""
+    """Weights to start the trained network from: a file, an exported model or a run; `reset`: the parts that this stage
+    trains begin afresh, with the weights that the run began with, and not with those of the stage before."""
     replace_classifier: bool | str = False
     """Take from `init` all but the layer that gives the logits, which starts afresh, for other classes; true finds that
     layer, a name (`fc`, `model.head`) says which it is."""
@@ -80,7 +87,9 @@ class Stage(Section):
             raise UserError("a stage with fit trains nothing; leave its objective out")
         if self.objective.adversarial and not isinstance(self.attack, Maximiser):
             raise UserError(f"attack {self.attack.registered_name!r} cannot be trained with; use pgd or fgsm")
-        if self.replace_classifier and self.init is None:
+        if self.helper is not None and not self.objective.adversarial:
+            raise UserError(f"helper labels attacked images, and objective {self.objective.registered_name!r} has none")
+        if self.replace_classifier and self.init in (None, RESET):
             raise UserError("replace_classifier is for weights that init names; set init too")
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")

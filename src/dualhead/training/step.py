@@ -16,10 +16,12 @@ from dualhead.attacks import Maximiser
 from dualhead.data import Batch
 from dualhead.lanes import LEAST_ROWS, pool, twins
 from dualhead.noise import Streams
+from dualhead.objectives import LossTerms
 from dualhead.processes import group
 from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
 from dualhead.training.guard import StepGuard
+from dualhead.training.helper import HelperExamples, HelperTerm
 from dualhead.training.program import Features, LossForward, Program
 from dualhead.training.recompute import blocks, recomputed, still_buffers
 from dualhead.training.stage import Stage
@@ -44,6 +46,7 @@ class _Piece:
     clean: Features | None
     attacked: Features | None
     y: Tensor
+    helped: HelperExamples | None = None
 
 
 class TrainingStep:
@@ -63,6 +66,7 @@ class TrainingStep:
         optimiser: over `program.parameters()`.
         arithmetic: number format of the passes.
         forward: `LossForward` of the program, or a wrapper around it.
+        helper: the model that the stage's `helper` names; None if it names none.
 
     Attributes:
         guard: drops updates that are not finite, and counts them.
@@ -76,6 +80,7 @@ class TrainingStep:
         optimiser: torch.optim.Optimizer,
         arithmetic: Arithmetic,
         forward: nn.Module | None = None,
+        helper: nn.Module | None = None,
     ) -> None:
         self._program = program
         self._stage = stage
@@ -85,6 +90,10 @@ class TrainingStep:
         self.guard = StepGuard(program.model, optimiser, stage.clip_norm)
         self._perturbs = False
         self._objective = stage.objective
+        self._helper = None
+        if stage.helper is not None:
+            assert helper is not None, "the run must give the model that the stage asks for"
+            self._helper = HelperTerm(stage.helper, helper, program, arithmetic)
         self._forward = forward or LossForward(program, joint=stage.forward == "joint")
         self._forgetful = blocks(program.model) if stage.checkpoint_activations else []
         self._in_lanes: list[Program] = []
@@ -135,14 +144,15 @@ class TrainingStep:
         """Attack a piece, and run the frozen prefix."""
         objective = self._objective
         x = self._arithmetic.images(piece.x)
-        clean = attacked = None
+        clean = attacked = helped = None
         if objective.clean or objective.clean_target:
             clean = self._constant(x)
         if objective.adversarial:
             with record_function("attack"):
                 x_adv = self._attack(x, clean, piece.y, streams)
             attacked = self._constant(x_adv)
-        return _Piece(clean if objective.clean else None, attacked, piece.y)
+            helped = self._helper.examples(x, x_adv) if self._helper is not None else None
+        return _Piece(clean if objective.clean else None, attacked, piece.y, helped)
 
     def _constant(self, x: Tensor) -> Features:
         with record_function("frozen prefix"), self._arithmetic.autocast(x.device):
@@ -158,6 +168,9 @@ class TrainingStep:
                 with self._arithmetic.autocast(piece.y.device):
                     clean_logits, adv_logits = self._forward(piece.clean, piece.attacked)
                 loss = self._objective.loss(clean_logits, adv_logits, piece.y)
+                if self._helper is not None and piece.helped is not None:
+                    term = self._helper.loss(piece.helped)
+                    loss = LossTerms(loss.total + term, {**loss.terms, "helper": term})
             with record_function("loss: backward"):
                 torch.autograd.backward(loss.total * share)
             for name, term in {"loss": loss.total, **loss.terms}.items():
