@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 import yaml
+from pydantic import ValidationError
 
 from dualhead.config import load_recipe
 from dualhead.errors import Interrupted, UserError
@@ -47,8 +48,8 @@ def test_a_step_descends_by_trades_and_the_helper_term():
     optimiser = torch.optim.SGD(theirs.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loss.backward()
     optimiser.step()
-    assert float(outcome_.terms["helper"]) == pytest.approx(float(term), rel=1e-4)
-    assert float(outcome_.terms["loss"]) == pytest.approx(float(loss), rel=1e-4)
+    assert float(outcome_.terms["helper"]) == pytest.approx(term.item(), rel=1e-4)
+    assert float(outcome_.terms["loss"]) == pytest.approx(loss.item(), rel=1e-4)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert torch.allclose(a.double(), b.double(), atol=1e-5), name
 
@@ -145,5 +146,5 @@ def test_what_cannot_be_a_helper_is_refused_before_anything_is_written(tmp_path)
         with pytest.raises(UserError, match=message):
             train(hat_recipe(tmp_path, **fields), run_dir=tmp_path / "run")
         assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="helper labels attacked images, and objective 'natural' has none"):
+    with pytest.raises(ValidationError, match="helper labels attacked images, and objective 'natural' has none"):
         stage_of("natural", ("model",), helper={"weights": "x"})

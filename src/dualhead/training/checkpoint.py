@@ -59,13 +59,21 @@ class Position:
 
 @dataclass
 class Saved:
-    """What a checkpoint holds: the position, and the states to load into model, optimiser and weight average."""
+    """What a checkpoint holds: the position, and the states to load into model, optimiser and weight average.
+
+    Of each process it holds the generators, and the perturbation that it carries from step to step.
+    """
 
     position: Position
     model: dict[str, torch.Tensor]
     optimiser: dict[str, Any] | None
     generators: list[list[torch.Tensor]]
     average: dict[str, torch.Tensor] | None = None
+    carried: list[torch.Tensor | None] = field(default_factory=list)
+
+    def carried_by(self, rank: int) -> torch.Tensor | None:
+        """The perturbation that a process carried; None for one that is new, or if there was none."""
+        return self.carried[rank] if rank < len(self.carried) else None
 
     def restore_generators(self, device: torch.device) -> None:
         """Put torch's generators where they stood in this process; one that is new begins its own numbers."""
@@ -97,6 +105,7 @@ class CheckpointStore:
         model: nn.Module,
         optimiser: torch.optim.Optimizer | None,
         average: WeightAverage | None = None,
+        carried: torch.Tensor | None = None,
     ) -> None:
         """Write a state, and remove those that are too old; a crash leaves the old ones or the new one besides.
 
@@ -107,8 +116,10 @@ class CheckpointStore:
             model: with the weights of that moment.
             optimiser: of the stage; None between stages.
             average: of the stage's weights; None if it keeps none.
+            carried: the perturbation that this process carries from step to step; None if it carries none.
         """
         generators = group().gather(generator_states(next(model.parameters()).device))
+        perturbations = group().gather(None if carried is None else carried.cpu())
         if not group().first:
             return
         buffer = io.BytesIO()
@@ -118,6 +129,7 @@ class CheckpointStore:
             "optimiser": None if optimiser is None else optimiser.state_dict(),
             "average": None if average is None else average.state_dict(),
             "generators": generators,
+            "carried": perturbations,
         }
         torch.save(state, buffer)
         content, before = buffer.getbuffer(), self._files()

@@ -139,6 +139,8 @@ class StageRun:
             self._optimiser.load_state_dict(saved.optimiser)
         if self._average is not None and saved.average is not None:
             self._average.load_state_dict(saved.average)
+        if self._step.carried is not None:
+            self._step.carried.delta = saved.carried_by(group().rank)
 
     def run(self, position: Position) -> Position:
         """Train from a position to the end of the stage.
@@ -184,11 +186,12 @@ class StageRun:
         for batch in labelled("load images", self._loader.epoch(epoch, position.step)):
             self._set_rate(epoch + position.step / len(self._loader))
             streams = Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
-            outcome = self._counted_step(batch, streams) if position.step_cost == 0 else self._step(batch, streams)
-            position.flops += position.step_cost
-            self._add(sums, outcome, self._loader.global_batch)
-            if self._average is not None and self._average.averaging.after_step():
-                self._average.update(outcome.taken)
+            for _ in range(1 if self._stage.free is None else self._stage.free.replays):
+                outcome = self._counted_step(batch, streams) if position.step_cost == 0 else self._step(batch, streams)
+                position.flops += position.step_cost
+                self._add(sums, outcome, self._loader.global_batch)
+                if self._average is not None and self._average.averaging.after_step():
+                    self._average.update(outcome.taken)
             position.step += 1
             self._progress.step(epoch + 1, outcome.terms["loss"])
             if position.step % PATIENCE == 0:
@@ -338,5 +341,6 @@ class StageRun:
 
     def _save(self) -> None:
         self._position.seconds = time.monotonic() - self._clock
-        self._files.states.save(self._position, self._program.model, self._optimiser, self._average)
+        carried = None if self._step.carried is None else self._step.carried.delta
+        self._files.states.save(self._position, self._program.model, self._optimiser, self._average, carried)
         self._saved_at = time.monotonic()

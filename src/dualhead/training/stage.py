@@ -15,6 +15,7 @@ from dualhead.objectives import Objective, objectives
 from dualhead.schema import Section, component
 from dualhead.threat import Real
 from dualhead.training.averaging import Averaging, averagings
+from dualhead.training.free import Free
 from dualhead.training.helper import Helper
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
 from dualhead.training.perturbation import AWP
@@ -33,6 +34,8 @@ class Stage(Section):
     """The parts that learn; the others are frozen."""
     objective: Annotated[Objective, *component(objectives)]
     attack: Annotated[Attack, *component(attacks)] = Field("pgd-10", validate_default=True)
+    free: Free | None = None
+    """Replays of each batch in place of `attack`, one backward pass for weights and images (Free AT)."""
     attack_mode: Literal["eval", "train"] = "eval"
     """Mode of the trained parts while the attack runs."""
     forward: Literal["separate", "joint"] = "separate"
@@ -87,6 +90,10 @@ class Stage(Section):
             raise UserError("a stage with fit trains nothing; leave its objective out")
         if self.objective.adversarial and not isinstance(self.attack, Maximiser):
             raise UserError(f"attack {self.attack.registered_name!r} cannot be trained with; use pgd or fgsm")
+        if self.free is not None and not self.objective.adversarial:
+            raise UserError(f"free moves attacked images, and objective {self.objective.registered_name!r} has none")
+        if self.free is not None and self.awp is not None:
+            raise UserError("free takes one backward pass for all, and awp needs one of its own; choose one of them")
         if self.helper is not None and not self.objective.adversarial:
             raise UserError(f"helper labels attacked images, and objective {self.objective.registered_name!r} has none")
         if self.replace_classifier and self.init in (None, RESET):

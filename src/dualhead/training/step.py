@@ -20,6 +20,7 @@ from dualhead.objectives import LossTerms
 from dualhead.processes import group
 from dualhead.runtime import Arithmetic, in_eval_mode
 from dualhead.threat import ThreatModel
+from dualhead.training.free import CarriedPerturbation
 from dualhead.training.guard import StepGuard
 from dualhead.training.helper import HelperExamples, HelperTerm
 from dualhead.training.program import Features, LossForward, Program
@@ -70,6 +71,7 @@ class TrainingStep:
 
     Attributes:
         guard: drops updates that are not finite, and counts them.
+        carried: the perturbation that goes on from step to step; None unless the stage trains for free.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class TrainingStep:
         self._optimiser = optimiser
         self._arithmetic = arithmetic
         self.guard = StepGuard(program.model, optimiser, stage.clip_norm)
+        self.carried = None if stage.free is None else CarriedPerturbation(stage.free, threat)
         self._perturbs = False
         self._objective = stage.objective
         self._helper = None
@@ -123,34 +126,46 @@ class TrainingStep:
         images = batch.total or len(batch)
         self._program.model.train()
         self.guard.remember()
+        attacked = None if self.carried is None else self.carried.attacked(batch.x)
         with recomputed(self._forgetful):
-            pieces = [self._prepare(piece, part) for piece, part in self._cut(batch, streams)]
+            pieces = [self._prepare(piece, part, given) for piece, part, given in self._cut(batch, streams, attacked)]
             with self._perturbed(pieces, images):
                 self._optimiser.zero_grad(set_to_none=True)
                 terms, correct = self._descend(pieces, images)
         self._add_up(terms, correct, len(batch) / images)
         with record_function("update"):
-            return StepOutcome(terms, self.guard.step(terms["loss"]), correct)
+            taken = self.guard.step(terms["loss"])
+            if self.carried is not None and attacked is not None:
+                self.carried.ascend(batch.x, attacked, taken)
+        return StepOutcome(terms, taken, correct)
 
-    def _cut(self, batch: Batch, streams: Streams) -> Iterator[tuple[Batch, Streams]]:
+    def _cut(
+        self, batch: Batch, streams: Streams, attacked: Tensor | None
+    ) -> Iterator[tuple[Batch, Streams, Tensor | None]]:
         size = self._stage.micro_batch or len(batch)
         if size >= len(batch):
-            yield batch, streams
+            yield batch, streams, attacked
             return
         for rows in torch.split(torch.arange(len(batch), device=batch.y.device), size):
-            yield Batch(batch.index[rows], batch.x[rows], batch.y[rows]), streams[rows]
+            given = None if attacked is None else attacked[rows]
+            yield Batch(batch.index[rows], batch.x[rows], batch.y[rows]), streams[rows], given
 
-    def _prepare(self, piece: Batch, streams: Streams) -> _Piece:
-        """Attack a piece, and run the frozen prefix."""
+    def _prepare(self, piece: Batch, streams: Streams, given: Tensor | None = None) -> _Piece:
+        """Attack a piece, unless its attacked images are given, and run the frozen prefix."""
         objective = self._objective
         x = self._arithmetic.images(piece.x)
         clean = attacked = helped = None
         if objective.clean or objective.clean_target:
             clean = self._constant(x)
         if objective.adversarial:
-            with record_function("attack"):
-                x_adv = self._attack(x, clean, piece.y, streams)
-            attacked = self._constant(x_adv)
+            if given is None:
+                with record_function("attack"):
+                    x_adv = self._attack(x, clean, piece.y, streams)
+                attacked = self._constant(x_adv)
+            else:  # what is given takes a gradient, through the prefix too
+                x_adv = self._arithmetic.images(given)
+                with self._arithmetic.autocast(x.device):
+                    attacked = self._program.prefix(x_adv)
             helped = self._helper.examples(x, x_adv) if self._helper is not None else None
         return _Piece(clean if objective.clean else None, attacked, piece.y, helped)
 

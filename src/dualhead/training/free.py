@@ -1,0 +1,61 @@
+"""Free adversarial training: one backward pass for weights and images (Shafahi et al. 2019, NeurIPS)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dualhead.schema import Section
+from dualhead.threat import Real, ThreatModel
+
+
+class Free(Section):
+    """Each batch is trained on several times, and the perturbation moves by what the weights' own backward pass gives.
+
+    In place of `attack` (Shafahi et al. 2019, arXiv 1904.12843, algorithm 1): the gradient of the loss to the attacked
+    images comes out of the same backward pass as that to the weights, so that a replay costs no more than a step of
+    training without attacks, 3 forward equivalents with SAT. The perturbation is carried over, slot by slot of the
+    batch, from replay to replay and from batch to batch, and begins at 0. An epoch is `replays` updates a batch: divide
+    the epochs by it. The perturbation belongs to a slot and not to an image, so results depend on the batch size, and
+    on the number of processes.
+    """
+
+    replays: int = Field(8, ge=1)
+    """Updates on each batch; 8 is published for CIFAR-10."""
+    step_size: Real | None = Field(None, gt=0)
+    """Of the perturbation after each update; None: the radius, as published."""
+
+
+class CarriedPerturbation:
+    """The perturbation of each slot of a batch.
+
+    Args:
+        settings: its step.
+        threat: ball and box.
+    """
+
+    def __init__(self, settings: Free, threat: ThreatModel) -> None:
+        self._threat = threat
+        self._step_size = threat.eps if settings.step_size is None else settings.step_size
+        self.delta: Tensor | None = None
+        """[B, ...]; None before the first batch, for zeros."""
+
+    def attacked(self, x: Tensor) -> Tensor:
+        """Images [B, ...] under the perturbation, confined to ball and box, as a leaf that takes a gradient."""
+        delta = torch.zeros_like(x) if self.delta is None else self.delta.to(x.device)
+        self.delta = delta
+        return self._threat.project(x + delta, x).requires_grad_()
+
+    def ascend(self, x: Tensor, attacked: Tensor, taken: Tensor) -> None:
+        """A step along the gradient in `attacked.grad`; none where the update of the weights was dropped.
+
+        Args:
+            x: images [B, ...].
+            attacked: what `attacked` gave for them.
+            taken: bool scalar.
+        """
+        assert attacked.grad is not None and self.delta is not None
+        with torch.no_grad():
+            moved = self._threat.project(self._threat.ascend(attacked, attacked.grad, self._step_size), x)
+            self.delta = torch.where(taken, moved - x, self.delta)
