@@ -385,27 +385,51 @@ def sweep(
         Path | None, typer.Option("--out", help="Folder of the sweep; the same goes on with it.")
     ] = None,
     shard: Annotated[str, typer.Option("--shard", help="I/N: every N-th run from the I-th (from 0) on.")] = "0/1",
+    scheduler: Annotated[
+        str | None, typer.Option("--on", help="Queue each run as a job: slurm, or local for processes here.")
+    ] = None,
+    job_settings: Annotated[
+        list[str] | None, typer.Option("--job", help="With --on: KEY=VALUE of submitit, e.g. slurm_partition=gpu.")
+    ] = None,
+    at_once: Annotated[int | None, typer.Option("--at-once", min=1, help="With --on: jobs queued at a time.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Train and evaluate a grid of settings, and write one table; the same command goes on where it was stopped."""
+    from dualhead.dispatch import dispatch_sweep
     from dualhead.sweep import plan, run_sweep
     from dualhead.terminal import TrainingDisplay, err, progress_bar, sweep_table
 
     first, slash, count = shard.partition("/")
     if not (slash and first.isdigit() and count.isdigit() and int(first) < int(count)):
         raise UserError(f"--shard {shard}: write I/N with I from 0 to N - 1, e.g. 0/4")
+    if scheduler is None and (job_settings or at_once):
+        raise UserError("--job and --at-once are for jobs of a scheduler; name it with --on, e.g. --on slurm")
+    if scheduler is not None and shard != "0/1":
+        raise UserError("--shard shares runs out by hand, which --on leaves to the scheduler; use one of them")
     folder = out_dir or Path("runs") / f"sweep-{Path(recipe).stem}"
-    with progress_bar(quiet=quiet) as bar, _stop_on_signals() as stop:
-        rows = run_sweep(
-            plan(recipe, settings or [], seeds),
-            folder,
-            shard=(int(first), int(count)),
-            progress=None if quiet else TrainingDisplay(bar),
-            tell=lambda line: None if quiet else err.print(line, soft_wrap=True, markup=False),
-            stop=stop,
-            command=_command(),
-        )
+    jobs = plan(recipe, settings or [], seeds)
+
+    def tell(line: str) -> None:
+        if not quiet:
+            err.print(line, soft_wrap=True, markup=False)
+
+    with progress_bar(quiet=quiet or scheduler is not None) as bar, _stop_on_signals() as stop:
+        if scheduler is not None:
+            rows = dispatch_sweep(
+                jobs, folder, scheduler=scheduler, settings=job_settings or [], at_once=at_once, tell=tell, stop=stop,
+                command=_command(),
+            )  # fmt: skip
+        else:
+            rows = run_sweep(
+                jobs,
+                folder,
+                shard=(int(first), int(count)),
+                progress=None if quiet else TrainingDisplay(bar),
+                tell=tell,
+                stop=stop,
+                command=_command(),
+            )
     if as_json:
         typer.echo(json.dumps({"sweep": str(folder), "rows": rows}, indent=2))
         return

@@ -22,6 +22,7 @@ RANKS = [
     {"config", "hub"},
     {"run"},
     {"assess", "demo", "standings", "sweep"},
+    {"dispatch"},
     {"play", "terminal"},
     {"cli", "__init__"},
     {"__main__"},
