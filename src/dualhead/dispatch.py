@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -109,9 +110,9 @@ def _failure(name: str, submitted: Any, folder: Path) -> list[str]:
     """What went wrong in a job that has ended; nothing if its run is there."""
     if (folder / name / "comparison.json").is_file():
         return []
-    error = submitted.exception()
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return [f"{name}: {lines[-1].strip() if lines else 'ended without a result'} (log: {submitted.paths.stderr})"]
+    raised = re.findall(r"^[\w.]+: .+", str(submitted.exception()), re.MULTILINE)  # the last lines of its tracebacks
+    reason = raised[-1].partition(": ")[2] if raised else "ended without a result"
+    return [f"{name}: {reason} (log: {submitted.paths.stderr})"]
 
 
 def _executor(folder: Path, scheduler: str, settings: Sequence[str]) -> Any:

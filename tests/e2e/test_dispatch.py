@@ -24,6 +24,7 @@ def table(folder):
     return [{key: value for key, value in row.items() if key != "training_seconds"} for row in rows]
 
 
+@pytest.mark.slow  # each run is a process of its own: about 20 s
 def test_jobs_of_a_scheduler_give_the_table_that_runs_in_turn_give(tmp_path):
     told = []
     jobs = plan("digits_natural", SHORT)
@@ -38,6 +39,7 @@ def test_jobs_of_a_scheduler_give_the_table_that_runs_in_turn_give(tmp_path):
     assert told == ["2 of 2 runs are done already"]
 
 
+@pytest.mark.slow  # likewise
 def test_stopped_while_waiting_it_cancels_and_goes_on(tmp_path):
     jobs = plan("digits_natural", SHORT)
     asked = []

@@ -17,7 +17,7 @@ from dualhead.threat import Real
 @objectives.register("ikl")
 @dataclass(frozen=True)
 class IKL(Objective):
-    """TRADES with its divergence taken apart and improved (Cui et al. 2024, arXiv 2305.13948, eq. 8).
+    """TRADES with its divergence taken apart and improved.
 
     The gradient of KL(p || p') is that of a weighted mean square error between the differences of logits, which moves
     the clean prediction alone, plus a cross-entropy, which moves the attacked one alone. Here the first moves both, and
@@ -30,6 +30,10 @@ class IKL(Objective):
     of the class in the batch, where the public code takes that of the epoch before; so the loss has no memory, and a
     run that goes on is the run that was not stopped. With `micro_batch` or several processes it is the mean over a
     piece of the batch.
+
+    When: in place of TRADES, with weight averaging or AWP as published; not with few images of a class in a batch.
+
+    Paper: Cui et al. 2024, Decoupled Kullback-Leibler Divergence Loss, arXiv 2305.13948.
 
     Args:
         mse: weight of the square error, at least 0.

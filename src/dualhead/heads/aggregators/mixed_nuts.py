@@ -74,11 +74,11 @@ class MixedNUTSModule(nn.Module):
 @aggregators.register("mixed_nuts")
 @dataclass(frozen=True)
 class MixedNUTS(Aggregator):
-    """A mixture of the heads' probabilities, head 1 through a non-linear map (Bai et al. 2024, arXiv 2402.02263).
+    """A mixture of the heads' probabilities, head 1 through a non-linear map.
 
     For a robust head 1 and an accurate head 2, trained naturally or nearly so. A robust head is more confident where
     it is right than where it is wrong, also under attack; the map widens that gap, so that head 2 decides where head 1
-    is in doubt and head 1 where it is sure. With LayerNorm over an image's logits (eqs. 3 to 5 of the paper):
+    is in doubt and head 1 where it is sure. With LayerNorm over an image's logits:
 
         h = GELU(LayerNorm(z_1) + c),    q = softmax(s sgn(h) |h|^p),    z = log((1 - alpha) softmax(z_2 / T) + alpha q)
 
@@ -86,6 +86,12 @@ class MixedNUTS(Aggregator):
     chooses all five on the held-out images. Two departures keep gradients whole: the paper lets T go to 0, where head 2
     has none (its own attack uses T = 1), and a fit leaves out settings under which a probability underflows. GELU is
     the paper's, too; a ReLU would cut the gradient of the classes that it sets to 0.
+
+    When: for clean accuracy at little cost in robustness, with a head 2 trained for clean accuracy; evaluate it with
+    `multihead` too, which attacks the heads one by one.
+
+    Paper: Bai et al. 2024, MixedNUTS: Training-Free Accuracy-Robustness Balance via Nonlinearly Mixed Classifiers,
+    arXiv 2402.02263.
 
     Args:
         alpha: weight of head 1's probabilities, in (0, 1); above 0.5, head 1 overrules head 2 where it is sure.
