@@ -85,7 +85,7 @@ def hat_recipe(folder, *, weights="standard", init="reset", **more):
         ],
         "validation": {"attack": "pgd-1"},
         "evaluate": {"attacks": ["pgd-2"], "limit": 16, "gallery": 0},
-        "runtime": {"device": "cpu", "precision": "float32", "lanes": 1},
+        "runtime": {"device": "cpu", "precision": "float32", "layout": "channels_last", "lanes": 1},
     }  # fmt: skip
     path = folder / "hat.yaml"
     path.write_text(yaml.safe_dump(content))
