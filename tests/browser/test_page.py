@@ -297,6 +297,10 @@ def test_five_hundred_images_are_light_and_quick(opened, tmp_path):
     while page.locator(".more:visible").count():
         page.locator(".more button").click()
     assert cards(page).count() == found
+    page.locator("[data-filter=outcome]").select_option("")
+    assert cards(page).count() == 12
+    page.emulate_media(media="print")
+    assert cards(page).count() == 500  # paper has no button for more
 
 
 HOSTILE = [
