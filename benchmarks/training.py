@@ -14,10 +14,11 @@ measured in float32 and stage by stage besides. Results are written after every 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
+import io
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -228,7 +229,6 @@ class Bench:
 
     def art(self) -> Contestant | None:
         """The TRADES trainer of the Adversarial Robustness Toolbox on the same network; None if not installed."""
-        os.environ.setdefault("TQDM_DISABLE", "1")
         try:
             import numpy as np
             from art.attacks.evasion import ProjectedGradientDescentPyTorch
@@ -246,7 +246,12 @@ class Bench:
             verbose=False,
         )  # fmt: skip
         trainer = AdversarialTrainerTRADESPyTorch(classifier, attack, beta=6.0)
-        return lambda: trainer.fit(x, y, batch_size=len(x), nb_epochs=1)
+
+        def fit() -> None:
+            with contextlib.redirect_stderr(io.StringIO()):  # its bar of progress
+                trainer.fit(x, y, batch_size=len(x), nb_epochs=1)
+
+        return fit
 
 
 # ---- measuring

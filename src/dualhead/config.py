@@ -235,6 +235,9 @@ class Runtime(Section):
     lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """In how many threads, each with images of its own, a CPU runs attacks in training; 1 leaves threads to torch.
     `auto`: as many as torch has if that is faster, measured at the start. The last bits of a result depend on it."""
+    compile: bool = False
+    """`torch.compile` for the passes of training steps: minutes at the start of each stage, then faster ones. The last
+    bits of a result depend on it. Compiled attacks run in one lane."""
     seed: int = Field(0, ge=0, le=2**62)
     save_minutes: float = Field(5.0, gt=0)
     """Longest time between two saved states within an epoch; one is saved after every epoch besides."""
@@ -242,6 +245,12 @@ class Runtime(Section):
     """Statistics of batch norm that trains, where several processes share a batch: each its own share's (running ones
     are the mean over processes), or the whole batch's, which needs GPUs."""
     tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _compiled_in_one_lane(self) -> Self:
+        if self.compile and self.lanes not in (1, "auto"):
+            raise UserError(f".lanes: compiled attacks run in one lane; write 1 or auto, got {self.lanes}")
+        return self
 
 
 def _threat(value: object) -> object:

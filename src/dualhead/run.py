@@ -351,6 +351,8 @@ class Run:
                     self._check_helper(index, stage.helper.weights, begun=begun)
                 except UserError as error:
                     raise UserError(f"stages.{index}.helper.weights: {error}") from None
+            if stage.checkpoint_activations and self.recipe.runtime.compile:
+                raise UserError(f"stages.{index}.checkpoint_activations: not with runtime.compile; set one to false")
             if stage.init is not None and not begun:
                 try:
                     self._start_from(copy.deepcopy(self.model), stage)
@@ -429,15 +431,18 @@ class Run:
         environment_file = self.folder / "environment.json"
         if self._saved is not None and environment_file.is_file():  # it is kept, whatever would be faster now
             known = yaml.safe_load(environment_file.read_text(encoding="utf-8"))
-            return Arithmetic(known["precision"] == "bf16", known["channels_last"], known["lanes"])
+            bf16 = known["precision"] == "bf16"
+            return Arithmetic(bf16, known["channels_last"], known["lanes"], self.recipe.runtime.compile)
         shape = (min(128, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
         example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         runtime = self.recipe.runtime
         chosen = choose_arithmetic(_precision(runtime), self.model, example, runtime.layout)
-        lanes = runtime.lanes
+        lanes = 1 if runtime.compile else runtime.lanes
+        chosen = replace(chosen, compiled=runtime.compile)
         chosen = with_lanes(chosen, self.model, example) if lanes == "auto" else replace(chosen, lanes=lanes)
         name = "tf32" if runtime.precision == "tf32" else chosen.name
         facts = {"precision": name, "channels_last": chosen.channels_last, "lanes": chosen.lanes}
+        facts["compiled"] = chosen.compiled
         write_json(environment_file, {**describe_environment(self.device), **facts})
         return chosen
 

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dualhead.errors import UserError
+from dualhead.errors import RunError, UserError
 from dualhead.lanes import LEAST_ROWS, pool, twins
 from dualhead.processes import group, local_rank
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Precision = Literal["float32", "bf16", "auto"]
 Layout = Literal["contiguous", "channels_last", "auto"]
 UNKNOWN_MEMORY = 8 * 2**30
@@ -162,11 +164,13 @@ class Arithmetic:
         channels_last: keep images and the weights of convolutions in that layout; False: contiguous; None: the weights
             contiguous, the images as they come.
         lanes: in how many threads, each with images of its own, attacks run; 1 leaves threads to torch.
+        compiled: whether the passes of training steps go through `torch.compile`.
     """
 
     bf16: bool
     channels_last: bool | None = None
     lanes: int = 1
+    compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -204,6 +208,30 @@ class Arithmetic:
                 return logits_fn(self.images(x)).float()
 
         return run
+
+
+def compiled(function: Callable[P, R], what: str) -> Callable[P, R]:
+    """The function as `torch.compile` makes it, as one graph for each shape that it meets; never partly eager.
+
+    Args:
+        function: of tensors.
+        what: it is, for the message.
+
+    Returns:
+        A function that raises `RunError` where torch cannot compile it.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import
+
+    made = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return made(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"runtime.compile: torch cannot compile {what}: {reason}; write false") from None
+
+    return run
 
 
 def set_layout(model: nn.Module, layout: torch.memory_format) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -18,7 +18,7 @@ from dualhead.lanes import LEAST_ROWS, pool, twins
 from dualhead.noise import Streams
 from dualhead.objectives import LossTerms
 from dualhead.processes import group
-from dualhead.runtime import Arithmetic, in_eval_mode
+from dualhead.runtime import Arithmetic, compiled, in_eval_mode
 from dualhead.threat import ThreatModel
 from dualhead.training.free import CarriedPerturbation
 from dualhead.training.guard import StepGuard
@@ -100,7 +100,13 @@ class TrainingStep:
         self._forward = forward or LossForward(program, joint=stage.forward == "joint")
         self._forgetful = blocks(program.model) if stage.checkpoint_activations else []
         self._in_lanes: list[Program] = []
-        self._use_lanes = True
+        self._counted = False
+        # A count of operations sees nothing of a compiled pass, so both forms stay.
+        self._fast_forward: Callable[..., tuple[Tensor | None, Tensor | None]] = self._forward
+        self._fast_attacked = program.attacked_logits
+        if arithmetic.compiled:
+            self._fast_forward = compiled(self._forward, "the passes of the loss")
+            self._fast_attacked = compiled(program.attacked_logits, "the passes of the attack")
         if arithmetic.lanes > 1 and stage.attack_mode == "eval" and not stage.checkpoint_activations:
             copies = twins(program.model, arithmetic.lanes)  # in eval mode for good
             self._in_lanes = [Program.of(copied, stage) for copied in copies]
@@ -120,9 +126,10 @@ class TrainingStep:
         Args:
             batch: images float32 [B, C, H, W] in [0, 1] and labels int64 [B].
             streams: the randomness of these samples in this epoch.
-            one_thread: ask the model in the caller's thread only, so that whoever counts there sees all passes.
+            one_thread: ask the model in the caller's thread only and as it is, not compiled, so that whoever counts
+                there sees all passes.
         """
-        self._use_lanes = not one_thread
+        self._counted = one_thread
         images = batch.total or len(batch)
         self._program.model.train()
         self.guard.remember()
@@ -181,7 +188,8 @@ class TrainingStep:
             share = len(piece.y) / images
             with record_function("loss: forward"):
                 with self._arithmetic.autocast(piece.y.device):
-                    clean_logits, adv_logits = self._forward(piece.clean, piece.attacked)
+                    forward = self._forward if self._counted else self._fast_forward
+                    clean_logits, adv_logits = forward(piece.clean, piece.attacked)
                 loss = self._objective.loss(clean_logits, adv_logits, piece.y)
                 if self._helper is not None and piece.helped is not None:
                     term = self._helper.loss(piece.helped)
@@ -237,7 +245,7 @@ class TrainingStep:
     def _attack(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
         if self._stage.attack_mode == "train":
             return self._climb(self._program, x, clean, y, streams)
-        if self._use_lanes and self._in_lanes and len(y) >= len(self._in_lanes) * LEAST_ROWS:
+        if not self._counted and self._in_lanes and len(y) >= len(self._in_lanes) * LEAST_ROWS:
             return self._climb_in_lanes(x, clean, y, streams)
         with in_eval_mode(self._program.model):
             return self._climb(self._program, x, clean, y, streams)
@@ -260,6 +268,7 @@ class TrainingStep:
             with torch.no_grad(), self._arithmetic.autocast(x.device):
                 target = program.attacked_suffix(clean).float()
         attack = cast("Maximiser", self._stage.attack)
-        logits_fn = self._arithmetic.wrap(program.attacked_logits)
+        as_it_is = self._counted or program is not self._program  # a lane's
+        logits_fn = self._arithmetic.wrap(program.attacked_logits if as_it_is else self._fast_attacked)
         with self._arithmetic.reuse_casts(x.device):
             return attack.maximise(logits_fn, x, lambda z: objective.inner_loss(z, target, y), self._threat, streams)
