@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from dualhead.attacks import Attack, attacks
 from dualhead.config import Recipe, Runtime, Statistics, load_recipe, read_recipe_file
 from dualhead.data import Augmentation, Loader, Split, hold_out, in_turn
 from dualhead.errors import UserError
@@ -241,6 +242,7 @@ class Run:
         self.architecture = self._architecture()
         torch.manual_seed(recipe.runtime.seed)
         self.model = self.architecture.create().to(self.device)
+        self._check_attacks()
         self._check_stages()
         if self._synchronises:
             self.model = synchronised_batch_norm(self.model, self.device)
@@ -312,6 +314,22 @@ class Run:
                     f"{key}: training images come out as {height}x{width}, but the model takes {seen[0]}x{seen[1]}; "
                     f"cut that out with {{name: random_resized_crop, size: [{seen[0]}, {seen[1]}]}}"
                 )
+
+    def _check_attacks(self) -> None:
+        """Every output of the model is measured, also those of one head: something must attack each."""
+        for_heads = [name for name, attack in self._attacks().items() if attack.needs_heads]
+        if for_heads and not isinstance(self.model, DualHeadClassifier):
+            raise UserError(f"evaluate.attacks: {for_heads[0]} needs several heads, and this model has one")
+        if for_heads and len(for_heads) == len(self._attacks()):
+            raise UserError(
+                f"evaluate.attacks: {for_heads[0]} cannot attack the outputs of one head, which are measured beside "
+                "the aggregate; add one that can, such as autoattack"
+            )
+
+    def _attacks(self) -> dict[str, Attack]:
+        """Those of the final evaluation, by label."""
+        built = [attacks.build(spec, "evaluate.attacks") for spec in self.recipe.evaluate.attacks]
+        return {attack.label: attack for attack in built}
 
     def _check_evaluation(self) -> None:
         """An evaluation holds its images in memory, also those of a set that stays on disk."""
@@ -431,6 +449,11 @@ class Run:
         environment_file = self.folder / "environment.json"
         if self._saved is not None and environment_file.is_file():  # it is kept, whatever would be faster now
             known = yaml.safe_load(environment_file.read_text(encoding="utf-8"))
+            if lacking := {"precision", "channels_last", "lanes"} - set(known):
+                raise UserError(
+                    f"{environment_file}: an earlier version began this run, and did not write down "
+                    f"{min(lacking)}; finish it with that version, or choose another --run-dir"
+                )
             bf16 = known["precision"] == "bf16"
             return Arithmetic(bf16, known["channels_last"], known["lanes"], self.recipe.runtime.compile)
         shape = (min(128, self.recipe.stages[0].batch_size), *self.architecture.image_shape)
@@ -614,7 +637,7 @@ class Run:
                 images,
                 labels,
                 threat=self.recipe.threat,
-                attacks=settings.attacks,
+                attacks=[a for a in self._attacks().values() if hasattr(model, "head_logits") or not a.needs_heads],
                 batch_size=settings.batch_size,
                 seed=self.recipe.runtime.seed,
                 precision=_precision(self.recipe.runtime),

@@ -325,7 +325,7 @@ BAD = [
     ("NEW threat.epsilon=0.3", "threat.epsilon: unknown key"),
     ("NEW stages.*.objective=tradse", "stages.0.objective: unknown objective 'tradse'; did you mean 'trades'?"),
     ("NEW stages.*.objective=3", "stages.0.objective: input should be an instance of Objective (got 3)"),
-    ("NEW 'stages.*.objective={beta: 3}'", "stages.0.objective: objective needs a name, as in {name: joint}"),
+    ("NEW 'stages.*.objective={beta: 3}'", "stages.0.objective: objective needs a name, as in {name: ikl}"),
     (
         "NEW stages.main_head.objective.beta=-1",
         "stages.0.objective: beta must be at least 0, got -1; TRADES uses 1 to 6",
@@ -358,6 +358,8 @@ BAD = [
     ("NEW 'evaluate.attacks=[nothing]'", "evaluate.attacks.0: unknown attack 'nothing'"),
     ("NEW 'evaluate.attacks=[pgd-0]'", "evaluate.attacks.0: steps must be at least 1, got 0"),
     ("NEW 'evaluate.attacks=[pgd-5, pgd-5]'", "evaluate.attacks.1: pgd-5 is named twice"),
+    ("NEW 'evaluate.attacks=[multihead]'", "evaluate.attacks: multihead cannot attack the outputs of one head"),
+    ("train digits_natural --run-dir new 'evaluate.attacks=[pgd-5, multihead]'", "multihead needs several heads"),
     ("NEW evaluate.attacks=pgd-5", "evaluate.attacks: input should be a valid list (got 'pgd-5')"),
     ("NEW evaluate.limit=0", "evaluate.limit: input should be greater than 0"),
     ("NEW 'data.augment=[mirror]'", "data.augment.0: unknown augmentation 'mirror'"),

@@ -225,6 +225,16 @@ def test_a_run_leaves_what_it_promises(finished_run):
     assert not list(finished_run.rglob("*.tmp"))
 
 
+def test_what_merges_heads_is_attacked_by_one_who_knows_them(tmp_path):
+    run = tmp_path / "run"
+    assert dualhead("train", "digits", *TINY, "evaluate.attacks=[pgd-3, multihead-2]", "--run-dir", run).status == 0
+    attacked = {
+        row["name"]: set(row["robust_accuracy"]) for row in json.loads((run / "comparison.json").read_text())["rows"]
+    }
+    of_heads = {"pgd-3", "multihead-2", "worst"}
+    assert attacked == {name: of_heads if name in ("mean of heads", "DH-AT") else {"pgd-3", "worst"} for name in ROWS}
+
+
 def test_a_run_is_evaluated_and_compared(finished_run):
     deployed = check_results(finished_run / "evaluation", ["pgd-3"])
     comparison = json.loads((finished_run / "comparison.json").read_text())
@@ -311,7 +321,14 @@ def test_every_stage_and_output_gives_what_the_run_has_measured(finished_run, ro
     assert outcome(results) == outcome(rows[row])
 
 
-@pytest.mark.parametrize(("options", "attacks"), [([], ["pgd-3", "multihead"]), (["--output-of", "mean"], ["pgd-3"])])
+@pytest.mark.parametrize(
+    ("options", "attacks"),
+    [
+        ([], ["pgd-3", "multihead"]),
+        (["--output-of", "mean"], ["pgd-3", "multihead"]),
+        (["--output-of", "head2"], ["pgd-3"]),
+    ],
+)
 def test_merged_heads_are_attacked_adaptively_unless_attacks_are_named(finished_run, tmp_path, options, attacks):
     output = tmp_path / "results"
     ended = dualhead("evaluate", finished_run, *options, "--limit", 4, "--output", output, "--precision", "float32")
@@ -399,7 +416,7 @@ def weights_of(folder):
     return {str(path.relative_to(folder)): load_file(path) for path in found}
 
 
-LONG = (*TINY, "stages.*.epochs=5", "evaluate.attacks=[]")
+LONG = (*TINY, "stages.*.epochs=5", "evaluate.attacks=[]", "runtime.lanes=1")  # to the bit, whatever is faster
 
 
 @pytest.mark.timeout(300)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
 import time
 
 import pytest
 
+from dualhead.errors import UserError
 from resume_helpers import STEPS, outcome, train_in_process, train_until
 
 
@@ -114,3 +116,13 @@ def test_killed_at_random_moments(tmp_path):
 @pytest.mark.timeout(1800)
 def test_killed_at_25_random_moments(tmp_path):
     chaos(tmp_path, epochs=60, kills=25, seed=1)
+
+
+def test_a_run_of_an_earlier_version_that_lacks_a_fact_is_refused(tmp_path):
+    stops = iter([False, True])
+    assert not train_until(tmp_path, lambda: next(stops))
+    facts = json.loads((tmp_path / "environment.json").read_text())
+    del facts["lanes"]
+    (tmp_path / "environment.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="did not write down lanes"):
+        train_until(tmp_path, lambda: False)

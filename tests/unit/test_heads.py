@@ -80,6 +80,14 @@ def test_frozen_parts_stay_as_they_are_to_the_bit(dual, parts, output):
         assert all(after[name] == 3 for name in statistics)
 
 
+def test_the_mean_shows_the_heads_that_it_merges(dual):
+    dual.eval()
+    mean = dual.view("mean")
+    assert torch.equal(mean.head_logits(X), dual.head_logits(X))
+    assert torch.equal(mean.aggregate(mean.head_logits(X)), mean(X))
+    assert not hasattr(dual.view("head1"), "head_logits")
+
+
 @pytest.mark.parametrize("parts", [{"head2"}, {"aggregator"}])
 def test_no_gradient_is_ever_made_for_frozen_parts(dual, parts):
     for parameter in dual.parameters():

@@ -162,6 +162,8 @@ class Attack(ABC):
     short_numbers: ClassVar[tuple[str, ...]]
     always_numbered: ClassVar[bool] = False
     """Whether the label shows the numbers of the short form even where they are the defaults: `pgd-40`."""
+    needs_heads: ClassVar[bool] = False
+    """Whether it attacks only models that show the logits of several heads."""
 
     @property
     def label(self) -> str:

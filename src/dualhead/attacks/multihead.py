@@ -45,6 +45,8 @@ class MultiHead(Attack):
         rho: see `apgd-ce`.
     """
 
+    needs_heads = True
+
     steps: int = 50
     targets: int = 3
     restarts: int = 1

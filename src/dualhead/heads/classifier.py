@@ -92,7 +92,7 @@ class DualHeadClassifier(nn.Module):
         Raises:
             UserError: for any other output.
         """
-        return HeadView(self, output)
+        return MeanView(self, output) if output == "mean" else HeadView(self, output)
 
     def set_trainable(self, parts: AbstractSet[str]) -> None:
         """Train these parts and freeze all others.
@@ -188,8 +188,6 @@ class HeadView(nn.Module):
         (classifier,) = self._classifier
         if self.output == "aggregate":
             return cast("Tensor", classifier(x))
-        if self.output == "mean":
-            return classifier.head_logits(x).mean(1)
         return classifier.head(1 if self.output == "head1" else 2, classifier.features(x))
 
     def train(self, mode: bool = True) -> Self:
@@ -199,3 +197,20 @@ class HeadView(nn.Module):
             if self._classifier[0]._freezers[name].frozen:
                 self.get_submodule(name).eval()
         return self
+
+
+class MeanView(HeadView):
+    """The mean of the heads' logits, which shows the heads too: who attacks a merging of heads must see them."""
+
+    def head_logits(self, x: Tensor) -> Tensor:
+        """Logits of both heads [B, 2, C]."""
+        (classifier,) = self._classifier
+        return classifier.head_logits(x)
+
+    def aggregate(self, head_logits: Tensor) -> Tensor:
+        """Their mean [B, C]."""
+        return head_logits.mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C] from images [B, ...]."""
+        return self.aggregate(self.head_logits(x))
