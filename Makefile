@@ -42,7 +42,6 @@ fuzz: $(VENV)/.developer
 
 # The documentation as pages in build/site; a broken link is an error.
 docs: $(VENV)/.developer
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 lint: $(VENV)/.developer

@@ -216,7 +216,6 @@ def test_every_card_says_when_at_what_cost_and_where_published():
 
 @pytest.mark.slow
 def test_documentation_builds_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     ended = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
