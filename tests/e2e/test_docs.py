@@ -153,7 +153,7 @@ def shortened(words, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_command_runs(command, place, monkeypatch):
     why = reason(command)
     if why:
@@ -173,7 +173,7 @@ def test_every_reason_is_still_needed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", blocks("python"))
+@pytest.mark.parametrize("text", list(blocks("python")))
 def test_python_block_runs(text, place, monkeypatch, tmp_path):
     import torch
 

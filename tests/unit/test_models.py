@@ -249,6 +249,14 @@ def test_wideresnet_starts_at_he_fan_out():
     assert torch.equal(model.fc.bias, torch.zeros(10))
 
 
+def test_a_stem_of_stride_2_halves_the_resolution_and_takes_the_same_weights():
+    whole, half = (make({"name": "wideresnet", "depth": 10, "width": 1, "stem_stride": stride}) for stride in (1, 2))
+    half.load_state_dict(whole.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(half.conv1(x), whole.conv1(x)[..., ::2, ::2])
+    assert half(x).shape == whole(x).shape
+
+
 def test_dropout_acts_in_training_only():
     model = make({"name": "wideresnet", "depth": 10, "width": 1, "dropout": 0.5})
     assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == wideresnet_table(10, 1, 10)
@@ -455,6 +463,7 @@ def test_the_small_cnn_learns_small_images():
         ("wideresnet-33-10", "depth must be 6 n"),
         ("wideresnet-4-1", "depth must be 6 n"),
         ("wideresnet-10-0", "width must be at least 1"),
+        ({"name": "wideresnet", "stem_stride": 4}, "stem_stride must be 1 or 2, got 4"),
         ({"name": "wideresnet", "dropout": 1.0}, "dropout must lie in"),
         ("resnet-20", "should be 18, 34 or 50"),
         ({"name": "preactresnet", "shortcut": "none"}, "should be 'activated' or 'raw'"),
