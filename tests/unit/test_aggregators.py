@@ -72,6 +72,21 @@ def test_pairwise_cnn_equals_plain_loops(classes):
         torch.testing.assert_close(module(z), pairs_by_loops(module, z), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_pairwise_cnn_in_training_goes_the_long_way_to_the_same_logits(classes):
+    """In training the pairs are laid out, since batch norm needs their statistics; with fixed ones nothing differs."""
+    module = randomised("pairwise_cnn", classes).double()
+    z = head_logits(4, classes).double()
+    expected = module.eval()(z)
+    gradients = torch.autograd.grad(expected.sin().sum(), list(module.parameters()))
+    module.train()
+    module.class_bn.eval()
+    module.pair_bn.eval()
+    logits = module(z)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(torch.autograd.grad(logits.sin().sum(), list(module.parameters())), gradients)
+
+
 def test_pairwise_cnn_is_affine_in_its_class_features():
     module = randomised("pairwise_cnn", 5).eval()
     module.class_conv, module.class_bn = nn.Identity(), nn.Identity()
