@@ -662,6 +662,18 @@ def test_a_name_on_the_hub_gives_what_its_files_give(monkeypatch, tmp_path):
     assert set(asked) == {("someone/animals", "small")}
 
 
+def test_a_test_part_of_the_hub_that_withholds_its_labels_is_passed_over(monkeypatch, tmp_path, caplog):
+    hub_stand_in(monkeypatch, tmp_path, {"train": [0, 1, 2, 1], "test": [-1, -1], "validation": [2, 1, 0]})
+    assert load_split("someone/animals", "test").labels.tolist() == [2, 1, 0]
+    assert "its test part has no labels (-1): the validation part is used" in caplog.text
+    assert len(load_split("someone/animals", "train")) == 4
+
+
+def test_a_lone_test_part_without_labels_is_refused(monkeypatch, tmp_path):
+    hub_stand_in(monkeypatch, tmp_path, {"train": [0, 1, 2, 1], "test": [-1, -1]})
+    refused("-1 often marks a part without labels", load_split, "someone/animals", "test")
+
+
 def test_faults_of_the_hub_are_one_line(monkeypatch, tmp_path):
     import datasets
 

@@ -283,14 +283,27 @@ def _from_hub(source: str, options: _Options, storage: Storage) -> Split:
     except Exception as error:  # the Hub client raises errors of several libraries
         fault = "no such file or folder, and the Hugging Face Hub does not give it either"
         raise UserError(f"{fault}: {type(error).__name__}: {_one_line(error)}") from None
-    chosen = choose_part(loaded, options.part)
+    labelled = _without_withheld_labels(loaded, options)
+    chosen = choose_part(labelled, options.part)
     if chosen is None:
         raise no_part(options.part, loaded, "choose a data set that has one")
-    other = choose_part(loaded, "test" if options.part == "train" else "train")
+    other = choose_part(labelled, "test" if options.part == "train" else "train")
     tables = [_hub_table(part, loaded[part]) for part in (chosen, other) if part is not None]
     files = [Path(entry["filename"]) for part in (chosen, other) if part for entry in loaded[part].cache_files]
     reader = _TableReader(tables[:1], tables[1:], options, lambda _: loaded[chosen])
     return reader.read(files, [source, chosen], storage)
+
+
+def _without_withheld_labels(loaded: Any, options: _Options) -> list[str]:
+    """The parts, without a test part that says -1 of all images, as ImageNet's does, if there is another to test on."""
+    parts = list(loaded)
+    while (test := choose_part(parts, "test")) and choose_part(rest := [p for p in parts if p != test], "test"):
+        table = _hub_table(test, loaded[test])
+        if (_labels(table, _label_column(table.features, options.label_column)) != -1).any():
+            break
+        _log.warning("its %s part has no labels (-1): the %s part is used", test, choose_part(rest, "test"))
+        parts = rest
+    return parts
 
 
 def _hub_table(part: str, dataset: Any) -> _Table:  # datasets has no types
