@@ -61,16 +61,14 @@ class MixedNUTSModule(nn.Module):
 
     def forward(self, head_logits: Tensor) -> Tensor:
         """Logits [B, C] from head logits [B, 2, C]."""
-        # In float32 whatever the heads compute in: in bf16 the powers lose the gradient, and attacks their way.
-        with torch.autocast(head_logits.device.type, enabled=False):
-            robust, accurate = head_logits.to(torch.promote_types(head_logits.dtype, torch.float32)).unbind(1)
-            clamped = F.gelu(F.layer_norm(robust, robust.shape[1:]) + self.shift)
-            mapped = self.scale * clamped.sign() * clamped.abs().pow(self.power)
-            # Logarithms throughout: a probability too small for a float still has a logit and a gradient.
-            return torch.logaddexp(
-                F.logsigmoid(-self.log_odds) + (accurate / self.temperature).log_softmax(1),
-                F.logsigmoid(self.log_odds) + mapped.log_softmax(1),
-            )
+        robust, accurate = head_logits.unbind(1)
+        clamped = F.gelu(F.layer_norm(robust, robust.shape[1:]) + self.shift)
+        mapped = self.scale * clamped.sign() * clamped.abs().pow(self.power)
+        # Logarithms throughout: a probability too small for a float still has a logit and a gradient.
+        return torch.logaddexp(
+            F.logsigmoid(-self.log_odds) + (accurate / self.temperature).log_softmax(1),
+            F.logsigmoid(self.log_odds) + mapped.log_softmax(1),
+        )
 
 
 @aggregators.register("mixed_nuts")
