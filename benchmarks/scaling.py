@@ -4,9 +4,9 @@
 
 Images, epochs and attack steps: the training loop on random images, with its log and its saved states, at three points
 each; the points are measured in turn, round after round, and a straight line is fitted to their medians. Start-up: from
-the start of a process to the end of its first step, with the arithmetic named, so that none is measured; with `--data`
-also the recipe `cifar10_cpu` on these images, loaded already. Loading: the images of `--data` with an empty cache, and
-again. Memory: the highest of a process after each epoch.
+the start of a process to its first step and to the end of it, with the arithmetic named, so that none is measured; with
+`--data` also the recipe `cifar10_cpu` on these images, loaded already. Loading: the images of `--data` with an empty
+cache, and again. Memory: the highest of a process after each epoch.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from dualhead.run import train
 from dualhead.training import Silent
 class First(Silent):
     done = False
+    def stage(self, name, number, stages, epochs, steps, done):
+        print(time.time())
     def step(self, epoch, loss):
         float(loss)
         self.done = True
@@ -52,7 +54,7 @@ try:
 except Interrupted:
     print(time.time())
 """
-"""Prints when the first step was over."""
+"""Prints when the first step began, and when it was over."""
 
 LOADING = """
 import sys, time
@@ -161,15 +163,16 @@ def python(script: str, arguments: list[str], cache: Path | None = None) -> list
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
 
 
-def start_up(recipe: str, overrides: list[str], rounds: int, cache: Path | None = None) -> float:
-    """Seconds from the start of a process to the end of its first step, the median."""
+def start_up(recipe: str, overrides: list[str], rounds: int, cache: Path | None = None) -> dict[str, float]:
+    """Seconds from the start of a process to its first step and to the end of it, medians."""
     seconds = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             began = time.time()
-            (ended,) = python(FIRST_STEP, [recipe, f"{folder}/run", *PINNED, *overrides], cache)
-            seconds.append(float(ended) - began)
-    return statistics.median(seconds)
+            told = python(FIRST_STEP, [recipe, f"{folder}/run", *PINNED, *overrides], cache)
+            seconds.append([float(when) - began for when in told])
+    first, over = (statistics.median(taken) for taken in zip(*seconds, strict=True))
+    return {"first_step_begins": first, "first_step_is_over": over}
 
 
 def loading(source: str, cache: Path, rounds: int) -> dict[str, float]:

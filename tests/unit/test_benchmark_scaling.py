@@ -38,7 +38,7 @@ def test_one_command_measures_everything(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["scaling.py", *small, "--device", "cpu", "-o", str(output)])
     benchmark.main()
     results = json.loads(output.read_text())
-    assert results["start_up_digits"] > 0
+    assert 0 < results["start_up_digits"]["first_step_begins"] < results["start_up_digits"]["first_step_is_over"]
     assert len(results["memory"]["peak_mb"]) == 3
     assert set(results["growth"]) == {"images", "epochs", "attack steps"}
     assert all(line["seconds_each"] > 0 for line in results["growth"].values())
