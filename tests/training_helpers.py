@@ -108,10 +108,15 @@ class KernelCounter(TorchDispatchMode):
     """Counts what convolutions, batch norms and linear layers compute, by the memory of their weights.
 
     `counts[kind, name]`: kind is `forward`, `input_gradient` or `weight_gradient`, name that of the layer.
+
+    Args:
+        model: whose layers are counted.
+        images: in a batch: over them a linear layer's weight gradient is summed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, images: int) -> None:
         super().__init__()
+        self._images = images
         self.counts: Counter[tuple[str, str]] = Counter()
         self._names = {
             module.weight.data_ptr(): name
@@ -144,14 +149,14 @@ class KernelCounter(TorchDispatchMode):
             self._note(args[2], forward=True)
         elif name == "aten::mm":  # a linear layer's backward: gradient x weight, or gradient^T x input
             self._note(args[1], input_gradient=True)
-            if args[1].data_ptr() not in self._names:
+            if args[1].data_ptr() not in self._names and len(args[1]) == self._images:
                 self.counts.update([("weight_gradient", "linear")])
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def counting(model: nn.Module):
+def counting(model: nn.Module, images: int = 4):
     """Counts kernels of everything inside."""
-    counter = KernelCounter(model)
+    counter = KernelCounter(model, images)
     with counter:
         yield counter

@@ -69,7 +69,8 @@ class PairwiseCNNModule(nn.Module):
             pooled = torch.cat((gain[:, None] * self.pair_conv.weight[..., 0], shift[:, None]), 1)  # [16, 3]
             pooled = pooled.view(-1, 2, 3).mean(1)  # [8, 3]: of class i, of class j, and constant
             parts = self.fc.weight.view(classes, -1, CLASS_FEATURES, len(pooled)) @ pooled  # [C, P, 8, 3]
-            of_pairs = F.one_hot(torch.stack((self.first, self.second), 1), classes).to(parts.dtype)  # [P, 2, C]
+            pairs = torch.stack((self.first, self.second), 1)[..., None]
+            of_pairs = (pairs == torch.arange(classes, device=pairs.device)).to(parts.dtype)  # [P, 2, C]
             weight = torch.einsum("kpue,pec->kcu", parts[..., :2], of_pairs)
             return weight.flatten(1), self.fc.bias + parts[..., 2].flatten(1).sum(1)
 
