@@ -71,7 +71,7 @@ class DualHeadClassifier(nn.Module):
 
     def aggregate(self, head_logits: Tensor) -> Tensor:
         """Logits [B, C] from head logits [B, 2, C], at least in float32 whatever the heads compute in."""
-        # It costs a thousandth of the heads, and what it merges differs little: bf16 would round the difference away.
+        # It costs little beside the heads, and bf16 turns gradients round where an aggregator's map is steep.
         with torch.autocast(head_logits.device.type, enabled=False):
             wide = head_logits.to(torch.promote_types(head_logits.dtype, torch.float32))
             logits: Tensor = self.aggregator(wide)

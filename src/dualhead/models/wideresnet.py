@@ -99,7 +99,7 @@ class WideResNetBackbone(Backbone):
         depth: 6 n + 4 for n blocks per stage: 10, 16, 22, 28, 34, ...
         width: how many times wider than the ResNet of 16, 32 and 64 channels, at least 1; fractions are rounded.
         dropout: probability inside the blocks, in [0, 1); robust models are published with 0.
-        stem_stride: 1, as published, or 2: half the resolution from the first layer on, at a quarter of the cost.
+        stem_stride: 1, as published, or 2: half the resolution from the first layer on, a quarter of the arithmetic.
     """
 
     depth: int = 34

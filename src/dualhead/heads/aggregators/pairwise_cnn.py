@@ -25,8 +25,8 @@ class PairwiseCNNModule(nn.Module):
           AvgPool1d(2, 2) -> [B, 8 P, 8], flattened [B, 64 P] -> Linear(64 P, C)
 
     There is no non-linearity behind the first ReLU, as published: in evaluation mode the pairs therefore only
-    parametrise one affine map of the 8 C class features, and that map is what is computed then, at an eighth of the
-    time. The last layer has 32 C^2 (C - 1) weights: 28,800 at C = 10.
+    parametrise one affine map of the 8 C class features, and that map is what is computed then. The last layer has
+    32 C^2 (C - 1) weights: 28,800 at C = 10.
 
     Args:
         num_classes: C, at least 2.
@@ -63,16 +63,15 @@ class PairwiseCNNModule(nn.Module):
         assert bn.running_mean is not None
         assert bn.running_var is not None
         assert self.pair_conv.bias is not None
-        with torch.autocast(self.fc.weight.device.type, enabled=False):
-            gain = bn.weight * (bn.running_var + bn.eps).rsqrt()
-            shift = bn.bias + gain * (self.pair_conv.bias - bn.running_mean)
-            pooled = torch.cat((gain[:, None] * self.pair_conv.weight[..., 0], shift[:, None]), 1)  # [16, 3]
-            pooled = pooled.view(-1, 2, 3).mean(1)  # [8, 3]: of class i, of class j, and constant
-            parts = self.fc.weight.view(classes, -1, CLASS_FEATURES, len(pooled)) @ pooled  # [C, P, 8, 3]
-            pairs = torch.stack((self.first, self.second), 1)[..., None]
-            of_pairs = (pairs == torch.arange(classes, device=pairs.device)).to(parts.dtype)  # [P, 2, C]
-            weight = torch.einsum("kpue,pec->kcu", parts[..., :2], of_pairs)
-            return weight.flatten(1), self.fc.bias + parts[..., 2].flatten(1).sum(1)
+        gain = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        shift = bn.bias + gain * (self.pair_conv.bias - bn.running_mean)
+        pooled = torch.cat((gain[:, None] * self.pair_conv.weight[..., 0], shift[:, None]), 1)  # [16, 3]
+        pooled = pooled.view(-1, 2, 3).mean(1)  # [8, 3]: of class i, of class j, and constant
+        parts = self.fc.weight.view(classes, -1, CLASS_FEATURES, len(pooled)) @ pooled  # [C, P, 8, 3]
+        pairs = torch.stack((self.first, self.second), 1)[..., None]
+        of_pairs = (pairs == torch.arange(classes, device=pairs.device)).to(parts.dtype)  # [P, 2, C]
+        weight = torch.einsum("kpue,pec->kcu", parts[..., :2], of_pairs)
+        return weight.flatten(1), self.fc.bias + parts[..., 2].flatten(1).sum(1)
 
 
 @aggregators.register("pairwise_cnn")
