@@ -125,6 +125,54 @@ def test_an_attack_on_one_head_does_not_run_the_other():
     assert calls == {"trunk": 13, "head1": 13, "head2": 2}
 
 
+GUIDED = {"name": "joint", "head1": "trades", "head2": "natural", "aggregate": None, "attack": "head1", "guidance": 2}
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_a_head_that_is_not_trained_on_attacked_images_does_not_see_them(forward):
+    model, data = dual_model(), batch(0, 8)
+    stage = stage_of(GUIDED, ("trunk", "head1", "head2"), start="gaussian", forward=forward)
+    seen = []
+    handle = model.head2.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    with CallCounter(head1=model.head1, head2=model.head2) as calls:
+        step_of(model, stage)(data, streams_of(data))
+    handle.remove()
+    assert calls == {"head1": 12 if forward == "joint" else 13, "head2": 1}
+    assert seen == [8]  # its batch norm knows clean images only
+    assert stage.output == "head1"
+
+
+@pytest.mark.parametrize("parts", [("trunk", "head1", "head2"), ("head1", "head2")])
+def test_a_joint_forward_of_heads_that_see_different_images_is_what_separate_ones_give(parts):
+    model, data = dual_model(), batch(0, 8)
+    program = Program.of(model, stage_of(GUIDED, parts))
+    model.eval()  # batch norm apart, how images are put together does not matter
+    clean, attacked = (program.constant(x) for x in (data.x, 1 - data.x))
+    for joined, alone in zip(
+        program.clean_and_attacked(clean, attacked),
+        (program.suffix(clean), program.suffix_of_attacked(attacked)),
+        strict=True,
+    ):
+        assert torch.allclose(joined, alone, atol=1e-5)
+    assert torch.allclose(program.suffix(attacked)[:, 1], joined[:, 1], atol=1e-5)
+    assert not joined[:, 0].any()
+
+
+def test_guidance_pulls_head_1_under_attack_and_head_2_on_clean_images_to_one_another():
+    (clean, adv), y = random_logits(2)
+    clean.requires_grad_(), adv.requires_grad_()
+    joint = objectives.build(GUIDED)
+    assert joint.outputs == ("head2", "head1")
+    term = joint.loss(clean, adv, y).terms["guidance"]
+    distance = adv[:, 1] - clean[:, 0]
+    assert torch.allclose(term, 2 * distance.square().mean())
+    term.backward()
+    assert torch.allclose(adv.grad[:, 1], 4 * distance.detach() / distance.numel())
+    assert torch.allclose(clean.grad[:, 0], -adv.grad[:, 1])
+    assert not clean.grad[:, 1].any()
+    assert not adv.grad[:, 0].any()
+
+
 def test_one_joint_step_is_the_loop_written_plainly():
     ours, theirs = dual_model(), dual_model()
     data = batch(0, 8)
@@ -201,6 +249,8 @@ def test_a_joint_stage_within_a_run_resumes_bit_for_bit(tmp_path):
         ({"objective": {"name": "joint", "head1": None, "head2": None}}, "joint needs at least two of"),
         ({"objective": {"name": "joint", "head1": "joint"}}, "joint is made of base methods"),
         ({"objective": {"name": "joint", "head1": None, "distillation": 1}}, "need a loss on head1 and on head2"),
+        ({"objective": {"name": "joint", "head2": None, "guidance": 1}}, "guidance needs an adversarial base method"),
+        ({"objective": {"name": "joint", "guidance": -1}}, "guidance must be at least 0"),
     ],
 )
 def test_what_cannot_be_trained_jointly_is_refused(change, message):

@@ -52,8 +52,11 @@ class Objective(ABC):
     outputs: ClassVar[tuple[str, ...]] = ()
     """Outputs of a dual-head model that the loss is a function of, the deployed one last: logits are [B, outputs, C]
     then. Empty: the one output that a stage trains, [B, C]."""
+    unattacked: ClassVar[tuple[str, ...]] = ()
+    """Those of `outputs` whose logits of attacked images the loss does not use; they are left at 0, and no pass is
+    made for them."""
     attacked: ClassVar[tuple[str, ...]] = ()
-    """The same for `inner_loss`."""
+    """Outputs that `inner_loss` is a function of, as `outputs` are those of `loss`."""
 
     def at(self, epoch: int) -> Objective:
         """The objective in an epoch of its stage, counted from 0; most do not change."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from dualhead.errors import UserError
@@ -27,12 +28,14 @@ class Joint(Objective):
     With z_1, z_2 the heads' logits, z the aggregate's, and L each base method's loss (in the step's one attack x'):
 
         w_1 L_1(z_1) + w_2 L_2(z_2) + w L(z) + distillation * mean_i KL(p || p_i) + diversity * mean -log(1 - cos^2)
+            + guidance * mean (z_1(x') - z_2(x))^2
 
     p is the merged prediction (of z, or of the mean of the heads where z has no loss) and a constant in the
     divergence: each head learns from what the two say together, on clean and on attacked images. cos is that of the
     angle between the two heads' predictions of the wrong classes, on attacked images if there are any: for two
     members, -log(1 - cos^2) is the negative logarithm of the ensemble diversity of Pang et al. 2019 (arXiv 1901.08846,
-    eq. 4).
+    eq. 4). Guidance pulls head 1's logits of attacked images to head 2's of clean ones, which learn from it too: with a
+    head 2 trained naturally this is the boundary guided adversarial training of Cui et al. 2021 (arXiv 2011.11164).
 
     When: to train both heads and the aggregate in one stage instead of three, or to tie the heads by distillation or
     push them apart by diversity.
@@ -49,6 +52,7 @@ class Joint(Objective):
         attack: whose inner loss the attack climbs: one output's, or the weighted `sum` of those that have one.
         distillation: weight, at least 0.
         diversity: weight, at least 0; published for ensembles as 0.5.
+        guidance: weight, at least 0; published as 1. The mean is over images and classes.
     """
 
     head1: Annotated[Objective, *component(objectives)] | None = TRADES_6
@@ -60,9 +64,10 @@ class Joint(Objective):
     attack: Literal["aggregate", "head1", "head2", "sum"] = "aggregate"
     distillation: Real = 0.0
     diversity: Real = 0.0
+    guidance: Real = 0.0
 
     def __post_init__(self) -> None:
-        weights = ("head1_weight", "head2_weight", "aggregate_weight", "distillation", "diversity")
+        weights = ("head1_weight", "head2_weight", "aggregate_weight", "distillation", "diversity", "guidance")
         for name in weights:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name):g}")
@@ -70,6 +75,10 @@ class Joint(Objective):
         if len(methods) < 2:
             raise UserError(
                 "joint needs at least two of head1, head2 and aggregate; for one, name its objective itself"
+            )
+        if self.guidance and not (self.head1 and self.head2 and self.head1.adversarial and self.head2.clean):
+            raise UserError(
+                "guidance needs an adversarial base method on head1, and on head2 one that sees clean images"
             )
         if any(method.outputs for method in methods.values()):
             raise UserError("joint is made of base methods, which have one output each")
@@ -80,9 +89,11 @@ class Joint(Objective):
             given = ", ".join(n for n in methods if methods[n].adversarial)
             raise UserError(f"attack: {self.attack} has no adversarial objective; use sum or one of {given}")
         # Which passes are needed depends on the base methods.
+        calm = tuple(name for name, method in methods.items() if not method.adversarial)
         for name, value in {
             "outputs": tuple(methods),
             "attacked": tuple(climbed) or tuple(methods)[-1:],
+            "unattacked": () if self.distillation or self.diversity else calm,
             "apart": all(method.apart for method in methods.values()),
             "adversarial": any(method.adversarial for method in methods.values()),
             "clean": any(method.clean for method in methods.values()),
@@ -91,9 +102,11 @@ class Joint(Objective):
             object.__setattr__(self, name, value)
 
     def _methods(self) -> Iterator[tuple[str, Objective]]:
-        for name in (*HEADS, "aggregate"):
-            if getattr(self, name) is not None:
-                yield name, getattr(self, name)
+        """Base methods by output, the deployed one last: the aggregate, else head 2 unless head 1 alone is robust."""
+        given = {n: getattr(self, n) for n in (*HEADS, "aggregate") if getattr(self, n) is not None}
+        if self.aggregate is None:
+            given = dict(sorted(given.items(), key=lambda item: item[1].adversarial))
+        yield from given.items()
 
     def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
         """The weighted inner losses of the attacked outputs, per image [B], from logits [B, attacked, C]."""
@@ -118,6 +131,10 @@ class Joint(Objective):
             terms["distillation"] = self.distillation * torch.stack(apart).mean()
         if self.diversity:
             terms["diversity"] = self.diversity * alikeness(given[-1][:, 0], given[-1][:, 1], y).mean()
+        if self.guidance:
+            assert clean_logits is not None and adv_logits is not None  # __post_init__ has seen to it
+            first, second = (self.outputs.index(head) for head in HEADS)
+            terms["guidance"] = self.guidance * F.mse_loss(adv_logits[:, first], clean_logits[:, second])
         return LossTerms.sum_of(**terms)
 
     def _apart(self, logits: Tensor) -> Tensor:

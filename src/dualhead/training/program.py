@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dualhead.errors import UserError
 from dualhead.heads import PARTS_OF, DualHeadClassifier, Output
@@ -28,6 +28,27 @@ def trained_output(parts: Collection[str]) -> str:
     return "head2" if "head2" in parts else "head1"
 
 
+HEADS = ("head1", "head2")
+
+
+def _heads_of(outputs: Collection[str], left_out: Collection[str] = ()) -> set[str]:
+    parts = {part for output in outputs if output not in left_out for part in PARTS_OF[cast("Output", output)]}
+    return parts & set(HEADS)
+
+
+def _merged(
+    model: DualHeadClassifier, heads: dict[str, Tensor], outputs: Sequence[str], left_out: Collection[str] = ()
+) -> Tensor:
+    """Logits [B, outputs, C] from those of heads, 0 for what is left out."""
+    wanted, logits = set(outputs) - set(left_out), dict(heads)
+    if {"mean", "aggregate"} & wanted:
+        both = torch.stack([heads[head] for head in HEADS], 1)
+        logits |= {"aggregate": model.aggregate(both)} if "aggregate" in wanted else {}
+        logits |= {"mean": both.mean(1)} if "mean" in wanted else {}
+    nothing = torch.zeros_like(next(iter(heads.values())))
+    return torch.stack([logits[output] if output in wanted else nothing for output in outputs], 1)
+
+
 class Program:
     """The pass from images to the logits that a stage trains, cut where learning begins.
 
@@ -40,6 +61,7 @@ class Program:
         outputs: of a dual-head model, those on which the loss depends, the deployed one last: logits are then
             [B, outputs, C]. None: the one that the parts train, [B, C].
         attacked: likewise those on which the loss of the attack depends.
+        unattacked: those of `outputs` whose logits of attacked images are 0 and cost nothing.
 
     Attributes:
         output: the deployed one.
@@ -49,13 +71,20 @@ class Program:
     """
 
     def __init__(
-        self, model: nn.Module, parts: Collection[str], outputs: Sequence[str] = (), attacked: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        parts: Collection[str],
+        outputs: Sequence[str] = (),
+        attacked: Sequence[str] = (),
+        unattacked: Collection[str] = (),
     ) -> None:
         self.model = model
+        self._outputs, self._unattacked = tuple(outputs), frozenset(unattacked)
         self.parts = frozenset(parts)
         self.output = outputs[-1] if outputs else trained_output(parts)
         self.prefix: Callable[[Tensor], Features] = lambda x: x
         self.suffix: Callable[[Features], Tensor] = model
+        self.suffix_of_attacked: Callable[[Features], Tensor] = model
         self.attacked_suffix: Callable[[Features], Tensor] = model
         self._final: Callable[[Features], Tensor] = model
         if isinstance(model, DualHeadClassifier):
@@ -64,35 +93,56 @@ class Program:
                 self.prefix = model.head_logits
             elif "trunk" not in self.parts:
                 self.prefix = model.features
-            self._final = self._suffix(model, (self.output,), stacked=False)
-            self.suffix = self._suffix(model, outputs, stacked=True) if outputs else self._final
-            self.attacked_suffix = self._suffix(model, attacked, stacked=True) if outputs else self._final
+            alone = self._suffix(model, (self.output,))
+            self._final = lambda start: alone(start)[:, 0]
+            self.suffix = self.suffix_of_attacked = self.attacked_suffix = self._final
+            if outputs:
+                self.suffix = self._suffix(model, outputs)
+                self.suffix_of_attacked = self._suffix(model, outputs, self._unattacked)
+                self.attacked_suffix = self._suffix(model, attacked)
         elif self.parts != {"model"}:
             raise UserError(f"a model without a second head trains as 'model', not {', '.join(sorted(self.parts))}")
 
     @classmethod
     def of(cls, model: nn.Module, stage: Stage) -> Self:
         """What of a model a stage runs."""
-        return cls(model, stage.train, stage.objective.outputs, stage.objective.attacked)
+        return cls(model, stage.train, stage.objective.outputs, stage.objective.attacked, stage.objective.unattacked)
 
     def _suffix(
-        self, model: DualHeadClassifier, outputs: Sequence[str], *, stacked: bool
+        self, model: DualHeadClassifier, outputs: Sequence[str], left_out: Collection[str] = ()
     ) -> Callable[[Features], Tensor]:
-        used = {part for output in outputs for part in PARTS_OF[cast("Output", output)]}
+        heads = _heads_of(outputs, left_out)
 
         def run(start: Features) -> Tensor:
-            if self.parts == {"aggregator"}:
-                heads = dict(zip(("head1", "head2"), start.unbind(1), strict=True))
-            else:
-                features = model.features(start) if "trunk" in self.parts else start
-                heads = {f"head{n}": model.head(n, features) for n in (1, 2) if f"head{n}" in used}
-            if {"mean", "aggregate"} & set(outputs):
-                both = torch.stack((heads["head1"], heads["head2"]), 1)
-                heads |= {"aggregate": model.aggregate(both)} if "aggregate" in outputs else {}
-                heads |= {"mean": both.mean(1)} if "mean" in outputs else {}
-            return torch.stack([heads[output] for output in outputs], 1) if stacked else heads[outputs[0]]
+            return _merged(model, self._heads(model, self._features(model, start), heads), outputs, left_out)
 
         return run
+
+    def _features(self, model: DualHeadClassifier, start: Features) -> Features:
+        return model.features(start) if "trunk" in self.parts else start
+
+    def _heads(self, model: DualHeadClassifier, features: Features, heads: Collection[str]) -> dict[str, Tensor]:
+        if self.parts == {"aggregator"}:
+            return dict(zip(HEADS, features.unbind(1), strict=True))
+        return {head: model.head(number, features) for number, head in enumerate(HEADS, 1) if head in heads}
+
+    def clean_and_attacked(self, clean: Features, attacked: Features) -> tuple[Tensor, Tensor]:
+        """Logits of both from one forward, of which a head that only clean images need sees those alone."""
+        count = len(tree_leaves(clean)[0])
+        both = tree_map(lambda a, b: torch.cat((a, b)), clean, attacked)
+        model = self.model
+        if not isinstance(model, DualHeadClassifier) or not self._unattacked:
+            logits = self.suffix(both)
+            return logits[:count], logits[count:]
+        features = self._features(model, both)
+        often = _heads_of(self._outputs, self._unattacked)
+        heads = self._heads(model, features, often)
+        first = {head: logits[:count] for head, logits in heads.items()}
+        second = {head: logits[count:] for head, logits in heads.items()}
+        seldom = _heads_of(self._outputs) - often
+        if seldom:
+            first |= self._heads(model, tree_map(lambda values: values[:count], features), seldom)
+        return _merged(model, first, self._outputs), _merged(model, second, self._outputs, self._unattacked)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] of the deployed output for images [B, ...], differentiable to the images."""
@@ -123,16 +173,16 @@ class LossForward(nn.Module):
     def __init__(self, program: Program, *, joint: bool) -> None:
         super().__init__()
         self.model = program.model  # registered, so that a wrapper around this module finds the parameters
-        self._suffix = program.suffix
+        self._program = program
         self._joint = joint
 
     def forward(self, clean: Features | None, attacked: Features | None) -> tuple[Tensor | None, Tensor | None]:
         """Logits [B, C] or [B, outputs, C] for each that is given."""
+        program = self._program
         if clean is None or attacked is None or not self._joint:
             return (
-                None if clean is None else self._suffix(clean).float(),
-                None if attacked is None else self._suffix(attacked).float(),
+                None if clean is None else program.suffix(clean).float(),
+                None if attacked is None else program.suffix_of_attacked(attacked).float(),
             )
-        both = tree_map(lambda a, b: torch.cat((a, b)), clean, attacked)
-        clean_logits, adv_logits = self._suffix(both).float().chunk(2)
-        return clean_logits, adv_logits
+        clean_logits, adv_logits = program.clean_and_attacked(clean, attacked)
+        return clean_logits.float(), adv_logits.float()
