@@ -163,6 +163,10 @@ def test_guidance_pulls_head_1_under_attack_and_head_2_on_clean_images_to_one_an
     clean.requires_grad_(), adv.requires_grad_()
     joint = objectives.build(GUIDED)
     assert joint.outputs == ("head2", "head1")
+    assert joint.unattacked == ("head2",)
+    assert (
+        objectives.build({"name": "joint", "aggregate": "natural", "attack": "head1"}).unattacked == ()
+    )  # it is judged
     term = joint.loss(clean, adv, y).terms["guidance"]
     distance = adv[:, 1] - clean[:, 0]
     assert torch.allclose(term, 2 * distance.square().mean())

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from dualhead.errors import UserError
-from dualhead.objectives.base import LossTerms, Objective, kl_divergence, objectives
+from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
 from dualhead.objectives.trades import TRADES
 from dualhead.schema import component
 from dualhead.threat import Real
@@ -86,10 +86,10 @@ class Joint(Objective):
             raise UserError("distillation and diversity need a loss on head1 and on head2")
         climbed = [n for n in methods if self.attack in (n, "sum") and methods[n].adversarial]
         if not climbed and any(method.adversarial for method in methods.values()):
-            given = ", ".join(n for n in methods if methods[n].adversarial)
-            raise UserError(f"attack: {self.attack} has no adversarial objective; use sum or one of {given}")
+            known = ", ".join(n for n in methods if methods[n].adversarial)
+            raise UserError(f"attack: {self.attack} has no adversarial objective; use sum or one of {known}")
         # Which passes are needed depends on the base methods.
-        calm = tuple(name for name, method in methods.items() if not method.adversarial)
+        calm = tuple(n for n in tuple(methods)[:-1] if not methods[n].adversarial)  # the deployed one is judged
         for name, value in {
             "outputs": tuple(methods),
             "attacked": tuple(climbed) or tuple(methods)[-1:],
@@ -103,10 +103,8 @@ class Joint(Objective):
 
     def _methods(self) -> Iterator[tuple[str, Objective]]:
         """Base methods by output, the deployed one last: the aggregate, else head 2 unless head 1 alone is robust."""
-        given = {n: getattr(self, n) for n in (*HEADS, "aggregate") if getattr(self, n) is not None}
-        if self.aggregate is None:
-            given = dict(sorted(given.items(), key=lambda item: item[1].adversarial))
-        yield from given.items()
+        methods = [(n, getattr(self, n)) for n in (*HEADS, "aggregate") if getattr(self, n) is not None]
+        yield from sorted(methods, key=lambda item: item[1].adversarial) if self.aggregate is None else methods
 
     def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
         """The weighted inner losses of the attacked outputs, per image [B], from logits [B, attacked, C]."""
@@ -125,16 +123,15 @@ class Joint(Objective):
             attacked = adv_logits[:, index] if adv_logits is not None and method.adversarial else None
             weight = getattr(self, f"{name}_weight")
             terms |= {f"{name}_{term}": weight * v for term, v in method.loss(clean, attacked, y).terms.items()}
-        given = [logits for logits in (clean_logits, adv_logits) if logits is not None]
+        passes = [logits for logits in (clean_logits, adv_logits) if logits is not None]
         if self.distillation:
-            apart = [self._apart(logits) for logits in given]
+            apart = [self._apart(logits) for logits in passes]
             terms["distillation"] = self.distillation * torch.stack(apart).mean()
         if self.diversity:
-            terms["diversity"] = self.diversity * alikeness(given[-1][:, 0], given[-1][:, 1], y).mean()
+            terms["diversity"] = self.diversity * alikeness(passes[-1][:, 0], passes[-1][:, 1], y).mean()
         if self.guidance:
-            assert clean_logits is not None and adv_logits is not None  # __post_init__ has seen to it
             first, second = (self.outputs.index(head) for head in HEADS)
-            terms["guidance"] = self.guidance * F.mse_loss(adv_logits[:, first], clean_logits[:, second])
+            terms["guidance"] = self.guidance * F.mse_loss(given(adv_logits)[:, first], given(clean_logits)[:, second])
         return LossTerms.sum_of(**terms)
 
     def _apart(self, logits: Tensor) -> Tensor:
