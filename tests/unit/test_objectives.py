@@ -36,6 +36,11 @@ MARGIN = (-LN(1.0001 - 0.5) - LN(1.0001 - 0.6)) / 2
             [-LN(0.25), -LN(0.2)],
         ),
         ({"name": "mart", "beta": 0}, {"adversarial": CE_ATTACKED + MARGIN, "divergence": 0.0}, None),
+        (
+            {"name": "logit_pairing", "base": "sat", "weight": 3},
+            {"adversarial": CE_ATTACKED, "pairing": 3 * (2 * LN(2) ** 2 + LN(2) ** 2 + LN(3) ** 2 + LN(2) ** 2) / 6},
+            [-LN(0.25), -LN(0.2)],
+        ),
     ],
     ids=str,
 )
@@ -90,6 +95,29 @@ def test_trades_without_beta_is_natural_training(seed):
 def test_beta_below_zero_is_refused(spec):
     with pytest.raises(UserError, match="beta must be at least 0, got -1"):
         objectives.build({"name": spec, "beta": -1})
+
+
+@pytest.mark.parametrize("base", ["trades", "mart"])
+def test_logit_pairing_of_weight_0_is_its_base_method(base):
+    clean, adv, y = logits(7)
+    paired, alone = objectives.build({"name": "logit_pairing", "base": base, "weight": 0}), objectives.build(base)
+    assert torch.equal(paired.loss(clean, adv, y).total, alone.loss(clean, adv, y).total)
+    assert torch.equal(paired.inner_loss(adv, clean, y), alone.inner_loss(adv, clean, y))
+    assert paired.clean_target == alone.clean_target
+    assert objectives.build(objectives.describe(paired)) == paired
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": -1}, "weight must be at least 0, got -1"),
+        ({"base": "natural"}, "logit_pairing needs an adversarial base method"),
+        ({"base": "joint"}, "logit_pairing needs an adversarial base method of one output"),
+    ],
+)
+def test_what_cannot_be_paired_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        objectives.build({"name": "logit_pairing", **change})
 
 
 @pytest.fixture(params=objectives.names())
@@ -165,6 +193,8 @@ def test_contract_order_of_images_and_names_of_classes_do_not_matter(objective):
 
 
 def test_contract_a_shift_of_all_logits_of_an_image_does_not_matter(objective):
+    if objective.registered_name == "logit_pairing":
+        pytest.skip("pairs logits, not predictions, as published")
     clean, attacked, y = logits_for(objective, 4)
     shift = torch.arange(len(y), dtype=torch.float64).reshape(-1, *[1] * (clean.dim() - 1)) * 7 - 11
     before = objective.loss(*as_asked(objective, clean, attacked), y).total

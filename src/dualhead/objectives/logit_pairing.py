@@ -1,0 +1,55 @@
+"""Logit pairing: an image's logits, clean and under attack, drawn together (Kannan et al. 2018, arXiv 1803.06373)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
+from torch import Tensor
+
+from dualhead.errors import UserError
+from dualhead.objectives.base import LossTerms, Objective, given, objectives
+from dualhead.objectives.trades import TRADES
+from dualhead.schema import component
+from dualhead.threat import Real
+
+TRADES_6 = TRADES(6.0)
+
+
+@objectives.register("logit_pairing")
+@dataclass(frozen=True)
+class LogitPairing(Objective):
+    """A base method's loss + weight * mean (z(x') - z(x))^2, in the base method's attack.
+
+    When: as the control of `guidance` in `joint`, which is the same term with another head's clean logits, or as a
+    regulariser of its own. Judge it by AutoAttack: pairing flattens the loss that weak attacks climb.
+
+    Paper: Kannan et al. 2018, Adversarial Logit Pairing, arXiv 1803.06373, eq. 2, with any base method as its first
+    term.
+
+    Args:
+        base: the base method, an adversarial one of one output.
+        weight: at least 0; published as 0.5 on ImageNet. The mean is over images and classes.
+    """
+
+    base: Annotated[Objective, *component(objectives)] = TRADES_6
+    weight: Real = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise UserError(f"weight must be at least 0, got {self.weight:g}")
+        if self.base.outputs or not self.base.adversarial:
+            raise UserError("logit_pairing needs an adversarial base method of one output, as sat, trades or mart")
+        object.__setattr__(self, "clean_target", self.base.clean_target)
+        object.__setattr__(self, "apart", self.base.apart)
+
+    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        """The base method's, per image [B]."""
+        return self.base.inner_loss(adv_logits, clean_logits, y)
+
+    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
+        """The base method's terms, and `pairing`."""
+        base = self.base.loss(clean_logits if self.base.clean else None, adv_logits, y)
+        pairing = self.weight * F.mse_loss(given(adv_logits), given(clean_logits))
+        return LossTerms.sum_of(**base.terms, pairing=pairing)
