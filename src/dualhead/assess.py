@@ -97,6 +97,7 @@ def assess(
         output_dir=folder,
         progress=progress,
         command=request.command,
+        subject={"stage": request.stage, "checkpoint": request.checkpoint, "output": request.output},
         stop=stop,
     )
     return folder, evaluation

@@ -52,6 +52,9 @@ class Entry:
 def read_entries(places: Sequence[Path]) -> list[Entry]:
     """All outputs of runs, of folders that hold runs (as `sweep` leaves them), and of evaluations.
 
+    An evaluation that lies in a run, as `dualhead evaluate RUN` leaves it, and is of what the run made stands for the
+    run: with its seed, at its cost.
+
     Raises:
         UserError: if nothing finished is found, naming what is missing.
     """
@@ -63,28 +66,46 @@ def read_entries(places: Sequence[Path]) -> list[Entry]:
     return entries
 
 
-def _entries(run: Path) -> list[Entry]:
-    folder = run / "evaluation" if (run / "evaluation").is_dir() else run
-    deployed = Evaluation.load(folder)
-    if not (run / "comparison.json").is_file():
-        return [Entry(str(run), str(run), "", True, 0, deployed)]
+def _entries(place: Path) -> list[Entry]:
+    run = next((folder for folder in (place, *place.absolute().parents[:2]) if _is_finished(folder)), None)
+    if run is None or (run != place and not _of_what_is_deployed(place)):
+        folder = place / "evaluation" if (place / "evaluation").is_dir() else place
+        return [Entry(str(place), str(place), "", True, 0, Evaluation.load(folder))]
+    folder = run / "evaluation" if run == place else place
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     seed = recipe["runtime"].pop("seed")
-    label = run.name.replace(f",seed={seed}", "").replace(f"seed={seed}", recipe.pop("name"))
+    recipe_name = recipe.pop("name")
+    if run.name == f"seed={seed}":  # of a sweep over nothing but seeds: its folder says what it is
+        label = run.absolute().parent.name
+    else:
+        label = run.name.replace(f",seed={seed}", "").replace(f"seed={seed}", recipe_name)
     rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
     entries = []
-    for row in rows:
+    for row in rows if run == place else rows[-1:]:
         last = row is rows[-1]
-        place = folder / "rows" / row["name"].replace(" ", "_")
         cost = row["training_cost"]
         entries.append(
             Entry(
                 json.dumps(recipe, sort_keys=True), label, row["name"], last, seed,
-                deployed if last else Evaluation.load(place), row["parameters"], cost.get("flops"),
-                cost["forward_equivalents"], cost["seconds"],
+                Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
+                row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"],
             )
         )  # fmt: skip
     return entries
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / "config.yaml").is_file() and (run / "comparison.json").is_file()
+
+
+def _of_what_is_deployed(place: Path) -> bool:
+    """Whether an evaluation in a run is of the output that the run made, at its end."""
+    try:
+        results = json.loads((place / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    chosen = results.get("subject")
+    return bool(chosen) and not any(chosen.values())
 
 
 def standings(entries: Sequence[Entry]) -> dict[str, Any]:

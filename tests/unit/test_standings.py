@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
+import yaml
 
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, Verdicts, mcnemar
-from dualhead.standings import Entry, standings
+from dualhead.standings import Entry, read_entries, standings
 
 
 def evaluation(clean, robust, n=200, attack="pgd-40"):
@@ -71,3 +73,36 @@ def test_what_was_measured_otherwise_is_refused():
         standings([entry("a", 9, 9, flops=1), entry("b", 9, 9, flops=1, n=100)])
     with pytest.raises(UserError, match="same recipe and seed"):
         standings([entry("a", 9, 9, flops=1), entry("a", 9, 9, flops=1)])
+
+
+def make_run(folder, seed, clean):
+    """A finished run of two outputs, and stronger evaluations in it: one of its result, one of head 1."""
+    folder.mkdir(parents=True)
+    recipe = {"name": "mine", "runtime": {"seed": seed}, "stages": []}
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    cost = {"flops": 8.0, "forward_equivalents": 2.0, "seconds": 1.0}
+    rows = [{"name": name, "parameters": 10, "training_cost": cost} for name in ("head 1", "DH-AT")]
+    (folder / "comparison.json").write_text(json.dumps({"rows": rows}))
+    places = {"evaluation": {}, "evaluation/rows/head_1": {}}
+    places["evaluations/strong"] = {"subject": {"stage": None, "checkpoint": None, "output": None}}
+    places["evaluations/strong_head1"] = {"subject": {"stage": None, "checkpoint": None, "output": "head1"}}
+    for name, more in places.items():
+        made = evaluation(clean, 50)
+        made.results |= {"attacks": {"pgd-40": {}}, **more}
+        made.save(folder / name)
+
+
+def test_an_evaluation_in_a_run_stands_for_what_the_run_made(tmp_path):
+    for seed, clean in ((0, 100), (1, 110)):
+        make_run(tmp_path / "guided" / f"seed={seed}", seed, clean)
+    runs = sorted((tmp_path / "guided").iterdir())
+    whole = read_entries([tmp_path / "guided"])
+    assert [(e.label, e.name, e.deployed, e.seed) for e in whole] == [
+        ("guided", name, name == "DH-AT", seed) for seed in (0, 1) for name in ("head 1", "DH-AT")
+    ]
+    strong = read_entries([run / "evaluations" / "strong" for run in runs])
+    assert [(e.label, e.name, e.seed, e.flops) for e in strong] == [("guided", "DH-AT", s, 8.0) for s in (0, 1)]
+    (row,) = standings(strong)["rows"]
+    assert (row["name"], row["seeds"], row["clean_accuracy"]) == ("guided: DH-AT", [0, 1], pytest.approx(105 / 200))
+    (alone,) = read_entries([runs[0] / "evaluations" / "strong_head1"])
+    assert (alone.flops, alone.name) == (None, "")

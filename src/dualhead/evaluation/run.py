@@ -59,6 +59,7 @@ def evaluate(
     diagnostics: bool = True,
     progress: EvaluationProgress | None = None,
     command: str | None = None,
+    subject: Mapping[str, str | None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Measure how robust a classifier is.
@@ -94,6 +95,7 @@ def evaluate(
         diagnostics: look for signs that the results cannot be believed; costs about 1,600 passes on a robust model.
         progress: told how far it is.
         command: the command line, for the results.
+        subject: what was evaluated (stage, checkpoint and output of a run), for the results.
         stop: asked again and again; when true, what is under way is put on disk and `Interrupted` raised.
 
     Raises:
@@ -112,9 +114,8 @@ def evaluate(
         model.to(device)
     came_training = bool(training_modules(model))
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
-        subject = Subject(model, heads, batch_size)
         work = _Work(
-            subject,
+            Subject(model, heads, batch_size),
             images.cpu(),
             labels.to("cpu", torch.int64),
             index.to("cpu", torch.int64),
@@ -131,7 +132,7 @@ def evaluate(
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
-        evaluation = work.run(names, command, diagnostics)
+        evaluation = work.run(names, {"command": command, "subject": dict(subject or {})}, diagnostics)
     if output_dir is not None:
         folder = output_dir
         work.group.lead(lambda: evaluation.save(folder))
@@ -303,8 +304,8 @@ class _Work:
             findings = findings + described(check_curve(curve, len(self.correct)))
         return cast("list[dict[str, str]]", findings)
 
-    def run(self, class_names: list[str], command: str | None, diagnostics: bool) -> Evaluation:
-        """All attacks at all budgets."""
+    def run(self, class_names: list[str], origin: dict[str, Any], diagnostics: bool) -> Evaluation:
+        """All attacks at all budgets; `origin` goes into the results as it is."""
         begun = time.perf_counter()
         findings = self._diagnose_model() if diagnostics else []
         records, verdicts = {}, {}
@@ -346,7 +347,7 @@ class _Work:
             },
             "seconds": time.perf_counter() - begun,
             "seed": self.seed,
-            "command": command,
+            **origin,
         }
         return evaluation
 
