@@ -1,49 +1,78 @@
 #!/usr/bin/env bash
-# DH-AT, its variants and the base method at equal cost: trained, attacked and compared.
+# DH-AT, what else two heads can do, and the base methods, at equal cost: trained, and attacked on test images.
 #
-#     benchmarks/strongest/run.sh cpu|gpu DATA OUT [MINUTES [I/N]]
+#     benchmarks/strongest/run.sh cpu|gpu DATA OUT [I/N [KEY=VALUE...]]
 #
-# From the root of the repository. It works for MINUTES (default: until done) and then stops cleanly; the same command goes
-# on. I/N: every N-th seed from the I-th on, for N of these beside one another. Exit status 0: all is done.
+# From the root of the repository, with `dualhead` on the path. The same command goes on where it was stopped, so that it
+# can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`. I/N: every N-th seed from the I-th on,
+# for N of these side by side. KEY=VALUE: for all recipes. SEEDS and IMAGES in the environment: how many runs, and test
+# images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`.
 set -euo pipefail
-scale=$1 data=$2 out=$3 minutes=${4:-100000} shard=${5:-0/1}
-here=$(dirname "$0") seeds=3
-end=$((SECONDS + minutes * 60))
+scale=$1 data=$2 out=$3 shard=${4:-0/1}
+extra=("${@:5}")
+here=$(dirname "$0")
+: "${SEEDS:=3}" "${IMAGES:=3000}"
 
-# Runs dualhead for what is left of the time; an interrupted run is stopped after its step and has been saved.
-timed() {
-  local left=$((end - SECONDS))
-  ((left > 0)) || { echo "time is up; the same command goes on"; exit 75; }
-  timeout --signal INT --kill-after 60 "$left" python -m dualhead "$@" || {
-    local status=$?
-    ((status == 124)) && { echo "time is up; the same command goes on"; exit 75; }
-    exit "$status"
-  }
-}
-
-# sweep NAME RECIPE [KEY=VALUE...]: three seeds of a recipe of this folder.
-sweep() {
-  local name=$1 recipe=$2
-  shift 2
-  echo "== $name"
-  timed sweep "$here/${scale}_$recipe.yaml" "data.source=$data" "$@" --seeds "$seeds" --shard "$shard" --out "$out/$name" --quiet
-}
-
-# attack NAME ATTACK...: the deployed output of each run that this shard has trained, unless that is done.
-attack() {
-  local name=$1 run
-  shift
+# study NAME RECIPE SEEDS ATTACKS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys.
+study() {
+  local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 attacks=$4 seed run
+  shift 4
+  echo "$name"
+  dualhead sweep "$recipe" "data.source=$data" "$@" "${extra[@]}" --seeds "$seeds" --shard "$shard" --out "$out/$name" \
+    --quiet
   for ((seed = ${shard%/*}; seed < seeds; seed += ${shard#*/})); do
     run=$out/$name/seed=$seed
-    [[ -e $run/attacked ]] && continue
-    timed evaluate "$run" --data "$data" "${@/#/--attack=}" --limit 3000 --output "$run/strong" --quiet
-    touch "$run/attacked"
+    [[ -f $run/evaluations/strong/results.json ]] && continue
+    dualhead evaluate "$run" ${attacks//+/ --attack } --limit "$IMAGES" --output "$run/evaluations/strong" --quiet
   done
 }
 
-guide() { echo "stages.guided.objective={name: joint, head1: $1, head2: natural, aggregate: null, attack: head1, guidance: 1}"; }
-white="pgd-40 autoattack-fast square-500"
+guided() { echo "stages.guided.objective={name: joint, head1: $1, head2: natural, aggregate: null, attack: head1, guidance: ${2:-1}}"; }
 
-sweep trades-base base
-sweep trades-guided guided
-sweep trades-dhat dhat
+one=+pgd-40+autoattack-fast+square-500 # Square: whether a search without gradients finds what the others miss
+merged=$one+multihead-20
+sat=(stages.*.objective=sat stages.*.attack.start=uniform)
+mart='{name: mart, beta: 5}' half='{name: mart, beta: 2.5}'
+
+# A step of each method costs another amount: for as long as makes no other run of the method dearer.
+case $scale in
+  cpu) sat_epochs=167 mart_epochs=163 ;;
+  gpu) sat_epochs=245 mart_epochs=238 ;;
+  *) echo "$scale: use cpu or gpu" >&2; exit 2 ;;
+esac
+
+study trades-base base "$SEEDS" "$one"
+study trades-guided guided "$SEEDS" "$one"
+study trades-dhat dhat "$SEEDS" "$merged"
+study sat-base base "$SEEDS" "$one" "${sat[@]}" "stages.base.epochs=$sat_epochs"
+study sat-guided guided "$SEEDS" "$one" "$(guided sat)" stages.guided.attack.start=uniform
+study sat-dhat dhat "$SEEDS" "$merged" "${sat[@]}"
+study mart-base base "$SEEDS" "$one" "stages.base.objective=$mart" "stages.base.epochs=$mart_epochs"
+study mart-guided guided "$SEEDS" "$one" "$(guided "$mart")"
+study mart-dhat dhat "$SEEDS" "$merged" "stages.main_head.objective=$mart" "stages.second_head.objective=$half" \
+  "stages.aggregator.objective=$half"
+[[ $scale == cpu ]] || exit 0
+
+# What else was tried, and the curve of the base method; one seed each.
+for epochs in 20 40 80 320; do
+  study "trades-base-$epochs" base 1 "$one" "stages.base.epochs=$epochs"
+done
+for beta in 1.5 3 12; do
+  study "trades-base-beta-$beta" base 1 "$one" "stages.base.objective.beta=$beta"
+done
+study trades-base-awp base 1 "$one" "stages.base.awp={gamma: 0.005, start: 10}" stages.base.epochs=118
+study trades-base-cutmix base 1 "$one" "stages.base.cutmix={}"
+study trades-base-smoothing base 1 "$one" stages.base.objective.label_smoothing=0.1
+study trades-base-pairing base 1 "$one" "stages.base.objective={name: logit_pairing, base: {name: trades, beta: 6}}"
+study ikl-base base 1 "$one" stages.base.objective=ikl
+study trades-wide wide 1 "$one"
+study trades-guided-3 guided 1 "$one" "$(guided '{name: trades, beta: 6}' 3)"
+study trades-guided-beta-3 guided 1 "$one" "$(guided '{name: trades, beta: 3}')"
+study trades-guided-awp guided 1 "$one" "stages.guided.awp={gamma: 0.005, start: 10}" stages.guided.epochs=104
+study trades-joint joint 1 "$merged"
+study trades-joint-networks joint 1 "$merged" model.attach_at=normalize model.aggregator=mean stages.joint.epochs=80 \
+  "stages.joint.train=[head1, head2]"
+study trades-joint-distilled joint 1 "$merged" stages.joint.objective.distillation=1
+study trades-joint-diverse joint 1 "$merged" stages.joint.objective.diversity=0.5
+study trades-finetune finetune 1 "$merged"
+study trades-mixed mixed 1 "$merged"

@@ -150,7 +150,7 @@ def test_a_joint_forward_of_heads_that_see_different_images_is_what_separate_one
     clean, attacked = (program.constant(x) for x in (data.x, 1 - data.x))
     for joined, alone in zip(
         program.clean_and_attacked(clean, attacked),
-        (program.suffix(clean), program.suffix_of_attacked(attacked)),
+        (program.suffix_of_clean(clean), program.suffix_of_attacked(attacked)),
         strict=True,
     ):
         assert torch.allclose(joined, alone, atol=1e-5)
@@ -158,14 +158,43 @@ def test_a_joint_forward_of_heads_that_see_different_images_is_what_separate_one
     assert not joined[:, 0].any()
 
 
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_a_head_that_is_not_trained_on_clean_images_does_not_see_them(forward):
+    model, data = dual_model(), batch(0, 8)
+    stage = stage_of({**GUIDED, "head1": "sat"}, ("trunk", "head1", "head2"), forward=forward)
+    seen = []
+    for number, head in enumerate((model.head1, model.head2), 1):
+        head.register_forward_hook(lambda module, inputs, output, number=number: seen.append((number, len(output))))
+    result = step_of(model, stage)(data, streams_of(data))
+    assert sorted(seen) == [(1, 8)] * 11 + [(2, 8)]  # ten steps of the attack
+    assert set(result.terms) == {"loss", "head1_adversarial", "head2_clean", "guidance"}
+
+
+@pytest.mark.parametrize("parts", [("trunk", "head1", "head2"), ("head1", "head2")])
+def test_a_joint_forward_is_two_where_each_head_has_images_of_its_own(parts):
+    model, data = dual_model(), batch(0, 8)
+    program = Program.of(model, stage_of({**GUIDED, "head1": "sat"}, parts))
+    model.eval()
+    clean, attacked = (program.constant(x) for x in (data.x, 1 - data.x))
+    of_clean, of_attacked = program.clean_and_attacked(clean, attacked)
+    whole = program.suffix(clean), program.suffix(attacked)
+    for joined, alone, all_outputs, kept in (
+        (of_clean, program.suffix_of_clean(clean), whole[0], 0),
+        (of_attacked, program.suffix_of_attacked(attacked), whole[1], 1),
+    ):
+        assert torch.allclose(joined, alone, atol=1e-5)
+        assert torch.allclose(joined[:, kept], all_outputs[:, kept], atol=1e-5)
+        assert not joined[:, 1 - kept].any()
+
+
 def test_guidance_pulls_head_1_under_attack_and_head_2_on_clean_images_to_one_another():
     (clean, adv), y = random_logits(2)
     clean.requires_grad_(), adv.requires_grad_()
     joint = objectives.build(GUIDED)
     assert joint.outputs == ("head2", "head1")
-    assert joint.unattacked == ("head2",)
+    assert joint.only_clean == ("head2",)
     assert (
-        objectives.build({"name": "joint", "aggregate": "natural", "attack": "head1"}).unattacked == ()
+        objectives.build({"name": "joint", "aggregate": "natural", "attack": "head1"}).only_clean == ()
     )  # it is judged
     term = joint.loss(clean, adv, y).terms["guidance"]
     distance = adv[:, 1] - clean[:, 0]
@@ -194,7 +223,6 @@ def test_one_joint_step_is_the_loop_written_plainly():
     optimiser = torch.optim.SGD(theirs.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     features, attacked = theirs.trunk(x), None
     clean2 = theirs.head2(features)
-    theirs.aggregator(torch.stack((theirs.head1(features), clean2), 1))  # moves statistics as the joint pass does
     attacked = theirs.trunk(x_adv)
     both = torch.stack((theirs.head1(attacked), theirs.head2(attacked)), 1)
     loss = F.cross_entropy(both[:, 0], data.y) + 0.5 * F.cross_entropy(clean2, data.y)

@@ -52,9 +52,11 @@ class Objective(ABC):
     outputs: ClassVar[tuple[str, ...]] = ()
     """Outputs of a dual-head model that the loss is a function of, the deployed one last: logits are [B, outputs, C]
     then. Empty: the one output that a stage trains, [B, C]."""
-    unattacked: ClassVar[tuple[str, ...]] = ()
+    only_clean: ClassVar[tuple[str, ...]] = ()
     """Those of `outputs` whose logits of attacked images the loss does not use; they are left at 0, and no pass is
     made for them."""
+    only_attacked: ClassVar[tuple[str, ...]] = ()
+    """Likewise those whose logits of clean images it does not use."""
     attacked: ClassVar[tuple[str, ...]] = ()
     """Outputs that `inner_loss` is a function of, as `outputs` are those of `loss`."""
 

@@ -89,11 +89,13 @@ class Joint(Objective):
             known = ", ".join(n for n in methods if methods[n].adversarial)
             raise UserError(f"attack: {self.attack} has no adversarial objective; use sum or one of {known}")
         # Which passes are needed depends on the base methods.
+        all_passes = bool(self.distillation or self.diversity)
         calm = tuple(n for n in tuple(methods)[:-1] if not methods[n].adversarial)  # the deployed one is judged
         for name, value in {
             "outputs": tuple(methods),
             "attacked": tuple(climbed) or tuple(methods)[-1:],
-            "unattacked": () if self.distillation or self.diversity else calm,
+            "only_clean": () if all_passes else calm,
+            "only_attacked": () if all_passes else tuple(n for n in methods if not methods[n].clean),
             "apart": all(method.apart for method in methods.values()),
             "adversarial": any(method.adversarial for method in methods.values()),
             "clean": any(method.clean for method in methods.values()),

@@ -61,7 +61,8 @@ class Program:
         outputs: of a dual-head model, those on which the loss depends, the deployed one last: logits are then
             [B, outputs, C]. None: the one that the parts train, [B, C].
         attacked: likewise those on which the loss of the attack depends.
-        unattacked: those of `outputs` whose logits of attacked images are 0 and cost nothing.
+        only_clean: those of `outputs` whose logits of attacked images are 0 and cost nothing.
+        only_attacked: those whose logits of clean images are 0 and cost nothing.
 
     Attributes:
         output: the deployed one.
@@ -76,14 +77,17 @@ class Program:
         parts: Collection[str],
         outputs: Sequence[str] = (),
         attacked: Sequence[str] = (),
-        unattacked: Collection[str] = (),
+        only_clean: Collection[str] = (),
+        only_attacked: Collection[str] = (),
     ) -> None:
         self.model = model
-        self._outputs, self._unattacked = tuple(outputs), frozenset(unattacked)
+        self._outputs = tuple(outputs)
+        self._only_clean, self._only_attacked = frozenset(only_clean), frozenset(only_attacked)
         self.parts = frozenset(parts)
         self.output = outputs[-1] if outputs else trained_output(parts)
         self.prefix: Callable[[Tensor], Features] = lambda x: x
         self.suffix: Callable[[Features], Tensor] = model
+        self.suffix_of_clean: Callable[[Features], Tensor] = model
         self.suffix_of_attacked: Callable[[Features], Tensor] = model
         self.attacked_suffix: Callable[[Features], Tensor] = model
         self._final: Callable[[Features], Tensor] = model
@@ -95,10 +99,11 @@ class Program:
                 self.prefix = model.features
             alone = self._suffix(model, (self.output,))
             self._final = lambda start: alone(start)[:, 0]
-            self.suffix = self.suffix_of_attacked = self.attacked_suffix = self._final
+            self.suffix = self.suffix_of_clean = self.suffix_of_attacked = self.attacked_suffix = self._final
             if outputs:
                 self.suffix = self._suffix(model, outputs)
-                self.suffix_of_attacked = self._suffix(model, outputs, self._unattacked)
+                self.suffix_of_clean = self._suffix(model, outputs, self._only_attacked)
+                self.suffix_of_attacked = self._suffix(model, outputs, self._only_clean)
                 self.attacked_suffix = self._suffix(model, attacked)
         elif self.parts != {"model"}:
             raise UserError(f"a model without a second head trains as 'model', not {', '.join(sorted(self.parts))}")
@@ -106,7 +111,8 @@ class Program:
     @classmethod
     def of(cls, model: nn.Module, stage: Stage) -> Self:
         """What of a model a stage runs."""
-        return cls(model, stage.train, stage.objective.outputs, stage.objective.attacked, stage.objective.unattacked)
+        wanted = stage.objective
+        return cls(model, stage.train, wanted.outputs, wanted.attacked, wanted.only_clean, wanted.only_attacked)
 
     def _suffix(
         self, model: DualHeadClassifier, outputs: Sequence[str], left_out: Collection[str] = ()
@@ -127,22 +133,25 @@ class Program:
         return {head: model.head(number, features) for number, head in enumerate(HEADS, 1) if head in heads}
 
     def clean_and_attacked(self, clean: Features, attacked: Features) -> tuple[Tensor, Tensor]:
-        """Logits of both from one forward, of which a head that only clean images need sees those alone."""
+        """Logits of both from one forward, in which a head sees only those images that the loss needs it for."""
         count = len(tree_leaves(clean)[0])
         both = tree_map(lambda a, b: torch.cat((a, b)), clean, attacked)
         model = self.model
-        if not isinstance(model, DualHeadClassifier) or not self._unattacked:
+        if not isinstance(model, DualHeadClassifier) or not (self._only_clean or self._only_attacked):
             logits = self.suffix(both)
             return logits[:count], logits[count:]
         features = self._features(model, both)
-        often = _heads_of(self._outputs, self._unattacked)
-        heads = self._heads(model, features, often)
-        first = {head: logits[:count] for head, logits in heads.items()}
-        second = {head: logits[count:] for head, logits in heads.items()}
-        seldom = _heads_of(self._outputs) - often
-        if seldom:
-            first |= self._heads(model, tree_map(lambda values: values[:count], features), seldom)
-        return _merged(model, first, self._outputs), _merged(model, second, self._outputs, self._unattacked)
+        of_clean = _heads_of(self._outputs, self._only_attacked)
+        of_attacked = _heads_of(self._outputs, self._only_clean)
+        shared = self._heads(model, features, of_clean & of_attacked)
+        first = {head: logits[:count] for head, logits in shared.items()}
+        second = {head: logits[count:] for head, logits in shared.items()}
+        first |= self._heads(model, tree_map(lambda values: values[:count], features), of_clean - of_attacked)
+        second |= self._heads(model, tree_map(lambda values: values[count:], features), of_attacked - of_clean)
+        return (
+            _merged(model, first, self._outputs, self._only_attacked),
+            _merged(model, second, self._outputs, self._only_clean),
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] of the deployed output for images [B, ...], differentiable to the images."""
@@ -181,7 +190,7 @@ class LossForward(nn.Module):
         program = self._program
         if clean is None or attacked is None or not self._joint:
             return (
-                None if clean is None else program.suffix(clean).float(),
+                None if clean is None else program.suffix_of_clean(clean).float(),
                 None if attacked is None else program.suffix_of_attacked(attacked).float(),
             )
         clean_logits, adv_logits = program.clean_and_attacked(clean, attacked)
