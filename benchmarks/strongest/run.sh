@@ -6,24 +6,27 @@
 # From the root of the repository, with `dualhead` on the path. The same command goes on where it was stopped, so that it
 # can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`. I/N: every N-th seed from the I-th on,
 # for N of these side by side. KEY=VALUE: for all recipes. SEEDS and IMAGES in the environment: how many runs, and test
-# images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`.
+# images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`. To choose, HELD_OUT=FOLDER attacks the images that
+# held_out.py put there instead; what it finds lies in `evaluations/held_out`.
 set -euo pipefail
 scale=$1 data=$2 out=$3 shard=${4:-0/1}
 extra=("${@:5}")
 here=$(dirname "$0")
-: "${SEEDS:=3}" "${IMAGES:=3000}"
+: "${SEEDS:=3}" "${IMAGES:=3000}" "${HELD_OUT:=}"
 
 # study NAME RECIPE SEEDS ATTACKS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys.
 study() {
-  local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 attacks=$4 seed run
+  local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 attacks=$4 seed run found=strong
+  [[ -z $HELD_OUT ]] || found=held_out attacks=+pgd-20+cw-20
   shift 4
   echo "$name"
   dualhead sweep "$recipe" "data.source=$data" "$@" "${extra[@]}" --seeds "$seeds" --shard "$shard" --out "$out/$name" \
     --quiet
   for ((seed = ${shard%/*}; seed < seeds; seed += ${shard#*/})); do
     run=$out/$name/seed=$seed
-    [[ -f $run/evaluations/strong/results.json ]] && continue
-    dualhead evaluate "$run" ${attacks//+/ --attack } --limit "$IMAGES" --output "$run/evaluations/strong" --quiet
+    [[ -f $run/evaluations/$found/results.json ]] && continue
+    dualhead evaluate "$run" --data "${HELD_OUT:-$data}" ${attacks//+/ --attack } --limit "$IMAGES" \
+      --output "$run/evaluations/$found" --quiet
   done
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from dualhead.data import Batch
 from dualhead.flops import CountFlops
@@ -119,3 +121,26 @@ def test_shards_share_the_seeds(tmp_path):
         assert all("stages.*.epochs=1" in words and after("--shard", words) == f"{number}/2"
                    for words in asked if words[0] == "sweep")  # fmt: skip
     assert runs == [{"seed=0", "seed=2"}, {"seed=1"}]
+
+
+def test_held_out_images_are_attacked_in_place_of_test_images(tmp_path):
+    _, asked = asked_of("gpu", tmp_path, HELD_OUT="HELD", SEEDS="1")
+    attacked = [words for words in asked if words[0] == "evaluate"]
+    assert {after("--data", words) for words in attacked} == {"HELD"}
+    assert {Path(after("--output", words)).name for words in attacked} == {"held_out"}
+    _, asked = asked_of("gpu", tmp_path, SEEDS="1")
+    assert {after("--data", words) for words in asked if words[0] == "evaluate"} == {"DATA"}
+
+
+def test_held_out_images_are_the_last_of_the_training_part(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("held_out", ROOT / "benchmarks/strongest/held_out.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "FIRST", 7)
+    (tmp_path / "in").mkdir()
+    Dataset.from_dict({"label": list(range(10))}).to_parquet(tmp_path / "in" / "train-00000-of-00001.parquet")
+    monkeypatch.setattr("sys.argv", ["held_out.py", str(tmp_path / "in"), str(tmp_path / "out")])
+    module.main()
+    (written,) = (tmp_path / "out").iterdir()
+    assert written.name.startswith("test-")
+    assert Dataset.from_parquet(str(written))["label"][:] == [7, 8, 9]
