@@ -72,6 +72,7 @@ study trades-wide wide 1 "$one"
 study trades-guided-3 guided 1 "$one" "$(guided '{name: trades, beta: 6}' 3)"
 study trades-guided-beta-3 guided 1 "$one" "$(guided '{name: trades, beta: 3}')"
 study trades-guided-awp guided 1 "$one" "stages.guided.awp={gamma: 0.005, start: 10}" stages.guided.epochs=104
+study trades-distilled distilled 1 "$merged"
 study trades-joint joint 1 "$merged"
 study trades-joint-networks joint 1 "$merged" model.attach_at=normalize model.aggregator=mean stages.joint.epochs=80 \
   "stages.joint.train=[head1, head2]"

@@ -74,7 +74,7 @@ def cost(recipe):
     return total
 
 
-@pytest.mark.parametrize(("scale", "studies"), [("cpu", 31), ("gpu", 9)])
+@pytest.mark.parametrize(("scale", "studies"), [("cpu", 32), ("gpu", 9)])
 def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = asked_of(scale, tmp_path)
@@ -85,7 +85,7 @@ def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, mon
     assert len({after("--out", words) for words in sweeps}) == studies
     assert [words[1] for words in attacked] == [str(run) for run in runs]
     for words in attacked:
-        merges = any(name in words[1] for name in ("dhat", "joint", "finetune", "mixed"))
+        merges = any(name in words[1] for name in ("dhat", "distilled", "joint", "finetune", "mixed"))
         assert {"autoattack-fast", "pgd-40"} <= set(words)
         assert ("multihead-20" in words) == merges
     again, asked = asked_of(scale, tmp_path)

@@ -57,6 +57,9 @@ class Objective(ABC):
     made for them."""
     only_attacked: ClassVar[tuple[str, ...]] = ()
     """Likewise those whose logits of clean images it does not use."""
+    teachers: ClassVar[tuple[str, ...]] = ()
+    """Those of `outputs` that the others learn from and that learn nothing; a stage must not train them. If there are
+    any, `inner_loss` is given their logits of clean images, and else those of `attacked`."""
     attacked: ClassVar[tuple[str, ...]] = ()
     """Outputs that `inner_loss` is a function of, as `outputs` are those of `loss`."""
 

@@ -63,6 +63,8 @@ class Program:
         attacked: likewise those on which the loss of the attack depends.
         only_clean: those of `outputs` whose logits of attacked images are 0 and cost nothing.
         only_attacked: those whose logits of clean images are 0 and cost nothing.
+        teachers: those whose logits of clean images the loss of the attack is given; none: `attacked`.
+        deployed: the output that is judged; None: the last one.
 
     Attributes:
         output: the deployed one.
@@ -79,17 +81,21 @@ class Program:
         attacked: Sequence[str] = (),
         only_clean: Collection[str] = (),
         only_attacked: Collection[str] = (),
+        teachers: Sequence[str] = (),
+        deployed: str | None = None,
     ) -> None:
         self.model = model
         self._outputs = tuple(outputs)
         self._only_clean, self._only_attacked = frozenset(only_clean), frozenset(only_attacked)
         self.parts = frozenset(parts)
-        self.output = outputs[-1] if outputs else trained_output(parts)
+        trained = outputs[-1] if outputs else trained_output(parts)
+        self.output = deployed or trained
         self.prefix: Callable[[Tensor], Features] = lambda x: x
         self.suffix: Callable[[Features], Tensor] = model
         self.suffix_of_clean: Callable[[Features], Tensor] = model
         self.suffix_of_attacked: Callable[[Features], Tensor] = model
         self.attacked_suffix: Callable[[Features], Tensor] = model
+        self.target_suffix: Callable[[Features], Tensor] = model
         self._final: Callable[[Features], Tensor] = model
         if isinstance(model, DualHeadClassifier):
             model.set_trainable(set(parts))
@@ -97,14 +103,15 @@ class Program:
                 self.prefix = model.head_logits
             elif "trunk" not in self.parts:
                 self.prefix = model.features
-            alone = self._suffix(model, (self.output,))
-            self._final = lambda start: alone(start)[:, 0]
-            self.suffix = self.suffix_of_clean = self.suffix_of_attacked = self.attacked_suffix = self._final
+            self._final = self._alone(model, self.output)
+            self.suffix = self._alone(model, trained)
+            self.suffix_of_clean = self.suffix_of_attacked = self.attacked_suffix = self.target_suffix = self.suffix
             if outputs:
                 self.suffix = self._suffix(model, outputs)
                 self.suffix_of_clean = self._suffix(model, outputs, self._only_attacked)
                 self.suffix_of_attacked = self._suffix(model, outputs, self._only_clean)
                 self.attacked_suffix = self._suffix(model, attacked)
+                self.target_suffix = self._suffix(model, teachers) if teachers else self.attacked_suffix
         elif self.parts != {"model"}:
             raise UserError(f"a model without a second head trains as 'model', not {', '.join(sorted(self.parts))}")
 
@@ -112,7 +119,15 @@ class Program:
     def of(cls, model: nn.Module, stage: Stage) -> Self:
         """What of a model a stage runs."""
         wanted = stage.objective
-        return cls(model, stage.train, wanted.outputs, wanted.attacked, wanted.only_clean, wanted.only_attacked)
+        return cls(
+            model, stage.train, wanted.outputs, wanted.attacked, wanted.only_clean, wanted.only_attacked,
+            wanted.teachers, stage.deploy,
+        )  # fmt: skip
+
+    def _alone(self, model: DualHeadClassifier, output: str) -> Callable[[Features], Tensor]:
+        """Logits [B, C] of one output."""
+        run = self._suffix(model, (output,))
+        return lambda start: run(start)[:, 0]
 
     def _suffix(
         self, model: DualHeadClassifier, outputs: Sequence[str], left_out: Collection[str] = ()

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from dualhead.attacks import Attack, Maximiser, attacks
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
-from dualhead.heads import PARTS_OF
+from dualhead.heads import PARTS_OF, Output
 from dualhead.objectives import Objective, objectives
 from dualhead.schema import Section, component
 from dualhead.threat import Real
@@ -72,6 +72,9 @@ class Stage(Section):
     replace_classifier: bool | str = False
     """Take from `init` all but the layer that gives the logits, which starts afresh, for other classes; true finds that
     layer, a name (`fc`, `model.head`) says which it is."""
+    deploy: Output | None = None
+    """Which output of a dual-head model is validated and, after the last stage, is the result: `mean` needs no stage of
+    its own. None: the aggregate if it is trained, else the head that is."""
     keep: Literal["best", "last"] = "best"
     """The checkpoint that the next stage and the evaluation use."""
 
@@ -105,15 +108,24 @@ class Stage(Section):
 
     @property
     def output(self) -> str:
-        """What the stage deploys: the last of the objective's outputs, else the one that its parts train."""
+        """What the stage deploys: as it says, else the last of the objective's outputs, or the one its parts train."""
+        if self.deploy is not None:
+            return self.deploy
         return self.objective.outputs[-1] if self.objective.outputs else trained_output(self.train)
 
     def _losses_fit_parts(self) -> None:
         if "model" in self.train:
             if self.objective.outputs:
                 raise UserError(f"objective {self.objective.registered_name!r} needs a model with two heads")
+            if self.deploy is not None:
+                raise UserError(f"deploy: {self.deploy} is an output of a model with two heads")
             return
-        outputs = self.objective.outputs or (self.output,)
+        teachers = self.objective.teachers
+        for part in self.train:
+            taught = next((output for output in teachers if part in PARTS_OF[output]), None)
+            if taught is not None:
+                raise UserError(f"{part} must not be trained: it would change {taught}, which is the teacher")
+        outputs = [o for o in self.objective.outputs or (trained_output(self.train),) if o not in teachers]
         for output in outputs:
             if not set(PARTS_OF[output]) & set(self.train):
                 raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")

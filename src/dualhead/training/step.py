@@ -266,7 +266,7 @@ class TrainingStep:
         objective, target = self._objective, None
         if objective.clean_target:
             with torch.no_grad(), self._arithmetic.autocast(x.device):
-                target = program.attacked_suffix(clean).float()
+                target = program.target_suffix(clean).float()
         attack = cast("Maximiser", self._stage.attack)
         as_it_is = self._counted or program is not self._program  # a lane's
         logits_fn = self._arithmetic.wrap(program.attacked_logits if as_it_is else self._fast_attacked)

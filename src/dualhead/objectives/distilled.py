@@ -1,0 +1,62 @@
+"""Robust distillation of head 1 into head 2 (Zi et al. 2021, arXiv 2108.07969)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dualhead.errors import UserError
+from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
+from dualhead.threat import Real
+
+
+@objectives.register("distilled")
+@dataclass(frozen=True)
+class Distilled(Objective):
+    """Head 2 learns what head 1, trained before and frozen, says of clean images, and to say it under attack too.
+
+    With p = softmax(z_1(x)), which is a constant, s = softmax(z_2(x)) and s' = softmax(z_2(x')):
+
+        KL(p || s) + beta KL(p || s')
+
+    The attack climbs KL(p || s'). Labels are not used: head 1's soft ones take their place, which hinders a head of the
+    same size from fitting few images too closely.
+
+    When: as the stage of head 2 where head 1 is as good as more training makes it; the mean of both heads is then
+    better than each (`deploy: mean`).
+
+    Paper: Zi et al. 2021, Revisiting Adversarial Robustness Distillation: Robust Soft Labels Make Student Better, arXiv
+    2108.07969, eq. 5, up to a factor; there the teacher is a larger network and beta 5.
+
+    Args:
+        beta: weight of the attacked images, at least 0.
+    """
+
+    beta: Real = 5.0
+
+    outputs: ClassVar[tuple[str, ...]] = ("head1", "head2")
+    only_clean: ClassVar[tuple[str, ...]] = ("head1",)
+    teachers: ClassVar[tuple[str, ...]] = ("head1",)
+    attacked: ClassVar[tuple[str, ...]] = ("head2",)
+    clean_target: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.beta < 0:
+            raise UserError(f"beta must be at least 0, got {self.beta:g}; 5 is as published")
+
+    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        """KL(p || s') per image, from logits [B, 1, C] of head 2 under attack and of head 1 on clean images."""
+        del y
+        return kl_divergence(given(clean_logits)[:, 0], adv_logits[:, 0])
+
+    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
+        """The sum above, from logits [B, 2, C]."""
+        del y
+        clean, adv = given(clean_logits), given(adv_logits)
+        taught = clean[:, 0].detach()
+        return LossTerms.sum_of(
+            clean=kl_divergence(taught, clean[:, 1]).mean(),
+            divergence=self.beta * kl_divergence(taught, adv[:, 1]).mean(),
+        )
