@@ -131,7 +131,7 @@ class Registry(Generic[T]):
         self._load()
         if not isinstance(spec, str):
             if "name" not in spec:
-                raise UserError(f"{self.kind} needs a name, as in {{name: {self.names()[0]}}}")
+                raise UserError(f"{self.kind} needs a name, {{name: ...}}; known: {', '.join(self.names())}")
             return {**self.expand(str(spec["name"])), **{k: v for k, v in spec.items() if k != "name"}}
         if spec in self._classes:
             return {"name": spec}

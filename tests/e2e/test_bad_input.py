@@ -325,7 +325,7 @@ BAD = [
     ("NEW threat.epsilon=0.3", "threat.epsilon: unknown key"),
     ("NEW stages.*.objective=tradse", "stages.0.objective: unknown objective 'tradse'; did you mean 'trades'?"),
     ("NEW stages.*.objective=3", "stages.0.objective: input should be an instance of Objective (got 3)"),
-    ("NEW 'stages.*.objective={beta: 3}'", "stages.0.objective: objective needs a name, as in {name: ikl}"),
+    ("NEW 'stages.*.objective={beta: 3}'", "stages.0.objective: objective needs a name, {name: ...}; known: "),
     (
         "NEW stages.main_head.objective.beta=-1",
         "stages.0.objective: beta must be at least 0, got -1; TRADES uses 1 to 6",

@@ -79,7 +79,7 @@ def test_short_and_long_forms_mean_the_same(spec, fields):
         ("square-4-2-1", "shape 'square-4-2-1' is not understood; write 'square-SIDE-COPIES'"),
         ("square-x", "shape 'square-x' is not understood; write 'square-SIDE-COPIES'"),
         ("circle-4", "shape 'circle-4' is not understood; write 'circle' alone"),
-        ({"side": 4}, "shape needs a name, as in {name: circle}"),
+        ({"side": 4}, "shape needs a name, {name: ...}; known: circle, half-moon, imported, square"),
         ({"name": "square", "sied": 4}, "sied: shape 'square' has no such key; did you mean 'side'? "
          "(known: side, copies, colour)"),
         ({"name": "square", "side": 0}, "shape 'square': side must be at least 1, got 0"),
