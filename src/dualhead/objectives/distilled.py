@@ -24,8 +24,8 @@ class Distilled(Objective):
     The attack climbs KL(p || s'). Labels are not used: head 1's soft ones take their place, which hinders a head of the
     same size from fitting few images too closely.
 
-    When: as the stage of head 2 where head 1 is as good as more training makes it. `deploy: mean` makes the mean of both
-    heads the result.
+    When: as the stage of head 2 where head 1 is as good as more training makes it; with `deploy: mean` the mean of
+    both heads is the result.
 
     Paper: Zi et al. 2021, Revisiting Adversarial Robustness Distillation: Robust Soft Labels Make Student Better, arXiv
     2108.07969, eq. 5, up to a factor; there the teacher is a larger network and beta 5.
