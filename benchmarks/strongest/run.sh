@@ -6,8 +6,8 @@
 # From the root of the repository, with `dualhead` on the path. The same command goes on where it was stopped, so that it
 # can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`. I/N: every N-th seed from the I-th on,
 # for N of these side by side. KEY=VALUE: for all recipes. SEEDS and IMAGES in the environment: how many runs, and test
-# images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`. To choose, HELD_OUT=FOLDER attacks the images that
-# held_out.py put there instead; what it finds lies in `evaluations/held_out`.
+# images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`, and for the final pair `.../autoattack`.
+# To choose, HELD_OUT=FOLDER attacks the images that held_out.py put there instead; that lies in `evaluations/held_out`.
 set -euo pipefail
 scale=$1 data=$2 out=$3 shard=${4:-0/1}
 extra=("${@:5}")
@@ -16,17 +16,23 @@ here=$(dirname "$0")
 
 # study NAME RECIPE SEEDS ATTACKS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys.
 study() {
-  local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 attacks=$4 seed run found=strong
+  local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 attacks=$4 found=strong
   [[ -z $HELD_OUT ]] || found=held_out attacks=+pgd-20+cw-20
   shift 4
   echo "$name"
   dualhead sweep "$recipe" "data.source=$data" "$@" "${extra[@]}" --seeds "$seeds" --shard "$shard" --out "$out/$name" \
     --quiet
-  for ((seed = ${shard%/*}; seed < seeds; seed += ${shard#*/})); do
-    run=$out/$name/seed=$seed
-    [[ -f $run/evaluations/$found/results.json ]] && continue
-    dualhead evaluate "$run" --data "${HELD_OUT:-$data}" ${attacks//+/ --attack } --limit "$IMAGES" \
-      --output "$run/evaluations/$found" --quiet
+  attacked "$name" "$seeds" "$found" "$attacks" "$IMAGES"
+}
+
+# attacked NAME SEEDS FOUND ATTACKS IMAGES: each run of a study, into its folder evaluations/FOUND.
+attacked() {
+  local run seed
+  for ((seed = ${shard%/*}; seed < $2; seed += ${shard#*/})); do
+    run=$out/$1/seed=$seed
+    [[ -f $run/evaluations/$3/results.json ]] && continue
+    dualhead evaluate "$run" --data "${HELD_OUT:-$data}" ${4//+/ --attack } --limit "$5" --output "$run/evaluations/$3" \
+      --quiet
   done
 }
 
@@ -40,39 +46,60 @@ mart='{name: mart, beta: 5}' half='{name: mart, beta: 2.5}'
 # A step of each method costs another amount: for as long as makes no other run of the method dearer.
 case $scale in
   cpu) sat_epochs=167 mart_epochs=163 ;;
-  gpu) sat_epochs=245 mart_epochs=238 ;;
+  gpu) sat_epochs=254 mart_epochs=238 ;;
   *) echo "$scale: use cpu or gpu" >&2; exit 2 ;;
 esac
 
 study trades-base base "$SEEDS" "$one"
+study trades-distilled distilled "$SEEDS" "$merged"
 study trades-guided guided "$SEEDS" "$one"
 study trades-dhat dhat "$SEEDS" "$merged"
 study sat-base base "$SEEDS" "$one" "${sat[@]}" "stages.base.epochs=$sat_epochs"
-study sat-guided guided "$SEEDS" "$one" "$(guided sat)" stages.guided.attack.start=uniform
+study sat-distilled distilled "$SEEDS" "$merged" "$(guided sat)" stages.guided.attack.start=uniform
 study sat-dhat dhat "$SEEDS" "$merged" "${sat[@]}"
 study mart-base base "$SEEDS" "$one" "stages.base.objective=$mart" "stages.base.epochs=$mart_epochs"
-study mart-guided guided "$SEEDS" "$one" "$(guided "$mart")"
+study mart-distilled distilled "$SEEDS" "$merged" "$(guided "$half")"
 study mart-dhat dhat "$SEEDS" "$merged" "stages.main_head.objective=$mart" "stages.second_head.objective=$half" \
   "stages.aggregator.objective=$half"
+finals=(trades-base trades-distilled)
+if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the base methods for as long
+  study trades-base-long base "$SEEDS" "$one" stages.base.epochs=320
+  study sat-base-long base "$SEEDS" "$one" "${sat[@]}" stages.base.epochs=375
+  study mart-base-long base "$SEEDS" "$one" "stages.base.objective=$mart" stages.base.epochs=331
+  finals+=(trades-base-long)
+fi
+if [[ -z $HELD_OUT ]]; then
+  for name in "${finals[@]}"; do
+    attacked "$name" "$SEEDS" autoattack +autoattack 1000
+  done
+fi
 [[ $scale == cpu ]] || exit 0
 
 # What else was tried, and the curve of the base method; one seed each.
-for epochs in 20 40 80 320; do
+study sat-guided guided 1 "$one" "$(guided sat)" stages.guided.attack.start=uniform
+study mart-guided guided 1 "$one" "$(guided "$mart")"
+for epochs in 20 40 80; do
   study "trades-base-$epochs" base 1 "$one" "stages.base.epochs=$epochs"
 done
 for beta in 1.5 3 12; do
   study "trades-base-beta-$beta" base 1 "$one" "stages.base.objective.beta=$beta"
 done
-study trades-base-awp base 1 "$one" "stages.base.awp={gamma: 0.005, start: 10}" stages.base.epochs=118
+awp='awp={gamma: 0.005, start: 10}'
+study trades-base-awp base 1 "$one" "stages.base.$awp" stages.base.epochs=118
+study trades-base-awp-long base 1 "$one" "stages.base.$awp" stages.base.epochs=236
 study trades-base-cutmix base 1 "$one" "stages.base.cutmix={}"
 study trades-base-smoothing base 1 "$one" stages.base.objective.label_smoothing=0.1
 study trades-base-pairing base 1 "$one" "stages.base.objective={name: logit_pairing, base: {name: trades, beta: 6}}"
 study ikl-base base 1 "$one" stages.base.objective=ikl
 study trades-wide wide 1 "$one"
+study trades-wide-long wide 1 "$one" stages.wide.epochs=176
 study trades-guided-3 guided 1 "$one" "$(guided '{name: trades, beta: 6}' 3)"
 study trades-guided-beta-3 guided 1 "$one" "$(guided '{name: trades, beta: 3}')"
-study trades-guided-awp guided 1 "$one" "stages.guided.awp={gamma: 0.005, start: 10}" stages.guided.epochs=104
-study trades-distilled distilled 1 "$merged"
+study trades-guided-awp guided 1 "$one" "stages.guided.$awp" stages.guided.epochs=104
+for beta in 3 6; do
+  study "trades-distilled-short-beta-$beta" distilled 1 "$merged" "stages.guided.objective.head1.beta=$beta" \
+    stages.guided.epochs=68 stages.distilled.epochs=75
+done
 study trades-joint joint 1 "$merged"
 study trades-joint-networks joint 1 "$merged" model.attach_at=normalize model.aggregator=mean stages.joint.epochs=80 \
   "stages.joint.train=[head1, head2]"

@@ -74,16 +74,20 @@ def cost(recipe):
     return total
 
 
-@pytest.mark.parametrize(("scale", "studies"), [("cpu", 32), ("gpu", 9)])
+@pytest.mark.parametrize(("scale", "studies"), [("cpu", 40), ("gpu", 10)])
 def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = asked_of(scale, tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     sweeps = [words for words in asked if words[0] == "sweep"]
     runs = [Path(after("--out", words)) / job.name for words in sweeps for job in jobs_of(words)]
-    attacked = [words for words in asked if words[0] == "evaluate"]
+    evaluated = [words for words in asked if words[0] == "evaluate"]
+    whole = [words for words in evaluated if "autoattack" in words]
+    attacked = [words for words in evaluated if words not in whole]
     assert len({after("--out", words) for words in sweeps}) == studies
     assert [words[1] for words in attacked] == [str(run) for run in runs]
+    assert {Path(words[1]).parent.name for words in whole} >= {"trades-base", "trades-distilled"}
+    assert {words[1] for words in whole} <= {str(run) for run in runs}
     for words in attacked:
         merges = any(name in words[1] for name in ("dhat", "distilled", "joint", "finetune", "mixed"))
         assert {"autoattack-fast", "pgd-40"} <= set(words)
@@ -99,18 +103,18 @@ def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
     _, asked = asked_of(scale, tmp_path, SEEDS="1")
     sweeps = {Path(after("--out", words)).name: jobs_of(words)[0].recipe for words in asked if words[0] == "sweep"}
     for method in ("trades", "sat", "mart"):
-        base = cost(sweeps[f"{method}-base"])
-        for other in ("guided", "dhat"):
-            assert 0.95 * base <= cost(sweeps[f"{method}-{other}"]) <= 1.001 * base, (method, other)
+        base, long = (cost(sweeps.get(f"{method}-{name}", sweeps[f"{method}-base"])) for name in ("base", "base-long"))
+        for other, most in (("dhat", base), ("distilled", long)):
+            assert 0.95 * most <= cost(sweeps[f"{method}-{other}"]) <= 1.001 * most, (method, other)
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path):
     ended, asked = asked_of("gpu", tmp_path, within="2", HANGS_ON="trades-dhat")
     assert ended.returncode == 124
-    assert [words[0] for words in asked] == [*["sweep", *["evaluate"] * 3] * 2, "sweep"]
+    assert [words[0] for words in asked] == [*["sweep", *["evaluate"] * 3] * 3, "sweep"]
     ended, asked = asked_of("gpu", tmp_path)
     assert ended.returncode == 0
-    assert [words[0] for words in asked] == ["sweep", "sweep", *["sweep", *["evaluate"] * 3] * 7]
+    assert [words[0] for words in asked] == [*["sweep"] * 3, *["sweep", *["evaluate"] * 3] * 7, *["evaluate"] * 6]
 
 
 def test_shards_share_the_seeds(tmp_path):
