@@ -5,24 +5,32 @@
 #
 # From the root of the repository, with `dualhead` on the path. The same command goes on where it was stopped, so that it
 # can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`. I/N: every N-th seed from the I-th on,
-# for N of these side by side. KEY=VALUE: for all recipes. SEEDS and IMAGES in the environment: how many runs, and test
-# images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`, and for the final pair `.../autoattack`.
-# To choose, HELD_OUT=FOLDER attacks the images that held_out.py put there instead; that lies in `evaluations/held_out`.
+# for N of these side by side. KEY=VALUE: for all recipes. SEEDS and IMAGES in the environment: how many runs (of the
+# final pair two more), and test images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`. `adaptive` beside it
+# holds Square, which needs no gradients and must find nothing new, and for merged heads the attack that knows of them;
+# `autoattack` the whole of that. To choose, HELD_OUT=FOLDER attacks the images that held_out.py put there instead; what
+# it finds lies in `evaluations/held_out`.
 set -euo pipefail
 scale=$1 data=$2 out=$3 shard=${4:-0/1}
 extra=("${@:5}")
 here=$(dirname "$0")
-: "${SEEDS:=3}" "${IMAGES:=3000}" "${HELD_OUT:=}"
+: "${SEEDS:=3}" "${IMAGES:=5000}" "${HELD_OUT:=}"
 
-# study NAME RECIPE SEEDS ATTACKS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys.
+# study NAME RECIPE SEEDS HEADS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys,
+# one head or merged heads.
 study() {
-  local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 attacks=$4 found=strong
-  [[ -z $HELD_OUT ]] || found=held_out attacks=+pgd-20+cw-20
+  local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 adaptive=+pgd-40+square-500
+  [[ $4 == one ]] || adaptive+=+multihead-20
   shift 4
   echo "$name"
   dualhead sweep "$recipe" "data.source=$data" "$@" "${extra[@]}" --seeds "$seeds" --shard "$shard" --out "$out/$name" \
     --quiet
-  attacked "$name" "$seeds" "$found" "$attacks" "$IMAGES"
+  if [[ -n $HELD_OUT ]]; then
+    attacked "$name" "$seeds" held_out +pgd-20+cw-20 "$IMAGES"
+  else
+    attacked "$name" "$seeds" strong +pgd-40+autoattack-fast "$IMAGES"
+    attacked "$name" "$seeds" adaptive "$adaptive" 1000
+  fi
 }
 
 # attacked NAME SEEDS FOUND ATTACKS IMAGES: each run of a study, into its folder evaluations/FOUND.
@@ -38,8 +46,6 @@ attacked() {
 
 guided() { echo "stages.guided.objective={name: joint, head1: $1, head2: natural, aggregate: null, attack: head1, guidance: ${2:-1}}"; }
 
-one=+pgd-40+autoattack-fast+square-500 # Square: whether a search without gradients finds what the others miss
-merged=$one+multihead-20
 sat=(stages.*.objective=sat stages.*.attack.start=uniform)
 mart='{name: mart, beta: 5}' half='{name: mart, beta: 2.5}'
 
@@ -50,22 +56,23 @@ case $scale in
   *) echo "$scale: use cpu or gpu" >&2; exit 2 ;;
 esac
 
-study trades-base base "$SEEDS" "$one"
-study trades-distilled distilled "$SEEDS" "$merged"
-study trades-guided guided "$SEEDS" "$one"
-study trades-dhat dhat "$SEEDS" "$merged"
-study sat-base base "$SEEDS" "$one" "${sat[@]}" "stages.base.epochs=$sat_epochs"
-study sat-distilled distilled "$SEEDS" "$merged" "$(guided sat)" stages.guided.attack.start=uniform
-study sat-dhat dhat "$SEEDS" "$merged" "${sat[@]}"
-study mart-base base "$SEEDS" "$one" "stages.base.objective=$mart" "stages.base.epochs=$mart_epochs"
-study mart-distilled distilled "$SEEDS" "$merged" "$(guided "$half")"
-study mart-dhat dhat "$SEEDS" "$merged" "stages.main_head.objective=$mart" "stages.second_head.objective=$half" \
+pair=$((SEEDS + 2)) # of the final pair, whose difference is to be known best
+study trades-base base "$pair" one
+study trades-distilled distilled "$pair" merged
+study trades-guided guided "$SEEDS" one
+study trades-dhat dhat "$SEEDS" merged
+study sat-base base "$SEEDS" one "${sat[@]}" "stages.base.epochs=$sat_epochs"
+study sat-distilled distilled "$SEEDS" merged "$(guided sat)" stages.guided.attack.start=uniform
+study sat-dhat dhat "$SEEDS" merged "${sat[@]}"
+study mart-base base "$SEEDS" one "stages.base.objective=$mart" "stages.base.epochs=$mart_epochs"
+study mart-distilled distilled "$SEEDS" merged "$(guided "$half")"
+study mart-dhat dhat "$SEEDS" merged "stages.main_head.objective=$mart" "stages.second_head.objective=$half" \
   "stages.aggregator.objective=$half"
 finals=(trades-base trades-distilled)
 if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the base methods for as long
-  study trades-base-long base "$SEEDS" "$one" stages.base.epochs=320
-  study sat-base-long base "$SEEDS" "$one" "${sat[@]}" stages.base.epochs=375
-  study mart-base-long base "$SEEDS" "$one" "stages.base.objective=$mart" stages.base.epochs=331
+  study trades-base-long base "$SEEDS" one stages.base.epochs=320
+  study sat-base-long base "$SEEDS" one "${sat[@]}" stages.base.epochs=375
+  study mart-base-long base "$SEEDS" one "stages.base.objective=$mart" stages.base.epochs=331
   finals+=(trades-base-long)
 fi
 if [[ -z $HELD_OUT ]]; then
@@ -76,34 +83,34 @@ fi
 [[ $scale == cpu ]] || exit 0
 
 # What else was tried, and the curve of the base method; one seed each.
-study sat-guided guided 1 "$one" "$(guided sat)" stages.guided.attack.start=uniform
-study mart-guided guided 1 "$one" "$(guided "$mart")"
+study sat-guided guided 1 one "$(guided sat)" stages.guided.attack.start=uniform
+study mart-guided guided 1 one "$(guided "$mart")"
 for epochs in 20 40 80; do
-  study "trades-base-$epochs" base 1 "$one" "stages.base.epochs=$epochs"
+  study "trades-base-$epochs" base 1 one "stages.base.epochs=$epochs"
 done
 for beta in 1.5 3 12; do
-  study "trades-base-beta-$beta" base 1 "$one" "stages.base.objective.beta=$beta"
+  study "trades-base-beta-$beta" base 1 one "stages.base.objective.beta=$beta"
 done
 awp='awp={gamma: 0.005, start: 10}'
-study trades-base-awp base 1 "$one" "stages.base.$awp" stages.base.epochs=118
-study trades-base-awp-long base 1 "$one" "stages.base.$awp" stages.base.epochs=236
-study trades-base-cutmix base 1 "$one" "stages.base.cutmix={}"
-study trades-base-smoothing base 1 "$one" stages.base.objective.label_smoothing=0.1
-study trades-base-pairing base 1 "$one" "stages.base.objective={name: logit_pairing, base: {name: trades, beta: 6}}"
-study ikl-base base 1 "$one" stages.base.objective=ikl
-study trades-wide wide 1 "$one"
-study trades-wide-long wide 1 "$one" stages.wide.epochs=176
-study trades-guided-3 guided 1 "$one" "$(guided '{name: trades, beta: 6}' 3)"
-study trades-guided-beta-3 guided 1 "$one" "$(guided '{name: trades, beta: 3}')"
-study trades-guided-awp guided 1 "$one" "stages.guided.$awp" stages.guided.epochs=104
+study trades-base-awp base 1 one "stages.base.$awp" stages.base.epochs=118
+study trades-base-awp-long base 1 one "stages.base.$awp" stages.base.epochs=236
+study trades-base-cutmix base 1 one "stages.base.cutmix={}"
+study trades-base-smoothing base 1 one stages.base.objective.label_smoothing=0.1
+study trades-base-pairing base 1 one "stages.base.objective={name: logit_pairing, base: {name: trades, beta: 6}}"
+study ikl-base base 1 one stages.base.objective=ikl
+study trades-wide wide 1 one
+study trades-wide-long wide 1 one stages.wide.epochs=176
+study trades-guided-3 guided 1 one "$(guided '{name: trades, beta: 6}' 3)"
+study trades-guided-beta-3 guided 1 one "$(guided '{name: trades, beta: 3}')"
+study trades-guided-awp guided 1 one "stages.guided.$awp" stages.guided.epochs=104
 for beta in 3 6; do
-  study "trades-distilled-short-beta-$beta" distilled 1 "$merged" "stages.guided.objective.head1.beta=$beta" \
+  study "trades-distilled-short-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta" \
     stages.guided.epochs=68 stages.distilled.epochs=75
 done
-study trades-joint joint 1 "$merged"
-study trades-joint-networks joint 1 "$merged" model.attach_at=normalize model.aggregator=mean stages.joint.epochs=80 \
+study trades-joint joint 1 merged
+study trades-joint-networks joint 1 merged model.attach_at=normalize model.aggregator=mean stages.joint.epochs=80 \
   "stages.joint.train=[head1, head2]"
-study trades-joint-distilled joint 1 "$merged" stages.joint.objective.distillation=1
-study trades-joint-diverse joint 1 "$merged" stages.joint.objective.diversity=0.5
-study trades-finetune finetune 1 "$merged"
-study trades-mixed mixed 1 "$merged"
+study trades-joint-distilled joint 1 merged stages.joint.objective.distillation=1
+study trades-joint-diverse joint 1 merged stages.joint.objective.diversity=0.5
+study trades-finetune finetune 1 merged
+study trades-mixed mixed 1 merged

@@ -81,17 +81,20 @@ def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, mon
     assert (ended.returncode, ended.stderr) == (0, "")
     sweeps = [words for words in asked if words[0] == "sweep"]
     runs = [Path(after("--out", words)) / job.name for words in sweeps for job in jobs_of(words)]
-    evaluated = [words for words in asked if words[0] == "evaluate"]
-    whole = [words for words in evaluated if "autoattack" in words]
-    attacked = [words for words in evaluated if words not in whole]
     assert len({after("--out", words) for words in sweeps}) == studies
-    assert [words[1] for words in attacked] == [str(run) for run in runs]
-    assert {Path(words[1]).parent.name for words in whole} >= {"trades-base", "trades-distilled"}
-    assert {words[1] for words in whole} <= {str(run) for run in runs}
-    for words in attacked:
+    found = {"strong": [], "adaptive": [], "autoattack": []}
+    for words in asked:
+        if words[0] == "evaluate":
+            found[Path(after("--output", words)).name].append(words)
+    for name in ("strong", "adaptive"):
+        assert [words[1] for words in found[name]] == [str(run) for run in runs]
+    assert all({"autoattack-fast", "pgd-40"} <= set(words) for words in found["strong"])
+    for words in found["adaptive"]:
         merges = any(name in words[1] for name in ("dhat", "distilled", "joint", "finetune", "mixed"))
-        assert {"autoattack-fast", "pgd-40"} <= set(words)
+        assert "square-500" in words
         assert ("multihead-20" in words) == merges
+    assert {Path(words[1]).parent.name for words in found["autoattack"]} >= {"trades-base", "trades-distilled"}
+    assert {words[1] for words in found["autoattack"]} <= {str(run) for run in runs}
     again, asked = asked_of(scale, tmp_path)
     assert again.returncode == 0
     assert not [words for words in asked if words[0] == "evaluate"]
@@ -111,10 +114,10 @@ def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
 def test_it_goes_on_where_it_was_stopped(tmp_path):
     ended, asked = asked_of("gpu", tmp_path, within="2", HANGS_ON="trades-dhat")
     assert ended.returncode == 124
-    assert [words[0] for words in asked] == [*["sweep", *["evaluate"] * 3] * 3, "sweep"]
+    assert [words[0] for words in asked] == [*["sweep", *["evaluate"] * 10] * 2, *["sweep", *["evaluate"] * 6], "sweep"]
     ended, asked = asked_of("gpu", tmp_path)
     assert ended.returncode == 0
-    assert [words[0] for words in asked] == [*["sweep"] * 3, *["sweep", *["evaluate"] * 3] * 7, *["evaluate"] * 6]
+    assert [words[0] for words in asked] == [*["sweep"] * 3, *["sweep", *["evaluate"] * 6] * 7, *["evaluate"] * 6]
 
 
 def test_shards_share_the_seeds(tmp_path):
@@ -124,7 +127,7 @@ def test_shards_share_the_seeds(tmp_path):
         runs.append({Path(words[1]).name for words in asked if words[0] == "evaluate"})
         assert all("stages.*.epochs=1" in words and after("--shard", words) == f"{number}/2"
                    for words in asked if words[0] == "sweep")  # fmt: skip
-    assert runs == [{"seed=0", "seed=2"}, {"seed=1"}]
+    assert runs == [{"seed=0", "seed=2", "seed=4"}, {"seed=1", "seed=3"}]
 
 
 def test_held_out_images_are_attacked_in_place_of_test_images(tmp_path):
