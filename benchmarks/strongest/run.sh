@@ -107,6 +107,8 @@ for beta in 3 6; do
   study "trades-distilled-short-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta" \
     stages.guided.epochs=68 stages.distilled.epochs=75
 done
+study trades-distilled-unguided distilled 1 merged "stages.guided.train=[head1]" \
+  "stages.guided.objective={name: trades, beta: 3}" stages.guided.epochs=160
 study trades-joint joint 1 merged
 study trades-joint-networks joint 1 merged model.attach_at=normalize model.aggregator=mean stages.joint.epochs=80 \
   "stages.joint.train=[head1, head2]"
