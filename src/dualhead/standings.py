@@ -86,12 +86,19 @@ def _entries(place: Path) -> list[Entry]:
         cost = row["training_cost"]
         entries.append(
             Entry(
-                json.dumps(recipe, sort_keys=True), label, row["name"], last, seed,
+                json.dumps(_set(recipe), sort_keys=True), label, row["name"], last, seed,
                 Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"],
             )
         )  # fmt: skip
     return entries
+
+
+def _set(recipe: Any) -> Any:
+    """Without what is null: a run from before an option existed is of the same recipe as one that leaves it out."""
+    if isinstance(recipe, dict):
+        return {key: _set(value) for key, value in recipe.items() if value is not None}
+    return [_set(value) for value in recipe] if isinstance(recipe, list) else recipe
 
 
 def _is_finished(run: Path) -> bool:

@@ -75,10 +75,10 @@ def test_what_was_measured_otherwise_is_refused():
         standings([entry("a", 9, 9, flops=1), entry("a", 9, 9, flops=1)])
 
 
-def make_run(folder, seed, clean):
+def make_run(folder, seed, clean, **stage):
     """A finished run of two outputs, and stronger evaluations in it: one of its result, one of head 1."""
     folder.mkdir(parents=True)
-    recipe = {"name": "mine", "runtime": {"seed": seed}, "stages": []}
+    recipe = {"name": "mine", "runtime": {"seed": seed}, "stages": [stage]}
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     cost = {"flops": 8.0, "forward_equivalents": 2.0, "seconds": 1.0}
     rows = [{"name": name, "parameters": 10, "training_cost": cost} for name in ("head 1", "DH-AT")]
@@ -106,3 +106,10 @@ def test_an_evaluation_in_a_run_stands_for_what_the_run_made(tmp_path):
     assert (row["name"], row["seeds"], row["clean_accuracy"]) == ("guided: DH-AT", [0, 1], pytest.approx(105 / 200))
     (alone,) = read_entries([runs[0] / "evaluations" / "strong_head1"])
     assert (alone.flops, alone.name) == (None, "")
+
+
+def test_a_run_from_before_an_option_existed_is_of_the_same_recipe_as_one_that_leaves_it_out(tmp_path):
+    for seed, stage in enumerate([{"epochs": 3}, {"epochs": 3, "deploy": None}, {"epochs": 3, "deploy": "mean"}]):
+        make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, **stage)
+    rows = standings(read_entries([tmp_path / "runs"]))["rows"]
+    assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1], [2]]
