@@ -27,7 +27,7 @@ CANNOT = {
     "make ": "sets up a virtual environment; CI runs it",
     "python benchmarks/": "a measurement of its own; its arguments are tested beside it",
     "benchmarks/strongest/": "hours of training; what it asks for is tested in test_benchmark_strongest",
-    "dualhead compare runs/strongest/": "of what those hours leave",
+    "dualhead compare 'runs/strongest/": "of what those hours leave",
     "python tools/": "makes files of the repository anew",
     "pip install": "installs",
     "dualhead train cifar10_cpu": "downloads CIFAR-10; the same recipe runs below from parquet",
