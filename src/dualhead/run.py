@@ -682,8 +682,13 @@ class Run:
             base = self.architecture.create().to(self.device)
             self._load_stage(base, first[-1])
             yield BASE, view(base, "head1"), "head1"
+        # With the aggregator `mean` two outputs are one: only what is deployed is measured.
+        aggregator = self.recipe.model.aggregator
+        same = {"mean", "aggregate"} if aggregator is not None and aggregator.registered_name == "mean" else set()
+        kept = self.output if self.output in same else "mean"
         for output, name in ROWS.items():
-            yield name, view(self.model, output), output
+            if output not in same or output == kept:
+                yield name, view(self.model, output), output
 
     def _base_stages(self) -> list[Stage]:
         """The stages that make the base model: those before any other part than trunk and head 1 is trained."""

@@ -91,9 +91,11 @@ def test_a_run_of_two_stages_ends_in_the_mean_of_its_heads(tmp_path):
     for stage in small["stages"]:
         stage |= {"epochs": 1, "batch_size": 64}
     small["data"] |= {"train_limit": 300}
+    small["model"] |= {"aggregator": "mean"}
     small["evaluate"] |= {"attacks": ["pgd-2"], "limit": 20, "gallery": 0}
     result = dualhead.train(parse_recipe(small), run_dir=tmp_path / "run")
-    assert [row.name for row in result.rows][-1] == "mean of heads"
+    named = [row.name for row in result.rows]
+    assert named == ["base model", "head 1", "head 2", "mean of heads"], "`mean` merges as the mean: measured once"
     x = torch.rand(3, 1, 8, 8)
     loaded = dualhead.load(tmp_path / "run")
     heads = [dualhead.load(tmp_path / "run", output=head)(x) for head in ("head1", "head2")]
