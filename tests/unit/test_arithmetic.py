@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from dualhead import run, runtime
 from dualhead.config import load_recipe
 from dualhead.errors import Interrupted, UserError
-from dualhead.evaluation import evaluate
+from dualhead.evaluation import evaluate, make_gallery
 from dualhead.run import train
 from dualhead.runtime import (
     BF16,
@@ -177,7 +178,8 @@ def test_products_are_rounded_inside_only_and_only_if_asked(tf32):
     assert tf32_flags() == before
 
 
-def test_an_evaluation_asks_for_exact_products_whatever_torch_has_set():
+@pytest.mark.parametrize("look", [partial(evaluate, attacks=["fgsm"]), make_gallery])
+def test_evaluations_ask_for_exact_products_whatever_torch_has_set(look):
     seen = []
 
     def model(x):
@@ -185,13 +187,7 @@ def test_an_evaluation_asks_for_exact_products_whatever_torch_has_set():
         return x.flatten(1)[:, :2]
 
     with float32_products(tf32=True):
-        evaluate(
-            Function(model),
-            IMAGES,
-            torch.zeros(4, dtype=torch.int64),
-            threat=ThreatModel("Linf", 0.1),
-            attacks=["fgsm"],
-        )
+        look(Function(model), IMAGES, torch.zeros(4, dtype=torch.int64), threat=ThreatModel("Linf", 0.1))
     assert set(seen) == {(False, False)}
 
 

@@ -24,6 +24,7 @@ from dualhead.evaluation.scheduler import Samples
 from dualhead.evaluation.subject import check_images, device_of, frozen, outputs_of, pad_rows
 from dualhead.models.base import logits_of
 from dualhead.noise import Streams
+from dualhead.runtime import float32_products
 from dualhead.threat import ThreatModel
 
 ATTACK = "pgd-20"
@@ -85,6 +86,7 @@ class Gallery:
         write_arrays(path, {field.name: getattr(self, field.name) for field in fields(self)})
 
 
+@float32_products()  # what it shows agrees with the verdicts
 def make_gallery(
     model: nn.Module,
     images: Tensor | NDArray[Any],
