@@ -61,6 +61,7 @@ study trades-base base "$pair" one
 study trades-distilled distilled "$pair" merged
 study trades-guided guided "$SEEDS" one
 study trades-dhat dhat "$SEEDS" merged
+study trades-ensemble ensemble "$SEEDS" merged
 study sat-base base "$SEEDS" one "${sat[@]}" "stages.base.epochs=$sat_epochs"
 study sat-distilled distilled "$SEEDS" merged "$(guided sat)" stages.guided.attack.start=uniform
 study sat-dhat dhat "$SEEDS" merged "${sat[@]}"
@@ -68,7 +69,7 @@ study mart-base base "$SEEDS" one "stages.base.objective=$mart" "stages.base.epo
 study mart-distilled distilled "$SEEDS" merged "$(guided "$half")"
 study mart-dhat dhat "$SEEDS" merged "stages.main_head.objective=$mart" "stages.second_head.objective=$half" \
   "stages.aggregator.objective=$half"
-finals=(trades-base trades-distilled)
+finals=(trades-base trades-distilled trades-ensemble)
 if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the base methods for as long
   study trades-base-long base "$SEEDS" one stages.base.epochs=320
   study sat-base-long base "$SEEDS" one "${sat[@]}" stages.base.epochs=375

@@ -74,7 +74,7 @@ def cost(recipe):
     return total
 
 
-@pytest.mark.parametrize(("scale", "studies"), [("cpu", 41), ("gpu", 10)])
+@pytest.mark.parametrize(("scale", "studies"), [("cpu", 42), ("gpu", 11)])
 def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = asked_of(scale, tmp_path)
@@ -90,7 +90,7 @@ def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, mon
         assert [words[1] for words in found[name]] == [str(run) for run in runs]
     assert all({"autoattack-fast", "pgd-40"} <= set(words) for words in found["strong"])
     for words in found["adaptive"]:
-        merges = any(name in words[1] for name in ("dhat", "distilled", "joint", "finetune", "mixed"))
+        merges = any(name in words[1] for name in ("dhat", "distilled", "ensemble", "joint", "finetune", "mixed"))
         assert "square-500" in words
         assert ("multihead-20" in words) == merges
     assert {Path(words[1]).parent.name for words in found["autoattack"]} >= {"trades-base", "trades-distilled"}
@@ -105,10 +105,12 @@ def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, asked = asked_of(scale, tmp_path, SEEDS="1")
     sweeps = {Path(after("--out", words)).name: jobs_of(words)[0].recipe for words in asked if words[0] == "sweep"}
+    assert "trades-ensemble" in sweeps
     for method in ("trades", "sat", "mart"):
         base, long = (cost(sweeps.get(f"{method}-{name}", sweeps[f"{method}-base"])) for name in ("base", "base-long"))
-        for other, most in (("dhat", base), ("distilled", long)):
-            assert 0.95 * most <= cost(sweeps[f"{method}-{other}"]) <= 1.001 * most, (method, other)
+        for other, most in (("dhat", base), ("distilled", long), ("ensemble", long)):
+            if f"{method}-{other}" in sweeps:
+                assert 0.95 * most <= cost(sweeps[f"{method}-{other}"]) <= 1.001 * most, (method, other)
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path):
@@ -117,7 +119,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
     assert [words[0] for words in asked] == [*["sweep", *["evaluate"] * 10] * 2, *["sweep", *["evaluate"] * 6], "sweep"]
     ended, asked = asked_of("gpu", tmp_path)
     assert ended.returncode == 0
-    assert [words[0] for words in asked] == [*["sweep"] * 3, *["sweep", *["evaluate"] * 6] * 7, *["evaluate"] * 6]
+    assert [words[0] for words in asked] == [*["sweep"] * 3, *["sweep", *["evaluate"] * 6] * 8, *["evaluate"] * 9]
 
 
 def test_shards_share_the_seeds(tmp_path):
