@@ -108,6 +108,7 @@ for beta in 3 6; do
   study "trades-distilled-short-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta" \
     stages.guided.epochs=68 stages.distilled.epochs=75
 done
+study trades-ensemble-short ensemble 1 merged "stages.*.epochs=80"
 study trades-distilled-unguided distilled 1 merged "stages.guided.train=[head1]" \
   "stages.guided.objective={name: trades, beta: 3}" stages.guided.epochs=160
 study trades-joint joint 1 merged
