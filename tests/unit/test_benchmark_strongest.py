@@ -105,11 +105,10 @@ def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, asked = asked_of(scale, tmp_path, SEEDS="1")
     sweeps = {Path(after("--out", words)).name: jobs_of(words)[0].recipe for words in asked if words[0] == "sweep"}
-    assert "trades-ensemble" in sweeps
     for method in ("trades", "sat", "mart"):
         base, long = (cost(sweeps.get(f"{method}-{name}", sweeps[f"{method}-base"])) for name in ("base", "base-long"))
         for other, most in (("dhat", base), ("distilled", long), ("ensemble", long)):
-            if f"{method}-{other}" in sweeps:
+            if other != "ensemble" or method == "trades":
                 assert 0.95 * most <= cost(sweeps[f"{method}-{other}"]) <= 1.001 * most, (method, other)
 
 
