@@ -5,8 +5,9 @@
 #
 # From the root of the repository, with `dualhead` on the path. The same command goes on where it was stopped, so that it
 # can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`. I/N: every N-th seed from the I-th on,
-# for N of these side by side. KEY=VALUE: for all recipes. SEEDS and IMAGES in the environment: how many runs (of the
-# final pair two more), and test images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`. `adaptive` beside it
+# for N of these side by side. KEY=VALUE: for all recipes, e.g. runtime.precision=float32 on a CPU without bf16. STUDIES,
+# SEEDS and IMAGES in the environment: which studies (a pattern, such as `mart-*`), how many runs (of the final pair two
+# more), and test images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`. `adaptive` beside it
 # holds Square, which needs no gradients and must find nothing new, and for merged heads the attack that knows of them;
 # `autoattack` the whole of that. To choose, HELD_OUT=FOLDER attacks the images that held_out.py put there instead; what
 # it finds lies in `evaluations/held_out`.
@@ -14,12 +15,13 @@ set -euo pipefail
 scale=$1 data=$2 out=$3 shard=${4:-0/1}
 extra=("${@:5}")
 here=$(dirname "$0")
-: "${SEEDS:=3}" "${IMAGES:=5000}" "${HELD_OUT:=}"
+: "${STUDIES:=*}" "${SEEDS:=3}" "${IMAGES:=5000}" "${HELD_OUT:=}"
 
 # study NAME RECIPE SEEDS HEADS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys,
 # one head or merged heads.
 study() {
   local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 adaptive=+pgd-40+square-500
+  [[ $name == $STUDIES ]] || return 0
   [[ $4 == one ]] || adaptive+=+multihead-20
   shift 4
   echo "$name"
@@ -47,11 +49,12 @@ attacked() {
 guided() { echo "stages.guided.objective={name: joint, head1: $1, head2: natural, aggregate: null, attack: head1, guidance: ${2:-1}}"; }
 
 sat=(stages.*.objective=sat stages.*.attack.start=uniform)
+short=(stages.guided.epochs=68 stages.distilled.epochs=75)
 mart='{name: mart, beta: 5}' half='{name: mart, beta: 2.5}'
 
 # A step of each method costs another amount: for as long as makes no other run of the method dearer.
 case $scale in
-  cpu) sat_epochs=167 mart_epochs=163 ;;
+  cpu) sat_epochs=167 mart_epochs=165 ;;
   gpu) sat_epochs=254 mart_epochs=238 ;;
   *) echo "$scale: use cpu or gpu" >&2; exit 2 ;;
 esac
@@ -75,10 +78,12 @@ if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the b
   study sat-base-long base "$SEEDS" one "${sat[@]}" stages.base.epochs=375
   study mart-base-long base "$SEEDS" one "stages.base.objective=$mart" stages.base.epochs=331
   finals+=(trades-base-long)
+  # And `distilled` at half its length, which costs what the others do.
+  study mart-distilled-short distilled "$SEEDS" merged "$(guided "$half")" "${short[@]}"
 fi
 if [[ -z $HELD_OUT ]]; then
   for name in "${finals[@]}"; do
-    attacked "$name" "$SEEDS" autoattack +autoattack 1000
+    [[ $name != $STUDIES ]] || attacked "$name" "$SEEDS" autoattack +autoattack 1000
   done
 fi
 [[ $scale == cpu ]] || exit 0
@@ -106,7 +111,7 @@ study trades-guided-beta-3 guided 1 one "$(guided '{name: trades, beta: 3}')"
 study trades-guided-awp guided 1 one "stages.guided.$awp" stages.guided.epochs=104
 for beta in 3 6; do
   study "trades-distilled-short-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta" \
-    stages.guided.epochs=68 stages.distilled.epochs=75
+    "${short[@]}"
 done
 study trades-ensemble-short ensemble 1 merged "stages.*.epochs=80"
 study trades-distilled-unguided distilled 1 merged "stages.guided.train=[head1]" \

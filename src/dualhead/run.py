@@ -53,6 +53,7 @@ from dualhead.runtime import (
     processors,
     refuse_tf32,
     room_for_images,
+    slowdown_by_bf16,
     synchronised_batch_norm,
     with_lanes,
 )
@@ -460,6 +461,13 @@ class Run:
         example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         runtime = self.recipe.runtime
         chosen = choose_arithmetic(_precision(runtime), self.model, example, runtime.layout)
+        if runtime.precision == "bf16" and self.device.type == "cpu":
+            slower = slowdown_by_bf16(chosen, self.model, example)
+            if slower > 1.5:
+                _log.warning(
+                    "runtime.precision: on this CPU bf16 takes %.1f times as long as float32; "
+                    "auto takes the faster one", slower,
+                )  # fmt: skip
         lanes = 1 if runtime.compile else runtime.lanes
         chosen = replace(chosen, compiled=runtime.compile)
         chosen = with_lanes(chosen, self.model, example) if lanes == "auto" else replace(chosen, lanes=lanes)

@@ -292,6 +292,20 @@ def _clearly_fastest(choice: Sequence[Arithmetic], model: nn.Module, example: Te
     return chosen
 
 
+def slowdown_by_bf16(chosen: Arithmetic, model: nn.Module, example: Tensor, seconds: float = 0.5) -> float:
+    """How many times as long passes take in bf16 as in float32, measured: more than 1 where a CPU has to emulate it.
+
+    Args:
+        chosen: an arithmetic in bf16.
+        model: images to logits, laid out for that arithmetic; left as it is.
+        example: a batch of images as the work will use.
+        seconds: about how long to measure each.
+    """
+    with in_eval_mode(model):
+        slow, fast = (_seconds_per_pass(a.wrap(model), example, seconds) for a in (chosen, replace(chosen, bf16=False)))
+    return slow / fast
+
+
 def with_lanes(arithmetic: Arithmetic, model: nn.Module, example: Tensor, seconds: float = 0.8) -> Arithmetic:
     """The arithmetic with as many lanes as torch has threads on a CPU, if attacks are clearly faster so: measured.
 

@@ -111,6 +111,17 @@ def test_precision_and_layout_together_leave_nothing_to_the_clock(monkeypatch, p
     torch.testing.assert_close(expected.wrap(model)(IMAGES), model(IMAGES), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize(("seconds", "said"), [([12.0, 1.0], True), ([1.0, 1.0], False), ([1.0, 2.0], False)])
+def test_bf16_that_is_asked_for_where_it_is_slow_is_taken_with_a_word(monkeypatch, caplog, tmp_path, seconds, said):
+    clock = iter(seconds)
+    monkeypatch.setattr(runtime, "_seconds_per_pass", lambda *_: next(clock))
+    settings = [*TINY, "runtime.precision=bf16", "runtime.lanes=1"]
+    train(load_recipe("digits", settings), run_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "bf16"
+    assert next(clock, None) is None
+    assert ("bf16 takes 12.0 times as long as float32; auto takes the faster one" in caplog.text) == said
+
+
 def test_a_layout_that_the_model_cannot_take_is_refused():
     with pytest.raises(UserError, match=r"runtime\.layout: .* write contiguous or auto"):
         choose_arithmetic("float32", Flattens(by_view=True), IMAGES, "channels_last")

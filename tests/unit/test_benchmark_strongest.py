@@ -74,7 +74,7 @@ def cost(recipe):
     return total
 
 
-@pytest.mark.parametrize(("scale", "studies"), [("cpu", 43), ("gpu", 11)])
+@pytest.mark.parametrize(("scale", "studies"), [("cpu", 44), ("gpu", 11)])
 def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = asked_of(scale, tmp_path)
@@ -110,6 +110,8 @@ def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
         for other, most in (("dhat", base), ("distilled", long), ("ensemble", long)):
             if other != "ensemble" or method == "trades":
                 assert 0.95 * most <= cost(sweeps[f"{method}-{other}"]) <= 1.001 * most, (method, other)
+        if scale == "cpu" and method == "mart":
+            assert 0.95 * base <= cost(sweeps["mart-distilled-short"]) <= 1.001 * base
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path):
@@ -119,6 +121,16 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
     ended, asked = asked_of("gpu", tmp_path)
     assert ended.returncode == 0
     assert [words[0] for words in asked] == [*["sweep"] * 3, *["sweep", *["evaluate"] * 6] * 8, *["evaluate"] * 9]
+
+
+def test_a_pattern_chooses_studies(tmp_path):
+    _, asked = asked_of("cpu", tmp_path, STUDIES="mart-d*", SEEDS="1")
+    sweeps = {Path(after("--out", words)).name for words in asked if words[0] == "sweep"}
+    assert sweeps == {"mart-distilled", "mart-dhat", "mart-distilled-short"}
+    assert {Path(words[1]).parent.name for words in asked if words[0] == "evaluate"} == sweeps
+    _, asked = asked_of("cpu", tmp_path, STUDIES="trades-distilled", SEEDS="1")
+    found = {Path(after("--output", words)).name for words in asked if words[0] == "evaluate"}
+    assert found == {"strong", "adaptive", "autoattack"}
 
 
 def test_shards_share_the_seeds(tmp_path):
