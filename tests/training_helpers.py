@@ -35,13 +35,15 @@ def plain_model(backbone: str = "wideresnet-10-1", *, seed: int = 0) -> nn.Modul
     return model
 
 
-def dual_model(backbone: str = "wideresnet-10-1", *, seed: int = 0) -> DualHeadClassifier:
-    """The same with a second head and the paper's aggregator."""
+def dual_model(backbone: str = "wideresnet-10-1", *, seed: int = 0, heads: int = 2) -> DualHeadClassifier:
+    """The same with a second head, or more, and the paper's aggregator."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = backbones.build(backbone)
         base = model.create(CLASSES, (3, 12, 12), Normalize([0.5] * 3, [0.25] * 3))
-        dual = attach_second_head(base, model.attach_at, example=torch.rand(2, 3, 12, 12), aggregator="pairwise_cnn")
+        dual = attach_second_head(
+            base, model.attach_at, example=torch.rand(2, 3, 12, 12), heads=heads, aggregator="pairwise_cnn"
+        )
         _settle(dual)
     return dual
 

@@ -113,6 +113,8 @@ for beta in 3 6; do
   study "trades-distilled-short-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta" \
     "${short[@]}"
 done
+study trades-three three 1 merged
+study trades-three-short three 1 merged stages.guided.epochs=50 stages.distilled.epochs=47 stages.third.epochs=47
 study trades-ensemble-short ensemble 1 merged "stages.*.epochs=80"
 study trades-distilled-unguided distilled 1 merged "stages.guided.train=[head1]" \
   "stages.guided.objective={name: trades, beta: 3}" stages.guided.epochs=160

@@ -128,7 +128,7 @@ def evaluate(
         str | None, typer.Option("--stage", help="A finished stage of the run; default: the last.")
     ] = None,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
-    output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, mean or aggregate.")] = None,
+    output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, ..., mean or aggregate.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="Where results go.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,

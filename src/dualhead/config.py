@@ -184,10 +184,13 @@ class Model(Section):
     backbone: Annotated[Backbone, *component(backbones)]
     attach_at: str | None = None
     """Layer whose output feeds the second head; None: no second head, and stages train `model`."""
+    heads: int = Field(2, ge=2, le=20)
+    """How many, where `attach_at` is set, the backbone's own included."""
     aggregator: Annotated[Aggregator, *component(aggregators)] | None = None
     """None: the paper's, up to the number of classes where its size is in proportion."""
     second_head: Literal["reset", "clone"] = "reset"
-    """Whether the second head starts from fresh weights or from those of the first, when its first stage begins."""
+    """Whether the second head, and any further one, starts from fresh weights or from those of the first, when its
+    first stage begins."""
     normalize: Annotated[Literal["data", "none"] | Statistics | None, BeforeValidator(_statistics)] = None
     """Inside the model: by the statistics of the training images, not at all, or by given ones. None: `none` for a
     `package.module:factory`, whose model takes images in [0, 1] as they are, `data` for every other backbone."""
@@ -279,17 +282,24 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         names = [stage.name for stage in self.stages]
-        parts = {"trunk", "head1", "head2", "aggregator"} if self.model.attach_at else {"model"}
+        heads = [f"head{number}" for number in range(1, self.model.heads + 1)]
+        parts = ("trunk", *heads, "aggregator") if self.model.attach_at else ("model",)
+        if self.model.heads != 2 and not self.model.attach_at:
+            raise UserError(".model.heads: needs model.attach_at, the layer from which each head has a tail of its own")
         for index, stage in enumerate(self.stages):
             if names.count(stage.name) > 1:
                 raise UserError(f".stages.{index}.name: two stages are called {stage.name!r}; give each its own name")
             for part in stage.train:
                 if part not in parts:
-                    why = "has two heads" if self.model.attach_at else "has no second head (model.attach_at is not set)"
+                    why = "has no second head (model.attach_at is not set)"
+                    why = f"has {len(heads)} heads" if self.model.attach_at else why
                     raise UserError(
-                        f".stages.{index}.train: the model {why}, so its parts are {', '.join(sorted(parts))}; "
-                        f"got {part!r}"
+                        f".stages.{index}.train: the model {why}, so its parts are {', '.join(parts)}; got {part!r}"
                     )
+            known = (*heads, "mean", "aggregate")
+            for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
+                if output not in known:
+                    raise UserError(f".stages.{index}: {output!r} is no output of the model; it has {', '.join(known)}")
         return self
 
     def resolved(self) -> dict[str, Any]:

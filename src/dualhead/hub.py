@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, cast, get_args
+from typing import Any, Self
 
 import torch
 import yaml
@@ -14,7 +14,7 @@ from torch import nn
 
 from dualhead.errors import UserError
 from dualhead.files import write_json, write_text
-from dualhead.heads import DualHeadClassifier, Output, aggregators, attach_second_head
+from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head
 from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, read_state, write_state
 from dualhead.onnx_export import OnnxCheck, write_onnx
 from dualhead.registry import first_error
@@ -34,6 +34,7 @@ class Architecture(Section):
         backbone: as a recipe writes it, in the long form.
         attach_at: layer whose output feeds the second head; None: a plain classifier.
         aggregator: as a recipe writes it, in the long form; None without a second head.
+        heads: how many, if there is a second one.
         num_classes: logits per image.
         image_shape: channels, height, width.
         mean: of each channel, for images in [0, 1].
@@ -43,6 +44,7 @@ class Architecture(Section):
     backbone: dict[str, Any]
     attach_at: str | None = None
     aggregator: dict[str, Any] | None = None
+    heads: int = 2
     num_classes: int
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -63,6 +65,7 @@ class Architecture(Section):
             model,
             self.attach_at,
             num_classes=self.num_classes,
+            heads=self.heads,
             example=torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0)),
             init="reset",
             aggregator=aggregators.build(self.aggregator or "pairwise_cnn", where="model.aggregator"),
@@ -256,7 +259,7 @@ def load(path: str | Path, output: str | None = None) -> nn.Module:
 
     Args:
         path: the folder, or a Hub name `OWNER/NAME`.
-        output: for a dual-head model: `head1`, `head2`, `mean` or `aggregate`; None for the deployed one.
+        output: for a dual-head model: `head1`, `head2`, ..., `mean` or `aggregate`; None for the deployed one.
 
     Returns:
         A module from images float [B, C, H, W] in [0, 1] to logits [B, num_classes].
@@ -279,9 +282,9 @@ def view(model: nn.Module, output: str) -> nn.Module:
         UserError: if the model has no such output.
     """
     if isinstance(model, DualHeadClassifier):
-        if output not in get_args(Output):
-            raise UserError(f"output {output!r}: a dual-head model has {', '.join(get_args(Output))}")
-        return model if output == "aggregate" else model.view(cast("Output", output))
+        if output not in model.outputs:
+            raise UserError(f"output {output!r}: the model has {', '.join(model.outputs)}")
+        return model if output == "aggregate" else model.view(output)
     if output != "model":
         raise UserError(f"output {output!r}: the model has no second head; leave it out")
     return model

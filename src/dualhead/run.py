@@ -23,7 +23,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
 from dualhead.files import check_folder, write_json, write_text
 from dualhead.flops import CountFlops
-from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
+from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator, is_head, runs
 from dualhead.hub import (
     CONFIG,
     Architecture,
@@ -79,8 +79,8 @@ from dualhead.training import (
 _log = logging.getLogger(__name__)
 
 BASE = "base model"
-ROWS = {"head1": "head 1", "head2": "head 2", "mean": "mean of heads", "aggregate": "DH-AT"}
-"""What tables call the outputs of a dual-head model."""
+ROWS = {"mean": "mean of heads", "aggregate": "DH-AT"}
+"""What tables call the outputs of a dual-head model that are no heads; those are `head 1`, `head 2`, ..."""
 
 GALLERY = "gallery.npz"
 """Images under attack, for the report."""
@@ -588,9 +588,10 @@ class Run:
         if stage.init is not None:
             group().lead(lambda: self._start_from(self.model, stage))
             group().share_state(self.model)
-        begins = "head2" in stage.train and not any("head2" in earlier.train for earlier in self.recipe.stages[:number])
-        if isinstance(self.model, DualHeadClassifier) and begins and self.recipe.model.second_head == "clone":
-            self.model.head2.load_state_dict(self.model.head1.state_dict())
+        if isinstance(self.model, DualHeadClassifier) and self.recipe.model.second_head == "clone":
+            trained = {part for earlier in self.recipe.stages[:number] for part in earlier.train}
+            for head in set(self.model.heads[1:]) & set(stage.train) - trained:
+                self.model.get_submodule(head).load_state_dict(self.model.head1.state_dict())
 
     def _close_stage(self, stage: Stage, finished: Position, steps: int) -> None:
         kept = self._stage_file(stage, stage.keep)
@@ -678,6 +679,8 @@ class Run:
             gallery.save(self.folder / "evaluation" / GALLERY)
 
     def _row_name(self, output: str) -> str:
+        if is_head(output):
+            return output.replace("head", "head ")
         return ROWS.get(output, self.recipe.name)
 
     def _outputs(self) -> Iterator[tuple[str, nn.Module, str]]:
@@ -694,9 +697,9 @@ class Run:
         aggregator = self.recipe.model.aggregator
         same = {"mean", "aggregate"} if aggregator is not None and aggregator.registered_name == "mean" else set()
         kept = self.output if self.output in same else "mean"
-        for output, name in ROWS.items():
+        for output in self.model.outputs:
             if output not in same or output == kept:
-                yield name, view(self.model, output), output
+                yield self._row_name(output), view(self.model, output), output
 
     def _base_stages(self) -> list[Stage]:
         """The stages that make the base model: those before any other part than trunk and head 1 is trained."""
@@ -705,9 +708,8 @@ class Run:
     def _parameters(self, output: str) -> int:
         if not isinstance(self.model, DualHeadClassifier):
             return count_parameters(self.model)
-        parts = {"head1": ["head1"], "head2": ["head2"], "mean": ["head1", "head2"]}
-        used = ["trunk", *parts.get(output, ["head1", "head2", "aggregator"])]
-        return sum(count_parameters(getattr(self.model, part)) for part in used)
+        used = [part for part in self.model.parts if runs(output, part)]
+        return sum(count_parameters(self.model.get_submodule(part)) for part in used)
 
     def _costs(self) -> dict[str, tuple[int, float]]:
         """Training cost of each output, in floating-point operations and in seconds.
@@ -719,10 +721,9 @@ class Run:
             path = self._stage_file(stage, stage.keep).parent / "summary.json"
             summary = yaml.safe_load(path.read_text(encoding="utf-8"))
             stages.append((set(stage.train), summary["flops"], summary["seconds"]))
-        needed = {
-            "model": {"model"}, "head1": {"trunk", "head1"}, "head2": {"trunk", "head2"},
-            "mean": {"trunk", "head1", "head2"}, "aggregate": {"trunk", "head1", "head2", "aggregator"},
-        }  # fmt: skip
+        needed = {"model": {"model"}}
+        if isinstance(self.model, DualHeadClassifier):
+            needed = {o: {part for part in self.model.parts if runs(o, part)} for o in self.model.outputs}
         base = stages[: len(self._base_stages())]
         costs = {"base": (sum(s[1] for s in base), sum(s[2] for s in base))}
         for output, parts in needed.items():
@@ -797,6 +798,7 @@ def architecture_of(recipe: Recipe, training: Split) -> Architecture:
         backbone=backbones.describe(recipe.model.backbone),
         attach_at=recipe.model.attach_at,
         aggregator=aggregators.describe(aggregator) if recipe.model.attach_at else None,
+        heads=recipe.model.heads,
         num_classes=classes,
         image_shape=(channels, *(recipe.data.image_size or training.image_shape[1:])),
         mean=mean,

@@ -51,6 +51,17 @@ def test_the_teacher_runs_on_clean_images_alone_and_stays_as_it_is():
                            before["head2.block2.layer.0.conv1.weight"])  # fmt: skip
 
 
+def test_a_third_head_learns_from_the_first_and_the_second_rests():
+    model, data = dual_model(heads=3), batch(0, 8)
+    before = copy.deepcopy(model.state_dict())
+    stage = stage_of({"name": "distilled", "student": "head3"}, ("head3",), start="gaussian")
+    with CallCounter(**{part: model.get_submodule(part) for part in ("trunk", *model.heads)}) as calls:
+        step_of(model, stage)(data, streams_of(data))
+    assert calls == {"trunk": 12, "head1": 2, "head3": 12}
+    changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head3"}
+
+
 def test_the_attack_climbs_away_from_the_teacher():
     model, data = dual_model(), batch(0, 8)
     program = Program.of(model, stage_of("distilled", ("head2",)))
@@ -102,6 +113,33 @@ def test_a_run_of_two_stages_ends_in_the_mean_of_its_heads(tmp_path):
     assert torch.allclose(loaded(x), sum(heads) / 2, atol=1e-6)
 
 
+def test_a_run_of_three_heads_is_measured_by_all_of_them(tmp_path):
+    small = recipe()
+    second = small["stages"][1]
+    third = {**second, "name": "third_head", "train": ["head3"], "objective": {"name": "distilled", "student": "head3"}}
+    small["stages"].append(third)
+    for stage in small["stages"]:
+        stage |= {"epochs": 1, "batch_size": 64}
+    small["data"] |= {"train_limit": 300}
+    small["model"] |= {"aggregator": "mean", "heads": 3}
+    small["evaluate"] |= {"attacks": ["pgd-2", "multihead-2"], "limit": 20, "gallery": 4}
+    result = dualhead.train(parse_recipe(small), run_dir=tmp_path / "run")
+    named = [row.name for row in result.rows]
+    assert named == ["base model", "head 1", "head 2", "head 3", "mean of heads"]
+    flops = {row.name: row.flops for row in result.rows}
+    assert flops["head 1"] < flops["head 2"] < flops["head 3"] == flops["mean of heads"]
+    one, two, _, three = (row.parameters for row in result.rows[1:])
+    assert one == two
+    assert one < three < 3 * one, "the trunk is shared"
+    assert "multihead-2" in result.rows[-1].evaluation.robust_accuracy
+    x = torch.rand(3, 1, 8, 8)
+    heads = [dualhead.load(tmp_path / "run", output=f"head{number}")(x) for number in (1, 2, 3)]
+    assert torch.allclose(dualhead.load(tmp_path / "run")(x), sum(heads) / 3, atol=1e-6)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "head 3 fails, DH-AT holds" in page
+    assert "The mean of 3 heads" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
 def test_such_a_stage_resumes_bit_for_bit(tmp_path):
     changes = ["stages.second_head.objective=distilled", "stages.second_head.deploy=mean"]
     assert train_until(tmp_path / "whole", lambda: False, *changes)
@@ -124,7 +162,14 @@ def test_such_a_stage_resumes_bit_for_bit(tmp_path):
         ({"train": ["aggregator"]}, "a loss on head2 changes nothing"),
         ({"objective": {"name": "distilled", "beta": -1}}, "beta must be at least 0"),
         ({"objective": {"name": "joint", "head1": "distilled"}}, "joint is made of base methods"),
-        ({"deploy": "best"}, "deploy"),
+        ({"objective": {"name": "distilled", "student": "head1"}}, "teacher and student are both head1"),
+        ({"deploy": "head3"}, "'head3' is no output of the model; it has head1, head2, mean, aggregate"),
+        ({"deploy": "best"}, "deploy: must be an output, one of head1, head2, ..., mean, aggregate; got 'best'"),
+        (
+            {"train": ["head3"], "objective": {"name": "distilled", "student": "head3"}},
+            "the model has 2 heads, so its parts are trunk, head1, head2, aggregator; got 'head3'",
+        ),
+        ({"train": ["tail"]}, "must be a part, one of head1, head2, ..., trunk, aggregator, model; got 'tail'"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(change, message):

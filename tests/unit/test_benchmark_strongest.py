@@ -62,7 +62,9 @@ def cost(recipe):
     model = recipe.model.backbone.create(10, (3, 32, 32), Normalize([0.5] * 3, [0.25] * 3))
     if recipe.model.attach_at:
         kind = recipe.model.aggregator
-        model = attach_second_head(model, recipe.model.attach_at, example=torch.rand(2, 3, 32, 32), aggregator=kind)
+        model = attach_second_head(
+            model, recipe.model.attach_at, example=torch.rand(2, 3, 32, 32), heads=recipe.model.heads, aggregator=kind
+        )
     data = Batch(torch.arange(2), torch.rand(2, 3, 32, 32), torch.arange(2))
     total = 0.0
     for stage in recipe.stages:
@@ -74,7 +76,7 @@ def cost(recipe):
     return total
 
 
-@pytest.mark.parametrize(("scale", "studies"), [("cpu", 44), ("gpu", 11)])
+@pytest.mark.parametrize(("scale", "studies"), [("cpu", 46), ("gpu", 11)])
 def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = asked_of(scale, tmp_path)
@@ -90,7 +92,7 @@ def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, mon
         assert [words[1] for words in found[name]] == [str(run) for run in runs]
     assert all({"autoattack-fast", "pgd-40"} <= set(words) for words in found["strong"])
     for words in found["adaptive"]:
-        merges = any(name in words[1] for name in ("dhat", "distilled", "ensemble", "joint", "finetune", "mixed"))
+        merges = any(name in words[1] for name in ("dhat", "distilled", "ensemble", "three", "joint", "finetune", "mixed"))
         assert "square-500" in words
         assert ("multihead-20" in words) == merges
     assert {Path(words[1]).parent.name for words in found["autoattack"]} >= {"trades-base", "trades-distilled"}
@@ -110,8 +112,10 @@ def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
         for other, most in (("dhat", base), ("distilled", long), ("ensemble", long)):
             if other != "ensemble" or method == "trades":
                 assert 0.95 * most <= cost(sweeps[f"{method}-{other}"]) <= 1.001 * most, (method, other)
-        if scale == "cpu" and method == "mart":
-            assert 0.95 * base <= cost(sweeps["mart-distilled-short"]) <= 1.001 * base
+    if scale == "cpu":
+        short, long, mart = (cost(sweeps[name]) for name in ("trades-base", "trades-base-long", "mart-base"))
+        for name, most in (("trades-three", long), ("trades-three-short", short), ("mart-distilled-short", mart)):
+            assert 0.95 * most <= cost(sweeps[name]) <= 1.001 * most, name
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path):

@@ -160,7 +160,7 @@ def test_a_view_runs_and_holds_only_what_it_needs(output, idle):
 def test_the_pieces_make_the_whole(dual):
     dual.eval()
     features = dual.features(X)
-    z = torch.stack((dual.head(1, features), dual.head(2, features)), 1)
+    z = torch.stack((dual.head("head1", features), dual.head("head2", features)), 1)
     assert torch.equal(z, dual.head_logits(X)) and z.shape == (6, 2, CLASSES)
     assert torch.equal(dual.aggregate(z), dual(X))
     assert not torch.allclose(z[:, 0], z[:, 1])  # the second head was reset
@@ -351,3 +351,65 @@ def scaled(layer, model=Net):
     made = model()
     made.body = layer()
     return made
+
+
+class TestThreeHeads:
+    """A third head is as the second."""
+
+    @pytest.fixture
+    def three(self):
+        return classifier(heads=3, aggregator="mean").eval()
+
+    def test_all_stand_on_one_pass_of_the_trunk(self, three):
+        assert three.heads == ("head1", "head2", "head3")
+        assert three.outputs == ("head1", "head2", "head3", "mean", "aggregate")
+        runs = []
+        three.trunk.register_forward_hook(lambda *_: runs.append(1))
+        z = three.head_logits(X)
+        assert z.shape == (6, 3, CLASSES) and len(runs) == 1
+        for number, head in enumerate(three.heads):
+            torch.testing.assert_close(three.view(head)(X), z[:, number])
+        torch.testing.assert_close(three.view("mean")(X), z.mean(1))
+        torch.testing.assert_close(three(X), z.mean(1))
+        assert not any(torch.allclose(z[:, a], z[:, b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+    def test_the_third_is_trained_alone(self, three):
+        three.set_trainable({"head3"})
+        before = {name: tensor.clone() for name, tensor in three.state_dict().items()}
+        steps(three, "head3")
+        changed = {
+            name.split(".")[0] for name, tensor in three.state_dict().items() if not torch.equal(tensor, before[name])
+        }
+        assert changed == {"head3"}
+
+    def test_two_heads_are_those_of_before(self):
+        """The weights of a run of two heads are the same whether or not there could have been more."""
+        two, three = classifier(aggregator="mean").state_dict(), classifier(heads=3, aggregator="mean").state_dict()
+        assert all(torch.equal(tensor, three[name]) for name, tensor in two.items())
+        assert {name.split(".")[0] for name in three.keys() - two.keys()} == {"head3"}
+
+    @pytest.mark.parametrize("aggregator", ["pairwise_cnn", "pairwise_shared", "linear", "mean"])
+    def test_all_are_merged(self, aggregator):
+        three = classifier(heads=3, aggregator=aggregator).eval()
+        three.set_trainable({"trunk", *three.heads, "aggregator"})
+        z = three.head_logits(X).detach().requires_grad_()
+        if aggregator == "pairwise_shared":
+            nn.init.normal_(three.aggregator.readout)
+        (gradient,) = torch.autograd.grad(three.aggregate(z)[:, 0].sum(), z)
+        assert three.aggregate(z).shape == (6, CLASSES)
+        assert (gradient.abs().sum((0, 2)) > 0).all()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"heads": 1}, "heads must be at least 2, the model's own included; got 1"),
+            (
+                {"heads": 3, "aggregator": "mixed_nuts"},
+                "mixed_nuts mixes a robust head and an accurate one, 2 heads; got 3",
+            ),
+            ({"heads": 3, "init": nn.Identity()}, "a module as init is the second head of two, and heads is 3"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, options, message):
+        with pytest.raises(UserError, match=message):
+            classifier(**options)

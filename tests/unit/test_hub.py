@@ -89,7 +89,7 @@ def test_outputs_by_name(tmp_path, output):
 def test_outputs_that_do_not_exist_are_refused(tmp_path):
     save_model(tmp_path / "dual", made(architecture()), architecture(), {"output": "aggregate"})
     save_model(tmp_path / "plain", made(architecture(None)), architecture(None), {})
-    with pytest.raises(UserError, match="a dual-head model has head1, head2, mean, aggregate"):
+    with pytest.raises(UserError, match="the model has head1, head2, mean, aggregate"):
         load(tmp_path / "dual", "model")
     with pytest.raises(UserError, match="has no second head; leave it out"):
         load(tmp_path / "plain", "head1")

@@ -1,24 +1,26 @@
-"""Two heads on one trunk: cutting a model at a layer, the second head, and the aggregator over both."""
+"""Two heads or more on one trunk: cutting a model at a layer, the further heads, and the aggregator over all."""
 
 from dualhead.heads.aggregators import Aggregator, Chosen, aggregators, default_aggregator
 from dualhead.heads.attach import attach_second_head
-from dualhead.heads.classifier import PARTS_OF, DualHeadClassifier, Output
+from dualhead.heads.classifier import DualHeadClassifier, Output, Part, is_head, runs
 from dualhead.heads.layers import LayerInfo, layers
 from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting import Split, split_model
 
 __all__ = [
-    "PARTS_OF",
     "Aggregator",
     "Chosen",
     "DualHeadClassifier",
     "LayerInfo",
     "Output",
+    "Part",
     "Split",
     "aggregators",
     "as_logits",
     "attach_second_head",
     "default_aggregator",
+    "is_head",
     "layers",
+    "runs",
     "split_model",
 ]

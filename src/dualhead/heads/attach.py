@@ -1,4 +1,4 @@
-"""A second head for any classifier."""
+"""A second head for any classifier, or more."""
 
 from __future__ import annotations
 
@@ -23,26 +23,31 @@ def attach_second_head(
     *,
     example: Tensor,
     num_classes: int | None = None,
+    heads: int = 2,
     init: Init | nn.Module = "reset",
     aggregator: str | Aggregator | nn.Module | None = None,
 ) -> DualHeadClassifier:
-    """A dual-head classifier from a classifier: its layers up to `at` as the trunk, those behind it twice.
+    """A dual-head classifier from a classifier: its layers up to `at` as the trunk, those behind it for each head.
 
     The model is copied and left as it is; the classifier is in the model's mode. Everything in it trains, except
     for parameters that the model has fixed.
 
     Args:
         model: images [B, ...] to logits, as a tensor or within what it returns (see `as_logits`).
-        at: the submodule at whose output the second head begins; `dualhead layers` lists them.
+        at: the submodule at whose output the further heads begin; `dualhead layers` lists them.
         example: images [B, ...] that the model accepts.
         num_classes: C, checked against the model; None to take it from the model.
-        init: `reset`, the second head starts from fresh weights (see `reset_tail`); `clone`, from the first head's; or
-            a module from what crosses the cut to logits [B, C].
+        heads: H, the first one included, at least 2.
+        init: `reset`, the further heads start from fresh weights (see `reset_tail`); `clone`, from the first head's; or
+            a module from what crosses the cut to logits [B, C], the second head of two.
         aggregator: name, component or module; None for the paper's up to 20 classes and `pairwise_shared` beyond.
 
     Raises:
-        UserError: if the model cannot be cut there, has another number of classes, or its head cannot be reset.
+        UserError: if the model cannot be cut there, has another number of classes, its head cannot be reset, or the
+            aggregator does not take so many heads.
     """
+    if heads < 2:
+        raise UserError(f"heads must be at least 2, the model's own included; got {heads}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         model = copy.deepcopy(model).requires_grad_()  # frozen as a whole, for evaluation: no wish for what trains here
     split = split_model(model, at, example)
@@ -52,21 +57,24 @@ def attach_second_head(
             f"num_classes is {num_classes}, but the model gives {num_outputs} logits; replace its last layer"
         )
     if isinstance(init, nn.Module):
-        head2 = init
-        if (given := _num_outputs(split, head2, example)) != num_outputs:
+        if heads != 2:
+            raise UserError(f"a module as init is the second head of two, and heads is {heads}; use reset or clone")
+        others = [init]
+        if (given := _num_outputs(split, init, example)) != num_outputs:
             raise UserError(f"the second head given as init gives {given} logits; the model gives {num_outputs}")
     elif init in ("reset", "clone"):
-        head2 = split.second_tail()
+        others = [split.another_tail() for _ in range(heads - 1)]
         if init == "reset":
-            reset_tail(model, head2)
+            for head in others:
+                reset_tail(model, head)
     else:
         raise UserError(f"init {init!r} is not known; use reset, clone or a module")
     if not isinstance(aggregator, nn.Module):
         component = aggregators.build(default_aggregator(num_outputs) if aggregator is None else aggregator)
-        aggregator = component.create(num_outputs)
+        aggregator = component.create(num_outputs, heads)
     reference = next(model.parameters())
     aggregator = aggregator.to(reference.device)
-    return DualHeadClassifier(split, head2, aggregator, num_outputs).train(model.training)
+    return DualHeadClassifier(split, others, aggregator, num_outputs).train(model.training)
 
 
 def _num_outputs(split: Split, head: nn.Module, example: Tensor) -> int:

@@ -1,28 +1,48 @@
-"""A classifier with two heads on one trunk, and what training needs of it."""
+"""A classifier with two heads or more on one trunk, and what training needs of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Final, Literal, Self, cast, get_args
+from typing import Annotated, Final, Self, cast
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.heads.splitting import Features, How, Split
 
-Output = Literal["head1", "head2", "mean", "aggregate"]
-"""Whose logits a view gives."""
+_HEAD: Final = re.compile(r"head[1-9][0-9]?")
 
-PARTS: Final = ("trunk", "head1", "head2", "aggregator")
-PARTS_OF: Final[Mapping[str, tuple[str, ...]]] = {
-    "head1": ("trunk", "head1"),
-    "head2": ("trunk", "head2"),
-    "mean": ("trunk", "head1", "head2"),
-    "aggregate": PARTS,
-}
-"""The parts that each output runs."""
+
+def is_head(name: str) -> bool:
+    """Whether a part or an output is a head: `head1`, `head2`, ..."""
+    return _HEAD.fullmatch(name) is not None
+
+
+def _checked(kind: str, others: Sequence[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if not is_head(name) and name not in others:
+            raise UserError(f": must be {kind}, one of head1, head2, ..., {', '.join(others)}; got {name!r}")
+        return name
+
+    return AfterValidator(check)
+
+
+Part = Annotated[str, _checked("a part", ("trunk", "aggregator", "model"))]
+"""What learns or is frozen as one: the trunk, a head or the aggregator, or a plain model as a whole."""
+
+Output = Annotated[str, _checked("an output", ("mean", "aggregate"))]
+"""Whose logits a view gives: a head's, their mean's or the aggregate's."""
+
+
+def runs(output: str, part: str) -> bool:
+    """Whether an output depends on a part."""
+    if is_head(output):
+        return part in ("trunk", output)
+    return part == "trunk" or is_head(part) or (output, part) == ("aggregate", "aggregator")
 
 
 class _KeepFrozen:
@@ -38,25 +58,39 @@ class _KeepFrozen:
 
 
 class DualHeadClassifier(nn.Module):
-    """Two heads on one trunk, and an aggregator over their logits (Jiang et al. 2021, arXiv 2104.10377).
+    """Two heads or more on one trunk, and an aggregator over their logits (Jiang et al. 2021, arXiv 2104.10377).
 
     To everybody who does not train it, it is an ordinary classifier: images [B, ...] to logits [B, C].
 
     Args:
         split: the model that was cut: its trunk, and its tail as the first head.
-        head2: what crosses the cut to logits [B, C].
-        aggregator: head logits [B, 2, C] to logits [B, C].
+        others: the heads after the first, at least one, each what crosses the cut to logits [B, C].
+        aggregator: head logits [B, H, C] to logits [B, C].
         num_classes: C.
+
+    Attributes:
+        heads: names of the heads: `head1`, `head2`, ...
+        parts: of what it consists, in the order of a pass: `trunk`, the heads, `aggregator`.
+        outputs: whose logits a view can give: the heads, `mean`, `aggregate`.
     """
 
-    def __init__(self, split: Split, head2: nn.Module, aggregator: nn.Module, num_classes: int) -> None:
+    trunk: nn.Module
+    head1: nn.Module
+    head2: nn.Module
+    aggregator: nn.Module
+
+    def __init__(self, split: Split, others: Sequence[nn.Module], aggregator: nn.Module, num_classes: int) -> None:
         super().__init__()
-        self.trunk, self.head1, self.head2, self.aggregator = split.trunk, split.tail, head2, aggregator
+        self.heads = tuple(f"head{number}" for number in range(1, len(others) + 2))
+        self.parts = ("trunk", *self.heads, "aggregator")
+        self.outputs = (*self.heads, "mean", "aggregate")
+        for name, module in zip(self.parts, (split.trunk, split.tail, *others, aggregator), strict=True):
+            self.add_module(name, module)
         self.num_classes = num_classes
         self.split_at = split.at
         self.split_how: How = split.how
         self._fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        self._freezers = {name: _KeepFrozen() for name in PARTS}
+        self._freezers = {name: _KeepFrozen() for name in self.parts}
         for name, freezer in self._freezers.items():
             self.get_submodule(name).register_forward_pre_hook(freezer)
 
@@ -64,13 +98,13 @@ class DualHeadClassifier(nn.Module):
         """What crosses the cut, from images [B, ...]: a tensor, or a tuple of tensors. Runs the trunk once."""
         return self.trunk(x)
 
-    def head(self, index: int, features: Features) -> Tensor:
-        """Logits [B, C] of head 1 or 2 from what crosses the cut."""
-        logits: Tensor = (self.head1, self.head2)[index - 1](features)
+    def head(self, name: str, features: Features) -> Tensor:
+        """Logits [B, C] of a head, `head1`, `head2`, ..., from what crosses the cut."""
+        logits: Tensor = self.get_submodule(name)(features)
         return logits
 
     def aggregate(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, 2, C], at least in float32 whatever the heads compute in."""
+        """Logits [B, C] from head logits [B, H, C], at least in float32 whatever the heads compute in."""
         # It costs little beside the heads, and bf16 turns gradients round where an aggregator's map is steep.
         with torch.autocast(head_logits.device.type, enabled=False):
             wide = head_logits.to(torch.promote_types(head_logits.dtype, torch.float32))
@@ -78,9 +112,9 @@ class DualHeadClassifier(nn.Module):
         return logits
 
     def head_logits(self, x: Tensor) -> Tensor:
-        """Logits of both heads [B, 2, C] from images [B, ...]; runs the trunk once."""
+        """Logits of all heads [B, H, C] from images [B, ...]; runs the trunk once."""
         features = self.features(x)
-        return torch.stack((self.head(1, features), self.head(2, features)), 1)
+        return torch.stack([self.head(name, features) for name in self.heads], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] of the aggregate from images [B, ...]."""
@@ -90,7 +124,7 @@ class DualHeadClassifier(nn.Module):
         """An ordinary classifier over these very modules, that runs only what its output needs.
 
         Args:
-            output: `head1`, `head2`, `mean` (of the heads' logits) or `aggregate`.
+            output: a head, `mean` (of the heads' logits) or `aggregate`.
 
         Raises:
             UserError: for any other output.
@@ -104,14 +138,14 @@ class DualHeadClassifier(nn.Module):
         calls `.train()`, so that its buffers stay as they are. Parameters that the model fixed itself stay fixed.
 
         Args:
-            parts: any of `trunk`, `head1`, `head2`, `aggregator`.
+            parts: any of `parts`.
 
         Raises:
             UserError: for an unknown part, or two parts that share weights of which only one would train.
         """
         for name in parts:
-            if name not in PARTS:
-                raise UserError(f"{name!r} is no part of a dual-head classifier; parts are {', '.join(PARTS)}")
+            if name not in self.parts:
+                raise UserError(f"{name!r} is no part of this classifier; its parts are {', '.join(self.parts)}")
         self._refuse_half_frozen(parts)
         for name, freezer in self._freezers.items():
             freezer.frozen = name not in parts
@@ -124,7 +158,7 @@ class DualHeadClassifier(nn.Module):
 
     def _refuse_half_frozen(self, parts: AbstractSet[str]) -> None:
         owners: dict[int, str] = {}
-        for part in PARTS:
+        for part in self.parts:
             module = self.get_submodule(part)
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                 owner = owners.setdefault(id(tensor), part)
@@ -175,15 +209,16 @@ class HeadView(nn.Module):
 
     def __init__(self, classifier: DualHeadClassifier, output: Output) -> None:
         super().__init__()
-        if output not in get_args(Output):
+        if output not in classifier.outputs:
             raise UserError(
-                f"{output!r} is no output of a dual-head classifier; outputs are {', '.join(get_args(Output))}"
+                f"{output!r} is no output of this classifier; its outputs are {', '.join(classifier.outputs)}"
             )
         self.output = output
+        self._parts = tuple(part for part in classifier.parts if runs(output, part))
         self.num_classes = classifier.num_classes
         self.training = classifier.training
         self._classifier = (classifier,)  # in a tuple, so that its unused parts are not this module's
-        for name in PARTS_OF[output]:
+        for name in self._parts:
             self.add_module(name, classifier.get_submodule(name))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,12 +226,12 @@ class HeadView(nn.Module):
         (classifier,) = self._classifier
         if self.output == "aggregate":
             return cast("Tensor", classifier(x))
-        return classifier.head(1 if self.output == "head1" else 2, classifier.features(x))
+        return classifier.head(self.output, classifier.features(x))
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen parts."""
         super().train(mode)
-        for name in PARTS_OF[self.output]:
+        for name in self._parts:
             if self._classifier[0]._freezers[name].frozen:
                 self.get_submodule(name).eval()
         return self
@@ -206,7 +241,7 @@ class MeanView(HeadView):
     """The mean of the heads' logits, which shows the heads too: who attacks a merging of heads must see them."""
 
     def head_logits(self, x: Tensor) -> Tensor:
-        """Logits of both heads [B, 2, C]."""
+        """Logits of all heads [B, H, C]."""
         (classifier,) = self._classifier
         return classifier.head_logits(x)
 

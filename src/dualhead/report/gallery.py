@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dualhead.report import landscape
 from dualhead.report.comparison import Cell, Table
 from dualhead.report.figures import Figure
-from dualhead.report.sources import Measured
+from dualhead.report.sources import Measured, role_of
 from dualhead.report.text import eps_text, percent
 
 MOST_EXAMPLES = 500
@@ -27,25 +27,35 @@ MOST_BYTES = 3_600_000
 CALLED = {"aggregate": "DH-AT"}
 """What the page calls an output."""
 
-ROLES = {"head 1": "head1", "head 2": "head2", "aggregate": "aggregate"}
-
-OUTCOMES = {
-    1: {"+": "withstands", "-": "is fooled"},
-    3: {
-        "**+": "DH-AT holds",
-        "**-": "DH-AT fails",
-        "-*+": "head 1 fails, DH-AT holds",
-        "*-+": "head 2 fails, DH-AT holds",
-        "--+": "both heads fail, DH-AT holds",
-        "+*-|*+-": "a head holds, DH-AT fails",
-        "+-*|-+*": "the heads disagree on what is right",
-        "+++": "all hold",
-        "---": "all fail",
-    },
-}
-"""What examples can be chosen by: a sign for each output, * for either, | for or."""
 
 Bytes = NDArray[np.uint8]
+
+
+def outcomes(heads: int) -> dict[str, str]:
+    """What examples can be chosen by: a sign for each output, * for either, | for or; and what that means.
+
+    Args:
+        heads: in front of the aggregate; 0 for a model that is one output.
+    """
+    if not heads:
+        return {"+": "withstands", "-": "is fooled"}
+    every = range(heads)
+
+    def signs(chosen: Mapping[int, str], aggregate: str = "*") -> str:
+        return "".join(chosen.get(head, "*") for head in every) + aggregate
+
+    return {
+        signs({}, "+"): "DH-AT holds",
+        signs({}, "-"): "DH-AT fails",
+        **{signs({head: "-"}, "+"): f"head {head + 1} fails, DH-AT holds" for head in every},
+        signs(dict.fromkeys(every, "-"), "+"): f"{'both' if heads == 2 else 'all'} heads fail, DH-AT holds",
+        "|".join(signs({head: "+"}, "-") for head in every): "a head holds, DH-AT fails",
+        "|".join(
+            signs({a: "+", b: "-"}) for a in every for b in every if a != b
+        ): "the heads disagree on what is right",
+        "+" * (heads + 1): "all hold",
+        "-" * (heads + 1): "all fail",
+    }
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ class Album:
             examples=examples,
             total=total,
             labels=sorted(set(labels)),
-            outcomes=OUTCOMES.get(count, {}),
+            outcomes=outcomes(count - 1),
             targets=[(t, called[t]) for t in dict.fromkeys(target for target, _ in pictured)],
             steps=[(-1, "0 (clean)"), *((step, eps_text(float(arrays["eps"][step]))) for step in steps)],
             data={
@@ -191,7 +201,7 @@ class Album:
                 "changes": {f"{t},{s}": made for (t, s), made in pictured.items() if (t, s) != first},
             },
             transfer=_transfer(arrays, called),
-            margins=landscape.margins(arrays, called) if count > 2 else None,
+            margins=landscape.margins(arrays, called) if count == 3 else None,
             landscapes=landscape.landscapes(arrays, called, names),
             note=_note(len(rows), total, len(pictured), len(order)),
         )
@@ -260,7 +270,8 @@ def _opinions(
         unharmed = arrays["clean_probability"][row, :, 1].tolist()
         found.append([
             Opinion(
-                CALLED.get(str(name), str(name)), ROLES.get(str(name), "model"), names.get(predicted, str(predicted)),
+                CALLED.get(str(name), str(name)), role_of(CALLED.get(str(name), str(name))),
+                names.get(predicted, str(predicted)),
                 round(share, 3), round(of_label, 3), predicted == label, round(before, 3),
             )
             for name, predicted, (share, of_label), before in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,8 @@ from dualhead.report.text import component_text, eps_text
 
 OUTPUTS = {
     "model": "A single-head classifier",
-    "head1": "Head 1 of a dual-head classifier",
-    "head2": "Head 2 of a dual-head classifier",
-    "mean": "The mean of two heads",
-    "aggregate": "A dual-head classifier (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
+    "mean": "The mean of {heads} heads",
+    "aggregate": "A classifier of {heads} heads and an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
 }
 
 ONNX_SECTION = """
@@ -52,7 +51,7 @@ def model_card(
         "",
         f"# {_safe(config.get('recipe', 'dualhead model'))}",
         "",
-        f"{OUTPUTS.get(config.get('output', 'model'), 'A classifier')} on "
+        f"{_output(config.get('output', 'model'), architecture)} on "
         f"{_safe(component_text(architecture['backbone']))}, "
         f"for images {shape} in [0, 1] and {architecture['num_classes']} classes.",
         "",
@@ -84,6 +83,13 @@ def model_card(
         "corruptions and unrelated images are outside it.",
     ]
     return "\n".join(lines) + "\n" + (ONNX_SECTION if onnx else "")
+
+
+def _output(output: str, architecture: Mapping[str, Any]) -> str:
+    heads = architecture.get("heads", 2)
+    if head := re.fullmatch(r"head(\d+)", output):
+        return f"Head {head[1]} of a classifier of {heads} heads"
+    return OUTPUTS.get(output, "A classifier").format(heads=heads)
 
 
 def _measured(results: Mapping[str, Any] | None) -> list[str]:

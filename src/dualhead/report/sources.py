@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,12 +18,20 @@ from numpy.typing import NDArray
 
 from dualhead.errors import UserError
 
-ROLES = {"base model": "base", "head 1": "head1", "head 2": "head2", "mean of heads": "mean", "DH-AT": "aggregate"}
-"""Which output of a dual-head model a row of `comparison.json` is."""
+ROLES = {"base model": "base", "mean of heads": "mean", "DH-AT": "aggregate"}
+"""Which output of a dual-head model a row of `comparison.json` is; `head N` is a head."""
 
 COLUMNS = ("index", "label", "clean_prediction")
 PER_ATTACK = ("robust_", "distance_", "steps_", "margin_", "prediction_")
 """What `samples.npz` holds for each sample: arrays [N] of these names, and those of each attack."""
+
+
+def role_of(name: str) -> str:
+    """The colour of what has this name: `base`, `head1`, `head2`, `further` (heads), `mean`, `aggregate` or `model`."""
+    head = re.fullmatch(r"head (\d+)", name)
+    if head:
+        return f"head{head[1]}" if head[1] in "12" else "further"
+    return ROLES.get(name, "model")
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,8 @@ class Measured:
 
     @property
     def role(self) -> str:
-        """Which output it is: `base`, `head1`, `head2`, `mean`, `aggregate` or `model`."""
-        return ROLES.get(self.name, "model")
+        """Which output it is: see `role_of`."""
+        return role_of(self.name)
 
     @property
     def attacks(self) -> list[str]:
@@ -253,7 +262,9 @@ def _read_rows(source: Source) -> None:
             source.rows += _evaluation(source, path, path.name.replace("_", " "), deployed=False)
         if (folder / "results.json").is_file():
             output = _json_object(source.folder / "checkpoints" / "config.json", source.notes).get("output")
-            name = next((name for name, role in ROLES.items() if role == output), source.label)
+            names = {role: name for name, role in ROLES.items()}
+            head = re.fullmatch(r"head(\d+)", str(output))
+            name = f"head {head[1]}" if head else names.get(str(output), source.label)
             source.rows += _evaluation(source, folder, name, deployed=True)
         elif done:
             source.notes.append("The evaluation was stopped before the final output was measured.")

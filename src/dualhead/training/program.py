@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dualhead.errors import UserError
-from dualhead.heads import PARTS_OF, DualHeadClassifier, Output
+from dualhead.heads import DualHeadClassifier, is_head, runs
 
 if TYPE_CHECKING:
     from dualhead.training.stage import Stage
@@ -20,20 +20,17 @@ Features = Any
 
 
 def trained_output(parts: Collection[str]) -> str:
-    """The output that a stage trains, given the parts that learn: the aggregate, else head 2, else head 1."""
+    """The output that a stage trains, given the parts that learn: the aggregate, else the last head, else head 1."""
     if "model" in parts:
         return "model"
     if "aggregator" in parts:
         return "aggregate"
-    return "head2" if "head2" in parts else "head1"
+    return max(filter(is_head, parts), default="head1", key=lambda head: int(head.removeprefix("head")))
 
 
-HEADS = ("head1", "head2")
-
-
-def _heads_of(outputs: Collection[str], left_out: Collection[str] = ()) -> set[str]:
-    parts = {part for output in outputs if output not in left_out for part in PARTS_OF[cast("Output", output)]}
-    return parts & set(HEADS)
+def _heads_of(model: DualHeadClassifier, outputs: Collection[str], left_out: Collection[str] = ()) -> set[str]:
+    wanted = [output for output in outputs if output not in left_out]
+    return {head for head in model.heads if any(runs(output, head) for output in wanted)}
 
 
 def _merged(
@@ -42,9 +39,9 @@ def _merged(
     """Logits [B, outputs, C] from those of heads, 0 for what is left out."""
     wanted, logits = set(outputs) - set(left_out), dict(heads)
     if {"mean", "aggregate"} & wanted:
-        both = torch.stack([heads[head] for head in HEADS], 1)
-        logits |= {"aggregate": model.aggregate(both)} if "aggregate" in wanted else {}
-        logits |= {"mean": both.mean(1)} if "mean" in wanted else {}
+        every = torch.stack([heads[head] for head in model.heads], 1)
+        logits |= {"aggregate": model.aggregate(every)} if "aggregate" in wanted else {}
+        logits |= {"mean": every.mean(1)} if "mean" in wanted else {}
     nothing = torch.zeros_like(next(iter(heads.values())))
     return torch.stack([logits[output] if output in wanted else nothing for output in outputs], 1)
 
@@ -57,7 +54,7 @@ class Program:
 
     Args:
         model: a plain classifier, or a dual-head one.
-        parts: the parts that learn: `{"model"}`, or some of trunk, head1, head2, aggregator.
+        parts: the parts that learn: `{"model"}`, or some of trunk, head1, head2, ..., aggregator.
         outputs: of a dual-head model, those on which the loss depends, the deployed one last: logits are then
             [B, outputs, C]. None: the one that the parts train, [B, C].
         attacked: likewise those on which the loss of the attack depends.
@@ -132,7 +129,7 @@ class Program:
     def _suffix(
         self, model: DualHeadClassifier, outputs: Sequence[str], left_out: Collection[str] = ()
     ) -> Callable[[Features], Tensor]:
-        heads = _heads_of(outputs, left_out)
+        heads = _heads_of(model, outputs, left_out)
 
         def run(start: Features) -> Tensor:
             return _merged(model, self._heads(model, self._features(model, start), heads), outputs, left_out)
@@ -144,8 +141,8 @@ class Program:
 
     def _heads(self, model: DualHeadClassifier, features: Features, heads: Collection[str]) -> dict[str, Tensor]:
         if self.parts == {"aggregator"}:
-            return dict(zip(HEADS, features.unbind(1), strict=True))
-        return {head: model.head(number, features) for number, head in enumerate(HEADS, 1) if head in heads}
+            return dict(zip(model.heads, features.unbind(1), strict=True))
+        return {head: model.head(head, features) for head in model.heads if head in heads}
 
     def clean_and_attacked(self, clean: Features, attacked: Features) -> tuple[Tensor, Tensor]:
         """Logits of both from one forward, in which a head sees only those images that the loss needs it for."""
@@ -156,8 +153,8 @@ class Program:
             logits = self.suffix(both)
             return logits[:count], logits[count:]
         features = self._features(model, both)
-        of_clean = _heads_of(self._outputs, self._only_attacked)
-        of_attacked = _heads_of(self._outputs, self._only_clean)
+        of_clean = _heads_of(model, self._outputs, self._only_attacked)
+        of_attacked = _heads_of(model, self._outputs, self._only_clean)
         shared = self._heads(model, features, of_clean & of_attacked)
         first = {head: logits[:count] for head, logits in shared.items()}
         second = {head: logits[count:] for head, logits in shared.items()}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 LEAST_LOG_PROBABILITY = -80.0
 """A probability below exp of it vanishes in float32, and its gradient with it."""
-FIRST_ATTACKED: Final[tuple[Output, ...]] = ("head1", "head2", "mean")
 
 
 class Fit(Section):
@@ -76,7 +75,7 @@ class Selection:
         self._validator, self._arithmetic, self._device, self._stop = validator, arithmetic, device, stop
         self._flops = 0
         self._known: list[Tensor] = []
-        """Head logits [n, 2, C] of this process's images, clean and under each attack so far."""
+        """Head logits [n, H, C] of this process's images, clean and under each attack so far."""
 
     def run(self, position: Position) -> Position:
         """Choose.
@@ -91,7 +90,7 @@ class Selection:
         with in_eval_mode(self._model):
             self._known = [self._of_clean()]
             self._labels = torch.cat([batch.y for batch in self._batches()])
-            self._known += [self._under_attack(output) for output in FIRST_ATTACKED]
+            self._known += [self._under_attack(output) for output in self._model.outputs[:-1]]
             candidates = self._aggregator.candidates()
             for _ in range(self._fit.rounds):
                 chosen = self._best(candidates)

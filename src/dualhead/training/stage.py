@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from dualhead.attacks import Attack, Maximiser, attacks
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
-from dualhead.heads import PARTS_OF, Output
+from dualhead.heads import Output, Part, runs
 from dualhead.objectives import Objective, objectives
 from dualhead.schema import Section, component
 from dualhead.threat import Real
@@ -30,7 +30,7 @@ class Stage(Section):
     """One stage of training."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
-    train: tuple[Literal["model", "trunk", "head1", "head2", "aggregator"], ...] = Field(min_length=1)
+    train: tuple[Part, ...] = Field(min_length=1)
     """The parts that learn; the others are frozen."""
     objective: Annotated[Objective, *component(objectives)]
     attack: Annotated[Attack, *component(attacks)] = Field("pgd-10", validate_default=True)
@@ -122,14 +122,14 @@ class Stage(Section):
             return
         teachers = self.objective.teachers
         for part in self.train:
-            taught = next((output for output in teachers if part in PARTS_OF[output]), None)
+            taught = next((output for output in teachers if runs(output, part)), None)
             if taught is not None:
                 raise UserError(f"{part} must not be trained: it would change {taught}, which is the teacher")
         outputs = [o for o in self.objective.outputs or (trained_output(self.train),) if o not in teachers]
         for output in outputs:
-            if not set(PARTS_OF[output]) & set(self.train):
+            if not any(runs(output, part) for part in self.train):
                 raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")
-        idle = [part for part in self.train if not any(part in PARTS_OF[output] for output in outputs)]
+        idle = [part for part in self.train if not any(runs(output, part) for output in outputs)]
         if idle:
             raise UserError(
                 f"{idle[0]} would learn nothing, since the loss is on {', '.join(outputs)} alone; leave it out of "

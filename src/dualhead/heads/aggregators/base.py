@@ -23,11 +23,15 @@ class Aggregator(ABC):
     registered_name: ClassVar[str]
 
     @abstractmethod
-    def create(self, num_classes: int) -> nn.Module:
-        """A fresh module from head logits [B, 2, C] to logits [B, C].
+    def create(self, num_classes: int, heads: int = 2) -> nn.Module:
+        """A fresh module from head logits [B, H, C] to logits [B, C].
+
+        Args:
+            num_classes: C.
+            heads: H, at least 2.
 
         Raises:
-            UserError: if it cannot be used with that many classes.
+            UserError: if it cannot be used with that many classes or heads.
         """
 
 
@@ -42,7 +46,7 @@ class Chosen(Protocol):
         """Take one of them over."""
 
     def __call__(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, 2, C]."""
+        """Logits [B, C] from head logits [B, H, C]."""
 
 
 aggregators: Registry[Aggregator] = Registry("aggregator", "dualhead.heads.aggregators")

@@ -9,29 +9,29 @@ from torch import Tensor, nn
 
 from dualhead.heads.aggregators.base import Aggregator, aggregators
 
-HEADS = 2
-
 
 class LinearOfHeads(nn.Module):
-    """Head logits [B, 2, C] to logits [B, C] by one affine map, which starts as the mean of the heads.
+    """Head logits [B, H, C] to logits [B, C] by one affine map, which starts as the mean of the heads.
 
     Args:
-        num_classes: C; the map has 2 C^2 + C parameters.
+        num_classes: C; the map has H C^2 + C parameters.
+        heads: H.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, heads: int = 2) -> None:
         super().__init__()
-        self.fc = nn.Linear(HEADS * num_classes, num_classes)
+        self.fc = nn.Linear(heads * num_classes, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Back to the mean of the heads."""
         with torch.no_grad():
-            self.fc.weight.copy_(torch.eye(self.fc.out_features).repeat(1, HEADS) / HEADS)
+            heads = self.fc.in_features // self.fc.out_features
+            self.fc.weight.copy_(torch.eye(self.fc.out_features).repeat(1, heads) / heads)
             self.fc.bias.zero_()
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, 2, C]."""
+        """Logits [B, C] from head logits [B, H, C]."""
         logits: Tensor = self.fc(head_logits.flatten(1))
         return logits
 
@@ -46,6 +46,6 @@ class Linear(Aggregator):
     Paper: none.
     """
 
-    def create(self, num_classes: int) -> nn.Module:
-        """See `Aggregator.create`; any number of classes."""
-        return LinearOfHeads(num_classes)
+    def create(self, num_classes: int, heads: int = 2) -> nn.Module:
+        """See `Aggregator.create`; any number of classes and heads."""
+        return LinearOfHeads(num_classes, heads)

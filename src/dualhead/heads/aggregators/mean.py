@@ -24,10 +24,10 @@ class Mean(Aggregator):
 
     When: as the control that every trained aggregator must beat; it needs no stage of training.
 
-    Paper: none; an ensemble of two.
+    Paper: none; an ensemble.
     """
 
-    def create(self, num_classes: int) -> nn.Module:
+    def create(self, num_classes: int, heads: int = 2) -> nn.Module:
         """See `Aggregator.create`; any number of classes and heads."""
-        del num_classes
+        del num_classes, heads
         return MeanOfHeads()

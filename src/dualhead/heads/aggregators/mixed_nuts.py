@@ -116,12 +116,15 @@ class MixedNUTS(Aggregator):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be greater than 0, got {getattr(self, name):g}")
 
-    def create(self, num_classes: int) -> nn.Module:
+    def create(self, num_classes: int, heads: int = 2) -> nn.Module:
         """See `Aggregator.create`.
 
         Raises:
-            UserError: for fewer than 3 classes, of which a layer norm leaves nothing but the order.
+            UserError: for fewer than 3 classes, of which a layer norm leaves nothing but the order, and for more than 2
+                heads.
         """
+        if heads != 2:
+            raise UserError(f"aggregator mixed_nuts mixes a robust head and an accurate one, 2 heads; got {heads}")
         if num_classes < 3:
             raise UserError(
                 f"aggregator mixed_nuts needs at least 3 classes, got {num_classes}: a layer norm of two logits is "

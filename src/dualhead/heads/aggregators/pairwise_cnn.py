@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.base import MAX_CLASSES_OF_PAIRWISE_CNN, Aggregator, aggregators
 
-HEADS, CLASS_FEATURES, PAIR_FEATURES = 2, 8, 16
+CLASS_FEATURES, PAIR_FEATURES = 8, 16
 
 
 class PairwiseCNNModule(nn.Module):
-    """Head logits [B, 2, C] to logits [B, C] through features of every pair of classes.
+    """Head logits [B, H, C] to logits [B, C] through features of every pair of classes.
 
     With P = C (C - 1) / 2 pairs i < j:
 
-        [B, 2, C] -> Conv1d(2, 8, 1), BatchNorm, ReLU -> [B, 8, C]
+        [B, H, C] -> Conv1d(H, 8, 1), BatchNorm, ReLU -> [B, 8, C]
           the 8 features of class i over the 8 of class j, pair after pair -> [B, 2, 8 P]
           Conv1d(2, 16, 1), BatchNorm -> [B, 16, 8 P], transposed [B, 8 P, 16]
           AvgPool1d(2, 2) -> [B, 8 P, 8], flattened [B, 64 P] -> Linear(64 P, C)
@@ -30,14 +30,15 @@ class PairwiseCNNModule(nn.Module):
 
     Args:
         num_classes: C, at least 2.
+        heads: H; 2 in the paper.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, heads: int = 2) -> None:
         super().__init__()
         first, second = torch.triu_indices(num_classes, num_classes, offset=1)
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("second", second, persistent=False)
-        self.class_conv = nn.Conv1d(HEADS, CLASS_FEATURES, 1)
+        self.class_conv = nn.Conv1d(heads, CLASS_FEATURES, 1)
         self.class_bn = nn.BatchNorm1d(CLASS_FEATURES)
         self.pair_conv = nn.Conv1d(2, PAIR_FEATURES, 1)
         self.pair_bn = nn.BatchNorm1d(PAIR_FEATURES)
@@ -48,7 +49,7 @@ class PairwiseCNNModule(nn.Module):
     second: Tensor
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, 2, C]."""
+        """Logits [B, C] from head logits [B, H, C]."""
         features = torch.relu(self.class_bn(self.class_conv(head_logits))).transpose(1, 2)  # [B, C, 8]
         if not self.training:
             return F.linear(features.flatten(1), *self._affine_map())
@@ -84,7 +85,7 @@ class PairwiseCNN(Aggregator):
     Paper: Jiang et al. 2021, Dual Head Adversarial Training, arXiv 2104.10377.
     """
 
-    def create(self, num_classes: int) -> nn.Module:
+    def create(self, num_classes: int, heads: int = 2) -> nn.Module:
         """See `Aggregator.create`.
 
         Raises:
@@ -98,4 +99,4 @@ class PairwiseCNN(Aggregator):
             )
         if num_classes < 2:
             raise UserError(f"aggregator pairwise_cnn needs at least 2 classes, got {num_classes}")
-        return PairwiseCNNModule(num_classes)
+        return PairwiseCNNModule(num_classes, heads)

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.base import Aggregator, aggregators
 
-HEADS, CLASS_FEATURES, PAIR_FEATURES = 2, 8, 16
+CLASS_FEATURES, PAIR_FEATURES = 8, 16
 
 
 class PairwiseSharedModule(nn.Module):
-    """Head logits [B, 2, C] to logits [B, C]: their mean, corrected by comparing each class with its rivals.
+    """Head logits [B, H, C] to logits [B, C]: their mean, corrected by comparing each class with its rivals.
 
-    As in the paper's aggregator (`pairwise_cnn`), each class gets 8 features from both heads' logits of it, and pairs
+    As in the paper's aggregator (`pairwise_cnn`), each class gets 8 features from the heads' logits of it, and pairs
     of classes are scored by 16 features of the two classes' features. Here each class i is paired with the k classes j
     that lead the mean m of the heads, and what the pairs say is summed over the rivals:
 
-        f_i  = ReLU(BatchNorm(Conv1d(2, 8, 1)))                          [B, 8, C]
+        f_i  = ReLU(BatchNorm(Conv1d(H, 8, 1)))                          [B, 8, C]
         g_ij = ReLU(U f_i + V f_j + b)                                   [B, 16, C, k]
         z_i  = m_i + r_i . sum_j w_j g_ij,    w_j = p_j - p_(k+1),    p = softmax(m)
 
@@ -32,18 +32,19 @@ class PairwiseSharedModule(nn.Module):
     with the input, yet a class enters and leaves with weight 0, so the output has no jumps. r starts at 0: the module
     starts as the mean of the heads.
 
-    Cost: 16 C + 312 parameters; about 32 C k multiplications and 16 C k numbers of memory per image, besides a top-k:
-    linear in C. At C = 1000, 16 k parameters.
+    Cost: 16 C + 8 H + 296 parameters; about 32 C k multiplications and 16 C k numbers of memory per image, besides a
+    top-k: linear in C. At C = 1000, 16 k parameters.
 
     Args:
         num_classes: C, at least 2.
         rivals: k, at least 1.
+        heads: H.
     """
 
-    def __init__(self, num_classes: int, rivals: int) -> None:
+    def __init__(self, num_classes: int, rivals: int, heads: int = 2) -> None:
         super().__init__()
         self.rivals = min(rivals, num_classes)
-        self.class_conv = nn.Conv1d(HEADS, CLASS_FEATURES, 1)
+        self.class_conv = nn.Conv1d(heads, CLASS_FEATURES, 1)
         self.class_bn = nn.BatchNorm1d(CLASS_FEATURES)
         self.own = nn.Linear(CLASS_FEATURES, PAIR_FEATURES)
         self.rival = nn.Linear(CLASS_FEATURES, PAIR_FEATURES, bias=False)
@@ -54,7 +55,7 @@ class PairwiseSharedModule(nn.Module):
         nn.init.zeros_(self.readout)
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, 2, C]."""
+        """Logits [B, C] from head logits [B, H, C]."""
         mean = head_logits.mean(1)
         weights, leading = self._leading(mean)
         features = torch.relu(self.class_bn(self.class_conv(head_logits))).transpose(1, 2)  # [B, C, 8]
@@ -93,7 +94,7 @@ class PairwiseShared(Aggregator):
         if self.rivals < 1:
             raise UserError(f"rivals must be at least 1, got {self.rivals}")
 
-    def create(self, num_classes: int) -> nn.Module:
+    def create(self, num_classes: int, heads: int = 2) -> nn.Module:
         """See `Aggregator.create`.
 
         Raises:
@@ -101,4 +102,4 @@ class PairwiseShared(Aggregator):
         """
         if num_classes < 2:
             raise UserError(f"aggregator pairwise_shared needs at least 2 classes, got {num_classes}")
-        return PairwiseSharedModule(num_classes, self.rivals)
+        return PairwiseSharedModule(num_classes, self.rivals, heads)

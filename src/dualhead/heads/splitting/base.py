@@ -44,7 +44,7 @@ class Split:
     how: How
     at: str
 
-    def second_tail(self) -> nn.Module:
+    def another_tail(self) -> nn.Module:
         """A copy of the tail with weights of its own, on the same trunk."""
         return copy.deepcopy(self.tail, dict(cast("Any", getattr(self.tail, "shared_on_copy", dict))()))
 
