@@ -92,7 +92,8 @@ def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, mon
         assert [words[1] for words in found[name]] == [str(run) for run in runs]
     assert all({"autoattack-fast", "pgd-40"} <= set(words) for words in found["strong"])
     for words in found["adaptive"]:
-        merges = any(name in words[1] for name in ("dhat", "distilled", "ensemble", "three", "joint", "finetune", "mixed"))
+        several = ("dhat", "distilled", "ensemble", "three", "joint", "finetune", "mixed")
+        merges = any(name in words[1] for name in several)
         assert "square-500" in words
         assert ("multihead-20" in words) == merges
     assert {Path(words[1]).parent.name for words in found["autoattack"]} >= {"trades-base", "trades-distilled"}
