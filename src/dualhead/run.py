@@ -23,7 +23,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
 from dualhead.files import check_folder, write_json, write_text
 from dualhead.flops import CountFlops
-from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator, is_head, runs
+from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator, depends_on, is_head
 from dualhead.hub import (
     CONFIG,
     Architecture,
@@ -708,7 +708,7 @@ class Run:
     def _parameters(self, output: str) -> int:
         if not isinstance(self.model, DualHeadClassifier):
             return count_parameters(self.model)
-        used = [part for part in self.model.parts if runs(output, part)]
+        used = [part for part in self.model.parts if depends_on(output, part)]
         return sum(count_parameters(self.model.get_submodule(part)) for part in used)
 
     def _costs(self) -> dict[str, tuple[int, float]]:
@@ -723,7 +723,7 @@ class Run:
             stages.append((set(stage.train), summary["flops"], summary["seconds"]))
         needed = {"model": {"model"}}
         if isinstance(self.model, DualHeadClassifier):
-            needed = {o: {part for part in self.model.parts if runs(o, part)} for o in self.model.outputs}
+            needed = {o: {part for part in self.model.parts if depends_on(o, part)} for o in self.model.outputs}
         base = stages[: len(self._base_stages())]
         costs = {"base": (sum(s[1] for s in base), sum(s[2] for s in base))}
         for output, parts in needed.items():

@@ -13,7 +13,6 @@ import dualhead.training.step as step_module
 from dualhead.config import load_recipe
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier
-from dualhead.heads.classifier import PARTS as ALL_PARTS
 from dualhead.models import load_state, read_state
 from dualhead.run import Run
 from dualhead.training import Program, Silent
@@ -23,8 +22,8 @@ from training_helpers import PARTS, batch, dual_model, stage_of, step_of, stream
 def findings(model: DualHeadClassifier, stage: int) -> set[str]:
     """What goes wrong in two steps of a stage, with somebody calling `.train()` on everything now and then."""
     parts = set(PARTS[stage])
-    frozen = [part for part in ALL_PARTS if part not in parts]
-    before = {part: copy.deepcopy(model.get_submodule(part).state_dict()) for part in ALL_PARTS}
+    frozen = [part for part in model.parts if part not in parts]
+    before = {part: copy.deepcopy(model.get_submodule(part).state_dict()) for part in model.parts}
     step = step_of(model, stage_of({"name": "trades", "beta": 3}, PARTS[stage], start="gaussian"))
     seen: list[torch.Tensor] = []
     model.head2.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
@@ -64,7 +63,7 @@ def naive_freezing(monkeypatch):
     """`module.requires_grad = False`, which makes an attribute and freezes nothing."""
 
     def set_trainable(self, parts):
-        for name in ALL_PARTS:
+        for name in self.parts:
             self.get_submodule(name).requires_grad = name in parts
 
     monkeypatch.setattr(DualHeadClassifier, "set_trainable", set_trainable)

@@ -2,7 +2,7 @@
 
 from dualhead.heads.aggregators import Aggregator, Chosen, aggregators, default_aggregator
 from dualhead.heads.attach import attach_second_head
-from dualhead.heads.classifier import DualHeadClassifier, Output, Part, is_head, runs
+from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_on, is_head
 from dualhead.heads.layers import LayerInfo, layers
 from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting import Split, split_model
@@ -19,8 +19,8 @@ __all__ = [
     "as_logits",
     "attach_second_head",
     "default_aggregator",
+    "depends_on",
     "is_head",
     "layers",
-    "runs",
     "split_model",
 ]

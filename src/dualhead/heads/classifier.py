@@ -38,7 +38,7 @@ Output = Annotated[str, _checked("an output", ("mean", "aggregate"))]
 """Whose logits a view gives: a head's, their mean's or the aggregate's."""
 
 
-def runs(output: str, part: str) -> bool:
+def depends_on(output: str, part: str) -> bool:
     """Whether an output depends on a part."""
     if is_head(output):
         return part in ("trunk", output)
@@ -214,7 +214,7 @@ class HeadView(nn.Module):
                 f"{output!r} is no output of this classifier; its outputs are {', '.join(classifier.outputs)}"
             )
         self.output = output
-        self._parts = tuple(part for part in classifier.parts if runs(output, part))
+        self._parts = tuple(part for part in classifier.parts if depends_on(output, part))
         self.num_classes = classifier.num_classes
         self.training = classifier.training
         self._classifier = (classifier,)  # in a tuple, so that its unused parts are not this module's

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dualhead.errors import UserError
-from dualhead.heads import DualHeadClassifier, is_head, runs
+from dualhead.heads import DualHeadClassifier, depends_on, is_head
 
 if TYPE_CHECKING:
     from dualhead.training.stage import Stage
@@ -30,7 +30,7 @@ def trained_output(parts: Collection[str]) -> str:
 
 def _heads_of(model: DualHeadClassifier, outputs: Collection[str], left_out: Collection[str] = ()) -> set[str]:
     wanted = [output for output in outputs if output not in left_out]
-    return {head for head in model.heads if any(runs(output, head) for output in wanted)}
+    return {head for head in model.heads if any(depends_on(output, head) for output in wanted)}
 
 
 def _merged(

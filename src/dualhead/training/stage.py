@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from dualhead.attacks import Attack, Maximiser, attacks
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
-from dualhead.heads import Output, Part, runs
+from dualhead.heads import Output, Part, depends_on
 from dualhead.objectives import Objective, objectives
 from dualhead.schema import Section, component
 from dualhead.threat import Real
@@ -122,14 +122,14 @@ class Stage(Section):
             return
         teachers = self.objective.teachers
         for part in self.train:
-            taught = next((output for output in teachers if runs(output, part)), None)
+            taught = next((output for output in teachers if depends_on(output, part)), None)
             if taught is not None:
                 raise UserError(f"{part} must not be trained: it would change {taught}, which is the teacher")
         outputs = [o for o in self.objective.outputs or (trained_output(self.train),) if o not in teachers]
         for output in outputs:
-            if not any(runs(output, part) for part in self.train):
+            if not any(depends_on(output, part) for part in self.train):
                 raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")
-        idle = [part for part in self.train if not any(runs(output, part) for output in outputs)]
+        idle = [part for part in self.train if not any(depends_on(output, part) for output in outputs)]
         if idle:
             raise UserError(
                 f"{idle[0]} would learn nothing, since the loss is on {', '.join(outputs)} alone; leave it out of "
