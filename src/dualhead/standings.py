@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, compare, mean_std, wilson
+from dualhead.run import read_recipe
 
 SAME_COST = 1.05
 """Costs that differ by less than this factor count as equal."""
@@ -72,7 +73,7 @@ def _entries(place: Path) -> list[Entry]:
         folder = place / "evaluation" if (place / "evaluation").is_dir() else place
         return [Entry(str(place), str(place), "", True, 0, Evaluation.load(folder))]
     folder = run / "evaluation" if run == place else place
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    recipe = _recipe(run)
     seed = recipe["runtime"].pop("seed")
     recipe_name = recipe.pop("name")
     if run.name == f"seed={seed}":  # of a sweep over nothing but seeds: its folder says what it is
@@ -86,7 +87,7 @@ def _entries(place: Path) -> list[Entry]:
         cost = row["training_cost"]
         entries.append(
             Entry(
-                json.dumps(_set(recipe), sort_keys=True), label, row["name"], last, seed,
+                json.dumps(recipe, sort_keys=True), label, row["name"], last, seed,
                 Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"],
             )
@@ -94,11 +95,13 @@ def _entries(place: Path) -> list[Entry]:
     return entries
 
 
-def _set(recipe: Any) -> Any:
-    """Without what is null: a run from before an option existed is of the same recipe as one that leaves it out."""
-    if isinstance(recipe, dict):
-        return {key: _set(value) for key, value in recipe.items() if value is not None}
-    return [_set(value) for value in recipe] if isinstance(recipe, list) else recipe
+def _recipe(run: Path) -> dict[str, Any]:
+    """As `config.yaml` holds it, with defaults for options that did not exist yet when it was written."""
+    try:
+        return read_recipe(run).resolved()
+    except UserError:  # of a version whose recipes were others
+        recipe: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return recipe
 
 
 def _is_finished(run: Path) -> bool:

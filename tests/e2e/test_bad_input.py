@@ -295,7 +295,10 @@ BAD = [
         "NEW data=digits",
         "data: must hold the keys source, image_column, label_column, image_size, crop, train_size, validation",
     ),
-    ("NEW model=null", "model: must hold the keys backbone, attach_at, aggregator, second_head, normalize; got None"),
+    (
+        "NEW model=null",
+        "model: must hold the keys backbone, attach_at, heads, aggregator, second_head, normalize; got None",
+    ),
     ("NEW runtime.seed=-1", "runtime.seed: input should be greater than or equal to 0 (got -1)"),
     ("NEW runtime.seed=99999999999999999999", "runtime.seed: input should be less than or equal to"),
     ("NEW runtime.save_minutes=0", "runtime.save_minutes: input should be greater than 0"),
@@ -370,8 +373,14 @@ BAD = [
     ),
     (
         "NEW stages.main_head.train=[model]",
-        "stages.0.train: the model has two heads, so its parts are aggregator, head1, head2, trunk; got 'mode",
+        "stages.0.train: the model has 2 heads, so its parts are trunk, head1, head2, aggregator; got 'model'",
     ),
+    (
+        "NEW 'stages.main_head.train=[tail]'",
+        "stages.0.train.0: must be a part, one of head1, head2, ..., trunk, aggregator, model; got 'tail'",
+    ),
+    ("NEW model.heads=1", "model.heads: input should be greater than or equal to 2 (got 1)"),
+    ("train digits_natural --run-dir new model.heads=3", "model.heads: needs model.attach_at, the layer from which"),
     ("NEW stages.main_head.train=[]", "stages.0.train: list should have at least 1 item after validation, not 0"),
     ("NEW 'stages.main_head.train=[head1, head1]'", "stages.0: train names a part twice: head1, head1"),
     (
@@ -569,7 +578,7 @@ BAD = [
     ("evaluate models/good --data digits --checkpoint last", "--checkpoint is for runs, and models/good is none"),
     (
         "evaluate models/good --data digits --output-of head3",
-        "output 'head3': a dual-head model has head1, head2, mean, aggregate",
+        "output 'head3': the model has head1, head2, mean, aggregate",
     ),
     (
         "evaluate mymodels:linear --data digits",
@@ -603,7 +612,7 @@ BAD = [
     ("evaluate RUN --device tpu", "device 'tpu' is not usable here; write auto, cpu, cuda or cuda:0"),
     ("evaluate RUN --stage third", "finished: main_head, second_head, aggregator"),
     ("evaluate RUN --checkpoint middle", "--checkpoint middle: use best or last"),
-    ("evaluate RUN --output-of head3", "output 'head3': a dual-head model has head1, head2, mean, aggregate"),
+    ("evaluate RUN --output-of head3", "output 'head3': the model has head1, head2, mean, aggregate"),
     ("evaluate RUN --attack nothing", "attacks.0: unknown attack 'nothing'"),
     ("evaluate RUN --attack pgd-0", "attacks.0: steps must be at least 1, got 0"),
     ("evaluate RUN --attack pgd-3 --attack pgd-3", "attacks.1: pgd-3 is named twice"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dualhead.config import load_recipe
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, Verdicts, mcnemar
 from dualhead.standings import Entry, read_entries, standings
@@ -75,10 +76,11 @@ def test_what_was_measured_otherwise_is_refused():
         standings([entry("a", 9, 9, flops=1), entry("a", 9, 9, flops=1)])
 
 
-def make_run(folder, seed, clean, **stage):
+def make_run(folder, seed, clean, change=lambda recipe: None):
     """A finished run of two outputs, and stronger evaluations in it: one of its result, one of head 1."""
     folder.mkdir(parents=True)
-    recipe = {"name": "mine", "runtime": {"seed": seed}, "stages": [stage]}
+    recipe = load_recipe("digits", [f"runtime.seed={seed}"]).resolved()
+    change(recipe)
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     cost = {"flops": 8.0, "forward_equivalents": 2.0, "seconds": 1.0}
     rows = [{"name": name, "parameters": 10, "training_cost": cost} for name in ("head 1", "DH-AT")]
@@ -109,7 +111,20 @@ def test_an_evaluation_in_a_run_stands_for_what_the_run_made(tmp_path):
 
 
 def test_a_run_from_before_an_option_existed_is_of_the_same_recipe_as_one_that_leaves_it_out(tmp_path):
-    for seed, stage in enumerate([{"epochs": 3}, {"epochs": 3, "deploy": None}, {"epochs": 3, "deploy": "mean"}]):
-        make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, **stage)
+    changes = [
+        lambda recipe: None,
+        lambda recipe: recipe["stages"][0].pop("deploy"),
+        lambda recipe: recipe["model"].pop("heads"),
+        lambda recipe: recipe["stages"][1].update(deploy="mean"),
+    ]
+    for seed, change in enumerate(changes):
+        make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, change)
+    rows = standings(read_entries([tmp_path / "runs"]))["rows"]
+    assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1, 2], [3]]
+
+
+def test_runs_whose_recipe_cannot_be_read_any_more_are_compared_by_what_it_says(tmp_path):
+    for seed, value in enumerate([1, 1, 2]):
+        make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, lambda recipe, v=value: recipe.update(forgotten=v))
     rows = standings(read_entries([tmp_path / "runs"]))["rows"]
     assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1], [2]]
