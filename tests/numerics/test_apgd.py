@@ -42,7 +42,8 @@ def precision(request):
 
 
 # On these problems the samples' step sizes come to differ. With DLR those are compared that are not fooled: where the
-# true class has fallen to third place the loss is constant, and its gradient is rounding.
+# true class has fallen to third place the loss is constant, and its gradient is rounding. They are few, and whether
+# their step sizes differ depends on the processor's rounding.
 PROBLEMS = [
     ("ce", APGDCE(), 0, 0.2, 0.25, 3.0, 0),
     ("ce", APGDCE(eot=3), 0, 0.2, 0.25, 3.0, 0),
@@ -82,7 +83,9 @@ def test_follows_the_reference_step_by_step(norm, precision, kind, search, job, 
     for k in range(1, 101):  # the step size that led to query k
         expected = theirs.local[k * search.eot]["step_size"].flatten()
         torch.testing.assert_close(step_sizes[k][rows], expected[rows], msg=f"step size {k}")
-    assert len(set(step_sizes[-1][rows].tolist())) > 1, "all samples have the same step sizes: too weak a test"
+    assert (step_sizes[-1][rows] < step_sizes[0][rows]).any(), "no step size is ever halved: too weak a test"
+    if kind != "dlr":
+        assert len(set(step_sizes[-1][rows].tolist())) > 1, "all samples have the same step sizes: too weak a test"
     assert torch.equal(state["found"], ~robust)
     torch.testing.assert_close(state["best_loss"][rows], best_loss[rows], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state["best"][rows], best[rows], **close)
