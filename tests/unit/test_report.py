@@ -8,6 +8,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from dualhead.report.comparison import as_csv, as_records
 from dualhead.report.differences import difference
 from dualhead.report.figures import pareto
 from dualhead.report.gallery import change, picture, spread
-from dualhead.report.sources import read_sources
+from dualhead.report.sources import read_sources, role_of
 from dualhead.report.svg import Drawing, ticks
 from dualhead.report.text import eps_texts
 
@@ -637,3 +638,13 @@ def test_command_writes_the_page(tmp_path, capsys):
     app(["report", str(run), "-o", str(tmp_path / "page.html")], standalone_mode=False)
     assert "page.html" in capsys.readouterr().out
     assert "DH-AT" in Page(tmp_path / "page.html").text
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("head 1", "head1"), ("head 2", "head2"), ("head 3", "further"), ("head 12", "further"), ("DH-AT", "aggregate")],
+)
+def test_every_output_has_a_colour(name, role):
+    assert role_of(name) == role
+    style = resources.files("dualhead.report").joinpath("templates/page.css").read_text(encoding="utf-8")
+    assert f".{role} {{ --tone: var(--{role}); }}" in style

@@ -30,7 +30,7 @@ def role_of(name: str) -> str:
     """The colour of what has this name: `base`, `head1`, `head2`, `further` (heads), `mean`, `aggregate` or `model`."""
     head = re.fullmatch(r"head (\d+)", name)
     if head:
-        return f"head{head[1]}" if head[1] in "12" else "further"
+        return f"head{head[1]}" if head[1] in ("1", "2") else "further"
     return ROLES.get(name, "model")
 
 
