@@ -1,6 +1,10 @@
 """Makes the modules of this folder importable from every test, and keeps tests out of the user's own cache."""
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -96,12 +96,20 @@ def _entries(place: Path) -> list[Entry]:
 
 
 def _recipe(run: Path) -> dict[str, Any]:
-    """As `config.yaml` holds it, with defaults for options that did not exist yet when it was written."""
+    """As `config.yaml` holds it, with defaults for options that did not exist yet when it was written.
+
+    A folder of images that is there is named by its absolute path, however the run was told of it.
+    """
     try:
-        return read_recipe(run).resolved()
+        recipe = read_recipe(run).resolved()
     except UserError:  # of a version whose recipes were others
-        recipe: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return recipe
+        old: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return old
+    for images in filter(None, (recipe["data"], recipe["data"]["extra"])):
+        folder = Path(images["source"]).expanduser()
+        if folder.exists():
+            images["source"] = str(folder.resolve())
+    return recipe
 
 
 def _is_finished(run: Path) -> bool:

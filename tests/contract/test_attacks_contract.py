@@ -176,7 +176,7 @@ def test_what_trains_climbs_any_loss_within_the_budget(name, norm):
     assert (loss(model(x_adv)) > loss(model(x))).float().mean() > 0.5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
     norm=st.sampled_from(["Linf", "L2"]),

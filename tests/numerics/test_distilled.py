@@ -136,7 +136,7 @@ def test_a_run_of_three_heads_is_measured_by_all_of_them(tmp_path):
     heads = [dualhead.load(tmp_path / "run", output=f"head{number}")(x) for number in (1, 2, 3)]
     assert torch.allclose(dualhead.load(tmp_path / "run")(x), sum(heads) / 3, atol=1e-6)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "head 3 fails, DH-AT holds" in page
+    assert "head 3 fails, mean of heads holds" in page, "what merges is called by its name"
     assert "The mean of 3 heads" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 

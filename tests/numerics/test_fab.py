@@ -35,7 +35,7 @@ def reference(model, threat, *, targeted, steps=100):
     return FABAttack_PT(model, norm=threat.norm, eps=threat.eps, n_iter=steps, targeted=targeted, device="cpu")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     size=st.sampled_from([1, 2, 7, 192]),

@@ -46,7 +46,6 @@ def test_attacked_images_lie_within_each_budget(dual, threat):
 
 
 def test_what_outputs_say_is_the_models_own_answer(dual, shown):
-    assert shown.outputs.tolist() == ["head 1", "head 2", "aggregate"]
     x = torch.from_numpy(shown.original).float() / 255
     with torch.no_grad():
         heads = dual.head_logits(x)
@@ -57,6 +56,15 @@ def test_what_outputs_say_is_the_models_own_answer(dual, shown):
     for prefix in ("clean_", ""):
         right = getattr(shown, f"{prefix}prediction") == (shown.label[:, None])
         np.testing.assert_array_equal(getattr(shown, f"{prefix}margin") > 0, right)
+
+
+def test_what_merges_is_called_the_mean_where_it_is_the_mean(shown):
+    images, _ = patterns(2)
+    linear = attach_second_head(trained(), "4", num_classes=4, example=images.float() / 255, aggregator="linear").eval()
+    assert shown.outputs.tolist() == ["head 1", "head 2", "mean of heads"]
+    assert show(linear, 1).outputs.tolist() == ["head 1", "head 2", "aggregate"]
+    assert show(linear.view("mean"), 1).outputs.tolist() == ["head 1", "head 2", "mean of heads"]
+    assert show(linear.view("head2"), 1).outputs.tolist() == ["model"]
 
 
 def test_an_attack_hurts_its_own_target_most(shown):

@@ -50,7 +50,7 @@ def test_is_found_by_name_and_described(augmentation):
 
 
 @given(st.integers(1, 9), st.sampled_from(SHAPES), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pad_crop_is_a_window_of_the_padded_image(padding, shape, seed):
     images = images_of(4, shape, seed)
     result = augmentations.build(f"pad_crop-{padding}")(images, streams_of(4, seed))

@@ -173,7 +173,7 @@ def test_arrays_of_other_forms_are_refused(images, labels, words):
 
 
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=6), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_hold_out_parts_every_class(counts, data):
     counts = [count + (count == 1) for count in counts]
     present = sum(count > 0 for count in counts)
@@ -193,7 +193,7 @@ def test_hold_out_parts_every_class(counts, data):
 
 
 @given(st.integers(2, 7), st.integers(2, 30), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_hold_out_of_a_balanced_split_is_balanced(classes, each, data):
     split = tiny_split([i % classes for i in range(classes * each)], [str(i) for i in range(classes)])
     number = data.draw(st.integers(classes, classes * (each - 1)))
@@ -901,7 +901,7 @@ def test_impossible_batches_are_refused():
 
 
 @given(st.integers(1, 20), st.integers(1, 7), st.integers(1, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_processes_share_a_split_without_a_gap_or_an_image_twice(count, size, world):
     split = tiny_split([i % 3 for i in range(count)])
     shares = [Group(rank, world).share_of(count) for rank in range(world)]
@@ -912,7 +912,7 @@ def test_processes_share_a_split_without_a_gap_or_an_image_twice(count, size, wo
 
 
 @given(st.integers(1, 20), st.integers(1, 25))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_batches_are_the_split_in_order(count, size):
     split = tiny_split([i % 3 for i in range(count)])
     seen = list(batches(split, size, "cpu"))

@@ -54,7 +54,7 @@ def test_a_message_is_one_printable_line_whatever_it_quotes(text):
     assert one_line(message) == message or len(message) > 1000
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.integers(0, 500),
     st.integers(1, 4096),

@@ -25,7 +25,7 @@ def streams(count, seed=0):
 
 
 @pytest.mark.parametrize("name", DRAWS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(order=st.permutations(range(12)), cut=st.integers(1, 11))
 def test_a_draw_is_the_same_in_any_batch_and_order(name, order, cut):
     draw = DRAWS[name]

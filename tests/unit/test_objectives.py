@@ -70,7 +70,7 @@ def logits(seed, batch=6, classes=5, scale=3.0):
     return clean, attacked, torch.randint(classes, (batch,), generator=generator)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.floats(0, 10))
 def test_mart_equals_a_plain_reading_of_the_paper(seed, beta):
     clean, attacked, y = logits(seed)
@@ -83,7 +83,7 @@ def test_mart_equals_a_plain_reading_of_the_paper(seed, beta):
     assert float(found) == pytest.approx(total / len(y), rel=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31))
 def test_trades_without_beta_is_natural_training(seed):
     clean, attacked, y = logits(seed)

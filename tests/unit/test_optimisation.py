@@ -33,7 +33,7 @@ def test_values_at_points(spec, epochs, values):
 
 
 @pytest.mark.parametrize("name", schedules.names())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(epochs=st.integers(1, 300), share=st.floats(0, 1, exclude_max=True))
 def test_every_schedule_stays_between_zero_and_one(name, epochs, share):
     factor = schedules.build(name).factor(share * epochs, epochs)

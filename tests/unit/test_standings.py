@@ -123,6 +123,18 @@ def test_a_run_from_before_an_option_existed_is_of_the_same_recipe_as_one_that_l
     assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1, 2], [3]]
 
 
+def test_runs_on_one_folder_of_images_are_of_the_same_recipe_however_it_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "others"):
+        (tmp_path / name).mkdir()
+    sources = ["images", str(tmp_path / "images"), "others/../images", "others", "hub/images"]
+    for seed, source in enumerate(sources):
+        run = tmp_path / "runs" / f"seed={seed}"
+        make_run(run, seed, 100, lambda recipe, s=source: recipe["data"].update(source=s))
+    rows = standings(read_entries([tmp_path / "runs"]))["rows"]
+    assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1, 2], [3], [4]]
+
+
 def test_runs_whose_recipe_cannot_be_read_any_more_are_compared_by_what_it_says(tmp_path):
     for seed, value in enumerate([1, 1, 2]):
         make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, lambda recipe, v=value: recipe.update(forgotten=v))

@@ -148,7 +148,7 @@ def test_statistics_do_not_depend_on_where_images_are(source):
     batch=st.integers(1, 9), seed=st.integers(0, 99), epoch=st.integers(0, 3), share=st.floats(0, 1),
     world=st.integers(1, 3), cutmix=st.booleans(), extra=st.sampled_from([None, "memory", "disk"]),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_batches_are_those_of_memory_to_the_bit(source, batch, seed, epoch, share, world, cutmix, extra):
     memory, disk = pair(source)
     more, stored = pair(source, limit=9)

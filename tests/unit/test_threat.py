@@ -41,7 +41,7 @@ def in_box(point):
     return bool(((point >= 0) & (point <= 1)).all())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_project_and_confine_keep_to_ball_and_box(case):
     threat, x, point = case
@@ -54,7 +54,7 @@ def test_project_and_confine_keep_to_ball_and_box(case):
     assert (confined - projected).abs().max() <= 2e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_what_is_inside_already_stays(case):
     threat, x, point = case
@@ -65,7 +65,7 @@ def test_what_is_inside_already_stays(case):
     assert torch.allclose(threat.project(inside, x), inside, rtol=0, atol=2e-7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(), st.integers(0, 2**31))
 def test_projection_onto_linf_is_the_nearest_point(case, seed):
     """No point of ball and box is nearer, in any norm that grows with each coordinate: each is clamped by itself."""
@@ -77,7 +77,7 @@ def test_projection_onto_linf_is_the_nearest_point(case, seed):
     assert ((projected - point).abs() <= (other - point).abs() + 1e-15).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(), st.integers(0, 2**31))
 def test_projection_onto_l2_is_the_nearest_point_of_the_ball(case, seed):
     """Away from the box's edges, where the ball alone binds."""
@@ -92,7 +92,7 @@ def test_projection_onto_l2_is_the_nearest_point_of_the_ball(case, seed):
     assert (nearest <= (other - target).flatten(1).norm(dim=1) + 1e-12).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(), st.integers(0, 1000))
 def test_starting_points_keep_to_ball_and_box(case, seed):
     threat, x, _ = case
@@ -131,7 +131,7 @@ def test_ball_points_fill_the_ball_evenly(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), step=st.sampled_from([0.003, 0.1, 1.0]))
 def test_ascend_is_the_steepest_step_of_its_length(norm, seed, step):
     """It gains step times the dual norm of the gradient, which no other step of that length exceeds."""

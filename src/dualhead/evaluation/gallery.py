@@ -86,6 +86,11 @@ class Gallery:
         write_arrays(path, {field.name: getattr(self, field.name) for field in fields(self)})
 
 
+def _merged(model: nn.Module) -> str:
+    """The name of a model's last output, as tables have it where that is the mean."""
+    return "mean of heads" if getattr(model, "is_mean", False) else "aggregate"
+
+
 @float32_products()  # what it shows agrees with the verdicts
 def make_gallery(
     model: nn.Module,
@@ -157,7 +162,7 @@ class _Visit:
         self.streams = Streams.of(seed, names.to(device)).fork("gallery")
         self.clean = self._said(self.x, self.y)
         count = self.clean.margin.shape[1]
-        self.called = [f"head {number}" for number in range(1, count)] + ["aggregate"] if heads else ["model"]
+        self.called = [f"head {number}" for number in range(1, count)] + [_merged(model)] if heads else ["model"]
 
     def _ask(self, x: Tensor) -> Tensor:
         """Logits [B, O, K] of all outputs."""

@@ -12,6 +12,7 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
+from dualhead.heads.aggregators.mean import MeanOfHeads
 from dualhead.heads.splitting import Features, How, Split
 
 _HEAD: Final = re.compile(r"head[1-9][0-9]?")
@@ -72,6 +73,7 @@ class DualHeadClassifier(nn.Module):
         heads: names of the heads: `head1`, `head2`, ...
         parts: of what it consists, in the order of a pass: `trunk`, the heads, `aggregator`.
         outputs: whose logits a view can give: the heads, `mean`, `aggregate`.
+        is_mean: the aggregate is the mean of the heads' logits.
     """
 
     trunk: nn.Module
@@ -86,6 +88,7 @@ class DualHeadClassifier(nn.Module):
         self.outputs = (*self.heads, "mean", "aggregate")
         for name, module in zip(self.parts, (split.trunk, split.tail, *others, aggregator), strict=True):
             self.add_module(name, module)
+        self.is_mean = isinstance(aggregator, MeanOfHeads)
         self.num_classes = num_classes
         self.split_at = split.at
         self.split_how: How = split.how
@@ -239,6 +242,8 @@ class HeadView(nn.Module):
 
 class MeanView(HeadView):
     """The mean of the heads' logits, which shows the heads too: who attacks a merging of heads must see them."""
+
+    is_mean = True
 
     def head_logits(self, x: Tensor) -> Tensor:
         """Logits of all heads [B, H, C]."""

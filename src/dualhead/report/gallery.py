@@ -31,25 +31,26 @@ CALLED = {"aggregate": "DH-AT"}
 Bytes = NDArray[np.uint8]
 
 
-def outcomes(heads: int) -> dict[str, str]:
+def outcomes(heads: int, merged: str) -> dict[str, str]:
     """What examples can be chosen by: a sign for each output, * for either, | for or; and what that means.
 
     Args:
-        heads: in front of the aggregate; 0 for a model that is one output.
+        heads: in front of what merges them; 0 for a model that is one output.
+        merged: what the page calls that.
     """
     if not heads:
         return {"+": "withstands", "-": "is fooled"}
     every = range(heads)
 
-    def signs(chosen: Mapping[int, str], aggregate: str = "*") -> str:
-        return "".join(chosen.get(head, "*") for head in every) + aggregate
+    def signs(chosen: Mapping[int, str], last: str = "*") -> str:
+        return "".join(chosen.get(head, "*") for head in every) + last
 
     return {
-        signs({}, "+"): "DH-AT holds",
-        signs({}, "-"): "DH-AT fails",
-        **{signs({head: "-"}, "+"): f"head {head + 1} fails, DH-AT holds" for head in every},
-        signs(dict.fromkeys(every, "-"), "+"): f"{'both' if heads == 2 else 'all'} heads fail, DH-AT holds",
-        "|".join(signs({head: "+"}, "-") for head in every): "a head holds, DH-AT fails",
+        signs({}, "+"): f"{merged} holds",
+        signs({}, "-"): f"{merged} fails",
+        **{signs({head: "-"}, "+"): f"head {head + 1} fails, {merged} holds" for head in every},
+        signs(dict.fromkeys(every, "-"), "+"): f"{'both' if heads == 2 else 'all'} heads fail, {merged} holds",
+        "|".join(signs({head: "+"}, "-") for head in every): f"a head holds, {merged} fails",
         "|".join(
             signs({a: "+", b: "-"}) for a in every for b in every if a != b
         ): "the heads disagree on what is right",
@@ -189,7 +190,7 @@ class Album:
             examples=examples,
             total=total,
             labels=sorted(set(labels)),
-            outcomes=outcomes(count - 1),
+            outcomes=outcomes(count - 1, called[-1]),
             targets=[(t, called[t]) for t in dict.fromkeys(target for target, _ in pictured)],
             steps=[(-1, "0 (clean)"), *((step, eps_text(float(arrays["eps"][step]))) for step in steps)],
             data={
