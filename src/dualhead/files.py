@@ -21,7 +21,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask has it; safetensors would let nobody but the owner read
         write(aside)
+        aside.chmod(mode)
         _flush(aside)
         aside.replace(path)
     finally:

@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 
 import pytest
+import torch
 
 from dualhead.files import write_atomically, write_json, write_text
+from dualhead.models.weights import write_state
 
 
 def test_text_and_json_come_back(tmp_path):
@@ -48,6 +51,17 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
     assert seen == ["old"]
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_who_may_read_a_file_is_what_the_umask_says_also_of_weights(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "a")
+        write_state({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o666 & ~umask] * 2
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
