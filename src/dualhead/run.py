@@ -694,8 +694,7 @@ class Run:
             self._load_stage(base, first[-1])
             yield BASE, view(base, "head1"), "head1"
         # With the aggregator `mean` two outputs are one: only what is deployed is measured.
-        aggregator = self.recipe.model.aggregator
-        same = {"mean", "aggregate"} if aggregator is not None and aggregator.registered_name == "mean" else set()
+        same = {"mean", "aggregate"} if self.model.is_mean else set()
         kept = self.output if self.output in same else "mean"
         for output in self.model.outputs:
             if output not in same or output == kept:

@@ -73,7 +73,6 @@ class DualHeadClassifier(nn.Module):
         heads: names of the heads: `head1`, `head2`, ...
         parts: of what it consists, in the order of a pass: `trunk`, the heads, `aggregator`.
         outputs: whose logits a view can give: the heads, `mean`, `aggregate`.
-        is_mean: the aggregate is the mean of the heads' logits.
     """
 
     trunk: nn.Module
@@ -88,7 +87,6 @@ class DualHeadClassifier(nn.Module):
         self.outputs = (*self.heads, "mean", "aggregate")
         for name, module in zip(self.parts, (split.trunk, split.tail, *others, aggregator), strict=True):
             self.add_module(name, module)
-        self.is_mean = isinstance(aggregator, MeanOfHeads)
         self.num_classes = num_classes
         self.split_at = split.at
         self.split_how: How = split.how
@@ -96,6 +94,11 @@ class DualHeadClassifier(nn.Module):
         self._freezers = {name: _KeepFrozen() for name in self.parts}
         for name, freezer in self._freezers.items():
             self.get_submodule(name).register_forward_pre_hook(freezer)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the aggregate is the mean of the heads' logits."""
+        return isinstance(self.aggregator, MeanOfHeads)
 
     def features(self, x: Tensor) -> Features:
         """What crosses the cut, from images [B, ...]: a tensor, or a tuple of tensors. Runs the trunk once."""
