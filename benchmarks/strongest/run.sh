@@ -97,6 +97,7 @@ done
 for beta in 1.5 3 12; do
   study "trades-base-beta-$beta" base 1 one "stages.base.objective.beta=$beta"
 done
+study trades-base-long-beta-12 base 1 one stages.base.epochs=320 stages.base.objective.beta=12
 awp='awp={gamma: 0.005, start: 10}'
 study trades-base-awp base 1 one "stages.base.$awp" stages.base.epochs=118
 study trades-base-awp-long base 1 one "stages.base.$awp" stages.base.epochs=236
