@@ -110,6 +110,9 @@ study trades-wide-long wide 1 one stages.wide.epochs=176
 study trades-guided-3 guided 1 one "$(guided '{name: trades, beta: 6}' 3)"
 study trades-guided-beta-3 guided 1 one "$(guided '{name: trades, beta: 3}')"
 study trades-guided-awp guided 1 one "stages.guided.$awp" stages.guided.epochs=104
+for beta in 6 12; do
+  study "trades-distilled-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta"
+done
 for beta in 3 6; do
   study "trades-distilled-short-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta" \
     "${short[@]}"

@@ -76,7 +76,7 @@ def cost(recipe):
     return total
 
 
-@pytest.mark.parametrize(("scale", "studies"), [("cpu", 46), ("gpu", 11)])
+@pytest.mark.parametrize(("scale", "studies"), [("cpu", 49), ("gpu", 11)])
 def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = asked_of(scale, tmp_path)
