@@ -85,7 +85,7 @@ def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
             raise ValueError(f"{kind} {name}: its docstring lacks a paragraph `When: ...` or `Paper: ...`")
         told = {"When": facts["When"], "Cost": COSTS[kind](component), "Paper": facts["Paper"]}
         lines += [f"* *{word}:* {' '.join(text.split())}" for word, text in told.items()] + [""]
-    fields = {field.name: field for field in dataclasses.fields(component) if field.init}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(component) if field.init}  # type: ignore[arg-type]  # all are dataclasses
     keys = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
     if fields:
         lines += ["| key | default | |", "|---|---|---|"]

@@ -26,7 +26,7 @@ class CountFlops(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         """Begin to count."""
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # likewise
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -84,7 +84,7 @@ class Group:
         result, error = told[0]
         if error is not None:
             raise error
-        return result  # type: ignore[no-any-return]
+        return result  # type: ignore[no-any-return]  # pickled by `do`'s process, so of its type
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is true in any process. Does not wait for an accelerator."""
@@ -146,11 +146,11 @@ def joined() -> Iterator[Group]:
         yield group()
         return
     with _others():
-        store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+        store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]  # not in torch's list
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # One torchrun keeps one store over its restarts; in it still stand the addresses of processes that died.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # likewise
         # Without a backend's name: gloo, and what fits the accelerators of this machine.
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     try:

@@ -151,7 +151,7 @@ def synchronised_batch_norm(model: nn.Module, device: torch.device) -> nn.Module
     """
     if device.type != "cuda":
         raise UserError(f"runtime.batch_norm: synchronised needs GPUs, and this is {device.type}; write local")
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # torch's
     return converted
 
 

@@ -123,7 +123,13 @@ def test_an_exported_model_tells_its_normalisation(tmp_path):
 
 # ---- other classes
 
-LAST = {"wideresnet-10-1": "fc", "resnet-18": "linear", "preactresnet-18": "linear", "cnn-8": "fc", "hf:resnet": "model.classifier.1"}  # noqa: E501  # fmt: skip
+LAST = {
+    "wideresnet-10-1": "fc",
+    "resnet-18": "linear",
+    "preactresnet-18": "linear",
+    "cnn-8": "fc",
+    "hf:resnet": "model.classifier.1",
+}
 
 
 @pytest.mark.parametrize(
