@@ -20,7 +20,7 @@ from dualhead.models import Normalize, backbones
 from dualhead.processes import group
 from dualhead.run import GALLERY, load_stage, read_recipe
 from dualhead.runtime import Precision, find_device, room_for_images
-from dualhead.threat import Norm, ThreatModel
+from dualhead.threat import Norm, ThreatModel, parse_real
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
     if request.eps is None and "eps" not in known:
         raise UserError("--eps is needed, since the model does not say for what it was trained; e.g. --eps 8/255")
     radii = [part.strip() for part in (str(known["eps"]) if request.eps is None else request.eps).split(",")]
-    threats = [ThreatModel(cast("Norm", norm), cast("float", radius)) for radius in radii if radius not in ("0", "0.0")]
+    threats = [ThreatModel(cast("Norm", norm), cast("float", radius)) for radius in radii if parse_real(radius)]
     if not threats:
         raise UserError(f"--eps {request.eps}: at least one radius must be greater than 0")
     return max(threats, key=lambda threat: threat.eps), radii if len(radii) > 1 else []

@@ -47,6 +47,16 @@ def _l2(delta: Tensor) -> Tensor:
     return norms
 
 
+def finite(gradient: Tensor) -> Tensor:
+    """Gradients [B, ...] with 0 for NaN, and for an infinite slope, as a root has at 0, the image's largest finite one.
+
+    One such pixel would otherwise leave no direction for all others.
+    """
+    known = gradient.nan_to_num(0.0, 0.0, 0.0)
+    largest = _per_sample(known.flatten(1).abs().amax(1), gradient)
+    return torch.clamp(gradient.nan_to_num(0.0), -largest, largest)
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """A ball around each image, intersected with the box of valid images.
@@ -106,11 +116,15 @@ class ThreatModel:
         return delta.abs().amax(1) if self.norm == "Linf" else _l2(delta)
 
     def ascend(self, x_adv: Tensor, gradient: Tensor, step: float | Tensor) -> Tensor:
-        """One step of steepest ascent, `step` long (a number, or one per sample [B]); not projected."""
+        """One step of steepest ascent, `step` long (a number, or one per sample [B]); not projected.
+
+        Slopes that are not finite stand in nobody's way: see `finite`.
+        """
         if isinstance(step, Tensor):
             step = _per_sample(step, x_adv)
         if self.norm == "Linf":
             return x_adv + step * gradient.sign()
+        gradient = finite(gradient)
         return x_adv + step * gradient / _per_sample(_l2(gradient).clamp_min(1e-12), gradient)
 
     def ball_point(self, x: Tensor, streams: Streams) -> Tensor:

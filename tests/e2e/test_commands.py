@@ -340,7 +340,7 @@ def test_merged_heads_are_attacked_adaptively_unless_attacks_are_named(finished_
 def test_evaluate_prints_a_table_and_a_curve_and_says_where_results_lie(finished_run, tmp_path):
     output = tmp_path / "results"
     ended = dualhead(
-        "evaluate", finished_run, "--attack", "fgsm", "--attack", "pgd-2", "--eps", "0,0.01,2/25", "--limit", 16,
+        "evaluate", finished_run, "--attack", "fgsm", "--attack", "pgd-2", "--eps", "0/25,0.01,2/25", "--limit", 16,
         "--output", output, "--quiet",
     )  # fmt: skip
     assert (ended.status, ended.err) == (0, "")

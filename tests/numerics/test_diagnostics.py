@@ -139,6 +139,29 @@ def test_black_box_beating_white_box_is_noted():
     assert check_black_box(white, black)[0].status == "failed"
 
 
+def test_a_black_box_attack_alone_proves_nothing_about_gradients():
+    _, found = findings(trained(), attacks=["square-100"])
+    assert "black_box" not in found
+    _, found = findings(trained(), attacks=["square-100", "pgd-10"])
+    assert found["black_box"]["status"] == "ok"
+
+
+def test_checks_keep_to_the_batch_size():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.most = trained(), 0
+
+        def forward(self, x):
+            self.most = max(self.most, len(x))
+            return self.network(x)
+
+    model = Counts()
+    images, labels = patterns(80)
+    evaluate(model, images, labels, threat=THREAT, attacks=["fgsm"], batch_size=8)
+    assert model.most == 8
+
+
 def test_robust_accuracy_that_rises_with_eps_is_noted():
     curve = [{"eps": e, "robust_accuracy": {"pgd": r, "worst": r}} for e, r in ((0.1, 0.5), (0.2, 0.3), (0.3, 0.29))]
     assert check_curve(curve, 100)[0].status == "ok"

@@ -18,7 +18,8 @@ from dualhead.attacks.square import Square
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, evaluate
 from dualhead.evaluation.journal import Journal
-from dualhead.evaluation.subject import Subject
+from dualhead.evaluation.subject import Subject, outputs_of
+from dualhead.heads import attach_second_head
 from dualhead.noise import Streams
 from dualhead.runtime import BF16, FLOAT32
 from dualhead.threat import ThreatModel
@@ -361,6 +362,41 @@ def test_other_weights_are_noticed(tmp_path):
         evaluate(model, images, labels, **options)
 
 
+class Normalised(nn.Module):
+    """The trained network on images less a mean that no state dict holds."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.network, self.mean = trained(), mean
+
+    def forward(self, x):
+        return self.network(x - self.mean)
+
+
+def test_a_model_that_answers_otherwise_with_the_same_weights_is_noticed(tmp_path):
+    images, labels = patterns(10)
+    options = {"threat": THREAT, "attacks": ["pgd-2"], "output_dir": tmp_path, "diagnostics": False}
+    evaluate(Normalised(0.1), images, labels, **options)
+    with pytest.raises(UserError, match=r"gave other logits for the same images with the same weights; choose another"):
+        evaluate(Normalised(0.0), images, labels, **options)
+    anew = evaluate(Normalised(0.0), images, labels, **options, resume=False)
+    assert_same(anew, evaluate(trained(), images, labels, **{**options, "output_dir": None}))
+    assert_same(anew, evaluate(Normalised(0.0), images, labels, **options))
+
+
+def test_an_evaluation_of_a_random_model_can_go_on(tmp_path):
+    class Random(nn.Module):
+        def forward(self, x):
+            return trained()(x) + torch.randn(len(x), 4)
+
+    images, labels = patterns(10)
+    options = {"threat": THREAT, "attacks": ["pgd-2"], "output_dir": tmp_path, "diagnostics": False}
+    first = evaluate(Random(), images, labels, **options)
+    again = evaluate(Random(), images, labels, **{**options, "attacks": ["pgd-2", "fgsm"]})
+    assert set(again.verdicts) == {"pgd-2", "fgsm"}
+    assert first.verdicts.keys() == {"pgd-2"}
+
+
 # ---- verification
 
 
@@ -418,11 +454,76 @@ def test_a_lying_low_precision_search_fools_nobody():
     assert record["verification_passes"] == 20 * 4
 
 
+def test_the_attack_on_heads_sees_the_aggregate_as_precisely_as_others_do():
+    model = attach_second_head(trained(), "3", example=torch.rand(2, 3, 8, 8)).eval()
+    x = torch.rand(8, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, merged = outputs_of(model, None)(x), model(x)
+    assert merged.dtype == torch.float32
+    assert torch.equal(outputs[:, -1], merged)
+
+
 def test_low_precision_finds_what_float32_finds(reference):
     low = measure(precision="bf16")
     assert low.results["environment"]["precision"] == "bf16"
     for name in LABELS:
         assert abs(low.robust_accuracy[name] - reference.robust_accuracy[name]) <= 0.05
+
+
+class Rooted(nn.Module):
+    """A linear classifier of the roots of the images, whose slope at black is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(48, 3)
+        with torch.no_grad():
+            self.last.weight.copy_(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)) * 0.5)
+
+    def forward(self, x):
+        return self.last(x.sqrt().flatten(1))
+
+
+@pytest.mark.parametrize("name", ["pgd-10", "apgd-ce-10", "apgd-t-10", "fab-10", "fab-t-10", "cw-10"])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_infinite_slopes_neither_invent_examples_nor_blind_the_attack(norm, name):
+    images = torch.rand(30, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    images[images < 0.1] = 0.0
+    model = Rooted()
+    labels = model(images).argmax(1)
+    robust = {}
+    for eps in (1e-5, 0.5):
+        threat = ThreatModel(norm, eps)
+        result = evaluate(
+            model, images, labels, threat=threat, attacks=[name], save_adversarial=True, diagnostics=False
+        )
+        verdict = result.verdicts[name]
+        examples, clean = torch.from_numpy(verdict.adversarial), images[verdict.adversarial_rows]
+        assert (threat.distance(examples, clean) <= eps).all()
+        assert (model(examples).argmax(1) != labels[verdict.adversarial_rows]).all()
+        robust[eps] = result.robust_accuracy[name]
+    assert robust[1e-5] > 0.9
+    assert robust[0.5] < 0.6
+
+
+@pytest.mark.parametrize("name", ["pgd-5", "apgd-ce-5", "fab-t-5", "cw-5", "square-20"])
+def test_where_the_model_has_no_answer_it_is_fooled_whatever_the_class(name):
+    class Overflows(nn.Module):
+        """Right and without any slope that helps, but for pixels brighter than half, of which it makes NaN."""
+
+        def forward(self, x):
+            dark = x[:, 0, 0, 0] < 0.3
+            logits = torch.stack((dark, ~dark, dark & ~dark), 1).float() + x.mean((1, 2, 3))[:, None]
+            return torch.where((x[:, :, 1:, 1:].amax((1, 2, 3)) > 0.5)[:, None], torch.nan, logits)
+
+    images = torch.full((20, 3, 4, 4), 0.49)
+    images[:10, 0, 0, 0], images[10:, 0, 0, 0] = 0.1, 0.45
+    labels = torch.arange(2).repeat_interleave(10)
+    result = evaluate(Overflows(), images, labels, threat=ThreatModel("Linf", 0.05), attacks=[name], diagnostics=False)
+    assert result.clean_accuracy == 1
+    robust = result.verdicts[name].robust
+    assert robust[:10].mean() == robust[10:].mean()
+    if name == "square-20":
+        assert not robust.any()
 
 
 def test_not_a_number_is_not_correct():

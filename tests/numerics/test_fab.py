@@ -52,12 +52,17 @@ def test_projection_is_the_shortest_way_to_the_hyperplane(seed, size, share, pow
     excess = sign * share * (normal.abs() * room).sum(1)
     way = to_hyperplane(point, normal, excess, norm)
     length = (lambda d: d.abs().amax(1)) if norm == "Linf" else (lambda d: d.norm(dim=1))
-    expected = length(by_bisection(point.double(), normal.double(), excess.double(), norm))
+    # Rounding what is to be gained in its sixth digit moves the end far where only small weights are left to move.
+    least, most = (
+        length(by_bisection(point.double(), normal.double(), excess.double() * (1 + rounding), norm))
+        for rounding in (-1e-6, 1e-6)
+    )
     assert ((point + way) >= -1e-6).all()
     assert ((point + way) <= 1 + 1e-6).all()
     gained = (normal.double() * way.double()).sum(1)
     torch.testing.assert_close(gained, -excess.double(), rtol=1e-4, atol=1e-6 * normal.abs().sum(1).max().item())
-    torch.testing.assert_close(length(way.double()), expected, rtol=1e-4, atol=1e-6)
+    assert (length(way.double()) >= least * (1 - 1e-4) - 1e-6).all()
+    assert (length(way.double()) <= most * (1 + 1e-4) + 1e-6).all()
 
 
 def by_bisection(point, normal, excess, norm):

@@ -245,6 +245,12 @@ def test_a_model_frozen_for_evaluation_trains_after_all():
     assert all(p.requires_grad for p in dual.head2.parameters())
 
 
+@pytest.mark.parametrize("aggregator", ["pairwise_cnn", "pairwise_shared", "linear", "mean"])
+def test_a_model_in_double_precision_gets_an_aggregator_in_double_precision(aggregator):
+    dual = attach_second_head(Net().double(), "stem", example=X.double(), aggregator=aggregator).eval()
+    assert dual(X.double()).dtype == torch.float64
+
+
 def test_unknown_names_are_refused():
     dual = classifier()
     with pytest.raises(UserError, match=r"'head3' is no part.*trunk, head1, head2, aggregator"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threat import ThreatModel, parse_real
+from dualhead.threat import ThreatModel, finite, parse_real
 
 NORMS = ["Linf", "L2"]
 SHAPES = [(1, 8, 8), (3, 4, 5), (2,), (1, 1, 1), (3, 16, 16)]
@@ -160,6 +160,13 @@ def test_ascend_takes_a_step_per_sample_and_a_gradient_of_zero(norm):
         alone = threat.ascend(x[row : row + 1], gradient[row : row + 1], float(steps[row]))
         assert torch.allclose(together[row], alone[0])
     assert torch.equal(threat.ascend(x, torch.zeros_like(x), 0.1), x)
+
+
+def test_slopes_that_are_not_finite_leave_the_others_as_they_are():
+    usual = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(finite(usual), usual)
+    gradient = torch.tensor([[1.0, -3.0, torch.inf, torch.nan], [-torch.inf, 0.5, 0.0, 0.25], [torch.nan] * 4])
+    assert finite(gradient).tolist() == [[1.0, -3.0, 3.0, 0.0], [-0.5, 0.5, 0.0, 0.25], [0.0] * 4]
 
 
 def test_distance_by_hand():

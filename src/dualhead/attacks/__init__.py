@@ -1,5 +1,27 @@
 """Attacks, one a file. An attack sees logits, images and labels: never a module, an optimiser or a recipe."""
 
-from dualhead.attacks.base import Attack, LogitsFn, LooksAhead, LossFn, Maximiser, Query, Search, State, attacks
+from dualhead.attacks.base import (
+    Attack,
+    LogitsFn,
+    LooksAhead,
+    LossFn,
+    Maximiser,
+    Query,
+    Search,
+    State,
+    attacks,
+    predictions,
+)
 
-__all__ = ["Attack", "LogitsFn", "LooksAhead", "LossFn", "Maximiser", "Query", "Search", "State", "attacks"]
+__all__ = [
+    "Attack",
+    "LogitsFn",
+    "LooksAhead",
+    "LossFn",
+    "Maximiser",
+    "Query",
+    "Search",
+    "State",
+    "attacks",
+    "predictions",
+]

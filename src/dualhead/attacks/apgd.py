@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import Query, Search, State, attacks, class_by_rank, per_slot, require_at_least_one
+from dualhead.attacks.base import (
+    Query,
+    Search,
+    State,
+    attacks,
+    class_by_rank,
+    per_slot,
+    predictions,
+    require_at_least_one,
+)
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Real, ThreatModel
@@ -134,7 +143,7 @@ class APGD(Search):
     def step(self, state: State, query: Query, threat: ThreatModel) -> State:
         """Look at the iterate, keep what is best, and move with momentum."""
         logits, loss, gradient = self._query(state, query)
-        fooled = logits.argmax(1) != state["y"]
+        fooled = predictions(logits) != state["y"]
         shown = fooled | ((loss > state["best_loss"]) & ~state["found"])
         return {
             **self._climb(state, state["iteration"] > 0, loss, gradient, threat),

@@ -60,6 +60,11 @@ def class_by_rank(clean: Tensor, y: Tensor, rank: Tensor) -> Tensor:
     return others.argsort(1).gather(1, clean.shape[1] - 1 - rank[:, None])[:, 0]
 
 
+def predictions(logits: Tensor) -> Tensor:
+    """The class of the highest logit, int64 [B] of [B, C]; -1, which is no class, where a logit is NaN."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+
+
 def _full_precision(logits: Tensor) -> Tensor:
     """Logits as float32, or as float64 if the model works in that."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -232,7 +237,7 @@ class Attack(ABC):
         """What a call does, on a query that the caller keeps for its counts of passes."""
         streams = Streams.drawn_from(generator, x.shape[0], x.device)
         clean, num_heads = query.logits(x), query.num_heads(x[:1])
-        result, found = x.clone(), clean.argmax(1) != y
+        result, found = x.clone(), predictions(clean) != y
         for part_index, part in enumerate(self.parts(clean.shape[1], threat, num_heads)):
             for job in range(part.jobs(clean.shape[1])):
                 open_rows = (~found).nonzero()[:, 0]
@@ -250,7 +255,8 @@ class Attack(ABC):
                     state = part.step(state, query, threat)
                 example = threat.confine(state["adversarial"], x[open_rows])
                 result[open_rows] = example
-                found[open_rows] = query.logits(example).argmax(1) != y[open_rows]
+                wrong = predictions(query.logits(example)) != y[open_rows]
+                found[open_rows] = wrong & (threat.distance(example, x[open_rows]) <= threat.eps)
         return result
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, require_at_least_one
+from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, predictions, require_at_least_one
 from dualhead.attacks.pgd import PGD
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threat import Real, ThreatModel
+from dualhead.threat import Real, ThreatModel, finite
 
 _BETA_1, _BETA_2, _TINY = 0.9, 0.999, 1e-8  # Adam's (Kingma and Ba 2015)
 _UNBOUNDED = 1e10
@@ -116,14 +116,14 @@ class _Minimisation(Search):
         """Look at the image, keep it if it is the nearest example, and take a step of Adam."""
         x, image = state["x"], (torch.tanh(state["variable"]) + 1.0) * 0.5
         logits, margin, gradient = query.gradient(image, lambda z: losses.margin(z, state["y"]))
-        fooled = logits.argmax(1) != state["y"]
+        fooled = predictions(logits) != state["y"]
         delta = image - x
         distance = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         nearest, within = fooled & (distance < state["distance"]), fooled & (distance <= threat.eps)
         shown = nearest | (within & ~state["found"])
 
         weight = torch.where(margin < 0.0, state["constant"], 0.0)
-        slope = (2.0 * delta - per_slot(weight, x) * gradient) * (2.0 * image * (1.0 - image))
+        slope = (2.0 * delta - per_slot(weight, x) * finite(gradient)) * (2.0 * image * (1.0 - image))
         mean = _BETA_1 * state["mean"] + (1.0 - _BETA_1) * slope
         square = _BETA_2 * state["square"] + (1.0 - _BETA_2) * slope * slope
         count = per_slot(state["iteration"] % self.steps + 1, x).to(x.dtype)

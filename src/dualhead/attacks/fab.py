@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import Query, Search, State, attacks, class_by_rank, per_slot, require_at_least_one
+from dualhead.attacks.base import (
+    Query,
+    Search,
+    State,
+    attacks,
+    class_by_rank,
+    per_slot,
+    predictions,
+    require_at_least_one,
+)
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threat import Norm, Real, ThreatModel
+from dualhead.threat import Norm, Real, ThreatModel, finite
 
 _NEWTON_STEPS = {"Linf": 8, "L2": 12}
 """Enough for float32's last digits where up to 0.95 of what the box allows is needed; images need far less."""
@@ -157,7 +166,7 @@ class _FAB(Search):
         moved = (here + self.eta * way) * (1 - alpha) + (origin + self.eta * way_from_x) * alpha
         candidate = moved.clamp_(0.0, 1.0).reshape(x.shape)
 
-        fooled = query.logits(candidate).argmax(1) != state["y"]
+        fooled = predictions(query.logits(candidate)) != state["y"]
         distance = _length(candidate.flatten(1) - origin, norm)
         nearest = fooled & (distance < state["distance"])
         within = fooled & (distance <= threat.eps)
@@ -212,7 +221,8 @@ class FAB(_FAB):
             return (losses.targeted_margin(logits, y, (y + k) % num_classes) for k in range(1, num_classes))
 
         nearest: tuple[Tensor, Tensor, Tensor] | None = None
-        for difference, gradient in query.gradients(state["iterate"], differences):
+        for difference, slope in query.gradients(state["iterate"], differences):
+            gradient = finite(slope)
             distance = difference.abs() / (_dual_length(gradient.flatten(1), norm) + 1e-12)
             if nearest is None:
                 nearest = distance, difference, gradient
@@ -277,4 +287,4 @@ class FABT(_FAB):
         _, difference, gradient = query.gradient(
             state["iterate"], lambda logits: losses.targeted_margin(logits, y, target)
         )
-        return difference, gradient
+        return difference, finite(gradient)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dualhead.attacks import losses
 from dualhead.attacks.apgd import APGD, APGDCE, APGDT
-from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, require_at_least_one
+from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, predictions, require_at_least_one
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Real, ThreatModel
@@ -129,7 +129,7 @@ class _Chain(APGD):
             return (each.reshape(-1, count) * weights).sum(1)
 
         outputs, loss, gradient = query.outputs_gradient(iterate, weighted)
-        margin, fooled = losses.margin(outputs[:, -1], y), outputs[:, -1].argmax(1) != y
+        margin, fooled = losses.margin(outputs[:, -1], y), predictions(outputs[:, -1]) != y
         shown = fooled | (margin > state["margin"])
         climbed: State = {
             **self._climb(state, age > 0, loss, gradient, threat),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import LogitsFn, Query, Search, State, attacks, per_slot, require_at_least_one
+from dualhead.attacks.base import LogitsFn, Query, Search, State, attacks, per_slot, predictions, require_at_least_one
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Real, ThreatModel
@@ -109,7 +109,7 @@ class PGD(Search):
         """Look at the iterate, keep it if it is the worst so far for the model, and climb."""
         iterate, x = state["iterate"], state["x"]
         logits, loss, gradient = query.gradient(iterate, lambda z: self._loss(z, state))
-        fooled = logits.argmax(1) != state["y"]
+        fooled = predictions(logits) != state["y"]
         better = torch.where(fooled == state["found"], loss > state["best_loss"], fooled)
         return {
             **state,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import Query, Search, State, attacks, per_slot, require_at_least_one
+from dualhead.attacks.base import Query, Search, State, attacks, per_slot, predictions, require_at_least_one
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threat import Norm, Real, ThreatModel
@@ -141,7 +141,7 @@ class Square(Search):
         repeated = {key: state[key] if count == 1 else state[key][rows] for key in needed}
         candidates = self._candidates(repeated, number.flatten(), threat)
         logits, y = query.logits(candidates), state["y"][rows]
-        margin, fooled = losses.margin(logits, y).view_as(number), (logits.argmax(1) != y).view_as(number)
+        margin, fooled = losses.margin(logits, y).view_as(number), (predictions(logits) != y).view_as(number)
         kept = ((margin > state["margin"][:, None]) | fooled) & (number < self.max_steps())
         first = torch.where(kept, ahead, count).amin(1)
         any_kept, place = first < count, first.clamp_max(count - 1)[:, None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from dualhead.noise import Streams
 from dualhead.threat import ThreatModel
 
 PROBES = 32
-"""Samples that the checks which run attacks look at."""
+"""Samples that the checks which run attacks look at, and those that tell one model from another."""
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,21 @@ def _accuracy(correct: NDArray[np.bool_], classes: int) -> Finding:
     return _finding("clean_accuracy", share > 1.2 / classes, f"clean accuracy {share:.1%}", text, failed=False)
 
 
-def _gradients(subject: Subject, x: Tensor, y: Tensor) -> list[Finding]:
+def _gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
+    """Of the cross-entropy, [B, ...]; None if no gradient reaches the images."""
     with torch.enable_grad():
         asked = x.detach().requires_grad_()
         logits = subject.logits(asked)
-        reaches = logits.requires_grad
-        gradient = torch.zeros_like(x)
-        if reaches:
-            found = torch.autograd.grad(cross_entropy(logits, y).sum(), asked, allow_unused=True)[0]
-            reaches, gradient = found is not None, torch.zeros_like(x) if found is None else found
+        if not logits.requires_grad:
+            return None
+        return torch.autograd.grad(cross_entropy(logits, y).sum(), asked, allow_unused=True)[0]
+
+
+def _gradients(subject: Subject, x: Tensor, y: Tensor) -> list[Finding]:
+    parts = zip(torch.split(x, subject.batch_size), torch.split(y, subject.batch_size), strict=True)
+    found = [_gradient(subject, *part) for part in parts]
+    reaches = all(part is not None for part in found)
+    gradient = torch.cat(cast("list[Tensor]", found)) if reaches else torch.zeros_like(x)
     blocked = (
         "no gradient reaches the images (detach, no_grad or a step that has none), so gradient attacks are blind; "
     )

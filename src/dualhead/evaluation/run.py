@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.attacks import Attack, LogitsFn, Search
+from dualhead.attacks import Attack, LogitsFn, Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.diagnostics import (
+    PROBES,
     check_attacks,
     check_black_box,
     check_curve,
@@ -28,7 +29,7 @@ from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weig
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
-from dualhead.evaluation.subject import Subject, check_images, frozen, predictions
+from dualhead.evaluation.subject import Subject, check_images, differ, frozen
 from dualhead.noise import Streams
 from dualhead.processes import group
 from dualhead.runtime import BF16, FLOAT32, Precision, describe_environment, float32_products
@@ -255,9 +256,31 @@ class _Work:
             }
 
         self.settled = self.group.lead(lambda: self.journal.fact("arithmetic", settle))
+        self._check_answers()
         self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
         self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
         self.subject.forward_batch_size = min(self.subject.forward_batch_size, self.settled["forward_batch_size"])
+
+    def _said(self) -> Tensor:
+        """Float32 logits of the first samples, with NaN for what is not finite: JSON has one word for all of it."""
+        rows = torch.arange(min(PROBES, len(self.samples.labels)))
+        logits = self.subject.verify(self.samples.fetch(rows, self.subject.device)).cpu()
+        return torch.where(logits.isfinite(), logits, torch.nan)
+
+    def _check_answers(self) -> None:
+        """Refuse to go on with what was found out of a model that answered otherwise.
+
+        Its weights have been compared; but a model's answers also depend on what is in no state dict: constants, the
+        mean and standard deviation that it normalises with, its code. One that is random cannot be told from another.
+        """
+        said = self._said()
+        kept = self.group.lead(lambda: self.journal.fact("logits of the first samples", said.tolist))
+        before = torch.tensor(np.array(kept, np.float32))
+        if differ(before, said, 1e-3) and not differ(said, self._said(), 1e-4):
+            raise UserError(
+                f"{self.journal.folder} holds what was found out of a model that gave other logits for the same images "
+                "with the same weights; choose another output folder, or turn resuming off to overwrite it"
+            )
 
     def _most_passes(self) -> int:
         """Steps of one process, if nothing were fooled."""
@@ -279,15 +302,24 @@ class _Work:
         return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact("checks before", check)))
 
     def _diagnose_attacks(
-        self, verdicts: dict[str, Verdicts], gradient_free: dict[str, set[int]], curve: list[dict[str, Any]]
+        self, verdicts: dict[str, Verdicts], records: dict[str, dict[str, Any]], curve: list[dict[str, Any]]
     ) -> list[dict[str, str]]:
         """Checks after the attacks, by the first process.
 
         Args:
             verdicts: what each attack left.
-            gradient_free: the numbers of each attack's parts that made no backward pass.
+            records: passes and successes of each attack's parts.
             curve: robust accuracy over eps.
         """
+        gradient_free = {
+            name: {
+                number
+                for number, part in enumerate(record["parts"])
+                if part["forward_passes"] and not part["backward_passes"]
+            }
+            for name, record in records.items()
+        }
+        with_gradients = any(part["backward_passes"] for record in records.values() for part in record["parts"])
 
         def probe() -> list[dict[str, str]]:
             return described(check_attacks(self.subject, self.samples, self.correct, self.threat, self.seed))
@@ -298,7 +330,7 @@ class _Work:
             blind = np.isin(verdict.part, list(gradient_free[name]))
             black |= blind
             white |= (verdict.part >= 0) & ~blind
-        if any(gradient_free.values()) and self.attacks:
+        if any(gradient_free.values()) and with_gradients:
             findings = findings + described(check_black_box(white, black))
         if len(curve) > 1:
             findings = findings + described(check_curve(curve, len(self.correct)))
@@ -323,15 +355,7 @@ class _Work:
         for radius, threat in sorted(self.threats.items()):
             curve.append({"eps": radius, **self._at(threat, correct)})
         if diagnostics:
-            gradient_free = {
-                name: {
-                    i
-                    for i, part in enumerate(record["parts"])
-                    if part["forward_passes"] and not part["backward_passes"]
-                }
-                for name, record in records.items()
-            }
-            findings += self._diagnose_attacks(verdicts, gradient_free, curve)
+            findings += self._diagnose_attacks(verdicts, records, curve)
         evaluation.results = {
             "num_samples": len(self.correct),
             "threat": {"norm": self.threat.norm, "eps": self.threat.eps},

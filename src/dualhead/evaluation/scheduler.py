@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualhead.attacks import LooksAhead, Search, State
+from dualhead.attacks import LooksAhead, Search, State, predictions
 from dualhead.attacks.losses import margin
-from dualhead.evaluation.subject import ROWS, Subject, pad_rows, padded, predictions
+from dualhead.evaluation.subject import ROWS, Subject, pad_rows, padded
 from dualhead.noise import Streams
 from dualhead.threat import ThreatModel
 
@@ -312,10 +312,10 @@ class Hunt:
         example = self.threat.confine(self._example[index], x)
         logits = self.subject.verify(example)
         self.cost.verification += len(rows)
-        wrong = predictions(logits) != y
-        columns = zip(
-            wrong.tolist(), self.threat.distance(example, x).tolist(), margin(logits, y).tolist(), strict=True
-        )
+        distances = self.threat.distance(example, x)
+        # A pixel that is no number is at no distance, and what a model says of it counts for nothing.
+        wrong = (predictions(logits) != y) & (distances <= self.threat.eps)
+        columns = zip(wrong.tolist(), distances.tolist(), margin(logits, y).tolist(), strict=True)
         outcomes = {}
         for place, (row, (fooled, distance, gap)) in enumerate(zip(rows.tolist(), columns, strict=True)):
             steps = int(min(self._age[row], self.max_steps))

@@ -61,11 +61,6 @@ def pad_rows(x: Tensor, unit: int = ROWS) -> Tensor:
     return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing else x
 
 
-def predictions(logits: Tensor) -> Tensor:
-    """The class of the highest logit, int64 [B]; -1, which is no class, where a logit is NaN."""
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
-
-
 def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
     """Images to the logits of all heads and, last, of the aggregate, [B, H + 1, C]; None if there are no heads."""
     if heads is None and not hasattr(model, "head_logits"):
@@ -76,7 +71,7 @@ def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
     def outputs(x: Tensor) -> Tensor:
         each = ask(x)
         whole = logits_of(model(x)) if aggregator is None else aggregator(each)
-        return torch.cat((each, whole[:, None].to(each.dtype)), 1)
+        return torch.cat((each, whole[:, None]), 1)  # of the wider type: an aggregate is float32 also beside bf16
 
     return outputs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
@@ -69,10 +70,11 @@ def attach_second_head(
                 reset_tail(model, head)
     else:
         raise UserError(f"init {init!r} is not known; use reset, clone or a module")
+    reference = next(model.parameters())
     if not isinstance(aggregator, nn.Module):
         component = aggregators.build(default_aggregator(num_outputs) if aggregator is None else aggregator)
         aggregator = component.create(num_outputs, heads)
-    reference = next(model.parameters())
+        aggregator = aggregator.to(torch.promote_types(reference.dtype, torch.float32))  # as logits are merged
     aggregator = aggregator.to(reference.device)
     return DualHeadClassifier(split, others, aggregator, num_outputs).train(model.training)
 

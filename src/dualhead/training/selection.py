@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dualhead.attacks import predictions
 from dualhead.data import Batch, batches
 from dualhead.errors import Interrupted, UserError
 from dualhead.flops import CountFlops
@@ -153,7 +154,7 @@ class Selection:
             for row, settings in zip(rows, candidates, strict=True):
                 self._aggregator.assign(settings)
                 logits = self._aggregator(known)
-                right = (logits.argmax(1).view(len(self._known), -1) == self._labels).float()
+                right = (predictions(logits).view(len(self._known), -1) == self._labels).float()
                 row[0], row[1] = right[0].sum(), right.amin(0).sum()
                 row[2] = (logits.log_softmax(1) < LEAST_LOG_PROBABILITY).sum()
         group().sum_([rows])
@@ -161,7 +162,7 @@ class Selection:
 
     def _reference(self) -> int:
         """Images that head 1 gets right under everything."""
-        right = torch.stack([logits[:, 0].argmax(1) == self._labels for logits in self._known])
+        right = torch.stack([predictions(logits[:, 0]) == self._labels for logits in self._known])
         robust = right.all(0).sum().float()
         group().sum_([robust])
         return int(robust)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dualhead.attacks import Attack
+from dualhead.attacks import Attack, predictions
 from dualhead.data import Split, batches
 from dualhead.noise import Streams
 from dualhead.processes import group
@@ -44,8 +44,8 @@ class Validator:
                 streams = Streams.of(self.seed, batch.index).fork("validation")
                 x_adv = self.attack(logits_fn, batch.x, batch.y, self.threat, generator=streams)
                 with torch.no_grad():
-                    right = logits_fn(batch.x).argmax(1) == batch.y
-                    robust = right & (logits_fn(x_adv).argmax(1) == batch.y)
+                    right = predictions(logits_fn(batch.x)) == batch.y
+                    robust = right & (predictions(logits_fn(x_adv)) == batch.y)
                     counts += torch.stack((right.sum(), robust.sum()))
         group().sum_([counts])
         clean, robust_clean = counts.tolist()
