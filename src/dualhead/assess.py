@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,12 @@ from dualhead.heads import LayerInfo, layers
 from dualhead.hub import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.models import Normalize, backbones
 from dualhead.processes import group
-from dualhead.run import GALLERY, load_stage, read_recipe
+from dualhead.resuming import read_recipe
+from dualhead.run import GALLERY, load_stage
 from dualhead.runtime import Precision, find_device, room_for_images
 from dualhead.threat import Norm, ThreatModel, parse_real
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Request:
     device: str = "auto"
     precision: str = "auto"
     save_adversarial: bool = False
+    overwrite: bool = False
     command: str | None = None
 
     @property
@@ -95,6 +100,7 @@ def assess(
         class_names=list(test.class_names),
         save_adversarial=request.save_adversarial,
         output_dir=folder,
+        resume=not request.overwrite,
         progress=progress,
         command=request.command,
         subject={"stage": request.stage, "checkpoint": request.checkpoint, "output": request.output},
@@ -165,7 +171,11 @@ def _test_images(request: Request) -> Split:
         return read_recipe(Path(request.model)).data.load("test", request.data, room=room)
     if request.data is None:
         raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
-    return load_split(request.data, "test", storage=Storage(room=room))
+    # A trained model says to what size images were brought for it; a factory takes them as they are.
+    known = {} if ":" in request.model else read_config(find_model(request.model))
+    return load_split(
+        request.data, "test", image_size=known.get("image_size"), crop=known.get("crop"), storage=Storage(room=room)
+    )
 
 
 def _check_images(request: Request, test: Split) -> None:
@@ -185,6 +195,25 @@ def _check_images(request: Request, test: Split) -> None:
             f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {request.model}, "
             f"which is for {trained.num_classes} classes of {channels}-channel images; choose other --data"
         )
+    _check_names(request, list(test.class_names), list(read_config(folder).get("class_names", ())))
+
+
+def _check_names(request: Request, given: list[str], known: list[str]) -> None:
+    """Labels are numbers: they say what the model means only if its classes have the same names in the same order."""
+    if given == known or all(name.isdigit() for name in given) or all(name.isdigit() for name in known):
+        return
+    moved = [name for name in given if name in known and given.index(name) != known.index(name)]
+    if moved:
+        place, other = given.index(moved[0]), known.index(moved[0])
+        raise UserError(
+            f"{moved[0]!r} is class {place} of these images and class {other} of {request.model}, so right answers "
+            "would count as wrong; use images of the classes that it was trained on, in their order"
+        )
+    place = next(place for place, names in enumerate(zip(given, known, strict=False)) if len(set(names)) > 1)
+    _log.warning(
+        "%s: class %d is called %r here and %r where it was trained; it is measured as if they were the same",
+        request.model, place, given[place], known[place],
+    )  # fmt: skip
 
 
 def _model(request: Request, test: Split) -> nn.Module:
@@ -213,7 +242,12 @@ def _default_folder(request: Request) -> Path:
     """Beside the run's own evaluation, in a folder that names the options: another question is another folder."""
     base = Path(request.model) if request.is_run else Path("evaluations") / request.label.replace(":", ".")
     words = [request.stage, request.checkpoint, request.output, *request.attacks, request.norm, request.eps]
-    words += [None if request.limit is None else f"first{request.limit}"]
+    words += [None if request.limit is None else f"first{request.limit}", (request.data or "")[-60:]]
+    words += [
+        f"seed{request.seed}" if request.seed else None,
+        None if request.precision == "auto" else request.precision,
+    ]
+    words += ["adversarial" if request.save_adversarial else None]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return base / "evaluations" / name if request.is_run else base / (name or "default")
 

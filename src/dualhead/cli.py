@@ -135,6 +135,7 @@ def evaluate(
     device: Annotated[str, typer.Option("--device")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, float32 or bf16, of the search.")] = "auto",
     save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -159,6 +160,7 @@ def evaluate(
         device=device,
         precision=precision,
         save_adversarial=save_adversarial,
+        overwrite=overwrite,
         command=_command(),
     )
     with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
@@ -226,7 +228,10 @@ def gallery(
         facts = {"gallery": str(path), "images": len(made.label), "eps": made.eps.tolist()}
         typer.echo(json.dumps({**facts, "landscapes": made.index[made.landscape_rows].tolist()}, indent=2))
     elif not quiet:
-        typer.echo(f"gallery: {path}; `dualhead report` shows it")
+        where = (
+            "" if request.is_run or (path.parent / "results.json").is_file() else " where it lies beside an evaluation"
+        )
+        typer.echo(f"gallery: {path}; `dualhead report` shows it{where}")
 
 
 @app.command()
@@ -308,12 +313,14 @@ def export(
     """Write weights, configuration and a model card to a folder that `dualhead.load` reads."""
     from dataclasses import asdict
 
+    from dualhead.hub import check_hub_name, export_onnx, push_to_hub
     from dualhead.hub import export as export_model
-    from dualhead.hub import export_onnx, push_to_hub
     from dualhead.onnx_export import require_onnx
 
-    if onnx:
-        require_onnx()  # before anything is written
+    if onnx:  # what cannot be is refused before anything is written
+        require_onnx()
+    if push is not None:
+        check_hub_name(push)
     folder = export_model(run, to)
     check = export_onnx(folder) if onnx else None
     address = None if push is None else push_to_hub(folder, push)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
@@ -318,7 +319,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     if path.suffix in (".yaml", ".yml") or _is_file(path):
         if not _is_file(path):
             raise UserError(f"recipe {name}: no such file")
-        text, label = _text_of(path, f"recipe {name}"), path.stem
+        text, label = _text_of(path, f"recipe {name}"), re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
     elif name in shipped_recipes():
         text, label = (resources.files("dualhead.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), name
     else:
@@ -435,28 +436,33 @@ def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
 def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None:
     key, *rest = path
     if isinstance(target, list):
-        named = [item for item in target if isinstance(item, dict) and key in ("*", item.get("name"))]
+        places = [p for p, item in enumerate(target) if isinstance(item, dict) and key in ("*", item.get("name"))]
         if key.isdigit() and int(key) < len(target):
-            named = [target[int(key)]]
-        if not named:
+            places = [int(key)]
+        if not places:
             known = ", ".join(str(item.get("name")) for item in target if isinstance(item, dict))
             raise UserError(f"{override}: no item {key!r} in the list; write its position, its name ({known}) or *")
         if not rest:
             raise UserError(f"{override}: name the key to change inside {key!r}")
-        for item in named:
-            _assign(item, rest, copy.deepcopy(value), override)
+        for place in places:
+            target[place] = _opened(target[place], key, override)
+            _assign(target[place], rest, copy.deepcopy(value), override)
         return
     if not rest:
         target[key] = value
         return
     inner = target.get(key)
-    if isinstance(inner, str):  # a component in its short form takes keys too: attack=pgd-10 attack.step_size=2/255
-        inner = target[key] = {"name": inner}
-    if inner is None:
-        inner = target[key] = {}
-    if not isinstance(inner, dict | list):
-        raise UserError(f"{override}: {key!r} holds {inner!r}, which has no keys")
-    _assign(inner, rest, value, override)
+    target[key] = {} if inner is None else _opened(inner, key, override)
+    _assign(target[key], rest, value, override)
+
+
+def _opened(item: Any, key: str, override: str) -> Any:
+    """What holds keys: a component in its short form does too, attack=pgd-10 attack.step_size=2/255."""
+    if isinstance(item, str):
+        return {"name": item}
+    if not isinstance(item, dict | list):
+        raise UserError(f"{override}: {key!r} holds {item!r}, which has no keys")
+    return item
 
 
 def read_recipe_file(path: Path) -> Recipe:

@@ -10,9 +10,8 @@ from typing import Any, Final
 
 from dualhead.config import parse_recipe
 from dualhead.errors import Interrupted, RunError, UserError
-from dualhead.files import check_folder
 from dualhead.run import train
-from dualhead.sweep import Job, write_table
+from dualhead.sweep import Job, refuse_other_runs, write_table
 
 SCHEDULERS: Final = ("local", "slurm")
 DEFAULTS: Final = {"timeout_min": 24 * 60}
@@ -73,11 +72,12 @@ def dispatch_sweep(
         As `run_sweep`.
 
     Raises:
-        UserError: if submitit is not installed, the scheduler is not there, or a setting is unknown.
+        UserError: if submitit is not installed, the scheduler is not there, a setting is unknown, or the folder holds
+            runs of another recipe.
         Interrupted: when stopped.
         RunError: if runs have failed; the others are done first.
     """
-    check_folder(folder, "--out")
+    refuse_other_runs(jobs, folder)
     executor = _executor(folder, scheduler, settings)
     limit = at_once or (1 if scheduler == "local" else len(jobs))
     waiting = [job for job in jobs if not (folder / job.name / "comparison.json").is_file()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from dualhead.errors import UserError
+from dualhead.errors import RunError, UserError
 from dualhead.files import write_json, write_text
 from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head
 from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, read_state, write_state
@@ -127,7 +128,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
 
     Args:
         run: of a finished run.
-        folder: made if need be; must be empty or not exist.
+        folder: made if need be; must be empty, not exist, or hold this very export.
 
     Returns:
         The folder.
@@ -136,14 +137,27 @@ def export(run: str | Path, folder: str | Path) -> Path:
         UserError: if the run has no finished model, or the folder holds something.
     """
     run, folder = Path(run), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder}: holds something already; choose an empty or a new folder")
     if not (run / "model" / WEIGHTS).is_file():
         raise UserError(f"{run}: holds no finished model; `dualhead train` with the same recipe goes on with it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _holds_export(folder, run):
+        raise UserError(f"--to {folder}: holds something already; choose an empty or a new folder")
     write_state(read_state(run / "model" / WEIGHTS), folder / WEIGHTS)
     write_json(folder / CONFIG, read_config(run / "model"))
     write_card(folder, run)
     return folder
+
+
+def _holds_export(folder: Path, run: Path) -> bool:
+    """Whether a folder holds what `export` of this run writes, and nothing else."""
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX}:
+        return False
+    try:
+        exported, made = read_state(folder / WEIGHTS), read_state(run / "model" / WEIGHTS)
+        alike = read_config(folder) == read_config(run / "model") and exported.keys() == made.keys()
+    except UserError:
+        return False
+    return alike and all(torch.equal(exported[name], made[name]) for name in made)
 
 
 def export_onnx(folder: str | Path) -> OnnxCheck:
@@ -178,14 +192,35 @@ def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> str:
 
     Returns:
         Its address.
+
+    Raises:
+        UserError: if there is no model, or the name cannot be one.
+        RunError: if the Hub does not take it.
     """
     from huggingface_hub import HfApi
 
     find_model(folder)
+    check_hub_name(name)
     api = HfApi()
-    api.create_repo(name, private=private, exist_ok=True)
-    info = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=[CONFIG, WEIGHTS, CARD, ONNX])
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        info = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=[CONFIG, WEIGHTS, CARD, ONNX])
+    except Exception as error:  # the network fails in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(
+            f"--push {name}: the Hub did not take it ({reason}); the model is in {folder}, the same command tries again"
+        ) from None
     return str(info)
+
+
+def check_hub_name(name: str) -> None:
+    """Refuse what is no name of a model on the Hub.
+
+    Raises:
+        UserError: saying what would be.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", name):
+        raise UserError(f"--push {name}: write OWNER/NAME, each of letters, digits, dots, hyphens and underscores")
 
 
 def load_base_weights(

@@ -17,11 +17,11 @@ import yaml
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, attacks
-from dualhead.config import Recipe, Runtime, Statistics, load_recipe, read_recipe_file
+from dualhead.config import Recipe, Runtime, Statistics, load_recipe
 from dualhead.data import Augmentation, Loader, Split, hold_out, in_turn
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
-from dualhead.files import check_folder, write_json, write_text
+from dualhead.files import write_json, write_text
 from dualhead.flops import CountFlops
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator, depends_on, is_head
 from dualhead.hub import (
@@ -36,12 +36,12 @@ from dualhead.hub import (
     write_card,
     write_config,
 )
-from dualhead.lock import NAME as LOCK
 from dualhead.lock import FolderLock
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
 from dualhead.noise import Streams
 from dualhead.processes import group
 from dualhead.report import write_report
+from dualhead.resuming import changes, data_facts, read_recipe, refuse_other_data
 from dualhead.runtime import (
     Arithmetic,
     Precision,
@@ -211,10 +211,12 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
         processes = group()
-        processes.lead(self._refuse_other_run)
+        processes.lead(lambda: changes(folder, recipe))
         self.device = processes.agreed(lambda: find_device(recipe.runtime.device))
         self.room = room_for_images(self.device)
         whole, self.test = processes.in_turn(lambda: load_data(recipe, self.room))
+        processes.lead(lambda: refuse_other_data(folder, whole, recipe.data.source))
+        self.data_facts = data_facts(whole)
         self.extra = processes.in_turn(lambda: load_extra(recipe, whole, self.room))
         processes.agreed(lambda: self._fit(whole))
         self.output = recipe.stages[-1].output
@@ -273,22 +275,6 @@ class Run:
 
     def _stage_file(self, stage: Stage, which: str) -> Path:
         return self.folder / "checkpoints" / stage.name / f"{which}.safetensors"
-
-    def _refuse_other_run(self) -> None:
-        check_folder(self.folder, "--run-dir")
-        path = self.folder / "config.yaml"
-        if not path.is_file():
-            if self.folder.is_dir() and any(not path.name.startswith(LOCK) for path in self.folder.iterdir()):
-                raise UserError(f"{self.folder}: holds something that is not a run; choose another --run-dir")
-            return
-        before, now = read_recipe(self.folder).resolved(), self.recipe.resolved()
-        different = sorted(differences(before, now))
-        if different:
-            more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-            raise UserError(
-                f"{self.folder}: holds a run of another recipe, which differs in {', '.join(different[:4])}{more}; "
-                "choose another --run-dir"
-            )
 
     def _check_validation(self) -> None:
         for index, stage in enumerate(self.recipe.stages):
@@ -424,12 +410,19 @@ class Run:
         return view(model, stage.output).to(self.device)
 
     def _make_folder(self) -> None:
-        self._refuse_other_run()  # again, since another process may have been here before the folder was locked
+        # Again, since another process may have been here before the folder was locked.
+        changed = changes(self.folder, self.recipe)
         for unfinished in self.folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
             unfinished.unlink()
-        if not (self.folder / "config.yaml").is_file():
-            write_config(self.folder / "checkpoints", self.architecture, self._facts())
-            write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
+        if changed:
+            told = ", ".join(f"{key}={value}" for key, value in sorted(changed.items()))
+            _log.warning("%s: goes on with %s", self.folder, told)
+        elif (self.folder / "config.yaml").is_file():
+            return
+        else:
+            facts = {**self._facts(), "data": self.data_facts}
+            write_config(self.folder / "checkpoints", self.architecture, facts)
+        write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
 
     def _open(self) -> Arithmetic:
         """Make the folder, or find in it where the run stands; all processes get the first one's weights."""
@@ -506,6 +499,8 @@ class Run:
             "threat": {"norm": self.recipe.threat.norm, "eps": self.recipe.threat.eps},
             "output": self.output,
             "recipe": self.recipe.name,
+            "image_size": self.recipe.data.image_size,
+            "crop": self.recipe.data.crop,
         }
 
     def _is_past(self, line: Mapping[str, Any]) -> bool:
@@ -838,27 +833,3 @@ def load_stage(folder: Path, stage: str | None = None, checkpoint: str | None = 
     path = folder / "checkpoints" / chosen.name / f"{checkpoint or chosen.keep}.safetensors"
     load_state(model, read_state(path), str(path))
     return model, chosen.output
-
-
-def read_recipe(folder: Path) -> Recipe:
-    """The resolved recipe of a run.
-
-    Raises:
-        UserError: if the folder holds no run.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder}: holds no run (config.yaml is missing)")
-    return read_recipe_file(path)
-
-
-def differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
-    """Dotted keys in which two plain structures differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for index, pair in enumerate(zip(before, now, strict=True)):
-            yield from differences(*pair, f"{place}.{index}")
-    elif before != now:
-        yield place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, compare, mean_std, wilson
-from dualhead.run import read_recipe
+from dualhead.resuming import read_recipe
+
+_log = logging.getLogger(__name__)
 
 SAME_COST = 1.05
 """Costs that differ by less than this factor count as equal."""
@@ -62,7 +65,16 @@ def read_entries(places: Sequence[Path]) -> list[Entry]:
     entries = []
     for place in places:
         inside = sorted(path.parent for path in place.glob("*/config.yaml")) if place.is_dir() else []
-        for run in [place] if (place / "config.yaml").is_file() or not inside else inside:
+        if (place / "config.yaml").is_file() or not inside:
+            entries += _entries(place)
+            continue
+        finished = [run for run in inside if _is_finished(run)]
+        if not finished:
+            raise UserError(f"{place}: holds no finished run of {len(inside)}; `dualhead train` goes on with them")
+        if len(finished) < len(inside):
+            named = ", ".join(run.name for run in inside if run not in finished)
+            _log.warning("%s: left out what is not finished: %s", place, named)
+        for run in finished:
             entries += _entries(run)
     return entries
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dualhead.config import Recipe, load_recipe
-from dualhead.errors import Interrupted, RunError, UserError
+from dualhead.errors import RunError, UserError
 from dualhead.files import check_folder, write_json, write_text
+from dualhead.resuming import changes
 from dualhead.run import train
 from dualhead.training import TrainingProgress
 
@@ -123,10 +124,12 @@ def run_sweep(
 
     Raises:
         Interrupted: when stopped.
+        UserError: if the folder holds runs of another recipe; or if runs have failed, all for bad input.
         RunError: if runs have failed; the others are done first.
     """
-    check_folder(folder, "--out")
-    failed = []
+    refuse_other_runs(jobs, folder)
+    failed: list[str] = []
+    wrong = 0
     for number, job in list(enumerate(jobs))[shard[0] :: shard[1]]:
         place = folder / job.name
         if (place / "comparison.json").is_file():
@@ -135,16 +138,28 @@ def run_sweep(
         tell(f"run {number + 1}/{len(jobs)}: {job.name}")
         try:
             train(job.recipe, run_dir=place, progress=progress, stop=stop, command=command)
-        except Interrupted:
-            raise
-        except RunError as error:
+        except (RunError, UserError) as error:
+            wrong += isinstance(error, UserError)
             failed.append(f"{job.name}: {error}")
             tell(f"failed: {failed[-1]}")
         write_table(jobs, folder)
     rows = write_table(jobs, folder)
     if failed:
-        raise RunError(f"{len(failed)} of {len(jobs)} runs failed, the others are done; the first: {failed[0]}")
+        raise (UserError if wrong == len(failed) else RunError)(
+            f"{len(failed)} of {len(jobs)} runs failed, the others are done; the first: {failed[0]}"
+        )
     return rows
+
+
+def refuse_other_runs(jobs: Sequence[Job], folder: Path) -> None:
+    """Refuse a folder in which a run of one of these names is of another recipe, before anything starts.
+
+    Raises:
+        UserError: naming the run, and what differs.
+    """
+    check_folder(folder, "--out")
+    for job in jobs:
+        changes(folder / job.name, job.recipe, "--out")
 
 
 def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ RANKS = [
     {"data", "models", "heads", "objectives", "attacks", "report"},
     {"training", "evaluation"},
     {"config", "hub"},
+    {"resuming"},
     {"run"},
     {"assess", "demo", "standings", "sweep"},
     {"dispatch"},

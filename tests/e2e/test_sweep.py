@@ -111,4 +111,25 @@ def test_shards_share_the_runs(tmp_path):
     assert ended.status == 0, ended.err
     assert "seed=1: done already" in ended.err
     assert len(json.loads((tmp_path / "sweep.json").read_text())["rows"]) == 2
+    other = ["stages.natural.epochs=1", *SHORT, "--seeds", 2, "--out", tmp_path]
+    refused = dualhead("sweep", "digits_natural", *other)
+    assert refused.status == 2
+    assert "holds a run of another recipe, which differs in stages.0.epochs; choose another --out" in refused.error_line
     assert "--shard 2/2: write I/N" in dualhead("sweep", "digits", "--shard", "2/2").error_line
+
+
+def test_a_point_of_the_grid_that_cannot_be_is_told_and_the_others_are_done(tmp_path, caplog):
+    settings = [setting for setting in SHORT if not setting.startswith("data.validation")]
+    grid = ["data.validation=32,300,16", "stages.natural.epochs=0", *settings, "--out", tmp_path]
+    ended = dualhead("sweep", "digits_natural", *grid)
+    assert ended.status == 2
+    assert "1 of 3 runs failed, the others are done; the first: data.validation=300,seed=0: data.val" in ended.err
+    assert len(list(tmp_path.glob("*/comparison.json"))) == 2
+
+    (tmp_path / "data.validation=16,seed=0" / "comparison.json").unlink()  # as of a run that is still at work
+    with caplog.at_level("WARNING"):
+        found = json.loads(dualhead("compare", tmp_path, "--json").out)
+    assert [row["seeds"] for row in found["rows"]] == [[0]]
+    assert "left out what is not finished: data.validation=16,seed=0" in caplog.text
+    (tmp_path / "data.validation=32,seed=0" / "comparison.json").unlink()
+    assert "holds no finished run of 2" in dualhead("compare", tmp_path).error_line

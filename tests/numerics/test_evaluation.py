@@ -377,7 +377,9 @@ def test_a_model_that_answers_otherwise_with_the_same_weights_is_noticed(tmp_pat
     images, labels = patterns(10)
     options = {"threat": THREAT, "attacks": ["pgd-2"], "output_dir": tmp_path, "diagnostics": False}
     evaluate(Normalised(0.1), images, labels, **options)
-    with pytest.raises(UserError, match=r"gave other logits for the same images with the same weights; choose another"):
+    with pytest.raises(
+        UserError, match=r"gave other logits for the same images with the same weights; choose another --output"
+    ):
         evaluate(Normalised(0.0), images, labels, **options)
     anew = evaluate(Normalised(0.0), images, labels, **options, resume=False)
     assert_same(anew, evaluate(trained(), images, labels, **{**options, "output_dir": None}))

@@ -213,7 +213,7 @@ def test_a_stage_that_stays_without_finite_numbers_gives_up_and_says_what_it_saw
     calls = poison(monkeypatch, lambda call, y: call >= 14)
     message = (
         r"stage main_head: loss or gradient was not finite in .* epoch 2.*, also at 0\.125 of "
-        r"the learning rate; lower optimiser\.lr \(now 0\.1\) or set runtime\.precision=float32"
+        r"the learning rate; in another --run-dir lower optimiser\.lr \(now 0\.1\) or set runtime\.precision=float32"
     )
     with pytest.raises(RunError, match=message):
         train_until(tmp_path / "run", lambda: False, *LONGER)

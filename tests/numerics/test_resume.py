@@ -8,6 +8,7 @@ import random
 import time
 
 import pytest
+import yaml
 
 from dualhead.errors import UserError
 from resume_helpers import STEPS, outcome, train_in_process, train_until
@@ -49,6 +50,19 @@ def test_stopped_once(undisturbed, tmp_path, step):
     assert not train_until(tmp_path / "run", stop)
     assert train_until(tmp_path / "run", lambda: False)
     assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_how_the_work_is_done_may_change_on_the_way(undisturbed, tmp_path, caplog):
+    folder = tmp_path / "run"
+    asked = []
+    assert not train_until(folder, lambda: asked.append(None) or len(asked) >= 7)
+    others = ("data.workers=0", "runtime.save_minutes=1", "stages.main_head.checkpoint_activations=true")
+    with caplog.at_level("WARNING"):
+        assert train_until(folder, lambda: False, *others)
+    assert "goes on with data.workers=0, runtime.save_minutes=1.0, stages.0.checkpoint_activations=True" in caplog.text
+    assert outcome(folder) == undisturbed
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (kept["data"]["workers"], kept["stages"][0]["checkpoint_activations"]) == (0, True)
 
 
 def test_a_log_line_or_best_weights_from_after_the_saved_state_do_no_harm(undisturbed, tmp_path):

@@ -236,6 +236,8 @@ def test_a_grandchild(write):
         (["runtime.seed=3"], lambda r: r.runtime.seed, 3),
         (["evaluate.attacks=[pgd-5, {name: pgd, restarts: 2}]"],
          lambda r: r.evaluate.attacks, ("pgd-5", {"name": "pgd", "restarts": 2})),
+        (["evaluate.attacks=[pgd-5, fgsm]", "evaluate.attacks.0.restarts=3"],
+         lambda r: r.evaluate.attacks, ({"name": "pgd-5", "restarts": 3}, "fgsm")),
         (["data.train_limit=null"], lambda r: r.data.train_limit, None),
         (["name=2.5-x"], lambda r: r.name, "2.5-x"),
         (["data.source=a=b"], lambda r: r.data.source, "a=b"),
@@ -273,6 +275,7 @@ def test_an_override_of_one_stage_leaves_those_that_share_a_yaml_anchor():
         (["stages.two.epochs=1"], "no item 'two'"),
         (["stages.one=1"], "name the key to change inside 'one'"),
         (["threat.eps.x=1"], "'eps' holds 0.1, which has no keys"),
+        (["evaluate.attacks=[3]", "evaluate.attacks.0.steps=2"], "'0' holds 3, which has no keys"),
         (["thread.eps=1"], "thread: unknown key; did you mean 'threat'"),
     ],
 )

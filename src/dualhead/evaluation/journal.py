@@ -148,8 +148,8 @@ class Journal:
         differs = [name for name in identity if before.get(name) != json.loads(json.dumps(identity[name]))]
         if differs:
             raise UserError(
-                f"{self.folder.parent} holds an evaluation that differs in {', '.join(differs)}; choose another output "
-                "folder, or turn resuming off to overwrite it"
+                f"{self.folder.parent} holds an evaluation that differs in {', '.join(differs)}; choose another "
+                "--output, or --overwrite it"
             )
 
     def _load(self) -> None:

@@ -279,7 +279,7 @@ class _Work:
         if differ(before, said, 1e-3) and not differ(said, self._said(), 1e-4):
             raise UserError(
                 f"{self.journal.folder} holds what was found out of a model that gave other logits for the same images "
-                "with the same weights; choose another output folder, or turn resuming off to overwrite it"
+                "with the same weights; choose another --output, or --overwrite it"
             )
 
     def _most_passes(self) -> int:

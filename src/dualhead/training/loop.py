@@ -265,7 +265,8 @@ class StageRun:
         if saved is None or self._position.retreats >= MAX_RETREATS:
             raise RunError(
                 f"{where}: loss or gradient was not finite {fault}, also at {self._rate_factor():g} of the learning "
-                f"rate; lower optimiser.lr (now {rate:g}) or set runtime.precision=float32. The epochs before are kept"
+                f"rate; in another --run-dir lower optimiser.lr (now {rate:g}) or set runtime.precision=float32. The "
+                "epochs before are kept"
             )
         self._program.model.load_state_dict(saved.model)
         self.restore(saved)

@@ -1,0 +1,118 @@
+"""What a run's folder holds, and whether a recipe and its images may go on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dualhead.config import Recipe, read_recipe_file
+from dualhead.data import Split
+from dualhead.errors import UserError
+from dualhead.files import check_folder
+from dualhead.hub import CONFIG, read_config
+from dualhead.lock import NAME as LOCK
+
+_MAY_CHANGE = re.compile(
+    r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.(micro_batch|checkpoint_activations)"
+)
+"""Keys that say how the work is done, for a machine that has too little memory; with batch norm `micro_batch` also says
+a little of what comes of it."""
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no run (config.yaml is missing)")
+    return read_recipe_file(path)
+
+
+def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str, Any]:
+    """In what a recipe differs from that of the run in a folder, of all that may change while a run goes on.
+
+    Args:
+        folder: of a run, or one that is new or empty.
+        recipe: in full.
+        option: what chose the folder.
+
+    Returns:
+        The recipe's values by dotted key; none where there is no run yet.
+
+    Raises:
+        UserError: if the folder holds a run of a recipe that differs in anything else, or something that is no run.
+    """
+    check_folder(folder, option)
+    if not (folder / "config.yaml").is_file():
+        if folder.is_dir() and any(not path.name.startswith(LOCK) for path in folder.iterdir()):
+            raise UserError(f"{folder}: holds something that is not a run; choose another {option}")
+        return {}
+    found = dict(_differences(read_recipe(folder).resolved(), recipe.resolved()))
+    different = sorted(key for key in found if not _MAY_CHANGE.fullmatch(key))
+    if different:
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        raise UserError(
+            f"{folder}: holds a run of another recipe, which differs in {', '.join(different[:4])}{more}; "
+            f"choose another {option}"
+        )
+    return found
+
+
+def data_facts(split: Split) -> dict[str, Any]:
+    """What tells training images from others without reading them: JSON values, for `checkpoints/config.json`."""
+    return {
+        "classes": list(split.class_names),
+        "images": len(split),
+        "labels": hashlib.sha256(split.labels.cpu().numpy().tobytes()).hexdigest(),
+    }
+
+
+def refuse_other_data(folder: Path, split: Split, source: str) -> None:
+    """Refuse to go on with a run on other images: held-out ones might be among those it was trained on.
+
+    Args:
+        folder: of the run; one that is new, or of a version that did not write the facts down, refuses nothing.
+        split: all training images, the held-out ones included.
+        source: as the recipe names it.
+
+    Raises:
+        UserError: saying what differs.
+    """
+    checkpoints = folder / "checkpoints"
+    if not (checkpoints / CONFIG).is_file():
+        return
+    now = data_facts(split)
+    before = read_config(checkpoints).get("data", now)
+    different = [key for key in now if before[key] != now[key]]
+    if different:
+        told = {
+            "classes": f"the classes {_listed(now['classes'])} in place of {_listed(before['classes'])}",
+            "images": f"{now['images']:,} training images in place of {before['images']:,}",
+            "labels": "other labels than those",
+        }[different[0]]
+        raise UserError(
+            f"data.source {source}: has {told} with which the run in {folder} began; put them back, or choose another "
+            "--run-dir"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def _differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys in which two plain structures differ, with the second one's values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from _differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{place}.{index}")
+    elif before != now:
+        yield place, now

@@ -1,0 +1,136 @@
+"""A folder of photographs of several sizes: trained on, and then renamed, reordered, or not what the model knows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualhead import hub
+from e2e_helpers import TINY, dualhead
+
+SHORT = [
+    *(pair for pair in TINY if not pair.startswith(("data.", "stages.*.attack"))),
+    "data.validation=4",
+    "data.image_size=[8, 8]",
+]
+
+
+def photos(folder, classes, sizes=((12, 9), (8, 16)), count=8):
+    """Each class has a colour of its own, so that a model that has learnt anything tells them apart."""
+    for part, number in (("train", count), ("test", 3)):
+        for name, colour in classes.items():
+            (folder / part / name).mkdir(parents=True)
+            for k in range(number):
+                height, width = sizes[k % len(sizes)]
+                pixels = np.full((height, width, 3), colour, np.uint8) + np.uint8(k)
+                Image.fromarray(pixels).save(folder / part / name / f"{k}.png")
+    return folder
+
+
+CLASSES = {"cat": (200, 30, 30), "dog": (30, 30, 200)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    photos(folder / "images", CLASSES)
+    ended = dualhead(
+        "train", "digits_natural", *SHORT, f"data.source={folder / 'images'}", "--run-dir", folder / "run", "--quiet"
+    )
+    assert ended.status == 0, ended.err
+    assert dualhead("export", folder / "run", "--to", folder / "model").status == 0
+    return folder
+
+
+def measured(model, data, tmp_path, *more):
+    ended = dualhead(
+        "evaluate", model, "--data", data, "--attack", "fgsm", "--device", "cpu", "--output", tmp_path / "found",
+        "--overwrite", "--json", *more,
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    return json.loads(ended.out), ended.err
+
+
+def test_a_run_and_what_is_exported_of_it_are_measured_on_the_same_images(run, tmp_path):
+    large = photos(tmp_path / "large", CLASSES, sizes=((32, 32), (20, 40)))
+    for data in (run / "images", large):
+        (of_run, _), (of_model, _) = (measured(run / place, data, tmp_path) for place in ("run", "model"))
+        for key in ("clean_accuracy", "robust_accuracy", "per_class", "num_samples"):
+            assert of_run[key] == of_model[key]
+
+
+def test_classes_in_another_place_are_refused_and_other_names_are_told(run, tmp_path):
+    swapped = photos(tmp_path / "swapped", {"ape": (0, 200, 0), "cat": (200, 30, 30)})
+    for model in ("run", "model"):
+        ended = dualhead("evaluate", run / model, "--data", swapped, "--attack", "fgsm")
+        assert ended.status == 2
+        assert "'cat' is class 1 of these images and class 0 of" in ended.error_line
+
+
+def test_classes_of_other_names_are_measured_with_a_word(run, tmp_path, caplog):
+    renamed = photos(tmp_path / "renamed", {"katze": (200, 30, 30), "wolf": (30, 30, 200)})
+    with caplog.at_level("WARNING"):
+        assert measured(run / "model", renamed, tmp_path)[0]["num_samples"] == 6
+    assert "class 0 is called 'katze' here and 'cat' where it was trained" in caplog.text
+
+
+def change(images, how):
+    if how == "renamed":
+        for part in ("train", "test"):
+            (images / part / "cat").rename(images / part / "zebra")
+    elif how == "added":
+        shutil.copy(images / "train/cat/0.png", images / "train/cat/extra.png")
+    else:
+        shutil.move(images / "train/cat/0.png", images / "train/dog/extra.png")
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("renamed", "has the classes dog, zebra in place of cat, dog with which the run in"),
+        ("added", "has 17 training images in place of 16 with which the run in"),
+        ("moved", "has other labels than those with which the run in"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_images(tmp_path, how, told):
+    images = photos(tmp_path / "images", CLASSES)
+    command = ["train", "digits_natural", *SHORT, f"data.source={images}", "--run-dir", tmp_path / "run", "--quiet"]
+    assert dualhead(*command).status == 0
+    assert dualhead(*command).status == 0
+    change(images, how)
+    ended = dualhead(*command)
+    assert ended.status == 2
+    assert told in ended.error_line
+
+
+def test_an_export_can_be_pushed_again_where_the_hub_did_not_take_it(run, tmp_path, monkeypatch):
+    asked = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            asked.append(name)
+            if len(asked) == 1:
+                raise ConnectionError("no route to the Hub")
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns):
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    command = ["export", run / "run", "--to", tmp_path / "model", "--push", "me/model"]
+    ended = dualhead(*command)
+    assert ended.status == 1
+    assert "the Hub did not take it (no route to the Hub); the model is in" in ended.error_line
+    ended = dualhead(*command)
+    assert (ended.status, asked) == (0, ["me/model"] * 2)
+    assert "Hub: https://hub/me/model" in ended.out
+    for name in ("model", "my model/x", "a/b/c"):
+        ended = dualhead("export", run / "run", "--to", tmp_path / "new", "--push", name)
+        assert ended.status == 2
+        assert f"--push {name}: write OWNER/NAME" in ended.error_line
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "model" / hub.CONFIG).write_text("{}")
+    assert "holds something already" in dualhead(*command).error_line
