@@ -371,6 +371,14 @@ def test_columns_missing_or_unclear_are_named(tmp_path):
     refused("'label' cannot be used", load_split, str(path), "train", image_column="label")
 
 
+def test_labels_counted_from_one_are_noted(tmp_path, caplog):
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}-0.parquet", [encoded(p) for p in pixels_of(3)], [1, 2, 3], names=None)
+    with caplog.at_level("WARNING"):
+        assert load_split(str(tmp_path), "train").num_classes == 4
+    assert "no image has label 0; counted from 0 to 3, class 0 has none" in caplog.text
+
+
 def test_classes_without_names_are_those_of_both_parts(tmp_path):
     write_pngs(tmp_path / "train.parquet", pixels_of(4), [0, 3, 1, 2], names=None)
     write_pngs(tmp_path / "test.parquet", pixels_of(2), [1, 0], names=None)

@@ -393,6 +393,8 @@ def _numbered_classes(labels: Sequence[NDArray[np.int64]], column: str) -> list[
     largest = max(int(numbers.max(initial=-1)) for numbers in labels)
     if largest >= max(_MANY_CLASSES, sum(map(len, labels))):
         raise UserError(f"column {column!r} holds numbers up to {largest}, more than there are rows: not class labels")
+    if not any((numbers == 0).any() for numbers in labels):
+        _log.warning("column %r: no image has label 0; counted from 0 to %d, class 0 has none", column, largest)
     return [str(number) for number in range(largest + 1)]
 
 
