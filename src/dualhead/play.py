@@ -100,7 +100,8 @@ class Playground:
     def _says(self, predicted: NDArray[Any], shares: NDArray[Any], label: int) -> list[dict[str, Any]]:
         return [
             {"class": self.images.class_names[k], "probability": p, "of_label": q, "right": k == label}
-            for k, (p, q) in zip(predicted.tolist(), shares.tolist(), strict=True)
+            # Where logits overflow there is no probability, and NaN is no JSON.
+            for k, (p, q) in zip(predicted.tolist(), np.nan_to_num(shares, nan=0.0).tolist(), strict=True)
         ]
 
     def _image(self, asked: Mapping[str, Any]) -> tuple[Tensor, int | None]:

@@ -14,8 +14,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, compare, mean_std, wilson
+from dualhead.evaluation import Evaluation, compare, mcnemar, mean_std, wilson
 from dualhead.resuming import read_recipe
 
 _log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Entry:
         flops: floating-point operations of its training; None if unknown.
         forward_equivalents: the same in forward passes of its own run's base model.
         seconds: of its training; None if unknown.
+        where: the folder after which it is called, absolute.
     """
 
     group: str
@@ -51,6 +53,7 @@ class Entry:
     flops: float | None = None
     forward_equivalents: float | None = None
     seconds: float | None = None
+    where: Path = Path()
 
 
 def read_entries(places: Sequence[Path]) -> list[Entry]:
@@ -83,13 +86,15 @@ def _entries(place: Path) -> list[Entry]:
     run = next((folder for folder in (place, *place.absolute().parents[:2]) if _is_finished(folder)), None)
     if run is None or (run != place and not _of_what_is_deployed(place)):
         folder = place / "evaluation" if (place / "evaluation").is_dir() else place
-        return [Entry(str(place), str(place), "", True, 0, Evaluation.load(folder))]
+        return [Entry(str(place), str(place), "", True, 0, Evaluation.load(folder), where=place.absolute())]
     folder = run / "evaluation" if run == place else place
     recipe = _recipe(run)
     seed = recipe["runtime"].pop("seed")
     recipe_name = recipe.pop("name")
+    where = run.absolute()
     if run.name == f"seed={seed}":  # of a sweep over nothing but seeds: its folder says what it is
-        label = run.absolute().parent.name
+        where = where.parent
+        label = where.name
     else:
         label = run.name.replace(f",seed={seed}", "").replace(f"seed={seed}", recipe_name)
     rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
@@ -101,7 +106,7 @@ def _entries(place: Path) -> list[Entry]:
             Entry(
                 json.dumps(recipe, sort_keys=True), label, row["name"], last, seed,
                 Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
-                row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"],
+                row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
             )
         )  # fmt: skip
     return entries
@@ -145,13 +150,15 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
         `rows`: for each output of each group of runs the means over seeds, 95 % intervals (Wilson's for one run,
         Student's over seeds for several), cost in forward passes of one image through the first run's base model, and
         whether it is on the Pareto front: nothing at most as costly has more of the one accuracy and no less of the
-        other. `pairs`: for clean accuracy and each attack, each group's result against the first group's: McNemar's
-        exact test for one run each, a paired t-test over the seeds that both have otherwise.
+        other. `worst` is over the attacks that all of them faced and those that only merged heads can face, such as
+        `multihead`, where it was run. `pairs`: for clean accuracy, each common attack and `worst`, each group's result
+        against the first group's: a paired t-test over the seeds that both have, McNemar's exact test for one seed.
+        `notes`: what was left out, a sentence each.
 
     Raises:
         UserError: if the entries were not measured alike.
     """
-    attacks = _common_attacks(entries)
+    attacks, notes = _common_attacks(entries)
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.group, entry.name), []).append(entry)
@@ -159,28 +166,65 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
         if len({member.seed for member in members}) < len(members):
             raise UserError(f"{members[0].label}: two runs have the same recipe and seed; compare each run once")
     unit = _unit(entries)
-    rows = [_row(members, attacks, unit) for members in groups.values()]
+    labels = _labels(list(groups.values()))
+    rows = [_row(label, members, attacks, unit) for label, members in zip(labels, groups.values(), strict=True)]
     for row in rows:
         row["pareto"] = not any(_dominates(other, row) for other in rows)
-    results = [members for members in groups.values() if members[0].deployed]
-    pairs = [pair for members in results[1:] for pair in _pairs(results[0], members, attacks)]
-    return {"rows": rows, "pairs": pairs}
+    results = [(label, m) for label, m in zip(labels, groups.values(), strict=True) if m[0].deployed]
+    pairs = []
+    for label, members in results[1:]:
+        found = _pairs(results[0][1], members, attacks)
+        pairs += [{"reference": results[0][0], "name": label, **pair} for pair in found]
+        if not found:
+            notes.append(f"{label} and {results[0][0]} have no seed in common, and are not compared in pairs")
+    return {"rows": rows, "pairs": pairs, "notes": notes}
 
 
-def _common_attacks(entries: Sequence[Entry]) -> list[str]:
+def _labels(groups: Sequence[Sequence[Entry]]) -> list[str]:
+    """What tables call each group: its label, after as many folders as tell it from others of that label."""
+
+    def told(entry: Entry, folders: int) -> str:
+        return "/".join((*entry.where.parent.parts[len(entry.where.parent.parts) - folders :], entry.label))
+
+    labels = []
+    for first, *_ in groups:
+        rivals = [other for other, *_ in groups if other.group != first.group and other.label == first.label]
+        depths = range(len(first.where.parts))
+        names = [told(first, n) for n in depths if all(told(first, n) != told(rival, n) for rival in rivals)]
+        labels.append(names[0] if names else first.label)
+    return labels
+
+
+def _for_heads(attack: str) -> bool:
+    """Whether an attack of this label can be run on merged heads alone."""
+    return any(
+        registry.get(name).needs_heads and (attack == name or attack.startswith((f"{name}-", f"{name}(")))
+        for name in registry.names()
+    )
+
+
+def _common_attacks(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
+    """The attacks that all of them faced, and a sentence for each other one."""
     first = entries[0].evaluation
     for entry in entries[1:]:
         compare(first, entry.evaluation)  # refuses other samples and other threat models
     common = [name for name in first.verdicts if all(name in entry.evaluation.verdicts for entry in entries)]
     if not common:
         raise UserError("no attack was run on all of them; `dualhead evaluate` each with the same --attack")
-    return common
+    faced = dict.fromkeys(name for entry in entries for name in entry.evaluation.verdicts if name not in common)
+    notes = []
+    for name in faced:
+        count = sum(name in entry.evaluation.verdicts for entry in entries)
+        told = f"{name} was run on {count} of {len(entries)}"
+        notes.append(f"{told}, where it counts in worst" if _for_heads(name) else f"{told} and is left out")
+    return common, notes
 
 
-def _correct(entry: Entry, attacks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    """What is right by measure, in the order of the samples' indices; `worst` is over the common attacks."""
-    order = np.argsort(entry.evaluation.index)
-    correct = {name: entry.evaluation.correct[name][order] for name in ("clean", *attacks)}
+def _correct(entry: Entry, common: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """What is right by measure, in the order of the samples' indices; see `standings` for `worst`."""
+    order, faced = np.argsort(entry.evaluation.index), entry.evaluation.verdicts
+    names = ("clean", *common, *(name for name in faced if name not in common and _for_heads(name)))
+    correct = {name: entry.evaluation.correct[name][order] for name in names}
     return {**correct, "worst": np.logical_and.reduce([correct[name] for name in correct])}
 
 
@@ -192,16 +236,17 @@ def _unit(entries: Sequence[Entry]) -> float | None:
     return None
 
 
-def _row(members: Sequence[Entry], attacks: Sequence[str], unit: float | None) -> dict[str, Any]:
+def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: float | None) -> dict[str, Any]:
     measured = [_correct(member, attacks) for member in members]
-    values = {name: [float(correct[name].mean()) for correct in measured] for name in measured[0]}
+    of_all = [name for name in measured[0] if all(name in correct for correct in measured)]
+    values = {name: [float(correct[name].mean()) for correct in measured] for name in of_all}
     means = {name: mean_std(shares)[0] for name, shares in values.items()}
     first = members[0]
     flops = [member.flops for member in members if member.flops is not None]
     seconds = [member.seconds for member in members if member.seconds is not None]
     total = float(np.mean(flops)) if flops else None
     return {
-        "name": f"{first.label}: {first.name}" if first.name else first.label,
+        "name": f"{label}: {first.name}" if first.name else label,
         "seeds": sorted(member.seed for member in members),
         "deployed": first.deployed,
         "clean_accuracy": means.pop("clean"),
@@ -235,6 +280,8 @@ def _reach(values: Sequence[float]) -> float:
 
 def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
     mine, theirs = row["training_cost"]["flops"], other["training_cost"]["flops"]
+    if (mine is None) != (theirs is None):  # which is dearer nobody knows
+        return False
     if mine is not None and theirs is not None and mine > SAME_COST * theirs:
         return False
     a = (row["clean_accuracy"], row["robust_accuracy"]["worst"])
@@ -245,26 +292,32 @@ def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
 def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[str]) -> list[dict[str, Any]]:
     a, b = ({entry.seed: _correct(entry, attacks) for entry in group} for group in (first, second))
     both = sorted(a.keys() & b.keys())
-    named = {"reference": first[0].label, "name": second[0].label}
-    if len(first) == len(second) == 1:
-        found = compare(first[0].evaluation, second[0].evaluation)
-        return [
-            {**named, "accuracy": name, "difference": found[name].difference, "interval": list(found[name].interval),
-             "p_value": found[name].p_value, "verdict": found[name].verdict, "test": "McNemar, exact"}
-            for name in ("clean", *attacks, *(["worst"] if "worst" in found else []))
-        ]  # fmt: skip
-    if len(both) < 2:
+    if len(first) == len(second) == 1:  # of whatever seed each
+        both, a, b = [0], {0: next(iter(a.values()))}, {0: next(iter(b.values()))}
+    if not both:
         return []
+    measures = ("clean", *attacks, "worst")
+    if len(both) == 1:
+        found = {name: mcnemar(a[both[0]][name], b[both[0]][name]) for name in measures}
+        test = "McNemar, exact" + ("" if len(first) == len(second) == 1 else f", seed {both[0]}")
+        return [
+            {"accuracy": name, "difference": pair.difference, "interval": list(pair.interval), "p_value": pair.p_value,
+             "verdict": pair.verdict, "test": test}
+            for name, pair in found.items()
+        ]  # fmt: skip
     from scipy import stats
 
     pairs = []
-    for name in ("clean", *attacks, "worst"):
+    for name in measures:
         differences = [float(b[seed][name].mean() - a[seed][name].mean()) for seed in both]
-        mean, reach = mean_std(differences)[0], _reach(differences)
-        p_value = float(stats.ttest_1samp(differences, 0.0).pvalue) if reach > 0 else 1.0 if mean == 0 else 0.0
+        mean, deviation = mean_std(differences)
+        # Seeds that agree to less than an image do so by chance.
+        error = max(deviation, 1.0 / len(a[both[0]][name])) / math.sqrt(len(both))
+        reach = float(stats.t.ppf(0.975, len(both) - 1)) * error
+        p_value = 2.0 * float(stats.t.sf(abs(mean) / error, len(both) - 1))
         verdict = "gain" if mean - reach > 0 else "loss" if mean + reach < 0 else "undecided"
         pairs.append(
-            {**named, "accuracy": name, "difference": mean, "interval": [mean - reach, mean + reach],
+            {"accuracy": name, "difference": mean, "interval": [mean - reach, mean + reach],
              "p_value": p_value, "verdict": verdict, "test": f"paired t, {len(both)} seeds"}
         )  # fmt: skip
     return pairs

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from torch import Tensor
 
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, markup=False)  # brackets in names are no markup
 # A file or a pipe has no width to fit into; a table in it must not lose columns.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 REFRESH_SECONDS = 0.5
 
@@ -123,7 +123,7 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         rows: as `comparison.json` holds them.
     """
     table = Table(title=title, title_justify="left")
-    attacks = [name for name in rows[0]["robust_accuracy"] if name != "worst"]
+    attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
     table.add_column("model", no_wrap=True)
     for column in ("clean", *shown):
@@ -131,9 +131,15 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
     for row in rows:
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
-        cells += [_percent(row["robust_accuracy"][name], row["intervals"][name], gap) for name in shown]
+        cells += [_cell(row, name, gap) for name in shown]
         table.add_row(row["name"], *cells)
     return table
+
+
+def _cell(row: Mapping[str, Any], name: str, gap: str) -> str:
+    """Robust accuracy under an attack, or `worst`; a dash where it was not run."""
+    share = row["robust_accuracy"].get(name)
+    return "-" if share is None else _percent(share, row["intervals"][name], gap)
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
@@ -173,9 +179,9 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = []
     for point, members in points.items():
         shares = [_spread([row[key] for row in members if key in row]) for key in ("clean_accuracy", "robust_worst")]
-        cost = sum(row["training_forward_equivalents"] for row in members) / len(members)
-        lines.append([*point, str(len(members)), *shares, f"{cost:,.0f}"])
-    print_table(columns, lines, "accuracy in percent, mean and deviation over seeds; cost in forward passes")
+        cost = sum(row["training_flops"] for row in members) / len(members)
+        lines.append([*point, str(len(members)), *shares, f"{cost:.3g}"])
+    print_table(columns, lines, "accuracy in percent, mean and deviation over seeds; cost in floating-point operations")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -187,15 +193,15 @@ def _spread(values: Sequence[float]) -> str:
 def print_standings(found: Mapping[str, Any]) -> None:
     """Print what `standings` found."""
     rows = found["rows"]
-    attacks = list(rows[0]["robust_accuracy"])
-    shown = [name for name in attacks if name != "worst" or len(attacks) > 2]
+    attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
+    shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
     lines = []
     for row in rows:
         ends, cost = row["intervals"], row["training_cost"]
         lines.append([
             ("* " if row["pareto"] else "  ") + row["name"], str(len(row["seeds"])),
             _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
-            *(_percent(row["robust_accuracy"][name], ends[name], " ") for name in shown),
+            *(_cell(row, name, " ") for name in shown),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",
             "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
@@ -203,6 +209,8 @@ def print_standings(found: Mapping[str, Any]) -> None:
     columns = {"model": "left"} | dict.fromkeys(("seeds", "clean", *shown, "parameters", "cost", "seconds"), "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
+    for note in found["notes"]:
+        out.print(note, soft_wrap=True)
     if found["pairs"]:
         print_table(
             {"compared": "left", "accuracy": "left", "difference, 95 % interval": "right", "p": "right",

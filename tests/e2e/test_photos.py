@@ -63,6 +63,12 @@ def test_a_run_and_what_is_exported_of_it_are_measured_on_the_same_images(run, t
             assert of_run[key] == of_model[key]
 
 
+def test_the_card_of_a_naturally_trained_model_does_not_call_it_robust(run):
+    card = (run / "model" / "README.md").read_text()
+    assert "Not trained, but evaluated, against perturbations of Linf norm" in card
+    assert "attack pgd" not in card
+
+
 def test_classes_in_another_place_are_refused_and_other_names_are_told(run, tmp_path):
     swapped = photos(tmp_path / "swapped", {"ape": (0, 200, 0), "cat": (200, 30, 30)})
     for model in ("run", "model"):

@@ -25,7 +25,7 @@ from dualhead.evaluation.gallery import Gallery
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.evaluation.statistics import mcnemar
 from dualhead.report import write_report
-from dualhead.report.comparison import as_csv, as_records
+from dualhead.report.comparison import as_csv, as_records, cost_table
 from dualhead.report.differences import difference
 from dualhead.report.figures import pareto
 from dualhead.report.gallery import change, picture, spread
@@ -206,11 +206,60 @@ def test_a_later_and_harder_evaluation_is_named_beside_the_verdict(tmp_path):
     np.savez(place / "samples.npz", **after)
     robust, fell = int(before["robust_pgd-40"].sum()), int((before["robust_pgd-40"] & (np.arange(400) % 3 == 0)).sum())
     text = report(run, at=tmp_path).text
-    assert f"autoattack-fast fools {fell} of the {robust} images that count as robust here" in text
-    assert f"Of the 400 images that both met, {(robust - fell) / 4:.1f} % withstand all" in text
+    assert f"autoattack-fast fooled {fell} of the {robust} images that count as robust here" in text
+    assert f"Of the 400 images that all attacks met, {(robust - fell) / 4:.1f} % withstand all" in text
+    results = json.loads((place / "results.json").read_text())
+    for subject, told in (({"output": None}, True), ({"output": "aggregate"}, True), ({"output": "head1"}, False),
+                          ({"output": None, "stage": "main_head"}, False)):  # fmt: skip
+        (place / "results.json").write_text(json.dumps({**results, "subject": subject}))
+        assert ("Measured later" in report(run, at=tmp_path).text) == told
+    (place / "results.json").write_text(json.dumps(results))
     after["clean_prediction"] = (after["clean_prediction"] + 1) % 4  # another model, of which this says nothing
     np.savez(place / "samples.npz", **after)
     assert "Measured later" not in report(run, at=tmp_path).text
+
+
+def test_several_later_evaluations_make_one_number(tmp_path):
+    run = make_run(tmp_path / "run", count=400)
+    before = dict(np.load(run / "evaluation" / "samples.npz"))
+    for third, (name, count) in enumerate({"autoattack": 400, "multihead-20": 200}.items()):
+        place = run / "evaluations" / name
+        evaluation(place, 4, count=count, attacks=(name,))
+        after = dict(np.load(place / "samples.npz"))
+        for key in ("index", "label", "clean_prediction"):
+            after[key] = before[key][:count]
+        after[f"robust_{name}"] = before["robust_pgd-40"][:count] & (np.arange(count) % 3 != third)
+        np.savez(place / "samples.npz", **after)
+    both = before["robust_pgd-40"][:200]
+    left = (both & (np.arange(200) % 3 == 2)).sum()
+    text = report(run, at=tmp_path).text
+    assert f"autoattack, multihead-20 fooled {both.sum() - left} of the {both.sum()} images that" in text
+    assert f"Of the 200 images that all attacks met, {left / 2:.1f} % withstand all; trust that number" in text
+    assert text.count("Measured later") == 1
+    assert "Robust accuracy is an upper bound" not in text
+
+
+def test_costs_stand_in_one_unit(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("narrow", "wide")]
+    for run, forward in zip(runs, (1e3, 4e3), strict=True):
+        comparison = json.loads((run / "comparison.json").read_text())
+        for row in comparison["rows"]:
+            row["training_cost"]["flops"] = 5e6 * forward
+        (run / "comparison.json").write_text(json.dumps(comparison))
+    rows = [row for source in read_sources(runs) for row in source.rows]
+    costs = [cells[2].order for cells in cost_table(rows).rows]
+    assert costs == [5e6] * len(ROWS) + [2e7] * len(ROWS)
+
+
+def test_probabilities_that_are_none_leave_the_page_whole(tmp_path):
+    run = make_run(tmp_path / "run", images=True)
+    stored = dict(np.load(run / "evaluation" / "gallery.npz"))
+    for key in ("probability", "clean_probability"):
+        stored[key] = np.full_like(stored[key], np.nan)
+    np.savez(run / "evaluation" / "gallery.npz", **stored)
+    page = report(run, at=tmp_path)
+    assert "NaN" not in page.source
+    assert "nan %" not in page.text
 
 
 def test_a_failed_diagnostic_comes_before_everything(tmp_path):

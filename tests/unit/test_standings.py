@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,64 @@ def test_several_seeds_give_students_interval_and_a_paired_t_test():
     spread = 4.302653 * np.std([0.6, 0.55, 0.575], ddof=1) / math.sqrt(3)
     assert (low, high) == pytest.approx((0.575 - spread, 0.575 + spread))
     assert found["pairs"][1]["verdict"] == "undecided"
+
+
+def faced(entry, attack, robust):
+    """An entry that was attacked by something else too, which leaves the first so many images."""
+    verdict = next(iter(entry.evaluation.verdicts.values()))
+    entry.evaluation.verdicts[attack] = replace(verdict, robust=np.arange(200) < robust)
+    return entry
+
+
+def test_what_only_merged_heads_can_face_counts_where_it_was_run():
+    found = standings([
+        faced(entry("base", 120, 60, flops=1), "square", 10),
+        faced(entry("merged", 130, 70, flops=1), "multihead-20", 40),
+    ])  # fmt: skip
+    assert [row["robust_accuracy"] for row in found["rows"]] == [
+        {"pgd-40": 0.3, "worst": 0.3}, {"pgd-40": 0.35, "multihead-20": 0.2, "worst": 0.2},
+    ]  # fmt: skip
+    assert [(pair["accuracy"], pair["verdict"]) for pair in found["pairs"]] == [
+        ("clean", "gain"), ("pgd-40", "gain"), ("worst", "loss"),
+    ]  # fmt: skip
+    assert found["notes"] == [
+        "square was run on 1 of 2 and is left out",
+        "multihead-20 was run on 1 of 2, where it counts in worst",
+    ]
+
+
+def test_seeds_that_agree_by_chance_decide_nothing():
+    seeds = [(120, 121), (110, 111)]
+    entries = [entry("a", a, 60, flops=1, seed=seed) for seed, (a, _) in enumerate(seeds)]
+    entries += [entry("b", b, 60, flops=1, seed=seed) for seed, (_, b) in enumerate(seeds)]
+    clean = standings(entries)["pairs"][0]
+    assert clean["difference"] == pytest.approx(1 / 200)
+    assert clean["verdict"] == "undecided"
+    assert clean["p_value"] > 0.2
+    same = standings([entry(name, 120, 60, flops=1, seed=seed) for name in "ab" for seed in (0, 1)])["pairs"][0]
+    assert (same["difference"], same["p_value"], same["verdict"]) == (0.0, 1.0, "undecided")
+
+
+def test_one_seed_in_common_is_paired_by_mcnemar_and_none_is_told():
+    two = [entry("a", 120, 60, flops=1, seed=seed) for seed in (0, 1)]
+    found = standings([*two, entry("b", 130, 50, flops=1, seed=1)])
+    assert {pair["test"] for pair in found["pairs"]} == {"McNemar, exact, seed 1"}
+    assert [pair["verdict"] for pair in found["pairs"]] == ["gain", "loss", "loss"]
+    found = standings([*two, entry("b", 130, 50, flops=1, seed=2)])
+    assert (found["pairs"], found["notes"]) == ([], ["b and a have no seed in common, and are not compared in pairs"])
+
+
+def test_what_an_unknown_cost_bought_dominates_nothing_that_is_known():
+    found = standings([entry("cheap", 120, 60, flops=100), replace(entry("found", 150, 90, flops=1), flops=None)])
+    assert [row["pareto"] for row in found["rows"]] == [True, True]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    make_run(tmp_path / "x" / "digits", 0, 100)
+    make_run(tmp_path / "y" / "digits", 0, 120, lambda recipe: recipe["threat"].update(eps=0.2))
+    found = standings(read_entries([tmp_path / "x/digits", tmp_path / "y/digits"]))
+    assert [row["name"] for row in found["rows"] if row["deployed"]] == ["x/digits: DH-AT", "y/digits: DH-AT"]
+    assert {(pair["reference"], pair["name"]) for pair in found["pairs"]} == {("x/digits", "y/digits")}
 
 
 def test_what_was_measured_otherwise_is_refused():

@@ -84,3 +84,11 @@ def test_mean_and_deviation_over_seeds():
     assert math.isnan(deviation)
     with pytest.raises(UserError):
         mean_std([])
+
+
+@pytest.mark.parametrize(("only_second", "only_first"), [(5, 0), (14, 5), (60, 40), (9, 1), (30, 12), (0, 8)])
+def test_a_verdict_never_contradicts_the_exact_test(only_second, only_first):
+    first = np.arange(1000) < only_first
+    second = (np.arange(1000) >= only_first) & (np.arange(1000) < only_first + only_second)
+    found = mcnemar(first, second)
+    assert (found.verdict == "undecided") == (found.p_value >= 0.05)

@@ -50,10 +50,10 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """`gain` or `loss` of the second over the first where the interval excludes zero, else `undecided`."""
-        if self.interval[0] > 0:
-            return "gain"
-        return "loss" if self.interval[1] < 0 else "undecided"
+        """`gain` or `loss` of the second over the first where interval and exact test agree on it, else `undecided`."""
+        if self.p_value >= 0.05:  # the test is the stricter of the two
+            return "undecided"
+        return "gain" if self.interval[0] > 0 else "loss" if self.interval[1] < 0 else "undecided"
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Paired:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualhead.report.differences import Difference, broken_later, comparable, difference, same_model
+from dualhead.report.differences import Difference, broken_later, comparable, difference, repeats, same_model
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.sources import Estimate, Measured, Source
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_text
@@ -142,7 +142,9 @@ def _against(row: Measured, other: Measured, called: str) -> str:
     if found.value == 0:
         return f" Under attack that is as much as {called} {interval}."
     size = f"{abs(100 * found.value):.1f} points {'less' if found.value < 0 else 'more'} than {called} {interval}"
-    decided = "too little to tell from chance" if found.verdict == "undecided" else "more than chance explains"
+    decided = (
+        "too little to tell from chance" if found.verdict == "undecided" else "more than the images' choice explains"
+    )
     return f" Under attack that is {size}, {decided}."
 
 
@@ -170,16 +172,22 @@ def _doubts(row: Measured) -> list[str]:
 
 def _limits(row: Measured, source: Source) -> list[str]:
     """What keeps the number from being the last word: what was measured later, and attacks that were not tried."""
-    later = [(other, found) for other in source.further if row.deployed and (found := broken_later(row, other))]
-    told = [
-        f"Measured later: {', '.join(other.attacks)} fools {fooled:,} of the {robust:,} images that count as robust "
-        f"here. Of the {shared:,} images that both met, {percent((robust - fooled) / shared)} % withstand all; "
-        "trust that number."
-        for other, (fooled, robust, shared) in later
-    ]
-    if not STANDARD & set(row.attacks):
+    later = [other for other in source.further if row.deployed and repeats(row, other)]
+    breaking = [other for other in later if broken_later(row, [other])]
+    told = []
+    found = breaking and (broken_later(row, breaking) or broken_later(row, breaking := breaking[:1]))
+    if found:
+        fooled, robust, shared = found
+        named = ", ".join(dict.fromkeys(attack for other in breaking for attack in other.attacks))
         told.append(
-            f"Attacked by {', '.join(row.attacks)} only. Robust accuracy is an upper bound: a stronger attack, such as "
+            f"Measured later: {named} fooled {fooled:,} of the {robust:,} images that count as robust here. Of the "
+            f"{shared:,} images that all attacks met, {percent((robust - fooled) / shared)} % withstand all; "
+            "trust that number."
+        )
+    faced = list(dict.fromkeys(attack for each in (row, *later) for attack in each.attacks))
+    if not STANDARD & set(faced):
+        told.append(
+            f"Attacked by {', '.join(faced)} only. Robust accuracy is an upper bound: a stronger attack, such as "
             "AutoAttack, finds as many adversarial examples or more."
         )
     return told
@@ -296,18 +304,29 @@ def _accuracy_cell(value: Estimate | None) -> Cell:
 
 
 def cost_table(rows: Sequence[Measured]) -> Table:
-    """Parameters and what training cost, of the classifiers for which it is recorded."""
+    """Parameters and what training cost, of the classifiers for which it is recorded, in one unit for all of them."""
+    unit = _unit(rows)
     cells = [
         [
             Cell(row.title),
             Cell(large(row.parameters), row.parameters),
-            Cell(large(row.forward_equivalents), row.forward_equivalents),
+            Cell(large(cost := _cost(row, unit)), cost),
             Cell(duration(row.training_seconds), row.training_seconds),
         ]
         for row in rows
         if row.forward_equivalents is not None
     ]
     return Table(["model", "parameters", "training, in forward passes of an image", "training time"], cells)
+
+
+def _unit(rows: Sequence[Measured]) -> float | None:
+    """Floating-point operations of a forward pass of an image, through the base model of the first run that says so."""
+    return next((row.flops / row.forward_equivalents for row in rows if row.flops and row.forward_equivalents), None)
+
+
+def _cost(row: Measured, unit: float | None) -> float | None:
+    """Of training, in a unit; in forward passes through its own base model where operations are not recorded."""
+    return row.flops / unit if row.flops is not None and unit else row.forward_equivalents
 
 
 def difference_table(sources: Sequence[Source]) -> Table:
@@ -346,6 +365,7 @@ def as_records(rows: Sequence[Measured]) -> list[dict[str, Any]]:
             record |= {name: value.value, f"{name} low": value.low, f"{name} high": value.high}
         record |= {
             "parameters": row.parameters,
+            "training_flops": row.flops,
             "training_forward_equivalents": row.forward_equivalents,
             "training_seconds": row.training_seconds,
         }

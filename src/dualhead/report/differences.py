@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dualhead.report.sources import Measured
 
@@ -18,18 +21,20 @@ class Difference:
         value: in [-1, 1].
         low: lower end of the 95 % interval.
         high: upper end.
+        p_value: of McNemar's exact two-sided test.
     """
 
     value: float
     low: float
     high: float
+    p_value: float
 
     @property
     def verdict(self) -> str:
-        """`more` or `less` where the interval excludes zero, else `undecided`."""
-        if self.low > 0:
-            return "more"
-        return "less" if self.high < 0 else "undecided"
+        """`more` or `less` where interval and exact test agree on it, else `undecided`."""
+        if self.p_value >= 0.05:  # the test is the stricter of the two
+            return "undecided"
+        return "more" if self.low > 0 else "less" if self.high < 0 else "undecided"
 
 
 def difference(first: Measured, second: Measured, what: str) -> Difference | None:
@@ -50,7 +55,17 @@ def difference(first: Measured, second: Measured, what: str) -> Difference | Non
     gained, lost, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
     centre = (gained - lost) / (n + 2)
     reach = 1.959964 * math.sqrt(max(gained + lost + 1 - (gained - lost) ** 2 / (n + 2), 0.0)) / (n + 2)
-    return Difference((gained - lost) / n, max(centre - reach, -1.0), min(centre + reach, 1.0))
+    p_value = _fair_coin(min(gained, lost), gained + lost)
+    return Difference((gained - lost) / n, max(centre - reach, -1.0), min(centre + reach, 1.0), p_value)
+
+
+def _fair_coin(fewer: int, tosses: int) -> float:
+    """Probability that a fair coin falls as unevenly as this or more so, to either side."""
+    tail, ways = 0, 1
+    for heads in range(fewer + 1):
+        tail += ways
+        ways = ways * (tosses - heads) // (heads + 1)
+    return min(1.0, float(Fraction(2 * tail, 2**tosses)))  # of whole numbers that no float holds
 
 
 def comparable(first: Measured, second: Measured) -> bool:
@@ -63,11 +78,26 @@ def comparable(first: Measured, second: Measured) -> bool:
     return all(np.array_equal(first.samples[key][a], second.samples[key][b]) for key in ("index", "label"))
 
 
-def same_model(first: Measured, second: Measured) -> bool:
-    """Whether two evaluations are of one model, as far as labels and clean predictions of the images of both tell.
+OUTPUTS = {"mean": "mean of heads", "aggregate": "DH-AT"}
+"""What rows call outputs, besides `head1` as `head 1`."""
 
-    Results do not name the output that was measured.
+
+def same_model(row: Measured, later: Measured) -> bool:
+    """Whether a later evaluation within a run is of a row's model.
+
+    What its results say they are of decides, and the labels and clean predictions of the images of both besides.
     """
+    subject = later.results.get("subject")
+    if isinstance(subject, Mapping) and subject:
+        output = subject.get("output")
+        called = OUTPUTS.get(str(output), str(output).replace("head", "head "))
+        of_row = row.deployed if output is None else row.name == called
+        if subject.get("stage") or subject.get("checkpoint") or not of_row:
+            return False
+    return _alike(row, later)
+
+
+def _alike(first: Measured, second: Measured) -> bool:
     needed = {"index", "label", "clean_prediction"}
     if not needed <= set(first.samples) or not needed <= set(second.samples):
         return False
@@ -76,16 +106,30 @@ def same_model(first: Measured, second: Measured) -> bool:
     return len(shared) > 0 and all(np.array_equal(first.samples[key][a], second.samples[key][b]) for key in keys)
 
 
-def broken_later(row: Measured, later: Measured) -> tuple[int, int, int] | None:
-    """How many images that withstood the attacks of one evaluation fell to those of a later one of the same model.
+def repeats(row: Measured, later: Measured) -> bool:
+    """Whether a later evaluation attacked the same model under the same threat model, and kept what each image met."""
+    known = row.correct("worst") is not None and later.correct("worst") is not None
+    return known and row.threat == later.threat and same_model(row, later)
+
+
+def broken_later(row: Measured, later: Sequence[Measured]) -> tuple[int, int, int] | None:
+    """How many images that withstood the attacks of one evaluation fell to those of later ones that `repeats` it.
 
     Returns:
-        Images that fell, images that had withstood, and images that both met; None if nothing fell, or where the
-        two are of different models or threat models, or share no images.
+        Images that fell, images that had withstood, and images that all of them met; None if nothing fell, or where
+        they share no images.
     """
-    before, after = row.correct("worst"), later.correct("worst")
-    if before is None or after is None or row.threat != later.threat or not same_model(row, later):
-        return None
-    shared, a, b = np.intersect1d(row.samples["index"], later.samples["index"], return_indices=True)
-    fell = int((before[a] & ~after[b]).sum())
-    return (fell, int(before[a].sum()), len(shared)) if fell else None
+    shared = row.samples["index"]
+    for other in later:
+        shared = np.intersect1d(shared, other.samples["index"])
+    before, after = (np.logical_and.reduce([_on(shared, each) for each in group]) for group in ([row], [row, *later]))
+    fell = int((before & ~after).sum())
+    return (fell, int(before.sum()), len(shared)) if fell else None
+
+
+def _on(index: NDArray[np.int64], row: Measured) -> NDArray[np.bool_]:
+    """What withstood all attacks of an evaluation, of the images of these numbers."""
+    _, _, places = np.intersect1d(index, row.samples["index"], return_indices=True)
+    withstood = row.correct("worst")
+    assert withstood is not None  # of those that `repeats` lets through
+    return withstood[places]

@@ -267,8 +267,9 @@ def _opinions(
     for row in rows:
         label = int(arrays["label"][row])
         said = arrays[f"{prefix}prediction"][(*where, row)].tolist()
-        shares = arrays[f"{prefix}probability"][(*where, row)].tolist()
-        unharmed = arrays["clean_probability"][row, :, 1].tolist()
+        # Where logits overflow there is no probability, and NaN is no JSON.
+        shares = np.nan_to_num(arrays[f"{prefix}probability"][(*where, row)], nan=0.0).tolist()
+        unharmed = np.nan_to_num(arrays["clean_probability"][row, :, 1], nan=0.0).tolist()
         found.append([
             Opinion(
                 CALLED.get(str(name), str(name)), role_of(CALLED.get(str(name), str(name))),

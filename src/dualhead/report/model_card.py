@@ -63,7 +63,7 @@ def model_card(
         "",
         "## Threat model",
         "",
-        f"Trained against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}."
+        f"{_prepared(recipe)} against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}."
         if threat
         else "Not recorded.",
         "",
@@ -83,6 +83,15 @@ def model_card(
         "corruptions and unrelated images are outside it.",
     ]
     return "\n".join(lines) + "\n" + (ONNX_SECTION if onnx else "")
+
+
+def _attacked(stage: Mapping[str, Any]) -> bool:
+    """Whether a stage trains on attacked images."""
+    return stage.get("fit") is None and stage["objective"]["name"] != "natural"
+
+
+def _prepared(recipe: Mapping[str, Any] | None) -> str:
+    return "Trained" if recipe is None or any(map(_attacked, recipe["stages"])) else "Not trained, but evaluated,"
 
 
 def _output(output: str, architecture: Mapping[str, Any]) -> str:
@@ -122,7 +131,8 @@ def _training(recipe: Mapping[str, Any] | None) -> list[str]:
         f"- data: {_safe(recipe['data']['source'])}",
         *(
             f"- stage {_safe(stage['name'])}: {_safe(component_text(stage['objective']))}, "
-            f"{', '.join(stage['train'])}, {stage['epochs']} epochs, attack {_safe(component_text(stage['attack']))}"
+            f"{', '.join(stage['train'])}, {stage['epochs']} epochs"
+            + (f", attack {_safe(component_text(stage['attack']))}" if _attacked(stage) else "")
             for stage in stages
         ),
         f"- seed: {recipe['runtime']['seed']}",

@@ -60,7 +60,8 @@ class Measured:
         samples: arrays [N] of `samples.npz`; empty if there are none.
         gallery: `gallery.npz`, images under attack; None if there is none.
         parameters: of the classifier.
-        forward_equivalents: cost of its training, in forward passes of one image.
+        flops: cost of its training, in floating-point operations.
+        forward_equivalents: the same in forward passes of one image through its own run's base model.
         training_seconds: of its training.
     """
 
@@ -76,6 +77,7 @@ class Measured:
     samples: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     gallery: Path | None = None
     parameters: int | None = None
+    flops: float | None = None
     forward_equivalents: float | None = None
     training_seconds: float | None = None
 
@@ -310,6 +312,7 @@ def _evaluation(
             samples=_samples(folder / "samples.npz", count, source.notes) if results else {},
             gallery=folder / "gallery.npz" if (folder / "gallery.npz").is_file() else None,
             parameters=row.get("parameters"),
+            flops=cost.get("flops"),
             forward_equivalents=cost.get("forward_equivalents"),
             training_seconds=cost.get("seconds"),
         )
