@@ -12,7 +12,7 @@ from dualhead.errors import UserError
 from dualhead.heads.aggregators import Aggregator, aggregators, default_aggregator
 from dualhead.heads.classifier import DualHeadClassifier
 from dualhead.heads.reset import reset_tail
-from dualhead.heads.splitting import Split, split_model
+from dualhead.heads.splitting import Split, guard_features, split_model
 from dualhead.heads.splitting.base import undisturbed
 
 Init = Literal["reset", "clone"]
@@ -63,6 +63,7 @@ def attach_second_head(
         others = [init]
         if (given := _num_outputs(split, init, example)) != num_outputs:
             raise UserError(f"the second head given as init gives {given} logits; the model gives {num_outputs}")
+        guard_features(split, example, init)
     elif init in ("reset", "clone"):
         others = [split.another_tail() for _ in range(heads - 1)]
         if init == "reset":

@@ -46,7 +46,9 @@ def reset_tail(model: nn.Module, head: nn.Module) -> None:
         for scheme, layer in _schemes(fresh):
             scheme(layer)
         for name, parameter in parameters.items():
-            if parameter.isnan().any():
+            if not (given := model.get_parameter(name)).requires_grad:
+                parameter.copy_(given)
+            elif parameter.isnan().any():
                 parameter.copy_(_otherwise(model, name))
     state = fresh.state_dict()
     head.load_state_dict({name: state[name] for name in names})
@@ -62,10 +64,8 @@ def reset_tail(model: nn.Module, head: nn.Module) -> None:
 
 
 def _otherwise(model: nn.Module, name: str) -> Tensor:
-    """A parameter that no layer initialises: as it is, if it is fixed; or from a config; or NaN."""
+    """A parameter that no layer initialises: from a config, or NaN."""
     parameter = model.get_parameter(name)
-    if not parameter.requires_grad:
-        return parameter
     path = name.split(".")
     for depth in range(len(path) - 1, -1, -1):
         owner: Any = model.get_submodule(".".join(path[:depth]))

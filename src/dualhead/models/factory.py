@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import logging
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
@@ -88,4 +90,15 @@ class FactoryBackbone(Backbone):
         if not isinstance(model, nn.Module):
             raise UserError(f"model {self.path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module")
         output = check_logits(model, num_classes, image_shape, f"model {self.path!r}")
-        return model if normalize.is_identity and isinstance(output, Tensor) else Wrapped(normalize, model)
+        bare = normalize.is_identity and isinstance(output, Tensor) and _trains_on_logits(model, image_shape)
+        return model if bare else Wrapped(normalize, model)
+
+
+def _trains_on_logits(model: nn.Module, image_shape: ImageShape) -> bool:
+    """Whether a model gives bare logits in training mode too, and not those of auxiliary heads beside them."""
+    try:
+        trial = copy.deepcopy(model).train()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return isinstance(trial(torch.zeros(2, *image_shape)), Tensor)
+    except Exception:  # what cannot be copied, or not be tried like this, is taken as it came
+        return True

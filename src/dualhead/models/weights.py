@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,17 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def _with_prefixes(wanted: Iterable[str], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Names with a prefix that the model itself has before all of its own, and `read_state` took for a wrapper's."""
+    wanted = list(wanted)
+    for prefix in PREFIXES:
+        own = bool(wanted) and all(name.startswith(prefix) for name in wanted)
+        if own and not any(name.startswith(prefix) for name in state):
+            inner = _with_prefixes((name.removeprefix(prefix) for name in wanted), state)
+            return {f"{prefix}{name}": value for name, value in inner.items()}
+    return state
+
+
 def normalisation_in(state: Mapping[str, Tensor], where: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """The normalisation that a checkpoint carries as buffers, as models of RobustBench do; None if it has none.
 
@@ -180,6 +191,8 @@ def load_state(
 ) -> tuple[str, ...]:
     """Put weights into a model; every tensor must fit.
 
+    Weights that `read_state` took a prefix from get it again where the model's own names have it.
+
     Two things that published checkpoints are known for are mended, each only where nothing else can be meant: parts
     that the model's class names in `unused_in_published` are left out where they repeat the named part tensor by
     tensor (said in the log); and `num_batches_tracked`, which checkpoints from before torch 0.4.1 lack altogether,
@@ -200,6 +213,7 @@ def load_state(
         UserError: naming how many tensors are missing, unexpected or of another shape, and the first of each.
     """
     wanted = model.state_dict()
+    state = _with_prefixes(wanted, state)
     state = _without_normalisation(model, state, where)
     if isinstance(model, Wrapped):
         inside = model.model.state_dict()

@@ -140,7 +140,9 @@ class WeightAverage:
         model.train()
         moving = {id(b) for m in model.modules() if m.training for b in m.buffers(recurse=False)}
         live: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        live |= {n: b for n, b in model.named_buffers() if id(b) in moving and b.is_floating_point()}
+        # A mean with -inf in it, as in the mask of an attention, would be NaN.
+        finite = {n: b for n, b in model.named_buffers() if b.is_floating_point() and bool(b.isfinite().all())}
+        live |= {name: buffer for name, buffer in finite.items() if id(buffer) in moving}
         self._live = {name: tensor.detach() for name, tensor in live.items()}
         self._mean = {name: tensor.clone() for name, tensor in self._live.items()}
         device = next(iter(self._live.values())).device

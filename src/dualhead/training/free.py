@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -39,11 +41,13 @@ class CarriedPerturbation:
         self._threat = threat
         self._step_size = threat.eps if settings.step_size is None else settings.step_size
         self.delta: Tensor | None = None
-        """[B, ...]; None before the first batch, for zeros."""
+        """[B, ...]; None before the first batch, for zeros, as is one of another B."""
 
     def attacked(self, x: Tensor) -> Tensor:
         """Images [B, ...] under the perturbation, confined to ball and box, as a leaf that takes a gradient."""
-        delta = torch.zeros_like(x) if self.delta is None else self.delta.to(x.device)
+        # Where another number of processes goes on, each has another share of the slots.
+        fits = self.delta is not None and self.delta.shape == x.shape
+        delta = cast("Tensor", self.delta).to(x.device) if fits else torch.zeros_like(x)
         self.delta = delta
         return self._threat.project(x + delta, x).requires_grad_()
 

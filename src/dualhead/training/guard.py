@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dualhead.training.buffers import Slot, settle, slots
+
 
 class StepGuard:
     """Takes a step of the optimiser, unless loss, gradients or buffers are not finite: then all stays as it was.
@@ -29,21 +31,33 @@ class StepGuard:
         self._clip_norm = clip_norm
         self._on_device = bool(getattr(optimiser, "_step_supports_amp_scaling", False))
         self._model = model
-        self._buffers: list[Tensor] = []
+        self._held: list[Slot] = []
         self._before: list[Tensor] = []
+        self._boundless: set[int] | None = None
         device = optimiser.param_groups[0]["params"][0].device
         self.streak = torch.zeros((), dtype=torch.int64, device=device)
 
     def remember(self) -> None:
         """To be called before the forward pass of the loss, in the mode in which it runs."""
-        training = (module for module in self._model.modules() if module.training)
-        self._buffers = [buffer for module in training for buffer in module.buffers(recurse=False)]
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._held = slots(module for module in self._model.modules() if module.training)
+        self._before = [slot.tensor.clone() for slot in self._held]
+        if self._boundless is None:  # such as the mask of an attention, -inf where nothing is to be seen
+            self._boundless = {
+                id(tensor) for *_, tensor in self._held
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+            }  # fmt: skip
+
+    def settle(self) -> None:
+        """To be called after the passes of a step: buffers that they assigned anew are the tensors of before again."""
+        settle(self._held)
 
     @property
     def moved(self) -> list[Tensor]:
         """The statistics that the forward pass may have moved."""
-        return [buffer for buffer in self._buffers if buffer.is_floating_point()]
+        return [
+            tensor for *_, tensor in self._held
+            if tensor.is_floating_point() and id(tensor) not in (self._boundless or ())
+        ]  # fmt: skip
 
     def step(self, loss: Tensor) -> Tensor:
         """Take the step or drop it, given the loss (scalar) whose gradients lie in `.grad`.
@@ -52,7 +66,9 @@ class StepGuard:
             Whether it was taken, bool scalar on the device.
         """
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        taken = torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients + self.moved))
+        taken = torch.isfinite(loss.detach()) & torch.isfinite(nn.utils.get_total_norm(gradients))
+        if moved := self.moved:  # their largest value: squares of large ones would not be finite
+            taken = taken & torch.isfinite(nn.utils.get_total_norm(moved, torch.inf))
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters(), self._clip_norm, nn.utils.get_total_norm(gradients))
         if self._on_device:
@@ -60,7 +76,7 @@ class StepGuard:
             self._optimiser.step()
         elif bool(taken):  # an optimiser without that flag is asked on the host
             self._optimiser.step()
-        for buffer, before in zip(self._buffers, self._before, strict=True):
+        for (*_, buffer), before in zip(self._held, self._before, strict=True):
             torch.where(taken, buffer, before, out=buffer)
         self.streak = torch.where(taken, 0, self.streak + 1)
         return taken

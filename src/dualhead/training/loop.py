@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from dualhead.data import Batch, Loader
 from dualhead.errors import Interrupted, RunError
 from dualhead.flops import CountFlops
+from dualhead.heads import DualHeadClassifier, is_head
 from dualhead.models import write_state
 from dualhead.noise import Streams
 from dualhead.processes import group
@@ -328,7 +329,11 @@ class StageRun:
             self._position.flops += sum(group().gather(counter.total))
 
     def _passes(self) -> Iterator[Callable[[], Tensor]]:
-        forward = self._arithmetic.wrap(self._program.logits)
+        model, trained = self._program.model, [part for part in self._stage.train if is_head(part)]
+        # The statistics of a head that trains beside the one that is deployed are those of its own passes.
+        beside = len(trained) > 1 and is_head(self._stage.output)
+        ask = model.head_logits if isinstance(model, DualHeadClassifier) and beside else self._program.logits
+        forward = self._arithmetic.wrap(ask)
         for batch in self._loader.epoch(0):
             yield partial(forward, batch.x)
 

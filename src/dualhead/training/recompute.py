@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
+from dualhead.training.buffers import settle, slots
+
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The smallest modules that hold at least two layers with weights, such as residual blocks."""
@@ -50,9 +52,11 @@ def _forgetful(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
 @contextmanager
 def still_buffers(module: nn.Module) -> Iterator[None]:
     """Inside, forward passes may move buffers (statistics of batch norm); afterwards they are as before."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    held = slots(module.modules())
+    before = [slot.tensor.clone() for slot in held]
     try:
         yield
     finally:
-        for buffer, value in before:
+        settle(held)
+        for (*_, buffer), value in zip(held, before, strict=True):
             buffer.copy_(value)

@@ -139,6 +139,7 @@ class TrainingStep:
             with self._perturbed(pieces, images):
                 self._optimiser.zero_grad(set_to_none=True)
                 terms, correct = self._descend(pieces, images)
+        self.guard.settle()
         self._add_up(terms, correct, len(batch) / images)
         with record_function("update"):
             taken = self.guard.step(terms["loss"])

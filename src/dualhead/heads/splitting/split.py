@@ -169,20 +169,28 @@ class _CloneChanged:
         return (tuple(f.clone() if i in self.changed else f for i, f in enumerate(features)),)
 
 
-def guard_features(split: Split, images: Tensor) -> None:
-    """Make the tail leave its input alone, where it begins with an operation in place."""
+def guard_features(split: Split, images: Tensor, head: nn.Module | None = None) -> None:
+    """Make the tail, or another head behind the cut, leave its input alone where it begins with an operation in place.
+
+    Raises:
+        CannotCut: if what crosses the cut cannot be shared out by images.
+    """
+    head = split.tail if head is None else head
+    more = torch.cat((images, images[:1]))  # a table may by chance be as long as one of them
     changed: set[int] = set()
-    for mode in (True, False):
-        with undisturbed(images, split.trunk, split.tail):
-            features = split.trunk.train(mode)(images.clone())
+    for mode, batch in itertools.product((True, False), (images, more)):
+        with undisturbed(images, split.trunk, head):
+            features = split.trunk.train(mode)(batch.clone())
             held = (features,) if isinstance(features, Tensor) else features
             if not isinstance(held, tuple | list) or not all(isinstance(f, Tensor) for f in held):
                 raise CannotCut("something else than tensors crosses the cut")
+            if any(f.dim() == 0 or len(f) != len(batch) for f in held):
+                raise CannotCut("something that belongs to no image crosses the cut, such as a table of positions")
             versions = [f._version for f in held]
-            split.tail.train(mode)(features)
+            head.train(mode)(features)
             changed |= {i for i, f in enumerate(held) if f._version != versions[i]}
     if changed:
-        split.tail.register_forward_pre_hook(_CloneChanged(tuple(sorted(changed))))
+        head.register_forward_pre_hook(_CloneChanged(tuple(sorted(changed))))
 
 
 def close(logits: Tensor, expected: Tensor) -> bool:
