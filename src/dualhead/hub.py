@@ -15,7 +15,7 @@ from torch import nn
 
 from dualhead.errors import RunError, UserError
 from dualhead.files import write_json, write_text
-from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head
+from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head, is_head
 from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, read_state, write_state
 from dualhead.onnx_export import OnnxCheck, write_onnx
 from dualhead.registry import first_error
@@ -243,12 +243,13 @@ def load_base_weights(
     """
     path = _weights_file(Path(path))
     state = read_state(path)
-    if isinstance(model, DualHeadClassifier) and set(state) == set(model.state_dict()):
-        if not replace_classifier:
+    if isinstance(model, DualHeadClassifier):
+        if set(state) == set(model.state_dict()) and not replace_classifier:
             load_state(model, state, str(path))
             return
-        parts = ("trunk.", "head1.")
-        state = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(parts)}
+        if replace_classifier and _is_of_heads(state):  # of however many, and merged by whatever they were
+            parts = ("trunk.", "head1.")
+            state = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(parts)}
     plain = architecture.plain() if isinstance(model, DualHeadClassifier) or replace_classifier else model
     replaced = _classifier(plain, architecture, replace_classifier) if replace_classifier else None
     if not isinstance(model, DualHeadClassifier):
@@ -257,6 +258,12 @@ def load_base_weights(
     plain.load_state_dict(model.base_state_dict())
     load_state(plain, state, str(path), replaced=replaced)
     model.load_base_state_dict(plain.state_dict())
+
+
+def _is_of_heads(state: Mapping[str, Any]) -> bool:
+    """Whether weights are those of a dual-head classifier."""
+    parts = {name.split(".", 1)[0] for name in state}
+    return {"head1", "head2"} <= parts and all(part in ("trunk", "aggregator") or is_head(part) for part in parts)
 
 
 def _classifier(plain: nn.Module, architecture: Architecture, name: bool | str) -> str:

@@ -154,6 +154,21 @@ def test_only_what_belongs_to_images_crosses_the_cut():
     assert dual.head_logits(torch.rand(5, 3, 12, 12)).shape == (5, 2, CLASSES)
 
 
+def test_a_buffer_that_no_state_dict_holds_does_not_spoil_the_cheap_cut(recwarn):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, CLASSES)
+            self.register_buffer("shift", torch.full((1, 3, 1, 1), 0.5), persistent=False)
+
+        def forward(self, x):
+            return self.fc(self.body(self.stem(x - self.shift).relu()).mean((2, 3)))
+
+    dual = attach_second_head(Shifted(), "stem", example=torch.rand(2, 3, 12, 12))
+    assert not [warning for warning in recwarn if "paid twice" in str(warning.message)]
+    assert not [name for name in dual.state_dict() if "shift" in name]
+
+
 def test_a_head_given_as_a_module_leaves_the_features_to_the_first():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, CLASSES))

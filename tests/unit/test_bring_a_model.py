@@ -186,6 +186,17 @@ def test_a_dual_head_model_gives_its_trunk_and_head_1(tmp_path):
         assert name.startswith("fc.") or torch.equal(model.base_state_dict()[name], tensor)
 
 
+def test_a_dual_head_model_of_many_classes_and_heads_gives_its_trunk_to_one_of_few(tmp_path):
+    source = plan("cnn-8", 30, "stage1").model_copy(update={"heads": 3, "aggregator": {"name": "pairwise_shared"}})
+    target = plan("cnn-8", 4, "stage1")
+    save_model(tmp_path, source.create(), source, {"output": "aggregate"})
+    model = target.create()
+    load_base_weights(model, tmp_path, target, replace_classifier=True)
+    published = load(tmp_path).base_state_dict()
+    for name, tensor in model.base_state_dict().items():
+        assert name.startswith("fc.") or torch.equal(published[name], tensor)
+
+
 @pytest.mark.slow
 def test_weights_of_a_wrapped_model_go_without_its_prefix(tmp_path):
     pytest.importorskip("transformers")

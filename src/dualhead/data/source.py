@@ -228,7 +228,8 @@ def _arrow(found: ParquetFiles, column: str) -> Any:  # datasets has no types
     datasets.disable_progress_bars()
     try:
         paths = [str(path) for path in found.part]
-        return datasets.Dataset.from_parquet(paths, columns=[column], cache_dir=str(cache.folder() / "arrow"))
+        place = cache.folder() / "arrow" / cache.key_of(found.part, column)  # other files of the same names are others
+        return datasets.Dataset.from_parquet(paths, columns=[column], cache_dir=str(place))
     except Exception as error:  # of several libraries: a damaged file, a full disk
         cause = error.__cause__ or error
         raise UserError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -308,15 +308,17 @@ class Traced(nn.Module):
         evaluation: the half's graph in evaluation mode.
         state: name to module, parameter or buffer, as the graphs call them.
         constants: name to tensor that the trace made.
+        persistent: names of the buffers, among others, that the model's state dict holds.
     """
 
     def __init__(
-        self, train: fx.Graph, evaluation: fx.Graph, state: Mapping[str, Any], constants: Mapping[str, Tensor]
-    ) -> None:
+        self, train: fx.Graph, evaluation: fx.Graph, state: Mapping[str, Any], constants: Mapping[str, Tensor],
+        persistent: Collection[str],
+    ) -> None:  # fmt: skip
         super().__init__()
         for name in sorted(state, key=lambda name: name.count(".")):
             if not _holds(self, name):
-                graft(self, name, state[name])
+                graft(self, name, state[name], persistent=name in persistent)
         for name, tensor in constants.items():
             graft(self, name, tensor, persistent=False)
         # The compiled functions take the module as an argument, so copies of this one may share them.
@@ -386,7 +388,7 @@ def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool
     def half(first: fx.Graph, second: fx.Graph, state: dict[str, Any]) -> Traced:
         used = set(_targets(first, second))
         kept = {name: tensor for name, tensor in constants.items() if name in used}
-        return Traced(first, second, state, kept).train(model.training)
+        return Traced(first, second, state, kept, copied.state_dict().keys()).train(model.training)
 
     return Split(half(train.trunk, evaluation.trunk, before), half(train.tail, evaluation.tail, behind), "traced", at)
 
