@@ -216,7 +216,8 @@ def _common_attacks(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
     for name in faced:
         count = sum(name in entry.evaluation.verdicts for entry in entries)
         told = f"{name} was run on {count} of {len(entries)}"
-        notes.append(f"{told}, where it counts in worst" if _for_heads(name) else f"{told} and is left out")
+        counts = "and counts in worst there; an attack that all can face, such as autoattack, compares them alike"
+        notes.append(f"{told} {counts}" if _for_heads(name) else f"{told} and is left out")
     return common, notes
 
 

@@ -88,7 +88,8 @@ def test_what_only_merged_heads_can_face_counts_where_it_was_run():
     ]  # fmt: skip
     assert found["notes"] == [
         "square was run on 1 of 2 and is left out",
-        "multihead-20 was run on 1 of 2, where it counts in worst",
+        "multihead-20 was run on 1 of 2 and counts in worst there; an attack that all can face, such as autoattack, "
+        "compares them alike",
     ]
 
 
