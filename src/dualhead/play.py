@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import math
 import re
 import threading
 from collections.abc import Mapping
@@ -122,9 +123,13 @@ class Playground:
 
 
 def _number(value: object, name: str, above: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value <= above:
-        raise UserError(f"{name} must be a number greater than {above:g}, got {value}")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not above < number < math.inf:
+        raise UserError(f"{name} must be a number greater than {above:g}, got {str(value)[:40]}")
+    return number
 
 
 def _bytes(images: Tensor) -> Tensor:
@@ -166,7 +171,8 @@ def serve(playground: Playground, port: int = 0) -> ThreadingHTTPServer:
             plain = self.headers.get("Content-Type") == "application/json"
             if not self._welcome():
                 return
-            if self.path != "/attack" or not plain or not length.isdigit() or int(length) > MOST_BYTES:
+            short = length.isdecimal() and len(length) < 10 and int(length) <= MOST_BYTES
+            if self.path != "/attack" or not plain or not short:
                 self.send_error(HTTPStatus.BAD_REQUEST)
                 return
             try:
@@ -174,7 +180,7 @@ def serve(playground: Playground, port: int = 0) -> ThreadingHTTPServer:
                 if not isinstance(asked, dict):
                     raise UserError("an object is expected")
                 self._json(playground.attack(asked))
-            except (UserError, ValueError) as error:
+            except (UserError, ValueError, RecursionError) as error:
                 self._json({"error": " ".join(str(error).split())}, HTTPStatus.BAD_REQUEST)
 
         def _welcome(self) -> bool:

@@ -76,7 +76,7 @@ def test_an_image_of_ones_own_is_taken_for_what_the_model_says(server, playgroun
 
 @pytest.mark.parametrize(
     "asked", [[], {}, {"sample": 99, "eps": 0.1}, {"sample": 0, "eps": -1}, {"sample": 0, "eps": "x"},
-              {"pixels": [1, 2], "eps": 0.1}, {"sample": 0}],
+              {"pixels": [1, 2], "eps": 0.1}, {"sample": 0}, {"sample": 0, "eps": 10**400}],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_words(server, asked):
     status, body = ask(server, "POST", "/attack", asked)
