@@ -27,7 +27,7 @@ CANNOT = {
     "make ": "sets up a virtual environment; CI runs it",
     "python benchmarks/": "a measurement of its own; its arguments are tested beside it",
     "benchmarks/strongest/": "hours of training; what it asks for is tested in test_benchmark_strongest",
-    "STUDIES=": "those of these hours that a pattern names; tested there too",
+    "'STUDIES=": "those of these hours that a pattern names; tested there too",
     "dualhead compare 'runs/strongest/": "of what those hours leave",
     "python tools/": "makes files of the repository anew",
     "pip install": "installs",
