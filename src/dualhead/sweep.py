@@ -159,7 +159,8 @@ def refuse_other_runs(jobs: Sequence[Job], folder: Path) -> None:
     """
     check_folder(folder, "--out")
     for job in jobs:
-        changes(folder / job.name, job.recipe, "--out")
+        if (folder / job.name / "config.yaml").is_file():  # what else may lie there, its own run finds
+            changes(folder / job.name, job.recipe, "--out")
 
 
 def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
