@@ -79,8 +79,8 @@ if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the b
   study mart-base-long base "$SEEDS" one "stages.base.objective=$mart" stages.base.epochs=331
   finals+=(trades-base-long)
   # Less clean, more robust accuracy: a second point of either curve.
-  study trades-base-beta-12 base "$SEEDS" one stages.base.objective.beta=12
-  study trades-distilled-beta-6 distilled "$SEEDS" merged stages.guided.objective.head1.beta=6
+  study trades-base-beta-12 base "$pair" one stages.base.objective.beta=12
+  study trades-distilled-beta-6 distilled "$pair" merged stages.guided.objective.head1.beta=6
   # And `distilled` at half its length, which costs what the others do.
   study mart-distilled-short distilled "$SEEDS" merged "$(guided "$half")" "${short[@]}"
 fi
