@@ -6,8 +6,8 @@
 # From the root of the repository, with `dualhead` on the path. The same command goes on where it was stopped, so that it
 # can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`. I/N: every N-th seed from the I-th on,
 # for N of these side by side. KEY=VALUE: for all recipes, e.g. runtime.precision=float32 on a CPU without bf16. STUDIES,
-# SEEDS and IMAGES in the environment: which studies (a pattern, such as `mart-*`), how many runs (of the final pair two
-# more), and test images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`. `adaptive` beside it
+# SEEDS and IMAGES in the environment: which studies (a pattern, such as `mart-*`), how many runs (of the pairs that
+# decide, two more), and test images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`. `adaptive` beside it
 # holds Square, which needs no gradients and must find nothing new, and for merged heads the attack that knows of them;
 # `autoattack` the whole of that. To choose, HELD_OUT=FOLDER attacks the images that held_out.py put there instead; what
 # it finds lies in `evaluations/held_out`.
@@ -59,7 +59,7 @@ case $scale in
   *) echo "$scale: use cpu or gpu" >&2; exit 2 ;;
 esac
 
-pair=$((SEEDS + 2)) # of the final pair, whose difference is to be known best
+pair=$((SEEDS + 2)) # of the pairs whose difference is to be known best
 study trades-base base "$pair" one
 study trades-distilled distilled "$pair" merged
 study trades-guided guided "$SEEDS" one

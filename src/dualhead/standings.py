@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, compare, mcnemar, mean_std, wilson
+from dualhead.evaluation import Evaluation, compare, interval_over_samples, mcnemar, mean_std, wilson
 from dualhead.resuming import read_recipe
 
 _log = logging.getLogger(__name__)
@@ -153,7 +153,8 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
         other. `worst` is over the attacks that all of them faced and those that only merged heads can face, such as
         `multihead`, where it was run. `pairs`: for clean accuracy, each common attack and `worst`, each group's result
         against the first group's: a paired t-test over the seeds that both have, McNemar's exact test for one seed.
-        `notes`: what was left out, a sentence each.
+        Over several seeds `interval` is of other seeds on these images, and `images_interval` of these runs on other
+        images. `notes`: what was left out, a sentence each.
 
     Raises:
         UserError: if the entries were not measured alike.
@@ -310,15 +311,17 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[st
 
     pairs = []
     for name in measures:
-        differences = [float(b[seed][name].mean() - a[seed][name].mean()) for seed in both]
+        first_correct, second_correct = ([of[seed][name] for seed in both] for of in (a, b))
+        differences = [float(y.mean() - x.mean()) for x, y in zip(first_correct, second_correct, strict=True)]
         mean, deviation = mean_std(differences)
         # Seeds that agree to less than an image do so by chance.
-        error = max(deviation, 1.0 / len(a[both[0]][name])) / math.sqrt(len(both))
+        error = max(deviation, 1.0 / len(first_correct[0])) / math.sqrt(len(both))
         reach = float(stats.t.ppf(0.975, len(both) - 1)) * error
         p_value = 2.0 * float(stats.t.sf(abs(mean) / error, len(both) - 1))
         verdict = "gain" if mean - reach > 0 else "loss" if mean + reach < 0 else "undecided"
         pairs.append(
             {"accuracy": name, "difference": mean, "interval": [mean - reach, mean + reach],
-             "p_value": p_value, "verdict": verdict, "test": f"paired t, {len(both)} seeds"}
+             "p_value": p_value, "verdict": verdict, "test": f"paired t, {len(both)} seeds",
+             "images_interval": list(interval_over_samples(first_correct, second_correct))}
         )  # fmt: skip
     return pairs

@@ -211,14 +211,23 @@ def print_standings(found: Mapping[str, Any]) -> None:
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
     for note in found["notes"]:
         out.print(note, soft_wrap=True)
-    if found["pairs"]:
+    pairs = found["pairs"]
+    if pairs:
+        over_images = {"over images": "right"} if any("images_interval" in pair for pair in pairs) else {}
         print_table(
-            {"compared": "left", "accuracy": "left", "difference, 95 % interval": "right", "p": "right",
+            {"compared": "left", "accuracy": "left", "difference, 95 % interval": "right", **over_images, "p": "right",
              "verdict": "left", "test": "left"},
             [
                 [f"{pair['name']} - {pair['reference']}", pair["accuracy"],
-                 f"{pair['difference']:+.1%} [{pair['interval'][0]:+.1%}, {pair['interval'][1]:+.1%}]",
+                 f"{pair['difference']:+.1%} {_signed(pair['interval'])}",
+                 *(_signed(pair["images_interval"]) if "images_interval" in pair else "-" for _ in over_images),
                  f"{pair['p_value']:.2g}", pair["verdict"], pair["test"]]
-                for pair in found["pairs"]
+                for pair in pairs
             ],
         )  # fmt: skip
+        if over_images:
+            out.print("over images: of the same difference, were these very runs to face other images")
+
+
+def _signed(ends: Sequence[float]) -> str:
+    return f"[{ends[0]:+.1%}, {ends[1]:+.1%}]"

@@ -66,6 +66,11 @@ def test_several_seeds_give_students_interval_and_a_paired_t_test():
     spread = 4.302653 * np.std([0.6, 0.55, 0.575], ddof=1) / math.sqrt(3)
     assert (low, high) == pytest.approx((0.575 - spread, 0.575 + spread))
     assert found["pairs"][1]["verdict"] == "undecided"
+    gained = np.zeros(200)  # the share of three seeds by which b is right where a is not
+    for (a, b), third in zip(pairs, (1 / 3,) * 3, strict=True):
+        gained[a:b] += third
+    reach = 1.959964 * gained.std(ddof=1) / math.sqrt(200)
+    assert clean["images_interval"] == pytest.approx([0.05 - reach, 0.05 + reach])
 
 
 def faced(entry, attack, robust):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dualhead.errors import UserError
-from dualhead.evaluation import mcnemar, mean_std, wilson
+from dualhead.evaluation import interval_over_samples, mcnemar, mean_std, wilson
 
 
 @given(st.integers(1, 5000), st.data())
@@ -68,6 +68,25 @@ def test_interval_covers_the_true_difference_about_as_often_as_it_says():
         low, high = mcnemar(*paired(*generator.multinomial(200, cells))).interval
         covered += low <= 0.05 <= high
     assert 0.92 <= covered / 400 <= 0.985
+
+
+def test_interval_over_samples_covers_the_difference_that_fixed_classifiers_have():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):  # samples of two kinds, of which some that all of a side or none of it get right
+        hard = generator.random(200) < 0.5
+        first = generator.random((3, 200)) < np.where(hard, 0.1, 0.9)
+        second = generator.random((2, 200)) < np.where(hard, 0.3, 0.9)
+        low, high = interval_over_samples(first, second)
+        covered += low <= 0.1 <= high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_interval_over_samples_of_one_classifier_each_is_nearly_that_of_mcnemar():
+    first, second = paired(400, 20, 60, 300)
+    assert interval_over_samples([first], [second]) == pytest.approx(mcnemar(first, second).interval, abs=2e-3)
+    assert interval_over_samples([first, first], [second]) == pytest.approx(interval_over_samples([first], [second]))
+    assert interval_over_samples([[True]], [[False]]) == (-1.0, 1.0)
 
 
 def test_samples_must_match():

@@ -6,7 +6,7 @@ from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts
 from dualhead.evaluation.run import evaluate
-from dualhead.evaluation.statistics import Paired, mcnemar, mean_std, wilson
+from dualhead.evaluation.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
     "Evaluation",
@@ -17,6 +17,7 @@ __all__ = [
     "Verdicts",
     "compare",
     "evaluate",
+    "interval_over_samples",
     "make_gallery",
     "mcnemar",
     "mean_std",

@@ -89,6 +89,26 @@ def mcnemar(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Pa
     )
 
 
+def interval_over_samples(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of how much more of the samples classifiers get right than others do, these classifiers held fixed.
+
+    Normal, of the mean over samples of the share of the second classifiers that are right less that of the first.
+
+    Args:
+        first: bool [R, N], which of N samples each of R classifiers got right.
+        second: bool [S, N], the same for others, on the same samples. Of one sample the interval is [-1, 1]: it tells
+            nothing.
+        confidence: in (0, 1).
+    """
+    from scipy import stats
+
+    gained = np.mean(np.asarray(second, dtype=float), axis=0) - np.mean(np.asarray(first, dtype=float), axis=0)
+    if len(gained) < 2:
+        return -1.0, 1.0
+    reach = float(stats.norm.ppf(0.5 + confidence / 2)) * float(np.std(gained, ddof=1)) / math.sqrt(len(gained))
+    return max(float(gained.mean()) - reach, -1.0), min(float(gained.mean()) + reach, 1.0)
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n - 1) over seeds; the deviation of one value is NaN, being unknown."""
     if not len(values):
