@@ -338,6 +338,11 @@ BAD = [
         "stages.0.objective.betta: objective 'trades' has no such key; did you mean 'beta'?",
     ),
     ("NEW stages.*.attack=nothing", "stages.0.attack: unknown attack 'nothing'"),
+    (
+        "NEW stages.*.attack.loss=margin",
+        "stages.0: attack.loss: is for measuring; training climbs its objective's loss",
+    ),
+    ("NEW stages.*.attack.restarts=2", "stages.0: attack.restarts: is for measuring"),
     ("NEW stages.*.attack=apgd-ce", "stages.0: attack 'apgd-ce' cannot be trained with; use pgd or fgsm"),
     ("NEW stages.*.attack.steps=0", "stages.0.attack: steps must be at least 1, got 0"),
     ("NEW stages.*.attack.step_size=-1", "stages.0.attack: step_size must be greater than 0, got -1; write e.g. 2/255"),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dualhead.report.text import component_text, eps_text
+from dualhead.report.text import attack_text, component_text, eps_text
 
 OUTPUTS = {
     "model": "A single-head classifier",
@@ -63,9 +63,7 @@ def model_card(
         "",
         "## Threat model",
         "",
-        f"{_prepared(recipe)} against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}."
-        if threat
-        else "Not recorded.",
+        _prepared(recipe, threat) if threat else "Not recorded.",
         "",
         "## Measured",
         "",
@@ -85,13 +83,16 @@ def model_card(
     return "\n".join(lines) + "\n" + (ONNX_SECTION if onnx else "")
 
 
-def _attacked(stage: Mapping[str, Any]) -> bool:
-    """Whether a stage trains on attacked images."""
-    return stage.get("fit") is None and stage["objective"]["name"] != "natural"
-
-
-def _prepared(recipe: Mapping[str, Any] | None) -> str:
-    return "Trained" if recipe is None or any(map(_attacked, recipe["stages"])) else "Not trained, but evaluated,"
+def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> str:
+    budget = f"against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}"
+    if recipe is None:
+        return f"Trained {budget}."
+    radii = {stage.get("eps") or threat["eps"] for stage in recipe["stages"] if attack_text(stage)}
+    if not radii:
+        return f"Not trained, but evaluated, {budget}."
+    if radii == {threat["eps"]}:
+        return f"Trained {budget}."
+    return f"Evaluated {budget}; trained at most {', '.join(map(eps_text, sorted(radii)))}."
 
 
 def _output(output: str, architecture: Mapping[str, Any]) -> str:
@@ -128,15 +129,26 @@ def _training(recipe: Mapping[str, Any] | None) -> list[str]:
         return ["- recipe: not recorded"]
     stages: Sequence[Mapping[str, Any]] = recipe["stages"]
     return [
-        f"- data: {_safe(recipe['data']['source'])}",
+        f"- data: {_data(recipe['data'])}",
         *(
             f"- stage {_safe(stage['name'])}: {_safe(component_text(stage['objective']))}, "
             f"{', '.join(stage['train'])}, {stage['epochs']} epochs"
-            + (f", attack {_safe(component_text(stage['attack']))}" if _attacked(stage) else "")
+            + (f", attack {_safe(told)}" if (told := attack_text(stage)) else "")
             for stage in stages
         ),
         f"- seed: {recipe['runtime']['seed']}",
     ]
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    told = _safe(data["source"])
+    if data.get("train_limit"):
+        chosen = "a sample of" if data.get("train_choice") == "sample" else "the first"
+        told += f", {chosen} {data['train_limit']} training images"
+    if held_out := data.get("validation"):
+        told += f", of which {held_out if held_out >= 1 else f'{100 * held_out:g} %'} held out"
+    extra = data.get("extra")
+    return told + (f"; {100 * extra['fraction']:g} % of each batch from {_safe(extra['source'])}" if extra else "")
 
 
 def _safe(text: object) -> str:

@@ -31,6 +31,18 @@ def component_text(component: Mapping[str, Any]) -> str:
     return f"{component['name']} ({fields})" if fields else str(component["name"])
 
 
+def attack_text(stage: Mapping[str, Any]) -> str:
+    """What a stage trains against, without the settings of its attack that only measuring uses; empty if nothing."""
+    objective, free = stage.get("objective"), stage.get("free")
+    if stage.get("fit") is not None or (isinstance(objective, Mapping) and objective.get("name") == "natural"):
+        return ""
+    if isinstance(free, Mapping):
+        told = component_text({"name": "free", **free})
+    else:
+        told = component_text({key: value for key, value in stage["attack"].items() if key not in ("loss", "restarts")})
+    return told if stage.get("eps") is None else f"{told} within eps {eps_text(stage['eps'])}"
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A fraction in percent, without the sign."""
     return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from dualhead.report.figures import Figure, Series, lines, slug
 from dualhead.report.sources import Source
-from dualhead.report.text import component_text, duration, large, percent
+from dualhead.report.text import attack_text, component_text, duration, large, percent
 
 NOT_LOSSES = {
     "stage", "epoch", "step", "learning_rate", "train_accuracy", "validation_clean", "validation_robust", "seconds",
@@ -121,7 +121,8 @@ def _facts(recipe: Mapping[str, Any]) -> str:
     for key, word in (("objective", ""), ("attack", "attack "), ("optimiser", ""), ("schedule", "schedule ")):
         component = recipe.get(key)
         if isinstance(component, Mapping) and "name" in component:
-            parts.append(f"{word}{component_text(component)}")
+            told = attack_text(recipe) if key == "attack" else component_text(component)
+            parts += [f"{word}{told}"] if told else []
     return "; ".join(parts)
 
 

@@ -93,6 +93,11 @@ class Stage(Section):
             raise UserError("a stage with fit trains nothing; leave its objective out")
         if self.objective.adversarial and not isinstance(self.attack, Maximiser):
             raise UserError(f"attack {self.attack.registered_name!r} cannot be trained with; use pgd or fgsm")
+        for key in ("loss", "restarts"):
+            if getattr(self.attack, key, None) != getattr(type(self.attack), key, None):
+                raise UserError(
+                    f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
+                )
         if self.free is not None and not self.objective.adversarial:
             raise UserError(f"free moves attacked images, and objective {self.objective.registered_name!r} has none")
         if self.free is not None and self.awp is not None:
