@@ -220,16 +220,36 @@ def test_statistics_are_estimated_anew_for_every_head_that_trains(tmp_path):
         "stages.main_head.average=swa", "stages.main_head.keep=last", "model.backbone=wideresnet-10-1",
         "model.attach_at=block1",
     ]  # fmt: skip
+    asked = estimated_in(tmp_path / "run", overrides)
+    assert asked
+    assert all({layer.split(".")[0] for layer in layers} == {"trunk", "head1", "head2"} for layers in asked)
+
+
+def estimated_in(folder, overrides):
+    """The layers whose statistics each estimate of a run gave anew."""
     asked = []
     reestimate = WeightAverage.reestimate
 
     def watched(self, passes):
         before = {n: b.clone() for n, b in self._mean.items() if n.endswith("running_var")}
         reestimate(self, passes)
-        asked.append({n.split(".")[0] for n, b in before.items() if not torch.equal(b, self._mean[n])})
+        moved = [n.removesuffix(".running_var") for n, b in before.items() if not torch.equal(b, self._mean[n])]
+        asked.append(set(moved))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightAverage, "reestimate", watched)
-        assert train_until(tmp_path / "run", lambda: False, *overrides)
+        assert train_until(folder, lambda: False, *overrides)
+    return asked
+
+
+@pytest.mark.parametrize("deployed", ["aggregate", "mean", "head1"])
+def test_statistics_of_the_aggregator_are_estimated_anew_whatever_is_deployed(tmp_path, deployed):
+    overrides = [
+        "stages.*.epochs=0", "stages.main_head.epochs=1", "stages.main_head.train=[trunk, head1, head2, aggregator]",
+        "stages.main_head.objective={name: joint, head1: natural, head2: natural, aggregate: natural}",
+        "stages.main_head.average=swa", "stages.main_head.keep=last", f"stages.main_head.deploy={deployed}",
+        "model.backbone=wideresnet-10-1", "model.attach_at=block1",
+    ]  # fmt: skip
+    asked = estimated_in(tmp_path / "run", overrides)
     assert asked
-    assert all(parts == {"trunk", "head1", "head2"} for parts in asked)
+    assert all(layers >= {"aggregator.class_bn", "aggregator.pair_bn"} for layers in asked)

@@ -22,7 +22,7 @@ from dualhead.runtime import FLOAT32
 from dualhead.training import Program
 from dualhead.training.step import TrainingStep
 from resume_helpers import outcome
-from training_helpers import THREAT, batch, plain_model, stage_of, step_of, streams_of
+from training_helpers import THREAT, CallCounter, batch, dual_model, plain_model, stage_of, step_of, streams_of
 
 
 def step_with(model, helper, **settings):
@@ -67,6 +67,22 @@ def test_it_costs_four_passes_and_leaves_the_helper_as_it_is():
         model(data.x)
     assert 3.5 < (costs[1] - costs[0]) / forward.total <= 4
     assert all(torch.equal(value, before[name]) for name, value in helper.state_dict().items())
+
+
+def test_only_the_head_that_is_deployed_sees_the_images_beyond_the_ball():
+    guided = {"name": "joint", "head1": "trades", "head2": "natural", "aggregate": None, "attack": "head1",
+              "guidance": 1}  # fmt: skip
+    model, data = dual_model(), batch(0, 8)
+    stage = stage_of(guided, ("trunk", "head1", "head2"), helper={"weights": "any"})
+    program = Program.of(model, stage)
+    step = TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), FLOAT32,
+                        helper=plain_model(seed=5))  # fmt: skip
+    seen = []
+    model.head2.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    with CallCounter(head1=model.head1) as calls:
+        assert "helper" in step(data, streams_of(data)).terms
+    assert calls["head1"] == 14  # ten steps and the start's target, clean, attacked, and beyond
+    assert seen == [8]
 
 
 def hat_recipe(folder, *, weights="standard", init="reset", **more):

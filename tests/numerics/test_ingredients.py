@@ -98,6 +98,24 @@ def test_reestimated_statistics_are_the_mean_over_batches_under_the_averaged_wei
     assert model[1].momentum == 0.1
 
 
+def test_reestimated_statistics_of_two_heads_and_the_papers_aggregator_are_those_of_torch():
+    model = dual_model()
+    average = WeightAverage(model, SWA(batches=3))
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.rand_like(parameter))
+        average.update()
+    images = [torch.rand(8, 3, 12, 12) for _ in range(3)]
+    average.reestimate([lambda x=x: model(x) for x in images])
+    with average.in_place():
+        theirs = copy.deepcopy(model)
+        torch.optim.swa_utils.update_bn(images, theirs)
+        for name, value in theirs.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):
+                torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+
+
 def test_frozen_parts_are_not_averaged():
     model = dual_model()
     model.set_trainable({"head2"})

@@ -2,7 +2,7 @@
 
 from dualhead.heads.aggregators import Aggregator, Chosen, aggregators, default_aggregator
 from dualhead.heads.attach import attach_second_head
-from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_on, is_head
+from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_on, is_head, mean_of
 from dualhead.heads.layers import LayerInfo, layers
 from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting import Split, split_model
@@ -22,5 +22,6 @@ __all__ = [
     "depends_on",
     "is_head",
     "layers",
+    "mean_of",
     "split_model",
 ]

@@ -58,6 +58,11 @@ class _KeepFrozen:
             module.eval()
 
 
+def mean_of(head_logits: Tensor) -> Tensor:
+    """The mean [B, C] of head logits [B, H, C], at least in float32 whatever the heads compute in."""
+    return head_logits.to(torch.promote_types(head_logits.dtype, torch.float32)).mean(1)
+
+
 class DualHeadClassifier(nn.Module):
     """Two heads or more on one trunk, and an aggregator over their logits (Jiang et al. 2021, arXiv 2104.10377).
 
@@ -255,7 +260,7 @@ class MeanView(HeadView):
 
     def aggregate(self, head_logits: Tensor) -> Tensor:
         """Their mean [B, C]."""
-        return head_logits.mean(1)
+        return mean_of(head_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] from images [B, ...]."""

@@ -71,8 +71,7 @@ class HelperTerm:
         return HelperExamples(features, labels)
 
     def loss(self, examples: HelperExamples) -> Tensor:
-        """The term, averaged over the images; of several outputs the deployed one counts."""
+        """The term, averaged over the images; of several outputs the last counts, and no other head sees them."""
         with self._arithmetic.autocast(examples.labels.device):
-            logits = self._program.suffix(examples.features).float()
-        logits = logits[:, -1] if logits.dim() == 3 else logits
+            logits = self._program.trained_suffix(examples.features).float()
         return self._settings.gamma * F.cross_entropy(logits, examples.labels)

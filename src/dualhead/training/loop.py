@@ -332,7 +332,11 @@ class StageRun:
         model, trained = self._program.model, [part for part in self._stage.train if is_head(part)]
         # The statistics of a head that trains beside the one that is deployed are those of its own passes.
         beside = len(trained) > 1 and is_head(self._stage.output)
-        ask = model.head_logits if isinstance(model, DualHeadClassifier) and beside else self._program.logits
+        ask: Callable[[Tensor], Tensor] = self._program.logits
+        if isinstance(model, DualHeadClassifier) and "aggregator" in self._stage.train:
+            ask = model  # whatever is deployed: the aggregator's own statistics need what runs it
+        elif isinstance(model, DualHeadClassifier) and beside:
+            ask = model.head_logits
         forward = self._arithmetic.wrap(ask)
         for batch in self._loader.epoch(0):
             yield partial(forward, batch.x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dualhead.errors import UserError
-from dualhead.heads import DualHeadClassifier, depends_on, is_head
+from dualhead.heads import DualHeadClassifier, depends_on, is_head, mean_of
 
 if TYPE_CHECKING:
     from dualhead.training.stage import Stage
@@ -41,7 +41,7 @@ def _merged(
     if {"mean", "aggregate"} & wanted:
         every = torch.stack([heads[head] for head in model.heads], 1)
         logits |= {"aggregate": model.aggregate(every)} if "aggregate" in wanted else {}
-        logits |= {"mean": every.mean(1)} if "mean" in wanted else {}
+        logits |= {"mean": mean_of(every)} if "mean" in wanted else {}
     nothing = torch.zeros_like(next(iter(heads.values())))
     return torch.stack([logits[output] if output in wanted else nothing for output in outputs], 1)
 
@@ -65,6 +65,7 @@ class Program:
 
     Attributes:
         output: the deployed one.
+        trained_suffix: from the prefix's result to the logits [B, C] of the last output alone.
 
     Raises:
         UserError: if the parts are not the model's.
@@ -89,6 +90,7 @@ class Program:
         self.output = deployed or trained
         self.prefix: Callable[[Tensor], Features] = lambda x: x
         self.suffix: Callable[[Features], Tensor] = model
+        self.trained_suffix: Callable[[Features], Tensor] = model
         self.suffix_of_clean: Callable[[Features], Tensor] = model
         self.suffix_of_attacked: Callable[[Features], Tensor] = model
         self.attacked_suffix: Callable[[Features], Tensor] = model
@@ -101,7 +103,7 @@ class Program:
             elif "trunk" not in self.parts:
                 self.prefix = model.features
             self._final = self._alone(model, self.output)
-            self.suffix = self._alone(model, trained)
+            self.suffix = self.trained_suffix = self._alone(model, trained)
             self.suffix_of_clean = self.suffix_of_attacked = self.attacked_suffix = self.target_suffix = self.suffix
             if outputs:
                 self.suffix = self._suffix(model, outputs)

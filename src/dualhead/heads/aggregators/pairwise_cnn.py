@@ -51,7 +51,7 @@ class PairwiseCNNModule(nn.Module):
     def forward(self, head_logits: Tensor) -> Tensor:
         """Logits [B, C] from head logits [B, H, C]."""
         features = torch.relu(self.class_bn(self.class_conv(head_logits))).transpose(1, 2)  # [B, C, 8]
-        if not self.training:
+        if not self.pair_bn.training:
             return F.linear(features.flatten(1), *self._affine_map())
         pairs = torch.stack((features[:, self.first].flatten(1), features[:, self.second].flatten(1)), 1)
         scores = self.pair_bn(self.pair_conv(pairs)).transpose(1, 2)
