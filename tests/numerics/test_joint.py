@@ -12,7 +12,7 @@ from dualhead.config import load_recipe, parse_recipe
 from dualhead.errors import UserError
 from dualhead.objectives import objectives
 from dualhead.objectives.joint import alikeness
-from dualhead.objectives.reverse_smoothing import learn_confusions, reversed_target
+from dualhead.objectives.reverse_smoothing import learn_confusions, log_reversed_target
 from dualhead.training import Program
 from resume_helpers import outcome, train_until
 from training_helpers import CallCounter, batch, dual_model, stage_of, step_of, streams_of
@@ -54,6 +54,34 @@ def test_each_head_learns_from_the_merged_prediction_which_learns_nothing_from_i
     assert torch.allclose(clean.grad[:, 0], (p[:, 0] - p[:, 2]) / 6)
 
 
+@pytest.mark.parametrize("aggregate", ["sat", None])
+def test_distillation_is_the_mean_of_both_passes_from_the_aggregate_or_the_mean_of_heads(aggregate):
+    (clean, adv), y = random_logits(2 if aggregate is None else 3)
+    joint = objectives.build({"name": "joint", "head1": "trades", "head2": "trades", "aggregate": aggregate,
+                              "attack": "head1", "distillation": 2})  # fmt: skip
+    by_hand = 0.0
+    for logits in (clean, adv):
+        merged = (logits.mean(1) if aggregate is None else logits[:, 2]).log_softmax(1)
+        for head in (0, 1):
+            by_hand += (merged.exp() * (merged - logits[:, head].log_softmax(1))).sum(1).mean() / 4
+    assert torch.allclose(joint.loss(clean, adv, y).terms["distillation"], 2 * by_hand)
+
+
+def test_diversity_is_of_the_attacked_images():
+    (clean, adv), y = random_logits(2)
+    joint = objectives.build({"name": "joint", "head1": "trades", "head2": "trades", "aggregate": None,
+                              "attack": "head1", "diversity": 3})  # fmt: skip
+    assert torch.allclose(joint.loss(clean, adv, y).terms["diversity"], 3 * alikeness(adv[:, 0], adv[:, 1], y).mean())
+
+
+def test_diversity_by_hand():
+    """Wrong classes at (0.8, 0.2) and (0.6, 0.4): the cosine is 0.56 over the lengths."""
+    one = torch.tensor([[5.0, math.log(0.8), math.log(0.2)]], dtype=torch.float64)
+    other = torch.tensor([[-2.0, math.log(0.6), math.log(0.4)]], dtype=torch.float64)
+    cosine = (0.8 * 0.6 + 0.2 * 0.4) / math.sqrt((0.8**2 + 0.2**2) * (0.6**2 + 0.4**2))
+    assert float(alikeness(one, other, torch.tensor([0]))) == pytest.approx(-math.log(1 - cosine**2 + 1e-6))
+
+
 def test_diversity_is_least_for_heads_that_err_alike_and_ignores_the_true_class():
     first = torch.tensor([[9.0, 1.0, 0.0, 0.0]])
     y = torch.tensor([0])
@@ -68,10 +96,10 @@ def test_reverse_smoothing_by_hand():
     p, y = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64), torch.tensor([0])
     b = 1.1 * 0.7 / (1.0001 - 0.7)
     expected = [0.7, (1 + b) * 0.2, (1 + b) * 0.1]
-    q = reversed_target(p, y, torch.tensor([1.1], dtype=torch.float64))
+    q = log_reversed_target(p.log(), y, torch.tensor([1.1], dtype=torch.float64)).exp()
     assert q[0].tolist() == pytest.approx(expected)
     assert float(q.sum()) == pytest.approx(1 + 1.1 * 0.7, rel=1e-3)  # the mass that the method's description gives
-    sure = reversed_target(torch.tensor([[0.98, 0.01, 0.01]]), y, torch.tensor([1.0]))
+    sure = log_reversed_target(torch.tensor([[0.98, 0.01, 0.01]]).log(), y, torch.tensor([1.0])).exp()
     assert float(sure[0, 0] / sure.sum()) == pytest.approx(0.5, abs=0.01)
     s = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     found = learn_confusions(p.log(), s.log(), y, torch.tensor([1.1], dtype=torch.float64))
@@ -97,8 +125,24 @@ def test_reverse_smoothing_decays_as_published():
     objective = objectives.build("reverse_smoothing")
     for epoch, decays in ((0, 0), (59, 0), (60, 1), (70, 2), (80, 3), (90, 4), (100, 5), (150, 5)):
         now = objective.at(epoch)
-        assert now.clean_weight == pytest.approx(0.95**decays)
-        assert now.second_clean == pytest.approx(0.1 * 0.8**decays)
+        first, second = 0.95**decays, 0.8**decays
+        weights = (now.clean_weight, now.divergence, now.second_adversarial, now.second_clean)
+        assert weights == pytest.approx((first, first, second, 0.1 * second))
+
+
+def test_reverse_smoothing_trains_head_1_by_its_target_too():
+    """As in the public code, whose target is no constant: the gradient of the literal sum."""
+    teacher, student = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y, alpha = torch.tensor([0, 1, 2, 0]), torch.full((4,), 1.1, dtype=torch.float64)
+    p = teacher.softmax(1)
+    true = F.one_hot(y, 3)
+    b = 1.1 * (p * true).sum(1, keepdim=True) / (1.0001 - (p * true).sum(1, keepdim=True))
+    q = p * (1 + b) - b * p * true
+    literal = (q * (q.log() - student.log_softmax(1))).sum()
+    found = learn_confusions(teacher, student, y, alpha).sum()
+    assert torch.allclose(found, literal)
+    for ours, plain in zip(*(torch.autograd.grad(loss, (teacher, student)) for loss in (found, literal)), strict=True):
+        assert torch.allclose(ours, plain)
 
 
 # ---- passes

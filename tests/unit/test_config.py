@@ -61,16 +61,16 @@ def rows_of(recipe: Recipe):
     ]  # fmt: skip
 
 
-# name: eps, step size, start, then a row per stage: objective, beta, epochs, lr, weight decay, milestones
+# name: eps, step size, start, then a row per stage: objective, beta, epochs, lr, weight decay, epochs before the drops
 TRADES_ROWS = [
-    ("trades", 6, 76, 0.1, 2e-4, (75,)),
-    ("trades", 3, 76, 0.1, 2e-4, (75,)),
-    ("trades", 3, 60, 0.1, 2e-4, (25, 40, 50)),
+    ("trades", 6, 76, 0.1, 2e-4, (74,)),
+    ("trades", 3, 76, 0.1, 2e-4, (74,)),
+    ("trades", 3, 60, 0.1, 2e-4, (24, 39, 49)),
 ]
 SAT_ROWS = [
     ("sat", None, 200, 0.1, 5e-4, (100, 150)),
-    ("sat", None, 76, 0.1, 5e-4, (75,)),
-    ("sat", None, 60, 0.1, 5e-4, (25, 40, 50)),
+    ("sat", None, 76, 0.1, 5e-4, (74,)),
+    ("sat", None, 60, 0.1, 5e-4, (24, 39, 49)),
 ]
 PUBLISHED = {
     "cifar10_wrn34": (0.031, 0.007, "gaussian", TRADES_ROWS),
@@ -80,17 +80,17 @@ PUBLISHED = {
     "cifar10_wrn34_mart": (
         8 / 255, 2 / 255, "gaussian",
         [
-            ("mart", 6, 90, 0.1, 7e-4, (75,)),
-            ("mart", 3, 76, 0.1, 7e-4, (75,)),
-            ("mart", 3, 60, 0.1, 7e-4, (25, 40, 50)),
+            ("mart", 6, 90, 0.1, 7e-4, (74, 89)),
+            ("mart", 3, 76, 0.1, 7e-4, (74,)),
+            ("mart", 3, 60, 0.1, 7e-4, (24, 39, 49)),
         ],
     ),
     "cifar10_resnet18_mart": (
         8 / 255, 2 / 255, "gaussian",
         [
-            ("mart", 5, 120, 0.01, 3.5e-3, (75, 90)),
-            ("mart", 2.5, 76, 0.01, 3.5e-3, (75,)),
-            ("mart", 2.5, 60, 0.01, 3.5e-3, (25, 40, 50)),
+            ("mart", 5, 120, 0.01, 3.5e-3, (74, 89)),
+            ("mart", 2.5, 76, 0.01, 3.5e-3, (74,)),
+            ("mart", 2.5, 60, 0.01, 3.5e-3, (24, 39, 49)),
         ],
     ),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
@@ -23,9 +24,9 @@ class ReverseSmoothing(Objective):
 
         b_0 CE(z_1, y) + b_1 KL(p || p') + b_2 KL(q_alpha(p') || s') + b_3 KL(q_alpha(p) || s)
 
-    `reversed_target` is q_alpha. alpha is 1.1 where the attack turned head 1, 1.0 where it did not, and 0.9 on clean
-    images; images that head 1 gets wrong without attack have no term on s'. Inferred: the target is a constant for
-    head 1, and made of its prediction for the same image.
+    `log_reversed_target` gives q_alpha. alpha is 1.1 where the attack turned head 1, 1.0 where it did not, and 0.9 on
+    clean images; images that head 1 gets wrong without attack have no term on s'. The target is made of head 1's
+    prediction for the same image, and is no constant: these terms train head 1 too.
 
     When: to repeat what the authors' public code does, which is not the paper's three stages.
 
@@ -98,22 +99,23 @@ class ReverseSmoothing(Objective):
         )
 
 
-def reversed_target(probabilities: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
-    """The target q [B, C]: q_y = p_y, q_k = (1 + b) p_k for k != y, with b = alpha p_y / (1.0001 - p_y).
+def log_reversed_target(log_p: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """Logarithm of the target q [B, C]: q_y = p_y, q_k = (1 + b) p_k for k != y, with b = alpha p_y / (1.0001 - p_y).
 
     Its mass is not 1 but about 1 + alpha p_y.
 
     Args:
-        probabilities: p [B, C].
+        log_p: log p [B, C].
         y: labels, int64 [B].
         alpha: [B].
     """
-    true = probabilities.gather(1, y[:, None])
-    b = alpha[:, None] * true / (1.0001 - true)
-    return (probabilities * (1.0 + b)).scatter(1, y[:, None], true)
+    true = log_p.gather(1, y[:, None])
+    b = alpha[:, None] * true.exp() / (1.0001 - true.exp())
+    log_q: Tensor = (log_p + torch.log1p(b)).scatter(1, y[:, None], true)
+    return log_q
 
 
 def learn_confusions(teacher: Tensor, student: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """sum_k q_k log(q_k / s_k) per image [B], q from the teacher's logits [B, C], s = softmax of the student's."""
-    target = reversed_target(teacher.detach().softmax(1), y, alpha)
-    return F.kl_div(student.log_softmax(1), target, reduction="none").sum(1)
+    log_q = log_reversed_target(teacher.log_softmax(1), y, alpha)
+    return (log_q.exp() * (log_q - student.log_softmax(1))).sum(1)
