@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualhead.evaluation import evaluate
+from dualhead.evaluation import diagnostics, evaluate
 from dualhead.evaluation.diagnostics import check_black_box, check_curve
 from dualhead.heads import aggregators
 from dualhead.threat import ThreatModel
@@ -137,6 +137,18 @@ def test_black_box_beating_white_box_is_noted():
     assert check_black_box(white, black)[0].status == "warning"
     black[:60] = True
     assert check_black_box(white, black)[0].status == "failed"
+    white, black = np.zeros(1000, bool), np.zeros(1000, bool)
+    black[:2] = True
+    assert check_black_box(white, black)[0].status == "ok"
+    black[:3] = True
+    assert check_black_box(white, black)[0].status == "warning"
+
+
+@pytest.mark.parametrize(("few", "many", "status"), [(20, 10, "warning"), (12, 10, "warning"), (11, 10, "ok")])
+def test_more_steps_that_find_less_are_noted(monkeypatch, few, many, status):
+    monkeypatch.setattr(diagnostics, "_fooled", lambda search, *more: {10: few, 40: many}.get(search.steps, 32))
+    _, found = findings(trained())
+    assert found["more_steps"]["status"] == status
 
 
 def test_a_black_box_attack_alone_proves_nothing_about_gradients():

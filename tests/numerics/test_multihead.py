@@ -9,6 +9,7 @@ from torch import nn
 from attack_helpers import images, network, run, run_staggered, streams
 from dualhead.attacks import Query, attacks, losses
 from dualhead.attacks.multihead import MultiHead, _weights
+from dualhead.attacks.pgd import PGD
 from dualhead.errors import UserError
 from dualhead.threat import ThreatModel
 
@@ -43,6 +44,20 @@ def test_ascents_cover_the_aggregate_each_head_and_sums():
     assert torch.equal(table[1:4], torch.eye(4)[:3])
     assert torch.equal(table[-1], table[0])
     assert ((table.sum(1) - 1).abs() < 1e-6).sum() == len(table) - 1  # one row stands for weights of the sample's own
+
+
+@BOTH
+def test_the_margin_is_climbed_in_steps_as_long_as_those_of_pgd(threat):
+    assert chain(2, steps=6).first_step(threat) == pytest.approx(PGD(steps=6).step_length(threat))
+
+
+def test_own_weights_are_uniform_over_those_that_sum_to_one():
+    x = images(4000, 1, 1, 1)
+    begun = chain(0).begin(x, torch.zeros(4000, dtype=torch.int64), torch.zeros(4000, 5), torch.zeros(4000).long(),
+                           LINF, streams(4000))  # fmt: skip
+    # Of three shares, uniform on the simplex: each has mean 1/3 and mean square 2 / (3 * 4).
+    assert begun["own_weights"].mean(0).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
+    assert begun["own_weights"].square().mean().item() == pytest.approx(1 / 6, abs=0.005)
 
 
 @PARTS

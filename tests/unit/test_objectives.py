@@ -83,6 +83,14 @@ def test_mart_equals_a_plain_reading_of_the_paper(seed, beta):
     assert float(found) == pytest.approx(total / len(y), rel=1e-9)
 
 
+def test_mart_takes_a_mixed_image_for_none_of_its_classes():
+    """As CutMix makes them: the wrong classes are those that the image holds nothing of."""
+    shares = torch.tensor([[0.7, 0.3, 0.0]], dtype=torch.float64)
+    attacked = torch.tensor([[LN(0.5), LN(0.3), LN(0.2)]], dtype=torch.float64)
+    terms = objectives.build("mart").loss(attacked, attacked, shares).terms
+    assert float(terms["adversarial"]) == pytest.approx(-0.7 * LN(0.5) - 0.3 * LN(0.3) - LN(1.0001 - 0.2))
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 2**31))
 def test_trades_without_beta_is_natural_training(seed):

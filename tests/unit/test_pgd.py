@@ -57,6 +57,18 @@ def test_keeps_the_most_harmful_iterate(threat):
     assert torch.equal(state["adversarial"], best)
 
 
+@BOTH
+def test_an_example_that_fools_is_not_given_up_for_one_that_does_not_however_high_its_loss(threat):
+    model, x = network(), images(5)
+    y, search = model(x).argmax(1), PGD(steps=10)
+    state = search.begin(x, y, model(x), torch.zeros_like(y), threat, streams(5))
+    found = {**state, "adversarial": 1 - x, "found": torch.ones_like(y, dtype=torch.bool),
+             "best_loss": torch.full_like(state["best_loss"], -1.0), "iterate": x}  # fmt: skip
+    after = search.step(found, Query(model), threat)  # x itself is right, and its loss is above -1
+    assert torch.equal(after["adversarial"], 1 - x)
+    assert after["found"].all()
+
+
 def test_training_gets_the_last_iterate_and_pays_for_its_steps_only():
     model, x = network(), images(5)
     y, draws, ours = model(x).argmax(1), streams(5), Recorder(model)

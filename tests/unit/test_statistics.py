@@ -43,6 +43,13 @@ def test_mcnemar_counts_only_discordant_samples():
     assert few.difference == pytest.approx(6 / 27)
 
 
+def test_the_interval_of_a_pair_by_hand():
+    """Agresti and Min: half a sample in each cell, so 9 - 3 of 29 differ, of 13 that are discordant."""
+    centre = 6 / 29
+    reach = 1.959964 * math.sqrt(13 - 36 / 29) / 29
+    assert mcnemar(*paired(10, 3, 9, 5)).interval == pytest.approx((centre - reach, centre + reach))
+
+
 def test_swapping_the_two_mirrors_the_answer():
     first, second = paired(40, 2, 20, 10)
     ahead, behind = mcnemar(first, second), mcnemar(second, first)
