@@ -105,7 +105,9 @@ def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts
 
 def write_config(folder: Path, architecture: Architecture, facts: Mapping[str, Any]) -> None:
     """Write `config.json` alone, for weights that lie beside it or below."""
-    write_json(folder / CONFIG, {"architecture": architecture.model_dump(mode="json"), **facts})
+    backbone = backbones.describe(backbones.build(architecture.backbone, where="model.backbone").on_its_own())
+    alone = architecture.model_copy(update={"backbone": backbone})
+    write_json(folder / CONFIG, {"architecture": alone.model_dump(mode="json"), **facts})
 
 
 def write_card(folder: Path, run: Path | None) -> None:
@@ -283,6 +285,15 @@ def _weights_file(path: Path) -> Path:
     return path
 
 
+def _is_ours(config: Path) -> bool:
+    """Whether a `config.json` is of a model of this package: other libraries write files of that name too."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "architecture" in content
+
+
 def normalisation_of(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """By what mean and standard deviation a trained model normalises, where its weights or their folder tell.
 
@@ -290,7 +301,7 @@ def normalisation_of(path: str | Path) -> tuple[tuple[float, ...], tuple[float, 
         UserError: if there are no weights, or what they tell cannot be.
     """
     file = _weights_file(Path(path))
-    if file.name == WEIGHTS and (file.parent / CONFIG).is_file():
+    if file.name == WEIGHTS and _is_ours(file.parent / CONFIG):
         known = Architecture.parse(read_config(file.parent)["architecture"], str(file.parent / CONFIG))
         return known.mean, known.std
     return normalisation_in(read_state(file), str(file))

@@ -8,7 +8,7 @@ from test_models import CASES, state_for, wideresnet_table
 
 from dualhead.errors import UserError
 from dualhead.hub import Architecture, load, load_base_weights, normalisation_of, save_model, view
-from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in
+from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, write_state
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -89,6 +89,14 @@ def test_a_normalisation_in_the_file_is_recognised(tmp_path, form, at):
     load_base_weights(model, tmp_path / "w.pt", architecture)
     expected = reference(state, mean=MEAN, std=STD)(IMAGES)
     torch.testing.assert_close(view(model, "head1" if at else "model")(IMAGES), expected)
+
+
+@pytest.mark.parametrize("config", ['{"architectures": ["ResNet"]}', "no JSON", "[1]"])
+def test_a_config_of_another_library_beside_the_weights_says_nothing(tmp_path, config):
+    write_state(carrying(state_for(wideresnet_table(10, 1, 10))), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        assert normalisation_of(place)[0] == pytest.approx(MEAN)
 
 
 def test_a_model_that_normalises_otherwise_is_told_what_would_be_right():

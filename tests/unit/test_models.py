@@ -1,5 +1,6 @@
 """Backbones hold what the field publishes; weights are read without running anything and load whole or not at all."""
 
+import json
 import math
 import os
 import pickle
@@ -691,6 +692,36 @@ class TestTransformers:
         write_state({key: t for key, t in published.items() if key != name}, folder / "model.safetensors")
         with pytest.raises(UserError, match="do not fit the model in 1 tensors"):
             make({"name": "hf", "config": str(folder), "pretrained": True})
+
+    def test_what_is_published_is_measured_with_its_weights_and_its_normalisation(self, folder):
+        told = {"do_normalize": True, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(told))
+        backbone = backbones.build(f"hf:{folder}")
+        model, images = backbone.published(10, (3, 16, 16)).eval(), torch.rand(2, 3, 16, 16)
+        assert model.normalize.mean.flatten().tolist() == pytest.approx(told["image_mean"])
+        spec = {"name": "hf", "config": str(folder), "pretrained": True}
+        plain = backbones.build(spec).create(10, (3, 16, 16), Normalize(told["image_mean"], told["image_std"])).eval()
+        assert torch.equal(model(images), plain(images))
+        assert backbones.build(spec).published_normalisation() == (tuple(told["image_mean"]), tuple(told["image_std"]))
+        assert backbone.published_normalisation() is None  # with fresh weights nothing is asked of images
+        with pytest.raises(UserError, match="it is for 10 classes, and the images have 4"):
+            backbone.published(4, (3, 16, 16))
+
+    def test_weights_that_do_not_say_how_they_normalise_are_told(self, folder, caplog):
+        with caplog.at_level("WARNING"):
+            backbones.build(f"hf:{folder}").published(10, (3, 16, 16))
+        assert "no preprocessor_config.json says how its images are normalised" in caplog.text
+
+    def test_a_trained_model_needs_the_folder_no_more(self, folder):
+        spec = {"name": "hf", "config": str(folder), "pretrained": True}
+        alone = backbones.describe(backbones.build(spec).on_its_own())
+        trained = make(spec)
+        folder.rename(folder.with_name("gone"))
+        loaded = make(alone)
+        load_state(loaded, trained.state_dict(), "test")
+        images = torch.rand(2, 3, 16, 16)
+        assert torch.equal(loaded.eval()(images), trained.eval()(images))
+        assert backbones.build("hf:resnet").on_its_own() == backbones.build("hf:resnet")
 
     def test_a_type_of_model_has_no_weights(self):
         pytest.importorskip("transformers")

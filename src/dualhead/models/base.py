@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,8 @@ from dualhead.registry import Registry
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, for images in [0, 1]."""
 
 
 class Backbone(ABC):
@@ -49,6 +51,30 @@ class Backbone(ABC):
         if normalize.channels != image_shape[0]:
             raise UserError(f"normalisation is for {normalize.channels} channels, but the images have {image_shape[0]}")
         return self._build(num_classes, image_shape, normalize)
+
+    def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
+        """The classifier as it was published, with its weights and its normalisation, to be measured as it is.
+
+        Args:
+            num_classes: of the images.
+            image_shape: channels, height and width of the images.
+
+        Raises:
+            UserError: if no weights come with this network, or it is for other classes.
+        """
+        del num_classes, image_shape
+        raise UserError(
+            f"model {self.registered_name!r} is a network without weights; name a run, an exported model, or a "
+            "function of yours that loads weights (package.module:factory)"
+        )
+
+    def published_normalisation(self) -> Statistics | None:
+        """How the published weights that it starts from want images; None if it starts from none, or nobody says."""
+        return None
+
+    def on_its_own(self) -> Self:
+        """The same network without the need of files that lie elsewhere, for weights that are saved beside it."""
+        return self
 
     @abstractmethod
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:

@@ -93,6 +93,10 @@ class FactoryBackbone(Backbone):
         bare = normalize.is_identity and isinstance(output, Tensor) and _trains_on_logits(model, image_shape)
         return model if bare else Wrapped(normalize, model)
 
+    def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
+        """What the function returns, which loads weights and normalises itself."""
+        return self.create(num_classes, image_shape, Normalize.identity(image_shape[0]))
+
 
 def _trains_on_logits(model: nn.Module, image_shape: ImageShape) -> bool:
     """Whether a model gives bare logits in training mode too, and not those of auxiliary heads beside them."""

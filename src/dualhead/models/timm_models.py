@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
+from dualhead.models.base import Backbone, ImageShape, Statistics, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
 
 
@@ -29,11 +29,39 @@ class TimmBackbone(Backbone):
     Args:
         model: as `timm.list_models()` writes it.
         pretrained: start from the weights that timm names for it (fetched from the Hugging Face Hub), with a new
-            classifier where the number of classes differs; else from timm's own initialisation.
+            classifier where the number of classes differs, and normalise as they want it unless the recipe has
+            `model.normalize`; else from timm's own initialisation.
     """
 
     model: str
     pretrained: bool = False
+
+    def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
+        """The classifier with the weights that timm names for it.
+
+        Raises:
+            UserError: if it is for another number of classes.
+        """
+        found = replace(self, pretrained=True)
+        known, classes = found.published_normalisation(), getattr(found._published(), "num_classes", None)
+        if classes != num_classes:
+            raise UserError(
+                f"model 'timm:{self.model}': it is for {classes} classes, and the images have {num_classes}"
+            )
+        normalize = Normalize.identity(image_shape[0]) if known is None else Normalize(*known)
+        return found.create(num_classes, image_shape, normalize)
+
+    def published_normalisation(self) -> Statistics | None:
+        """As timm's configuration of the weights says."""
+        config = self._published() if self.pretrained else None
+        return None if config is None else (tuple(map(float, config.mean)), tuple(map(float, config.std)))
+
+    def on_its_own(self) -> Self:
+        """Without weights to fetch."""
+        return replace(self, pretrained=False)
+
+    def _published(self) -> Any:
+        return _timm().get_pretrained_cfg(self.model)
 
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         timm, where = _timm(), f"model 'timm:{self.model}'"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import json
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
+from dualhead.models.base import Backbone, ImageShape, Statistics, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
+
+logger = logging.getLogger(__name__)
 
 
 def _transformers() -> Any:
@@ -32,9 +36,10 @@ class TransformersBackbone(Backbone):
 
     Args:
         config: a model type of transformers (its default configuration), a folder with a `config.json`, such a file,
-            or a name on the Hugging Face Hub.
+            a name on the Hugging Face Hub, or the configuration itself as JSON, as trained models store it.
         pretrained: start from the weights in that folder or on the Hub, with a new classifier where the number of
-            classes differs; anything else that does not fit is an error.
+            classes differs; anything else that does not fit is an error. Images are then normalised as the
+            `preprocessor_config.json` beside the weights says, unless the recipe has `model.normalize`.
     """
 
     config: str
@@ -59,7 +64,52 @@ class TransformersBackbone(Backbone):
         check_logits(model, num_classes, image_shape, where)
         return Wrapped(normalize, model)
 
+    def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
+        """The classifier in the folder or on the Hub.
+
+        Raises:
+            UserError: if it is for another number of classes.
+        """
+        found, where = replace(self, pretrained=True), f"model 'hf:{self.config}'"
+        try:
+            classes = found._configuration(_transformers()).num_labels
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except Exception as error:  # no such name, no network: transformers says which
+            raise UserError(f"{where}: {f'{type(error).__name__}: {error}'.splitlines()[0]}") from error
+        if classes != num_classes:
+            raise UserError(f"{where}: it is for {classes} classes, and the images have {num_classes}")
+        known = found.published_normalisation()
+        normalize = Normalize.identity(image_shape[0]) if known is None else Normalize(*known)
+        return found.create(num_classes, image_shape, normalize)
+
+    def published_normalisation(self) -> Statistics | None:
+        """What `preprocessor_config.json` says beside the weights; a word in the log if there is none."""
+        if not self.pretrained:
+            return None
+        transformers, file = _transformers(), "preprocessor_config.json"
+        folder = Path(self.config).parent if Path(self.config).is_file() else Path(self.config)
+        try:
+            path = folder / file if folder.is_dir() else transformers.utils.cached_file(self.config, file)
+            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not told.get("do_normalize", True):
+                return None
+            return tuple(map(float, told["image_mean"])), tuple(map(float, told["image_std"]))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            logger.warning("model 'hf:%s': no %s says how its images are normalised", self.config, file)
+            return None
+
+    def on_its_own(self) -> Self:
+        """With the configuration itself in place of where it lies."""
+        if self.config in _transformers().CONFIG_MAPPING and not Path(self.config).exists():
+            return self
+        config = self._configuration(_transformers())
+        return replace(self, config=config.to_json_string(), pretrained=False)
+
     def _configuration(self, transformers: Any) -> Any:
+        if self.config.lstrip().startswith("{"):
+            content = json.loads(self.config)
+            return transformers.AutoConfig.for_model(content.pop("model_type"), **content)
         is_local = Path(self.config).is_file() or Path(self.config, "config.json").is_file()
         if is_local or self.config not in transformers.CONFIG_MAPPING:
             return transformers.AutoConfig.from_pretrained(self.config)
