@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 
+from dualhead.attacks import attacks
 from dualhead.data import Split, Storage, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, Gallery, evaluate, make_gallery
@@ -41,6 +42,9 @@ class Request:
     checkpoint: str | None = None
     output: str | None = None
     output_dir: Path | None = None
+    image_size: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     batch_size: int = 256
     seed: int = 0
     device: str = "auto"
@@ -82,9 +86,10 @@ def assess(
     device = group().agreed(lambda: find_device(request.device))
     threat, curve = _threat(request)
     test = group().in_turn(lambda: _test_images(request))
-    _check_images(request, test)
     model = _model(request, test)
     count = min(request.limit or len(test), len(test))
+    if group().first:
+        test.warn_if_sorted(count, "--limit")
     folder = request.output_dir or _default_folder(request)
     check_folder(folder, "--output")
     evaluation = evaluate(
@@ -143,7 +148,6 @@ def subject_of(request: Request) -> tuple[nn.Module, Split, ThreatModel]:
     device = find_device(request.device)
     threat, _ = _threat(request)
     test = _test_images(request)
-    _check_images(request, test)
     return _model(request, test).to(device).eval(), test, threat
 
 
@@ -156,6 +160,9 @@ def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
     elif ":" not in request.model:
         known = read_config(find_model(request.model)).get("threat", {})
     norm = request.norm or known.get("norm", "Linf")
+    if request.eps is None and "eps" in known and norm in get_args(Norm) and norm != known["norm"]:
+        radius = "0.5" if norm == "L2" else "8/255"
+        raise UserError(f"--norm {norm}: --eps is needed, since the model's is of {known['norm']}; e.g. --eps {radius}")
     if request.eps is None and "eps" not in known:
         raise UserError("--eps is needed, since the model does not say for what it was trained; e.g. --eps 8/255")
     radii = [part.strip() for part in (str(known["eps"]) if request.eps is None else request.eps).split(",")]
@@ -166,36 +173,62 @@ def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
 
 
 def _test_images(request: Request) -> Split:
+    """The images that are asked for, among the classes that the model knows."""
+    return _among_known(request, _load_images(request))
+
+
+def _load_images(request: Request) -> Split:
     room = room_for_images(find_device(request.device))
+    size = None if request.image_size is None else _size(request.image_size)
     if request.is_run:
-        return read_recipe(Path(request.model)).data.load("test", request.data, room=room)
+        told = {"image_column": request.image_column, "label_column": request.label_column, "image_size": size}
+        given = {key: value for key, value in told.items() if value is not None}
+        data = read_recipe(Path(request.model)).data.model_copy(update=given)
+        return data.load("test", request.data, room=room)
     if request.data is None:
         raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
     # A trained model says to what size images were brought for it; a factory takes them as they are.
     known = {} if ":" in request.model else read_config(find_model(request.model))
     return load_split(
-        request.data, "test", image_size=known.get("image_size"), crop=known.get("crop"), storage=Storage(room=room)
-    )
+        request.data, "test", image_column=request.image_column, label_column=request.label_column,
+        image_size=size or known.get("image_size"), crop=known.get("crop"), storage=Storage(room=room),
+    )  # fmt: skip
 
 
-def _check_images(request: Request, test: Split) -> None:
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--image-size {text}: write HEIGHTxWIDTH, e.g. 224x224")
+    return int(parts[0]), int(parts[1])
+
+
+def _among_known(request: Request, test: Split) -> Split:
     """A factory makes what fits the images; a trained model has to fit them. Other sizes are up to the network."""
     if request.is_run:
         folder = Path(request.model) / "checkpoints"
         if not (folder / CONFIG).is_file():
-            return  # what is missing is said where the run is loaded
+            return test  # what is missing is said where the run is loaded
     elif ":" in request.model:
-        return
+        return test
     else:
         folder = find_model(request.model)
     trained = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
     channels = trained.image_shape[0]
+    known = tuple(map(str, read_config(folder).get("class_names", ())))
+    names = set(test.class_names)
+    if (
+        test.num_classes < trained.num_classes == len(known)
+        and names <= set(known)
+        and not all(map(str.isdigit, names))
+    ):
+        test = test.named(known)  # images of some classes only, as a folder of those that came in this week
     if (test.image_shape[0], test.num_classes) != (channels, trained.num_classes):
         raise UserError(
             f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {request.model}, "
             f"which is for {trained.num_classes} classes of {channels}-channel images; choose other --data"
         )
-    _check_names(request, list(test.class_names), list(read_config(folder).get("class_names", ())))
+    _check_names(request, list(test.class_names), list(known))
+    return test
 
 
 def _check_names(request: Request, given: list[str], known: list[str]) -> None:
@@ -224,8 +257,7 @@ def _model(request: Request, test: Split) -> nn.Module:
         if value is not None:
             raise UserError(f"{option} is for runs, and {request.model} is none")
     if ":" in request.model:
-        backbone = backbones.build(request.model, where="model")
-        return backbone.create(test.num_classes, test.image_shape, Normalize.identity(test.image_shape[0]))
+        return backbones.build(request.model, where="model").published(test.num_classes, test.image_shape)
     return load(request.model, request.output)
 
 
@@ -234,8 +266,10 @@ def _attacks(request: Request, model: nn.Module) -> tuple[Any, ...]:
     if request.attacks:
         return request.attacks
     chosen = read_recipe(Path(request.model)).evaluate.attacks if request.is_run else ("pgd-40",)
-    adaptive = hasattr(model, "head_logits") and "multihead" not in chosen
-    return (*chosen, "multihead") if adaptive else chosen
+    for_heads = [attack for attack in chosen if attacks.build(attack).needs_heads]
+    if not hasattr(model, "head_logits"):
+        return tuple(attack for attack in chosen if attack not in for_heads)
+    return chosen if for_heads else (*chosen, "multihead")
 
 
 def _default_folder(request: Request) -> Path:
@@ -247,6 +281,7 @@ def _default_folder(request: Request) -> Path:
         f"seed{request.seed}" if request.seed else None,
         None if request.precision == "auto" else request.precision,
     ]
+    words += [request.image_size, request.image_column, request.label_column]
     words += ["adversarial" if request.save_adversarial else None]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return base / "evaluations" / name if request.is_run else base / (name or "default")

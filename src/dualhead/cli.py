@@ -109,7 +109,7 @@ def train(
     if as_json:
         typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
         return
-    out.print(accuracy_table("accuracy in percent, with 95 % intervals", rows))
+    out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
     if not quiet:
         if profile:
             out.print(f"profile: {result.run_dir / 'profile'}, a table and a trace for each stage", soft_wrap=True)
@@ -119,7 +119,9 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
-    attack: Annotated[list[str] | None, typer.Option("--attack", help="Repeatable; default: the run's.")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option("--attack", help="Repeatable; default: the run's, else pgd-40.")
+    ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")] = None,
@@ -130,6 +132,11 @@ def evaluate(
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
     output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, ..., mean or aggregate.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="Where results go.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option("--image-size", help="HEIGHTxWIDTH to which images are resized.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option("--image-column", help="Of --data, with images.")] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="Of --data, with labels.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -155,6 +162,9 @@ def evaluate(
         checkpoint=checkpoint,
         output=output,
         output_dir=output_dir,
+        image_size=image_size,
+        image_column=image_column,
+        label_column=label_column,
         batch_size=batch_size,
         seed=seed,
         device=device,
@@ -171,7 +181,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(evaluation.results, indent=2))
         return
-    title = f"{evaluation.num_samples} images, accuracy in percent with 95 % intervals"
+    title = _title(evaluation)
     out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
@@ -184,6 +194,13 @@ def evaluate(
             out.print(f"{finding['status']}: {finding['name']}: {finding['message']}", soft_wrap=True, markup=False)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _title(evaluation: Any) -> str:
+    from dualhead.report import threat_text
+
+    met = f"{evaluation.num_samples:,} test images, {threat_text(evaluation.results['threat'])}"
+    return f"{met}; percent, 95 % intervals"
 
 
 def _as_row(name: str, evaluation: Any) -> dict[str, Any]:

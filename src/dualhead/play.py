@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.evaluation import make_gallery
-from dualhead.report import change, picture
+from dualhead.report import NO_CLASS, change, picture
 from dualhead.threat import ThreatModel
 
 LOOPBACK = "127.0.0.1"
@@ -100,7 +100,12 @@ class Playground:
 
     def _says(self, predicted: NDArray[Any], shares: NDArray[Any], label: int) -> list[dict[str, Any]]:
         return [
-            {"class": self.images.class_names[k], "probability": p, "of_label": q, "right": k == label}
+            {
+                "class": self.images.class_names[k] if k >= 0 else NO_CLASS,
+                "probability": p,
+                "of_label": q,
+                "right": k == label,
+            }
             # Where logits overflow there is no probability, and NaN is no JSON.
             for k, (p, q) in zip(predicted.tolist(), np.nan_to_num(shares, nan=0.0).tolist(), strict=True)
         ]

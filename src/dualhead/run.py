@@ -57,6 +57,7 @@ from dualhead.runtime import (
     synchronised_batch_norm,
     with_lanes,
 )
+from dualhead.threat import ThreatModel
 from dualhead.training import (
     RESET,
     CheckpointStore,
@@ -269,7 +270,8 @@ class Run:
                 raise UserError(f"stages.{index}.init: {error}") from None
             if found is not None:
                 return made.model_copy(update={"mean": found[0], "std": found[1]})
-        return made
+        found = self.recipe.model.backbone.published_normalisation()
+        return made if found is None else made.model_copy(update={"mean": found[0], "std": found[1]})
 
     # ---- the folder
 
@@ -320,6 +322,7 @@ class Run:
 
     def _check_evaluation(self) -> None:
         """An evaluation holds its images in memory, also those of a set that stays on disk."""
+        self.test.warn_if_sorted(self._evaluated, "evaluate.limit")
         count, free = self._evaluated, 4 * self.room
         size = count * math.prod(self.test.image_shape)
         if self.test.is_stored and size > free:
@@ -340,7 +343,15 @@ class Run:
         """A stage that cannot be is refused now, not after the hours before it."""
         begun = (self.folder / "config.yaml").is_file()  # then a stage's first weights may have gone since
         for index, stage in enumerate(self.recipe.stages):
-            Program.of(self.model, stage)
+            learning = Program.of(self.model, stage).parameters()
+            if stage.fit is None and stage.epochs and not learning:
+                raise UserError(
+                    f"stages.{index}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
+                    "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
+                )
+            self._warn_of_idle(stage)
+            if stage.objective.adversarial and stage.fit is None and stage.free is None and stage.epochs:
+                _warn_of_reach(f"stages.{index}.attack", stage.attack, stage.threat(self.recipe.threat))
             if stage.fit is not None:
                 try:
                     check_choosable(self.model)
@@ -363,6 +374,24 @@ class Run:
                     self._start_from(copy.deepcopy(self.model), stage)
                 except UserError as error:
                     raise UserError(f"stages.{index}.init: {error}") from None
+
+        if self.held_out is not None:
+            _warn_of_reach("validation.attack", self.recipe.validation.attack, self.recipe.threat)
+
+    @staticmethod
+    def _warn_of_idle(stage: Stage) -> None:
+        """A word on settings that begin only after the stage's end, as when it was shortened for a trial."""
+        late = {
+            "awp.start": None if stage.awp is None else stage.awp.start,
+            "average.start": getattr(stage.average, "start", None),
+            "schedule.warmup": getattr(stage.schedule, "warmup", None),
+        }
+        for key, start in late.items():
+            if start and start >= stage.epochs > 0:
+                _log.warning(
+                    "stage %s: %s is %g, and the stage has %d epochs: it ends before that", stage.name, key, start,
+                    stage.epochs,
+                )  # fmt: skip
 
     def _start_from(self, model: nn.Module, stage: Stage) -> None:
         if stage.init == RESET:
@@ -537,7 +566,7 @@ class Run:
             program,
             loader,
             validator=self._validator(),
-            threat=recipe.threat if stage.eps is None else replace(recipe.threat, eps=stage.eps),
+            threat=stage.threat(recipe.threat),
             arithmetic=arithmetic,
             seed=recipe.runtime.seed,
             device=self.device,
@@ -773,6 +802,16 @@ def load_extra(recipe: Recipe, training: Split, room: int | None = None) -> Spli
 
 def _told(values: Sequence[object]) -> str:
     return ", ".join(map(str, values[:4])) + (f" and {len(values) - 4} more" if len(values) > 4 else "")
+
+
+def _warn_of_reach(key: str, attack: Attack, threat: ThreatModel) -> None:
+    """A word on steps that are left over from another radius or norm: they end inside the ball."""
+    steps, length = getattr(attack, "steps", 1), getattr(attack, "step_size", None)
+    if length is not None and steps * length < threat.eps:
+        _log.warning(
+            "%s: %d steps of %.3g reach %.3g, and eps is %.3g; leave step_size out (null) for 2.5 eps / steps", key,
+            steps, length, steps * length, threat.eps,
+        )  # fmt: skip
 
 
 def architecture_of(recipe: Recipe, training: Split) -> Architecture:

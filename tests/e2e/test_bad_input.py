@@ -338,6 +338,7 @@ BAD = [
         "stages.0.objective.betta: objective 'trades' has no such key; did you mean 'beta'?",
     ),
     ("NEW stages.*.attack=nothing", "stages.0.attack: unknown attack 'nothing'"),
+    ("NEW model.aggregator=mean", "stages.2.train: aggregator has no weights that learn, as of the aggregators mean"),
     (
         "NEW stages.*.attack.loss=margin",
         "stages.0: attack.loss: is for measuring; training climbs its objective's loss",
@@ -592,6 +593,10 @@ BAD = [
     (
         "evaluate mymodels:linear --eps 0.1",
         "--data is needed, since mymodels:linear is not a run; e.g. --data uoft-cs/cifar10",
+    ),
+    (
+        "evaluate hf:resnet --data digits --eps 0.1",
+        "model 'hf:resnet': 'resnet' is a type of model and has no weights; name a folder or a Hub model",
     ),
     (
         "evaluate mymodels:nothing --data digits --eps 0.1",

@@ -233,6 +233,11 @@ def test_what_merges_heads_is_attacked_by_one_who_knows_them(tmp_path):
     }
     of_heads = {"pgd-3", "multihead-2", "worst"}
     assert attacked == {name: of_heads if name in ("mean of heads", "DH-AT") else {"pgd-3", "worst"} for name in ROWS}
+    for options, attacks in (([], {"pgd-3", "multihead-2"}), (["--output-of", "head2"], {"pgd-3"})):
+        output = tmp_path / f"results{len(options)}"
+        ended = dualhead("evaluate", run, *options, "--limit", 4, "--output", output, "--precision", "float32")
+        assert ended.status == 0, ended.err
+        assert set(json.loads((output / "results.json").read_text())["attacks"]) == attacks
 
 
 def test_a_run_is_evaluated_and_compared(finished_run):
@@ -348,7 +353,7 @@ def test_evaluate_prints_a_table_and_a_curve_and_says_where_results_lie(finished
     assert [point["eps"] for point in results["curve"]] == [0, 0.01, 0.08]
     shares = [point["robust_accuracy"]["worst"] for point in results["curve"]]
     assert shares == sorted(shares, reverse=True)
-    assert "16 images" in ended.out
+    assert "16 test images, Linf eps 0.08; percent, 95 % intervals" in ended.out
     assert "eps 0.08: " in ended.out
     assert "results:" not in ended.out
 

@@ -6,6 +6,8 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -75,6 +77,74 @@ def test_classes_in_another_place_are_refused_and_other_names_are_told(run, tmp_
         ended = dualhead("evaluate", run / model, "--data", swapped, "--attack", "fgsm")
         assert ended.status == 2
         assert "'cat' is class 1 of these images and class 0 of" in ended.error_line
+
+
+def test_images_of_some_of_the_classes_are_measured_by_their_names(run, tmp_path):
+    several = photos(tmp_path / "several", {**CLASSES, "ape": (0, 200, 0)})
+    command = ["train", "digits_natural", *SHORT, "data.validation=6", f"data.source={several}", "--quiet"]
+    assert dualhead(*command, "--run-dir", tmp_path / "run").status == 0
+    assert dualhead("export", tmp_path / "run", "--to", tmp_path / "model").status == 0
+    for model in ("run", "model"):
+        found, _ = measured(tmp_path / model, run / "images", tmp_path)  # it knows ape, cat and dog
+        assert [(entry["class"], entry["label"]) for entry in found["per_class"]] == [("cat", 1), ("dog", 2)]
+        whole, _ = measured(tmp_path / model, several, tmp_path)
+        of_both = [entry for entry in whole["per_class"] if entry["class"] != "ape"]
+        assert [entry["clean_accuracy"] for entry in found["per_class"]] == [e["clean_accuracy"] for e in of_both]
+
+
+def test_what_the_data_need_to_be_read_can_be_said_for_any_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import torch\ndef make(num_classes):\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), "
+        "torch.nn.Flatten(), torch.nn.Linear(3, num_classes))\n"
+    )
+    images = photos(tmp_path / "images", CLASSES)
+    ended = dualhead("evaluate", "own:make", "--data", images, "--attack", "fgsm", "--eps", "8/255")
+    assert "images differ in size" in ended.error_line
+    assert "(evaluate: --image-size)" in ended.error_line
+    found, _ = measured("own:make", images, tmp_path, "--eps", "8/255", "--image-size", "8x8")
+    assert found["num_samples"] == 6
+    ended = dualhead("evaluate", "own:make", "--data", images, "--eps", "8/255", "--image-size", "8")
+    assert "--image-size 8: write HEIGHTxWIDTH" in ended.error_line
+    encoded = [(tmp_path / "images" / "test" / name / "0.png").read_bytes() for name in CLASSES] * 4
+    table = pa.table({
+        "picture": pa.array([{"bytes": one, "path": None} for one in encoded]),
+        "category": [0] * 4 + [1] * 4, "number": [0, 1] * 4,
+    })  # fmt: skip
+    (tmp_path / "rows").mkdir()
+    pq.write_table(table, tmp_path / "rows" / "test-0.parquet")
+    ended = dualhead("evaluate", "own:make", "--data", tmp_path / "rows", "--attack", "fgsm", "--eps", "8/255")
+    assert "(evaluate: --label-column)" in ended.error_line
+    columns = ["--label-column", "category", "--image-column", "picture"]
+    found, _ = measured("own:make", tmp_path / "rows", tmp_path, "--eps", "8/255", *columns)
+    assert [entry["num_samples"] for entry in found["per_class"]] == [4, 4]
+
+
+def test_a_limit_that_leaves_out_classes_is_told(run, tmp_path, caplog):
+    rows = [(name, k) for name in CLASSES for k in range(3)] * 3
+    rows = sorted(rows)  # by class
+    table = pa.table({
+        "image": pa.array([{"bytes": (run / f"images/test/{n}/0.png").read_bytes(), "path": None} for n, _ in rows]),
+        "label": [list(CLASSES).index(name) for name, _ in rows],
+    })  # fmt: skip
+    (tmp_path / "sorted").mkdir()
+    pq.write_table(table, tmp_path / "sorted" / "test-0.parquet")
+    with caplog.at_level("WARNING"):
+        measured(run / "run", tmp_path / "sorted", tmp_path, "--limit", "9")
+    assert "--limit: the first 9 test images show 1 of the 2 classes" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        measured(run / "run", tmp_path / "sorted", tmp_path, "--limit", "10")
+    assert "test images show" not in caplog.text
+
+
+def test_another_norm_needs_a_radius_of_its_own(run, tmp_path):
+    for model in ("run", "model"):
+        ended = dualhead("evaluate", run / model, "--data", run / "images", "--norm", "L2")
+        assert ended.status == 2
+        assert "--norm L2: --eps is needed, since the model's is of Linf; e.g. --eps 0.5" in ended.error_line
+    found, _ = measured(run / "run", run / "images", tmp_path, "--norm", "L2", "--eps", "0.5")
+    assert found["threat"] == {"norm": "L2", "eps": 0.5}
 
 
 def test_classes_of_other_names_are_measured_with_a_word(run, tmp_path, caplog):

@@ -45,6 +45,18 @@ def test_attacked_images_lie_within_each_budget(dual, threat):
         assert flat.max() > 0
 
 
+class Answerless(torch.nn.Module):
+    def forward(self, x):
+        return torch.full((len(x), 4), torch.nan) + 0 * x.sum()
+
+
+def test_logits_that_are_no_numbers_name_no_class():
+    made = show(Answerless(), count=4)
+    assert (made.clean_prediction == -1).all()
+    assert (made.prediction == -1).all()
+    assert np.isnan(made.clean_probability).all()
+
+
 def test_what_outputs_say_is_the_models_own_answer(dual, shown):
     x = torch.from_numpy(shown.original).float() / 255
     with torch.no_grad():

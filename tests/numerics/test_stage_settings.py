@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import dualhead.run as run_module
 from dualhead.attacks import attacks
 from dualhead.data import augmentations
 from dualhead.flops import CountFlops
-from dualhead.run import train
+from dualhead.run import Run, train
 from dualhead.runtime import FLOAT32
 from dualhead.threat import ThreatModel
 from dualhead.training import Program, StageRun
@@ -28,6 +29,32 @@ def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
     assert float(distance.min()) > 0.1 * threat.eps
     losses = [float(step(data, streams_of(data)).terms["loss"].detach()) for _ in range(12)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], []),
+        (["stages.main_head.attack.step_size=0.01"], ["stages.0.attack: 2 steps of 0.01 reach 0.02, and eps is 0.15"]),
+        (["stages.main_head.attack.step_size=0.01", "stages.main_head.eps=0.02"], []),
+        (["stages.main_head.attack.step_size=0.01", "stages.main_head.objective=natural"], []),
+        (["validation.attack.step_size=0.1"], ["validation.attack: 1 steps of 0.1 reach 0.1, and eps is 0.15"]),
+        (["stages.main_head.attack={name: fgsm, step_size: 0.1}"], ["stages.0.attack: 1 steps of 0.1 reach 0.1"]),
+        (["stages.*.attack.step_size=null", "validation.attack.step_size=null", "threat.norm=L2", "threat.eps=2"], []),
+        (["stages.main_head.awp={}"], ["stage main_head: awp.start is 10, and the stage has 2 epochs"]),
+        (["stages.main_head.awp={start: 1}"], []),
+        (["stages.main_head.average={name: swa, start: 2}"], ["stage main_head: average.start is 2, and the"]),
+        (["stages.main_head.schedule={name: cosine, warmup: 2}"], ["stage main_head: schedule.warmup is 2, and the"]),
+    ],
+)  # fmt: skip
+def test_settings_that_come_to_nothing_are_told(tmp_path, caplog, overrides, told):
+    settled = ["stages.*.attack.step_size=0.1", "validation.attack.step_size=0.2"]
+    with caplog.at_level("WARNING"):
+        Run(recipe(*settled, *overrides), tmp_path / "run")
+    found = [record.getMessage() for record in caplog.records]
+    assert [words for words in found if "reach" in words or "the stage has" in words] == [
+        next((words for words in found if words.startswith(start)), start) for start in told
+    ]
 
 
 def test_a_step_of_fast_adversarial_training_costs_five_forward_passes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from dualhead.data.stored import Images, StoredImages, middle
 from dualhead.errors import UserError
 from dualhead.noise import Streams
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,29 @@ class Split:
             index = int(wrong[0])
             allowed = f"must lie in 0..{self.num_classes - 1}, as there are {self.num_classes} classes"
             raise UserError(f"label {int(labels[index])} of image {index} {allowed}")
+
+    def named(self, class_names: Sequence[str]) -> Split:
+        """The same images among the classes of a model that knows more, each label by its name.
+
+        Args:
+            class_names: all of this split's, in any order, and others.
+        """
+        numbers = torch.tensor([list(class_names).index(name) for name in self.class_names])
+        return Split(self.images, numbers[self.labels.cpu()].to(self.labels.device), tuple(class_names))
+
+    def warn_if_sorted(self, count: int, option: str) -> None:
+        """A word where the first so many images leave out classes, as in a set that is sorted by class.
+
+        Args:
+            count: how many are used.
+            option: what said so.
+        """
+        shown, present = (int(part.bincount().count_nonzero()) for part in (self.labels[:count], self.labels))
+        if count < len(self) and shown < present and count >= 3 * present:  # of so many, chance would leave out few
+            _log.warning(
+                "%s: the first %d test images show %d of the %d classes that all of them show, as in a set that is "
+                "sorted by class; what is measured is of those classes alone", option, count, shown, present,
+            )  # fmt: skip
 
     @classmethod
     def from_arrays(

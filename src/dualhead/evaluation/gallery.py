@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.attacks import LogitsFn, attacks
+from dualhead.attacks import LogitsFn, attacks, predictions
 from dualhead.attacks.losses import margin
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
@@ -52,7 +52,7 @@ class Gallery:
         original: uint8 [M, C, H, W], the clean images.
         adversarial: uint8 [O, S, M, C, H, W], by target and budget, rounded for the eye; what the outputs say is of the
             float32 image before that.
-        clean_prediction: int64 [M, O].
+        clean_prediction: int64 [M, O]; -1 where logits are not numbers.
         clean_probability: float32 [M, O, 2], of the predicted class and of the label.
         clean_margin: float32 [M, O], the label's logit minus the highest other one.
         prediction: int64 [O, S, M, O], by target, budget, sample and output.
@@ -173,8 +173,8 @@ class _Visit:
             logits = torch.cat([self._ask(part) for part in torch.split(x, self.batch_size)])
         outputs = logits.shape[1]
         flat, labels = logits.flatten(0, 1), y.repeat_interleave(outputs)
-        shares, predicted = flat.softmax(1), flat.argmax(1)
-        both = torch.stack((predicted, labels), 1)
+        shares, predicted = flat.softmax(1), predictions(flat)
+        both = torch.stack((predicted.clamp_min(0), labels), 1)  # of no class no share is known: NaN, as all of them
         return _Said(
             predicted.reshape(-1, outputs),
             shares.gather(1, both).reshape(-1, outputs, 2),

@@ -434,6 +434,7 @@ class _Work:
             "parts": entries,
             "notes": attack.notes(self.num_classes),
             "parameters": registry.describe(attack),
+            "needs_heads": attack.needs_heads,
         }
 
     def _attack_mine(self, attack: Attack, parts: Sequence[Search], threat: ThreatModel) -> _Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,7 +14,7 @@ from dualhead.errors import UserError
 from dualhead.heads import Output, Part, depends_on
 from dualhead.objectives import Objective, objectives
 from dualhead.schema import Section, component
-from dualhead.threat import Real
+from dualhead.threat import Real, ThreatModel
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.free import Free
 from dualhead.training.helper import Helper
@@ -110,6 +111,10 @@ class Stage(Section):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
         self._losses_fit_parts()
         return self
+
+    def threat(self, threat: ThreatModel) -> ThreatModel:
+        """What the stage trains against: its own radius, if it has one, of a recipe's threat model."""
+        return threat if self.eps is None else replace(threat, eps=self.eps)
 
     @property
     def output(self) -> str:
