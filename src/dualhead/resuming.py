@@ -15,11 +15,11 @@ from dualhead.files import check_folder
 from dualhead.hub import CONFIG, read_config
 from dualhead.lock import NAME as LOCK
 
-_MAY_CHANGE = re.compile(
-    r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.(micro_batch|checkpoint_activations)"
-)
-"""Keys that say how the work is done, for a machine that has too little memory; with batch norm `micro_batch` also says
-a little of what comes of it."""
+_HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations")
+"""Keys that say how the work is done, and nothing of what comes of it."""
+_MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
+"""Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
+also says a little of what comes of it."""
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -62,6 +62,17 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
             f"choose another {option}"
         )
     return found
+
+
+def without_how(recipe: Any, place: str = "") -> Any:
+    """A plain recipe, less the keys that say how the work is done and nothing of what comes of it."""
+    if isinstance(recipe, dict):
+        inside = ((key, f"{place}.{key}" if place else str(key), value) for key, value in recipe.items())
+        kept = ((key, at, value) for key, at, value in inside if not _HOW.fullmatch(at))
+        return {key: without_how(value, at) for key, at, value in kept}
+    if isinstance(recipe, list):
+        return [without_how(value, f"{place}.{index}") for index, value in enumerate(recipe)]
+    return recipe
 
 
 def data_facts(split: Split) -> dict[str, Any]:

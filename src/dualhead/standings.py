@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, compare, interval_over_samples, mcnemar, mean_std, wilson
-from dualhead.resuming import read_recipe
+from dualhead.resuming import read_recipe, without_how
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Entry:
     """One output of one run.
 
     Args:
-        group: runs that differ in nothing but the seed share it.
+        group: runs that differ in nothing but the seed and in how the work was done share it.
         label: of the group.
         name: of the output, as the run's tables call it; empty for an evaluation that belongs to no run.
         deployed: it is the run's result.
@@ -97,6 +97,7 @@ def _entries(place: Path) -> list[Entry]:
         label = where.name
     else:
         label = run.name.replace(f",seed={seed}", "").replace(f"seed={seed}", recipe_name)
+    group = json.dumps(without_how(recipe), sort_keys=True)
     rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
     entries = []
     for row in rows if run == place else rows[-1:]:
@@ -104,7 +105,7 @@ def _entries(place: Path) -> list[Entry]:
         cost = row["training_cost"]
         entries.append(
             Entry(
-                json.dumps(recipe, sort_keys=True), label, row["name"], last, seed,
+                group, label, row["name"], last, seed,
                 Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
             )

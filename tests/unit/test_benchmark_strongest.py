@@ -149,12 +149,22 @@ def test_shards_share_the_seeds(tmp_path):
 
 
 def test_held_out_images_are_attacked_in_place_of_test_images(tmp_path):
-    _, asked = asked_of("gpu", tmp_path, HELD_OUT="HELD", SEEDS="1")
+    _, asked = asked_of("cpu", tmp_path, HELD_OUT="HELD", SEEDS="1")
     attacked = [words for words in asked if words[0] == "evaluate"]
     assert {after("--data", words) for words in attacked} == {"HELD"}
     assert {Path(after("--output", words)).name for words in attacked} == {"held_out"}
     _, asked = asked_of("gpu", tmp_path, SEEDS="1")
     assert {after("--data", words) for words in asked if words[0] == "evaluate"} == {"DATA"}
+
+
+def test_what_would_mislead_is_refused(tmp_path):
+    for scale, environment, told in (
+        ("gpu", {"HELD_OUT": "HELD"}, "HELD_OUT: the recipes for a GPU train on those images"),
+        ("cpu", {"STUDIES": "trades-bse"}, "STUDIES=trades-bse: no study of this scale is called so"),
+        ("gpu", {"STUDIES": "trades-three"}, "STUDIES=trades-three: no study of this scale is called so"),
+    ):
+        ended, asked = asked_of(scale, tmp_path, SEEDS="1", **environment)
+        assert (ended.returncode, ended.stderr.strip(), asked) == (2, told, [])
 
 
 def test_held_out_images_are_the_last_of_the_training_part(tmp_path, monkeypatch):

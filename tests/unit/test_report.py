@@ -25,7 +25,7 @@ from dualhead.evaluation.gallery import Gallery
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.evaluation.statistics import mcnemar
 from dualhead.report import write_report
-from dualhead.report.comparison import as_csv, as_records, cost_table
+from dualhead.report.comparison import as_csv, as_records, cost_table, trade_offs, verdict
 from dualhead.report.differences import difference
 from dualhead.report.figures import pareto
 from dualhead.report.gallery import change, picture, spread
@@ -60,7 +60,10 @@ def evaluation(folder, seed, *, classes=4, names=None, count=60, eps=0.1, images
         "num_samples": count,
         "threat": {"norm": "Linf", "eps": eps},
         **accuracies(held.correct),
-        "attacks": {a: {"seconds": 1.5, "forward_passes": 7, "backward_passes": 6, "fooled": 5} for a in attacks},
+        "attacks": {
+            a: {"seconds": 1.5, "forward_passes": 7, "backward_passes": 6, "fooled": 5, "needs_heads": a == "multihead"}
+            for a in attacks
+        },
         "curve": [],
         "per_class": per_class(held.correct, labels, names),
         "diagnostics": [{"name": "randomness", "status": "ok", "message": "the same logits"}],
@@ -305,12 +308,72 @@ def test_other_samples_threats_or_attacks_are_not_compared(tmp_path):
     assert "different threat models or attacks" in page.text
 
 
+def test_what_only_merged_heads_can_face_keeps_nobody_from_being_compared(tmp_path):
+    merged, single = make_run(tmp_path / "merged", count=400), make_run(tmp_path / "single", count=400, seed=9)
+    evaluation(merged / "evaluation", 4, count=400, attacks=("pgd-40", "multihead"))
+    sources = read_sources([single, merged])
+    first, second = (source.deployed for source in sources)
+    assert second.attacks == ["pgd-40", "multihead"]
+    for what in ("clean", "worst"):
+        expected = mcnemar(first.correct(what), second.correct(what))
+        assert difference(second, first, what).value == pytest.approx(expected.difference)
+    assert [figure for figure in trade_offs(sources) if "multihead (merged heads alone)" in figure.title]
+    best = max((first, second), key=lambda row: row.worst.value)
+    assert best.title + " still gets" in verdict(sources).sentence
+    page = report(single, merged, at=tmp_path)
+    assert "different threat models or attacks" not in page.text
+
+
 @pytest.mark.parametrize(("drop", "overfits"), [(0.0, False), (0.01, False), (0.3, True)])
 def test_robust_overfitting_is_told_from_chance(tmp_path, drop, overfits):
     lines = metrics("main_head", 6, robust=lambda epoch: 0.5 if epoch == 3 else 0.5 - drop)
     page = report(make_run(tmp_path / "run", lines=lines, evaluated=False), at=tmp_path)
     assert ("explain by chance: robust overfitting" in page.text) == overfits
     assert "Best epoch 3: robust 50.0 %" in page.text or drop == 0
+
+
+@pytest.mark.parametrize(
+    ("validation", "images", "overfits"), [(0.1, 2000, True), (0.1, 100, False), (0.1, None, False)]
+)
+def test_robust_overfitting_is_told_of_held_out_images_that_are_a_fraction(tmp_path, validation, images, overfits):
+    lines = metrics("main_head", 6, robust=lambda epoch: 0.5 if epoch == 3 else 0.38)
+    run = make_run(tmp_path / "run", lines=lines, evaluated=False)
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["data"]["validation"] = validation
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    told = {} if images is None else {"data": {"images": images}}
+    (run / "checkpoints" / "config.json").write_text(json.dumps({"class_names": ["a", "b"], **told}))
+    page = report(run, at=tmp_path)
+    assert ("explain by chance: robust overfitting" in page.text) == overfits
+    assert "The last is 12.0 points less robust than the best" in page.text
+
+
+def test_a_stage_that_fits_names_neither_attack_nor_optimiser_and_every_choice(tmp_path):
+    lines = [{"stage": "main_head", "epoch": 1, "shift": 0.0, "alpha": 0.9, "validation_clean": 0.9,
+              "validation_robust": 0.5}]  # fmt: skip
+    run = make_run(tmp_path / "run", stages=("main_head",), finished=1, lines=lines, evaluated=False)
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["stages"][0] |= {
+        "fit": {"max_loss": 0.01}, "train": ["aggregator"], "objective": {"name": "natural"}, "epochs": 0,
+        "attack": {"name": "pgd", "steps": 10}, "optimiser": {"name": "sgd", "lr": 0.1},
+    }  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    text = report(run, at=tmp_path).text
+    assert "trains nothing: fits the aggregator" in text
+    assert "pgd (steps" not in text
+    assert "Chosen on the held-out images: shift 0, alpha 0.9." in text
+
+
+def test_a_stage_without_attacks_names_none(tmp_path):
+    run = make_run(tmp_path / "run", stages=("main_head",), finished=1, evaluated=False)
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    attack = {"attack": {"name": "pgd", "steps": 10, "loss": "ce"}}
+    for objective, named in ((recipe["stages"][0]["objective"], True), ({"name": "natural"}, False)):
+        recipe["stages"][0] |= {**attack, "objective": objective}
+        (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+        text = report(run, at=tmp_path).text
+        assert ("attack pgd (steps 10)" in text) == named
+        assert "attack pgd (steps 10, loss ce)" not in text
 
 
 def test_downloads_hold_every_number(tmp_path):

@@ -12,7 +12,7 @@ import yaml
 
 from dualhead.config import load_recipe
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, Verdicts, mcnemar
+from dualhead.evaluation import Evaluation, Verdicts, mcnemar, wilson
 from dualhead.standings import Entry, read_entries, standings
 
 
@@ -41,6 +41,7 @@ def test_the_front_is_taken_at_equal_or_lower_cost():
 
 def test_one_run_each_is_paired_by_mcnemar_and_has_wilsons_interval():
     found = standings([entry("a", 120, 60, flops=1), entry("b", 130, 50, flops=1)])
+    assert found["rows"][0]["intervals"]["clean_accuracy"] == list(wilson(120, 200))
     by_hand = mcnemar(np.arange(200) < 120, np.arange(200) < 130)
     clean = found["pairs"][0]
     assert (clean["accuracy"], clean["p_value"], clean["interval"]) == (
@@ -186,6 +187,20 @@ def test_a_run_from_before_an_option_existed_is_of_the_same_recipe_as_one_that_l
         make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, change)
     rows = standings(read_entries([tmp_path / "runs"]))["rows"]
     assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1, 2], [3]]
+
+
+def test_how_the_work_was_done_makes_no_other_recipe(tmp_path):
+    changes = [
+        lambda recipe: None,
+        lambda recipe: recipe["data"].update(workers=2, stream=True),
+        lambda recipe: recipe["runtime"].update(save_minutes=3, tensorboard=True),
+        lambda recipe: recipe["stages"][0].update(checkpoint_activations=True),
+        lambda recipe: recipe["stages"][0].update(micro_batch=8),  # with batch norm this one tells in the result
+    ]
+    for seed, change in enumerate(changes):
+        make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, change)
+    rows = standings(read_entries([tmp_path / "runs"]))["rows"]
+    assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1, 2, 3], [4]]
 
 
 def test_runs_on_one_folder_of_images_are_of_the_same_recipe_however_it_was_named(tmp_path, monkeypatch):

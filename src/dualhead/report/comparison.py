@@ -75,7 +75,7 @@ def verdict(sources: Sequence[Source]) -> Verdict:
     measured = [row for source in sources if (row := source.deployed or _last(source)) and row.worst]
     if not measured:
         return _unmeasured(sources)
-    peers = [row for row in measured if row.threat == measured[0].threat and row.attacks == measured[0].attacks]
+    peers = [row for row in measured if _met(row) == _met(measured[0])]
     best = max(peers, key=_robust)
     sentence = _result(best)
     home = next(source for source in sources if best in source.rows)
@@ -98,6 +98,18 @@ def verdict(sources: Sequence[Source]) -> Verdict:
         caveats,
         any(_status(finding) == "failed" for finding in findings(best)),
     )
+
+
+def _met(row: Measured) -> tuple[str, frozenset[str]]:
+    """Threat model and attacks of which every classifier can face all: what must be the same for two to be ranked."""
+    return json.dumps(row.threat, sort_keys=True, default=str), frozenset(row.common_attacks)
+
+
+def _named_attacks(rows: Sequence[Measured]) -> str:
+    """All attacks of classifiers that met the same, and which of them only merged heads can face."""
+    every = list(dict.fromkeys(name for row in rows for name in row.attacks))
+    common = {name for row in rows for name in row.common_attacks}
+    return ", ".join(name if name in common else f"{name} (merged heads alone)" for name in every)
 
 
 def _last(source: Source) -> Measured | None:
@@ -203,9 +215,10 @@ def accuracy_figures(sources: Sequence[Source]) -> list[Figure]:
         panels.setdefault("Clean accuracy", []).append((row, row.clean))
         for attack in row.attacks:
             panels.setdefault(f"Under {attack}, {threat_text(row.threat)}", []).append((row, row.robust[attack]))
-        if len(row.attacks) > 1 and row.worst:
-            title = f"Under the worst of {', '.join(row.attacks)}, {threat_text(row.threat)}"
-            panels.setdefault(title, []).append((row, row.worst))
+    for rows in _groups(sources):
+        if any(len(row.attacks) > 1 for row in rows):
+            title = f"Under the worst of {_named_attacks(rows)}, {threat_text(rows[0].threat)}"
+            panels[title] = [(row, row.worst) for row in rows if row.worst]
     return [bars(title, entries) for title, entries in panels.items()]
 
 
@@ -214,14 +227,25 @@ def _rows(sources: Sequence[Source]) -> Iterator[Measured]:
         yield from source.rows
 
 
-def trade_offs(sources: Sequence[Source]) -> list[Figure]:
-    """Clean against robust accuracy, a figure for each group that met the same threat model and attacks."""
-    groups: dict[str, list[Entry]] = {}
+def _groups(sources: Sequence[Source]) -> list[list[Measured]]:
+    """Classifiers that were attacked, by what they met."""
+    groups: dict[tuple[str, frozenset[str]], list[Measured]] = {}
     for row in _rows(sources):
         if row.worst:
-            title = f"Clean against robust accuracy, {', '.join(row.attacks)}, {threat_text(row.threat)}"
-            groups.setdefault(title, []).append((row, row.worst))
-    return [scatter(title, entries) for title, entries in groups.items() if len(entries) > 1]
+            groups.setdefault(_met(row), []).append(row)
+    return list(groups.values())
+
+
+def trade_offs(sources: Sequence[Source]) -> list[Figure]:
+    """Clean against robust accuracy, a figure for each group that met the same threat model and attacks."""
+    return [
+        scatter(
+            f"Clean against robust accuracy, {_named_attacks(rows)}, {threat_text(rows[0].threat)}",
+            [(row, row.worst) for row in rows if row.worst],
+        )
+        for rows in _groups(sources)
+        if len(rows) > 1
+    ]
 
 
 def eps_figures(sources: Sequence[Source]) -> list[Figure]:

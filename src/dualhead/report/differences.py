@@ -43,7 +43,7 @@ def difference(first: Measured, second: Measured, what: str) -> Difference | Non
     Args:
         first: a classifier.
         second: another.
-        what: `clean`, an attack, or `worst`.
+        what: `clean`, an attack, or `worst`, which counts what only merged heads can face where it was run.
 
     Returns:
         None where they did not face the same samples, threat model and attacks, or samples are not stored.
@@ -69,8 +69,11 @@ def _fair_coin(fewer: int, tosses: int) -> float:
 
 
 def comparable(first: Measured, second: Measured) -> bool:
-    """Whether two classifiers faced the same attacks under the same threat model, on samples of the same names."""
-    if first.threat != second.threat or set(first.attacks) != set(second.attacks):
+    """Whether two classifiers faced the same attacks under the same threat model, on samples of the same names.
+
+    Attacks that only merged heads can face need not have been run on both.
+    """
+    if first.threat != second.threat or set(first.common_attacks) != set(second.common_attacks):
         return False
     if "index" not in first.samples or "index" not in second.samples:
         return False

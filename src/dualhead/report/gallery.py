@@ -24,6 +24,8 @@ MOST_EXAMPLES = 500
 MOST_BYTES = 3_600_000
 """Of all pictures of a page, as text."""
 
+NO_CLASS = "no class"
+"""What an output says whose logits are not numbers."""
 CALLED = {"aggregate": "DH-AT"}
 """What the page calls an output."""
 
@@ -273,7 +275,7 @@ def _opinions(
         found.append([
             Opinion(
                 CALLED.get(str(name), str(name)), role_of(CALLED.get(str(name), str(name))),
-                names.get(predicted, str(predicted)),
+                names.get(predicted, str(predicted)) if predicted >= 0 else NO_CLASS,
                 round(share, 3), round(of_label, 3), predicted == label, round(before, 3),
             )
             for name, predicted, (share, of_label), before in zip(

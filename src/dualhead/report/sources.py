@@ -92,6 +92,13 @@ class Measured:
         return [name for name in self.robust if name != "worst"]
 
     @property
+    def common_attacks(self) -> list[str]:
+        """Those that every classifier can face: without the ones that only merged heads can."""
+        told = self.results.get("attacks")
+        told = told if isinstance(told, Mapping) else {}
+        return [name for name in self.attacks if not _needs_heads(told.get(name))]
+
+    @property
     def worst(self) -> Estimate | None:
         """Robust accuracy under all attacks together; None if there was none."""
         return self.robust.get("worst") or next(iter(self.robust.values()), None)
@@ -109,6 +116,10 @@ class Measured:
         return np.logical_and.reduce([clean, *columns]) if all(c is not None for c in columns) else None
 
 
+def _needs_heads(record: object) -> bool:
+    return isinstance(record, Mapping) and record.get("needs_heads") is True
+
+
 @dataclass
 class Source:
     """A run, or an evaluation that belongs to none.
@@ -123,6 +134,7 @@ class Source:
         metrics: lines of `metrics.jsonl`; numbers may be NaN.
         summaries: by stage, of the stages that are finished.
         class_names: of the classes, by label; empty if they are not recorded.
+        images: training images, the held-out ones included; None if not recorded.
         rows: what was measured when training was over, the deployed output last.
         further: what `dualhead evaluate` measured later.
         notes: what is missing or cannot be read.
@@ -137,6 +149,7 @@ class Source:
     metrics: Sequence[Mapping[str, Any]] = ()
     summaries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     class_names: Mapping[int, str] = field(default_factory=dict)
+    images: int | None = None
     rows: list[Measured] = field(default_factory=list)
     further: list[Measured] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -145,6 +158,15 @@ class Source:
     def is_run(self) -> bool:
         """Whether it was trained here."""
         return bool(self.recipe_text)
+
+    @property
+    def held_out(self) -> int | None:
+        """Training images that chose the checkpoints; None if there were none, or that is not recorded."""
+        data = self.recipe.get("data")
+        share = data.get("validation") if isinstance(data, Mapping) else None
+        if isinstance(share, float):
+            share = None if self.images is None else round(share * self.images)
+        return share if isinstance(share, int) and share > 0 else None
 
     @property
     def stages(self) -> list[Mapping[str, Any]]:
@@ -227,7 +249,10 @@ def _read_training(source: Source) -> None:
         notes.append("config.yaml holds no recipe with stages; those that left metrics are shown.")
     source.environment = _json_object(folder / "environment.json", notes)
     source.metrics = _metrics(folder / "metrics.jsonl", notes)
-    names = _json_object(folder / "checkpoints" / "config.json", notes).get("class_names")
+    model = _json_object(folder / "checkpoints" / "config.json", notes)
+    names, data = model.get("class_names"), model.get("data")
+    images = data.get("images") if isinstance(data, Mapping) else None
+    source.images = images if isinstance(images, int) else None
     source.class_names = dict(enumerate(map(str, names))) if isinstance(names, list) else {}
     source.summaries = {
         stage["name"]: summary

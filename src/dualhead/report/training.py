@@ -74,7 +74,9 @@ def _chosen(found: Sequence[Mapping[str, Any]]) -> str:
     line = found[-1] if found else None
     if line is None or not _validated(line):
         return "Nothing is logged."
-    told = ", ".join(f"{key} {_number(line, key):g}" for key in line if key not in NOT_LOSSES and _number(line, key))
+    told = ", ".join(
+        f"{key} {_number(line, key):g}" for key in line if key not in NOT_LOSSES and _number(line, key) is not None
+    )
     robust, clean = percent(line["validation_robust"]), percent(line["validation_clean"])
     return f"Chosen on the held-out images: {told}. There: robust {robust} %, clean {clean} %."
 
@@ -99,13 +101,13 @@ def _verdict(source: Source, best: Mapping[str, Any], last: Mapping[str, Any]) -
         robust, clean = percent(line["validation_robust"]), percent(line["validation_clean"])
         return f"epoch {line['epoch']}: robust {robust} %, clean {clean} %"
 
-    held_out = source.recipe.get("data", {}).get("validation")
+    held_out = source.held_out
     drop = best["validation_robust"] - last["validation_robust"]
     if drop <= 0:
         return f"The last epoch is as robust as any: {told(last)}. No robust overfitting.", False
     words = f"Best {told(best)}. Last {told(last)}."
     words += f" The last is {100 * drop:.1f} points less robust than the best"
-    if not isinstance(held_out, int) or held_out < 1:
+    if held_out is None:
         return f"{words}.", False
     share = best["validation_robust"]
     noise = 1.96 * math.sqrt(2 * share * (1 - share) / held_out)
