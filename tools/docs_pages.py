@@ -99,15 +99,19 @@ def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
 
 
 def _attack_cost(component: Any) -> str:
-    """Steps of an image that stays robust, by parts."""
+    """Steps of an image that stays robust, by parts, and under L2 where they are others."""
+    linf, l2 = (_queries(component(), norm, eps) for norm, eps in (("Linf", 8 / 255), ("L2", 0.5)))
+    return f"{linf}." if l2 == linf else f"{linf}; under L2 {l2}."
+
+
+def _queries(attack: Any, norm: Any, eps: float) -> str:
     from dualhead.threat import ThreatModel
 
-    attack, threat = component(), ThreatModel("Linf", 8 / 255)
-    parts = attack.parts(10, threat, 2)
+    parts = attack.parts(10, ThreatModel(norm, eps), 2)
     queries = [part.max_steps() * getattr(part, "eot", 1) for part in parts]  # a step may average several
     told = [f"{part.label} {part.jobs(10)} x {count:,}" for part, count in zip(parts, queries, strict=True)]
     total = sum(part.jobs(10) * count for part, count in zip(parts, queries, strict=True))
-    return f"{total:,} queries of the model at most ({', '.join(told)}: tries x queries)."
+    return f"{total:,} queries of the model at most ({', '.join(told)}: tries x queries)"
 
 
 def _objective_cost(component: Any) -> str:
@@ -118,6 +122,8 @@ def _objective_cost(component: Any) -> str:
     if not objective.adversarial:
         return f"{loss}; no attack."
     target = " a forward pass for its target," if objective.clean_target else ""
+    if objective.teachers:
+        target = " two forward passes of the teacher, for the target and for the loss,"
     return f"one forward and backward pass for each step of the attack,{target} and {loss}."
 
 

@@ -16,12 +16,14 @@ scale=$1 data=$2 out=$3 shard=${4:-0/1}
 extra=("${@:5}")
 here=$(dirname "$0")
 : "${STUDIES:=*}" "${SEEDS:=3}" "${IMAGES:=5000}" "${HELD_OUT:=}"
+known=
 
 # study NAME RECIPE SEEDS HEADS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys,
 # one head or merged heads.
 study() {
   local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 adaptive=+pgd-40+square-500
   [[ $name == $STUDIES ]] || return 0
+  known=1
   [[ $4 == one ]] || adaptive+=+multihead-20
   shift 4
   echo "$name"
@@ -45,6 +47,8 @@ attacked() {
       --quiet
   done
 }
+
+[[ -z $HELD_OUT || $scale == cpu ]] || { echo "HELD_OUT: the recipes for a GPU train on those images" >&2; exit 2; }
 
 guided() { echo "stages.guided.objective={name: joint, head1: $1, head2: natural, aggregate: null, attack: head1, guidance: ${2:-1}}"; }
 
@@ -89,7 +93,8 @@ if [[ -z $HELD_OUT ]]; then
     [[ $name != $STUDIES ]] || attacked "$name" "$SEEDS" autoattack +autoattack 1000
   done
 fi
-[[ $scale == cpu ]] || exit 0
+named() { [[ -n $known ]] || { echo "STUDIES=$STUDIES: no study of this scale is called so" >&2; exit 2; }; }
+[[ $scale == cpu ]] || { named; exit 0; }
 
 # What else was tried, and the curve of the base method; one seed each.
 study sat-guided guided 1 one "$(guided sat)" stages.guided.attack.start=uniform
@@ -130,3 +135,4 @@ study trades-joint-distilled joint 1 merged stages.joint.objective.distillation=
 study trades-joint-diverse joint 1 merged stages.joint.objective.diversity=0.5
 study trades-finetune finetune 1 merged
 study trades-mixed mixed 1 merged
+named

@@ -74,6 +74,12 @@ def imports(path):
                     yield alias.name.removeprefix("dualhead").lstrip("."), node.lineno
 
 
+def test_the_documentation_lists_the_ranks():
+    text = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\d+\. (.*)$", text.split("## Who may import whom")[1].split("## Decisions")[0], re.MULTILINE)
+    assert [set(re.findall(r"`([\w]+)`", line.split(":")[0])) for line in listed] == RANKS
+
+
 def test_every_module_has_its_rank():
     assert {room_of(path) for path in modules()} - {"recipes"} == set(RANK)
 
