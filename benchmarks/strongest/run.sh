@@ -84,6 +84,7 @@ if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the b
   finals+=(trades-base-long)
   # Less clean, more robust accuracy: a second point of either curve.
   study trades-base-beta-12 base "$pair" one stages.base.objective.beta=12
+  study trades-base-long-beta-12 base "$pair" one stages.base.epochs=320 stages.base.objective.beta=12
   study trades-distilled-beta-6 distilled "$pair" merged stages.guided.objective.head1.beta=6
   # And `distilled` at half its length, which costs what the others do.
   study mart-distilled-short distilled "$SEEDS" merged "$(guided "$half")" "${short[@]}"
@@ -105,7 +106,6 @@ done
 for beta in 1.5 3; do
   study "trades-base-beta-$beta" base 1 one "stages.base.objective.beta=$beta"
 done
-study trades-base-long-beta-12 base 1 one stages.base.epochs=320 stages.base.objective.beta=12
 awp='awp={gamma: 0.005, start: 10}'
 study trades-base-awp base 1 one "stages.base.$awp" stages.base.epochs=118
 study trades-base-awp-long base 1 one "stages.base.$awp" stages.base.epochs=236
