@@ -21,6 +21,8 @@ from dualhead.resuming import read_recipe, without_how
 
 _log = logging.getLogger(__name__)
 
+CALLED = {"mean": "mean of heads", "aggregate": "DH-AT"}
+"""What a run's tables call an output, besides `head1` as `head 1`."""
 SAME_COST = 1.05
 """Costs that differ by less than this factor count as equal."""
 
@@ -60,7 +62,8 @@ def read_entries(places: Sequence[Path]) -> list[Entry]:
     """All outputs of runs, of folders that hold runs (as `sweep` leaves them), and of evaluations.
 
     An evaluation that lies in a run, as `dualhead evaluate RUN` leaves it, and is of what the run made stands for the
-    run: with its seed, at its cost.
+    run: with its seed, at its cost. One of another output of the run, as `--output-of head2` makes it, stands for that
+    output.
 
     Raises:
         UserError: if nothing finished is found, naming what is missing.
@@ -84,7 +87,8 @@ def read_entries(places: Sequence[Path]) -> list[Entry]:
 
 def _entries(place: Path) -> list[Entry]:
     run = next((folder for folder in (place, *place.absolute().parents[:2]) if _is_finished(folder)), None)
-    if run is None or (run != place and not _of_what_is_deployed(place)):
+    chosen = None if run in (None, place) else _chosen(place)
+    if run is None or (run != place and chosen is None):
         folder = place / "evaluation" if (place / "evaluation").is_dir() else place
         return [Entry(str(place), str(place), "", True, 0, Evaluation.load(folder), where=place.absolute())]
     folder = run / "evaluation" if run == place else place
@@ -100,12 +104,17 @@ def _entries(place: Path) -> list[Entry]:
     group = json.dumps(without_how(recipe), sort_keys=True)
     rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
     entries = []
+    if chosen:
+        named = [row for row in rows if row["name"] == CALLED.get(chosen, chosen.replace("head", "head "))]
+        if not named:
+            return [Entry(str(place), str(place), "", True, 0, Evaluation.load(place), where=place.absolute())]
+        rows, group, label = named, f"{group} {chosen}", f"{label}, {named[0]['name']}"
     for row in rows if run == place else rows[-1:]:
         last = row is rows[-1]
         cost = row["training_cost"]
         entries.append(
             Entry(
-                group, label, row["name"], last, seed,
+                group, label, "" if chosen else row["name"], last, seed,
                 Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
             )
@@ -134,14 +143,16 @@ def _is_finished(run: Path) -> bool:
     return (run / "config.yaml").is_file() and (run / "comparison.json").is_file()
 
 
-def _of_what_is_deployed(place: Path) -> bool:
-    """Whether an evaluation in a run is of the output that the run made, at its end."""
+def _chosen(place: Path) -> str | None:
+    """Of which output an evaluation in a run is: empty for what the run made, at its end; None if of something else."""
     try:
         results = json.loads((place / "results.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return False
+        return None
     chosen = results.get("subject")
-    return bool(chosen) and not any(chosen.values())
+    if not chosen or chosen.get("stage") or chosen.get("checkpoint"):
+        return None
+    return str(chosen.get("output") or "")
 
 
 def standings(entries: Sequence[Entry]) -> dict[str, Any]:

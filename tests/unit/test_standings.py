@@ -172,8 +172,26 @@ def test_an_evaluation_in_a_run_stands_for_what_the_run_made(tmp_path):
     assert [(e.label, e.name, e.seed, e.flops) for e in strong] == [("guided", "DH-AT", s, 8.0) for s in (0, 1)]
     (row,) = standings(strong)["rows"]
     assert (row["name"], row["seeds"], row["clean_accuracy"]) == ("guided: DH-AT", [0, 1], pytest.approx(105 / 200))
-    (alone,) = read_entries([runs[0] / "evaluations" / "strong_head1"])
-    assert (alone.flops, alone.name) == (None, "")
+
+
+def test_an_evaluation_of_another_output_stands_for_that_output(tmp_path):
+    for seed, clean in ((0, 100), (1, 110)):
+        make_run(tmp_path / "guided" / f"seed={seed}", seed, clean)
+    runs = sorted((tmp_path / "guided").iterdir())
+    places = [run / "evaluations" / name for name in ("strong", "strong_head1") for run in runs]
+    found = standings(read_entries(places))
+    assert [(row["name"], row["seeds"]) for row in found["rows"]] == [
+        ("guided: DH-AT", [0, 1]), ("guided, head 1", [0, 1]),
+    ]  # fmt: skip
+    assert all(row["training_cost"]["flops"] == 8.0 for row in found["rows"])
+    assert {(pair["reference"], pair["name"], pair["test"]) for pair in found["pairs"]} == {
+        ("guided", "guided, head 1", "paired t, 2 seeds")
+    }
+    results = places[2] / "results.json"
+    for subject in ({"stage": "main_head"}, {"checkpoint": "last"}, {"output": "head7"}):
+        results.write_text(json.dumps({**json.loads(results.read_text()), "subject": subject}))
+        (alone,) = read_entries([places[2]])
+        assert (alone.flops, alone.name, alone.label) == (None, "", str(places[2]))
 
 
 def test_a_run_from_before_an_option_existed_is_of_the_same_recipe_as_one_that_leaves_it_out(tmp_path):
