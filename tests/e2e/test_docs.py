@@ -28,6 +28,7 @@ CANNOT = {
     "python benchmarks/": "a measurement of its own; its arguments are tested beside it",
     "'STUDIES=": "hours of training; what benchmarks/strongest/run.sh asks for is tested in test_benchmark_strongest",
     "dualhead compare 'runs/strongest/": "of what those hours leave",
+    "dualhead evaluate runs/strongest/": "of what those hours leave",
     "python tools/": "makes files of the repository anew",
     "pip install": "installs",
     "dualhead train cifar10_cpu": "downloads CIFAR-10; the same recipe runs below from parquet",
