@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, compare, interval_over_samples, mcnemar, mean_std, wilson
+from dualhead.report import output_name
 from dualhead.resuming import read_recipe, without_how
 
 _log = logging.getLogger(__name__)
 
-CALLED = {"mean": "mean of heads", "aggregate": "DH-AT"}
-"""What a run's tables call an output, besides `head1` as `head 1`."""
 SAME_COST = 1.05
 """Costs that differ by less than this factor count as equal."""
 
@@ -105,7 +104,7 @@ def _entries(place: Path) -> list[Entry]:
     rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
     entries = []
     if chosen:
-        named = [row for row in rows if row["name"] == CALLED.get(chosen, chosen.replace("head", "head "))]
+        named = [row for row in rows if row["name"] == output_name(chosen)]
         if not named:
             return [Entry(str(place), str(place), "", True, 0, Evaluation.load(place), where=place.absolute())]
         rows, group, label = named, f"{group} {chosen}", f"{label}, {named[0]['name']}"

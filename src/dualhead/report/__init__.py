@@ -1,9 +1,20 @@
 """What people read of a run, made from the files it left and from nothing else."""
 
+from dualhead.report.differences import output_name
 from dualhead.report.gallery import NO_CLASS, change, picture
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
 from dualhead.report.summary import summary
 from dualhead.report.text import threat_text
 
-__all__ = ["NO_CLASS", "ONNX_SECTION", "change", "model_card", "picture", "summary", "threat_text", "write_report"]
+__all__ = [
+    "NO_CLASS",
+    "ONNX_SECTION",
+    "change",
+    "model_card",
+    "output_name",
+    "picture",
+    "summary",
+    "threat_text",
+    "write_report",
+]
