@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -34,6 +35,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE with dott
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
+Data = Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")]
+ImageSize = Annotated[str | None, typer.Option("--image-size", help="HEIGHTxWIDTH to which images are resized.")]
+ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Of --data, with images.")]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Of --data, with labels.")]
 
 
 @app.callback()
@@ -124,7 +129,7 @@ def evaluate(
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")] = None,
+    data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
     stage: Annotated[
         str | None, typer.Option("--stage", help="A finished stage of the run; default: the last.")
@@ -132,11 +137,9 @@ def evaluate(
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
     output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, ..., mean or aggregate.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="Where results go.")] = None,
-    image_size: Annotated[
-        str | None, typer.Option("--image-size", help="HEIGHTxWIDTH to which images are resized.")
-    ] = None,
-    image_column: Annotated[str | None, typer.Option("--image-column", help="Of --data, with images.")] = None,
-    label_column: Annotated[str | None, typer.Option("--label-column", help="Of --data, with labels.")] = None,
+    image_size: ImageSize = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -221,8 +224,11 @@ def gallery(
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="The largest radius, 8/255; default: the run's.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")] = None,
+    data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="Where it goes; default: the run.")] = None,
+    image_size: ImageSize = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -237,8 +243,8 @@ def gallery(
     except ValueError:
         raise UserError(f"--landscape {landscape}: write numbers of samples, e.g. --landscape 3,17") from None
     request = Request(
-        model=model, eps=eps, norm=norm, data=data, limit=limit, output_dir=output_dir, batch_size=batch_size,
-        seed=seed, device=device,
+        model=model, eps=eps, norm=norm, data=data, limit=limit, output_dir=output_dir, image_size=image_size,
+        image_column=image_column, label_column=label_column, batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
     path, made = exhibit(request, mapped)
     if as_json:
@@ -256,7 +262,10 @@ def play(
     model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
     eps: Annotated[str | None, typer.Option("--eps", help="Where the slider starts; default: the run's.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")] = None,
+    data: Data = None,
+    image_size: ImageSize = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
     quiet: Quiet = False,
@@ -266,7 +275,11 @@ def play(
     from dualhead.assess import Request, subject_of
     from dualhead.play import LOOPBACK, Playground, serve
 
-    loaded, images, threat = subject_of(Request(model=model, eps=eps, norm=norm, data=data, device=device))
+    request = Request(
+        model=model, eps=eps, norm=norm, data=data, image_size=image_size, image_column=image_column,
+        label_column=label_column, device=device,
+    )  # fmt: skip
+    loaded, images, threat = subject_of(request)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
         signal.signal(number, signal.default_int_handler)
     server = serve(Playground(loaded, images, threat), port)
@@ -529,6 +542,8 @@ def _command() -> str:
 def main() -> None:
     """The entry point: every ending is one line and an exit status."""
     debug = "--debug" in sys.argv
+    if not _speaks():
+        logging.getLogger("dualhead").setLevel(logging.ERROR)
     keep_freed_blocks()
     try:
         words = [word for word in sys.argv[1:] if word != "--debug"]  # it may stand anywhere
@@ -550,10 +565,15 @@ def main() -> None:
         _end(f"{error.filename or 'file'}: {error.strerror or error}", 1, debug)
 
 
+def _speaks() -> bool:
+    """Whether this is the first process of a run: all of them find out the same, and one says so."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _end(message: object, status: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    if isinstance(message, UserError | Interrupted) and os.environ.get("RANK", "0") != "0":
-        sys.exit(status)  # all processes of a run say so; the first one is enough
+    if isinstance(message, UserError | Interrupted) and not _speaks():
+        sys.exit(status)
     print(f"dualhead: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)

@@ -809,7 +809,7 @@ def _warn_of_reach(key: str, attack: Attack, threat: ThreatModel) -> None:
     steps, length = getattr(attack, "steps", 1), getattr(attack, "step_size", None)
     if length is not None and steps * length < threat.eps:
         _log.warning(
-            "%s: %d steps of %.3g reach %.3g, and eps is %.3g; leave step_size out (null) for 2.5 eps / steps", key,
+            "%s: steps=%d of %.3g reach %.3g, and eps is %.3g; leave step_size out (null) for 2.5 eps / steps", key,
             steps, length, steps * length, threat.eps,
         )  # fmt: skip
 

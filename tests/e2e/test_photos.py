@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dualhead import hub
+from dualhead.run import GALLERY
 from e2e_helpers import TINY, dualhead
 
 SHORT = [
@@ -101,9 +102,12 @@ def test_what_the_data_need_to_be_read_can_be_said_for_any_model(tmp_path, monke
     images = photos(tmp_path / "images", CLASSES)
     ended = dualhead("evaluate", "own:make", "--data", images, "--attack", "fgsm", "--eps", "8/255")
     assert "images differ in size" in ended.error_line
-    assert "(evaluate: --image-size)" in ended.error_line
+    assert "(evaluate, gallery, play: --image-size)" in ended.error_line
     found, _ = measured("own:make", images, tmp_path, "--eps", "8/255", "--image-size", "8x8")
     assert found["num_samples"] == 6
+    exhibit = ["gallery", "own:make", "--data", images, "--eps", "8/255", "--output", tmp_path / "made", "--landscape", ""]
+    assert dualhead(*exhibit, "--image-size", "8x12").status == 0
+    assert np.load(tmp_path / "made" / GALLERY)["original"].shape[-2:] == (8, 12)
     ended = dualhead("evaluate", "own:make", "--data", images, "--eps", "8/255", "--image-size", "8")
     assert "--image-size 8: write HEIGHTxWIDTH" in ended.error_line
     encoded = [(tmp_path / "images" / "test" / name / "0.png").read_bytes() for name in CLASSES] * 4
@@ -114,7 +118,7 @@ def test_what_the_data_need_to_be_read_can_be_said_for_any_model(tmp_path, monke
     (tmp_path / "rows").mkdir()
     pq.write_table(table, tmp_path / "rows" / "test-0.parquet")
     ended = dualhead("evaluate", "own:make", "--data", tmp_path / "rows", "--attack", "fgsm", "--eps", "8/255")
-    assert "(evaluate: --label-column)" in ended.error_line
+    assert "(evaluate, gallery, play: --label-column)" in ended.error_line
     columns = ["--label-column", "category", "--image-column", "picture"]
     found, _ = measured("own:make", tmp_path / "rows", tmp_path, "--eps", "8/255", *columns)
     assert [entry["num_samples"] for entry in found["per_class"]] == [4, 4]

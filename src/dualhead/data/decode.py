@@ -167,7 +167,7 @@ def _num_bytes(encoded: Encoded) -> int:
 def _sizes_differ(first: Encoded | str, expected: tuple[int, ...], other: Encoded, pixels: Pixels) -> str:
     (h1, w1), (h2, w2) = expected, pixels.shape[:2]
     sizes = f"{first} is {h1}x{w1}, {other} is {h2}x{w2} (height x width)"
-    resize = f"set data.image_size, for example [{h1}, {w1}], to resize them (evaluate: --image-size)"
+    resize = f"set data.image_size, for example [{h1}, {w1}], to resize them (evaluate, gallery, play: --image-size)"
     return f"images differ in size: {sizes}; {resize}"
 
 

@@ -473,7 +473,7 @@ def _choose_column(
     known = [name for name in candidates if name in usual] or candidates
     if len(known) != 1:
         fault = f"no {what} column was found" if not known else f"the {what} column is not clear ({' or '.join(known)})"
-        option = f"(evaluate: --{what}-column)"
+        option = f"(evaluate, gallery, play: --{what}-column)"
         raise UserError(f"{fault}; set {key} to a column of {holds} {option}; there are: {listed}")
     return known[0]
 
