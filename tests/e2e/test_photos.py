@@ -105,9 +105,10 @@ def test_what_the_data_need_to_be_read_can_be_said_for_any_model(tmp_path, monke
     assert "(evaluate, gallery, play: --image-size)" in ended.error_line
     found, _ = measured("own:make", images, tmp_path, "--eps", "8/255", "--image-size", "8x8")
     assert found["num_samples"] == 6
-    exhibit = ["gallery", "own:make", "--data", images, "--eps", "8/255", "--output", tmp_path / "made", "--landscape", ""]
+    made = tmp_path / "made"
+    exhibit = ["gallery", "own:make", "--data", images, "--eps", "8/255", "--output", made, "--landscape", ""]
     assert dualhead(*exhibit, "--image-size", "8x12").status == 0
-    assert np.load(tmp_path / "made" / GALLERY)["original"].shape[-2:] == (8, 12)
+    assert np.load(made / GALLERY)["original"].shape[-2:] == (8, 12)
     ended = dualhead("evaluate", "own:make", "--data", images, "--eps", "8/255", "--image-size", "8")
     assert "--image-size 8: write HEIGHTxWIDTH" in ended.error_line
     encoded = [(tmp_path / "images" / "test" / name / "0.png").read_bytes() for name in CLASSES] * 4
