@@ -94,6 +94,7 @@ def train(
 ) -> None:
     """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
     from dualhead.processes import joined
+    from dualhead.run import REPORT
     from dualhead.run import train as run_training
     from dualhead.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
 
@@ -118,7 +119,7 @@ def train(
     if not quiet:
         if profile:
             out.print(f"profile: {result.run_dir / 'profile'}, a table and a trace for each stage", soft_wrap=True)
-        out.print(f"run: {result.run_dir}, report: {result.run_dir / 'report.html'}", soft_wrap=True)
+        out.print(f"run: {result.run_dir}, report: {result.run_dir / REPORT}", soft_wrap=True)
 
 
 @app.command()

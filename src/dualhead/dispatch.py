@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dualhead.config import parse_recipe
 from dualhead.errors import Interrupted, RunError, UserError
-from dualhead.run import train
+from dualhead.run import REPORT, train
 from dualhead.sweep import Job, refuse_other_runs, write_table
 
 SCHEDULERS: Final = ("local", "slurm")
@@ -80,7 +80,7 @@ def dispatch_sweep(
     refuse_other_runs(jobs, folder)
     executor = _executor(folder, scheduler, settings)
     limit = at_once or (1 if scheduler == "local" else len(jobs))
-    waiting = [job for job in jobs if not (folder / job.name / "comparison.json").is_file()]
+    waiting = [job for job in jobs if not (folder / job.name / REPORT).is_file()]
     tell(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
     running: dict[str, Any] = {}
     failed: list[str] = []
@@ -108,7 +108,7 @@ def dispatch_sweep(
 
 def _failure(name: str, submitted: Any, folder: Path) -> list[str]:
     """What went wrong in a job that has ended; nothing if its run is there."""
-    if (folder / name / "comparison.json").is_file():
+    if (folder / name / REPORT).is_file():
         return []
     raised = re.findall(r"^[\w.]+: .+", str(submitted.exception()), re.MULTILINE)  # the last lines of its tracebacks
     reason = raised[-1].partition(": ")[2] if raised else "ended without a result"

@@ -47,9 +47,12 @@ class FolderLock:
             if owner is None:
                 continue  # given back in this moment
             if self._path.resolve() in _held or _lives(owner, self._path):
+                who = (
+                    f"process {owner.get('pid')} on {owner.get('host')}" if owner else "a process that has not said who"
+                )
                 raise UserError(
-                    f"{self._path.parent}: process {owner.get('pid')} on {owner.get('host')} is working there; wait "
-                    f"for it, choose another --run-dir, or remove {self._path} if it is gone for sure"
+                    f"{self._path.parent}: {who} is working there; wait for it, choose another --run-dir, or remove "
+                    f"{self._path} if it is gone for sure"
                 )
             self._remove(owner)
         _held.add(self._path.resolve())
@@ -60,16 +63,25 @@ class FolderLock:
         self._ended.set()
         self._beat.join()
         _held.discard(self._path.resolve())
-        self._path.unlink(missing_ok=True)
+        if self._is_mine():
+            self._path.unlink(missing_ok=True)
 
     def _take(self) -> bool:
         try:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(_this_process(), file)
+        except OSError:  # no space: a lock that names nobody would keep all out until it is old
+            self._path.unlink(missing_ok=True)
+            raise
         return True
+
+    def _is_mine(self) -> bool:
+        """Whether the lock still names this process: another may have taken over while it was suspended."""
+        return _read(self._path) == _this_process()
 
     def _remove(self, stale: dict[str, Any]) -> None:
         """Remove a stale lock, unless somebody else has just done so and locked the folder."""
@@ -85,8 +97,26 @@ class FolderLock:
 
     def _show_life(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(self._path)
+            with contextlib.suppress(OSError):  # a network's file system may fail for a moment
+                if self._is_mine():
+                    os.utime(self._path)
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _state(os.getpid())[1]}
+
+
+def _state(pid: int) -> tuple[str, str | None]:
+    """What Linux says of a process: a letter, and when it started, in ticks since a boot that is named too.
+
+    None, and no letter, where there is no such process, or no such system.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return "", None
+    return fields[0], f"{fields[19]} of {boot}"
 
 
 def owner_of(folder: Path) -> dict[str, Any] | None:
@@ -115,10 +145,13 @@ def _lives(owner: dict[str, Any], path: Path) -> bool:
     pid = owner.get("pid")
     if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():  # this process does not hold it, so it is another's
         return False
+    state, started = _state(pid)
+    if state:  # a zombie is dead, and not yet waited for; one that started later has the number of one that is gone
+        return state not in ("Z", "X") and owner.get("started") in (None, started)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's process, alive
-        return True
+        pass
     return True

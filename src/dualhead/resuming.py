@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import functional
+
 from dualhead.config import Recipe, read_recipe_file
 from dualhead.data import Split
 from dualhead.errors import UserError
@@ -20,6 +23,10 @@ _HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|s
 _MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
 also says a little of what comes of it."""
+SKETCHED = 128
+"""Images of which a run keeps a thumbnail."""
+DECODERS_DIFFER = 2
+"""By how much of 255 the thumbnails of one image may, from one library to another."""
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -50,7 +57,7 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
     """
     check_folder(folder, option)
     if not (folder / "config.yaml").is_file():
-        if folder.is_dir() and any(not path.name.startswith(LOCK) for path in folder.iterdir()):
+        if folder.is_dir() and not _unused(folder):
             raise UserError(f"{folder}: holds something that is not a run; choose another {option}")
         return {}
     found = dict(_differences(read_recipe(folder).resolved(), recipe.resolved()))
@@ -62,6 +69,15 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
             f"choose another {option}"
         )
     return found
+
+
+def _unused(folder: Path) -> bool:
+    """Whether nothing lies in a folder but what a run leaves there that was ended while it made the folder."""
+    written = (path for path in folder.rglob("*") if path.is_file())
+    return all(
+        path.name.startswith(LOCK) or path.suffix == ".tmp" or path == folder / "checkpoints" / CONFIG
+        for path in written
+    )
 
 
 def without_how(recipe: Any, place: str = "") -> Any:
@@ -76,21 +92,38 @@ def without_how(recipe: Any, place: str = "") -> Any:
 
 
 def data_facts(split: Split) -> dict[str, Any]:
-    """What tells training images from others without reading them: JSON values, for `checkpoints/config.json`."""
+    """What tells training images from others at little cost: JSON values, for `checkpoints/config.json`."""
     return {
         "classes": list(split.class_names),
         "images": len(split),
         "labels": hashlib.sha256(split.labels.cpu().numpy().tobytes()).hexdigest(),
+        "sketch": _sketch(split).numpy().tobytes().hex(),
     }
 
 
-def refuse_other_data(folder: Path, split: Split, source: str) -> None:
+def _sketch(split: Split) -> torch.Tensor:
+    """Some images, evenly spread, as 2x2 grey pixels: uint8.
+
+    One image that comes or goes moves all behind it; as thumbnails they are the same for any decoder of JPEG.
+    """
+    chosen = torch.linspace(0, len(split) - 1, min(len(split), SKETCHED)).round().to(torch.int64)
+    grey = split.images[chosen].float().mean(1, keepdim=True)
+    return functional.adaptive_avg_pool2d(grey, 2).round().to(torch.uint8).flatten()
+
+
+def _alike(sketch: str, other: str) -> bool:
+    a, b = bytes.fromhex(sketch), bytes.fromhex(other)
+    return len(a) == len(b) and all(abs(x - y) <= DECODERS_DIFFER for x, y in zip(a, b, strict=True))
+
+
+def refuse_other_data(folder: Path, now: dict[str, Any], source: str, part: str = "data") -> None:
     """Refuse to go on with a run on other images: held-out ones might be among those it was trained on.
 
     Args:
         folder: of the run; one that is new, or of a version that did not write the facts down, refuses nothing.
-        split: all training images, the held-out ones included.
+        now: `data_facts` of all training images, the held-out ones included; or of those of `data.extra`.
         source: as the recipe names it.
+        part: the key of `checkpoints/config.json` under which such facts lie.
 
     Raises:
         UserError: saying what differs.
@@ -98,18 +131,20 @@ def refuse_other_data(folder: Path, split: Split, source: str) -> None:
     checkpoints = folder / "checkpoints"
     if not (checkpoints / CONFIG).is_file():
         return
-    now = data_facts(split)
-    before = read_config(checkpoints).get("data", now)
+    before = now | read_config(checkpoints).get(part, {})
     different = [key for key in now if before[key] != now[key]]
+    if different == ["sketch"] and _alike(before["sketch"], now["sketch"]):
+        return
     if different:
         told = {
             "classes": f"the classes {_listed(now['classes'])} in place of {_listed(before['classes'])}",
             "images": f"{now['images']:,} training images in place of {before['images']:,}",
             "labels": "other labels than those",
+            "sketch": "other images than those",
         }[different[0]]
         raise UserError(
-            f"data.source {source}: has {told} with which the run in {folder} began; put them back, or choose another "
-            "--run-dir"
+            f"{'data.source' if part == 'data' else part} {source}: has {told} with which the run in {folder} began; "
+            "put them back, or choose another --run-dir"
         )
 
 

@@ -84,6 +84,8 @@ ROWS = {"mean": "mean of heads", "aggregate": "DH-AT"}
 """What tables call the outputs of a dual-head model that are no heads; those are `head 1`, `head 2`, ..."""
 
 GALLERY = "gallery.npz"
+REPORT = "report.html"
+"""The last that a run writes."""
 """Images under attack, for the report."""
 
 
@@ -187,7 +189,7 @@ def train(
         with float32_products(tf32=recipe.runtime.precision == "tf32"):
             run.train(progress or Silent(), stop, profile=profile)
         rows = run.evaluate(evaluation_progress, command, stop)
-    processes.lead(lambda: write_report([run.folder], run.folder / "report.html"))
+    processes.lead(lambda: write_report([run.folder], run.folder / REPORT))
     return RunResult(run.folder, view(run.model, run.output), tuple(rows))
 
 
@@ -216,14 +218,23 @@ class Run:
         self.device = processes.agreed(lambda: find_device(recipe.runtime.device))
         self.room = room_for_images(self.device)
         whole, self.test = processes.in_turn(lambda: load_data(recipe, self.room))
-        processes.lead(lambda: refuse_other_data(folder, whole, recipe.data.source))
-        self.data_facts = data_facts(whole)
         self.extra = processes.in_turn(lambda: load_extra(recipe, whole, self.room))
+        self.data_facts = processes.lead(lambda: self._refuse_other_data(whole))
         processes.agreed(lambda: self._fit(whole))
         self.output = recipe.stages[-1].output
         self.position = Position()
         self._states = CheckpointStore(folder / "checkpoints" / "states")
         self._saved: Saved | None = None
+
+    def _refuse_other_data(self, whole: Split) -> dict[str, Any]:
+        """Facts about the images, by the key that names their source, if a run that has begun may go on with them."""
+        sources = {"data": (whole, self.recipe.data.source)}
+        if self.extra is not None and self.recipe.data.extra is not None:
+            sources["data.extra"] = (self.extra, self.recipe.data.extra.source)
+        facts = {part: data_facts(split) for part, (split, _) in sources.items()}
+        for part, (_, source) in sources.items():
+            refuse_other_data(self.folder, facts[part], source, part)
+        return facts
 
     def _fit(self, whole: Split) -> None:
         """Make the network for the data, and refuse what does not fit."""
@@ -449,8 +460,7 @@ class Run:
         elif (self.folder / "config.yaml").is_file():
             return
         else:
-            facts = {**self._facts(), "data": self.data_facts}
-            write_config(self.folder / "checkpoints", self.architecture, facts)
+            write_config(self.folder / "checkpoints", self.architecture, {**self._facts(), **self.data_facts})
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
 
     def _open(self) -> Arithmetic:
@@ -466,6 +476,9 @@ class Run:
         processes.share_state(self.model)
         if self._saved is None and not processes.first:
             torch.manual_seed(self.recipe.runtime.seed + processes.rank)  # dropout of its own for each share
+        if self._saved is not None and self._saved.optimiser is None:  # between stages: what comes next draws from here
+            self._saved.restore_generators(self.device)
+            self._saved = None
         return arithmetic
 
     def _arithmetic(self) -> Arithmetic:
@@ -547,8 +560,7 @@ class Run:
         profile: bool,
     ) -> None:
         recipe, stage = self.recipe, self.recipe.stages[number]
-        goes_on = self._saved is not None and self._saved.optimiser is not None
-        if not goes_on:
+        if self._saved is None:
             self._prepare_stage(number)
         program = Program.of(self.model, stage)
         loader = Loader(
@@ -595,7 +607,6 @@ class Run:
         """Choose the aggregator's parameters; short, so that a stage that was stopped begins anew."""
         stage, validator = self.recipe.stages[number], self._validator()
         assert isinstance(self.model, DualHeadClassifier) and stage.fit is not None and validator is not None
-        self._saved = None
         self._prepare_stage(number)
         progress.stage(stage.name, number + 1, len(self.recipe.stages), 0, 0, 0)
         selection = Selection(self.model, stage.fit, validator, arithmetic, self.device, stop)

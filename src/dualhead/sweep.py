@@ -16,7 +16,7 @@ from dualhead.config import Recipe, load_recipe
 from dualhead.errors import RunError, UserError
 from dualhead.files import check_folder, write_json, write_text
 from dualhead.resuming import changes
-from dualhead.run import train
+from dualhead.run import REPORT, train
 from dualhead.training import TrainingProgress
 
 TABLE = "sweep"
@@ -132,7 +132,7 @@ def run_sweep(
     wrong = 0
     for number, job in list(enumerate(jobs))[shard[0] :: shard[1]]:
         place = folder / job.name
-        if (place / "comparison.json").is_file():
+        if (place / REPORT).is_file():
             tell(f"run {number + 1}/{len(jobs)}: {job.name}: done already")
             continue
         tell(f"run {number + 1}/{len(jobs)}: {job.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -9,9 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from dualhead import hub
+from dualhead.data import Split
+from dualhead.errors import UserError
+from dualhead.resuming import data_facts, refuse_other_data
 from dualhead.run import GALLERY
 from e2e_helpers import TINY, dualhead
 
@@ -163,6 +168,11 @@ def change(images, how):
     if how == "renamed":
         for part in ("train", "test"):
             (images / part / "cat").rename(images / part / "zebra")
+    elif how == "painted":
+        for path in (images / "train").rglob("*.png"):
+            Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
+    elif how == "one out, one in":
+        (images / "train/cat/0.png").rename(images / "train/cat/9.png")
     elif how == "added":
         shutil.copy(images / "train/cat/0.png", images / "train/cat/extra.png")
     else:
@@ -175,10 +185,14 @@ def change(images, how):
         ("renamed", "has the classes dog, zebra in place of cat, dog with which the run in"),
         ("added", "has 17 training images in place of 16 with which the run in"),
         ("moved", "has other labels than those with which the run in"),
+        ("painted", "has other images than those with which the run in"),
+        ("one out, one in", "has other images than those with which the run in"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_images(tmp_path, how, told):
     images = photos(tmp_path / "images", CLASSES)
+    for number, path in enumerate(sorted((images / "train").rglob("*.png"))):  # no two alike
+        Image.fromarray(np.asarray(Image.open(path)) ^ np.uint8(8 * number)).save(path)
     command = ["train", "digits_natural", *SHORT, f"data.source={images}", "--run-dir", tmp_path / "run", "--quiet"]
     assert dualhead(*command).status == 0
     assert dualhead(*command).status == 0
@@ -186,6 +200,44 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, how, told):
     ended = dualhead(*command)
     assert ended.status == 2
     assert told in ended.error_line
+
+
+def test_a_run_does_not_go_on_with_other_images_in_its_second_source(tmp_path):
+    first, second = (photos(tmp_path / name, CLASSES) for name in ("first", "second"))
+    command = ["train", "digits_natural", *SHORT, f"data.source={first}", f"data.extra={{source: {second}}}"]
+    command += ["--run-dir", tmp_path / "run", "--quiet"]
+    assert dualhead(*command).status == 0
+    assert dualhead(*command).status == 0
+    shutil.copy(second / "train/cat/0.png", second / "train/cat/extra.png")
+    ended = dualhead(*command)
+    assert ended.status == 2
+    assert f"data.extra {second}: has 17 training images in place of 16 with which the run in" in ended.error_line
+
+
+def test_what_another_decoder_makes_of_the_same_images_is_not_refused(tmp_path):
+    pixels = torch.randint(2, 254, (300, 3, 8, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = [pixels, (pixels.int() + torch.randint_like(pixels.int(), -1, 2)).to(torch.uint8), pixels.roll(1, 0)]
+    facts = [data_facts(Split(each, torch.zeros(300, dtype=torch.int64), ("a", "b"))) for each in images]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "config.json").write_text(json.dumps({"architecture": {}, "data": facts[0]}))
+    assert facts[0] != facts[1]
+    refuse_other_data(tmp_path, facts[1], "there")
+    with pytest.raises(UserError, match="has other images than those"):
+        refuse_other_data(tmp_path, facts[2], "there")
+
+
+def test_a_run_that_ended_while_it_made_its_folder_begins_again(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    images = photos(tmp_path / "images", CLASSES)
+    command = ["train", "digits_natural", *SHORT, f"data.source={images}", "--run-dir", tmp_path / "run", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dualhead.run.write_text", full)  # what `config.yaml` is written with
+        assert "No space left on device" in dualhead(*command).error_line
+    assert (tmp_path / "run/checkpoints/config.json").is_file()
+    assert not (tmp_path / "run/config.yaml").exists()
+    assert dualhead(*command).status == 0
 
 
 def test_an_export_can_be_pushed_again_where_the_hub_did_not_take_it(run, tmp_path, monkeypatch):

@@ -103,6 +103,22 @@ def test_killed_and_begun_again_a_sweep_ends_as_one_that_was_not(tmp_path):
     assert "Traceback" not in dualhead("compare", folder).out
 
 
+def test_a_run_that_ended_after_its_results_is_done_to_its_report(tmp_path, monkeypatch):
+    jobs = plan("digits_natural", ["stages.natural.epochs=0", *SHORT[:-1], "evaluate.gallery=4"], 1)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dualhead.run.make_gallery", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(jobs, tmp_path)
+    assert (tmp_path / "seed=0/comparison.json").is_file()
+    run_sweep(jobs, tmp_path)
+    assert (tmp_path / "seed=0/evaluation/gallery.npz").is_file()
+    assert (tmp_path / "seed=0/report.html").is_file()
+
+
 def test_shards_share_the_runs(tmp_path):
     jobs = plan("digits_natural", ["stages.natural.epochs=0", *SHORT], 2)
     run_sweep(jobs, tmp_path, shard=(1, 2))

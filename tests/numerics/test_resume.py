@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dualhead.errors import UserError
+from dualhead.training import StageRun, Validator
 from resume_helpers import STEPS, outcome, train_in_process, train_until
 
 
@@ -73,6 +74,55 @@ def test_a_log_line_or_best_weights_from_after_the_saved_state_do_no_harm(undist
     newest.unlink()  # as if the process had been killed between writing best weights and log, and saving its state
     assert train_until(folder, lambda: False)
     assert outcome(folder) == undisturbed
+
+
+def test_best_weights_of_an_epoch_that_no_state_knows_are_not_kept(tmp_path, monkeypatch):
+    """As where an accelerator, or another number of processes, makes other bits of the epoch that was lost."""
+    robust = iter([0.5, 0.6, 0.4])  # the second epoch is lost, and the third is it again
+
+    def validated(self, *_):
+        return {"validation_clean": 0.7, "validation_robust": next(robust)}
+
+    class KilledError(Exception):
+        pass
+
+    def killed(self, *_):
+        if self._position.epoch == 2 and not (self._position.step or self._position.sums):
+            raise KilledError
+        saves(self)
+
+    saves = StageRun._save
+    monkeypatch.setattr(Validator, "__call__", validated)
+    folder, more = (
+        tmp_path / "run",
+        ("stages=[{name: main_head, train: [trunk, head1], objective: natural, epochs: 2, batch_size: 32}]",),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "_save", killed)
+        with pytest.raises(KilledError):
+            train_until(folder, lambda: False, *more)
+    stage = folder / "checkpoints" / "main_head"
+    first = (stage / "best.safetensors").read_bytes()
+    assert len(list(stage.glob("best*.safetensors"))) == 2
+    assert train_until(folder, lambda: False, *more)
+    assert json.loads((stage / "summary.json").read_text())["best"]["epoch"] == 1
+    assert (stage / "best.safetensors").read_bytes() == first
+    assert sorted(path.name for path in stage.glob("*.safetensors")) == ["best.safetensors", "last.safetensors"]
+
+
+def test_stopped_in_a_stage_that_chooses_by_validation(tmp_path):
+    choice = "{name: mix, train: [aggregator], fit: {max_loss: 0.1}}"
+    taught = "{name: NAME, train: [HEAD], objective: natural, epochs: 1, batch_size: 32}"
+    stages = [taught.replace("NAME", "two").replace("HEAD", "head2"), choice,
+              taught.replace("NAME", "again").replace("HEAD", "head2")]  # fmt: skip
+    # In head 2 there is dropout, which draws from torch's own generator in the stage after the choice.
+    more = (f"stages=[{', '.join(stages)}]", "model.aggregator=mixed_nuts", "model.attach_at=block2")
+    assert train_until(tmp_path / "whole", lambda: False, *more)
+    asked = []
+    assert not train_until(tmp_path / "run", lambda: asked.append(None) or len(asked) >= 5, *more)
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["stage"] == "two"
+    assert train_until(tmp_path / "run", lambda: False, *more)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 # ---- kill -9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ def dead_pid():
 def test_names_its_owner_and_goes_when_left(tmp_path):
     with FolderLock(tmp_path / "new" / "folder"):
         owner = json.loads((tmp_path / "new" / "folder" / NAME).read_text())
-        assert owner == {"host": socket.gethostname(), "pid": os.getpid()}
+        assert (owner["host"], owner["pid"]) == (socket.gethostname(), os.getpid())
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
@@ -97,6 +98,75 @@ def test_the_owner_shows_life(tmp_path, monkeypatch):
         while (tmp_path / NAME).stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (tmp_path / NAME).stat().st_mtime > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what /proc says")
+def test_of_a_process_that_died_and_was_not_waited_for_the_lock_is_stale(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    write_lock(tmp_path, host=socket.gethostname(), pid=other.pid)
+    other.kill()
+    while lock._state(other.pid)[0] != "Z":
+        time.sleep(0.01)
+    with FolderLock(tmp_path):
+        pass
+    other.communicate()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what /proc says")
+def test_a_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        started = lock._state(other.pid)[1]
+        write_lock(tmp_path, host=socket.gethostname(), pid=other.pid, started=started)
+        with pytest.raises(UserError, match="is working there"), FolderLock(tmp_path):
+            pass
+        write_lock(tmp_path, host=socket.gethostname(), pid=other.pid, started="1 of a boot before")
+        with FolderLock(tmp_path):
+            pass
+    finally:
+        other.communicate(b"\n")
+
+
+def test_one_failure_of_the_file_system_does_not_end_the_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    touch, failed = os.utime, []
+
+    def fails_once(path, *more):
+        if not failed:
+            failed.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        touch(path, *more)
+
+    with FolderLock(tmp_path):
+        touch(tmp_path / NAME, (0, 0))
+        monkeypatch.setattr(os, "utime", fails_once)
+        deadline = time.monotonic() + 10
+        while (tmp_path / NAME).stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert failed
+        assert (tmp_path / NAME).stat().st_mtime > 0
+
+
+def test_a_lock_that_another_has_taken_over_stays_its(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    with FolderLock(tmp_path):
+        write_lock(tmp_path, host="elsewhere", pid=1)
+        os.utime(tmp_path / NAME, (0, 0))
+        time.sleep(0.1)
+        assert (tmp_path / NAME).stat().st_mtime == 0
+    assert json.loads((tmp_path / NAME).read_text())["host"] == "elsewhere"
+
+
+def test_a_lock_that_there_was_no_room_for_does_not_stay(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        with pytest.raises(OSError, match="No space left"), FolderLock(tmp_path):
+            pass
+    with FolderLock(tmp_path):
+        pass
 
 
 def hold_once(folder, counter, together):

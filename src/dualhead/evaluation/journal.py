@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
+import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.evaluation.scheduler import Cost, Try
 from dualhead.files import write_atomically, write_json
+
+_log = logging.getLogger(__name__)
 
 Part = tuple[str, int]
 """A task (an attack at an eps) and the number of its part."""
@@ -72,6 +77,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+@contextmanager
+def _left_out_if_damaged(path: Path) -> Iterator[None]:
+    """What a file that a disk or a copy has damaged held is found out again."""
+    try:
+        yield
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        _log.warning("%s: damaged (%s); what it held is done again", path, error or type(error).__name__)
 
 
 def _digest(*tensors: Tensor) -> str:
@@ -144,7 +158,11 @@ class Journal:
 
     def _check(self, identity: dict[str, Any]) -> None:
         assert self.folder is not None
-        before = json.loads((self.folder / "identity.json").read_text())
+        path = self.folder / "identity.json"
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error}); choose another --output, or --overwrite it") from None
         differs = [name for name in identity if before.get(name) != json.loads(json.dumps(identity[name]))]
         if differs:
             raise UserError(
@@ -155,11 +173,15 @@ class Journal:
     def _load(self) -> None:
         assert self.folder is not None
         if (self.folder / "facts.json").exists():
-            self.facts = json.loads((self.folder / "facts.json").read_text())
+            with _left_out_if_damaged(self.folder / "facts.json"):
+                self.facts = json.loads((self.folder / "facts.json").read_text())
         for path in sorted(self.folder.glob("tries-*.npz")):
-            with np.load(path) as stored:
-                held = {name: stored[name] for name in stored.files}
             self._count += 1
+            held: dict[str, NDArray[Any]] = {}
+            with _left_out_if_damaged(path), np.load(path) as stored:
+                held = {name: stored[name] for name in stored.files}
+            if not held:
+                continue
             tasks = [str(task) for task in held["tasks"]]
             examples = iter(held["example"]) if "example" in held else None
             columns = (held[n].tolist() for n in ("task", "part", *_OUTCOME))
@@ -241,7 +263,7 @@ class Journal:
         """What processes had under way of a part."""
         found = []
         for path in sorted(self.folder.glob("flight-*.npz")) if self.folder is not None else ():
-            with np.load(path) as stored:
+            with _left_out_if_damaged(path), np.load(path) as stored:
                 if (str(stored["part_name"]), int(stored["part_number"])) == part:
                     found.append({name: stored[name] for name in stored.files})
         return found

@@ -70,6 +70,24 @@ class StageFiles:
         if group().first:
             write_state(model.state_dict(), self.best)
 
+    def write_next(self, model: nn.Module, epoch: int) -> None:
+        """Put aside the weights of an epoch that is the best so far, until a state that says so is saved."""
+        if group().first:
+            write_state(model.state_dict(), self._aside(epoch))
+
+    def settle(self, epoch: int | None) -> None:
+        """Keep what was put aside of the best epoch that the saved state knows; what a crash has left else, goes."""
+        if not group().first:
+            return
+        for path in self.best.parent.glob(self._aside("*").name):
+            if epoch is not None and path == self._aside(epoch):
+                path.replace(self.best)
+            else:
+                path.unlink()
+
+    def _aside(self, epoch: int | str) -> Path:
+        return self.best.with_name(f"{self.best.stem}-{epoch}{self.best.suffix}")
+
     def write_last(self, model: nn.Module) -> None:
         """Keep the model's weights as those of the last epoch."""
         if group().first:
@@ -158,6 +176,7 @@ class StageRun:
         if (position.epoch, position.step) == (0, 0):
             self._save()  # so that there is always a state of this stage to go back to
         self._saved_at = time.monotonic()
+        self._files.settle(position.best.get("epoch"))
         with self._profiler or nullcontext():
             self._epochs()
         with self._averaged():
@@ -309,12 +328,13 @@ class StageRun:
                 line |= self._validator(self._program, self._arithmetic, self._device)
                 if not position.best or self._rank(line) > self._rank(position.best):
                     position.best = line
-                    self._files.write_best(self._program.model)
+                    self._files.write_next(self._program.model, position.epoch)
         line["seconds"] = round(time.monotonic() - self._clock, 3)
         self._log.write(line)
         self._progress.epoch(line)
         position.step, position.streak, position.sums = 0, 0, {}
         self._save()
+        self._files.settle(position.best.get("epoch"))
 
     def _average_epoch(self, *, used: bool) -> None:
         """Take a finished epoch into the average; estimate its statistics of batch norm if it is to be used now."""
