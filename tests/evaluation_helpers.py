@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dualhead.evaluation import Evaluation, Verdicts
 from dualhead.threat import ThreatModel
 
 THREAT = ThreatModel("Linf", "16/255")
@@ -47,6 +48,16 @@ def trained(classes: int = 4) -> nn.Module:
             loss.backward()
             optimiser.step()
     return model.eval()
+
+
+def evaluation_of(clean: int, robust: int, n: int = 200, attack: str = "pgd-40") -> Evaluation:
+    """An evaluation of which the first so many images are right, clean and attacked."""
+    right = np.arange(n)
+    none = np.full(n, -1)
+    verdicts = Verdicts(right < robust, np.full(n, np.nan), none, none, none, np.full(n, np.nan), none)
+    results = {"threat": {"norm": "Linf", "eps": 0.03}}
+    labels = np.zeros(n, dtype=np.int64)
+    return Evaluation(np.arange(n), labels, np.where(right < clean, 0, 1), {attack: verdicts}, results)
 
 
 def assert_same(first, second) -> None:

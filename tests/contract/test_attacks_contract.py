@@ -19,6 +19,15 @@ NAMES = attacks.names()
 THREATS = {"Linf": ThreatModel("Linf", 8 / 255), "L2": ThreatModel("L2", 0.3)}
 SHORT = {"steps": 2, "queries": 4, "searches": 2, "targets": 2, "eot": 1}
 """Numbers that make attacks quick where their length does not matter."""
+SUITES = {
+    "autoattack": ["apgd-ce-100", "apgd-t-100", "fab-t-100", "square-5000"],
+    "autoattack-plus": [
+        {"name": "apgd-ce", "restarts": 5}, {"name": "apgd-dlr", "restarts": 5}, {"name": "fab", "restarts": 5},
+        "square", "apgd-t", "fab-t",
+    ],
+    "autoattack-rand": [{"name": "apgd-ce", "eot": 20}, {"name": "apgd-dlr", "eot": 20}],
+    "autoattack-fast": ["apgd-ce", "apgd-t"],
+}  # fmt: skip
 
 
 def quick(name: str) -> Attack:
@@ -142,6 +151,13 @@ def test_labels_differ_and_describe(name):
     assert attacks.build(attack.label.partition("(")[0]) == attack
     assert all(note.partition(":")[0] in [attack.label, *labels] for note in attack.notes(2))
     assert attacks.build(attacks.describe(attack)) == attack
+
+
+@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_suites_are_the_published_ones(name, norm):
+    parts = attacks.build(name).parts(10, THREATS[norm])
+    assert list(parts) == [attacks.build(member) for member in SUITES[name]]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -121,6 +121,25 @@ def test_follows_the_reference_for_other_numbers_of_steps(steps, monkeypatch):
         torch.testing.assert_close(b, a, rtol=0, atol=2e-6)
 
 
+def test_the_gradient_is_the_mean_over_all_passes():
+    weights = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def model(z):  # answers otherwise at each pass
+        asked.append(z.detach().clone())
+        return z.flatten(1) @ weights[(len(asked) - 1) % 3].T
+
+    x, y = images(5, 1, 3, 4), torch.arange(5) % 4
+    search = APGDCE(steps=3, eot=3)
+    state = search.begin(x, y, torch.zeros(5, 4), torch.zeros_like(y), L2, streams(5))
+    state = search.step(state, Query(model), L2)
+    z = asked[0].requires_grad_()
+    total = sum(torch.nn.functional.cross_entropy(z.flatten(1) @ w.T, y, reduction="sum") for w in weights)
+    (gradient,) = torch.autograd.grad(total, z)
+    assert len(asked) == 3
+    torch.testing.assert_close(state["best_gradient"], gradient / 3)
+
+
 class Scripted(torch.nn.Module):
     """A model whose k-th answer is given, so that every course that losses can take is seen; class 0 is the truth."""
 

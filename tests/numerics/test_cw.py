@@ -63,6 +63,31 @@ def test_l2_follows_a_plain_loop_with_torchs_adam(row):
     assert state["found"].item() == (nearest <= L2.eps)
 
 
+def test_the_next_constant_lies_between_the_last_miss_and_the_last_hit():
+    model, x = network(), images(6)
+    y, asked, constants = model(x).argmax(1), Recorder(model), []
+    search = minimisation(steps=10, searches=7, initial_constant=1.0)
+    run(search, asked, x, y, L2, streams(6), watch=lambda state: constants.append(state["constant"]))
+    hits = torch.stack([model(image).argmax(1) != y for image in asked.with_gradient]).view(7, 10, 6).any(1)
+    for row in range(6):
+        lower, upper, constant = 0.0, None, 1.0
+        for number, hit in enumerate(hits[:, row].tolist()):
+            assert constants[10 * number][row].item() == pytest.approx(constant)
+            lower, upper = (lower, constant) if hit else (constant, upper)
+            constant = 10 * constant if upper is None else (lower + upper) / 2
+    assert (hits[:-1] & ~hits[1:]).any(), "no miss follows a hit: too weak a test"
+
+
+def test_the_first_try_starts_at_the_image_and_others_in_the_ball():
+    x, search = images(4), minimisation(restarts=2)
+    y, clean = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 10)
+    begun = [search.begin(x, y, clean, y + job, L2, streams(4))["variable"] for job in range(2)]
+    first, second = ((torch.tanh(variable) + 1) / 2 for variable in begun)
+    torch.testing.assert_close(first, x, rtol=0, atol=1e-5)
+    assert (L2.distance(second, x) > 0.01).all()
+    assert (L2.distance(second, x) <= L2.eps + 1e-3).all()
+
+
 def test_under_linf_it_is_pgd_on_the_margin():
     assert minimisation(LINF, steps=30, restarts=2) == PGD(30, loss="margin", restarts=2)
     assert minimisation(LINF, steps=30).label == "cw-30"

@@ -62,8 +62,7 @@ def test_masked_outputs_are_caught(mask):
 def test_blocked_gradients_are_caught():
     result, found = findings(Masked(lambda z: z.detach()))
     assert result.robust_accuracy["pgd-10"] > 0.9
-    assert {"gradient_flow", "zero_gradient", "large_eps"} <= fired(found)
-    assert found["gradient_flow"]["status"] == "failed"
+    assert {found[name]["status"] for name in ("gradient_flow", "zero_gradient", "large_eps")} == {"failed"}
 
 
 def test_quantised_images_are_caught():

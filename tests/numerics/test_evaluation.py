@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from dualhead.attacks import Query, Search, attacks
+from dualhead.attacks import Attack, Query, Search, attacks
 from dualhead.attacks.square import Square
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, evaluate
-from dualhead.evaluation.journal import Journal
+from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint
 from dualhead.evaluation.subject import Subject, outputs_of
 from dualhead.heads import attach_second_head
 from dualhead.noise import Streams
@@ -121,6 +121,34 @@ def test_scheduler_follows_the_attack_called_alone(reference):
         examples = attack(trained(), images.float() / 255, labels, THREAT, generator=streams)
         robust = trained()(examples).argmax(1) == labels
     np.testing.assert_array_equal(reference.verdicts[LABELS[1]].robust, robust)
+
+
+@dataclass(frozen=True)
+class Twice(Attack):
+    """A suite of one search, twice."""
+
+    registered_name: ClassVar[str] = "twice"
+    short_numbers: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self, num_classes, threat, num_heads=1):
+        return [attacks.build("pgd-4").labelled(name) for name in ("one", "two")]
+
+
+def test_parts_of_a_suite_draw_apart_and_as_the_suite_called_alone():
+    images, labels = patterns(60)
+    labels[:6] = (labels[:6] + 1) % 4
+    options = {"threat": THREAT, "attacks": [Twice()], "precision": "float32", "diagnostics": False}
+    result = evaluate(trained(), images, labels, **options)
+    verdict, clean = result.verdicts["twice"], result.correct["clean"]
+    assert (verdict.part == 1).any()  # another start finds what the first did not
+    streams = Streams.of(0, torch.arange(60)).fork("twice")
+    with torch.no_grad():
+        examples = Twice()(trained(), images.float() / 255, labels, THREAT, generator=streams)
+        robust = trained()(examples).argmax(1) == labels
+    np.testing.assert_array_equal(verdict.robust, robust.numpy() & clean)
+    told = [part["robust_accuracy"] for part in result.results["attacks"]["twice"]["parts"]]
+    assert told == [(clean & (verdict.part != 0)).mean(), (clean & (verdict.part == -1)).mean()]
+    assert told[-1] == result.robust_accuracy["twice"]
 
 
 def test_the_first_job_that_succeeds_is_recorded(reference):
@@ -307,6 +335,18 @@ def test_tries_under_way_go_on_where_they_were(reference, tmp_path, monkeypatch,
         assert one["forward_passes"] == whole["forward_passes"]
 
 
+def test_of_several_tries_that_succeed_the_first_is_recorded(tmp_path):
+    options = {"resume": True, "rank": 0, "world": 1, "examples": False}
+    journal, part = Journal(tmp_path, {}, **options), ("task", 0)
+    tries = ((3, 2, True), (3, 0, False), (3, 1, True), (5, 4, True), (5, 1, False), (7, 0, False), (8, 0, True))
+    for sample, job, fooled in tries:
+        journal.add(part, Outcome(sample, job, fooled, 1))
+    journal.write()
+    for each in (journal, Journal(tmp_path, {}, **options)):
+        found = each.first_successes(part, [3, 5, 7])
+        assert {sample: outcome.job for sample, outcome in found.items()} == {3: 1, 5: 4}
+
+
 @pytest.mark.slow
 def test_a_thousand_samples_interrupted_three_times(tmp_path):
     moments = np.random.default_rng(0).integers(1, 900, 3).tolist()
@@ -350,6 +390,15 @@ def test_results_of_another_evaluation_are_refused(tmp_path, change, named):
         measure(**{"count": 20, "output_dir": tmp_path, "attacks": ["pgd-2"], **change})
     changed = measure(**{"count": 20, "output_dir": tmp_path, "attacks": ["pgd-2"], "resume": False, **change})
     assert_same(Evaluation.load(tmp_path), changed)
+
+
+def test_the_fingerprint_of_data_tells_images_labels_and_names():
+    images, labels, index = torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.arange(6) % 2, torch.arange(6)
+    data = [
+        (images, labels, index), (images + 1, labels, index), (images, 1 - labels, index), (images, labels, index + 1),
+        (images.float(), labels, index),
+    ]  # fmt: skip
+    assert len({data_fingerprint(*each) for each in data}) == len(data)
 
 
 def test_other_weights_are_noticed(tmp_path):
@@ -438,6 +487,28 @@ def test_only_what_the_float32_model_confirms_counts():
     np.testing.assert_array_equal(verdict.robust, one_step.verdicts["fgsm"].robust)
 
 
+@dataclass(frozen=True)
+class Late(Liar):
+    """Claims nothing but the true example, which comes one step after its last."""
+
+    registered_name: ClassVar[str] = "late"
+
+    def max_steps(self):
+        return 4
+
+    def step(self, state, query, threat):
+        return {**super().step(state, query, threat), "found": state["iteration"] >= 4}
+
+
+@pytest.mark.parametrize("interval", [1, 3, 7])
+def test_steps_beyond_the_last_find_nothing(monkeypatch, interval):
+    from dualhead.evaluation import run
+
+    monkeypatch.setattr(run, "check_interval", lambda device: interval)
+    result = measure(attacks=[Late()], threat=ThreatModel("Linf", "24/255"))
+    assert result.robust_accuracy["late"] == result.clean_accuracy
+
+
 class LiesInLowPrecision(nn.Module):
     """Gives wrong answers only where autocast is on."""
 
@@ -454,6 +525,27 @@ def test_a_lying_low_precision_search_fools_nobody():
     record = result.results["attacks"]["pgd-3"]
     assert result.robust_accuracy["pgd-3"] == result.clean_accuracy
     assert record["verification_passes"] == 20 * 4
+
+
+class SureInLowPrecision(nn.Module):
+    """Sure of class 0 where autocast is on: a search there has a slope to climb and never an example."""
+
+    def forward(self, x):
+        logits = trained()(x)
+        sure = torch.tensor([60.0, 0.0, 0.0, 0.0])
+        return logits + sure if torch.is_autocast_enabled(x.device.type) else logits
+
+
+def test_the_last_example_of_a_low_precision_search_is_asked_about_too():
+    images, labels = patterns(80)
+    images, labels = images[labels == 0], labels[labels == 0]
+    options = {"threat": THREAT, "attacks": [{"name": "pgd", "steps": 10, "loss": "margin"}], "diagnostics": False}
+    low, full = (
+        evaluate(SureInLowPrecision(), images, labels, precision=precision, **options).robust_accuracy["worst"]
+        for precision in ("bf16", "float32")
+    )
+    assert full < 0.8
+    assert low <= full + 0.1
 
 
 def test_the_attack_on_heads_sees_the_aggregate_as_precisely_as_others_do():

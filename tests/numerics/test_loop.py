@@ -14,7 +14,7 @@ from dualhead.models import read_state
 from dualhead.noise import Streams
 from dualhead.report.training import best_line
 from dualhead.runtime import FLOAT32
-from dualhead.training import Program, Silent
+from dualhead.training import Program, Silent, Validator
 from dualhead.training.checkpoint import CheckpointStore, Position
 from dualhead.training.loop import StageFiles, StageRun
 from dualhead.training.metrics import MetricsLog
@@ -81,6 +81,43 @@ def test_the_most_robust_epoch_is_kept_as_the_best(tmp_path, robust, clean, best
     for file, epoch in (("best", best), ("last", EPOCHS)):
         kept = read_state(tmp_path / f"{file}.safetensors")
         assert all(torch.equal(kept[name], value) for name, value in after[epoch - 1].items())
+
+
+def found_by(validator, model):
+    return validator(Program.of(model, stage_of("sat", ("model",))), FLOAT32, torch.device("cpu"))
+
+
+def test_validation_sees_the_model_in_eval_mode_and_leaves_it_as_it_was():
+    model = plain_model().eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (IMAGES, 3, 12, 12), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        labels = model(images / 255).argmax(1)
+    labels[::3] = (labels[::3] + 1) % 10
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    split = Split.from_arrays(images, labels, [str(label) for label in range(10)])
+    found = found_by(Validator(split, PGD(steps=1), 1, THREAT, seed=0, batch_size=10), model)
+    assert found["validation_clean"] == pytest.approx(2 / 3)
+    assert found["validation_robust"] <= found["validation_clean"]
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_is_robust_is_right_both_without_and_under_attack():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))  # class 1 is the bright images'
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        model[2].bias.copy_(torch.tensor([0.5, -0.5]))
+    bright, labels = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([1, 0, 0, 1, 1, 1, 0, 0, 0, 0])
+    images = (255 * bright).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
+    split = Split.from_arrays(images, labels, ["dark", "bright"])
+
+    def brighten(logits_fn, x, y, threat, *, generator):
+        return torch.ones_like(x)
+
+    found = found_by(Validator(split, brighten, 1, THREAT, seed=0), model)
+    assert found == {"validation_clean": 3 / 10, "validation_robust": 1 / 10}
 
 
 def test_the_rate_follows_the_schedule_step_by_step(tmp_path):

@@ -186,6 +186,32 @@ def test_the_price_allowed_is_what_moves_the_choice():
     assert chosen[0.0]["validation_robust"] > chosen[1.0]["validation_robust"] + 0.3
 
 
+class Sharp(nn.Module):
+    """Head 1, or else head 2, the more accurate one, so sure that no probability of another class is left."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sharp", torch.zeros(()))
+
+    def candidates(self):
+        return [{"sharp": 0.0}, {"sharp": 1.0}]
+
+    def assign(self, settings):
+        self.sharp.fill_(settings["sharp"])
+
+    def forward(self, z):
+        sure = 1000.0 * nn.functional.one_hot(z[:, 1].argmax(1), 3).to(z.dtype)
+        return torch.where(self.sharp > 0, sure, z[:, 0])
+
+
+def test_what_makes_probabilities_vanish_is_not_chosen_however_accurate():
+    model = model_of_task()
+    model.aggregator = Sharp()
+    validator = Validator(task(60), attacks.build("pgd-2"), 1, ThreatModel("Linf", 0.05), seed=0)
+    best = Selection(model, Fit(max_loss=1.0), validator, FLOAT32, torch.device("cpu")).run(Position()).best
+    assert best["sharp"] == 0.0
+
+
 def mixed_recipe(folder, **fit):
     """The digits recipe with a natural second head and a mixture in place of the trained aggregator."""
     plain = load_recipe("digits").resolved()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -46,9 +48,31 @@ def test_ascents_cover_the_aggregate_each_head_and_sums():
     assert ((table.sum(1) - 1).abs() < 1e-6).sum() == len(table) - 1  # one row stands for weights of the sample's own
 
 
+def test_the_sums_are_of_all_heads_and_of_all_heads_and_the_aggregate():
+    table = _weights(3, torch.device("cpu"))
+    torch.testing.assert_close(table[4], torch.tensor([1.0, 1.0, 1.0, 0.0]) / 3)
+    torch.testing.assert_close(table[5], torch.ones(4) / 4)
+    assert torch.equal(table[6], torch.zeros(4))
+
+
 @BOTH
 def test_the_margin_is_climbed_in_steps_as_long_as_those_of_pgd(threat):
     assert chain(2, steps=6).first_step(threat) == pytest.approx(PGD(steps=6).step_length(threat))
+
+
+@BOTH
+def test_the_margin_is_climbed_by_plain_pgd(threat):
+    model, x = Heads(), images(4)
+    y, search, states = model(x).argmax(1), chain(2, steps=6), []
+    run(
+        search, model, x, y, threat, streams(4), outputs=model.outputs,
+        watch=lambda state: states.append({k: v.clone() for k, v in state.items()}),
+    )  # fmt: skip
+    for before, after in pairwise(states[:7]):  # the first ascent, which is on the aggregate
+        z = before["iterate"].requires_grad_()
+        (gradient,) = torch.autograd.grad(losses.margin(model(z), y).sum(), z)
+        step = threat.ascend(z.detach(), gradient, search.first_step(threat))
+        torch.testing.assert_close(after["iterate"], threat.project(step, x), rtol=0, atol=1e-5)
 
 
 def test_own_weights_are_uniform_over_those_that_sum_to_one():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -96,13 +96,15 @@ def test_windows_are_the_references(side, monkeypatch):
     torch.testing.assert_close(bump(side).float(), expected)
 
 
+def scheduled(number, height, width, norm):
+    """The side of the square that follows so many."""
+    return sides(0.8, height, width, norm)[sum(number > b for b in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))]
+
+
 @pytest.mark.parametrize("number", [0, 10, 11, 4000, 4001, 9000])
 def test_a_proposal_changes_one_square_of_the_scheduled_side(number):
     x = torch.full((64, 3, 32, 32), 0.5)
-    search, side = (
-        Square(),
-        sides(0.8, 32, 32, "Linf")[sum(number > b for b in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))],
-    )
+    search, side = Square(), scheduled(number, 32, 32, "Linf")
     new = search._propose(x, x, torch.full((64,), number), streams(64), LINF)
     changed = (new != x).any(1)
     assert (changed.sum((1, 2)) == side * side).all()
@@ -110,6 +112,27 @@ def test_a_proposal_changes_one_square_of_the_scheduled_side(number):
     assert (changed.any(2).sum(1) == side).all()
     torch.testing.assert_close((new - x).abs().amax((1, 2, 3)), torch.full((64,), LINF.eps))
     assert len({tuple(rows) for rows in changed.any(2).tolist()}) > (1 if side == 29 else 2), "places do not vary"
+
+
+@BOTH
+@pytest.mark.parametrize(("height", "width"), [(6, 40), (40, 7)])
+@pytest.mark.parametrize("number", [0, 60, 1500])
+def test_squares_lie_whole_in_images_that_are_not_square(threat, height, width, number):
+    count, side = 64, scheduled(number, height, width, threat.norm)
+    x, numbers = torch.full((count, 1, height, width), 0.5), torch.full((count,), number)
+    places = streams(count).fork(numbers).uniform(6)
+    squares = torch.zeros(2, count, height, width, dtype=torch.bool)
+    for which, row in product(range(2), range(count)):
+        top = int(places[row, 2 * which] * (height - side))
+        left = int(places[row, 2 * which + 1] * (width - side))
+        squares[which, row, top : top + side, left : left + side] = True
+    assert (squares.sum((2, 3)) == side * side).all()
+    first, second = squares
+    new = Square()._propose(x, x, numbers, streams(count), threat)
+    assert torch.equal((new != x)[:, 0], first)
+    if threat.norm == "L2":  # what was changed in the second is given up
+        new = Square()._propose(x, x + 0.01, numbers, streams(count), threat)
+        assert torch.equal((new == x)[:, 0] & ~first, second & ~first)
 
 
 @BOTH

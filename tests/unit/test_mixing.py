@@ -61,6 +61,15 @@ def test_a_share_of_the_images_stays_whole():
     assert float((labels[:, 1] == 0).float().mean()) == pytest.approx(0.75, abs=0.05)
 
 
+def test_the_loader_gives_each_box_the_label_of_the_image_it_is_from():
+    labels = torch.arange(40) % 10
+    pixels = (25 * labels).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8).clone()
+    made = Loader(Split(pixels, labels, tuple("abcdefghij")), 20, seed=1, cutmix=CutMix(), device="cpu")
+    for data in made.epoch(0):
+        shown = (data.x[:, 0] * 255 / 25).round().to(torch.int64)
+        torch.testing.assert_close(data.y, torch.nn.functional.one_hot(shown, 10).float().mean((1, 2)))
+
+
 @pytest.mark.parametrize("name", ["natural", "sat", "trades", "mart"])
 def test_shares_that_are_one_hot_are_labels(name):
     objective, (clean, adv) = objectives.build(name), torch.randn(2, 6, 5, dtype=torch.float64)

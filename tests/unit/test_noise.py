@@ -112,6 +112,15 @@ def test_neighbours_are_uncorrelated(a, b):
         assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 5 / math.sqrt(n)
 
 
+def test_two_numbers_of_one_sample_share_no_digits():
+    n = 2**16
+    u, v = streams(n).uniform(2).double().T
+    for shift in range(24):
+        for one, other in ((u, v), (v, u)):
+            digits = (one * 2.0**shift).frac()
+            assert abs(torch.corrcoef(torch.stack([digits, other]))[0, 1]) < 5 / math.sqrt(n), shift
+
+
 @pytest.mark.parametrize("along", ["samples", "draws"])
 def test_every_bit_is_fair_and_independent_of_its_neighbour(along):
     bits = streams(2**15).bits(1)[:, 0] if along == "samples" else streams(1).bits(2**15)[0]

@@ -8,7 +8,7 @@ import torch
 
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, compare, evaluate, wilson
-from evaluation_helpers import THREAT, assert_same, patterns, trained
+from evaluation_helpers import THREAT, assert_same, evaluation_of, patterns, trained
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -117,6 +117,13 @@ def test_comparison_pairs_samples_by_index(written):
     assert found["clean"].only_first == found["clean"].only_second == 0
     assert found["fgsm"].only_first == found["fgsm"].only_second == 0
     assert list(compare(result, folder)) == ["clean", "pgd-5", "fgsm", "worst"]
+
+
+def test_a_gain_is_one_of_the_second_over_the_first():
+    found = compare(evaluation_of(120, 60), evaluation_of(150, 40))
+    assert {name: pair.verdict for name, pair in found.items()} == {"clean": "gain", "pgd-40": "loss", "worst": "loss"}
+    assert found["clean"].difference == pytest.approx(30 / 200)
+    assert (found["pgd-40"].only_first, found["pgd-40"].only_second) == (20, 0)
 
 
 @pytest.mark.parametrize(

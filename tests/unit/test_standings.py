@@ -12,22 +12,13 @@ import yaml
 
 from dualhead.config import load_recipe
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, Verdicts, mcnemar, wilson
+from dualhead.evaluation import mcnemar, wilson
 from dualhead.standings import Entry, read_entries, standings
-
-
-def evaluation(clean, robust, n=200, attack="pgd-40"):
-    """The first so many images are right, clean and attacked."""
-    right = np.arange(n)
-    none = np.full(n, -1)
-    verdicts = Verdicts(right < robust, np.full(n, np.nan), none, none, none, np.full(n, np.nan), none)
-    results = {"threat": {"norm": "Linf", "eps": 0.03}}
-    labels = np.zeros(n, dtype=np.int64)
-    return Evaluation(np.arange(n), labels, np.where(right < clean, 0, 1), {attack: verdicts}, results)
+from evaluation_helpers import COLUMNS, evaluation_of
 
 
 def entry(name, clean, robust, *, flops, seed=0, **kind):
-    return Entry(name, name, "", True, seed, evaluation(clean, robust, **kind), 10, flops, flops / 4, 1.0)
+    return Entry(name, name, "", True, seed, evaluation_of(clean, robust, **kind), 10, flops, flops / 4, 1.0)
 
 
 def test_the_front_is_taken_at_equal_or_lower_cost():
@@ -37,6 +28,12 @@ def test_the_front_is_taken_at_equal_or_lower_cost():
     ])  # fmt: skip
     assert [row["pareto"] for row in found["rows"]] == [True, False, True, True]
     assert [row["training_cost"]["forward_equivalents"] for row in found["rows"]] == [25, 26, 75, 25]
+
+
+@pytest.mark.parametrize(("flops", "front"), [(104, False), (106, True)])
+def test_what_costs_five_percent_more_is_no_rival(flops, front):
+    found = standings([entry("cheap", 110, 60, flops=100), entry("better", 120, 70, flops=flops)])
+    assert [row["pareto"] for row in found["rows"]] == [front, True]
 
 
 def test_one_run_each_is_paired_by_mcnemar_and_has_wilsons_interval():
@@ -72,6 +69,26 @@ def test_several_seeds_give_students_interval_and_a_paired_t_test():
         gained[a:b] += third
     reach = 1.959964 * gained.std(ddof=1) / math.sqrt(200)
     assert clean["images_interval"] == pytest.approx([0.05 - reach, 0.05 + reach])
+
+
+def shuffled(entry, order):
+    """An entry whose images were met in another order."""
+    old = entry.evaluation
+    verdicts = {
+        name: replace(verdict, **{column: getattr(verdict, column)[order] for column in COLUMNS})
+        for name, verdict in old.verdicts.items()
+    }
+    arrays = {name: getattr(old, name)[order] for name in ("index", "labels", "clean_prediction")}
+    return replace(entry, evaluation=replace(old, verdicts=verdicts, **arrays))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_order_of_an_evaluations_samples_does_not_matter(seeds):
+    order = np.random.default_rng(0).permutation(200)
+    first = [entry("a", 120, 60 + seed, flops=1, seed=seed) for seed in range(seeds)]
+    second = [entry("b", 131, 50 - seed, flops=1, seed=seed) for seed in range(seeds)]
+    reordered = [shuffled(each, order) for each in second]
+    assert standings([*first, *reordered])["pairs"] == standings([*first, *second])["pairs"]
 
 
 def faced(entry, attack, robust):
@@ -155,7 +172,7 @@ def make_run(folder, seed, clean, change=lambda recipe: None):
     places["evaluations/strong"] = {"subject": {"stage": None, "checkpoint": None, "output": None}}
     places["evaluations/strong_head1"] = {"subject": {"stage": None, "checkpoint": None, "output": "head1"}}
     for name, more in places.items():
-        made = evaluation(clean, 50)
+        made = evaluation_of(clean, 50)
         made.results |= {"attacks": {"pgd-40": {}}, **more}
         made.save(folder / name)
 
