@@ -347,6 +347,30 @@ def test_of_several_tries_that_succeed_the_first_is_recorded(tmp_path):
         assert {sample: outcome.job for sample, outcome in found.items()} == {3: 1, 5: 4}
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_of_damaged_files_what_they_held_is_done_again(tmp_path, caplog, kept):
+    def cut(path):
+        path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+
+    options = {"resume": True, "rank": 0, "world": 1, "examples": False}
+    journal, part = Journal(tmp_path, {"seed": 0}, **options), ("task", 0)
+    for sample in range(2):
+        journal.add(part, Outcome(sample, 0, True, 1))
+        journal.write()
+    journal.fact("batch", lambda: 8)
+    journal.write_flight(part, {"sample": np.arange(3)})
+    for path in (min(tmp_path.glob("tries-*")), *tmp_path.glob("flight-*"), tmp_path / "facts.json"):
+        cut(path)
+    again = Journal(tmp_path, {"seed": 0}, **options)
+    assert list(again.known(part)) == [(1, 0)]
+    assert again.flight(part) == []
+    assert again.fact("batch", lambda: 4) == 4
+    assert caplog.text.count(": damaged (") == 3
+    cut(tmp_path / "identity.json")
+    with pytest.raises(UserError, match=r"identity\.json: damaged"):
+        Journal(tmp_path, {"seed": 0}, **options)
+
+
 @pytest.mark.slow
 def test_a_thousand_samples_interrupted_three_times(tmp_path):
     moments = np.random.default_rng(0).integers(1, 900, 3).tolist()
