@@ -151,6 +151,14 @@ def subject_of(request: Request) -> tuple[nn.Module, Split, ThreatModel]:
     return _model(request, test).to(device).eval(), test, threat
 
 
+def crop_of(request: Request) -> float | None:
+    """As `data.crop` of the recipe: how the images that the model is for come to size."""
+    if request.is_run:
+        return read_recipe(Path(request.model)).data.crop
+    crop = None if ":" in request.model else read_config(find_model(request.model)).get("crop")
+    return None if crop is None else float(crop)
+
+
 def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
     """The threat model, and the radii of a curve over eps, if several were given: the largest is the threat's."""
     known: dict[str, Any] = {}

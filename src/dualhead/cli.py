@@ -273,7 +273,7 @@ def play(
     as_json: AsJson = False,
 ) -> None:
     """Serve a page, to this machine only, on which to choose an image, move eps and watch the heads under attack."""
-    from dualhead.assess import Request, subject_of
+    from dualhead.assess import Request, crop_of, subject_of
     from dualhead.play import LOOPBACK, Playground, serve
 
     request = Request(
@@ -283,7 +283,7 @@ def play(
     loaded, images, threat = subject_of(request)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
         signal.signal(number, signal.default_int_handler)
-    server = serve(Playground(loaded, images, threat), port)
+    server = serve(Playground(loaded, images, threat, crop_of(request)), port)
     address = f"http://{LOOPBACK}:{server.server_port}/"
     if as_json:
         typer.echo(json.dumps({"address": address}))

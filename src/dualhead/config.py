@@ -217,6 +217,8 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _attacks_exist(self) -> Self:
+        if not self.attacks:
+            raise UserError(".attacks: must name at least one, e.g. [pgd-40]; clean accuracy is measured besides")
         labels: list[str] = []
         for index, spec in enumerate(self.attacks):
             label = attacks.build(spec, where=f".attacks.{index}").label

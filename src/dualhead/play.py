@@ -24,14 +24,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.data import Split
+from dualhead.data.decode import Encoded, Framing, decode
 from dualhead.errors import UserError
 from dualhead.evaluation import make_gallery
 from dualhead.report import NO_CLASS, change, picture
 from dualhead.threat import ThreatModel
 
 LOOPBACK = "127.0.0.1"
-MOST_BYTES = 4_000_000
-"""Of what a page may send."""
+MOST_BYTES = 64_000_000
+"""Of what a page may send: a large photograph, in base64."""
+LUMA = np.array([0.299, 0.587, 0.114])
+"""Of red, green and blue in grey (ITU-R BT.601), as PIL weighs them."""
+HTTP_PORT = 80
+"""Of which a browser says nothing."""
 PAGE = Path(__file__).with_name("play.html")
 
 
@@ -42,11 +47,15 @@ class Playground:
         model: images [B, C, H, W] in [0, 1] to logits; on its device.
         images: some to choose from, with their labels and class names.
         threat: the norm, and the eps that the page starts with.
+        crop: as `data.crop` of the recipe: how an image of one's own comes to size.
         count: how many of the images are offered.
     """
 
-    def __init__(self, model: nn.Module, images: Split, threat: ThreatModel, count: int = 60) -> None:
+    def __init__(
+        self, model: nn.Module, images: Split, threat: ThreatModel, crop: float | None = None, count: int = 60
+    ) -> None:
         self.model, self.images, self.threat = model, images, threat
+        self._framing = Framing((images.image_shape[1], images.image_shape[2]), crop)
         self.count = min(count, len(images))
         self._busy = threading.Lock()
 
@@ -60,6 +69,27 @@ class Playground:
             "norm": self.threat.norm,
             "eps": self.threat.eps,
         }
+
+    def picture(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The pixels of an image of one's own, decoded and brought to size as images to train on and to measure are.
+
+        Args:
+            asked: `file`, an encoded image in base64.
+
+        Returns:
+            `pixels`, for `attack`.
+
+        Raises:
+            UserError: if it is no image that can be read.
+        """
+        content = asked.get("file")
+        if not isinstance(content, str):
+            raise UserError("file must be an image in base64")
+        pixels = decode([Encoded(base64.b64decode(content), "the file", None)], self._framing)[0]
+        channels = self.images.image_shape[0]
+        if len(pixels) == 3 and channels == 1:  # coloured, for a model of grey images
+            pixels = np.tensordot(LUMA, pixels, 1).round().astype(np.uint8)[None]
+        return {"pixels": np.broadcast_to(pixels, (channels, *pixels.shape[1:])).transpose(1, 2, 0).ravel().tolist()}
 
     def attack(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Attack one image, each output in turn, and say what all outputs make of it.
@@ -78,6 +108,8 @@ class Playground:
             if label is None:
                 label = int(make_gallery(self.model, image[None], [0], threat=threat, landscapes=(), shares=())
                             .clean_prediction[0, -1])  # fmt: skip
+                if label < 0:
+                    raise UserError("the model's logits for this image are not numbers; say what the image shows")
             made = make_gallery(self.model, image[None], [label], threat=threat, landscapes=(), shares=(1.0,))
         names = self.images.class_names
         targets = []
@@ -177,21 +209,27 @@ def serve(playground: Playground, port: int = 0) -> ThreadingHTTPServer:
             if not self._welcome():
                 return
             short = length.isdecimal() and len(length) < 10 and int(length) <= MOST_BYTES
-            if self.path != "/attack" or not plain or not short:
+            answers = {"/attack": playground.attack, "/picture": playground.picture}
+            if self.path not in answers or not plain or not short:
                 self.send_error(HTTPStatus.BAD_REQUEST)
                 return
             try:
                 asked = json.loads(self.rfile.read(int(length)))
                 if not isinstance(asked, dict):
                     raise UserError("an object is expected")
-                self._json(playground.attack(asked))
+                self._json(answers[self.path](asked))
             except (UserError, ValueError, RecursionError) as error:
                 self._json({"error": " ".join(str(error).split())}, HTTPStatus.BAD_REQUEST)
+            except Exception as error:  # of a model that is somebody's own; the page says so and can go on
+                told = f"{type(error).__name__}: {error}"
+                self._json({"error": " ".join(told.split())}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
         def _welcome(self) -> bool:
             """Whether an address of this machine was asked for; names that others let point here are refused."""
             port = cast("ThreadingHTTPServer", self.server).server_port
-            if self.headers.get("Host") in (f"{LOOPBACK}:{port}", f"localhost:{port}"):
+            names = (LOOPBACK, "localhost")
+            hosts = {f"{name}:{port}" for name in names} | ({*names} if port == HTTP_PORT else set())
+            if self.headers.get("Host") in hosts:
                 return True
             self.send_error(HTTPStatus.FORBIDDEN)
             return False

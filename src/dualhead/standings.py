@@ -280,15 +280,17 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
 def _interval(shares: Sequence[float], images: int) -> list[float]:
     if len(shares) == 1:
         return list(wilson(round(shares[0] * images), images))
-    mean, reach = mean_std(shares)[0], _reach(shares)
+    from scipy import stats
+
+    mean, error = _mean_and_error(shares, images)
+    reach = float(stats.t.ppf(0.975, len(shares) - 1)) * error
     return [max(mean - reach, 0.0), min(mean + reach, 1.0)]
 
 
-def _reach(values: Sequence[float]) -> float:
-    """Half of Student's 95 % interval of the mean."""
-    from scipy import stats
-
-    return float(stats.t.ppf(0.975, len(values) - 1)) * mean_std(values)[1] / math.sqrt(len(values))
+def _mean_and_error(values: Sequence[float], images: int) -> tuple[float, float]:
+    """The mean over seeds and its standard error; seeds that agree to less than an image do so by chance."""
+    mean, deviation = mean_std(values)
+    return mean, max(deviation, 1.0 / images) / math.sqrt(len(values))
 
 
 def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -324,9 +326,7 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[st
     for name in measures:
         first_correct, second_correct = ([of[seed][name] for seed in both] for of in (a, b))
         differences = [float(y.mean() - x.mean()) for x, y in zip(first_correct, second_correct, strict=True)]
-        mean, deviation = mean_std(differences)
-        # Seeds that agree to less than an image do so by chance.
-        error = max(deviation, 1.0 / len(first_correct[0])) / math.sqrt(len(both))
+        mean, error = _mean_and_error(differences, len(first_correct[0]))
         reach = float(stats.t.ppf(0.975, len(both) - 1)) * error
         p_value = 2.0 * float(stats.t.sf(abs(mean) / error, len(both) - 1))
         verdict = "gain" if mean - reach > 0 else "loss" if mean + reach < 0 else "undecided"

@@ -100,7 +100,7 @@ def progress_bar(*, quiet: bool) -> Iterator[Progress | None]:
     if quiet or not err.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         yield bar
 
@@ -125,7 +125,7 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    table.add_column("model", no_wrap=True)
+    table.add_column("model", overflow="fold")  # the numbers stay whole on a narrow terminal
     for column in ("clean", *shown):
         table.add_column(column, justify="right", no_wrap=True)
     gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
@@ -179,12 +179,15 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = []
     for point, members in points.items():
         shares = [_spread([row[key] for row in members if key in row]) for key in ("clean_accuracy", "robust_worst")]
-        cost = sum(row["training_flops"] for row in members) / len(members)
-        lines.append([*point, str(len(members)), *shares, f"{cost:.3g}"])
+        costs = [row["training_flops"] for row in members if row["training_flops"] is not None]
+        cost = f"{sum(costs) / len(costs):.3g}" if costs else "-"
+        lines.append([*point, str(len(members)), *shares, cost])
     print_table(columns, lines, "accuracy in percent, mean and deviation over seeds; cost in floating-point operations")
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
     mean = sum(values) / len(values)
     deviation = (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
     return f"{100 * mean:.1f}" + (f" +- {100 * deviation:.1f}" if len(values) > 1 else "")

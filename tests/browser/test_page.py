@@ -138,6 +138,31 @@ def test_the_slider_shows_the_stored_images_and_answers(opened, report):
     np.testing.assert_array_equal(attacked(page, 3), stored["original"][3].transpose(1, 2, 0))
 
 
+def test_the_slider_comes_back_from_clean_images_of_one_output(opened, tmp_path):
+    run = make_run(tmp_path / "run")
+    gallery(run / "evaluation", outputs=("model",))
+    write_report([run], tmp_path / "report.html")
+    stored = dict(np.load(run / "evaluation" / "gallery.npz"))
+    page = opened(tmp_path / "report.html")
+    slider = page.locator("[data-filter=step]")
+    for step in (0, 1, 2):
+        slider.fill(str(step))
+        page.wait_for_timeout(200)
+        expected = stored["adversarial"][0, step - 1, 3] if step else stored["original"][3]
+        np.testing.assert_array_equal(attacked(page, 3), expected.transpose(1, 2, 0))
+        assert "not stored" not in page.locator(".filters .eps").inner_text()
+
+
+def test_names_of_outputs_leave_room_for_the_classes(opened, tmp_path):
+    run = make_run(tmp_path / "run")
+    gallery(run / "evaluation", outputs=("head 1", "head 2", "mean of heads"))
+    write_report([run], tmp_path / "report.html")
+    page = opened(tmp_path / "report.html")
+    names = page.locator(".opinions .who")
+    assert "mean of heads" in names.all_text_contents()
+    assert names.evaluate_all("all => all.every(one => one.scrollWidth <= one.clientWidth)")
+
+
 @pytest.mark.parametrize(
     ("pattern", "rule"),
     [

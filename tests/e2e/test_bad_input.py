@@ -460,6 +460,7 @@ BAD = [
         "stages.0.keep: best needs held-out images, but data.validation is 0; set keep: last or data.validati",
     ),
     ("NEW data.train_limit=0", "data.train_limit: input should be greater than 0"),
+    ("NEW 'evaluate.attacks=[]'", "evaluate.attacks: must name at least one, e.g. [pgd-40]"),
     ("NEW 'data.image_size=[8]'", "data.image_size.1: missing; this key is required"),
     ("NEW 'data.image_size=[0, 8]'", "data.image_size must be [height, width], both at least 1, got [0, 8]"),
     ("NEW data.image_column=nothing", "data.source 'digits': data.image_column: there is no column 'nothing'"),

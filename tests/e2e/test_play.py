@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import os
 import re
@@ -15,8 +17,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dualhead.assess import Request, subject_of
+from dualhead.data import load_split
+from dualhead.errors import UserError
 from dualhead.play import Playground, serve
 from e2e_helpers import dualhead
 
@@ -72,6 +77,67 @@ def test_an_image_of_ones_own_is_taken_for_what_the_model_says(server, playgroun
     assert own["clean"] == offered["clean"]
     assert own["says"][-1]["right"]
     assert own["class"] == own["says"][-1]["class"]
+
+
+def encoded(pixels, kind="PNG"):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+@pytest.mark.parametrize("crop", [None, 0.5])
+def test_a_picture_of_ones_own_comes_to_size_as_the_images_of_the_data_do(playground, tmp_path, crop):
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (40, 24), np.uint8), random.integers(0, 256, (9, 30), np.uint8)]
+    own = Playground(playground.model, playground.images, playground.threat, crop)
+    for pixels in pictures:
+        for part in ("a", "b"):
+            (tmp_path / "train" / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "train" / part / "0.png")
+        expected = load_split(str(tmp_path), "train", image_size=(8, 8), crop=crop).images[0]
+        assert own.picture({"file": encoded(pixels)})["pixels"] == expected.flatten().tolist()
+
+
+def test_a_coloured_picture_is_grey_to_a_model_of_grey_images(server, playground):
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 255
+    status, body = ask(server, "POST", "/picture", {"file": encoded(red)})
+    assert (status, json.loads(body)["pixels"]) == (200, [76] * 64)  # 0.299 of 255
+    for asked in ({"file": "?"}, {"file": 3}, {}, {"file": base64.b64encode(b"no image").decode()}):
+        status, body = ask(server, "POST", "/picture", asked)
+        assert status == 400
+        assert json.loads(body)["error"]
+
+
+def test_a_model_that_fails_or_answers_nothing_is_told(playground):
+    class Silent(torch.nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), 10), torch.nan) + 0 * x.sum()
+
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError("something of its own")
+
+    asked = {"pixels": [1] * 64, "eps": 0.1, "label": None}
+    with pytest.raises(UserError, match="logits for this image are not numbers"):
+        Playground(Silent(), playground.images, playground.threat).attack(asked)
+    started = serve(Playground(Broken(), playground.images, playground.threat))
+    thread = threading.Thread(target=started.serve_forever)
+    thread.start()
+    try:
+        status, body = ask(started, "POST", "/attack", asked)
+    finally:
+        started.shutdown()
+        thread.join()
+        started.server_close()
+    assert status == 500
+    assert "something of its own" in json.loads(body)["error"]
+
+
+def test_on_the_usual_port_a_browser_names_none(server, monkeypatch):
+    assert ask(server, "GET", "/offer", Host="127.0.0.1")[0] == 403
+    monkeypatch.setattr("dualhead.play.HTTP_PORT", server.server_port)
+    assert ask(server, "GET", "/offer", Host="127.0.0.1")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -143,5 +209,13 @@ def test_the_page_plays_in_a_browser(server, playground):
         page.locator("#eps").fill("200")
         sync_api.expect(page.locator("#attacked")).not_to_have_attribute("src", before)
         assert page.locator(".strip button").nth(chosen).get_attribute("aria-pressed") == "true"
+        clean = page.locator("#clean").get_attribute("src")
+        noise = base64.b64decode(encoded(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)))
+        page.locator("#file").set_input_files({"name": "x.png", "mimeType": "image/png", "buffer": noise})
+        sync_api.expect(page.locator("#clean")).not_to_have_attribute("src", clean)
+        page.locator("#file").set_input_files({"name": "x.png", "mimeType": "image/png", "buffer": b"no image"})
+        sync_api.expect(page.locator("#error")).to_contain_text("the file")
+        refused = complaints.pop()
+        assert "400" in refused
         browser.close()
     assert not complaints

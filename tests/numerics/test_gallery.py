@@ -45,6 +45,19 @@ def test_attacked_images_lie_within_each_budget(dual, threat):
         assert flat.max() > 0
 
 
+def test_landscapes_are_of_images_that_were_attacked():
+    images, labels = patterns(24)
+    torch.manual_seed(0)
+    model = attach_second_head(trained(), "4", num_classes=4, example=images.float() / 255, aggregator="mean").eval()
+    with torch.no_grad():
+        right = (model(images.float() / 255).argmax(1) == labels).nonzero()[:, 0]
+    wrong = labels.clone()
+    wrong[right[3:]] = (wrong[right[3:]] + 1) % 4  # three are right
+    made = make_gallery(model, images, wrong, threat=THREAT)
+    assert len(made.landscape_rows) >= 3
+    assert set(right[:3].tolist()) <= set(made.landscape_rows.tolist())
+
+
 class Answerless(torch.nn.Module):
     def forward(self, x):
         return torch.full((len(x), 4), torch.nan) + 0 * x.sum()

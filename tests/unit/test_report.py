@@ -33,7 +33,7 @@ from dualhead.report.gallery import change, picture, spread
 from dualhead.report.sources import Estimate, read_sources, role_of
 from dualhead.report.summary import summary
 from dualhead.report.svg import Drawing, ticks
-from dualhead.report.text import eps_texts
+from dualhead.report.text import eps_text, eps_texts, large
 
 ROLE_CLASSES = (["head1"], ["head2"], ["aggregate"])
 ROWS = ("base model", "head 1", "head 2", "mean of heads", "DH-AT")
@@ -457,6 +457,30 @@ def test_ticks_lie_evenly_within_their_reach(low, span, count):
 def test_eps_is_written_in_steps_of_a_255th_for_all_or_none():
     assert eps_texts([0, 2 / 255, 8 / 255]) == ["0", "2/255", "8/255"]
     assert eps_texts([0, 0.1, 0.2]) == ["0", "0.1", "0.2"]  # 0.2 alone would be 51/255
+    assert eps_texts([0.25, 0.5, 1.0]) == ["0.25", "0.5", "1"]  # radii of L2
+    assert [eps_text(eps) for eps in (1e-9, 1.0, 2.0, 254 / 255)] == ["1e-09", "1", "2", "254/255"]
+
+
+def test_counts_are_rounded_before_their_unit_is_chosen():
+    assert [large(number) for number in (999_499, 999_600, 999_600_000, 1.5e12)] == ["999,499", "1 M", "1 G", "1.5 T"]
+
+
+def test_further_evaluations_say_under_what_they_were_made(tmp_path):
+    run = make_run(tmp_path / "run")
+    evaluation(run / "evaluations" / "harder", 4, count=40, eps=0.3)
+    write_report([run], tmp_path / "report.html")
+    section = (tmp_path / "report.html").read_text().partition("Further evaluations</")[2].partition("</section>")[0]
+    assert "Linf eps 0.3, 40 test images" in section
+
+
+def test_a_gallery_for_which_there_is_no_room_is_left_out_with_a_word(tmp_path, monkeypatch):
+    monkeypatch.setattr("dualhead.report.gallery.MOST_BYTES", 100)
+    run = make_run(tmp_path / "run", images=True)
+    write_report([run], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "its gallery is left out, since the page is full" in text
+    assert "0 of 0 shown" not in text
+    assert "Images under attack" not in text
 
 
 # ---- what it survives

@@ -36,6 +36,13 @@ def test_what_costs_five_percent_more_is_no_rival(flops, front):
     assert [row["pareto"] for row in found["rows"]] == [front, True]
 
 
+def test_seeds_that_agree_by_chance_leave_an_interval():
+    (row,) = standings([entry("a", 120, 60, flops=1, seed=seed) for seed in range(2)])["rows"]
+    low, high = row["intervals"]["pgd-40"]
+    assert low < row["robust_accuracy"]["pgd-40"] - 0.005
+    assert high > row["robust_accuracy"]["pgd-40"] + 0.005
+
+
 def test_one_run_each_is_paired_by_mcnemar_and_has_wilsons_interval():
     found = standings([entry("a", 120, 60, flops=1), entry("b", 130, 50, flops=1)])
     assert found["rows"][0]["intervals"]["clean_accuracy"] == list(wilson(120, 200))

@@ -233,6 +233,9 @@ class _Visit:
             return [places[name] for name in landscapes]
         right = attacked.margin > 0
         interest = (right.any(1) & ~right.all(1)).int() * 2 + (self.clean.margin > 0).all(1).int()
+        interest += (
+            4 * (self.clean.margin[:, -1] > 0).int()
+        )  # what is wrong already is not attacked: no direction to map
         return sorted(interest.argsort(descending=True, stable=True)[:LANDSCAPES].tolist())
 
     def _landscape(self, row: int, adversarial: Tensor) -> NDArray[Any]:

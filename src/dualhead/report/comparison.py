@@ -153,7 +153,8 @@ def _against(row: Measured, other: Measured, called: str) -> str:
     interval = f"(interval {points(found.low)} to {points(found.high)})"
     if found.value == 0:
         return f" Under attack that is as much as {called} {interval}."
-    size = f"{abs(100 * found.value):.1f} points {'less' if found.value < 0 else 'more'} than {called} {interval}"
+    size = points(abs(found.value)).lstrip("+")
+    size = f"{size} points {'less' if found.value < 0 else 'more'} than {called} {interval}"
     decided = (
         "too little to tell from chance" if found.verdict == "undecided" else "more than the images' choice explains"
     )

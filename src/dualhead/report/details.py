@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dualhead.report import figures, training
-from dualhead.report.comparison import Cell, Table, accuracy_table, findings
+from dualhead.report.comparison import Cell, Table, accuracy_table, conditions, findings
 from dualhead.report.figures import Figure
 from dualhead.report.gallery import Album, Gallery
 from dualhead.report.sources import Estimate, Measured, Source
@@ -70,6 +70,7 @@ class Details:
     all_fine: str
     attacks: Table
     further: Table | None
+    further_conditions: str
     galleries: list[Gallery]
     gallery_command: str
     recipe: str
@@ -108,6 +109,7 @@ def details(source: Source, album: Album) -> Details:
         all_fine=_all_fine(checks, len(judged)),
         attacks=_attack_table(everything),
         further=accuracy_table(source.further) if source.further else None,
+        further_conditions=conditions(source.further),
         galleries=galleries,
         gallery_command="" if galleries else _gallery_command(source),
         recipe=source.recipe_text,

@@ -18,7 +18,7 @@ from dualhead.report import landscape
 from dualhead.report.comparison import Cell, Table
 from dualhead.report.figures import Figure
 from dualhead.report.sources import Measured, role_of
-from dualhead.report.text import eps_text, percent
+from dualhead.report.text import eps_texts, percent
 
 MOST_EXAMPLES = 500
 MOST_BYTES = 3_600_000
@@ -159,7 +159,12 @@ class Album:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             notes.append(f"{measured.name}: its gallery cannot be shown: {error}")
             return []
-        return [self._gallery(measured, arrays, names)] if len(arrays["label"]) and self._examples else []
+        if not len(arrays["label"]) or not self._examples:
+            return []
+        gallery = self._gallery(measured, arrays, names)
+        if not gallery.examples:
+            notes.append(f"{measured.name}: its gallery is left out, since the page is full; make a report of it alone")
+        return [gallery] if gallery.examples else []
 
     def _gallery(self, measured: Measured, arrays: Mapping[str, NDArray[Any]], names: Mapping[int, str]) -> Gallery:
         total, count = len(arrays["label"]), len(arrays["outputs"])
@@ -183,6 +188,7 @@ class Album:
         said = {key: _opinions(arrays, key, rows, names) for key in (None, *pictured)}
         labels = [names.get(int(arrays["label"][row]), str(arrays["label"][row])) for row in rows]
         steps = sorted({step for _, step in pictured})
+        radii = [float(arrays["eps"][step]) for step in steps]
         examples = [
             Example(int(arrays["index"][row]), labels[n], clean[n], *pictured[first][n], said[first][n])
             for n, row in enumerate(rows)
@@ -194,7 +200,7 @@ class Album:
             labels=sorted(set(labels)),
             outcomes=outcomes(count - 1, called[-1]),
             targets=[(t, called[t]) for t in dict.fromkeys(target for target, _ in pictured)],
-            steps=[(-1, "0 (clean)"), *((step, eps_text(float(arrays["eps"][step]))) for step in steps)],
+            steps=[(-1, "0 (clean)"), *zip(steps, eps_texts(radii), strict=True)],
             data={
                 "first": f"{first[0]},{first[1]}",
                 "said": {

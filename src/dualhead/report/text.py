@@ -8,9 +8,9 @@ from typing import Any
 
 
 def eps_text(eps: float) -> str:
-    """A radius, in steps of 1/255 where it is a whole number of them."""
+    """A radius, in steps of 1/255 where it is a whole number of them, and less than 1."""
     levels = eps * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 and 0 < round(levels) < 255 else f"{eps:g}"
 
 
 def eps_texts(radii: Sequence[float]) -> list[str]:
@@ -68,9 +68,10 @@ def large(number: float | None) -> str:
     """A count, to three digits from a million on."""
     if number is None or not math.isfinite(number):
         return "n/a"
+    rounded = float(f"{number:.3g}")
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
+        if abs(rounded) >= size:
+            return f"{rounded / size:.3g} {unit}"
     return f"{number:,.0f}"
 
 

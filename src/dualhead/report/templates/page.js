@@ -153,7 +153,7 @@ class Gallery {
       return [image ? image.getAttribute("src") : "", Number(card.dataset.scale)];
     });
     this.changes.clean = this.cards.map(() => ["", 1]);
-    this.key = data.first;
+    this.key = this.first = data.first;
     // A picture is put together when its card comes near the window, and again when the controls move.
     this.near = new Set();
     this.watch = new IntersectionObserver((entries) => {
@@ -201,7 +201,7 @@ class Gallery {
   wanted() {
     const [step] = this.steps[Number(this.chosen("step"))];
     if (step < 0) return "clean";
-    return `${this.chosen("target") || this.key.split(",")[0]},${step}`;
+    return `${this.chosen("target") || this.first.split(",")[0]},${step}`;
   }
 
   show() {
