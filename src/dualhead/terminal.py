@@ -127,7 +127,7 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
     table.add_column("model", overflow="fold")  # the numbers stay whole on a narrow terminal
     for column in ("clean", *shown):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
     for row in rows:
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]

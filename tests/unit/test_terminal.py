@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.console import Console
 
 from dualhead import terminal
 
@@ -42,3 +43,24 @@ def test_brackets_in_names_are_no_markup(shown):
     ]  # fmt: skip
     terminal.sweep_table(rows)
     assert all(point in shown.getvalue() for point in points)
+
+
+@pytest.mark.parametrize("width", [80, 60, 50])
+def test_numbers_and_names_are_whole_on_a_narrow_terminal(width):
+    measures = ("pgd-40", "autoattack-fast", "multihead", "worst")
+    wide = row("cifar10_cpu_distilled", **dict.fromkeys(measures, 0.534))
+    wide["intervals"] = dict.fromkeys(wide["intervals"], [0.812, 0.956])
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal.accuracy_table("test images", [wide]))
+    bar, said = "\N{BOX DRAWINGS LIGHT VERTICAL}", console.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
+    assert (said.count("53.4"), said.count("95.6]")) == (4, 5)
+    name = "".join(line.split(bar)[1].strip() for line in said.splitlines() if bar in line)
+    assert name == "cifar10_cpu_distilled"
+
+
+def test_a_sweep_of_which_nothing_is_known_has_dashes(shown):
+    terminal.sweep_table(
+        [{"run": "r", "seed": 0, "model": "m", "clean_accuracy": 0.5, "parameters": 1, "training_flops": None}]
+    )
+    assert shown.getvalue().count(" - ") == 2
