@@ -49,7 +49,7 @@ def test_brackets_in_names_are_no_markup(shown):
 def test_numbers_and_names_are_whole_on_a_narrow_terminal(width):
     measures = ("pgd-40", "autoattack-fast", "multihead", "worst")
     wide = row("cifar10_cpu_distilled", **dict.fromkeys(measures, 0.534))
-    wide["intervals"] = dict.fromkeys(wide["intervals"], [0.812, 0.956])
+    wide["intervals"] = {key: [0.812, 0.956] for key in wide["intervals"]}
     console = Console(width=width, file=io.StringIO())
     console.print(terminal.accuracy_table("test images", [wide]))
     bar, said = "\N{BOX DRAWINGS LIGHT VERTICAL}", console.file.getvalue()
