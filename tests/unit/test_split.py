@@ -128,6 +128,91 @@ def test_keys_and_given_model_are_kept(wants):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+class Rounded(torch.autograd.Function):
+    """Rounds, and hands the gradient straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class OwnGradient(nn.Module):
+    """A network whose forward has something to say about gradients alone.
+
+    Args:
+        rule: what it says to features: a function of its own.
+        shared: whether a layer runs on both sides of `block1`, which only a trace can cut.
+        training: whether it says so in training mode alone.
+    """
+
+    def __init__(self, rule, *, shared=False, training=False):
+        super().__init__()
+        self.rule, self.shared, self.training_only = rule, shared, training
+        self.stem, self.block1, self.block2 = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8))
+        self.fc = nn.Linear(8, CLASSES)
+        self.stored = None
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.training or not self.training_only:
+            x = self.rule(x)
+        x = self.block1(self.block2(x) if self.shared else x).relu()
+        self.stored = x
+        return self.fc(self.block2(x).mean((2, 3)))
+
+
+def fixed(x):
+    with torch.no_grad():
+        return x * 1.0
+
+
+def halved(x):
+    if x.requires_grad:
+        x = x * 1.0
+        x.register_hook(lambda gradient: gradient / 2)
+    return x
+
+
+def doubled(x):
+    return x * 2 if torch.is_grad_enabled() else x
+
+
+@pytest.mark.parametrize("rule", [Rounded.apply, fixed, halved, doubled], ids=["straight", "fixed", "hook", "enabled"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_a_cut_model_has_the_models_gradients(rule, training):
+    """A trace lays a forward bare, and loses what that says about gradients: attacks would then find nothing."""
+    torch.manual_seed(0)
+    model = OwnGradient(rule, training=training)
+    model.block2.bias.requires_grad_(False)
+    split = split_model(model, "block1", IMAGES)
+    assert split.how == "functional"
+    assert_same_function(model, split, IMAGES)
+
+
+def test_a_cut_with_other_gradients_is_refused_and_leaves_nothing_behind():
+    model = OwnGradient(Rounded.apply, shared=True)
+    model.fc.bias.requires_grad_(False)
+    with pytest.raises(UserError, match="another gradient with respect to the images in training mode"):
+        split_model(model, "block1", IMAGES)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["fc.bias"]
+    assert not model.stored.requires_grad and not IMAGES.requires_grad
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_the_layer_recommended_is_cut_as_it_is_listed(training):
+    model = OwnGradient(Rounded.apply, training=training)
+    (best,) = (info for info in layers(model, IMAGES) if info.recommended)
+    assert split_model(model, best.name, IMAGES).how == best.how == "functional"
+
+
 def test_several_tensors_cross_a_residual_connection():
     split = split_model(Net(), "block1.0", IMAGES)
     features = split.trunk.eval()(IMAGES)
