@@ -29,7 +29,7 @@ and parameters, same buffers afterwards, same random numbers drawn):
 | `own` | the model's own `split(at)` gives trunk and tail | the model has one that knows the layer |
 | `sequential` | two `nn.Sequential` | every container on the way to the layer is one |
 | `traced` | torch.fx traces the containers on the way, and nothing else | containers branch on sizes and types only |
-| `functional` | a whole forward per head; warns: trunk paid twice | containers branch on data or chance, or bear on gradients (`no_grad`, say) |
+| `functional` | a whole forward per head; warns: trunk paid twice | containers go by data, chance or `no_grad` |
 
 What is handled: several tensors across the cut, class tokens and other parameters of a container, defaulted arguments,
 functional dropout and other branches on `self.training`, operations in place behind the cut, modules without weights

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,6 +16,7 @@ from torch import nn
 from dualhead.errors import UserError
 from dualhead.heads import as_logits, attach_second_head, layers, split_model
 from dualhead.heads.splitting.base import is_shape_only
+from dualhead.runtime import all_generator_states, seed_generators
 
 FAST = {"ConvNeXt", "ViT", "Swin"}
 TABLE = Path(__file__).parents[2] / "docs" / "splitting.md"
@@ -356,6 +359,20 @@ def test_what_cannot_be_cut_says_why_in_one_line(model, at, words):
     with pytest.raises(UserError, match=words) as caught:
         split_model(model, at, IMAGES)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.rand, lambda: torch.rand(()).item()], ids=["python", "numpy", "torch"]
+)
+@pytest.mark.filterwarnings("ignore:layer")
+def test_chance_in_a_container_is_never_frozen_and_random_numbers_stay_where_they_are(draw):
+    """Whatever the generators are when the model is cut: a branch that a trace took by chance stays open."""
+    model = OwnGradient(lambda x: x * 2 if draw() < 0.5 else x, training=True)
+    for seed in range(4):
+        seed_generators(seed, IMAGES.device)
+        before = all_generator_states(IMAGES.device)
+        assert split_model(model, "block1", IMAGES).how == "functional"
+        assert all_generator_states(IMAGES.device) == before
 
 
 class SharedAndBranching(Net):

@@ -11,6 +11,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dualhead.runtime import kept_generators
+
 How = Literal["own", "sequential", "traced", "functional"]
 
 Features = Any
@@ -59,12 +61,7 @@ def undisturbed(images: Tensor, *modules: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    kind = images.device.type
-    device = {} if kind == "cpu" else {"device_type": kind}
-    with (
-        torch.random.fork_rng(devices=[] if kind == "cpu" else [images.device], **cast("Any", device)),
-        torch.no_grad(),
-    ):
+    with kept_generators(images.device), torch.no_grad():
         try:
             yield
         finally:

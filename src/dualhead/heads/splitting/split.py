@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -18,6 +17,7 @@ from dualhead.heads.splitting.base import CannotCut, Features, How, Split, undis
 from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split
 from dualhead.heads.splitting.functional import functional_split
 from dualhead.heads.splitting.tracing import traced_split
+from dualhead.runtime import all_generator_states, seed_generators
 
 _RELATIVE, _ABSOLUTE, _ROUNDING = 1e-4, 1e-5, 1e-6
 _NEAREST, _TRIES = 2, 8
@@ -214,8 +214,7 @@ def pass_of(model: nn.Module | Split, images: Tensor, mode: bool, *, backward: b
     """
     parts = (model.trunk, model.tail) if isinstance(model, Split) else (model,)
     with undisturbed(images, *parts), torch.inference_mode(False), torch.set_grad_enabled(backward):
-        torch.manual_seed(0)
-        random.seed(0)
+        seed_generators(0, images.device)
         for part in parts:
             part.train(mode)
         leaf = images.clone().requires_grad_(backward and images.is_floating_point())
@@ -225,8 +224,7 @@ def pass_of(model: nn.Module | Split, images: Tensor, mode: bool, *, backward: b
         logits = as_logits(output)
         gradients = _gradients(logits, leaf, parts) if backward else {}
         buffers = {name: buffer.detach().clone() for part in parts for name, buffer in part.named_buffers()}
-        drawn = torch.get_rng_state().tolist(), random.getstate()
-        return Outcome(logits.detach().clone(), gradients, buffers, drawn)
+        return Outcome(logits.detach().clone(), gradients, buffers, all_generator_states(images.device))
 
 
 def _gradients(logits: Tensor, images: Tensor, parts: tuple[nn.Module, ...]) -> dict[str, Tensor | None]:
