@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -212,11 +213,13 @@ def pass_of(model: nn.Module | Split, images: Tensor, mode: bool, *, backward: b
         mode: whether in training mode.
         backward: whether gradients are enabled, and taken.
     """
+    if backward:
+        model = copy.deepcopy(model)  # what a forward stores, or computes once and keeps, would hold on to its graph
     parts = (model.trunk, model.tail) if isinstance(model, Split) else (model,)
     with undisturbed(images, *parts), torch.inference_mode(False), torch.set_grad_enabled(backward):
         seed_generators(0, images.device)
         for part in parts:
-            part.train(mode)
+            part.train(not mode).train(mode)  # what is kept for a mode, as LeViT keeps its biases, is computed anew
         leaf = images.clone().requires_grad_(backward and images.is_floating_point())
         output: Any = leaf.clone()  # on which a forward may work in place
         for part in parts:
@@ -308,7 +311,7 @@ def check_equal(model: nn.Module, split: Split, images: Tensor) -> None:
     """
     more = torch.cat((images, images[:1]))
     for mode in (True, False):
-        # The one with gradients comes first: what a forward stores is then without a graph in the end, to be copied.
+        # The one with gradients comes first: what a hook stores elsewhere is then without a graph in the end.
         with_gradients = backward_of(model, images, mode)
         expected = [(batch, pass_of(model, batch, mode, backward=False)) for batch in (images, more)]
         if with_gradients is not None:
