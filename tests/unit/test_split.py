@@ -216,6 +216,63 @@ def test_the_layer_recommended_is_cut_as_it_is_listed(training):
     assert split_model(model, best.name, IMAGES).how == best.how == "functional"
 
 
+@pytest.mark.parametrize("wants", ["", "data branch"])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_a_forward_that_works_on_its_input_in_place_leaves_the_example_alone(wants):
+    class Shifting(Net):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    torch.manual_seed(0)
+    model, example = Shifting(wants=wants).eval(), IMAGES.clone()
+    dual = attach_second_head(model, "block1", example=example)
+    assert dual.split_how == ("functional" if wants else "traced")
+    layers(model, example)
+    assert torch.equal(example, IMAGES)
+    torch.testing.assert_close(dual.view("head1")(IMAGES.clone()), model(IMAGES.clone()))
+
+
+class FreezesNorm:
+    """Keeps its batch norm in evaluation mode, whatever mode it is in itself."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+class FrozenNet(FreezesNorm, Net):
+    pass
+
+
+class FrozenSequential(FreezesNorm, nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize("how", ["sequential", "traced", "functional"])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_what_a_model_keeps_in_evaluation_mode_stays_so_in_the_halves(how):
+    torch.manual_seed(0)
+    model = FrozenNet(wants="data branch" if how == "functional" else "")
+    at = "block1"
+    if how == "sequential":
+        at = "1"
+        model = FrozenSequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten(),
+            nn.Linear(128, CLASSES),
+        )  # fmt: skip
+    split = split_model(model, at, IMAGES)
+    assert split.how == how
+    assert_same_function(model, split, IMAGES)
+    dual = attach_second_head(model, at, example=IMAGES, init="clone").train()
+    before = copy.deepcopy(dict(dual.named_buffers()))
+    dual.head_logits(IMAGES)
+    after = dict(dual.named_buffers())
+    assert all(torch.equal(after[n], b) for n, b in before.items() if "running" in n and "aggregator" not in n)
+
+
 def test_several_tensors_cross_a_residual_connection():
     split = split_model(Net(), "block1.0", IMAGES)
     features = split.trunk.eval()(IMAGES)

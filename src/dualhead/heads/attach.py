@@ -83,7 +83,7 @@ def attach_second_head(
 def _num_outputs(split: Split, head: nn.Module, example: Tensor) -> int:
     images = example[:2]
     with undisturbed(images, split.trunk, head):
-        logits = head.eval()(split.trunk.eval()(images))
+        logits = head.eval()(split.trunk.eval()(images.clone()))
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"a head must give logits [B, C]; got {shape} for {len(images)} images")

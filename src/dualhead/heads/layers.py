@@ -95,7 +95,7 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
 
 def _info(split: Split, images: Tensor, cost_after: float) -> LayerInfo:
     with undisturbed(images, split.trunk):
-        features = split.trunk.eval()(images)
+        features = split.trunk.eval()(images.clone())
     crossing = (features,) if isinstance(features, Tensor) else features
     shapes = tuple(tuple(f.shape[1:]) for f in crossing if not is_shape_only(f))
     before, after = (sum(p.numel() for p in part.parameters()) for part in (split.trunk, split.tail))
@@ -165,7 +165,7 @@ def _costs(model: nn.Module, images: Tensor) -> tuple[dict[str, int], Counter[st
     handles = [m.register_forward_hook(lambda *_, name=name: passed(name)) for name, m in model.named_modules()]
     try:
         with undisturbed(images, model), counter:
-            model.eval()(images)
+            model.eval()(images.clone())
     finally:
         for handle in handles:
             handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -69,6 +69,26 @@ def undisturbed(images: Tensor, *modules: nn.Module) -> Iterator[None]:
                 module.training = mode
             for module, name, buffer, saved in buffers:
                 module._buffers[name] = buffer.copy_(saved)
+
+
+def kept_in_evaluation(model: nn.Module, images: Tensor) -> list[str]:
+    """Names of submodules that a `train` of the model's own leaves in evaluation mode, such as frozen batch norm."""
+    with undisturbed(images, model):
+        model.train()
+        return [name for name, module in model.named_modules() if name and not module.training]
+
+
+def _to_evaluation(module: nn.Module, args: object) -> None:  # a forward pre-hook
+    del args
+    module.eval()
+
+
+def keep_in_evaluation(split: Split, names: Collection[str]) -> None:
+    """Let modules be in evaluation mode in the halves too, which have no `train` of the model's own."""
+    for part in (split.trunk, split.tail):
+        for name, module in part.named_modules():
+            if name in names:
+                module.register_forward_pre_hook(_to_evaluation)
 
 
 def graft(root: nn.Module, name: str, value: nn.Module | Tensor | None, *, persistent: bool = True) -> None:

@@ -58,7 +58,7 @@ def _sides(model: nn.Module, at: str, images: Tensor) -> dict[str, set[bool]]:
         for mode in (True, False):
             behind = False
             with undisturbed(images, model), _Watch(tensors_of(model), touched):
-                model.train(mode)(images)
+                model.train(mode)(images.clone())
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.heads.outputs import as_logits
-from dualhead.heads.splitting.base import CannotCut, Features, How, Split, undisturbed
+from dualhead.heads.splitting.base import (
+    CannotCut,
+    Features,
+    How,
+    Split,
+    keep_in_evaluation,
+    kept_in_evaluation,
+    undisturbed,
+)
 from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split
 from dualhead.heads.splitting.functional import functional_split
 from dualhead.heads.splitting.tracing import traced_split
@@ -48,7 +56,7 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
     at = _canonical(model, at)
     images = two_images(example)
     with undisturbed(images, model):
-        logits = as_logits(model.eval()(images))
+        logits = as_logits(model.eval()(images.clone()))  # a forward may work on them in place
     if logits.ndim != 2 or len(logits) != len(images):
         raise UserError(
             f"the model gives logits of shape {list(logits.shape)} for {len(images)} images; expected [B, C]"
@@ -105,11 +113,13 @@ def attempt(
         "traced": lambda: traced_split(model, at, images, modes),
         "functional": lambda: functional_split(model, at, images),
     }
+    kept = kept_in_evaluation(model, images)
     reasons: dict[How, str] = {}
     for how, way in ways.items():
         try:
             split = way()
             check_keys(model, split)
+            keep_in_evaluation(split, kept)
             check(split)
         except CannotCut as reason:
             reasons[how] = str(reason)
@@ -344,7 +354,7 @@ def call_order(model: nn.Module, images: Tensor) -> list[str]:
     ]
     try:
         with undisturbed(images, model):
-            model.eval()(images)
+            model.eval()(images.clone())
     finally:
         for handle in handles:
             handle.remove()
