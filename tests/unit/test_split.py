@@ -432,6 +432,49 @@ def test_chance_in_a_container_is_never_frozen_and_random_numbers_stay_where_the
         assert all_generator_states(IMAGES.device) == before
 
 
+@pytest.mark.parametrize(
+    ("model", "example", "words"),
+    [
+        (Net(), torch.rand(2, 1, 8, 8), r"fails on the example in training mode, as \[3, 1, 8, 8\]: .* 3 channels"),
+        (Net(), torch.rand(3, 8, 8), r"fails on the example in training mode, as \[3, 8, 8\]"),
+        (nn.Sequential(nn.Unflatten(0, (1, 2)), nn.Linear(1, 1)), IMAGES, r"fails on the example .* \[3, 3, 8, 8\]"),
+    ],
+    ids=["channels", "unbatched", "two images only"],
+)
+def test_a_model_that_fails_on_the_example_says_so_in_one_line(model, example, words):
+    with pytest.raises(UserError, match=words) as caught:
+        split_model(model, "0" if isinstance(model, nn.Sequential) else "stem", example)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:layer")
+def test_a_layer_may_have_any_name_in_a_whole_pass():
+    class Named(Net):
+        def __init__(self):
+            super().__init__(wants="data branch")
+            self.share, self.model = nn.Linear(CLASSES, CLASSES), nn.Linear(CLASSES, CLASSES)
+
+        def forward(self, x):
+            return self.model(self.share(super().forward(x)))
+
+    assert split_model(Named(), "block1", IMAGES).how == "functional"
+
+
+def test_a_buffer_that_is_an_expanded_view_is_cut_reset_and_loaded():
+    class Centred(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.full((1, 3, 1, 1), 0.5).expand(1, 3, 8, 8))
+            self.register_buffer("offset", torch.zeros(1).expand(CLASSES))
+
+        def forward(self, x):
+            return super().forward(x - self.centre) + self.offset
+
+    dual = attach_second_head(Centred(), "block1", example=IMAGES)
+    dual.load_state_dict(copy.deepcopy(dual.state_dict()))
+    assert dual.head2.offset.tolist() == [0.0] * CLASSES
+
+
 class SharedAndBranching(Net):
     def forward(self, x):
         x = self.block1(self.bn(self.stem(x)))

@@ -23,6 +23,11 @@ class CannotCut(Exception):  # noqa: N818  # a way of cutting does not apply; th
     """This way of cutting does not serve here; the message is a clause that says why."""
 
 
+def reason(error: Exception) -> str:
+    """What an error of a model's says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(frozen=True)
 class Split:
     """A model cut in two: `tail(trunk(x))` equals its logits.
@@ -48,7 +53,12 @@ class Split:
 
     def another_tail(self) -> nn.Module:
         """A copy of the tail with weights of its own, on the same trunk."""
-        return copy.deepcopy(self.tail, dict(cast("Any", getattr(self.tail, "shared_on_copy", dict))()))
+        return copy.deepcopy(self.tail, dict(cast("Any", getattr(self.tail, "_shared_on_copy", dict))()))
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether entries share memory, as after `expand`: nothing can write to it in place."""
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @contextmanager
@@ -68,7 +78,7 @@ def undisturbed(images: Tensor, *modules: nn.Module) -> Iterator[None]:
             for module, mode in modes:
                 module.training = mode
             for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer.copy_(saved)
+                module._buffers[name] = buffer if _is_expanded(buffer) else buffer.copy_(saved)
 
 
 def kept_in_evaluation(model: nn.Module, images: Tensor) -> list[str]:
@@ -130,8 +140,12 @@ def has_state(module: nn.Module) -> bool:
 
 
 def fresh_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a model, without gradients."""
+    """A deep copy of a model, without gradients, and with buffers that can be written to."""
     copied = copy.deepcopy(model)
     for parameter in copied.parameters():
         parameter.grad = None
+    for module in copied.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and _is_expanded(buffer):
+                module._buffers[name] = buffer.contiguous()
     return copied

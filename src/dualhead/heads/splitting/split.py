@@ -21,6 +21,7 @@ from dualhead.heads.splitting.base import (
     Split,
     keep_in_evaluation,
     kept_in_evaluation,
+    reason,
     undisturbed,
 )
 from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split
@@ -51,12 +52,22 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
         example: images [B, ...] that the model accepts.
 
     Raises:
-        UserError: if there is no such layer, or it cannot be cut there: why, and the nearest layers that can.
+        UserError: if the model fails on the example, has no such layer, or cannot be cut there: why, and the nearest
+            layers that can.
     """
     at = _canonical(model, at)
     images = two_images(example)
-    with undisturbed(images, model):
-        logits = as_logits(model.eval()(images.clone()))  # a forward may work on them in place
+    for mode, batch in itertools.product((True, False), (torch.cat((images, images[:1])), images)):
+        try:
+            with undisturbed(images, model):
+                logits = as_logits(model.train(mode)(batch.clone()))  # a forward may work on them in place
+        except UserError:
+            raise
+        except Exception as error:  # any code of any model may run here
+            raise UserError(
+                f"the model fails on the example in {'training' if mode else 'evaluation'} mode, as "
+                f"{list(batch.shape)}: {reason(error)}"
+            ) from error
     if logits.ndim != 2 or len(logits) != len(images):
         raise UserError(
             f"the model gives logits of shape {list(logits.shape)} for {len(images)} images; expected [B, C]"
@@ -121,12 +132,12 @@ def attempt(
             check_keys(model, split)
             keep_in_evaluation(split, kept)
             check(split)
-        except CannotCut as reason:
-            reasons[how] = str(reason)
-            if NOTHING_BEHIND in str(reason):
+        except CannotCut as why_not:
+            reasons[how] = str(why_not)
+            if NOTHING_BEHIND in str(why_not):
                 return NOTHING_BEHIND
-            if how == "own" and OWN_NOT_OFFERED not in str(reason):
-                warnings.warn(f"the model's own split at {at!r} is passed over: {reason}", stacklevel=4)
+            if how == "own" and OWN_NOT_OFFERED not in str(why_not):
+                warnings.warn(f"the model's own split at {at!r} is passed over: {why_not}", stacklevel=4)
         else:
             return split
     return f"traced: {reasons['traced']}; functional: {reasons['functional']}"
@@ -291,8 +302,7 @@ def check_pass(split: Split, images: Tensor, mode: bool, expected: Outcome) -> N
     try:
         found = pass_of(split, images, mode, backward=backward)
     except Exception as error:  # any code of any model may run here
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CannotCut(f"the cut model fails on {len(images)} images: {reason[0]}") from error
+        raise CannotCut(f"the cut model fails on {len(images)} images: {reason(error)}") from error
     name = f"{'training' if mode else 'evaluation'} mode{' with gradients' if backward else ''}"
     if not close(found.logits, expected.logits, _ABSOLUTE * max(1.0, expected.logits.abs().max().item())):
         raise CannotCut(f"the cut model gives other logits in {name} on {len(images)} images")
