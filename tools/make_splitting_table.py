@@ -21,15 +21,15 @@ TEXT = """# Cutting models
 
 A second head starts at the output of a layer: `split_model(model, at, example)` cuts any `torch.nn.Module` there, and
 `dualhead layers MODEL` lists the layers. Four ways are tried in turn, and the first that equals the model on the
-example serves (same logits in training and evaluation mode and on two batch sizes, same buffers afterwards, same random
-numbers drawn):
+example serves (in training and evaluation mode: same logits on two batch sizes, same gradients with respect to images
+and parameters, same buffers afterwards, same random numbers drawn):
 
 | `how` | what is done | when it serves |
 |---|---|---|
 | `own` | the model's own `split(at)` gives trunk and tail | the model has one that knows the layer |
 | `sequential` | two `nn.Sequential` | every container on the way to the layer is one |
 | `traced` | torch.fx traces the containers on the way, and nothing else | containers branch on sizes and types only |
-| `functional` | a whole forward per head; warns: trunk paid twice | containers branch on data or chance |
+| `functional` | a whole forward per head; warns: trunk paid twice | containers go by data, chance or `no_grad` |
 
 What is handled: several tensors across the cut, class tokens and other parameters of a container, defaulted arguments,
 functional dropout and other branches on `self.training`, operations in place behind the cut, modules without weights

@@ -179,11 +179,18 @@ def _statistics(value: object) -> object:
     raise UserError(f": must be data, none or {{mean: [...], std: [...]}}, got {value!r}")
 
 
+def _layer(value: object) -> object:
+    """A layer's name; nn.Sequential names its layers by number, which YAML reads as one."""
+    if isinstance(value, float):
+        raise UserError(f": is read as the number {value}; write the layer's name in quotes")
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Model(Section):
     """The network."""
 
     backbone: Annotated[Backbone, *component(backbones)]
-    attach_at: str | None = None
+    attach_at: Annotated[str | None, BeforeValidator(_layer)] = None
     """Layer whose output feeds the second head; None: no second head, and stages train `model`."""
     heads: int = Field(2, ge=2, le=20)
     """How many, where `attach_at` is set, the backbone's own included."""

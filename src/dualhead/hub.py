@@ -20,6 +20,7 @@ from dualhead.models import Normalize, backbones, last_layer, load_state, normal
 from dualhead.onnx_export import OnnxCheck, write_onnx
 from dualhead.registry import first_error
 from dualhead.report import ONNX_SECTION, model_card
+from dualhead.runtime import kept_generators
 from dualhead.schema import Section
 
 CONFIG = "config.json"
@@ -73,8 +74,8 @@ class Architecture(Section):
         )
 
     def plain(self) -> nn.Module:
-        """The network without a second head; torch's generator stays where it is."""
-        with torch.random.fork_rng(devices=[]):
+        """The network without a second head; random numbers stay where they are."""
+        with kept_generators(torch.device("cpu")):
             return self.model_copy(update={"attach_at": None, "aggregator": None}).create()
 
     @classmethod
@@ -310,6 +311,8 @@ def normalisation_of(path: str | Path) -> tuple[tuple[float, ...], tuple[float, 
 def load(path: str | Path, output: str | None = None) -> nn.Module:
     """An ordinary classifier from a run, an exported model's folder or a Hub name, in eval mode.
 
+    Random numbers stay where they are: those of Python, numpy and torch.
+
     Args:
         path: the folder, or a Hub name `OWNER/NAME`.
         output: for a dual-head model: `head1`, `head2`, ..., `mean` or `aggregate`; None for the deployed one.
@@ -323,7 +326,8 @@ def load(path: str | Path, output: str | None = None) -> nn.Module:
     folder = find_model(path)
     config = read_config(folder)
     architecture = Architecture.parse(config["architecture"], str(folder / CONFIG))
-    model = architecture.create()
+    with kept_generators(torch.device("cpu")):  # its weights are drawn, and then replaced
+        model = architecture.create()
     load_state(model, read_state(folder / WEIGHTS), str(folder / WEIGHTS))
     return view(model, output or config.get("output", "model")).eval()
 

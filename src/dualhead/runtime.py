@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -141,6 +144,31 @@ def set_generator_states(states: Sequence[Tensor], device: torch.device) -> None
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
+
+
+def all_generator_states(device: torch.device) -> tuple[Any, ...]:
+    """Where the generators of Python, numpy and torch (the CPU's and the device's) stand; comparable by `==`."""
+    return random.getstate(), pickle.dumps(np.random.get_state()), [s.tolist() for s in generator_states(device)]
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators of Python, numpy and torch: the CPU's and this device's, and no other one's."""
+    random.seed(seed)
+    np.random.seed(seed)
+    where = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
+    set_generator_states([torch.Generator(place).manual_seed(seed).get_state() for place in where], device)
+
+
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """Puts the generators of Python, numpy and torch (the CPU's and the device's) back behind."""
+    python, arrays, states = random.getstate(), np.random.get_state(), generator_states(device)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        set_generator_states(states, device)
 
 
 def synchronised_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

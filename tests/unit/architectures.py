@@ -332,8 +332,8 @@ def gradients(forward, thing, images, mode):
     logits = forward(images, thing)
     torch.nn.functional.cross_entropy(logits, torch.arange(len(images)) % CLASSES).backward()
     named = {name: p.grad for part in parts for name, p in part.named_parameters(remove_duplicate=False)}
-    named = {name: gradient for name, gradient in named.items() if gradient is not None}
-    return logits.detach(), {**named, "images": images.grad}
+    named["images"] = images.grad
+    return logits.detach(), {name: gradient for name, gradient in named.items() if gradient is not None}
 
 
 def assert_same_function(model, split, images):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from test_models import CASES, state_for, wideresnet_table
+from torch import nn
 
 from dualhead.errors import UserError
 from dualhead.hub import Architecture, load, load_base_weights, normalisation_of, save_model, view
-from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, write_state
+from dualhead.models import Normalize, Wrapped, backbones, last_layer, load_state, normalisation_in, write_state
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -105,6 +106,27 @@ def test_a_model_that_normalises_otherwise_is_told_what_would_be_right():
         model = plan("wideresnet-10-1", mean=mean, std=std).create()
         with pytest.raises(UserError, match=r"set model.normalize: \{mean: \[0.4914, 0.4822, 0.4465\], std: \[0.2471"):
             load_state(model, state, "w.pt")
+
+
+class Standardised(nn.Module):
+    """Has statistics of its own, under names that a normalisation in front of a model goes by."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 10)
+        self.register_buffer("mean", torch.full((4,), 0.5))
+        self.register_buffer("std", torch.full((4,), 0.3))
+
+    def forward(self, x):
+        return self.fc((x.mean((2, 3)) - self.mean) / self.std)
+
+
+def test_a_models_own_mean_and_std_are_loaded_also_within_a_wrapper():
+    weights = Standardised().state_dict() | {"mean": torch.full((4,), 0.1)}
+    for given in (weights, {f"model.{name}": tensor for name, tensor in weights.items()}):
+        model = Wrapped(Normalize.identity(4), Standardised())
+        load_state(model, given, "w.pt")
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.model.state_dict().items())
 
 
 @pytest.mark.parametrize(

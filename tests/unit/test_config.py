@@ -307,3 +307,12 @@ def test_the_wide_baseline_has_the_parameters_of_two_heads():
 
     assert parameters("cifar10_cpu_wide") == pytest.approx(parameters("cifar10_cpu"), rel=0.02)
     assert parameters("cifar10_cpu_joint") == parameters("cifar10_cpu")
+
+
+def test_a_layer_may_be_named_by_number_as_in_a_sequential():
+    assert load_recipe("digits", ["model.attach_at=0"]).model.attach_at == "0"
+    assert load_recipe("digits", ["model.attach_at='1.0'"]).model.attach_at == "1.0"
+    with pytest.raises(UserError, match=r"model.attach_at: .*number 1.0; write the layer's name in quotes"):
+        load_recipe("digits", ["model.attach_at=1.0"])
+    with pytest.raises(UserError, match=r"model.attach_at"):
+        load_recipe("digits", ["model.attach_at=true"])

@@ -419,3 +419,44 @@ class TestThreeHeads:
     def test_what_cannot_be_is_refused(self, options, message):
         with pytest.raises(UserError, match=message):
             classifier(**options)
+
+
+def chain(last, *others):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), *others, last)
+
+
+IMAGES_OF_EIGHT = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_layer_whose_reset_needs_arguments_is_left_to_its_own_layers():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(144, 10)
+
+        def reset_parameters(self, std):
+            raise AssertionError
+
+        def forward(self, x):
+            return self.fc(x)
+
+    dual = attach_second_head(chain(Head()), "0", example=IMAGES_OF_EIGHT)
+    first, second = (next(dual.get_submodule(head).parameters()) for head in ("head1", "head2"))
+    assert not torch.equal(first, second)
+
+
+def test_a_head_given_as_a_module_must_fit_what_crosses():
+    with pytest.raises(UserError, match=r"must take what crosses the cut, of shape \[2, 4, 6, 6\]: mat1"):
+        attach_second_head(chain(nn.Linear(144, 10)), "0", example=IMAGES_OF_EIGHT, init=nn.Linear(3, 10))
+    normed = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, 10))
+    dual = attach_second_head(chain(nn.Linear(144, 10)), "0", example=IMAGES_OF_EIGHT[:1], init=normed)
+    assert dual(IMAGES_OF_EIGHT).shape == (2, 10)
+
+
+def test_logits_of_another_type_are_merged_in_the_aggregators():
+    class Wide(nn.Module):
+        def forward(self, x):
+            return x.double()
+
+    dual = attach_second_head(chain(Wide(), nn.Linear(144, 10)), "0", example=IMAGES_OF_EIGHT)
+    assert dual(IMAGES_OF_EIGHT).dtype == torch.float32

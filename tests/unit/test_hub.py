@@ -21,6 +21,7 @@ from dualhead.hub import (
     save_model,
     view,
 )
+from dualhead.runtime import all_generator_states
 
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -56,7 +57,9 @@ def test_the_logits_come_back_to_the_bit(tmp_path, plan):
     model = made(plan)
     save_model(tmp_path / "m", model, plan, {"output": "aggregate" if plan.attach_at else "model"})
     torch.manual_seed(99)
+    before = all_generator_states(IMAGES.device)
     again = load(tmp_path / "m")
+    assert all_generator_states(IMAGES.device) == before
     assert not again.training
     assert torch.equal(again(IMAGES), model(IMAGES))
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [CONFIG, WEIGHTS]

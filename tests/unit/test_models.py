@@ -594,6 +594,7 @@ def test_a_factory_keeps_the_names_of_its_layers_unless_something_is_put_around_
         ("broken", "the factory failed: RuntimeError: no weights here"),
         ("five", r"logits of shape \(1, 5\) for one image; the data have 4 classes"),
         ("chokes", "fails on one image of shape"),
+        ("double", r"parameters are torch.float64; they must be torch.float32"),
         ("dumb", "returned dict without logits"),
     ],
 )
@@ -603,6 +604,7 @@ def test_a_factory_that_does_not_keep_the_contract_is_told_what_is_wrong(attribu
         "def text():\n    return 'model'\n"
         "def broken():\n    raise RuntimeError('no weights here')\n"
         "def five():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))\n"
+        "def double():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).double()\n"
         "def chokes():\n    return torch.nn.Linear(99, 4)\n"
         "class Dumb(torch.nn.Module):\n    def forward(self, x):\n        return {'scores': x}\n"
         "def dumb():\n    return Dumb()\n"

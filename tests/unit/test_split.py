@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,6 +16,7 @@ from torch import nn
 from dualhead.errors import UserError
 from dualhead.heads import as_logits, attach_second_head, layers, split_model
 from dualhead.heads.splitting.base import is_shape_only
+from dualhead.runtime import all_generator_states, seed_generators
 
 FAST = {"ConvNeXt", "ViT", "Swin"}
 TABLE = Path(__file__).parents[2] / "docs" / "splitting.md"
@@ -126,6 +129,148 @@ def test_keys_and_given_model_are_kept(wants):
             for parameter in part.parameters():
                 parameter.zero_()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Rounded(torch.autograd.Function):
+    """Rounds, and hands the gradient straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class OwnGradient(nn.Module):
+    """A network whose forward has something to say about gradients alone.
+
+    Args:
+        rule: what it says to features: a function of its own.
+        shared: whether a layer runs on both sides of `block1`, which only a trace can cut.
+        training: whether it says so in training mode alone.
+    """
+
+    def __init__(self, rule, *, shared=False, training=False):
+        super().__init__()
+        self.rule, self.shared, self.training_only = rule, shared, training
+        self.stem, self.block1, self.block2 = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8))
+        self.fc = nn.Linear(8, CLASSES)
+        self.stored = None
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.training or not self.training_only:
+            x = self.rule(x)
+        x = self.block1(self.block2(x) if self.shared else x).relu()
+        self.stored = x
+        return self.fc(self.block2(x).mean((2, 3)))
+
+
+def fixed(x):
+    with torch.no_grad():
+        return x * 1.0
+
+
+def halved(x):
+    if x.requires_grad:
+        x = x * 1.0
+        x.register_hook(lambda gradient: gradient / 2)
+    return x
+
+
+def doubled(x):
+    return x * 2 if torch.is_grad_enabled() else x
+
+
+@pytest.mark.parametrize("rule", [Rounded.apply, fixed, halved, doubled], ids=["straight", "fixed", "hook", "enabled"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_a_cut_model_has_the_models_gradients(rule, training):
+    """A trace lays a forward bare, and loses what that says about gradients: attacks would then find nothing."""
+    torch.manual_seed(0)
+    model = OwnGradient(rule, training=training)
+    model.block2.bias.requires_grad_(False)
+    split = split_model(model, "block1", IMAGES)
+    assert split.how == "functional"
+    assert_same_function(model, split, IMAGES)
+
+
+def test_a_cut_with_other_gradients_is_refused_and_leaves_nothing_behind():
+    model = OwnGradient(Rounded.apply, shared=True)
+    model.fc.bias.requires_grad_(False)
+    with pytest.raises(UserError, match="another gradient with respect to the images in training mode"):
+        split_model(model, "block1", IMAGES)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["fc.bias"]
+    assert not model.stored.requires_grad and not IMAGES.requires_grad
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_the_layer_recommended_is_cut_as_it_is_listed(training):
+    model = OwnGradient(Rounded.apply, training=training)
+    (best,) = (info for info in layers(model, IMAGES) if info.recommended)
+    assert split_model(model, best.name, IMAGES).how == best.how == "functional"
+
+
+@pytest.mark.parametrize("wants", ["", "data branch"])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_a_forward_that_works_on_its_input_in_place_leaves_the_example_alone(wants):
+    class Shifting(Net):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    torch.manual_seed(0)
+    model, example = Shifting(wants=wants).eval(), IMAGES.clone()
+    dual = attach_second_head(model, "block1", example=example)
+    assert dual.split_how == ("functional" if wants else "traced")
+    layers(model, example)
+    assert torch.equal(example, IMAGES)
+    torch.testing.assert_close(dual.view("head1")(IMAGES.clone()), model(IMAGES.clone()))
+
+
+class FreezesNorm:
+    """Keeps its batch norm in evaluation mode, whatever mode it is in itself."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+class FrozenNet(FreezesNorm, Net):
+    pass
+
+
+class FrozenSequential(FreezesNorm, nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize("how", ["sequential", "traced", "functional"])
+@pytest.mark.filterwarnings("ignore:layer")
+def test_what_a_model_keeps_in_evaluation_mode_stays_so_in_the_halves(how):
+    torch.manual_seed(0)
+    model = FrozenNet(wants="data branch" if how == "functional" else "")
+    at = "block1"
+    if how == "sequential":
+        at = "1"
+        model = FrozenSequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten(),
+            nn.Linear(128, CLASSES),
+        )  # fmt: skip
+    split = split_model(model, at, IMAGES)
+    assert split.how == how
+    assert_same_function(model, split, IMAGES)
+    dual = attach_second_head(model, at, example=IMAGES, init="clone").train()
+    before = copy.deepcopy(dict(dual.named_buffers()))
+    dual.head_logits(IMAGES)
+    after = dict(dual.named_buffers())
+    assert all(torch.equal(after[n], b) for n, b in before.items() if "running" in n and "aggregator" not in n)
 
 
 def test_several_tensors_cross_a_residual_connection():
@@ -271,6 +416,63 @@ def test_what_cannot_be_cut_says_why_in_one_line(model, at, words):
     with pytest.raises(UserError, match=words) as caught:
         split_model(model, at, IMAGES)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.rand, lambda: torch.rand(()).item()], ids=["python", "numpy", "torch"]
+)
+@pytest.mark.filterwarnings("ignore:layer")
+def test_chance_in_a_container_is_never_frozen_and_random_numbers_stay_where_they_are(draw):
+    """Whatever the generators are when the model is cut: a branch that a trace took by chance stays open."""
+    model = OwnGradient(lambda x: x * 2 if draw() < 0.5 else x, training=True)
+    for seed in range(4):
+        seed_generators(seed, IMAGES.device)
+        before = all_generator_states(IMAGES.device)
+        assert split_model(model, "block1", IMAGES).how == "functional"
+        assert all_generator_states(IMAGES.device) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "words"),
+    [
+        (Net(), torch.rand(2, 1, 8, 8), r"fails on the example in training mode, as \[3, 1, 8, 8\]: .* 3 channels"),
+        (Net(), torch.rand(3, 8, 8), r"fails on the example in training mode, as \[3, 8, 8\]"),
+        (nn.Sequential(nn.Unflatten(0, (1, 2)), nn.Linear(1, 1)), IMAGES, r"fails on the example .* \[3, 3, 8, 8\]"),
+    ],
+    ids=["channels", "unbatched", "two images only"],
+)
+def test_a_model_that_fails_on_the_example_says_so_in_one_line(model, example, words):
+    with pytest.raises(UserError, match=words) as caught:
+        split_model(model, "0" if isinstance(model, nn.Sequential) else "stem", example)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:layer")
+def test_a_layer_may_have_any_name_in_a_whole_pass():
+    class Named(Net):
+        def __init__(self):
+            super().__init__(wants="data branch")
+            self.share, self.model = nn.Linear(CLASSES, CLASSES), nn.Linear(CLASSES, CLASSES)
+
+        def forward(self, x):
+            return self.model(self.share(super().forward(x)))
+
+    assert split_model(Named(), "block1", IMAGES).how == "functional"
+
+
+def test_a_buffer_that_is_an_expanded_view_is_cut_reset_and_loaded():
+    class Centred(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.full((1, 3, 1, 1), 0.5).expand(1, 3, 8, 8))
+            self.register_buffer("offset", torch.zeros(1).expand(CLASSES))
+
+        def forward(self, x):
+            return super().forward(x - self.centre) + self.offset
+
+    dual = attach_second_head(Centred(), "block1", example=IMAGES)
+    dual.load_state_dict(copy.deepcopy(dual.state_dict()))
+    assert dual.head2.offset.tolist() == [0.0] * CLASSES
 
 
 class SharedAndBranching(Net):

@@ -13,7 +13,8 @@ from dualhead.heads.aggregators import Aggregator, aggregators, default_aggregat
 from dualhead.heads.classifier import DualHeadClassifier
 from dualhead.heads.reset import reset_tail
 from dualhead.heads.splitting import Split, guard_features, split_model
-from dualhead.heads.splitting.base import undisturbed
+from dualhead.heads.splitting.base import reason, undisturbed
+from dualhead.heads.splitting.split import two_images
 
 Init = Literal["reset", "clone"]
 
@@ -63,7 +64,7 @@ def attach_second_head(
         others = [init]
         if (given := _num_outputs(split, init, example)) != num_outputs:
             raise UserError(f"the second head given as init gives {given} logits; the model gives {num_outputs}")
-        guard_features(split, example, init)
+        guard_features(split, two_images(example), init)
     elif init in ("reset", "clone"):
         others = [split.another_tail() for _ in range(heads - 1)]
         if init == "reset":
@@ -83,7 +84,14 @@ def attach_second_head(
 def _num_outputs(split: Split, head: nn.Module, example: Tensor) -> int:
     images = example[:2]
     with undisturbed(images, split.trunk, head):
-        logits = head.eval()(split.trunk.eval()(images))
+        features = split.trunk.eval()(images.clone())
+        try:
+            logits = head.eval()(features)
+        except Exception as error:  # whatever somebody else's head may raise
+            crossing = [list(f.shape) for f in ((features,) if isinstance(features, Tensor) else features)]
+            raise UserError(
+                f"a head must take what crosses the cut, of shape {', '.join(map(str, crossing))}: {reason(error)}"
+            ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"a head must give logits [B, C]; got {shape} for {len(images)} images")

@@ -118,7 +118,8 @@ class DualHeadClassifier(nn.Module):
         """Logits [B, C] from head logits [B, H, C], at least in float32 whatever the heads compute in."""
         # It costs little beside the heads, and bf16 turns gradients round where an aggregator's map is steep.
         with torch.autocast(head_logits.device.type, enabled=False):
-            wide = head_logits.to(torch.promote_types(head_logits.dtype, torch.float32))
+            own = next(self.aggregator.parameters(), head_logits).dtype  # logits may be of another type than weights
+            wide = head_logits.to(torch.promote_types(own, torch.float32))
             logits: Tensor = self.aggregator(wide)
         return logits
 

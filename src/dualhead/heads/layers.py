@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualhead.errors import UserError
-from dualhead.heads.outputs import as_logits
-from dualhead.heads.splitting.base import CannotCut, How, Split, is_shape_only, undisturbed
-from dualhead.heads.splitting.split import NOTHING_BEHIND, attempt, calls_complaint, close
+from dualhead.heads.splitting.base import How, Split, is_shape_only, undisturbed
+from dualhead.heads.splitting.split import (
+    NOTHING_BEHIND,
+    attempt,
+    attempt_checked,
+    backward_of,
+    calls_complaint,
+    check_pass,
+    pass_of,
+    two_images,
+)
 
 _USUAL, _STAGE_BONUS = 0.3, 0.15
 """Share of the cost in front of the paper's cut (a third of WRN-34-10, after block 1); weight of a stage's end."""
@@ -47,8 +56,8 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
 
     Listed are stages and blocks: the model's submodules, and inwards as far as submodules hold lists of blocks. Of
     layers between which nothing costly happens, one is listed. A submodule within a block, where a residual connection
-    has to cross too, can be cut as well and is not listed. Cuts are checked in evaluation mode, on one image;
-    `split_model` checks them in full.
+    has to cross too, can be cut as well and is not listed. Cuts are checked in evaluation mode, on one image,
+    and the one recommended in full, as `split_model` does.
 
     One is recommended: where about 30 % of the cost is done, preferably at the end of a stage, that is, before the
     shape changes. On WRN-34-10 this is block 1, as in the paper.
@@ -61,12 +70,17 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
         UserError: if no layer can be cut.
     """
     images = example[:1]
-    done, calls, logits = _costs(model, images)
+    expected = backward_of(model, images, False) or pass_of(model, images, False, backward=False)
+    done, calls = _costs(model, images)
 
     def check(split: Split) -> None:
-        with undisturbed(images, split.trunk, split.tail):
-            if not close(split.tail.eval()(split.trunk.eval()(images.clone())), logits):
-                raise CannotCut("the cut model gives other logits")
+        check_pass(split, images, False, expected)
+
+    def check_in_full(info: LayerInfo) -> LayerInfo:
+        split = attempt_checked(model, info.name, two_images(example), calls[info.name])
+        if isinstance(split, str):
+            return LayerInfo(info.name, (), 0, 0, info.cost_after, None, split)
+        return info if split.how == info.how else _info(split, images, info.cost_after)
 
     found = []
     for name in _distinct([name for name in _candidates(model) if done.get(name, 0) > 0], done):
@@ -76,12 +90,12 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
             found.append(_info(split, images, cost_after))
         elif split != NOTHING_BEHIND:
             found.append(LayerInfo(name, (), 0, 0, cost_after, None, split))
-    return _with_recommendation(_without_insides(found))
+    return _with_recommendation(_without_insides(found), check_in_full)
 
 
 def _info(split: Split, images: Tensor, cost_after: float) -> LayerInfo:
     with undisturbed(images, split.trunk):
-        features = split.trunk.eval()(images)
+        features = split.trunk.eval()(images.clone())
     crossing = (features,) if isinstance(features, Tensor) else features
     shapes = tuple(tuple(f.shape[1:]) for f in crossing if not is_shape_only(f))
     before, after = (sum(p.numel() for p in part.parameters()) for part in (split.trunk, split.tail))
@@ -135,8 +149,8 @@ def _holds_blocks(module: nn.Module) -> bool:
     return False
 
 
-def _costs(model: nn.Module, images: Tensor) -> tuple[dict[str, int], Counter[str], Tensor]:
-    """One forward pass: floating-point operations done when each submodule has run, how often it ran, and the logits.
+def _costs(model: nn.Module, images: Tensor) -> tuple[dict[str, int], Counter[str]]:
+    """One forward pass: floating-point operations done when each submodule has run, and how often it ran.
 
     The whole model's name is ''.
     """
@@ -151,15 +165,24 @@ def _costs(model: nn.Module, images: Tensor) -> tuple[dict[str, int], Counter[st
     handles = [m.register_forward_hook(lambda *_, name=name: passed(name)) for name, m in model.named_modules()]
     try:
         with undisturbed(images, model), counter:
-            logits = as_logits(model.eval()(images))
+            model.eval()(images.clone())
     finally:
         for handle in handles:
             handle.remove()
-    return done, calls, logits
+    return done, calls
 
 
-def _with_recommendation(found: list[LayerInfo]) -> list[LayerInfo]:
-    """Mark the layer to begin with; of equals the outermost."""
+def _with_recommendation(found: list[LayerInfo], check_in_full: Callable[[LayerInfo], LayerInfo]) -> list[LayerInfo]:
+    """Mark the layer to begin with; of equals the outermost. What a full check finds otherwise is put right."""
+    while True:
+        best = _best(found)
+        checked = check_in_full(found[best])
+        if checked.how == found[best].how:
+            return [replace(info, recommended=i == best) for i, info in enumerate(found)]
+        found = [*found[:best], checked, *found[best + 1 :]]
+
+
+def _best(found: list[LayerInfo]) -> int:
     usable = [i for i, info in enumerate(found) if info.how is not None and info.how != "functional"] or [
         i for i, info in enumerate(found) if info.how is not None
     ]
@@ -175,5 +198,4 @@ def _with_recommendation(found: list[LayerInfo]) -> list[LayerInfo]:
         ends_stage = later is not None and later.shapes[:1] != info.shapes[:1]
         return round(abs(1 - info.cost_after - _USUAL) - _STAGE_BONUS * ends_stage, 6), len(info.name)
 
-    best = min(usable, key=distance)
-    return [replace(info, recommended=i == best) for i, info in enumerate(found)]
+    return min(usable, key=distance)

@@ -19,7 +19,8 @@ def reset_tail(model: nn.Module, head: nn.Module) -> None:
     """Re-initialise a head that was cut off a model, in place.
 
     Each layer is initialised the way its class does it: `reset_parameters` (or torch's `_reset_parameters`) of every
-    layer from the inside out. Then the model's own scheme, where it offers one: the `_init_weights(layer)` of the
+    layer from the inside out, where it needs no arguments. Then the model's own scheme, where it
+    offers one: the `_init_weights(layer)` of the
     innermost module around a layer that has it, as models of transformers do; and last the model's
     `reset_head_parameters(head)`. What a constructor did beyond these (a last batch norm set to zero, say) cannot be
     run again, except for models that are made from a `config` alone, as those of transformers: what is left then comes
@@ -88,14 +89,15 @@ def _inside_out(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
 def _schemes(module: nn.Module, scheme: Scheme | None = None) -> list[tuple[Scheme, nn.Module]]:
     """Submodules, children first, each with the `_init_weights` of the innermost module around it."""
     own = getattr(module, "_init_weights", None)
-    scheme = own if callable(own) and _takes_a_layer(own) else scheme
+    scheme = own if callable(own) and _takes(own, nn.Module()) else scheme
     found = [pair for child in module.children() for pair in _schemes(child, scheme)]
     return [*found, (scheme, module)] if scheme is not None else found
 
 
-def _takes_a_layer(method: Scheme) -> bool:
+def _takes(method: Callable[..., object], *arguments: object) -> bool:
+    """Whether a method can be called with these arguments alone."""
     try:
-        inspect.signature(method).bind(nn.Module())
+        inspect.signature(method).bind(*arguments)
     except TypeError:
         return False
     return True
@@ -103,6 +105,7 @@ def _takes_a_layer(method: Scheme) -> bool:
 
 def _reset(layer: nn.Module) -> None:
     for method in ("reset_parameters", "_reset_parameters"):
-        if callable(getattr(layer, method, None)):
-            getattr(layer, method)()
+        own = getattr(layer, method, None)
+        if callable(own) and _takes(own):
+            own()
             return

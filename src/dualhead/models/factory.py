@@ -89,6 +89,12 @@ class FactoryBackbone(Backbone):
             raise UserError(f"model {self.path!r}: the factory failed: {_reason(error)}") from error
         if not isinstance(model, nn.Module):
             raise UserError(f"model {self.path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module")
+        wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+        if wrong:
+            raise UserError(
+                f"model {self.path!r}: its parameters are {', '.join(sorted(map(str, wrong)))}; they must be "
+                f"torch.float32: let the function return model.float()"
+            )
         output = check_logits(model, num_classes, image_shape, f"model {self.path!r}")
         bare = normalize.is_identity and isinstance(output, Tensor) and _trains_on_logits(model, image_shape)
         return model if bare else Wrapped(normalize, model)

@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,11 @@ def normalisation_in(state: Mapping[str, Tensor], where: str) -> tuple[tuple[flo
     return None
 
 
-def _without_normalisation(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The state without the buffers of a normalisation, which the model must have as its own."""
-    wanted = model.state_dict()
-    found = None if any(set(names) <= wanted.keys() for names in NORMALISED_BY) else normalisation_in(state, where)
+def _without_normalisation(
+    model: nn.Module, wanted: AbstractSet[str], state: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """The state without the buffers of a normalisation that is not among the names wanted; the model must have it."""
+    found = None if any(set(names) <= wanted for names in NORMALISED_BY) else normalisation_in(state, where)
     if found is None:
         return dict(state)
     own = next((module for module in model.modules() if isinstance(module, Normalize)), None)
@@ -214,12 +216,13 @@ def load_state(
     """
     wanted = model.state_dict()
     state = _with_prefixes(wanted, state)
-    state = _without_normalisation(model, state, where)
-    if isinstance(model, Wrapped):
-        inside = model.model.state_dict()
-        if len(inside.keys() & state.keys()) > len(wanted.keys() & state.keys()):
-            inner = None if replaced is None else replaced.removeprefix("model.")
-            return load_state(model.model, state, where, replaced=inner)
+    inside = model.model.state_dict().keys() if isinstance(model, Wrapped) else set()
+    descend = len(inside & state.keys()) > len(wanted.keys() & state.keys())
+    # Where the weights are of the model inside, it is its `mean` and `std` that are not taken for a normalisation's.
+    state = _without_normalisation(model, inside if descend else wanted.keys(), state, where)
+    if isinstance(model, Wrapped) and descend:
+        inner = None if replaced is None else replaced.removeprefix("model.")
+        return load_state(model.model, state, where, replaced=inner)
     given, left_out = _without_unused(model, state)
     if replaced is not None:
         own = {name: tensor for name, tensor in wanted.items() if name.startswith(f"{replaced}.")}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+
+from dualhead.runtime import kept_generators
 
 How = Literal["own", "sequential", "traced", "functional"]
 
@@ -19,6 +21,11 @@ Features = Any
 
 class CannotCut(Exception):  # noqa: N818  # a way of cutting does not apply; the next one is tried
     """This way of cutting does not serve here; the message is a clause that says why."""
+
+
+def reason(error: Exception) -> str:
+    """What an error of a model's says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,12 @@ class Split:
 
     def another_tail(self) -> nn.Module:
         """A copy of the tail with weights of its own, on the same trunk."""
-        return copy.deepcopy(self.tail, dict(cast("Any", getattr(self.tail, "shared_on_copy", dict))()))
+        return copy.deepcopy(self.tail, dict(cast("Any", getattr(self.tail, "_shared_on_copy", dict))()))
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether entries share memory, as after `expand`: nothing can write to it in place."""
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @contextmanager
@@ -59,19 +71,34 @@ def undisturbed(images: Tensor, *modules: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    kind = images.device.type
-    device = {} if kind == "cpu" else {"device_type": kind}
-    with (
-        torch.random.fork_rng(devices=[] if kind == "cpu" else [images.device], **cast("Any", device)),
-        torch.no_grad(),
-    ):
+    with kept_generators(images.device), torch.no_grad():
         try:
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
             for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer.copy_(saved)
+                module._buffers[name] = buffer if _is_expanded(buffer) else buffer.copy_(saved)
+
+
+def kept_in_evaluation(model: nn.Module, images: Tensor) -> list[str]:
+    """Names of submodules that a `train` of the model's own leaves in evaluation mode, such as frozen batch norm."""
+    with undisturbed(images, model):
+        model.train()
+        return [name for name, module in model.named_modules() if name and not module.training]
+
+
+def _to_evaluation(module: nn.Module, args: object) -> None:  # a forward pre-hook
+    del args
+    module.eval()
+
+
+def keep_in_evaluation(split: Split, names: Collection[str]) -> None:
+    """Let modules be in evaluation mode in the halves too, which have no `train` of the model's own."""
+    for part in (split.trunk, split.tail):
+        for name, module in part.named_modules():
+            if name in names:
+                module.register_forward_pre_hook(_to_evaluation)
 
 
 def graft(root: nn.Module, name: str, value: nn.Module | Tensor | None, *, persistent: bool = True) -> None:
@@ -113,8 +140,12 @@ def has_state(module: nn.Module) -> bool:
 
 
 def fresh_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a model, without gradients."""
+    """A deep copy of a model, without gradients, and with buffers that can be written to."""
     copied = copy.deepcopy(model)
     for parameter in copied.parameters():
         parameter.grad = None
+    for module in copied.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and _is_expanded(buffer):
+                module._buffers[name] = buffer.contiguous()
     return copied

@@ -58,7 +58,7 @@ def _sides(model: nn.Module, at: str, images: Tensor) -> dict[str, set[bool]]:
         for mode in (True, False):
             behind = False
             with undisturbed(images, model), _Watch(tensors_of(model), touched):
-                model.train(mode)(images)
+                model.train(mode)(images.clone())
     finally:
         for handle in handles:
             handle.remove()
@@ -98,7 +98,7 @@ def functional_split(model: nn.Module, at: str, images: Tensor) -> Split:
         graft(part, name, value, persistent=saved)
     if tensors_of(trunk).keys() & tensors_of(tail).keys():
         raise CannotCut("weights are shared across it")
-    tail.share(trunk)
+    tail._hidden = (copied, trunk)
     return Split(trunk.train(model.training), tail.train(model.training), "functional", at)
 
 
@@ -123,11 +123,7 @@ class WholePass(nn.Module):
         self._containers = ["", *(at[:i] for i, character in enumerate(at) if character == ".")]
         self._hidden: tuple[nn.Module, ...] = (model,)  # in a tuple, so that the trunk's weights are not this module's
 
-    def share(self, trunk: nn.Module) -> None:
-        """Run on this trunk."""
-        self._hidden = (self._hidden[0], trunk)
-
-    def shared_on_copy(self) -> dict[int, Any]:
+    def _shared_on_copy(self) -> dict[int, Any]:
         """What a second tail has in common with this one, as a memo for `copy.deepcopy`: the trunk."""
         trunk = self._hidden[1]
         return {id(held): held for held in (*trunk.modules(), *trunk.parameters(), *trunk.buffers())}

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.heads.outputs import as_logits
-from dualhead.heads.splitting.base import CannotCut, Features, How, Split, undisturbed
+from dualhead.heads.splitting.base import (
+    CannotCut,
+    Features,
+    How,
+    Split,
+    keep_in_evaluation,
+    kept_in_evaluation,
+    reason,
+    undisturbed,
+)
 from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split
 from dualhead.heads.splitting.functional import functional_split
 from dualhead.heads.splitting.tracing import traced_split
+from dualhead.runtime import all_generator_states, seed_generators
 
-_RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+_RELATIVE, _ABSOLUTE, _ROUNDING = 1e-4, 1e-5, 1e-6
 _NEAREST, _TRIES = 2, 8
 NOTHING_BEHIND = "nothing that could be trained lies behind it"
 
@@ -30,8 +40,9 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
     Four ways are tried in turn, and the first whose result equals the model on the example serves: the model's own
     `split(at)`; nn.Sequential; a torch.fx trace of only the containers on the way to the layer; and whole forward
     passes in which the tail replaces what runs behind the cut, at the price of a second trunk pass per head, about
-    which a warning is given. Equal means: the same logits to float tolerance, in training and in evaluation mode (on
-    two batch sizes), the same buffers afterwards, and the same use of random numbers.
+    which a warning is given. Equal means, in training and in evaluation mode: the same logits to float tolerance (on
+    two batch sizes), the same gradients with respect to the images and all parameters (on two images), the same buffers
+    afterwards, and the same use of random numbers.
 
     A trace decides branches on image sizes as the example does: the cut is for images of the example's size.
 
@@ -41,12 +52,22 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
         example: images [B, ...] that the model accepts.
 
     Raises:
-        UserError: if there is no such layer, or it cannot be cut there: why, and the nearest layers that can.
+        UserError: if the model fails on the example, has no such layer, or cannot be cut there: why, and the nearest
+            layers that can.
     """
     at = _canonical(model, at)
     images = two_images(example)
-    with undisturbed(images, model):
-        logits = as_logits(model.eval()(images))
+    for mode, batch in itertools.product((True, False), (torch.cat((images, images[:1])), images)):
+        try:
+            with undisturbed(images, model):
+                logits = as_logits(model.train(mode)(batch.clone()))  # a forward may work on them in place
+        except UserError:
+            raise
+        except Exception as error:  # any code of any model may run here
+            raise UserError(
+                f"the model fails on the example in {'training' if mode else 'evaluation'} mode, as "
+                f"{list(batch.shape)}: {reason(error)}"
+            ) from error
     if logits.ndim != 2 or len(logits) != len(images):
         raise UserError(
             f"the model gives logits of shape {list(logits.shape)} for {len(images)} images; expected [B, C]"
@@ -103,18 +124,20 @@ def attempt(
         "traced": lambda: traced_split(model, at, images, modes),
         "functional": lambda: functional_split(model, at, images),
     }
+    kept = kept_in_evaluation(model, images)
     reasons: dict[How, str] = {}
     for how, way in ways.items():
         try:
             split = way()
             check_keys(model, split)
+            keep_in_evaluation(split, kept)
             check(split)
-        except CannotCut as reason:
-            reasons[how] = str(reason)
-            if NOTHING_BEHIND in str(reason):
+        except CannotCut as why_not:
+            reasons[how] = str(why_not)
+            if NOTHING_BEHIND in str(why_not):
                 return NOTHING_BEHIND
-            if how == "own" and OWN_NOT_OFFERED not in str(reason):
-                warnings.warn(f"the model's own split at {at!r} is passed over: {reason}", stacklevel=4)
+            if how == "own" and OWN_NOT_OFFERED not in str(why_not):
+                warnings.warn(f"the model's own split at {at!r} is passed over: {why_not}", stacklevel=4)
         else:
             return split
     return f"traced: {reasons['traced']}; functional: {reasons['functional']}"
@@ -193,52 +216,128 @@ def guard_features(split: Split, images: Tensor, head: nn.Module | None = None) 
         head.register_forward_pre_hook(_CloneChanged(tuple(sorted(changed))))
 
 
-def close(logits: Tensor, expected: Tensor) -> bool:
-    """Whether two forward passes agree to float tolerance."""
-    absolute = _ABSOLUTE * max(1.0, expected.abs().max().item())
-    return logits.shape == expected.shape and torch.allclose(
-        logits, expected, rtol=_RELATIVE, atol=absolute, equal_nan=True
+class Outcome(NamedTuple):
+    """What a pass gives: logits, gradients by name, buffers afterwards, and where random numbers then stand."""
+
+    logits: Tensor
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    drawn: Any
+
+
+def pass_of(model: nn.Module | Split, images: Tensor, mode: bool, *, backward: bool) -> Outcome:
+    """A pass of a model, or of one that is cut, from the same random numbers always; nothing is left behind.
+
+    Args:
+        model: which one.
+        images: [B, ...].
+        mode: whether in training mode.
+        backward: whether gradients are enabled, and taken.
+    """
+    if backward:
+        model = copy.deepcopy(model)  # what a forward stores, or computes once and keeps, would hold on to its graph
+    parts = (model.trunk, model.tail) if isinstance(model, Split) else (model,)
+    with undisturbed(images, *parts), torch.inference_mode(False), torch.set_grad_enabled(backward):
+        seed_generators(0, images.device)
+        for part in parts:
+            part.train(not mode).train(mode)  # what is kept for a mode, as LeViT keeps its biases, is computed anew
+        leaf = images.clone().requires_grad_(backward and images.is_floating_point())
+        output: Any = leaf.clone()  # on which a forward may work in place
+        for part in parts:
+            output = part(output)
+        logits = as_logits(output)
+        gradients = _gradients(logits, leaf, parts) if backward else {}
+        buffers = {name: buffer.detach().clone() for part in parts for name, buffer in part.named_buffers()}
+        return Outcome(logits.detach().clone(), gradients, buffers, all_generator_states(images.device))
+
+
+def _gradients(logits: Tensor, images: Tensor, parts: tuple[nn.Module, ...]) -> dict[str, Tensor | None]:
+    """Gradients of a random projection of the logits by the images and by each parameter; None where there is none.
+
+    Nothing is accumulated: no tensor's `grad` is touched.
+    """
+    tensors: dict[str, Tensor] = {"the images": images}
+    for part in parts:
+        tensors.update(part.named_parameters(remove_duplicate=False))
+    gradients: dict[str, Tensor | None] = dict.fromkeys(tensors)
+    wanted = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    if wanted and logits.requires_grad:
+        direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        found = torch.autograd.grad(logits, [tensors[name] for name in wanted], direction, allow_unused=True)
+        gradients.update(zip(wanted, found, strict=True))
+    return gradients
+
+
+def close(found: Tensor, expected: Tensor, absolute: float) -> bool:
+    """Whether two tensors agree to float tolerance."""
+    return found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=_RELATIVE, atol=absolute, equal_nan=True
     )
 
 
-def _run(
-    forward: Callable[[Tensor], Tensor], parts: tuple[nn.Module, ...], images: Tensor, mode: bool
-) -> tuple[Tensor, dict[str, Tensor], Any]:
-    """Logits, buffers afterwards, and the state of the random numbers afterwards."""
-    with undisturbed(images, *parts):
-        torch.manual_seed(0)
-        random.seed(0)
-        for part in parts:
-            part.train(mode)
-        logits = forward(images).clone()
-        buffers = {name: buffer.clone() for part in parts for name, buffer in part.named_buffers()}
-        return logits, buffers, (torch.get_rng_state().tolist(), random.getstate())
+def _other_gradient(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> str | None:
+    """The first name whose gradients differ by more than sums in another order do."""
+    scales = {name: g.abs().max().item() for name, g in expected.items() if g is not None and g.numel()}
+    largest = max(scales.values(), default=0.0)
+    for name, gradient in expected.items():
+        own = found.get(name)
+        if gradient is None or own is None:
+            if gradient is not own:
+                return name
+            continue
+        # Beside the largest: one that is zero but for rounding, such as of a bias before batch norm, has no scale.
+        absolute = _RELATIVE * scales.get(name, 0.0) + _ROUNDING * largest
+        if not close(own, gradient, absolute):
+            return name
+    return None
+
+
+def check_pass(split: Split, images: Tensor, mode: bool, expected: Outcome) -> None:
+    """A pass of a model that is cut gives what the model's gave, with gradients where that has some.
+
+    Raises:
+        CannotCut: saying in which mode and respect it differs.
+    """
+    backward = bool(expected.gradients)
+    try:
+        found = pass_of(split, images, mode, backward=backward)
+    except Exception as error:  # any code of any model may run here
+        raise CannotCut(f"the cut model fails on {len(images)} images: {reason(error)}") from error
+    name = f"{'training' if mode else 'evaluation'} mode{' with gradients' if backward else ''}"
+    if not close(found.logits, expected.logits, _ABSOLUTE * max(1.0, expected.logits.abs().max().item())):
+        raise CannotCut(f"the cut model gives other logits in {name} on {len(images)} images")
+    if found.drawn != expected.drawn:
+        raise CannotCut(f"the cut model draws other random numbers in {name}")
+    for key, buffer in expected.buffers.items():
+        if key in found.buffers and not close(found.buffers[key], buffer, _ABSOLUTE):
+            raise CannotCut(f"the cut model leaves another {key} in {name}")
+    if (tensor := _other_gradient(found.gradients, expected.gradients)) is not None:
+        raise CannotCut(f"the cut model has another gradient with respect to {tensor} in {name}")
+
+
+def backward_of(model: nn.Module, images: Tensor, mode: bool) -> Outcome | None:
+    """A model's pass with gradients; None if it fails, as it may in a model that is not made to be trained."""
+    try:
+        return pass_of(model, images, mode, backward=True)
+    except Exception:  # any code of any model may run here
+        return None
 
 
 def check_equal(model: nn.Module, split: Split, images: Tensor) -> None:
-    """The cut computes what the model does.
+    """The cut computes what the model does, and has its gradients where the model has some.
 
     Raises:
         CannotCut: saying in which mode and respect it differs.
     """
     more = torch.cat((images, images[:1]))
-    for mode, batch in itertools.product((True, False), (images, more)):
-        name = "training" if mode else "evaluation"
-        expected, buffers, drawn = _run(lambda x: as_logits(model(x)), (model,), batch, mode)
-        try:
-            logits, own_buffers, own_drawn = _run(
-                lambda x: split.tail(split.trunk(x)), (split.trunk, split.tail), batch, mode
-            )
-        except Exception as error:  # any code of any model may run here
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CannotCut(f"the cut model fails on {len(batch)} images: {reason[0]}") from error
-        if not close(logits, expected):
-            raise CannotCut(f"the cut model gives other logits in {name} mode on {len(batch)} images")
-        if drawn != own_drawn:
-            raise CannotCut(f"the cut model draws other random numbers in {name} mode")
-        for key, buffer in buffers.items():
-            if key in own_buffers and not torch.allclose(own_buffers[key], buffer, rtol=_RELATIVE, atol=_ABSOLUTE):
-                raise CannotCut(f"the cut model leaves another {key} in {name} mode")
+    for mode in (True, False):
+        # The one with gradients comes first: what a hook stores elsewhere is then without a graph in the end.
+        with_gradients = backward_of(model, images, mode)
+        expected = [(batch, pass_of(model, batch, mode, backward=False)) for batch in (images, more)]
+        if with_gradients is not None:
+            expected.insert(0, (images, with_gradients))
+        for batch, outcome in expected:
+            check_pass(split, batch, mode, outcome)
 
 
 def _nearest(model: nn.Module, at: str, images: Tensor, order: list[str]) -> Iterator[str]:
@@ -265,7 +364,7 @@ def call_order(model: nn.Module, images: Tensor) -> list[str]:
     ]
     try:
         with undisturbed(images, model):
-            model.eval()(images)
+            model.eval()(images.clone())
     finally:
         for handle in handles:
             handle.remove()

@@ -202,7 +202,7 @@ class _Trace:
         self._at = at
         self.mode = "train" if training else "eval"
         scratch = _Whole(model).train(training)
-        tracer = _Tracer(_ROOT + at, images)
+        tracer = _Tracer(_ROOT + at, images.clone())  # a forward may work on them in place
         graph = tracer.trace(scratch)
         if tracer.cut is None:
             raise CannotCut("it is not called in a forward pass")
