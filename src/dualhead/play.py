@@ -23,8 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.data import Split
-from dualhead.data.decode import Encoded, Framing, decode
+from dualhead.data import Split, decode_single
 from dualhead.errors import UserError
 from dualhead.evaluation import make_gallery
 from dualhead.report import NO_CLASS, change, picture
@@ -33,8 +32,6 @@ from dualhead.threat import ThreatModel
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 64_000_000
 """Of what a page may send: a large photograph, in base64."""
-LUMA = np.array([0.299, 0.587, 0.114])
-"""Of red, green and blue in grey (ITU-R BT.601), as PIL weighs them."""
 HTTP_PORT = 80
 """Of which a browser says nothing."""
 PAGE = Path(__file__).with_name("play.html")
@@ -55,7 +52,7 @@ class Playground:
         self, model: nn.Module, images: Split, threat: ThreatModel, crop: float | None = None, count: int = 60
     ) -> None:
         self.model, self.images, self.threat = model, images, threat
-        self._framing = Framing((images.image_shape[1], images.image_shape[2]), crop)
+        self.crop = crop
         self.count = min(count, len(images))
         self._busy = threading.Lock()
 
@@ -85,11 +82,8 @@ class Playground:
         content = asked.get("file")
         if not isinstance(content, str):
             raise UserError("file must be an image in base64")
-        pixels = decode([Encoded(base64.b64decode(content), "the file", None)], self._framing)[0]
-        channels = self.images.image_shape[0]
-        if len(pixels) == 3 and channels == 1:  # coloured, for a model of grey images
-            pixels = np.tensordot(LUMA, pixels, 1).round().astype(np.uint8)[None]
-        return {"pixels": np.broadcast_to(pixels, (channels, *pixels.shape[1:])).transpose(1, 2, 0).ravel().tolist()}
+        pixels = decode_single(base64.b64decode(content), self.images.image_shape, self.crop)
+        return {"pixels": pixels.transpose(1, 2, 0).ravel().tolist()}
 
     def attack(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Attack one image, each output in turn, and say what all outputs make of it.

@@ -2,6 +2,7 @@
 
 from dualhead.data.augmentations import Augmentation, augmentations
 from dualhead.data.cutmix import CutMix
+from dualhead.data.decode import decode_single
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.source import Storage, load_split
 from dualhead.data.split import Split, hold_out
@@ -16,6 +17,7 @@ __all__ = [
     "Storage",
     "augmentations",
     "batches",
+    "decode_single",
     "hold_out",
     "in_turn",
     "load_split",

@@ -29,6 +29,7 @@ EXTENSIONS: Final = frozenset(
 )
 _GREY: Final = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 _ORIENTATION: Final = 0x0112
+_LUMA: Final = np.array([0.299, 0.587, 0.114])
 _BATCH: Final = 512
 _WORTH_A_THREAD: Final = 8192  # bytes an image: below, threads lose more by waiting for each other than they win
 
@@ -112,6 +113,27 @@ def decode(images: Iterable[Encoded], framing: Framing = Framing()) -> Pixels:
         result[filled : filled + len(chunk)] = chunk.transpose(0, 3, 1, 2)  # a grey chunk is repeated in an RGB set
         filled += len(chunk)
     return result
+
+
+def decode_single(content: bytes, shape: tuple[int, int, int], crop: float | None = None) -> Pixels:
+    """Decode an image of one's own as `decode` does those of a set, for a model of images of a shape.
+
+    Args:
+        content: the encoded image.
+        shape: channels (1 or 3), height and width; colours are weighed into grey as PIL does (ITU-R BT.601).
+        crop: as in `Framing`.
+
+    Returns:
+        uint8 [*shape].
+
+    Raises:
+        UserError: if it is not readable, or too large.
+    """
+    channels, *size = shape
+    pixels = decode([Encoded(content, "the file", None)], Framing((size[0], size[1]), crop))[0]
+    if len(pixels) == 3 and channels == 1:
+        pixels = np.tensordot(_LUMA, pixels, 1).round().astype(np.uint8)[None]
+    return np.ascontiguousarray(np.broadcast_to(pixels, shape))
 
 
 def decode_as(
