@@ -19,12 +19,11 @@ def reset_tail(model: nn.Module, head: nn.Module) -> None:
     """Re-initialise a head that was cut off a model, in place.
 
     Each layer is initialised the way its class does it: `reset_parameters` (or torch's `_reset_parameters`) of every
-    layer from the inside out, where it needs no arguments. Then the model's own scheme, where it
-    offers one: the `_init_weights(layer)` of the
-    innermost module around a layer that has it, as models of transformers do; and last the model's
-    `reset_head_parameters(head)`. What a constructor did beyond these (a last batch norm set to zero, say) cannot be
-    run again, except for models that are made from a `config` alone, as those of transformers: what is left then comes
-    from a second one. Weights are drawn from torch's default generator.
+    layer from the inside out, where it needs no arguments. Then the model's own scheme, where it offers one: the
+    `_init_weights(layer)` of the innermost module around a layer that has it, as models of transformers do; and last
+    the model's `reset_head_parameters(head)`. What a constructor did beyond these (a last batch norm set to zero, say)
+    cannot be run again, except for models that are made from a `config` alone, as those of transformers: what is left
+    then comes from a second one. Weights are drawn from torch's default generator.
 
     Buffers that no layer resets (position indices, for example) and parameters that the model does not train are kept.
 
