@@ -74,8 +74,9 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
 def _unused(folder: Path) -> bool:
     """Whether nothing lies in a folder but what a run leaves there that was ended while it made the folder."""
     written = (path for path in folder.rglob("*") if path.is_file())
+    aside = (".", ".tmp")  # as `write_atomically` calls what it has not finished
     return all(
-        path.name.startswith(LOCK) or path.suffix == ".tmp" or path == folder / "checkpoints" / CONFIG
+        path.name.startswith(LOCK) or (path.name[0], path.suffix) == aside or path == folder / "checkpoints" / CONFIG
         for path in written
     )
 
@@ -129,7 +130,7 @@ def refuse_other_data(folder: Path, now: dict[str, Any], source: str, part: str 
         UserError: saying what differs.
     """
     checkpoints = folder / "checkpoints"
-    if not (checkpoints / CONFIG).is_file():
+    if not (folder / "config.yaml").is_file() or not (checkpoints / CONFIG).is_file():
         return
     before = now | read_config(checkpoints).get(part, {})
     different = [key for key in now if before[key] != now[key]]

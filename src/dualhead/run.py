@@ -271,7 +271,8 @@ class Run:
         made = architecture_of(self.recipe, self.training)
         if self.recipe.model.normalize is not None or self.recipe.model.backbone.registered_name == "factory":
             return made
-        if (self.folder / "checkpoints" / CONFIG).is_file():  # begun: the weights it started from may have gone since
+        begun = (self.folder / "config.yaml").is_file()
+        if begun and (self.folder / "checkpoints" / CONFIG).is_file():  # what it started from may have gone since
             found = normalisation_of(self.folder / "checkpoints")
             return made if found is None else made.model_copy(update={"mean": found[0], "std": found[1]})
         for index, stage in enumerate(self.recipe.stages):

@@ -220,6 +220,7 @@ def test_what_another_decoder_makes_of_the_same_images_is_not_refused(tmp_path):
     facts = [data_facts(Split(each, torch.zeros(300, dtype=torch.int64), ("a", "b"))) for each in images]
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "config.json").write_text(json.dumps({"architecture": {}, "data": facts[0]}))
+    (tmp_path / "config.yaml").touch()
     assert facts[0] != facts[1]
     refuse_other_data(tmp_path, facts[1], "there")
     with pytest.raises(UserError, match="has other images than those"):
@@ -237,6 +238,7 @@ def test_a_run_that_ended_while_it_made_its_folder_begins_again(tmp_path, monkey
         assert "No space left on device" in dualhead(*command).error_line
     assert (tmp_path / "run/checkpoints/config.json").is_file()
     assert not (tmp_path / "run/config.yaml").exists()
+    (images / "train/cat/0.png").unlink()  # nothing has been trained on it: these are the images to begin with
     assert dualhead(*command).status == 0
 
 
