@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attack_helpers import images, network, streams
 from dualhead.attacks import Attack, Maximiser, Query, Search, attacks
 from dualhead.errors import UserError
-from dualhead.threat import ThreatModel
+from dualhead.threats.lp import ThreatModel
+from helpers.attacks import images, network, streams
 
 NAMES = attacks.names()
 THREATS = {"Linf": ThreatModel("Linf", 8 / 255), "L2": ThreatModel("L2", 0.3)}

@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+import evaluation_job
 import numpy as np
 import pytest
 
-import evaluation_job
 from dualhead.evaluation import Evaluation
-from evaluation_helpers import assert_same
+from helpers.evaluation import assert_same
 
 TESTS = Path(__file__).parent.parent
 

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.registry import Registry
-from dualhead.threat import ThreatModel
+from dualhead.threats import ThreatModel
 
 LogitsFn = Callable[[Tensor], Tensor]
 """Images float32 [B, ...] in [0, 1] to logits [B, C]."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dualhead.attacks.base import Attack, LogitsFn, Search, attacks
 from dualhead.attacks.pgd import PGD, Start
+from dualhead.components.fields import Real
 from dualhead.noise import Streams
-from dualhead.threat import Real, ThreatModel
+from dualhead.threats import ThreatModel
 
 
 @attacks.register("fgsm")

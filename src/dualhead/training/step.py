@@ -14,17 +14,17 @@ from torch.utils._pytree import tree_map
 
 from dualhead.attacks import Maximiser
 from dualhead.data import Batch
-from dualhead.lanes import LEAST_ROWS, pool, twins
 from dualhead.noise import Streams
 from dualhead.objectives import LossTerms
-from dualhead.processes import group
-from dualhead.runtime import Arithmetic, compiled, in_eval_mode
-from dualhead.threat import ThreatModel
+from dualhead.system.processes import group
+from dualhead.system.replicas import LEAST_ROWS, pool, twins
+from dualhead.system.runtime import Arithmetic, compiled, in_eval_mode
+from dualhead.threats import ThreatModel
+from dualhead.training.activation_checkpointing import blocks, recomputed, still_buffers
 from dualhead.training.free import CarriedPerturbation
 from dualhead.training.guard import StepGuard
 from dualhead.training.helper import HelperExamples, HelperTerm
-from dualhead.training.program import Features, LossForward, Program
-from dualhead.training.recompute import blocks, recomputed, still_buffers
+from dualhead.training.passes import Features, LossForward, Program
 from dualhead.training.stage import Stage
 
 
