@@ -15,7 +15,7 @@ from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state
 from dualhead.recipe.schema import load_recipe
 from dualhead.runs.run import Run
-from dualhead.training import Program, Silent
+from dualhead.training import Passes, Silent
 from helpers.training import PARTS, batch, dual_model, stage_of, step_of, streams_of
 
 
@@ -71,7 +71,7 @@ def naive_freezing(monkeypatch):
 
 def graph_through_frozen_parts(monkeypatch):
     naive_freezing(monkeypatch)
-    monkeypatch.setattr(Program, "constant", lambda self, x: self.prefix(x))
+    monkeypatch.setattr(Passes, "constant", lambda self, x: self.prefix(x))
 
 
 def train_reaches_frozen_parts(monkeypatch):
@@ -97,13 +97,13 @@ def no_eval_mode(monkeypatch):
 
 
 def strange_trunk(monkeypatch):
-    cut = Program.__init__
+    cut = Passes.__init__
 
     def cut_with_another_trunk(self, *args):
         cut(self, *args)
         self.prefix = dual_model(seed=1).trunk.eval()
 
-    monkeypatch.setattr(Program, "__init__", cut_with_another_trunk)
+    monkeypatch.setattr(Passes, "__init__", cut_with_another_trunk)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dualhead.runs.run import Run, train
 from dualhead.system.flops import CountFlops
 from dualhead.system.runtime import FLOAT32
 from dualhead.threats.lp import ThreatModel
-from dualhead.training import Program, StageRun
+from dualhead.training import Passes, StageRun
 from dualhead.training.step import TrainingStep
 from helpers.resume import recipe
 from helpers.training import batch, plain_model, stage_of, streams_of
@@ -21,7 +21,7 @@ from helpers.training import batch, plain_model, stage_of, streams_of
 def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
     model, data, threat = plain_model(), batch(0, 16), ThreatModel("L2", 128 / 255)
     stage = stage_of({"name": "trades", "beta": 6}, ("model",), start="gaussian", lr=0.02)
-    program = Program.of(model, stage)
+    program = Passes.of(model, stage)
     step = TrainingStep(program, stage, threat, stage.optimiser.create(program.parameters()), FLOAT32)
     x_adv = step._attack(data.x, data.x, data.y, streams_of(data))
     distance = threat.distance(x_adv, data.x)
@@ -62,7 +62,7 @@ def test_a_step_of_fast_adversarial_training_costs_five_forward_passes():
     model, data = plain_model(), batch(0, 4)
     fgsm = attacks.build({"name": "fgsm", "step_size": "10/255", "start": "uniform"})
     stage = stage_of("sat", ("model",), attack=fgsm)
-    program = Program.of(model, stage)
+    program = Passes.of(model, stage)
     threat = ThreatModel("Linf", 8 / 255)
     step = TrainingStep(program, stage, threat, stage.optimiser.create(program.parameters()), FLOAT32)
     start = threat.ball_point(data.x, streams_of(data)).requires_grad_()
@@ -74,7 +74,7 @@ def test_a_step_of_fast_adversarial_training_costs_five_forward_passes():
     fresh = plain_model().eval()
     (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(fresh(start), data.y), start)
     expected = threat.project(start.detach() + 10 / 255 * gradient.sign(), data.x)
-    same = TrainingStep(Program.of(fresh, stage), stage, threat, stage.optimiser.create(fresh.parameters()), FLOAT32)
+    same = TrainingStep(Passes.of(fresh, stage), stage, threat, stage.optimiser.create(fresh.parameters()), FLOAT32)
     found = same._attack(data.x, None, data.y, streams_of(data))
     assert float((found - expected).abs().gt(1e-6).float().mean()) < 1e-3
 

@@ -62,8 +62,8 @@ from dualhead.training import (
     RESET,
     CheckpointStore,
     MetricsLog,
+    Passes,
     Position,
-    Program,
     Saved,
     Selection,
     Silent,
@@ -355,7 +355,7 @@ class Run:
         """A stage that cannot be is refused now, not after the hours before it."""
         begun = (self.folder / "config.yaml").is_file()  # then a stage's first weights may have gone since
         for index, stage in enumerate(self.recipe.stages):
-            learning = Program.of(self.model, stage).parameters()
+            learning = Passes.of(self.model, stage).parameters()
             if stage.fit is None and stage.epochs and not learning:
                 raise UserError(
                     f"stages.{index}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
@@ -563,7 +563,7 @@ class Run:
         recipe, stage = self.recipe, self.recipe.stages[number]
         if self._saved is None:
             self._prepare_stage(number)
-        program = Program.of(self.model, stage)
+        program = Passes.of(self.model, stage)
         loader = Loader(
             self.training, stage.batch_size, seed=recipe.runtime.seed + number,
             augment=self._augmentations(stage),
