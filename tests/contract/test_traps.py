@@ -14,7 +14,8 @@ from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state
 from dualhead.recipe.schema import load_recipe
-from dualhead.runs.run import Run
+from dualhead.runs.prepare import prepare
+from dualhead.runs.stages import train_stages
 from dualhead.training import Passes, Silent
 from helpers.training import PARTS, batch, dual_model, stage_of, step_of, streams_of
 
@@ -169,13 +170,13 @@ def trained_until_stage_2(tmp_path, second_head):
         "data.train_limit=160", "data.validation=32", "model.backbone=cnn-2", f"model.second_head={second_head}",
         "stages.*.epochs=0", "stages.main_head.epochs=1", "stages.*.attack.steps=1", "validation.attack.steps=1",
     ]  # fmt: skip
-    run = Run(load_recipe("digits", overrides), tmp_path / second_head)
-    initial = copy.deepcopy(run.model.head2.state_dict())
-    run.train(Silent(), lambda: False)
+    prepared = prepare(load_recipe("digits", overrides), tmp_path / second_head)
+    initial = copy.deepcopy(prepared.model.head2.state_dict())
+    model = train_stages(prepared, Silent(), lambda: False)
     kept = tmp_path / second_head / "checkpoints" / "main_head" / "best.safetensors"
-    stage_1 = copy.deepcopy(run.model)
+    stage_1 = copy.deepcopy(model)
     load_state(stage_1, read_state(kept), str(kept))
-    return run.model, stage_1, initial
+    return model, stage_1, initial
 
 
 def same(a, b):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import dualhead.runs.run as run_module
 from dualhead.attacks import attacks
 from dualhead.data import augmentations
-from dualhead.runs.run import Run, train
+from dualhead.runs import stages
+from dualhead.runs.prepare import prepare
+from dualhead.runs.run import train
 from dualhead.system.flops import CountFlops
 from dualhead.system.runtime import FLOAT32
 from dualhead.threats.lp import ThreatModel
@@ -50,7 +51,7 @@ def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
 def test_settings_that_come_to_nothing_are_told(tmp_path, caplog, overrides, told):
     settled = ["stages.*.attack.step_size=0.1", "validation.attack.step_size=0.2"]
     with caplog.at_level("WARNING"):
-        Run(recipe(*settled, *overrides), tmp_path / "run")
+        prepare(recipe(*settled, *overrides), tmp_path / "run")
     found = [record.getMessage() for record in caplog.records]
     assert [words for words in found if "reach" in words or "the stage has" in words] == [
         next((words for words in found if words.startswith(start)), start) for start in told
@@ -87,7 +88,7 @@ def test_a_stage_may_have_its_own_radius_and_augmentation(monkeypatch, tmp_path)
             seen.append((stage.name, settings["threat"].eps, settings["validator"].threat.eps, loader._augment))
             super().__init__(stage, program, loader, **settings)
 
-    monkeypatch.setattr(run_module, "StageRun", Watched)
+    monkeypatch.setattr(stages, "StageRun", Watched)
     changes = ["stages.second_head.eps=0.05", "stages.second_head.augment=[]", "stages.*.epochs=0"]
     own = recipe(*changes, "evaluate.limit=8", "evaluate.attacks=[pgd-1]", "evaluate.gallery=0")
     train(own, run_dir=tmp_path / "run")

@@ -239,7 +239,7 @@ def test_the_attack_computes_no_weight_gradient_although_weights_ask_for_one():
     step, data = step_of(model, stage), batch(0, 4)
     assert all(parameter.requires_grad for parameter in model.parameters())
     with counting(model) as kernels:
-        step._attack(data.x, None, data.y, streams_of(data))
+        step._prepare(data, streams_of(data), {})
     assert sum(kernels.of("input_gradient").values()) == LAYERS * 10
     assert kernels.of("weight_gradient") == {}
 

@@ -2,8 +2,10 @@
 
 from dualhead.objectives.base import (
     ATTACKED,
+    BEFORE,
     CLEAN,
     OWN,
+    Around,
     Features,
     Inner,
     Labels,
@@ -17,8 +19,10 @@ from dualhead.objectives.base import (
 
 __all__ = [
     "ATTACKED",
+    "BEFORE",
     "CLEAN",
     "OWN",
+    "Around",
     "Features",
     "Inner",
     "Labels",

@@ -22,6 +22,9 @@ CLEAN: Final = "clean"
 ATTACKED: Final = "attacked"
 """The usual names of images: those of the batch, and what the attack makes of them."""
 
+BEFORE: Final = "before"
+"""The teacher that is the network as the stage began."""
+
 Seen = Mapping[str, Tensor]
 """What the needs of an objective give, by their names."""
 

@@ -287,14 +287,10 @@ class Look:
             if isinstance(model, DualHeadClassifier):
                 middle = self._middle(model, step, crossing)
                 logits = self._heads(model, step, middle)
+                logits |= self._merged(model, step, crossing, logits)
             else:
                 middle = {}
                 logits = {"model": _split(model(_cat(crossing, step.images)), crossing, step.images)}
-        for output, images in step.merged.items():
-            rows = [torch.stack([logits[head][on] for head in step.heads], 1) for on in images]
-            every = rows[0] if len(rows) == 1 else torch.cat(rows)
-            merge = mean_of if output == "mean" else model.aggregate
-            logits[output] = _split(merge(every), crossing, images)
         for name, need in step.needs.items():
             if isinstance(need, Features):
                 values[name] = self._features(step, need, crossing, middle, tapped)
@@ -317,6 +313,21 @@ class Look:
         return {
             head: _split(model.head(head, _cat(middle, images)), middle, images) for head, images in step.heads.items()
         }
+
+    def _merged(
+        self,
+        model: DualHeadClassifier,
+        step: _Pass,
+        crossing: Mapping[str, Crossing],
+        heads: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, dict[str, Tensor]]:
+        """Logits of the mean and the aggregate, each merging once."""
+        merged = {}
+        for output, images in step.merged.items():
+            rows = [torch.stack([heads[head][on] for head in model.heads], 1) for on in images]
+            every = rows[0] if len(rows) == 1 else torch.cat(rows)
+            merged[output] = _split(mean_of(every) if output == "mean" else model.aggregate(every), crossing, images)
+        return merged
 
     def _tap(self, key: tuple[str, str], tapped: dict[tuple[str, str], Tensor]) -> Callable[[], None]:
         """Keep what a layer gives; return what ends it."""
