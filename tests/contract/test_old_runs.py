@@ -71,7 +71,7 @@ def test_info_tells_what_the_run_found(run):
     facts = shown("info", run, "--json")
     rows = json.loads((RUN / "comparison.json").read_text(encoding="utf-8"))["rows"]
     assert facts["state"] == "finished"
-    assert [stage["stage"] for stage in facts["stages"]] == ["main_head", "second_head", "aggregator"]
+    assert [stage["name"] for stage in facts["stages"]] == ["main_head", "second_head", "aggregator"]
     for found, kept in zip(facts["rows"], rows, strict=True):
         assert found["name"] == kept["name"]
         assert found["clean_accuracy"] == kept["clean_accuracy"]
@@ -83,9 +83,13 @@ def test_the_run_is_reported_and_compared(run, tmp_path):
     shown("report", run, "--output", page, "--json")
     text = page.read_text(encoding="utf-8")
     assert all(name in text for name in ("head 1", "head 2", "apgd-ce-5", "second_head"))
-    other = shutil.copytree(run, tmp_path / "other")
-    found = json.dumps(shown("compare", run, other, "--json"))
-    assert "apgd-ce-5" in found or "worst" in found
+    found = shown("compare", run, run / "evaluation" / "rows" / "head_2", "--json")
+    rows = json.loads((RUN / "comparison.json").read_text(encoding="utf-8"))["rows"]
+    assert len(found["rows"]) == len(rows) + 1
+    for now, then in zip(found["rows"], rows, strict=False):
+        assert now["clean_accuracy"] == then["clean_accuracy"]
+        assert now["robust_accuracy"] == then["robust_accuracy"]
+    assert found["rows"][-1]["robust_accuracy"] == rows[2]["robust_accuracy"]
 
 
 def test_the_run_is_exported_as_it_was_then(run, tmp_path):

@@ -1,6 +1,6 @@
 """Recipes train the weights that they trained before the library was rebuilt, to the bit, with no kernel more.
 
-`tools/freeze_recipes.py` made `data/recipe_digests.json` with the code as it was before: for every recipe that ships, at
+`tools/freeze_recipes.py` made `data/recipe_digests.json` with the code as it was: for every recipe that ships, at
 a tiny size, and for small recipes of settings that none of them uses, digests of the weights that each stage leaves,
 and counts of the convolutions, batch norms and matrix products of its training steps. Bits depend on the processor's
 instructions, so the runs take place in processes that use only what every x86-64 has. A change that alters results on
