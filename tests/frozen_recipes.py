@@ -122,7 +122,7 @@ def hat(objective: object, train: list[str] | None = None, **settings: object) -
 
 
 SMOOTH = {"label_smoothing": 0.1}
-EMA, SWA = {"name": "ema", "decay": 0.9}, {"name": "swa", "start": 1}
+EMA, SWA = {"name": "ema", "decay": 0.9}, {"name": "swa", "start": 0}
 ANEW = {"batch_norm": "reestimate", "batches": 2}
 NO_AGGREGATE = {"aggregate": None}
 
@@ -230,7 +230,7 @@ SETTINGS = {
     "cutmix, ikl": plain("ikl", cutmix={"p": 0.5}),
     "cutmix, distilled": dual("distilled", ["head2"], cutmix={"p": 0.5}),
     "cutmix, reverse smoothing": dual("reverse_smoothing", HEADS, cutmix={"p": 0.5}),
-    "clipped": plain(TRADES, clip_norm=0.5),
+    "clipped": plain(TRADES, clip_norm=0.05),
     "cosine, plain momentum": plain(
         "sat", schedule={"name": "cosine", "warmup": 0.5}, optimiser={"name": "sgd", "lr": 0.1, "nesterov": False}
     ),
