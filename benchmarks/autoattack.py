@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from dualhead.attacks.pgd import PGD
 from dualhead.data import load_split
 from dualhead.evaluation import evaluate, wilson
-from dualhead.evaluation.subject import Subject, frozen
-from dualhead.hub import load
-from dualhead.memory import keep_freed_blocks
+from dualhead.evaluation.model import Subject, frozen
 from dualhead.noise import Streams
-from dualhead.runtime import BF16, FLOAT32, describe_environment
-from dualhead.threat import ThreatModel
+from dualhead.saving.models import load
+from dualhead.system.memory import keep_freed_blocks
+from dualhead.system.runtime import BF16, FLOAT32, describe_environment
+from dualhead.threats.lp import ThreatModel
 
 Row = dict[str, Any]
 
@@ -131,8 +131,11 @@ def pgd_loop(
     for rows in torch.arange(len(x)).split(batch_size):
         images, labels = x[rows], y[rows]
         streams = Streams.of(seed, rows)
-        loss = partial(nn.functional.cross_entropy, target=labels, reduction="none")
-        adversarial = attack.maximise(model, images, loss, threat, streams)
+
+        def climb(z: Tensor, labels: Tensor = labels) -> Tensor:
+            return nn.functional.cross_entropy(model(z), labels, reduction="none")
+
+        adversarial = attack.maximise(climb, images, threat, streams)
         with torch.no_grad():
             robust += int((model(adversarial).argmax(1) == labels).sum())
     return {

@@ -28,8 +28,8 @@ import torch
 
 from dualhead.data import Loader, Split
 from dualhead.models import Normalize, backbones
-from dualhead.runtime import choose_arithmetic, describe_environment, find_device, synchronize, with_lanes
-from dualhead.threat import ThreatModel
+from dualhead.system.runtime import choose_arithmetic, describe_environment, find_device, synchronize, with_lanes
+from dualhead.threats.lp import ThreatModel
 from dualhead.training import CheckpointStore, MetricsLog, Position, Program, Silent, Stage, StageFiles, StageRun
 
 EPS = 8 / 255
@@ -37,9 +37,9 @@ PINNED = ["runtime.precision=float32", "runtime.layout=channels_last", "runtime.
 
 FIRST_STEP = """
 import sys, time
-import dualhead.cli
+import dualhead.commands.cli
 from dualhead.errors import Interrupted
-from dualhead.run import train
+from dualhead.runs.run import train
 from dualhead.training import Silent
 class First(Silent):
     done = False
@@ -67,7 +67,7 @@ print(time.perf_counter() - began, len(split))
 
 EPOCHS_OF_MEMORY = """
 import resource, sys
-from dualhead.run import train
+from dualhead.runs.run import train
 from dualhead.training import Silent
 class Memory(Silent):
     def epoch(self, metrics):

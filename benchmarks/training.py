@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from dualhead.data import Batch
 from dualhead.heads import DualHeadClassifier, attach_second_head
-from dualhead.lanes import pool, twins
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
-from dualhead.runtime import (
+from dualhead.system.replicas import pool, twins
+from dualhead.system.runtime import (
     Arithmetic,
     choose_arithmetic,
     describe_environment,
@@ -44,7 +44,7 @@ from dualhead.runtime import (
     synchronize,
     with_lanes,
 )
-from dualhead.threat import ThreatModel
+from dualhead.threats.lp import ThreatModel
 from dualhead.training import Program, Stage
 from dualhead.training.step import TrainingStep
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dualhead.flops import CountFlops
 from dualhead.models import Normalize, backbones, count_parameters
+from dualhead.system.flops import CountFlops
 
 TRADES, SAT = 27, 23
 """Forward passes that a step of 10 attack steps costs, for each image."""

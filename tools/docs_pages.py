@@ -62,7 +62,7 @@ def _from_root(name: str) -> str:
 
 
 def _components(page: str, kinds: list[str]) -> str:
-    from dualhead.config import REGISTRIES
+    from dualhead.recipe.schema import REGISTRIES
 
     lines = [f"# {page.capitalize()}", "", INTRODUCTIONS[page], ""]
     for kind in kinds:
@@ -105,7 +105,7 @@ def _attack_cost(component: Any) -> str:
 
 
 def _queries(attack: Any, norm: Any, eps: float) -> str:
-    from dualhead.threat import ThreatModel
+    from dualhead.threats.lp import ThreatModel
 
     parts = attack.parts(10, ThreatModel(norm, eps), 2)
     queries = [part.max_steps() * getattr(part, "eot", 1) for part in parts]  # a step may average several

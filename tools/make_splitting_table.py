@@ -13,9 +13,9 @@ from pathlib import Path
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from architectures import ARCHITECTURES, examine  # noqa: E402  # found on the path just set
+from helpers.architectures import ARCHITECTURES, examine  # noqa: E402  # found on the path just set
 
 TEXT = """# Cutting models
 

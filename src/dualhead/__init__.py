@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from dualhead.errors import Interrupted, RunError, UserError
     from dualhead.evaluation import Evaluation, evaluate
     from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head, split_model
-    from dualhead.hub import load
     from dualhead.models import backbones
     from dualhead.objectives import objectives
-    from dualhead.run import RunResult, train
-    from dualhead.threat import ThreatModel
+    from dualhead.runs import RunResult, train
+    from dualhead.saving import load
+    from dualhead.threats import ThreatModel
 
 __all__ = [
     "DualHeadClassifier",
@@ -54,11 +54,11 @@ _HOMES = {
     "dualhead.errors": ("Interrupted", "RunError", "UserError"),
     "dualhead.evaluation": ("Evaluation", "evaluate"),
     "dualhead.heads": ("DualHeadClassifier", "aggregators", "attach_second_head", "split_model"),
-    "dualhead.hub": ("load",),
+    "dualhead.saving": ("load",),
     "dualhead.models": ("backbones",),
     "dualhead.objectives": ("objectives",),
-    "dualhead.run": ("RunResult", "train"),
-    "dualhead.threat": ("ThreatModel",),
+    "dualhead.runs": ("RunResult", "train"),
+    "dualhead.threats": ("ThreatModel",),
 }
 
 

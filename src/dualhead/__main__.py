@@ -1,5 +1,5 @@
 """`python -m dualhead`."""
 
-from dualhead.cli import main
+from dualhead.commands.cli import main
 
 main()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dualhead.report import write_report
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 from test_report import evaluation, gallery, make_run  # folders as training and evaluation leave them
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no page is tried")

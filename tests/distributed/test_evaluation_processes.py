@@ -13,19 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import evaluation_job
 import numpy as np
 import pytest
 
-import evaluation_job
 from dualhead.evaluation import Evaluation
-from evaluation_helpers import assert_same
+from helpers.evaluation import assert_same
 
 TESTS = Path(__file__).parent.parent
 
 
 def start(folder, *group):
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(TESTS / "evaluation_job.py"), str(folder), *map(str, group)]
+    words = [sys.executable, str(TESTS / "distributed" / "evaluation_job.py"), str(folder), *map(str, group)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
 

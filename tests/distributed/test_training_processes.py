@@ -229,7 +229,7 @@ def test_another_number_of_processes_goes_on(alone, tmp_path):
 
 
 def test_alone_nothing_is_exchanged():
-    from dualhead.processes import group
+    from dualhead.system.processes import group
 
     alone = group()
     assert (alone.rank, alone.world, alone.first) == (0, 1, True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dualhead.config import load_recipe
-from dualhead.processes import joined
-from dualhead.run import train
+from dualhead.recipe.schema import load_recipe
+from dualhead.runs.run import train
+from dualhead.system.processes import joined
 
 STAGES = (
     "data.train_limit=122", "data.validation=26", "data.augment=[flip]", "validation.attack.steps=2",

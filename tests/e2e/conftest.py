@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e_helpers import TINY, dualhead
+from helpers.e2e import TINY, dualhead
 
 
 @pytest.fixture(scope="session", autouse=True)

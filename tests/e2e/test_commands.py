@@ -17,10 +17,10 @@ import yaml
 from safetensors.torch import load_file
 
 import dualhead as package
-from dualhead.config import REGISTRIES, load_recipe, shipped_recipes
 from dualhead.data import load_split
-from dualhead.lock import FolderLock
-from e2e_helpers import TINY, dualhead
+from dualhead.recipe.schema import REGISTRIES, load_recipe, shipped_recipes
+from dualhead.system.lock import FolderLock
+from helpers.e2e import TINY, dualhead
 
 ROWS = ["base model", "head 1", "head 2", "mean of heads", "DH-AT"]
 STAGES = ["main_head", "second_head", "aggregator"]

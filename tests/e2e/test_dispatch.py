@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from dualhead.dispatch import TrainRun, dispatch_sweep
+from dualhead.commands.submit import TrainRun, dispatch_sweep
+from dualhead.commands.sweep import plan, run_sweep
 from dualhead.errors import Interrupted, RunError, UserError
-from dualhead.sweep import plan, run_sweep
-from e2e_helpers import dualhead
+from helpers.e2e import dualhead
 
 SHORT = [
     "stages.natural.epochs=1,2", "model.backbone=cnn-2", "data.train_limit=256", "data.validation=32",

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualhead.config import REGISTRIES
 from dualhead.objectives import objectives
-from e2e_helpers import TINY, dualhead
+from dualhead.recipe.schema import REGISTRIES
+from helpers.e2e import TINY, dualhead
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

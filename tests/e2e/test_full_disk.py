@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from dualhead.training import CheckpointStore
-from e2e_helpers import TINY
-from resume_helpers import outcome
+from helpers.e2e import TINY
+from helpers.resume import outcome
 
 SMALL = (*TINY, "data.train_limit=120", "data.validation=24", "evaluate.limit=16", "runtime.save_minutes=1e-9")
 

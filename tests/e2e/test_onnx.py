@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from dualhead import onnx_export
 from dualhead.errors import UserError
-from dualhead.hub import Architecture, export_onnx, load, save_model
-from dualhead.onnx_export import TOLERANCE, write_onnx
-from e2e_helpers import dualhead
+from dualhead.saving import onnx as onnx_export
+from dualhead.saving.models import Architecture, export_onnx, load, save_model
+from dualhead.saving.onnx import TOLERANCE, write_onnx
+from helpers.e2e import dualhead
 
 
 @pytest.fixture(scope="module")

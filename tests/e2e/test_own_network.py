@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from dualhead import load
-from dualhead.hub import Architecture, save_model
-from e2e_helpers import TINY, dualhead
+from dualhead.saving.models import Architecture, save_model
+from helpers.e2e import TINY, dualhead
 
 NETWORK = '''
 import torch

@@ -19,11 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dualhead.assess import Request, subject_of
+from dualhead.commands.evaluate import Request, subject_of
+from dualhead.commands.play import Playground, serve
 from dualhead.data import load_split
 from dualhead.errors import UserError
-from dualhead.play import Playground, serve
-from e2e_helpers import dualhead
+from helpers.e2e import dualhead
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -136,7 +136,7 @@ def test_a_model_that_fails_or_answers_nothing_is_told(playground):
 
 def test_on_the_usual_port_a_browser_names_none(server, monkeypatch):
     assert ask(server, "GET", "/offer", Host="127.0.0.1")[0] == 403
-    monkeypatch.setattr("dualhead.play.HTTP_PORT", server.server_port)
+    monkeypatch.setattr("dualhead.commands.play.HTTP_PORT", server.server_port)
     assert ask(server, "GET", "/offer", Host="127.0.0.1")[0] == 200
 
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from dualhead.commands.sweep import plan, run_sweep, split_values
 from dualhead.errors import UserError
-from dualhead.sweep import plan, run_sweep, split_values
-from e2e_helpers import TINY, dualhead
+from helpers.e2e import TINY, dualhead
 
 GRID = ["stages.main_head.objective.beta=1,6", *(setting for setting in TINY if "," not in setting)]
 
@@ -64,7 +64,7 @@ SHORT = [
 def test_killed_and_begun_again_a_sweep_ends_as_one_that_was_not(tmp_path):
     sweep_in_process(tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dualhead.sweep"])
+    context.set_forkserver_preload(["dualhead.commands.sweep"])
     folder, kills = tmp_path / "killed", 0
     for awaited in ("*/config.yaml", "*/comparison.json", "*seed=1/config.yaml"):
         process = context.Process(target=sweep_in_process, args=(folder,))
@@ -110,7 +110,7 @@ def test_a_run_that_ended_after_its_results_is_done_to_its_report(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dualhead.run.make_gallery", killed)
+        patch.setattr("dualhead.runs.run.make_gallery", killed)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(jobs, tmp_path)
     assert (tmp_path / "seed=0/comparison.json").is_file()

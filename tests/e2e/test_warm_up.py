@@ -6,9 +6,9 @@ import json
 
 import torch
 
-from dualhead.hub import view
-from dualhead.run import load_stage
-from e2e_helpers import TINY, dualhead
+from dualhead.runs.run import load_stage
+from dualhead.saving.models import view
+from helpers.e2e import TINY, dualhead
 
 RECIPE = """
 extends: digits

@@ -22,11 +22,11 @@ import torch
 import yaml
 from PIL import Image
 
-from dualhead.config import load_recipe, parse_recipe, shipped_recipes
 from dualhead.data import load_split
 from dualhead.errors import RunError, UserError
-from dualhead.hub import CONFIG, Architecture, read_config
 from dualhead.models import read_state
+from dualhead.recipe.schema import load_recipe, parse_recipe, shipped_recipes
+from dualhead.saving.models import CONFIG, Architecture, read_config
 from dualhead.training import CheckpointStore, Position
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
@@ -69,7 +69,7 @@ def overrides(data: bytes) -> None:
 
 
 def recipes() -> list[bytes]:
-    folder = resources.files("dualhead.recipes")
+    folder = resources.files("dualhead.recipe.shipped")
     texts = [(folder / f"{name}.yaml").read_text() for name in shipped_recipes()]
     resolved = [yaml.safe_dump(load_recipe(name).resolved()) for name in ("digits", "cifar10_wrn34_mart")]
     anchors = "a: &a [1, 2]\nb: &b {<<: {c: *a}}\ndata: {<<: *b, source: digits}\n"

@@ -1,1 +1,1 @@
-"""What tests share: devices, programs to run beside pytest."""
+"""What several tests share."""

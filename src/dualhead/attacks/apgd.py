@@ -25,9 +25,10 @@ from dualhead.attacks.base import (
     predictions,
     require_at_least_one,
 )
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threat import Real, ThreatModel
+from dualhead.threats import ThreatModel
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dualhead.attacks.apgd import APGDCE, APGDDLR, APGDT
 from dualhead.attacks.base import Attack, Search, attacks
 from dualhead.attacks.fab import FAB, FABT
 from dualhead.attacks.square import Square
-from dualhead.threat import ThreatModel
+from dualhead.threats import ThreatModel
 
 
 class _Suite(Attack):

@@ -16,9 +16,10 @@ from torch import Tensor
 from dualhead.attacks import losses
 from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, predictions, require_at_least_one
 from dualhead.attacks.pgd import PGD
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threat import Real, ThreatModel, finite
+from dualhead.threats import ThreatModel, finite
 
 _BETA_1, _BETA_2, _TINY = 0.9, 0.999, 1e-8  # Adam's (Kingma and Ba 2015)
 _UNBOUNDED = 1e10

@@ -24,9 +24,10 @@ from dualhead.attacks.base import (
     predictions,
     require_at_least_one,
 )
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threat import Norm, Real, ThreatModel, finite
+from dualhead.threats import Norm, ThreatModel, finite
 
 _NEWTON_STEPS = {"Linf": 8, "L2": 12}
 """Enough for float32's last digits where up to 0.95 of what the box allows is needed; images need far less."""

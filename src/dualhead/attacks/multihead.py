@@ -20,9 +20,10 @@ from torch import Tensor
 from dualhead.attacks import losses
 from dualhead.attacks.apgd import APGD, APGDCE, APGDT
 from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, predictions, require_at_least_one
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threat import Real, ThreatModel
+from dualhead.threats import ThreatModel
 
 
 @attacks.register("multihead", numbers=("steps",))

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dualhead.attacks import losses
 from dualhead.attacks.base import Query, Search, State, attacks, per_slot, predictions, require_at_least_one
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threat import Norm, Real, ThreatModel
+from dualhead.threats import Norm, ThreatModel
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """The share of the image that a square covers is halved after these numbers of squares."""

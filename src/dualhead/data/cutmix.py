@@ -7,9 +7,9 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from pydantic import Field
 from torch import Tensor
 
+from dualhead.components.fields import Real
+from dualhead.components.sections import Section
 from dualhead.noise import Streams
-from dualhead.schema import Section
-from dualhead.threat import Real
 
 
 class CutMix(Section):

@@ -15,7 +15,7 @@ from dualhead.data.split import Split
 from dualhead.data.stored import in_turn
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.processes import ALONE, Group
+from dualhead.system.processes import ALONE, Group
 
 
 @dataclass(frozen=True, eq=False)

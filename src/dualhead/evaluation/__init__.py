@@ -1,12 +1,12 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
-from dualhead.evaluation.comparison import compare
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.gallery import Gallery, make_gallery
+from dualhead.evaluation.harness import evaluate
+from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts
-from dualhead.evaluation.run import evaluate
-from dualhead.evaluation.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
+from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
     "Evaluation",

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from dualhead.attacks import Search, attacks
 from dualhead.attacks.losses import cross_entropy
+from dualhead.evaluation.model import ROWS, Subject, differ
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
-from dualhead.evaluation.subject import ROWS, Subject, differ
 from dualhead.noise import Streams
-from dualhead.threat import ThreatModel
+from dualhead.threats import ThreatModel
 
 PROBES = 32
 """Samples that the checks which run attacks look at, and those that tell one model from another."""

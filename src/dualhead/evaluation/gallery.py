@@ -20,12 +20,12 @@ from dualhead.attacks import LogitsFn, attacks, predictions
 from dualhead.attacks.losses import margin
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
+from dualhead.evaluation.model import check_images, device_of, frozen, outputs_of, pad_rows
 from dualhead.evaluation.scheduler import Samples
-from dualhead.evaluation.subject import check_images, device_of, frozen, outputs_of, pad_rows
 from dualhead.models.base import logits_of
 from dualhead.noise import Streams
-from dualhead.runtime import float32_products
-from dualhead.threat import ThreatModel
+from dualhead.system.runtime import float32_products
+from dualhead.threats import ThreatModel
 
 ATTACK = "pgd-20"
 SHARES = (0.25, 0.5, 0.75, 1.0)

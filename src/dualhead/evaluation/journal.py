@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.evaluation.scheduler import Cost, Try
-from dualhead.files import write_atomically, write_json
+from dualhead.system.files import write_atomically, write_json
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import finite, write_arrays
-from dualhead.evaluation.statistics import wilson
-from dualhead.files import write_json
+from dualhead.statistics import wilson
+from dualhead.system.files import write_json
 
 PER_SAMPLE = ("distance", "part", "job", "steps", "margin", "prediction")
 """What `samples.npz` holds of each attack beside `robust`, as arrays [N]."""

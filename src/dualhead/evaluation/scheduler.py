@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dualhead.attacks import LooksAhead, Search, State, predictions
 from dualhead.attacks.losses import margin
-from dualhead.evaluation.subject import ROWS, Subject, pad_rows, padded
+from dualhead.evaluation.model import ROWS, Subject, pad_rows, padded
 from dualhead.noise import Streams
-from dualhead.threat import ThreatModel
+from dualhead.threats import ThreatModel
 
 
 @dataclass

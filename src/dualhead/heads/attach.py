@@ -14,7 +14,7 @@ from dualhead.heads.classifier import DualHeadClassifier
 from dualhead.heads.reset import reset_tail
 from dualhead.heads.splitting import Split, guard_features, split_model
 from dualhead.heads.splitting.base import reason, undisturbed
-from dualhead.heads.splitting.split import two_images
+from dualhead.heads.splitting.cut import two_images
 
 Init = Literal["reset", "clone"]
 

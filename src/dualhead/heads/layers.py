@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dualhead.errors import UserError
 from dualhead.heads.splitting.base import How, Split, is_shape_only, undisturbed
-from dualhead.heads.splitting.split import (
+from dualhead.heads.splitting.cut import (
     NOTHING_BEHIND,
     attempt,
     attempt_checked,

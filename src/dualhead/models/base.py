@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, fx, nn
 
+from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.models.normalize import Normalize
-from dualhead.registry import Registry
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
-from dualhead.processes import group
+from dualhead.system.processes import group
 
 logger = logging.getLogger(__name__)
 

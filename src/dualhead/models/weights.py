@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
-from dualhead.files import write_atomically
 from dualhead.models.base import Wrapped
 from dualhead.models.normalize import Normalize
+from dualhead.system.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from dualhead.components.registry import Registry
 from dualhead.errors import UserError
-from dualhead.registry import Registry
 
 
 @dataclass(frozen=True)

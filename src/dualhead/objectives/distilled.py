@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
-from dualhead.threat import Real
 
 
 @objectives.register("distilled")

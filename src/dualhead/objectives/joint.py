@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from dualhead.components.fields import Real
+from dualhead.components.sections import component
 from dualhead.errors import UserError
 from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
 from dualhead.objectives.trades import TRADES
-from dualhead.schema import component
-from dualhead.threat import Real
 
 HEADS = ("head1", "head2")
 TRADES_6, TRADES_3 = TRADES(6.0), TRADES(3.0)

@@ -8,11 +8,11 @@ from typing import Annotated
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from dualhead.components.fields import Real
+from dualhead.components.sections import component
 from dualhead.errors import UserError
 from dualhead.objectives.base import LossTerms, Objective, given, objectives
 from dualhead.objectives.trades import TRADES
-from dualhead.schema import component
-from dualhead.threat import Real
 
 TRADES_6 = TRADES(6.0)
 

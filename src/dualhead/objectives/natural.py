@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from dualhead.components.fields import Real
 from dualhead.objectives.base import LossTerms, Objective, check_label_smoothing, given, objectives
-from dualhead.threat import Real
 
 
 @objectives.register("natural")

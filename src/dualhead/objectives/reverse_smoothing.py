@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
-from dualhead.threat import Real
 
 
 @objectives.register("reverse_smoothing")

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.objectives.base import (
     LossTerms,
@@ -17,7 +18,6 @@ from dualhead.objectives.base import (
     kl_divergence,
     objectives,
 )
-from dualhead.threat import Real
 
 
 @objectives.register("trades")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dualhead.errors import UserError
-from dualhead.files import write_atomically
 from dualhead.report import comparison
 from dualhead.report.details import LIGHTS, details
 from dualhead.report.differences import difference
 from dualhead.report.gallery import Album
 from dualhead.report.sources import Measured, Source, read_sources
 from dualhead.report.text import duration, percent, points
+from dualhead.system.files import write_atomically
 
 TEMPLATES = Path(__file__).with_name("templates")
 

@@ -1,12 +1,12 @@
 """Adversarial training in stages."""
 
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
+from dualhead.training.fit import Selection, check_choosable
 from dualhead.training.loop import StageFiles, StageRun
 from dualhead.training.metrics import MetricsLog, read_metrics, summary_writer
+from dualhead.training.passes import Program, trained_output
 from dualhead.training.profiler import StepProfiler
-from dualhead.training.program import Program, trained_output
 from dualhead.training.progress import Silent, TrainingProgress
-from dualhead.training.selection import Selection, check_choosable
 from dualhead.training.stage import RESET, Stage
 from dualhead.training.validation import Validator
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dualhead.components.fields import Real
+from dualhead.components.registry import Registry
 from dualhead.errors import UserError
-from dualhead.processes import group
-from dualhead.registry import Registry
-from dualhead.threat import Real
+from dualhead.system.processes import group
 
 BatchNormMode = Literal["average", "reestimate"]
 

@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dualhead.schema import Section
-from dualhead.threat import Real, ThreatModel
+from dualhead.components.fields import Real
+from dualhead.components.sections import Section
+from dualhead.threats import ThreatModel
 
 
 class Free(Section):

@@ -9,10 +9,10 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from pydantic import Field
 from torch import Tensor, nn
 
-from dualhead.runtime import Arithmetic
-from dualhead.schema import Section
-from dualhead.threat import Real
-from dualhead.training.program import Features, Program
+from dualhead.components.fields import Real
+from dualhead.components.sections import Section
+from dualhead.system.runtime import Arithmetic
+from dualhead.training.passes import Features, Program
 
 
 class Helper(Section):

@@ -17,18 +17,18 @@ from torch.profiler import record_function
 
 from dualhead.data import Batch, Loader
 from dualhead.errors import Interrupted, RunError
-from dualhead.flops import CountFlops
 from dualhead.heads import DualHeadClassifier, is_head
 from dualhead.models import write_state
 from dualhead.noise import Streams
-from dualhead.processes import group
-from dualhead.runtime import Arithmetic
-from dualhead.threat import ThreatModel
+from dualhead.system.flops import CountFlops
+from dualhead.system.processes import group
+from dualhead.system.runtime import Arithmetic
+from dualhead.threats import ThreatModel
 from dualhead.training.averaging import WeightAverage
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.metrics import MetricsLog
+from dualhead.training.passes import Program
 from dualhead.training.profiler import StepProfiler, labelled
-from dualhead.training.program import Program
 from dualhead.training.progress import TrainingProgress
 from dualhead.training.stage import Stage
 from dualhead.training.step import StepOutcome, TrainingStep

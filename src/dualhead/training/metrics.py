@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dualhead.errors import UserError
-from dualhead.files import write_text
-from dualhead.processes import group
+from dualhead.system.files import write_text
+from dualhead.system.processes import group
 
 
 def summary_writer() -> Any:

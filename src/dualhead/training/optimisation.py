@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from dualhead.components.fields import Real
+from dualhead.components.registry import Registry
 from dualhead.errors import UserError
-from dualhead.registry import Registry
-from dualhead.threat import Real
 
 
 class Optimiser(ABC):

@@ -11,7 +11,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerAction, record_function
 
-from dualhead.files import write_atomically, write_text
+from dualhead.system.files import write_atomically, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -9,19 +9,20 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from dualhead.attacks import Attack, Maximiser, attacks
+from dualhead.components.fields import Real
+from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
 from dualhead.heads import Output, Part, depends_on
 from dualhead.objectives import Objective, objectives
-from dualhead.schema import Section, component
-from dualhead.threat import Real, ThreatModel
+from dualhead.threats import ThreatModel
 from dualhead.training.averaging import Averaging, averagings
+from dualhead.training.awp import AWP
+from dualhead.training.fit import Fit
 from dualhead.training.free import Free
 from dualhead.training.helper import Helper
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
-from dualhead.training.perturbation import AWP
-from dualhead.training.program import trained_output
-from dualhead.training.selection import Fit
+from dualhead.training.passes import trained_output
 
 RESET: Final = "reset"
 """What `init` says for fresh weights."""

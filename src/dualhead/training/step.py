@@ -14,17 +14,17 @@ from torch.utils._pytree import tree_map
 
 from dualhead.attacks import Maximiser
 from dualhead.data import Batch
-from dualhead.lanes import LEAST_ROWS, pool, twins
 from dualhead.noise import Streams
 from dualhead.objectives import LossTerms
-from dualhead.processes import group
-from dualhead.runtime import Arithmetic, compiled, in_eval_mode
-from dualhead.threat import ThreatModel
+from dualhead.system.processes import group
+from dualhead.system.replicas import LEAST_ROWS, pool, twins
+from dualhead.system.runtime import Arithmetic, compiled, in_eval_mode
+from dualhead.threats import ThreatModel
+from dualhead.training.activation_checkpointing import blocks, recomputed, still_buffers
 from dualhead.training.free import CarriedPerturbation
 from dualhead.training.guard import StepGuard
 from dualhead.training.helper import HelperExamples, HelperTerm
-from dualhead.training.program import Features, LossForward, Program
-from dualhead.training.recompute import blocks, recomputed, still_buffers
+from dualhead.training.passes import Features, LossForward, Program
 from dualhead.training.stage import Stage
 
 
@@ -272,4 +272,6 @@ class TrainingStep:
         as_it_is = self._counted or program is not self._program  # a lane's
         logits_fn = self._arithmetic.wrap(program.attacked_logits if as_it_is else self._fast_attacked)
         with self._arithmetic.reuse_casts(x.device):
-            return attack.maximise(logits_fn, x, lambda z: objective.inner_loss(z, target, y), self._threat, streams)
+            return attack.maximise(
+                lambda images: objective.inner_loss(logits_fn(images), target, y), x, self._threat, streams
+            )

@@ -9,10 +9,10 @@ import torch
 from dualhead.attacks import Attack, predictions
 from dualhead.data import Split, batches
 from dualhead.noise import Streams
-from dualhead.processes import group
-from dualhead.runtime import Arithmetic, in_eval_mode
-from dualhead.threat import ThreatModel
-from dualhead.training.program import Program
+from dualhead.system.processes import group
+from dualhead.system.runtime import Arithmetic, in_eval_mode
+from dualhead.threats import ThreatModel
+from dualhead.training.passes import Program
 
 
 @dataclass(frozen=True)

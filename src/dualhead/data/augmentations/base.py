@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from dualhead.components.registry import Registry
 from dualhead.noise import Streams
-from dualhead.registry import Registry
 
 
 class Augmentation(ABC):

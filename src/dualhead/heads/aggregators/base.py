@@ -8,7 +8,7 @@ from typing import ClassVar, Final, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dualhead.registry import Registry
+from dualhead.components.registry import Registry
 
 MAX_CLASSES_OF_PAIRWISE_CNN: Final = 20
 """Up to here the paper's aggregator is in proportion (its last layer grows with C^3); beyond, `pairwise_shared`."""

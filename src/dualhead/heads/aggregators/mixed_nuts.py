@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor, nn
 
+from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.base import Aggregator, aggregators
-from dualhead.threat import Real
 
 GRID = {
     "alpha": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.9999),

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from dualhead.runtime import kept_generators
+from dualhead.system.runtime import kept_generators
 
 How = Literal["own", "sequential", "traced", "functional"]
 

@@ -1,0 +1,579 @@
+"""The command line. Exit status 2: the input was wrong; 1: the run failed; 75: it was stopped and can go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from dualhead.errors import Interrupted, RunError, UserError
+from dualhead.system.memory import keep_freed_blocks
+
+# What computes is imported by the commands that compute, so that `--help` and a wrong option answer at once.
+
+app = typer.Typer(
+    add_completion=False, invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Dual Head Adversarial Training: more robust image classifiers, and honest measures of how robust they are.",
+)  # fmt: skip
+
+STOPPED = 75  # EX_TEMPFAIL: try again later
+
+# Typer carries its own copy of click, or uses the installed one, by version: the classes are found through its own.
+_UsageError, _ClickError = cast("tuple[type[Any], type[Any]]", typer.BadParameter.__mro__[1:3])
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE with dotted keys, e.g. threat.eps=4/255")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
+Data = Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")]
+ImageSize = Annotated[str | None, typer.Option("--image-size", help="HEIGHTxWIDTH to which images are resized.")]
+ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Of --data, with images.")]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Of --data, with labels.")]
+
+
+@app.callback()
+def _options(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    ctx.obj = {"debug": debug}
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("dualhead"))
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@app.command()
+def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Show on real handwritten digits what adversarial training and a second head do; a few minutes on two cores."""
+    from dualhead.commands.demo import run_demo
+    from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
+
+    with progress_bar(quiet=quiet) as bar, _stop_on_signals() as stop:
+        comparison = run_demo(
+            run_dir or Path("runs/demo"),
+            progress=None if quiet else TrainingDisplay(bar),
+            evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
+            stop=stop,
+            command=_command(),
+        )
+    if as_json:
+        typer.echo(json.dumps({"title": comparison.title, "rows": comparison.rows}, indent=2))
+        return
+    out.print(accuracy_table(comparison.title, comparison.rows))
+    if quiet:
+        return
+    for line in comparison.remarks:
+        out.print(line, soft_wrap=True)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe (`dualhead list recipes`), or a YAML file.")],
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Leave in RUN/profile where the time of steps goes.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
+    from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
+    from dualhead.runs import REPORT
+    from dualhead.runs import train as run_training
+    from dualhead.system.processes import joined
+
+    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
+        result = run_training(
+            recipe,
+            overrides or [],
+            run_dir=run_dir,
+            progress=None if quiet else TrainingDisplay(bar),
+            evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
+            stop=stop,
+            command=_command(),
+            profile=profile,
+        )
+    if not group.first:
+        return
+    rows = [row.describe() for row in result.rows]
+    if as_json:
+        typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
+        return
+    out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
+    if not quiet:
+        if profile:
+            out.print(f"profile: {result.run_dir / 'profile'}, a table and a trace for each stage", soft_wrap=True)
+        out.print(f"run: {result.run_dir}, report: {result.run_dir / REPORT}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    attack: Annotated[
+        list[str] | None, typer.Option("--attack", help="Repeatable; default: the run's, else pgd-40.")
+    ] = None,
+    eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    data: Data = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="A finished stage of the run; default: the last.")
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
+    output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, ..., mean or aggregate.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="Where results go.")] = None,
+    image_size: ImageSize = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="auto, float32 or bf16, of the search.")] = "auto",
+    save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure clean and robust accuracy of a run or a model."""
+    from dualhead.commands.evaluate import Request, assess
+    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, progress_bar
+    from dualhead.system.processes import joined
+
+    request = Request(
+        model=model,
+        attacks=tuple(attack or ()),
+        eps=eps,
+        norm=norm,
+        data=data,
+        limit=limit,
+        stage=stage,
+        checkpoint=checkpoint,
+        output=output,
+        output_dir=output_dir,
+        image_size=image_size,
+        image_column=image_column,
+        label_column=label_column,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        precision=precision,
+        save_adversarial=save_adversarial,
+        overwrite=overwrite,
+        command=_command(),
+    )
+    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
+        quiet = quiet or not group.first
+        folder, evaluation = assess(request, None if quiet else EvaluationDisplay(bar, request.label), stop)
+    if not group.first:
+        return
+    if as_json:
+        typer.echo(json.dumps(evaluation.results, indent=2))
+        return
+    title = _title(evaluation)
+    out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
+    for point in evaluation.results.get("curve", []):
+        robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
+        out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
+    for name, record in evaluation.results["attacks"].items():
+        for note in record["notes"]:
+            out.print(f"{name}: {note}", soft_wrap=True, markup=False)
+    for finding in evaluation.results["diagnostics"]:
+        if finding["status"] != "ok":
+            out.print(f"{finding['status']}: {finding['name']}: {finding['message']}", soft_wrap=True, markup=False)
+    if not quiet:
+        out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _title(evaluation: Any) -> str:
+    from dualhead.report import threat_text
+
+    met = f"{evaluation.num_samples:,} test images, {threat_text(evaluation.results['threat'])}"
+    return f"{met}; percent, 95 % intervals"
+
+
+def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "clean_accuracy": evaluation.clean_accuracy,
+        "robust_accuracy": evaluation.robust_accuracy,
+        "intervals": evaluation.results["intervals"],
+    }
+
+
+@app.command()
+def gallery(
+    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The first so many test images.")] = 48,
+    landscape: Annotated[
+        str | None, typer.Option("--landscape", help="Samples to map, by number, with commas; default: some.")
+    ] = None,
+    eps: Annotated[str | None, typer.Option("--eps", help="The largest radius, 8/255; default: the run's.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    data: Data = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="Where it goes; default: the run.")] = None,
+    image_size: ImageSize = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Attack some images at several eps and map logits around them, for the gallery of the next report."""
+    from dualhead.commands.evaluate import Request, exhibit
+
+    try:
+        mapped = None if landscape is None else [int(word) for word in landscape.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"--landscape {landscape}: write numbers of samples, e.g. --landscape 3,17") from None
+    request = Request(
+        model=model, eps=eps, norm=norm, data=data, limit=limit, output_dir=output_dir, image_size=image_size,
+        image_column=image_column, label_column=label_column, batch_size=batch_size, seed=seed, device=device,
+    )  # fmt: skip
+    path, made = exhibit(request, mapped)
+    if as_json:
+        facts = {"gallery": str(path), "images": len(made.label), "eps": made.eps.tolist()}
+        typer.echo(json.dumps({**facts, "landscapes": made.index[made.landscape_rows].tolist()}, indent=2))
+    elif not quiet:
+        where = (
+            "" if request.is_run or (path.parent / "results.json").is_file() else " where it lies beside an evaluation"
+        )
+        typer.echo(f"gallery: {path}; `dualhead report` shows it{where}")
+
+
+@app.command()
+def play(
+    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    eps: Annotated[str | None, typer.Option("--eps", help="Where the slider starts; default: the run's.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    data: Data = None,
+    image_size: ImageSize = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a page, to this machine only, on which to choose an image, move eps and watch the heads under attack."""
+    from dualhead.commands.evaluate import Request, crop_of, subject_of
+    from dualhead.commands.play import LOOPBACK, Playground, serve
+
+    request = Request(
+        model=model, eps=eps, norm=norm, data=data, image_size=image_size, image_column=image_column,
+        label_column=label_column, device=device,
+    )  # fmt: skip
+    loaded, images, threat = subject_of(request)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
+        signal.signal(number, signal.default_int_handler)
+    server = serve(Playground(loaded, images, threat, crop_of(request)), port)
+    address = f"http://{LOOPBACK}:{server.server_port}/"
+    if as_json:
+        typer.echo(json.dumps({"address": address}))
+    else:
+        typer.echo(address if quiet else f"play: {address} (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Argument(help="A backbone (wideresnet-34-10), package.module:factory, run or model.")],
+    image_shape: Annotated[str, typer.Option("--image-shape", help="CHANNELSxHEIGHTxWIDTH")] = "3x32x32",
+    classes: Annotated[int, typer.Option("--classes", min=2)] = 10,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Where a second head can be attached: what crosses there, parameters and cost behind it, way of cutting."""
+    from dataclasses import asdict
+
+    from dualhead.commands.evaluate import list_layers
+    from dualhead.commands.terminal import print_table
+
+    found = list_layers(model, image_shape, classes)
+    if as_json:
+        typer.echo(json.dumps([asdict(layer) for layer in found], indent=2))
+        return
+    rows = [
+        [
+            f"{layer.name} *" if layer.recommended else layer.name,
+            ", ".join("x".join(map(str, shape)) for shape in layer.shapes),
+            f"{layer.parameters_before:,}",
+            f"{layer.parameters_after:,}",
+            f"{layer.cost_after:.0%}",
+            layer.how or f"no: {layer.why_not}",
+        ]
+        for layer in found
+    ]
+    columns = ("layer", "crosses", "parameters before", "parameters after", "cost behind", "cut")
+    print_table({name: "left" if name in ("layer", "cut") else "right" for name in columns}, rows)
+    if not quiet:
+        typer.echo("* recommended: about 30 % of the forward cost lies before it")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also as ONNX, checked with onnxruntime.")] = False,
+    push: Annotated[str | None, typer.Option("--push", help="Also upload to the Hub as OWNER/NAME.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write weights, configuration and a model card to a folder that `dualhead.load` reads."""
+    from dataclasses import asdict
+
+    from dualhead.saving import check_hub_name, export_onnx, push_to_hub, require_onnx
+    from dualhead.saving import export as export_model
+
+    if onnx:  # what cannot be is refused before anything is written
+        require_onnx()
+    if push is not None:
+        check_hub_name(push)
+    folder = export_model(run, to)
+    check = export_onnx(folder) if onnx else None
+    address = None if push is None else push_to_hub(folder, push)
+    if as_json:
+        facts = None if check is None else {**asdict(check), "path": str(check.path)}
+        typer.echo(json.dumps({"model": str(folder), "onnx": facts, "hub": address}, indent=2))
+    elif not quiet:
+        typer.echo(f"model: {folder}")
+        if check is not None:
+            typer.echo(
+                f"ONNX: {check.path}; logits of {check.images} images differ by at most {check.difference:.2g} from "
+                f"PyTorch's, the largest of which is {check.scale:.2g}"
+            )
+        if address is not None:
+            typer.echo(f"Hub: {address}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained page about runs, side by side: verdict, accuracies, curves, diagnostics, examples."""
+    from dualhead.report import write_report
+
+    path = write_report(runs, output)
+    if as_json:
+        typer.echo(json.dumps({"report": str(path)}, indent=2))
+    elif not quiet:
+        typer.echo(f"report: {path}")
+
+
+@app.command()
+def info(
+    run: Annotated[Path, typer.Argument(help="A run, finished or not.")], quiet: Quiet = False, as_json: AsJson = False
+) -> None:
+    """Say where a run stands: stages, epochs, accuracies on held-out and test images, and who works on it."""
+    from dualhead.commands.terminal import accuracy_table, out, stage_table
+    from dualhead.report import summary
+    from dualhead.system.lock import owner_of
+
+    facts = summary(run)
+    facts["process"] = owner_of(run)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    if not quiet:
+        at_work, state = facts["process"], facts["state"]
+        if at_work:
+            told = f"{state}, process {at_work.get('pid')} on {at_work.get('host')} is at work"
+        else:
+            told = state if state == "finished" else f"stopped while {state}; the command that started it goes on"
+        out.print(f"{run}: recipe {facts['recipe']}, {told}", soft_wrap=True, markup=False)
+    out.print(stage_table(facts["stages"]))
+    if facts["rows"]:
+        out.print(accuracy_table("test images, accuracy in percent, with 95 % intervals", facts["rows"]))
+    for note in [] if quiet else facts["notes"]:
+        out.print(note, soft_wrap=True, markup=False)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=A,B,C for each axis, KEY=A for all runs.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each point, with seeds 0, 1, ...")] = 1,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the sweep; the same goes on with it.")
+    ] = None,
+    shard: Annotated[str, typer.Option("--shard", help="I/N: every N-th run from the I-th (from 0) on.")] = "0/1",
+    scheduler: Annotated[
+        str | None, typer.Option("--on", help="Queue each run as a job: slurm, or local for processes here.")
+    ] = None,
+    job_settings: Annotated[
+        list[str] | None, typer.Option("--job", help="With --on: KEY=VALUE of submitit, e.g. slurm_partition=gpu.")
+    ] = None,
+    at_once: Annotated[int | None, typer.Option("--at-once", min=1, help="With --on: jobs queued at a time.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and evaluate a grid of settings, and write one table; the same command goes on where it was stopped."""
+    from dualhead.commands.submit import dispatch_sweep
+    from dualhead.commands.sweep import plan, run_sweep
+    from dualhead.commands.terminal import TrainingDisplay, err, progress_bar, sweep_table
+
+    first, slash, count = shard.partition("/")
+    if not (slash and first.isdigit() and count.isdigit() and int(first) < int(count)):
+        raise UserError(f"--shard {shard}: write I/N with I from 0 to N - 1, e.g. 0/4")
+    if scheduler is None and (job_settings or at_once):
+        raise UserError("--job and --at-once are for jobs of a scheduler; name it with --on, e.g. --on slurm")
+    if scheduler is not None and shard != "0/1":
+        raise UserError("--shard shares runs out by hand, which --on leaves to the scheduler; use one of them")
+    folder = out_dir or Path("runs") / f"sweep-{Path(recipe).stem}"
+    jobs = plan(recipe, settings or [], seeds)
+
+    def tell(line: str) -> None:
+        if not quiet:
+            err.print(line, soft_wrap=True, markup=False)
+
+    with progress_bar(quiet=quiet or scheduler is not None) as bar, _stop_on_signals() as stop:
+        if scheduler is not None:
+            rows = dispatch_sweep(
+                jobs, folder, scheduler=scheduler, settings=job_settings or [], at_once=at_once, tell=tell, stop=stop,
+                command=_command(),
+            )  # fmt: skip
+        else:
+            rows = run_sweep(
+                jobs,
+                folder,
+                shard=(int(first), int(count)),
+                progress=None if quiet else TrainingDisplay(bar),
+                tell=tell,
+                stop=stop,
+                command=_command(),
+            )
+    if as_json:
+        typer.echo(json.dumps({"sweep": str(folder), "rows": rows}, indent=2))
+        return
+    sweep_table(rows)
+    typer.echo(f"table: {folder / 'sweep.csv'}, {folder / 'sweep.json'}; compare: dualhead compare {folder}")
+
+
+@app.command()
+def compare(
+    places: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Set runs side by side: accuracy over seeds, cost, Pareto front at equal cost, and paired tests with the first."""
+    del quiet  # there are results only
+    from dualhead.commands.compare import read_entries, standings
+    from dualhead.commands.terminal import print_standings
+    from dualhead.system.files import write_json
+
+    found = standings(read_entries(places))
+    if output is not None:
+        write_json(output, found)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    print_standings(found)
+
+
+@app.command("list")
+def list_components(
+    kind: Annotated[str | None, typer.Argument(help="objectives, attacks, ..., recipes; default: all")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Name what is registered."""
+    del quiet  # there are results only
+    from dualhead.recipe import REGISTRIES, shipped_recipes
+
+    kinds = {name: registry.names() for name, registry in REGISTRIES.items()} | {"recipes": shipped_recipes()}
+    if kind is not None and kind not in kinds:
+        raise UserError(f"list {kind}: unknown kind; known: {', '.join(sorted(kinds))}")
+    chosen = {name: kinds[name] for name in ([kind] if kind else sorted(kinds))}
+    if as_json:
+        typer.echo(json.dumps({name: list(names) for name, names in chosen.items()}, indent=2))
+        return
+    for name in chosen:
+        typer.echo(f"{name}: {', '.join(kinds[name])}")
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Any]:
+    """A function that tells whether SIGINT or SIGTERM has come; a second one ends the program at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _command() -> str:
+    return shlex.join(["dualhead", *sys.argv[1:]])
+
+
+def main() -> None:
+    """The entry point: every ending is one line and an exit status."""
+    debug = "--debug" in sys.argv
+    if not _speaks():
+        logging.getLogger("dualhead").setLevel(logging.ERROR)
+    keep_freed_blocks()
+    try:
+        words = [word for word in sys.argv[1:] if word != "--debug"]  # it may stand anywhere
+        sys.exit(app(words, prog_name="dualhead", standalone_mode=False) or 0)
+    except UserError as error:
+        _end(error, 2, debug)
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "dualhead"
+        _end(f"{error.format_message().rstrip('.')} (see `{command} --help`)", 2, debug)
+    except _ClickError as error:
+        _end(error.format_message(), error.exit_code, debug)
+    except Interrupted as error:
+        _end(error, STOPPED, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        _end("stopped; the same command goes on from the last saved state", STOPPED, debug)
+    except RunError as error:
+        _end(error, 1, debug)
+    except OSError as error:  # no space, no permission, a folder that went away
+        _end(f"{error.filename or 'file'}: {error.strerror or error}", 1, debug)
+
+
+def _speaks() -> bool:
+    """Whether this is the first process of a run: all of them find out the same, and one says so."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _end(message: object, status: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    if isinstance(message, UserError | Interrupted) and not _speaks():
+        sys.exit(status)
+    print(f"dualhead: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,338 @@
+"""Runs side by side at what they cost: accuracies over seeds, the Pareto front, and paired tests."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from dualhead.attacks import attacks as registry
+from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation, compare, interval_over_samples, mcnemar, mean_std, wilson
+from dualhead.report import output_name
+from dualhead.runs import read_recipe, without_how
+
+_log = logging.getLogger(__name__)
+
+SAME_COST = 1.05
+"""Costs that differ by less than this factor count as equal."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One output of one run.
+
+    Args:
+        group: runs that differ in nothing but the seed and in how the work was done share it.
+        label: of the group.
+        name: of the output, as the run's tables call it; empty for an evaluation that belongs to no run.
+        deployed: it is the run's result.
+        seed: of the run.
+        evaluation: what was measured.
+        parameters: of the modules that the output runs; None if unknown.
+        flops: floating-point operations of its training; None if unknown.
+        forward_equivalents: the same in forward passes of its own run's base model.
+        seconds: of its training; None if unknown.
+        where: the folder after which it is called, absolute.
+    """
+
+    group: str
+    label: str
+    name: str
+    deployed: bool
+    seed: int
+    evaluation: Evaluation
+    parameters: int | None = None
+    flops: float | None = None
+    forward_equivalents: float | None = None
+    seconds: float | None = None
+    where: Path = Path()
+
+
+def read_entries(places: Sequence[Path]) -> list[Entry]:
+    """All outputs of runs, of folders that hold runs (as `sweep` leaves them), and of evaluations.
+
+    An evaluation that lies in a run, as `dualhead evaluate RUN` leaves it, and is of what the run made stands for the
+    run: with its seed, at its cost. One of another output of the run, as `--output-of head2` makes it, stands for that
+    output.
+
+    Raises:
+        UserError: if nothing finished is found, naming what is missing.
+    """
+    entries = []
+    for place in places:
+        inside = sorted(path.parent for path in place.glob("*/config.yaml")) if place.is_dir() else []
+        if (place / "config.yaml").is_file() or not inside:
+            entries += _entries(place)
+            continue
+        finished = [run for run in inside if _is_finished(run)]
+        if not finished:
+            raise UserError(f"{place}: holds no finished run of {len(inside)}; `dualhead train` goes on with them")
+        if len(finished) < len(inside):
+            named = ", ".join(run.name for run in inside if run not in finished)
+            _log.warning("%s: left out what is not finished: %s", place, named)
+        for run in finished:
+            entries += _entries(run)
+    return entries
+
+
+def _entries(place: Path) -> list[Entry]:
+    run = next((folder for folder in (place, *place.absolute().parents[:2]) if _is_finished(folder)), None)
+    chosen = None if run in (None, place) else _chosen(place)
+    if run is None or (run != place and chosen is None):
+        folder = place / "evaluation" if (place / "evaluation").is_dir() else place
+        return [Entry(str(place), str(place), "", True, 0, Evaluation.load(folder), where=place.absolute())]
+    folder = run / "evaluation" if run == place else place
+    recipe = _recipe(run)
+    seed = recipe["runtime"].pop("seed")
+    recipe_name = recipe.pop("name")
+    where = run.absolute()
+    if run.name == f"seed={seed}":  # of a sweep over nothing but seeds: its folder says what it is
+        where = where.parent
+        label = where.name
+    else:
+        label = run.name.replace(f",seed={seed}", "").replace(f"seed={seed}", recipe_name)
+    group = json.dumps(without_how(recipe), sort_keys=True)
+    rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
+    entries = []
+    if chosen:
+        named = [row for row in rows if row["name"] == output_name(chosen)]
+        if not named:
+            return [Entry(str(place), str(place), "", True, 0, Evaluation.load(place), where=place.absolute())]
+        rows, group, label = named, f"{group} {chosen}", f"{label}, {named[0]['name']}"
+    for row in rows if run == place else rows[-1:]:
+        last = row is rows[-1]
+        cost = row["training_cost"]
+        entries.append(
+            Entry(
+                group, label, "" if chosen else row["name"], last, seed,
+                Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
+                row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
+            )
+        )  # fmt: skip
+    return entries
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    """As `config.yaml` holds it, with defaults for options that did not exist yet when it was written.
+
+    A folder of images that is there is named by its absolute path, however the run was told of it.
+    """
+    try:
+        recipe = read_recipe(run).resolved()
+    except UserError:  # of a version whose recipes were others
+        old: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return old
+    for images in filter(None, (recipe["data"], recipe["data"]["extra"])):
+        folder = Path(images["source"]).expanduser()
+        if folder.exists():
+            images["source"] = str(folder.resolve())
+    return recipe
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / "config.yaml").is_file() and (run / "comparison.json").is_file()
+
+
+def _chosen(place: Path) -> str | None:
+    """Of which output an evaluation in a run is: empty for what the run made, at its end; None if of something else."""
+    try:
+        results = json.loads((place / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    chosen = results.get("subject")
+    if not chosen or chosen.get("stage") or chosen.get("checkpoint"):
+        return None
+    return str(chosen.get("output") or "")
+
+
+def standings(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What `dualhead compare` says.
+
+    Returns:
+        `rows`: for each output of each group of runs the means over seeds, 95 % intervals (Wilson's for one run,
+        Student's over seeds for several), cost in forward passes of one image through the first run's base model, and
+        whether it is on the Pareto front: nothing at most as costly has more of the one accuracy and no less of the
+        other. `worst` is over the attacks that all of them faced and those that only merged heads can face, such as
+        `multihead`, where it was run. `pairs`: for clean accuracy, each common attack and `worst`, each group's result
+        against the first group's: a paired t-test over the seeds that both have, McNemar's exact test for one seed.
+        Over several seeds `interval` is of other seeds on these images, and `images_interval` of these runs on other
+        images. `notes`: what was left out, a sentence each.
+
+    Raises:
+        UserError: if the entries were not measured alike.
+    """
+    attacks, notes = _common_attacks(entries)
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.group, entry.name), []).append(entry)
+    for members in groups.values():
+        if len({member.seed for member in members}) < len(members):
+            raise UserError(f"{members[0].label}: two runs have the same recipe and seed; compare each run once")
+    unit = _unit(entries)
+    labels = _labels(list(groups.values()))
+    rows = [_row(label, members, attacks, unit) for label, members in zip(labels, groups.values(), strict=True)]
+    for row in rows:
+        row["pareto"] = not any(_dominates(other, row) for other in rows)
+    results = [(label, m) for label, m in zip(labels, groups.values(), strict=True) if m[0].deployed]
+    pairs = []
+    for label, members in results[1:]:
+        found = _pairs(results[0][1], members, attacks)
+        pairs += [{"reference": results[0][0], "name": label, **pair} for pair in found]
+        if not found:
+            notes.append(f"{label} and {results[0][0]} have no seed in common, and are not compared in pairs")
+    return {"rows": rows, "pairs": pairs, "notes": notes}
+
+
+def _labels(groups: Sequence[Sequence[Entry]]) -> list[str]:
+    """What tables call each group: its label, after as many folders as tell it from others of that label."""
+
+    def told(entry: Entry, folders: int) -> str:
+        return "/".join((*entry.where.parent.parts[len(entry.where.parent.parts) - folders :], entry.label))
+
+    labels = []
+    for first, *_ in groups:
+        rivals = [other for other, *_ in groups if other.group != first.group and other.label == first.label]
+        depths = range(len(first.where.parts))
+        names = [told(first, n) for n in depths if all(told(first, n) != told(rival, n) for rival in rivals)]
+        labels.append(names[0] if names else first.label)
+    return labels
+
+
+def _for_heads(attack: str) -> bool:
+    """Whether an attack of this label can be run on merged heads alone."""
+    return any(
+        registry.get(name).needs_heads and (attack == name or attack.startswith((f"{name}-", f"{name}(")))
+        for name in registry.names()
+    )
+
+
+def _common_attacks(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
+    """The attacks that all of them faced, and a sentence for each other one."""
+    first = entries[0].evaluation
+    for entry in entries[1:]:
+        compare(first, entry.evaluation)  # refuses other samples and other threat models
+    common = [name for name in first.verdicts if all(name in entry.evaluation.verdicts for entry in entries)]
+    if not common:
+        raise UserError("no attack was run on all of them; `dualhead evaluate` each with the same --attack")
+    faced = dict.fromkeys(name for entry in entries for name in entry.evaluation.verdicts if name not in common)
+    notes = []
+    for name in faced:
+        count = sum(name in entry.evaluation.verdicts for entry in entries)
+        told = f"{name} was run on {count} of {len(entries)}"
+        counts = "and counts in worst there; an attack that all can face, such as autoattack, compares them alike"
+        notes.append(f"{told} {counts}" if _for_heads(name) else f"{told} and is left out")
+    return common, notes
+
+
+def _correct(entry: Entry, common: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """What is right by measure, in the order of the samples' indices; see `standings` for `worst`."""
+    order, faced = np.argsort(entry.evaluation.index), entry.evaluation.verdicts
+    names = ("clean", *common, *(name for name in faced if name not in common and _for_heads(name)))
+    correct = {name: entry.evaluation.correct[name][order] for name in names}
+    return {**correct, "worst": np.logical_and.reduce([correct[name] for name in correct])}
+
+
+def _unit(entries: Sequence[Entry]) -> float | None:
+    """Floating-point operations of one forward pass of one image, of the first run that says so."""
+    for entry in entries:
+        if entry.flops and entry.forward_equivalents:
+            return entry.flops / entry.forward_equivalents
+    return None
+
+
+def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: float | None) -> dict[str, Any]:
+    measured = [_correct(member, attacks) for member in members]
+    of_all = [name for name in measured[0] if all(name in correct for correct in measured)]
+    values = {name: [float(correct[name].mean()) for correct in measured] for name in of_all}
+    means = {name: mean_std(shares)[0] for name, shares in values.items()}
+    first = members[0]
+    flops = [member.flops for member in members if member.flops is not None]
+    seconds = [member.seconds for member in members if member.seconds is not None]
+    total = float(np.mean(flops)) if flops else None
+    return {
+        "name": f"{label}: {first.name}" if first.name else label,
+        "seeds": sorted(member.seed for member in members),
+        "deployed": first.deployed,
+        "clean_accuracy": means.pop("clean"),
+        "robust_accuracy": means,
+        "intervals": {
+            "clean_accuracy" if name == "clean" else name: _interval(shares, len(measured[0][name]))
+            for name, shares in values.items()
+        },
+        "parameters": first.parameters,
+        "training_cost": {
+            "flops": total,
+            "forward_equivalents": round(total / unit, 1) if total is not None and unit else None,
+            "seconds": round(float(np.mean(seconds)), 1) if seconds else None,
+        },
+    }
+
+
+def _interval(shares: Sequence[float], images: int) -> list[float]:
+    if len(shares) == 1:
+        return list(wilson(round(shares[0] * images), images))
+    from scipy import stats
+
+    mean, error = _mean_and_error(shares, images)
+    reach = float(stats.t.ppf(0.975, len(shares) - 1)) * error
+    return [max(mean - reach, 0.0), min(mean + reach, 1.0)]
+
+
+def _mean_and_error(values: Sequence[float], images: int) -> tuple[float, float]:
+    """The mean over seeds and its standard error; seeds that agree to less than an image do so by chance."""
+    mean, deviation = mean_std(values)
+    return mean, max(deviation, 1.0 / images) / math.sqrt(len(values))
+
+
+def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    mine, theirs = row["training_cost"]["flops"], other["training_cost"]["flops"]
+    if (mine is None) != (theirs is None):  # which is dearer nobody knows
+        return False
+    if mine is not None and theirs is not None and mine > SAME_COST * theirs:
+        return False
+    a = (row["clean_accuracy"], row["robust_accuracy"]["worst"])
+    b = (other["clean_accuracy"], other["robust_accuracy"]["worst"])
+    return a != b and a[0] >= b[0] and a[1] >= b[1]
+
+
+def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[str]) -> list[dict[str, Any]]:
+    a, b = ({entry.seed: _correct(entry, attacks) for entry in group} for group in (first, second))
+    both = sorted(a.keys() & b.keys())
+    if len(first) == len(second) == 1:  # of whatever seed each
+        both, a, b = [0], {0: next(iter(a.values()))}, {0: next(iter(b.values()))}
+    if not both:
+        return []
+    measures = ("clean", *attacks, "worst")
+    if len(both) == 1:
+        found = {name: mcnemar(a[both[0]][name], b[both[0]][name]) for name in measures}
+        test = "McNemar, exact" + ("" if len(first) == len(second) == 1 else f", seed {both[0]}")
+        return [
+            {"accuracy": name, "difference": pair.difference, "interval": list(pair.interval), "p_value": pair.p_value,
+             "verdict": pair.verdict, "test": test}
+            for name, pair in found.items()
+        ]  # fmt: skip
+    from scipy import stats
+
+    pairs = []
+    for name in measures:
+        first_correct, second_correct = ([of[seed][name] for seed in both] for of in (a, b))
+        differences = [float(y.mean() - x.mean()) for x, y in zip(first_correct, second_correct, strict=True)]
+        mean, error = _mean_and_error(differences, len(first_correct[0]))
+        reach = float(stats.t.ppf(0.975, len(both) - 1)) * error
+        p_value = 2.0 * float(stats.t.sf(abs(mean) / error, len(both) - 1))
+        verdict = "gain" if mean - reach > 0 else "loss" if mean + reach < 0 else "undecided"
+        pairs.append(
+            {"accuracy": name, "difference": mean, "interval": [mean - reach, mean + reach],
+             "p_value": p_value, "verdict": verdict, "test": f"paired t, {len(both)} seeds",
+             "images_interval": list(interval_over_samples(first_correct, second_correct))}
+        )  # fmt: skip
+    return pairs

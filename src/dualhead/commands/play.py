@@ -1,0 +1,251 @@
+"""A page to play with a model: choose an image, move eps, see the attack and what each head says of it.
+
+The page is served to this machine only. It needs nothing that is not installed anyway.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dualhead.data import Split, decode_single
+from dualhead.errors import UserError
+from dualhead.evaluation import make_gallery
+from dualhead.report import NO_CLASS, change, picture
+from dualhead.threats import ThreatModel
+
+LOOPBACK = "127.0.0.1"
+MOST_BYTES = 64_000_000
+"""Of what a page may send: a large photograph, in base64."""
+HTTP_PORT = 80
+"""Of which a browser says nothing."""
+PAGE = Path(__file__).with_name("play.html")
+
+
+class Playground:
+    """A model, images to try on it, and what an attack makes of them.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] to logits; on its device.
+        images: some to choose from, with their labels and class names.
+        threat: the norm, and the eps that the page starts with.
+        crop: as `data.crop` of the recipe: how an image of one's own comes to size.
+        count: how many of the images are offered.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Split, threat: ThreatModel, crop: float | None = None, count: int = 60
+    ) -> None:
+        self.model, self.images, self.threat = model, images, threat
+        self.crop = crop
+        self.count = min(count, len(images))
+        self._busy = threading.Lock()
+
+    def offer(self) -> dict[str, Any]:
+        """What the page needs to begin: images, their labels, class names, and the threat model."""
+        return {
+            "images": [picture(image.numpy()) for image in _bytes(self.images.images[: self.count])],
+            "labels": self.images.labels[: self.count].tolist(),
+            "classes": list(self.images.class_names),
+            "shape": list(self.images.image_shape),
+            "norm": self.threat.norm,
+            "eps": self.threat.eps,
+        }
+
+    def picture(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The pixels of an image of one's own, decoded and brought to size as images to train on and to measure are.
+
+        Args:
+            asked: `file`, an encoded image in base64.
+
+        Returns:
+            `pixels`, for `attack`.
+
+        Raises:
+            UserError: if it is no image that can be read.
+        """
+        content = asked.get("file")
+        if not isinstance(content, str):
+            raise UserError("file must be an image in base64")
+        pixels = decode_single(base64.b64decode(content), self.images.image_shape, self.crop)
+        return {"pixels": pixels.transpose(1, 2, 0).ravel().tolist()}
+
+    def attack(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Attack one image, each output in turn, and say what all outputs make of it.
+
+        Args:
+            asked: `sample`, the position of an image on offer, or `pixels`, numbers 0 to 255 in the order [H, W, C];
+                `eps`; and `label` for an image of one's own, whose label else is what the model takes it for.
+
+        Raises:
+            UserError: for anything that does not fit.
+        """
+        image, label = self._image(asked)
+        eps = _number(asked.get("eps"), "eps", 0.0)
+        threat = ThreatModel(self.threat.norm, eps)
+        with self._busy:
+            if label is None:
+                label = int(make_gallery(self.model, image[None], [0], threat=threat, landscapes=(), shares=())
+                            .clean_prediction[0, -1])  # fmt: skip
+                if label < 0:
+                    raise UserError("the model's logits for this image are not numbers; say what the image shows")
+            made = make_gallery(self.model, image[None], [label], threat=threat, landscapes=(), shares=(1.0,))
+        names = self.images.class_names
+        targets = []
+        for target, name in enumerate(made.outputs):
+            altered = made.adversarial[target, 0, 0]
+            difference, scale = change(made.original[0], altered)
+            said = made.prediction[target, 0, 0], made.probability[target, 0, 0]
+            targets.append({
+                "name": str(name), "attacked": picture(altered), "change": difference, "scale": scale,
+                "says": self._says(*said, label),
+            })  # fmt: skip
+        return {
+            "label": label,
+            "class": names[label],
+            "clean": picture(made.original[0]),
+            "says": self._says(made.clean_prediction[0], made.clean_probability[0], label),
+            "outputs": [str(name) for name in made.outputs],
+            "targets": targets,
+        }
+
+    def _says(self, predicted: NDArray[Any], shares: NDArray[Any], label: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "class": self.images.class_names[k] if k >= 0 else NO_CLASS,
+                "probability": p,
+                "of_label": q,
+                "right": k == label,
+            }
+            # Where logits overflow there is no probability, and NaN is no JSON.
+            for k, (p, q) in zip(predicted.tolist(), np.nan_to_num(shares, nan=0.0).tolist(), strict=True)
+        ]
+
+    def _image(self, asked: Mapping[str, Any]) -> tuple[Tensor, int | None]:
+        if "pixels" not in asked:
+            sample = asked.get("sample")
+            if not isinstance(sample, int) or not 0 <= sample < self.count:
+                raise UserError(f"sample must lie in 0 to {self.count - 1}, got {sample}")
+            return _bytes(self.images.images[sample : sample + 1][0]), int(self.images.labels[sample])
+        channels, height, width = self.images.image_shape
+        pixels = asked["pixels"]
+        if not isinstance(pixels, list) or len(pixels) != channels * height * width:
+            raise UserError(f"pixels must be {height} x {width} x {channels} numbers")
+        levels = torch.tensor([int(_number(level, "a pixel", -1.0)) for level in pixels]).clamp(0, 255)
+        label = asked.get("label")
+        if label is not None and (not isinstance(label, int) or not 0 <= label < len(self.images.class_names)):
+            raise UserError(f"label must be null or lie in 0 to {len(self.images.class_names) - 1}, got {label}")
+        return levels.to(torch.uint8).reshape(height, width, channels).permute(2, 0, 1), label
+
+
+def _number(value: object, name: str, above: float) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not above < number < math.inf:
+        raise UserError(f"{name} must be a number greater than {above:g}, got {str(value)[:40]}")
+    return number
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return images if images.dtype == torch.uint8 else (images * 255.0).round().to(torch.uint8)
+
+
+def serve(playground: Playground, port: int = 0) -> ThreadingHTTPServer:
+    """A server of the page on the loopback interface; its `serve_forever` does the work, its `server_port` says where.
+
+    Args:
+        playground: what is played with.
+        port: 0 for any that is free.
+
+    Raises:
+        UserError: if the port is taken.
+    """
+    page = PAGE.read_text(encoding="utf-8")
+    script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert script is not None
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'"
+    )
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self._welcome():
+                if self.path == "/":
+                    self._send(page.encode(), "text/html; charset=utf-8")
+                elif self.path == "/offer":
+                    self._json(playground.offer())
+                else:
+                    self.send_error(HTTPStatus.NOT_FOUND)
+
+        def do_POST(self) -> None:
+            length = self.headers.get("Content-Length", "")
+            # Another site's page cannot send this type without being allowed to.
+            plain = self.headers.get("Content-Type") == "application/json"
+            if not self._welcome():
+                return
+            short = length.isdecimal() and len(length) < 10 and int(length) <= MOST_BYTES
+            answers = {"/attack": playground.attack, "/picture": playground.picture}
+            if self.path not in answers or not plain or not short:
+                self.send_error(HTTPStatus.BAD_REQUEST)
+                return
+            try:
+                asked = json.loads(self.rfile.read(int(length)))
+                if not isinstance(asked, dict):
+                    raise UserError("an object is expected")
+                self._json(answers[self.path](asked))
+            except (UserError, ValueError, RecursionError) as error:
+                self._json({"error": " ".join(str(error).split())}, HTTPStatus.BAD_REQUEST)
+            except Exception as error:  # of a model that is somebody's own; the page says so and can go on
+                told = f"{type(error).__name__}: {error}"
+                self._json({"error": " ".join(told.split())}, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+        def _welcome(self) -> bool:
+            """Whether an address of this machine was asked for; names that others let point here are refused."""
+            port = cast("ThreadingHTTPServer", self.server).server_port
+            names = (LOOPBACK, "localhost")
+            hosts = {f"{name}:{port}" for name in names} | ({*names} if port == HTTP_PORT else set())
+            if self.headers.get("Host") in hosts:
+                return True
+            self.send_error(HTTPStatus.FORBIDDEN)
+            return False
+
+        def _json(self, content: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK) -> None:
+            self._send(json.dumps(content).encode(), "application/json", status)
+
+        def _send(self, body: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+            self.send_response(status)
+            for name, value in (
+                ("Content-Type", kind), ("Content-Length", str(len(body))), ("Content-Security-Policy", policy),
+                ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"),
+            ):  # fmt: skip
+                self.send_header(name, value)
+            with contextlib.suppress(ConnectionError):  # the page has been closed, or has moved on
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: the terminal is the user's."""
+
+    try:
+        return ThreadingHTTPServer((LOOPBACK, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port}: cannot be used ({error}); leave it out for any that is free") from None

@@ -1,0 +1,1 @@
+"""Components by name, and the sections of a recipe that hold them."""

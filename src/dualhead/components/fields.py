@@ -1,0 +1,32 @@
+"""Types of fields that components and sections of a recipe share."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from dualhead.errors import UserError
+
+
+def parse_real(value: object) -> float:
+    """A finite number from a number or from text such as `8/255` or `0.031`.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        above, slash, below = str(value).partition("/")
+        number = float(above) / float(below if slash else 1)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise UserError(f"{value!r} is not a number; write it like 0.031 or 8/255") from None
+    if not math.isfinite(number):
+        raise UserError(f"{value!r} is not finite; write a number like 0.031 or 8/255")
+    return number
+
+
+Real = Annotated[float, BeforeValidator(parse_real)]
+"""A float that may also be written as a fraction, for fields of recipes."""

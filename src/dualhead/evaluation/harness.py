@@ -1,0 +1,528 @@
+"""`evaluate`: attacks on a data set, one verdict per sample and attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dualhead.attacks import Attack, LogitsFn, Search, predictions
+from dualhead.attacks import attacks as registry
+from dualhead.components.fields import parse_real
+from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation.diagnostics import (
+    PROBES,
+    check_attacks,
+    check_black_box,
+    check_curve,
+    check_model,
+    described,
+    training_modules,
+)
+from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
+from dualhead.evaluation.model import Subject, check_images, differ, frozen
+from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
+from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
+from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
+from dualhead.noise import Streams
+from dualhead.system.processes import group
+from dualhead.system.runtime import BF16, FLOAT32, Precision, describe_environment, float32_products
+from dualhead.threats import ThreatModel
+
+Spec = str | Mapping[str, Any] | Attack
+
+
+@float32_products()  # TF32 is no float32, and verdicts are float32's
+def evaluate(
+    model: nn.Module,
+    images: Tensor | NDArray[Any],
+    labels: Tensor | NDArray[Any] | Sequence[int],
+    *,
+    threat: ThreatModel,
+    attacks: Sequence[Spec],
+    eps: Sequence[float | str] = (),
+    index: Tensor | NDArray[Any] | Sequence[int] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    precision: Precision = "auto",
+    device: torch.device | str | None = None,
+    class_names: Sequence[str] | None = None,
+    heads: LogitsFn | None = None,
+    save_adversarial: bool = False,
+    output_dir: str | Path | None = None,
+    resume: bool = True,
+    diagnostics: bool = True,
+    progress: EvaluationProgress | None = None,
+    command: str | None = None,
+    subject: Mapping[str, str | None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Measure how robust a classifier is.
+
+    Every attack named here is tried on every sample that is classified correctly without one; the searches within an
+    attack (a suite's parts, targets, restarts) go on with what is left. Only the float32 model's answer to the final
+    example, projected and clamped, counts. A verdict depends on the model, the sample, its index and the seed, not on
+    batch size, order or number of processes, as far as the model's kernels allow (`environment.batch_invariant` in
+    the results says whether they do here).
+
+    In a group of processes (`dualhead.system.processes`) each calls this with the same arguments, searches its share of
+    the samples, and returns the whole; the first one writes.
+
+    Args:
+        model: images float32 [B, C, H, W] in [0, 1] to logits [B, K], or to anything with `.logits`; evaluated in eval
+            mode, and left as it was found.
+        images: uint8, or floating in [0, 1], [N, C, H, W].
+        labels: integers [N] in [0, K).
+        threat: norm and budget.
+        attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
+        eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
+        index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
+        batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.
+        seed: of all random numbers.
+        precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for bf16 where it is faster here.
+        device: None for where the model is; else the model is moved there.
+        class_names: for the results; None for numbers.
+        heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
+            where there is one.
+        save_adversarial: keep the adversarial examples in `samples.npz`.
+        output_dir: where to write `results.json` and `samples.npz`, and to keep what is found out on the way.
+        resume: go on with what lies there; False begins anew.
+        diagnostics: look for signs that the results cannot be believed; costs about 1,600 passes on a robust model.
+        progress: told how far it is.
+        command: the command line, for the results.
+        subject: what was evaluated (stage, checkpoint and output of a run), for the results.
+        stop: asked again and again; when true, what is under way is put on disk and `Interrupted` raised.
+
+    Raises:
+        UserError: for images, labels or attacks that do not fit, or an output folder of another evaluation.
+        Interrupted: when stopped.
+    """
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    check_images(images, labels)
+    index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
+    if index.shape != labels.shape or len(set(index.tolist())) != len(index):
+        raise UserError(f"index must name each of the {len(images)} samples once")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    built = _build(attacks)
+    if device is not None:
+        model.to(device)
+    came_training = bool(training_modules(model))
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+        work = _Work(
+            Subject(model, heads, batch_size),
+            images.cpu(),
+            labels.to("cpu", torch.int64),
+            index.to("cpu", torch.int64),
+            threat,
+            built,
+            [parse_real(value) for value in eps],
+            seed,
+            progress or Silent(),
+            save_adversarial,
+            came_training,
+            stop,
+        )
+        names = list(class_names) if class_names is not None else [str(k) for k in range(work.num_classes)]
+        if len(names) < work.num_classes:
+            raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
+        work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
+        evaluation = work.run(names, {"command": command, "subject": dict(subject or {})}, diagnostics)
+    if output_dir is not None:
+        folder = output_dir
+        work.group.lead(lambda: evaluation.save(folder))
+    return evaluation
+
+
+def check_interval(device: torch.device) -> int:
+    """Steps between looks at what a search found: on an accelerator each look waits for it, on the CPU none does."""
+    return 1 if device.type == "cpu" else 5
+
+
+def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
+    """Attacks by label."""
+    if isinstance(specs, str | Mapping):
+        raise UserError(f"attacks must be a list, as in attacks=[{specs!r}]")
+    built: dict[str, Attack] = {}
+    for place, spec in enumerate(specs):
+        attack = registry.build(spec, f"attacks.{place}")
+        if attack.label in (*built, "worst", "clean"):
+            raise UserError(f"attacks.{place}: {attack.label} is named twice")
+        built[attack.label] = attack
+    return built
+
+
+@dataclass
+class _Found:
+    """What one process found of one attack."""
+
+    tries: dict[int, tuple[int, Outcome]]  # sample to the part that fooled it, and how
+    costs: dict[int, Cost]
+    seconds: dict[int, float]
+
+
+class _Work:
+    """One call of `evaluate`."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        images: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        threat: ThreatModel,
+        attacks: dict[str, Attack],
+        radii: Sequence[float],
+        seed: int,
+        progress: EvaluationProgress,
+        keep_examples: bool,
+        came_training: bool,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.subject, self.threat, self.attacks = subject, threat, attacks
+        self.seed, self.progress, self.keep_examples = seed, progress, keep_examples
+        self.came_training, self.stop = came_training, stop
+        self.group = group()
+        self.rank, self.world = self.group.rank, self.group.world
+        self.mine = np.arange(self.rank, len(images), self.world)
+        self.samples = Samples(images, labels, self._clean(images), index)
+        self.num_classes = self.samples.clean.shape[1]
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise UserError(
+                f"labels must lie in 0 to {self.num_classes - 1}, since the model gives {self.num_classes} logits; "
+                f"got {int(labels.min())} to {int(labels.max())}"
+            )
+        self.num_heads = subject.query().num_heads(self.samples.fetch(torch.arange(1), subject.device))
+        self.threats = {radius: replace(threat, eps=radius) if radius else None for radius in radii}
+        for asked in (threat, *self.threats.values()):  # what cannot be done is refused now, not hours later
+            for attack in attacks.values() if asked else ():
+                attack.parts(self.num_classes, cast("ThreatModel", asked), self.num_heads)
+        self.correct = (predictions(self.samples.clean) == labels).numpy()
+
+    def _clean(self, images: Tensor) -> Tensor:
+        """Float32 logits of all clean images, each process computing its own."""
+        subject = self.subject
+        shares = []
+        for rows in torch.split(torch.from_numpy(self.mine), subject.batch_size):
+            logits = subject.verify(Samples.images_at(images, rows, subject.device))
+            if logits.ndim != 2 or logits.shape[1] < 2:
+                raise UserError(f"the model must give logits [B, C] with C at least 2, got {list(logits.shape)}")
+            shares.append(logits.cpu())
+        gathered = [part for part in self.group.gather(torch.cat(shares) if shares else None) if part is not None]
+        clean = torch.empty(len(images), gathered[0].shape[1])
+        for rank, part in enumerate(gathered):
+            clean[rank :: self.world] = part
+        return clean
+
+    def open_journal(self, folder: Path | None, precision: Precision, *, resume: bool) -> None:
+        """Go on with what lies in the folder, and settle the precision of the search."""
+        samples = self.samples
+        identity = {
+            "weights": weights_fingerprint(self.subject.model),
+            "data": data_fingerprint(samples.images, samples.labels, samples.keys),
+            "norm": self.threat.norm,
+            "seed": self.seed,
+            "precision": precision,
+            "adversarial examples": self.keep_examples,
+        }
+        first = self.group.first
+
+        def begin() -> None:
+            self.journal = Journal(
+                folder, identity, resume=resume, rank=self.rank, world=self.world, examples=self.keep_examples
+            )
+
+        self.group.agreed(lambda: begin() if first else None)
+        self.group.agreed(lambda: None if first else begin())  # a folder that is begun anew has been emptied by now
+
+        rows = torch.arange(min(self.subject.batch_size, len(samples.labels)))
+        x, y = samples.fetch(rows, self.subject.device), samples.labels[rows].to(self.subject.device)
+
+        def settle() -> dict[str, Any]:
+            self.subject.settle(precision, x, y, self._most_passes())
+            return {
+                "precision": self.subject.arithmetic.name,
+                "layout": self.subject.layout,
+                "seconds_per_image": {name: round(seconds, 8) for name, seconds in self.subject.timings.items()},
+                "batch_size": self.subject.batch_size,
+                "forward_batch_size": self.subject.forward_batch_size,
+                "batch_invariant": self.subject.batch_invariant(x, y),
+            }
+
+        self.settled = self.group.lead(lambda: self.journal.fact("arithmetic", settle))
+        self._check_answers()
+        self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
+        self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
+        self.subject.forward_batch_size = min(self.subject.forward_batch_size, self.settled["forward_batch_size"])
+
+    def _said(self) -> Tensor:
+        """Float32 logits of the first samples, with NaN for what is not finite: JSON has one word for all of it."""
+        rows = torch.arange(min(PROBES, len(self.samples.labels)))
+        logits = self.subject.verify(self.samples.fetch(rows, self.subject.device)).cpu()
+        return torch.where(logits.isfinite(), logits, torch.nan)
+
+    def _check_answers(self) -> None:
+        """Refuse to go on with what was found out of a model that answered otherwise.
+
+        Its weights have been compared; but a model's answers also depend on what is in no state dict: constants, the
+        mean and standard deviation that it normalises with, its code. One that is random cannot be told from another.
+        """
+        said = self._said()
+        kept = self.group.lead(lambda: self.journal.fact("logits of the first samples", said.tolist))
+        before = torch.tensor(np.array(kept, np.float32))
+        if differ(before, said, 1e-3) and not differ(said, self._said(), 1e-4):
+            raise UserError(
+                f"{self.journal.folder} holds what was found out of a model that gave other logits for the same images "
+                "with the same weights; choose another --output, or --overwrite it"
+            )
+
+    def _most_passes(self) -> int:
+        """Steps of one process, if nothing were fooled."""
+        threats = {self.threat, *self.threats.values()} - {None}
+        parts = [
+            part
+            for threat in cast("set[ThreatModel]", threats)
+            for attack in self.attacks.values()
+            for part in attack.parts(self.num_classes, threat, self.num_heads)
+        ]
+        return len(self.mine) * sum(part.jobs(self.num_classes) * part.max_steps() for part in parts)
+
+    def _diagnose_model(self) -> list[dict[str, str]]:
+        """Checks before the attacks, by the first process."""
+
+        def check() -> list[dict[str, str]]:
+            return described(check_model(self.subject, self.samples, self.correct, self.came_training))
+
+        return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact("checks before", check)))
+
+    def _diagnose_attacks(
+        self, verdicts: dict[str, Verdicts], records: dict[str, dict[str, Any]], curve: list[dict[str, Any]]
+    ) -> list[dict[str, str]]:
+        """Checks after the attacks, by the first process.
+
+        Args:
+            verdicts: what each attack left.
+            records: passes and successes of each attack's parts.
+            curve: robust accuracy over eps.
+        """
+        gradient_free = {
+            name: {
+                number
+                for number, part in enumerate(record["parts"])
+                if part["forward_passes"] and not part["backward_passes"]
+            }
+            for name, record in records.items()
+        }
+        with_gradients = any(part["backward_passes"] for record in records.values() for part in record["parts"])
+
+        def probe() -> list[dict[str, str]]:
+            return described(check_attacks(self.subject, self.samples, self.correct, self.threat, self.seed))
+
+        findings = self.group.lead(lambda: self.journal.fact(f"checks after at eps {self.threat.eps!r}", probe))
+        white, black = np.zeros_like(self.correct), np.zeros_like(self.correct)
+        for name, verdict in verdicts.items():
+            blind = np.isin(verdict.part, list(gradient_free[name]))
+            black |= blind
+            white |= (verdict.part >= 0) & ~blind
+        if any(gradient_free.values()) and with_gradients:
+            findings = findings + described(check_black_box(white, black))
+        if len(curve) > 1:
+            findings = findings + described(check_curve(curve, len(self.correct)))
+        return cast("list[dict[str, str]]", findings)
+
+    def run(self, class_names: list[str], origin: dict[str, Any], diagnostics: bool) -> Evaluation:
+        """All attacks at all budgets; `origin` goes into the results as it is."""
+        begun = time.perf_counter()
+        findings = self._diagnose_model() if diagnostics else []
+        records, verdicts = {}, {}
+        for name, attack in self.attacks.items():
+            verdicts[name], records[name] = self._attack(attack, self.threat)
+        evaluation = Evaluation(
+            self.samples.keys.numpy(),
+            self.samples.labels.numpy(),
+            predictions(self.samples.clean).numpy(),
+            verdicts,
+            {},
+        )
+        correct = evaluation.correct
+        curve = []
+        for radius, threat in sorted(self.threats.items()):
+            curve.append({"eps": radius, **self._at(threat, correct)})
+        if diagnostics:
+            findings += self._diagnose_attacks(verdicts, records, curve)
+        evaluation.results = {
+            "num_samples": len(self.correct),
+            "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
+            **accuracies(correct),
+            "attacks": records,
+            "curve": curve,
+            "per_class": per_class(correct, evaluation.labels, class_names),
+            "diagnostics": findings,
+            "environment": {
+                **describe_environment(self.subject.device),
+                **self.settled,
+                "processes": self.world,
+            },
+            "seconds": time.perf_counter() - begun,
+            "seed": self.seed,
+            **origin,
+        }
+        return evaluation
+
+    def _at(self, threat: ThreatModel | None, correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
+        """Accuracies under another threat model; None is no threat."""
+        if threat == self.threat:
+            columns = correct
+        elif threat is None:
+            columns = dict.fromkeys(correct, self.correct)
+        else:
+            found = {name: self._attack(attack, threat)[0].robust for name, attack in self.attacks.items()}
+            columns = {"clean": self.correct, **found}
+            columns["worst"] = cast("NDArray[np.bool_]", np.logical_and.reduce(list(columns.values())))
+        both = accuracies(columns)
+        return {key: both[key] for key in ("robust_accuracy", "intervals")}
+
+    def _attack(self, attack: Attack, threat: ThreatModel) -> tuple[Verdicts, dict[str, Any]]:
+        """One attack on all samples: what each process found, put together."""
+        parts = attack.parts(self.num_classes, threat, self.num_heads)
+        shares = cast("list[_Found]", self.group.gather(self._attack_mine(attack, parts, threat)))
+        count = len(self.correct)
+        numbers = {key: np.full(count, -1) for key in ("part", "job", "steps")}
+        clean = predictions(self.samples.clean).numpy()
+        empty = np.full(count, np.nan)
+        verdicts = Verdicts(self.correct.copy(), empty, **numbers, margin=empty.copy(), prediction=clean)
+        tries = {sample: outcome for found in shares for sample, outcome in found.tries.items()}
+        for sample, (part, outcome) in tries.items():
+            verdicts.robust[sample] = False
+            verdicts.part[sample], verdicts.job[sample], verdicts.steps[sample] = part, outcome.job, outcome.steps
+            verdicts.distance[sample], verdicts.margin[sample] = outcome.distance, outcome.margin
+            verdicts.prediction[sample] = outcome.taken_for
+        if self.keep_examples:
+            verdicts.adversarial_rows = np.array(sorted(tries), np.int64)
+            examples = [cast("Tensor", tries[sample][1].example).numpy() for sample in sorted(tries)]
+            shape = self.samples.images.shape[1:]
+            verdicts.adversarial = np.stack(examples) if examples else np.empty((0, *shape), np.float32)
+        return verdicts, self._record(attack, parts, shares, verdicts)
+
+    def _record(
+        self, attack: Attack, parts: Sequence[Search], shares: list[_Found], verdicts: Verdicts
+    ) -> dict[str, Any]:
+        """Passes, seconds and successes of an attack and of its parts."""
+        entries, left = [], int(self.correct.sum())
+        for number, part in enumerate(parts):
+            costs = [found.costs[number] for found in shares]
+            fooled = int((verdicts.part == number).sum())
+            left -= fooled
+            entries.append(
+                {
+                    "name": part.label,
+                    "seconds": max(found.seconds[number] for found in shares),
+                    **{f"{key}_passes": sum(getattr(cost, key) for cost in costs) for key in asdict(Cost())},
+                    "fooled": fooled,
+                    "robust_accuracy": left / len(self.correct),
+                }
+            )
+        keys = ("seconds", *(f"{key}_passes" for key in asdict(Cost())), "fooled")
+        return {
+            **{key: sum(entry[key] for entry in entries) for key in keys},
+            "parts": entries,
+            "notes": attack.notes(self.num_classes),
+            "parameters": registry.describe(attack),
+            "needs_heads": attack.needs_heads,
+        }
+
+    def _attack_mine(self, attack: Attack, parts: Sequence[Search], threat: ThreatModel) -> _Found:
+        """One attack on this process's samples."""
+        task = f"{threat.norm} {threat.eps!r} {registry.describe(attack)!r}"
+        streams = Streams.of(self.seed, self.samples.keys).fork(attack.registered_name)
+        found = _Found({}, {}, {})
+        for number, part in enumerate(parts):
+            where = (task, number)
+            label = attack.label if len(parts) == 1 else f"{attack.label}: {part.label}"
+            left = [sample for sample in self.mine.tolist() if self.correct[sample] and sample not in found.tries]
+            self._hunt(part, threat, streams.fork(number), left, where, label)
+            for sample, outcome in self.journal.first_successes(where, left).items():
+                found.tries[sample] = (number, outcome)
+            found.costs[number], found.seconds[number] = self.journal.costs[where], self.journal.seconds[where]
+        return found
+
+    def _hunt(
+        self,
+        part: Search,
+        threat: ThreatModel,
+        streams: Streams,
+        left: list[int],
+        where: tuple[str, int],
+        label: str,
+    ) -> None:
+        """One part on what is left, journalled as it goes."""
+        jobs, known = part.jobs(self.num_classes), self.journal.tries[where].values()
+        report = Reporter(self.progress, label, left, jobs, len(self.mine), known)
+        since = time.perf_counter()
+        spent = Cost()
+        ended: list[Try] = []
+
+        def account() -> None:
+            nonlocal since, spent
+            self._journal_tries(where, ended)
+            ended.clear()
+            now, cost = time.perf_counter(), hunt.cost
+            self.journal.add_cost(
+                where, now - since, Cost(**{key: value - getattr(spent, key) for key, value in asdict(cost).items()})
+            )
+            since, spent = now, replace(cost)
+            self.journal.write()
+
+        def record(outcome: Try) -> None:
+            ended.append(outcome)
+            if self.journal.due() or len(ended) >= self.subject.batch_size:
+                account()
+            report.outcome(outcome)
+
+        def look(under_way: float) -> None:
+            stopped = self.stop()
+            if self.journal.flight_due() or (stopped and self.journal.folder is not None):
+                account()
+                self.journal.write_flight(where, hunt.in_flight())
+            if stopped:
+                raise Interrupted(f"stopped in {label}; the same command goes on from there")
+            report.look(under_way)
+
+        hunt = Hunt(
+            part,
+            threat,
+            self.subject,
+            self.samples,
+            streams,
+            left,
+            known=self.journal.known(where),
+            check_every=check_interval(self.subject.device),
+            on_try=record,
+            on_round=look,
+            flight=self.journal.flight(where),
+        )
+        try:
+            hunt.run()
+        finally:
+            if hunt.cost != spent or ended:
+                account()
+
+    def _journal_tries(self, where: tuple[str, int], ended: Sequence[Try]) -> None:
+        """Write down tries that have ended, with what the model takes each example for, asked in one batch."""
+        examples = [found.example for found in ended if found.fooled and found.example is not None]
+        wrong: list[int] = []
+        if examples:
+            labels = self.samples.labels[[found.sample for found in ended if found.fooled]]
+            logits = self.subject.verify(torch.stack(examples).to(self.subject.device)).cpu()
+            # They are known to be misclassified. Another batch may round a tie otherwise, and must not undo that.
+            wrong = predictions(logits.scatter(1, labels[:, None], -torch.inf)).tolist()
+        taken = iter(wrong)
+        for found in ended:
+            self.journal.add(where, Outcome(**vars(found), taken_for=next(taken) if found.fooled else -1))

@@ -1,0 +1,275 @@
+"""The model under evaluation: frozen, asked in float32 for verdicts and, where it pays, in bf16 for the search."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.attacks import LogitsFn, Query
+from dualhead.attacks.losses import cross_entropy
+from dualhead.errors import UserError
+from dualhead.models.base import logits_of
+from dualhead.system.runtime import BF16, FLOAT32, Arithmetic, Precision, set_layout, synchronize
+
+ROWS = 8
+"""Batches are padded to a multiple of this many rows. Matrix kernels treat the last few rows of a batch differently,
+in another order of summation, so that an image's logits would depend in the last bit on how many images it came with,
+and a sign of a gradient with it. Measured with oneDNN on AVX512: with multiples of 4 rows logits and gradients are
+equal to the bit for every batch size from 4 to 64 and every order; 8 leaves room for wider kernels. `batch_invariant`
+checks it for the model at hand."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients of its parameters; both are put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model lies: its first parameter or buffer decides."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def padded(count: int, unit: int = ROWS) -> int:
+    """The next multiple of `unit`."""
+    return -(-count // unit) * unit
+
+
+def pad_rows(x: Tensor, unit: int = ROWS) -> Tensor:
+    """Rows [B, ...] with copies of the first up to a multiple of `unit`."""
+    missing = padded(x.shape[0], unit) - x.shape[0]
+    return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing else x
+
+
+def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
+    """Images to the logits of all heads and, last, of the aggregate, [B, H + 1, C]; None if there are no heads."""
+    if heads is None and not hasattr(model, "head_logits"):
+        return None
+    ask = cast("LogitsFn", heads or model.head_logits)
+    aggregator = getattr(model, "aggregate", None) if heads is None else None
+
+    def outputs(x: Tensor) -> Tensor:
+        each = ask(x)
+        whole = logits_of(model(x)) if aggregator is None else aggregator(each)
+        return torch.cat((each, whole[:, None]), 1)  # of the wider type: an aggregate is float32 also beside bf16
+
+    return outputs
+
+
+def _padded_call(function: LogitsFn, x: Tensor) -> Tensor:
+    return function(pad_rows(x))[: x.shape[0]]
+
+
+def differ(first: Tensor, second: Tensor, share: float) -> bool:
+    """Whether logits differ by more than a share of the largest one; NaN equals NaN."""
+    largest = float(first.abs().nan_to_num(0.0, 0.0, 0.0).amax())
+    return not torch.allclose(first, second, rtol=0.0, atol=share * max(largest, 1e-6), equal_nan=True)
+
+
+class Subject:
+    """Access to a frozen model in the two ways that an evaluation needs.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] to logits, or to anything that `logits_of` reads.
+        heads: images to the logits of all heads [B, H, C]; None for the model's own `head_logits`, if it has one.
+        batch_size: images at once at most, rounded up to a multiple of `ROWS`.
+    """
+
+    def __init__(self, model: nn.Module, heads: LogitsFn | None, batch_size: int) -> None:
+        self.model = model
+        self.device = device_of(model)
+        self.batch_size = self.forward_batch_size = padded(batch_size)
+        self.arithmetic: Arithmetic = FLOAT32
+        self.timings: dict[str, float] = {}
+        self._heads = heads
+        self._search_model, self._layout = model, torch.contiguous_format
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the search sees less than float32."""
+        return self.arithmetic != FLOAT32
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of the float32 model [B, C], which alone decide; with a graph if gradients are enabled."""
+        return _padded_call(lambda images: logits_of(self.model(images)).float(), x)
+
+    def verify(self, x: Tensor) -> Tensor:
+        """`logits` in batches of `batch_size`, without a graph."""
+        with torch.no_grad():
+            return torch.cat([self.logits(chunk) for chunk in torch.split(x, self.batch_size)])
+
+    @property
+    def layout(self) -> str:
+        """How the search lays out images in memory."""
+        return str(self._layout).removeprefix("torch.")
+
+    def query(self) -> Query:
+        """The model as the search sees it."""
+        model, outputs = self._search_model, outputs_of(self._search_model, self._heads)
+        # Somebody's own function of the images may not take another layout.
+        layout = self._layout if self._heads is None else torch.contiguous_format
+        return Query(
+            self._searching(lambda x: logits_of(model(x)), self._layout),
+            None if outputs is None else self._searching(outputs, layout),
+        )
+
+    def _searching(self, function: LogitsFn, layout: torch.memory_format) -> LogitsFn:
+        def ask(x: Tensor) -> Tensor:
+            with self.arithmetic.autocast(self.device):
+                return function(x.contiguous(memory_format=layout)).float()
+
+        return lambda x: _padded_call(ask, x)
+
+    def use(self, arithmetic: Arithmetic, example: Tensor) -> None:
+        """Search in this arithmetic from now on. Verdicts stay with the float32 model, which is left as it is.
+
+        The search asks a copy whose convolutions are laid out channels last where that suits the device: always in
+        bf16, and on a CPU in float32 too (measured with oneDNN on AVX512: 1.6 times faster forwards on a small
+        WideResNet). A model that cannot be copied, or cannot take images so, is asked as it is.
+
+        Args:
+            arithmetic: of the search.
+            example: some images to try the copy on.
+        """
+        self.arithmetic = arithmetic
+        self._search_model, self._layout = self.model, torch.contiguous_format
+        if arithmetic == FLOAT32 and self.device.type != "cpu":
+            return
+        try:
+            copied = copy.deepcopy(self.model)
+            set_layout(copied, torch.channels_last)
+            images = pad_rows(example[:ROWS]).contiguous(memory_format=torch.channels_last)
+            images = images.detach().requires_grad_()
+            logits = logits_of(copied(images)).float()
+            if logits.requires_grad:
+                torch.autograd.grad(logits.sum(), images, allow_unused=True)
+        except Exception:  # whatever somebody else's model may raise; the layout in the results says what was used
+            return
+        with torch.no_grad():
+            expected = self.logits(example[:ROWS])
+        if not differ(expected, logits.detach()[: len(expected)], 1e-3):
+            self._search_model, self._layout = copied, torch.channels_last
+
+    def settle(self, precision: Precision, x: Tensor, y: Tensor, work: int) -> None:
+        """Choose precision and batch sizes for speed, none of which changes what a verdict means.
+
+        Under `auto` the search runs in bf16 if that is at least 1.2 times faster here. The batch grows from 32, up to
+        `batch_size`, while that makes an image cheaper: on a CPU a batch that outgrows the cache is slower. A size is
+        tried only if that costs little beside the work.
+
+        Args:
+            precision: what was asked for.
+            x: at least one image.
+            y: its label.
+            work: passes that lie ahead at most.
+        """
+        sizes = [size for size in (32 * 2**k for k in range(16)) if size < self.batch_size] + [self.batch_size]
+        self.use(BF16 if precision == "bf16" else FLOAT32, x)
+        if precision == "auto":
+            for arithmetic in (FLOAT32, BF16):
+                self.use(arithmetic, x)
+                self.timings[arithmetic.name] = self.seconds_per_image(x, y, sizes[0])
+            self.use(BF16 if self.timings["bf16"] * 1.2 < self.timings["float32"] else FLOAT32, x)
+        affordable = [size for size in sizes if size <= 0.005 * work]
+        if not affordable:
+            self.batch_size = self.forward_batch_size = sizes[0]
+            return
+        best = math.inf
+        for size in affordable:
+            seconds = self.seconds_per_image(x, y, size)
+            if seconds > 0.95 * best:
+                break
+            best, self.batch_size = seconds, size
+        # The largest of nearly the best: a batch that is not full, or costs its search something, then weighs less.
+        forward = {size: self.seconds_per_image(x, y, size, backward=False) for size in affordable}
+        self.forward_batch_size = max(size for size in affordable if forward[size] <= 1.1 * min(forward.values()))
+
+    def _gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query().gradient(x, lambda logits: cross_entropy(logits, y))
+
+    def seconds_per_image(
+        self, x: Tensor, y: Tensor, size: int, *, backward: bool = True, budget: float = 0.15
+    ) -> float:
+        """The best time of a pass of the search: forward, and back to the images unless told otherwise.
+
+        Args:
+            x: at least one image.
+            y: its label.
+            size: images at once; those of x, again and again.
+            backward: both passes, or the forward one alone.
+            budget: seconds to measure for, about.
+
+        Returns:
+            Seconds; infinite if memory does not suffice. The first pass, a warm-up, does not count.
+        """
+        rows = torch.arange(size, device=x.device) % len(x)
+        x, y = x[rows], y[rows]
+        query, begun = self.query(), time.perf_counter()
+        times: list[float] = []
+        try:
+            while len(times) < 3 or (len(times) < 10 and time.perf_counter() - begun < budget):
+                start = time.perf_counter()
+                if backward:
+                    query.gradient(x, lambda logits: cross_entropy(logits, y))
+                else:
+                    query.logits(x)
+                synchronize(self.device)
+                times.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            return math.inf
+        return min(times[1:]) / size
+
+    def batch_invariant(self, x: Tensor, y: Tensor) -> bool:
+        """Whether logits and gradients are equal to the bit in a batch of `ROWS` and in all of x, in another order."""
+        if x.shape[0] <= ROWS:
+            return True
+        order = torch.arange(x.shape[0] - 1, -1, -1, device=x.device)
+        few, many = self._gradient(x[:ROWS], y[:ROWS]), self._gradient(x[order], y[order])
+        back = order[:ROWS]
+        return all(torch.equal(a, b[back]) for a, b in zip(few, many, strict=True))
+
+
+def check_images(images: Tensor, labels: Tensor) -> None:
+    """Refuse what cannot be evaluated.
+
+    Raises:
+        UserError: for wrong shapes or types, or images outside [0, 1].
+    """
+    if images.ndim != 4:
+        raise UserError(f"images must have shape [N, C, H, W], got {list(images.shape)}")
+    if not len(images):
+        raise UserError("there are no images to evaluate on")
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"labels must have shape [{len(images)}], one per image, got {list(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise UserError(f"labels must be integers, got {labels.dtype}")
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise UserError(f"images must be uint8, or floating point in [0, 1], got {images.dtype}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise UserError(
+            f"images must lie in [0, 1], got values from {low:g} to {high:g}; divide by 255, leave normalisation to "
+            "the model, and give the raw images"
+        )

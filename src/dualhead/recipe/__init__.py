@@ -1,0 +1,23 @@
+"""The recipe: what a run is, as data."""
+
+from dualhead.recipe.schema import (
+    REGISTRIES,
+    Recipe,
+    Runtime,
+    Statistics,
+    load_recipe,
+    parse_recipe,
+    read_recipe_file,
+    shipped_recipes,
+)
+
+__all__ = [
+    "REGISTRIES",
+    "Recipe",
+    "Runtime",
+    "Statistics",
+    "load_recipe",
+    "parse_recipe",
+    "read_recipe_file",
+    "shipped_recipes",
+]

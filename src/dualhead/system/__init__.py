@@ -1,0 +1,1 @@
+"""The machine: devices, arithmetic, processes, files."""

@@ -1,0 +1,264 @@
+"""Runs side by side: means over seeds, the Pareto front at equal cost, and which tests pair what."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+
+from dualhead.commands.compare import Entry, read_entries, standings
+from dualhead.errors import UserError
+from dualhead.evaluation import mcnemar, wilson
+from dualhead.recipe.schema import load_recipe
+from helpers.evaluation import COLUMNS, evaluation_of
+
+
+def entry(name, clean, robust, *, flops, seed=0, **kind):
+    return Entry(name, name, "", True, seed, evaluation_of(clean, robust, **kind), 10, flops, flops / 4, 1.0)
+
+
+def test_the_front_is_taken_at_equal_or_lower_cost():
+    found = standings([
+        entry("base", 120, 60, flops=100), entry("worse", 110, 60, flops=104), entry("dear", 140, 80, flops=300),
+        entry("robust", 100, 70, flops=100),
+    ])  # fmt: skip
+    assert [row["pareto"] for row in found["rows"]] == [True, False, True, True]
+    assert [row["training_cost"]["forward_equivalents"] for row in found["rows"]] == [25, 26, 75, 25]
+
+
+@pytest.mark.parametrize(("flops", "front"), [(104, False), (106, True)])
+def test_what_costs_five_percent_more_is_no_rival(flops, front):
+    found = standings([entry("cheap", 110, 60, flops=100), entry("better", 120, 70, flops=flops)])
+    assert [row["pareto"] for row in found["rows"]] == [front, True]
+
+
+def test_seeds_that_agree_by_chance_leave_an_interval():
+    (row,) = standings([entry("a", 120, 60, flops=1, seed=seed) for seed in range(2)])["rows"]
+    low, high = row["intervals"]["pgd-40"]
+    assert low < row["robust_accuracy"]["pgd-40"] - 0.005
+    assert high > row["robust_accuracy"]["pgd-40"] + 0.005
+
+
+def test_one_run_each_is_paired_by_mcnemar_and_has_wilsons_interval():
+    found = standings([entry("a", 120, 60, flops=1), entry("b", 130, 50, flops=1)])
+    assert found["rows"][0]["intervals"]["clean_accuracy"] == list(wilson(120, 200))
+    by_hand = mcnemar(np.arange(200) < 120, np.arange(200) < 130)
+    clean = found["pairs"][0]
+    assert (clean["accuracy"], clean["p_value"], clean["interval"]) == (
+        "clean",
+        by_hand.p_value,
+        list(by_hand.interval),
+    )
+    assert [pair["verdict"] for pair in found["pairs"]] == ["gain", "loss", "loss"]
+
+
+def test_several_seeds_give_students_interval_and_a_paired_t_test():
+    pairs = [(120, 131), (110, 119), (115, 125)]
+    entries = [entry("a", a, 60, flops=1, seed=seed) for seed, (a, _) in enumerate(pairs)]
+    entries += [entry("b", b, 60, flops=1, seed=seed) for seed, (_, b) in enumerate(pairs)]
+    found = standings(entries)
+    differences = np.array([11, 9, 10]) / 200
+    clean = found["pairs"][0]
+    assert clean["difference"] == pytest.approx(differences.mean())
+    reach = 4.302653 * differences.std(ddof=1) / math.sqrt(3)
+    assert clean["interval"] == pytest.approx([differences.mean() - reach, differences.mean() + reach])
+    assert clean["verdict"] == "gain"
+    low, high = found["rows"][0]["intervals"]["clean_accuracy"]
+    spread = 4.302653 * np.std([0.6, 0.55, 0.575], ddof=1) / math.sqrt(3)
+    assert (low, high) == pytest.approx((0.575 - spread, 0.575 + spread))
+    assert found["pairs"][1]["verdict"] == "undecided"
+    gained = np.zeros(200)  # the share of three seeds by which b is right where a is not
+    for (a, b), third in zip(pairs, (1 / 3,) * 3, strict=True):
+        gained[a:b] += third
+    reach = 1.959964 * gained.std(ddof=1) / math.sqrt(200)
+    assert clean["images_interval"] == pytest.approx([0.05 - reach, 0.05 + reach])
+
+
+def shuffled(entry, order):
+    """An entry whose images were met in another order."""
+    old = entry.evaluation
+    verdicts = {
+        name: replace(verdict, **{column: getattr(verdict, column)[order] for column in COLUMNS})
+        for name, verdict in old.verdicts.items()
+    }
+    arrays = {name: getattr(old, name)[order] for name in ("index", "labels", "clean_prediction")}
+    return replace(entry, evaluation=replace(old, verdicts=verdicts, **arrays))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_order_of_an_evaluations_samples_does_not_matter(seeds):
+    order = np.random.default_rng(0).permutation(200)
+    first = [entry("a", 120, 60 + seed, flops=1, seed=seed) for seed in range(seeds)]
+    second = [entry("b", 131, 50 - seed, flops=1, seed=seed) for seed in range(seeds)]
+    reordered = [shuffled(each, order) for each in second]
+    assert standings([*first, *reordered])["pairs"] == standings([*first, *second])["pairs"]
+
+
+def faced(entry, attack, robust):
+    """An entry that was attacked by something else too, which leaves the first so many images."""
+    verdict = next(iter(entry.evaluation.verdicts.values()))
+    entry.evaluation.verdicts[attack] = replace(verdict, robust=np.arange(200) < robust)
+    return entry
+
+
+def test_what_only_merged_heads_can_face_counts_where_it_was_run():
+    found = standings([
+        faced(entry("base", 120, 60, flops=1), "square", 10),
+        faced(entry("merged", 130, 70, flops=1), "multihead-20", 40),
+    ])  # fmt: skip
+    assert [row["robust_accuracy"] for row in found["rows"]] == [
+        {"pgd-40": 0.3, "worst": 0.3}, {"pgd-40": 0.35, "multihead-20": 0.2, "worst": 0.2},
+    ]  # fmt: skip
+    assert [(pair["accuracy"], pair["verdict"]) for pair in found["pairs"]] == [
+        ("clean", "gain"), ("pgd-40", "gain"), ("worst", "loss"),
+    ]  # fmt: skip
+    assert found["notes"] == [
+        "square was run on 1 of 2 and is left out",
+        "multihead-20 was run on 1 of 2 and counts in worst there; an attack that all can face, such as autoattack, "
+        "compares them alike",
+    ]
+
+
+def test_seeds_that_agree_by_chance_decide_nothing():
+    seeds = [(120, 121), (110, 111)]
+    entries = [entry("a", a, 60, flops=1, seed=seed) for seed, (a, _) in enumerate(seeds)]
+    entries += [entry("b", b, 60, flops=1, seed=seed) for seed, (_, b) in enumerate(seeds)]
+    clean = standings(entries)["pairs"][0]
+    assert clean["difference"] == pytest.approx(1 / 200)
+    assert clean["verdict"] == "undecided"
+    assert clean["p_value"] > 0.2
+    same = standings([entry(name, 120, 60, flops=1, seed=seed) for name in "ab" for seed in (0, 1)])["pairs"][0]
+    assert (same["difference"], same["p_value"], same["verdict"]) == (0.0, 1.0, "undecided")
+
+
+def test_one_seed_in_common_is_paired_by_mcnemar_and_none_is_told():
+    two = [entry("a", 120, 60, flops=1, seed=seed) for seed in (0, 1)]
+    found = standings([*two, entry("b", 130, 50, flops=1, seed=1)])
+    assert {pair["test"] for pair in found["pairs"]} == {"McNemar, exact, seed 1"}
+    assert [pair["verdict"] for pair in found["pairs"]] == ["gain", "loss", "loss"]
+    found = standings([*two, entry("b", 130, 50, flops=1, seed=2)])
+    assert (found["pairs"], found["notes"]) == ([], ["b and a have no seed in common, and are not compared in pairs"])
+
+
+def test_what_an_unknown_cost_bought_dominates_nothing_that_is_known():
+    found = standings([entry("cheap", 120, 60, flops=100), replace(entry("found", 150, 90, flops=1), flops=None)])
+    assert [row["pareto"] for row in found["rows"]] == [True, True]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    make_run(tmp_path / "x" / "digits", 0, 100)
+    make_run(tmp_path / "y" / "digits", 0, 120, lambda recipe: recipe["threat"].update(eps=0.2))
+    found = standings(read_entries([tmp_path / "x/digits", tmp_path / "y/digits"]))
+    assert [row["name"] for row in found["rows"] if row["deployed"]] == ["x/digits: DH-AT", "y/digits: DH-AT"]
+    assert {(pair["reference"], pair["name"]) for pair in found["pairs"]} == {("x/digits", "y/digits")}
+
+
+def test_what_was_measured_otherwise_is_refused():
+    with pytest.raises(UserError, match="no attack was run on all of them"):
+        standings([entry("a", 9, 9, flops=1), entry("b", 9, 9, flops=1, attack="square")])
+    with pytest.raises(UserError, match="different samples"):
+        standings([entry("a", 9, 9, flops=1), entry("b", 9, 9, flops=1, n=100)])
+    with pytest.raises(UserError, match="same recipe and seed"):
+        standings([entry("a", 9, 9, flops=1), entry("a", 9, 9, flops=1)])
+
+
+def make_run(folder, seed, clean, change=lambda recipe: None):
+    """A finished run of two outputs, and stronger evaluations in it: one of its result, one of head 1."""
+    folder.mkdir(parents=True)
+    recipe = load_recipe("digits", [f"runtime.seed={seed}"]).resolved()
+    change(recipe)
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    cost = {"flops": 8.0, "forward_equivalents": 2.0, "seconds": 1.0}
+    rows = [{"name": name, "parameters": 10, "training_cost": cost} for name in ("head 1", "DH-AT")]
+    (folder / "comparison.json").write_text(json.dumps({"rows": rows}))
+    places = {"evaluation": {}, "evaluation/rows/head_1": {}}
+    places["evaluations/strong"] = {"subject": {"stage": None, "checkpoint": None, "output": None}}
+    places["evaluations/strong_head1"] = {"subject": {"stage": None, "checkpoint": None, "output": "head1"}}
+    for name, more in places.items():
+        made = evaluation_of(clean, 50)
+        made.results |= {"attacks": {"pgd-40": {}}, **more}
+        made.save(folder / name)
+
+
+def test_an_evaluation_in_a_run_stands_for_what_the_run_made(tmp_path):
+    for seed, clean in ((0, 100), (1, 110)):
+        make_run(tmp_path / "guided" / f"seed={seed}", seed, clean)
+    runs = sorted((tmp_path / "guided").iterdir())
+    whole = read_entries([tmp_path / "guided"])
+    assert [(e.label, e.name, e.deployed, e.seed) for e in whole] == [
+        ("guided", name, name == "DH-AT", seed) for seed in (0, 1) for name in ("head 1", "DH-AT")
+    ]
+    strong = read_entries([run / "evaluations" / "strong" for run in runs])
+    assert [(e.label, e.name, e.seed, e.flops) for e in strong] == [("guided", "DH-AT", s, 8.0) for s in (0, 1)]
+    (row,) = standings(strong)["rows"]
+    assert (row["name"], row["seeds"], row["clean_accuracy"]) == ("guided: DH-AT", [0, 1], pytest.approx(105 / 200))
+
+
+def test_an_evaluation_of_another_output_stands_for_that_output(tmp_path):
+    for seed, clean in ((0, 100), (1, 110)):
+        make_run(tmp_path / "guided" / f"seed={seed}", seed, clean)
+    runs = sorted((tmp_path / "guided").iterdir())
+    places = [run / "evaluations" / name for name in ("strong", "strong_head1") for run in runs]
+    found = standings(read_entries(places))
+    assert [(row["name"], row["seeds"]) for row in found["rows"]] == [
+        ("guided: DH-AT", [0, 1]), ("guided, head 1", [0, 1]),
+    ]  # fmt: skip
+    assert all(row["training_cost"]["flops"] == 8.0 for row in found["rows"])
+    assert {(pair["reference"], pair["name"], pair["test"]) for pair in found["pairs"]} == {
+        ("guided", "guided, head 1", "paired t, 2 seeds")
+    }
+    results = places[2] / "results.json"
+    for subject in ({"stage": "main_head"}, {"checkpoint": "last"}, {"output": "head7"}):
+        results.write_text(json.dumps({**json.loads(results.read_text()), "subject": subject}))
+        (alone,) = read_entries([places[2]])
+        assert (alone.flops, alone.name, alone.label) == (None, "", str(places[2]))
+
+
+def test_a_run_from_before_an_option_existed_is_of_the_same_recipe_as_one_that_leaves_it_out(tmp_path):
+    changes = [
+        lambda recipe: None,
+        lambda recipe: recipe["stages"][0].pop("deploy"),
+        lambda recipe: recipe["model"].pop("heads"),
+        lambda recipe: recipe["stages"][1].update(deploy="mean"),
+    ]
+    for seed, change in enumerate(changes):
+        make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, change)
+    rows = standings(read_entries([tmp_path / "runs"]))["rows"]
+    assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1, 2], [3]]
+
+
+def test_how_the_work_was_done_makes_no_other_recipe(tmp_path):
+    changes = [
+        lambda recipe: None,
+        lambda recipe: recipe["data"].update(workers=2, stream=True),
+        lambda recipe: recipe["runtime"].update(save_minutes=3, tensorboard=True),
+        lambda recipe: recipe["stages"][0].update(checkpoint_activations=True),
+        lambda recipe: recipe["stages"][0].update(micro_batch=8),  # with batch norm this one tells in the result
+    ]
+    for seed, change in enumerate(changes):
+        make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, change)
+    rows = standings(read_entries([tmp_path / "runs"]))["rows"]
+    assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1, 2, 3], [4]]
+
+
+def test_runs_on_one_folder_of_images_are_of_the_same_recipe_however_it_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "others"):
+        (tmp_path / name).mkdir()
+    sources = ["images", str(tmp_path / "images"), "others/../images", "others", "hub/images"]
+    for seed, source in enumerate(sources):
+        run = tmp_path / "runs" / f"seed={seed}"
+        make_run(run, seed, 100, lambda recipe, s=source: recipe["data"].update(source=s))
+    rows = standings(read_entries([tmp_path / "runs"]))["rows"]
+    assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1, 2], [3], [4]]
+
+
+def test_runs_whose_recipe_cannot_be_read_any_more_are_compared_by_what_it_says(tmp_path):
+    for seed, value in enumerate([1, 1, 2]):
+        make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, lambda recipe, v=value: recipe.update(forgotten=v))
+    rows = standings(read_entries([tmp_path / "runs"]))["rows"]
+    assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1], [2]]

@@ -1,0 +1,66 @@
+"""Tables in a terminal: every attack that was run on anything has a column, and brackets in names stay."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from dualhead.commands import terminal
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is printed."""
+    text = io.StringIO()
+    monkeypatch.setattr(terminal.out, "file", text)
+    return text
+
+
+def row(name, **robust):
+    return {
+        "name": name, "clean_accuracy": 0.5, "robust_accuracy": robust,
+        "intervals": {key: [0.1, 0.9] for key in ("clean_accuracy", *robust)},
+    }  # fmt: skip
+
+
+def test_an_attack_that_one_row_met_has_a_column(shown):
+    rows = [row("base model", pgd=0.3, worst=0.3), row("DH-AT", pgd=0.3, multihead=0.2, worst=0.2)]
+    terminal.out.print(terminal.accuracy_table("accuracy", rows))
+    text = shown.getvalue()
+    assert all(column in text for column in ("pgd", "multihead", "worst"))
+    base = next(line for line in text.splitlines() if "base model" in line)
+    assert "-" in [cell.strip() for cell in base.split("\N{BOX DRAWINGS LIGHT VERTICAL}")]
+
+
+def test_brackets_in_names_are_no_markup(shown):
+    points = ["[pad_crop]", "[pad_crop, flip]", "[/x]"]
+    rows = [
+        {"run": "r", "data.augment": point, "seed": 0, "model": "m", "clean_accuracy": 0.5, "robust_worst": 0.2,
+         "parameters": 1, "training_flops": 1e9}
+        for point in points
+    ]  # fmt: skip
+    terminal.sweep_table(rows)
+    assert all(point in shown.getvalue() for point in points)
+
+
+@pytest.mark.parametrize("width", [80, 60, 50])
+def test_numbers_and_names_are_whole_on_a_narrow_terminal(width):
+    measures = ("pgd-40", "autoattack-fast", "multihead", "worst")
+    wide = row("cifar10_cpu_distilled", **dict.fromkeys(measures, 0.534))
+    wide["intervals"] = {key: [0.812, 0.956] for key in wide["intervals"]}
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal.accuracy_table("test images", [wide]))
+    bar, said = "\N{BOX DRAWINGS LIGHT VERTICAL}", console.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
+    assert (said.count("53.4"), said.count("95.6]")) == (4, 5)
+    name = "".join(line.split(bar)[1].strip() for line in said.splitlines() if bar in line)
+    assert name == "cifar10_cpu_distilled"
+
+
+def test_a_sweep_of_which_nothing_is_known_has_dashes(shown):
+    terminal.sweep_table(
+        [{"run": "r", "seed": 0, "model": "m", "clean_accuracy": 0.5, "parameters": 1, "training_flops": None}]
+    )
+    assert shown.getvalue().count(" - ") == 2

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation, compare, evaluate, wilson
+from helpers.evaluation import THREAT, assert_same, evaluation_of, patterns, trained
+
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    images, labels = patterns(50)
+    labels[:6] = (labels[:6] + 1) % 4
+    result = evaluate(
+        trained(),
+        images,
+        labels,
+        threat=THREAT,
+        attacks=["pgd-5", "fgsm"],
+        eps=[0, "8/255"],
+        class_names=NAMES,
+        output_dir=folder,
+        save_adversarial=True,
+        precision="float32",
+        command="dualhead evaluate",
+    )
+    return folder, result, labels.numpy()
+
+
+def test_results_hold_the_keys_that_others_read(written):
+    folder, _, _ = written
+    results = json.loads((folder / "results.json").read_text())
+    assert results["num_samples"] == 50
+    assert results["threat"] == {"norm": "Linf", "eps": 16 / 255}
+    assert set(results["robust_accuracy"]) == {"pgd-5", "fgsm", "worst"}
+    assert set(results["intervals"]) == {"clean_accuracy", "pgd-5", "fgsm", "worst"}
+    for record in results["attacks"].values():
+        assert {"seconds", "forward_passes", "backward_passes", "verification_passes", "parts"} <= set(record)
+    for finding in results["diagnostics"]:
+        assert set(finding) == {"name", "status", "message"}
+    assert {finding["status"] for finding in results["diagnostics"]} == {"ok"}
+    assert results["environment"]["precision"] == "float32"
+    assert results["environment"]["torch"] == torch.__version__
+    assert results["command"] == "dualhead evaluate"
+    assert results["seed"] == 0
+    assert [entry["class"] for entry in results["per_class"]] == NAMES
+    assert [entry["eps"] for entry in results["curve"]] == [0, 8 / 255]
+
+
+def test_numbers_follow_from_the_samples(written):
+    folder, _, labels = written
+    results = json.loads((folder / "results.json").read_text())
+    with np.load(folder / "samples.npz") as samples:
+        clean = samples["clean_prediction"] == samples["label"]
+        robust = {name: samples[f"robust_{name}"] for name in ("pgd-5", "fgsm")}
+        np.testing.assert_array_equal(samples["index"], np.arange(50))
+        np.testing.assert_array_equal(samples["label"], labels)
+        for name, column in robust.items():
+            assert column.dtype == bool
+            assert not (column & ~clean).any()
+            np.testing.assert_array_equal(np.isnan(samples[f"distance_{name}"]), column | ~clean)
+    assert results["clean_accuracy"] == clean.mean() == 44 / 50
+    for name, column in {**robust, "worst": robust["pgd-5"] & robust["fgsm"]}.items():
+        assert results["robust_accuracy"][name] == column.mean()
+        assert results["intervals"][name] == list(wilson(column.sum(), 50))
+    for entry in results["per_class"]:
+        rows = labels == entry["label"]
+        assert entry["num_samples"] == rows.sum()
+        assert entry["clean_accuracy"] == clean[rows].mean()
+        assert entry["robust_accuracy"]["pgd-5"] == robust["pgd-5"][rows].mean()
+
+
+def test_what_is_loaded_is_what_was_saved(written):
+    folder, result, _ = written
+    loaded = Evaluation.load(folder)
+    assert_same(loaded, result)
+    assert loaded.robust_accuracy == result.robust_accuracy
+    assert loaded.intervals == result.intervals
+    for name, verdict in result.verdicts.items():
+        np.testing.assert_array_equal(loaded.verdicts[name].adversarial, verdict.adversarial)
+
+
+def test_no_name_of_the_machine_is_written(written):
+    import platform
+
+    folder, _, _ = written
+    assert platform.node() not in (folder / "results.json").read_text()
+
+
+def test_an_unfinished_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"results\.json is missing"):
+        Evaluation.load(tmp_path)
+
+
+def test_comparison_pairs_samples_by_index(written):
+    folder, result, labels = written
+    images, _ = patterns(50)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    weaker = evaluate(
+        trained(),
+        images[order],
+        labels[order],
+        index=order,
+        threat=THREAT,
+        attacks=["fgsm", "pgd-20"],
+        precision="float32",
+    )
+    found = compare(folder, weaker)
+    assert list(found) == ["clean", "fgsm"]
+    assert found["clean"].only_first == found["clean"].only_second == 0
+    assert found["fgsm"].only_first == found["fgsm"].only_second == 0
+    assert list(compare(result, folder)) == ["clean", "pgd-5", "fgsm", "worst"]
+
+
+def test_a_gain_is_one_of_the_second_over_the_first():
+    found = compare(evaluation_of(120, 60), evaluation_of(150, 40))
+    assert {name: pair.verdict for name, pair in found.items()} == {"clean": "gain", "pgd-40": "loss", "worst": "loss"}
+    assert found["clean"].difference == pytest.approx(30 / 200)
+    assert (found["pgd-40"].only_first, found["pgd-40"].only_second) == (20, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threat": type(THREAT)("Linf", "8/255")}, "threat models differ"),
+        ({"index": range(1, 51)}, "different samples"),
+        ({"labels": torch.zeros(50, dtype=torch.long)}, "labels"),
+    ],
+)
+def test_comparison_refuses_what_is_not_paired(written, change, message):
+    folder, _, labels = written
+    images, _ = patterns(50)
+    settings = {"labels": labels, "threat": THREAT, "attacks": ["fgsm"], "precision": "float32", **change}
+    if "index" in settings:
+        settings["index"] = list(settings["index"])
+    other = evaluate(trained(), images, **settings)
+    with pytest.raises(UserError, match=message):
+        compare(folder, other)

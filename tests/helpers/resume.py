@@ -1,0 +1,63 @@
+"""A tiny run of all three stages, and what of it must come out the same however it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dualhead.errors import Interrupted
+from dualhead.recipe.schema import Recipe, load_recipe
+from dualhead.runs.run import Run
+from dualhead.system.lock import FolderLock
+from dualhead.training import Silent
+
+OVERRIDES = [
+    "data.train_limit=128", "data.validation=32", "validation.attack.steps=1",
+    # Dropout draws from torch's own generator, the one source of randomness that has a state.
+    "model.backbone={name: wideresnet, depth: 10, width: 1, dropout: 0.3}", "model.attach_at=block1",
+    "stages.*.batch_size=32", "stages.*.epochs=2", "stages.*.attack.steps=2",
+]  # fmt: skip
+STEPS = 3 * 2 * 3
+"""96 images in batches of 32, 2 epochs, 3 stages."""
+
+
+def recipe(*more: str) -> Recipe:
+    return load_recipe("digits", [*OVERRIDES, *more])
+
+
+def train_until(folder: Path, stop: Callable[[], bool], *more: str) -> bool:
+    """Train in a folder until done (True) or stopped (False)."""
+    try:
+        run = Run(recipe(*more), folder)
+        with FolderLock(folder):
+            run.train(Silent(), stop)
+    except Interrupted:
+        return False
+    return True
+
+
+def train_in_process(folder: str, epochs: int) -> None:
+    """What a process of its own does; saves after about every step."""
+    torch.set_num_threads(1)
+    train_until(Path(folder), lambda: False, "runtime.save_minutes=1e-9", f"stages.*.epochs={epochs}")
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """All weights by checksum, the log and the summaries without the times."""
+    weights = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summaries = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("summary.json")}
+    return {"weights": weights, "metrics": _without_times(lines), "summaries": _without_times(summaries)}
+
+
+def _without_times(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_times(inner) for key, inner in value.items() if key != "seconds"}
+    return [_without_times(inner) for inner in value] if isinstance(value, list) else value

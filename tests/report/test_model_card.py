@@ -1,0 +1,71 @@
+"""The card of a model: what it was trained against, and on what, as its recipe says."""
+
+from __future__ import annotations
+
+import pytest
+
+from dualhead.recipe.schema import load_recipe
+from dualhead.report.model_card import model_card
+from dualhead.report.text import attack_text
+
+CONFIG = {
+    "architecture": {"backbone": {"name": "cnn"}, "image_shape": [1, 8, 8], "num_classes": 10},
+    "threat": {"norm": "Linf", "eps": 0.15},
+}
+
+
+def card(*overrides):
+    return model_card(CONFIG, load_recipe("digits", overrides).resolved()).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ((), "Trained against perturbations of Linf norm at most 0.15."),
+        (
+            ("stages.*.eps=0.05",),
+            "Evaluated against perturbations of Linf norm at most 0.15; trained at most 0.05.",
+        ),
+        (
+            ("stages.main_head.eps=0.05",),
+            "Evaluated against perturbations of Linf norm at most 0.15; trained at most 0.05, 0.15.",
+        ),
+    ],
+)
+def test_radius_of_training_is_told_from_that_of_evaluation(overrides, told):
+    assert told in card(*overrides)
+
+
+def test_stages_name_their_own_radius_and_not_the_loss_that_measuring_uses():
+    stages = [line for line in card("stages.main_head.eps=0.05") if line.startswith("- stage ")]
+    assert "within eps 0.05" in stages[0]
+    assert "within" not in stages[1]
+    assert all("attack pgd" in line for line in stages)
+    assert not any("loss ce" in line or "restarts" in line for line in stages)
+
+
+def test_what_is_not_attacked_names_no_attack_and_free_takes_its_place():
+    natural = load_recipe("digits_natural").resolved()["stages"][0]
+    assert (natural["attack"]["name"], attack_text(natural)) == ("pgd", "")
+    free = load_recipe("digits", ["stages.main_head.free={replays: 4}"]).resolved()["stages"][0]
+    assert attack_text(free) == "free (replays 4)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ("data.train_limit=400", "data.validation=30"),
+            "- data: digits, the first 400 training images, of which 30 held out"),
+        (
+            ("data.train_limit=400", "data.train_choice=sample", "data.validation=0.1"),
+            "- data: digits, a sample of 400 training images, of which 10 % held out",
+        ),
+        (
+            ("data.train_limit=null", "data.validation=0", "data.extra={source: more, fraction: 0.3}"),
+            "- data: digits; 30 % of each batch from more",
+        ),
+    ],
+)  # fmt: skip
+def test_data_are_told_with_how_many_of_them(overrides, told):
+    assert told in card(*overrides)

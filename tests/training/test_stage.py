@@ -1,0 +1,97 @@
+"""Other balls, other attacks, and settings that one stage may have for itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dualhead.runs.run as run_module
+from dualhead.attacks import attacks
+from dualhead.data import augmentations
+from dualhead.runs.run import Run, train
+from dualhead.system.flops import CountFlops
+from dualhead.system.runtime import FLOAT32
+from dualhead.threats.lp import ThreatModel
+from dualhead.training import Program, StageRun
+from dualhead.training.step import TrainingStep
+from helpers.resume import recipe
+from helpers.training import batch, plain_model, stage_of, streams_of
+
+
+def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
+    model, data, threat = plain_model(), batch(0, 16), ThreatModel("L2", 128 / 255)
+    stage = stage_of({"name": "trades", "beta": 6}, ("model",), start="gaussian", lr=0.02)
+    program = Program.of(model, stage)
+    step = TrainingStep(program, stage, threat, stage.optimiser.create(program.parameters()), FLOAT32)
+    x_adv = step._attack(data.x, data.x, data.y, streams_of(data))
+    distance = threat.distance(x_adv, data.x)
+    assert float(distance.max()) <= threat.eps + 1e-6
+    assert float(distance.min()) > 0.1 * threat.eps
+    losses = [float(step(data, streams_of(data)).terms["loss"].detach()) for _ in range(12)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], []),
+        (["stages.main_head.attack.step_size=0.01"], ["stages.0.attack: steps=2 of 0.01 reach 0.02, and eps is 0.15"]),
+        (["stages.main_head.attack.step_size=0.01", "stages.main_head.eps=0.02"], []),
+        (["stages.main_head.attack.step_size=0.01", "stages.main_head.objective=natural"], []),
+        (["validation.attack.step_size=0.1"], ["validation.attack: steps=1 of 0.1 reach 0.1, and eps is 0.15"]),
+        (["stages.main_head.attack={name: fgsm, step_size: 0.1}"], ["stages.0.attack: steps=1 of 0.1 reach 0.1"]),
+        (["stages.*.attack.step_size=null", "validation.attack.step_size=null", "threat.norm=L2", "threat.eps=2"], []),
+        (["stages.main_head.awp={}"], ["stage main_head: awp.start is 10, and the stage has 2 epochs"]),
+        (["stages.main_head.awp={start: 1}"], []),
+        (["stages.main_head.average={name: swa, start: 2}"], ["stage main_head: average.start is 2, and the"]),
+        (["stages.main_head.schedule={name: cosine, warmup: 2}"], ["stage main_head: schedule.warmup is 2, and the"]),
+    ],
+)  # fmt: skip
+def test_settings_that_come_to_nothing_are_told(tmp_path, caplog, overrides, told):
+    settled = ["stages.*.attack.step_size=0.1", "validation.attack.step_size=0.2"]
+    with caplog.at_level("WARNING"):
+        Run(recipe(*settled, *overrides), tmp_path / "run")
+    found = [record.getMessage() for record in caplog.records]
+    assert [words for words in found if "reach" in words or "the stage has" in words] == [
+        next((words for words in found if words.startswith(start)), start) for start in told
+    ]
+
+
+def test_a_step_of_fast_adversarial_training_costs_five_forward_passes():
+    """One for the attack and one back to the image, one for the loss and two back."""
+    model, data = plain_model(), batch(0, 4)
+    fgsm = attacks.build({"name": "fgsm", "step_size": "10/255", "start": "uniform"})
+    stage = stage_of("sat", ("model",), attack=fgsm)
+    program = Program.of(model, stage)
+    threat = ThreatModel("Linf", 8 / 255)
+    step = TrainingStep(program, stage, threat, stage.optimiser.create(program.parameters()), FLOAT32)
+    start = threat.ball_point(data.x, streams_of(data)).requires_grad_()
+    with CountFlops() as counted:
+        step(data, streams_of(data))
+    with CountFlops() as forward, torch.no_grad():
+        model(data.x)
+    assert 4 < counted.total / forward.total <= 5
+    fresh = plain_model().eval()
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(fresh(start), data.y), start)
+    expected = threat.project(start.detach() + 10 / 255 * gradient.sign(), data.x)
+    same = TrainingStep(Program.of(fresh, stage), stage, threat, stage.optimiser.create(fresh.parameters()), FLOAT32)
+    found = same._attack(data.x, None, data.y, streams_of(data))
+    assert float((found - expected).abs().gt(1e-6).float().mean()) < 1e-3
+
+
+def test_a_stage_may_have_its_own_radius_and_augmentation(monkeypatch, tmp_path):
+    seen = []
+
+    class Watched(StageRun):
+        def __init__(self, stage, program, loader, **settings):
+            seen.append((stage.name, settings["threat"].eps, settings["validator"].threat.eps, loader._augment))
+            super().__init__(stage, program, loader, **settings)
+
+    monkeypatch.setattr(run_module, "StageRun", Watched)
+    changes = ["stages.second_head.eps=0.05", "stages.second_head.augment=[]", "stages.*.epochs=0"]
+    own = recipe(*changes, "evaluate.limit=8", "evaluate.attacks=[pgd-1]", "evaluate.gallery=0")
+    train(own, run_dir=tmp_path / "run")
+    shifts = (augmentations.build({"name": "pad_crop", "padding": 1}),)
+    assert seen == [
+        ("main_head", 0.15, 0.15, shifts), ("second_head", 0.05, 0.15, ()), ("aggregator", 0.15, 0.15, shifts),
+    ]  # fmt: skip
