@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import dualhead
 from dualhead.attacks import attacks as registered
-from dualhead.cli import main as run_command
+from dualhead.commands.cli import main as run_command
 from helpers.pretend_accelerator import NAME, Away, install, waits
 
 SHORT = {"steps": 4, "queries": 6, "searches": 2, "targets": 2, "eot": 1}
@@ -36,11 +35,11 @@ def job(function: Callable[..., Any]) -> Callable[..., Any]:
 class StepWaits:
     """A progress that tells which waits belong to which step, and looks at where losses are.
 
-    A step begins when the one before has been told, so loading its images is part of it. The first step of a stage,
-    which is counted in floating-point operations, stands apart, and so does what comes after an epoch's last step.
+    A step begins when the one before has been told, so loading its images is part of it. The first step of a stage or
+    an epoch, before which a state is saved, stands apart.
 
     Attributes:
-        first: waits of first steps, by place.
+        first: waits of first steps and what came before them, by place.
         later: waits of all other steps, by place and number of the step.
         steps: how many were taken, by stage.
     """
@@ -49,7 +48,7 @@ class StepWaits:
         self.first: dict[str, int] = {}
         self.later: dict[str, list[int]] = {}
         self.steps: dict[str, int] = {}
-        self._name = ""
+        self._name, self._epoch = "", 0
 
     def stage(self, name: str, number: int, stages: int, epochs: int, steps: int, done: int) -> None:
         self._name = name
@@ -62,10 +61,11 @@ class StepWaits:
         number = self.steps[self._name]
         for wait, count in waits.items():
             place = f"{wait.where}: {wait.what}"
-            if number == 1:
+            if number == 1 or epoch != self._epoch:
                 self.first[place] = self.first.get(place, 0) + count
             else:
                 self.later.setdefault(place, []).extend([number] * count)
+        self._epoch = epoch
         waits.clear()
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
@@ -134,13 +134,13 @@ def train(folder: str, recipe: str, *overrides: str) -> dict[str, Any]:
 
 
 @job
-def stop(folder: str, steps: int, recipe: str, *overrides: str) -> dict[str, Any]:
+def stop(folder: str, steps: str, recipe: str, *overrides: str) -> dict[str, Any]:
     """Train on the device until after so many steps; where that was."""
     watch = StepWaits()
     try:
         dualhead.train(
             recipe, [*overrides, f"runtime.device={NAME}"], run_dir=folder, progress=watch,
-            stop=lambda: sum(watch.steps.values()) >= steps,
+            stop=lambda: sum(watch.steps.values()) >= int(steps),
         )  # fmt: skip
     except dualhead.Interrupted as interrupted:
         return {**watch.told(), "said": str(interrupted)}
@@ -202,9 +202,7 @@ def main() -> None:
     results = []
     with contextlib.redirect_stdout(sys.stderr):
         for name, *arguments in json.load(sys.stdin):
-            began = time.process_time()
             results.append(jobs[name](*arguments))
-            print(f"{name} {arguments[-1]}: {time.process_time() - began:.1f} s", file=sys.stderr)
     print(json.dumps(results))
 
 

@@ -13,10 +13,9 @@ There is no way back: torch can rename that backend once in a process, so this i
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -121,10 +120,6 @@ class Away(torch.Tensor):
     def __array__(self, *_: object, **__: object) -> np.ndarray:
         return self.numpy()
 
-    def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None, device: object = None, **more: Any) -> Tensor:
-        """Send values over, to where this tensor is."""
-        return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device, **more)
-
     def data_ptr(self) -> int:
         """The address of the values."""
         return self.inner.data_ptr()
@@ -185,6 +180,12 @@ def _run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
             if tensor.shape != tensor.inner.shape or tensor.stride() != tensor.inner.stride():  # given to `out`
                 torch.Tensor.data.__set__(tensor, Away(tensor.inner))  # type: ignore[attr-defined]
     return _handed_out(result, {id(tensor.inner): tensor for tensor in away}) if to_away else result
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """Copy between devices, below the place where torch asks Python."""
+    copied: Tensor = _run(torch.ops.aten.copy_.default, (target, source, non_blocking), {})
+    return copied
 
 
 def _refuse_mixed(func: OpOverload, args: Sequence[Any], tensors: Sequence[Tensor]) -> None:
@@ -275,19 +276,8 @@ def install() -> torch.device:
         library = torch.library.Library("_", "IMPL")  # every operation that is asked with a device and no tensor of it
         library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
         library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing here
-        _library.append(library)
+        copies = torch.library.Library("aten", "IMPL")  # asked for where torch sends Python's values over
+        copies.impl("_copy_from", _copy_from, "PrivateUse1")
+        _library.extend((library, copies))
         torch.accelerator.synchronize = lambda device=None: None  # torch's Python backends have no way to say it
-        for name in ("tensor", "as_tensor", "asarray"):
-            setattr(torch, name, _by_way_of_the_cpu(getattr(torch, name)))
     return torch.device(NAME, 0)
-
-
-def _by_way_of_the_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make a tensor of Python's values on the CPU and send it over; torch does so in a place where it forgets Python."""
-
-    @functools.wraps(make)
-    def made(*args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
-        values = make(*args, **kwargs)
-        return (values if device is None else values.to(device)).requires_grad_(requires_grad or values.requires_grad)
-
-    return made
