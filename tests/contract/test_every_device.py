@@ -10,15 +10,24 @@ import sys
 import pytest
 
 from dualhead.attacks import attacks
-from dualhead.recipe import shipped_recipes
+from dualhead.recipe import load_recipe, shipped_recipes
 
 EXACT = ("runtime={precision: float32, layout: contiguous, lanes: 1}",)
 """Arithmetic that is not chosen by a clock, so that devices can be compared."""
 TINY = (
-    "data.source=digits", "data.train_limit=50", "data.validation=20", "stages.*.batch_size=8",
+    "data.source=digits", "data.train_limit=50", "data.validation=20", "validation.attack.steps=2",
     "evaluate={attacks: [pgd-3], limit: 8, gallery: 0}", *EXACT,
 )  # fmt: skip
-"""Three steps of each stage."""
+SHORT = ("stages.*.epochs=1", "stages.*.batch_size=8")
+"""Three steps of each stage that trains."""
+NETWORKS = {
+    "wrn34": ["model.backbone={name: wideresnet, depth: 10, width: 1}"],
+    "imagenet": [
+        "model.backbone.depth=18", "model.normalize=data", "data.image_size=[16, 16]", "data.train_size=[20, 20]",
+        "data.augment.random_resized_crop.size=[16, 16]",
+    ],
+}  # fmt: skip
+"""What else makes recipes small whose names hold these words."""
 WAITS = {"training/loop.py:_check_streak: a number"}
 """What `docs/speed.md` names: every ten steps the loop looks whether steps were dropped."""
 QUICK = ("apgd-t", "cw", "fab-t", "fgsm", "pgd", "square")
@@ -57,8 +66,8 @@ def test_the_device_is_as_strict_as_others_and_counts():
 
 def test_a_run_from_training_to_export(tmp_path):
     tiny = (
-        *TINY, "model.backbone={name: cnn, width: 4, stages: 2, convolutions: 1}", "stages.*.epochs=1",
-        "stages.*.attack.steps=2", "validation.attack.steps=2", "stages.main_head.batch_size=2",
+        *TINY, *SHORT, "model.backbone={name: cnn, width: 4, stages: 2, convolutions: 1}", "stages.*.attack.steps=2",
+        "stages.main_head.batch_size=2",
     )  # fmt: skip
     run, cpu = tmp_path / "run", tmp_path / "cpu"
     stopped, gone_on, _, unequal, *attacked, evaluated, shown, _ = do(
@@ -89,7 +98,7 @@ def test_a_run_from_training_to_export(tmp_path):
 def test_every_attack(tmp_path):
     others = [name for name in attacks.names() if name not in QUICK]
     _, *found = do(
-        ("train_on_the_cpu", tmp_path / "run", "digits", *TINY, "stages.*.epochs=1", "stages.*.attack.steps=1"),
+        ("train_on_the_cpu", tmp_path / "run", "digits", *TINY, *SHORT, "stages.*.attack.steps=1"),
         *(("attack", tmp_path / "run", tmp_path / name, name) for name in others),
         ("command", "export", tmp_path / "run", "--to", tmp_path / "exported", "--onnx", "--json"),
     )
@@ -100,9 +109,12 @@ def test_every_attack(tmp_path):
 
 def small(recipe):
     """Overrides by which a shipped recipe takes three steps of each stage on small images."""
-    network = {"wrn34": "model.backbone={name: wideresnet, depth: 10, width: 1}", "imagenet": "model.backbone.depth=18"}
-    yield from (*TINY, "stages.*.epochs=1", "stages.*.attack.steps=2", "validation.attack.steps=2")
-    yield from (override for word, override in network.items() if word in recipe)
+    yield from TINY
+    for word, network in NETWORKS.items():
+        yield from network if word in recipe else ()
+    for stage in load_recipe(recipe).stages:
+        if stage.fit is None:
+            yield from (override.replace("*", stage.name) for override in SHORT)
 
 
 @pytest.mark.slow

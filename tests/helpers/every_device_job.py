@@ -1,4 +1,4 @@
-"""What the package does, on the pretend accelerator, as a program of its own: a JSON list of jobs in, of results out."""
+"""The package at work on the pretend accelerator, as a program of its own: jobs in as JSON, results out."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def strict() -> dict[str, Any]:
         "sent": lambda: here.to(NAME),
         "made": lambda: torch.tensor([1.0], device=NAME),
         "mask": lambda: there[there > 0.5],
-        "nonzero": lambda: (there > 0.5).nonzero(),
+        "nonzero": (there > 0.5).nonzero,
         "list": lambda: there[[0, 1]],
         "equal": lambda: torch.equal(there, there),
         "index of the device": lambda: there[torch.arange(2, device=NAME)],
