@@ -3,8 +3,8 @@
     python tools/freeze_recipes.py                    # tests/numerics/data/recipe_digests.json
     python tools/freeze_recipes.py "two lanes" digits # these cases anew, the others as they are
 
-Run it only where results change on purpose. Each case is trained in the environment of `tests/frozen_recipes.py`, in
-which all x86-64 processors agree.
+Run it only where results change on purpose. Each case is trained in the environment of
+`tests/helpers/frozen_recipes.py`, in which all x86-64 processors agree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import frozen_recipes  # from the folder above
+from helpers import frozen_recipes  # from the folder of tests
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from frozen_models import EXPORTED, LOGITS, RUN, VERDICTS, evaluate_published  # from the folder above
-from frozen_recipes import PORTABLE
+from helpers.frozen_models import EXPORTED, LOGITS, RUN, VERDICTS, evaluate_published  # from the folder above
+from helpers.frozen_recipes import PORTABLE
 
 SETTINGS = (
     "model.backbone={name: cnn, width: 6, stages: 2, convolutions: 1}", "threat.eps=0.1", "stages.*.batch_size=64",
@@ -49,7 +49,10 @@ def main() -> None:
         shutil.rmtree(journal)
     tests = Path(__file__).resolve().parent.parent / "tests"
     subprocess.run(
-        [sys.executable, str(tests / "frozen_models.py"), str(LOGITS)], env={**os.environ, **PORTABLE}, check=True
+        [sys.executable, "-m", "helpers.frozen_models", str(LOGITS)],
+        cwd=tests,
+        env={**os.environ, **PORTABLE},
+        check=True,
     )
     with tempfile.TemporaryDirectory() as place:
         verdicts = evaluate_published(Path(place))

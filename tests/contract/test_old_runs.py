@@ -13,9 +13,19 @@ import shutil
 import numpy as np
 import pytest
 
-from e2e_helpers import dualhead
-from frozen_models import EXPORTED, HEADS, LOGITS, MERGED, MODELS, RUN, VERDICTS, evaluate_published, logits_apart
-from frozen_models import dualhead as dualhead_apart
+from helpers.e2e import dualhead
+from helpers.frozen_models import (
+    EXPORTED,
+    HEADS,
+    LOGITS,
+    MERGED,
+    MODELS,
+    RUN,
+    VERDICTS,
+    evaluate_published,
+    logits_apart,
+)
+from helpers.frozen_models import dualhead as dualhead_apart
 
 same_bits = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="the bits are those of x86-64 processors"

@@ -14,7 +14,7 @@ import platform
 
 import pytest
 
-from frozen_recipes import DIGESTS, FAST, SMALL, groups, measure_apart, shipped_names
+from helpers.frozen_recipes import DIGESTS, FAST, SMALL, groups, measure_apart, shipped_names
 
 pytestmark = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="the digests are those of x86-64 processors"

@@ -1,6 +1,6 @@
 """Every recipe that ships at a tiny size, and small ones for what none of them uses: weights and kernels, as digests.
 
-    python tests/frozen_recipes.py OUTPUT.json CASE...
+    python -m helpers.frozen_recipes OUTPUT.json CASE...
 
 The table of cases is data, to be edited where keys of recipes are renamed; the digests in `numerics/data` are not.
 A case is trained through `dualhead.train` alone, so that modules may move.
@@ -19,7 +19,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-DIGESTS = Path(__file__).parent / "numerics" / "data" / "recipe_digests.json"
+TESTS = Path(__file__).resolve().parents[1]
+DIGESTS = TESTS / "numerics" / "data" / "recipe_digests.json"
 PORTABLE = {
     "ATEN_CPU_CAPABILITY": "default",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
@@ -117,7 +118,8 @@ def joint(train: list[str], **options: object) -> dict:
 def hat(objective: object, train: list[str] | None = None, **settings: object) -> dict:
     """A stage of HAT behind the standard one that its labels are from."""
     first = stage("natural", None if train is None else ["trunk", "head1"], "standard", keep="last")
-    second = stage(objective, train, "hat", init="reset", helper={"weights": "standard", "gamma": 0.5}, **settings)
+    labelled = {"name": "hat", "weights": "standard", "gamma": 0.5, "base": objective}
+    second = stage(labelled, train, "hat", init="reset", **settings)
     return {"model": PLAIN if train is None else DUAL, "stages": [first, second]}
 
 
@@ -442,10 +444,9 @@ def measure_apart(names: list[str], threads: int = 1) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "found.json"
         own = {**PORTABLE, "OMP_NUM_THREADS": str(threads), "DUALHEAD_CACHE": str(Path(place) / "cache")}
-        ended = subprocess.run(
-            [sys.executable, __file__, str(output), *names], env={**os.environ, **own}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "helpers.frozen_recipes", str(output), *names]
+        environment = {**os.environ, **own}
+        ended = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
         if ended.returncode:
             raise RuntimeError(ended.stderr)
         return json.loads(output.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Models and a run that earlier code has left; `python tests/frozen_models.py OUTPUT.npz` writes their logits."""
+"""Models and a run that earlier code has left; `python -m helpers.frozen_models OUTPUT.npz` writes their logits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from frozen_recipes import PORTABLE
+from helpers.frozen_recipes import PORTABLE
 
-DATA = Path(__file__).parent / "data"
+TESTS = Path(__file__).resolve().parents[1]
+DATA = TESTS / "data"
 RUN, EXPORTED = DATA / "finished_run", DATA / "exported_model"
 LOGITS, VERDICTS = DATA / "frozen_logits.npz", DATA / "frozen_verdicts.json"
-PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "models" / "trades-distilled"
+PUBLISHED = TESTS.parent / "benchmarks" / "results" / "models" / "trades-distilled"
 HEADS, MERGED = ("head1", "head2"), ("mean", "aggregate")
 MODELS = {
     "finished_run": (RUN, (1, 8, 8), (*HEADS, *MERGED)),
@@ -49,7 +50,12 @@ def logits_apart() -> dict:
 
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "logits.npz"
-        subprocess.run([sys.executable, __file__, str(output)], env={**os.environ, **PORTABLE}, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "helpers.frozen_models", str(output)],
+            cwd=TESTS,
+            env={**os.environ, **PORTABLE},
+            check=True,
+        )
         with np.load(output) as found:
             return dict(found)
 
