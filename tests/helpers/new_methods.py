@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Size, Tensor, nn
 
 from dualhead.attacks import Attack, attacks
@@ -30,6 +30,8 @@ from dualhead.objectives.hybrid import Hybrid
 from dualhead.objectives.sat import SAT
 from dualhead.threats import ThreatModel
 
+HYBRID, SAT_ALONE, SHORT = Hybrid(0.5, clean="head1", robust="head2"), SAT(), attacks.build("pgd-3")
+
 
 class Predictor(nn.Sequential):
     """Features [B, C, H, W] to a prediction [B, C] of other features."""
@@ -46,7 +48,7 @@ class Predictor(nn.Sequential):
 class Align(Around):
     """Hybrid training over two heads, and attacked features drawn to clean ones through a predictor (as AR-AT)."""
 
-    base: Annotated[Objective, *component(objectives)] = Hybrid(0.5, clean="head1", robust="head2")
+    base: Annotated[Objective, *component(objectives)] = HYBRID
     weight: float = 3.0
     layer: str | None = None
     part: str = "trunk"
@@ -69,7 +71,7 @@ class Align(Around):
 class WithoutForgetting(Around):
     """What the network said before the stage stays near (Li and Hoiem 2016), on attacked images."""
 
-    base: Annotated[Objective, *component(objectives)] = SAT()
+    base: Annotated[Objective, *component(objectives)] = SAT_ALONE
     weight: float = 2.0
 
     def needs(self) -> Mapping[str, Need]:
@@ -88,9 +90,9 @@ class WithoutForgetting(Around):
 class LogitRegularised(Around):
     """A second inner maximisation: how far logits can be moved (ALR of Dai et al. 2025)."""
 
-    base: Annotated[Objective, *component(objectives)] = SAT()
+    base: Annotated[Objective, *component(objectives)] = SAT_ALONE
     weight: float = 0.5
-    attack: Annotated[Attack, *component(attacks)] = attacks.build("pgd-3")
+    attack: Annotated[Attack, *component(attacks)] = SHORT
 
     def needs(self) -> Mapping[str, Need]:
         return {"z": Logits(), **self.base.needs(), "far": Logits(on="far")}
@@ -111,7 +113,7 @@ class LogitRegularised(Around):
 class Averaged(Objective):
     """The mean of a base method's loss over two threats (AVG of Tramer and Boneh 2019)."""
 
-    base: Annotated[Objective, *component(objectives)] = SAT()
+    base: Annotated[Objective, *component(objectives)] = SAT_ALONE
 
     def _threats(self) -> Mapping[str, ThreatModel]:
         return {"linf": ThreatModel("Linf", 8 / 255), "l2": ThreatModel("L2", 0.5)}
@@ -144,7 +146,7 @@ class Averaged(Objective):
 class Energy(Around):
     """Real images up, images that climb from seeds down, with a curriculum of steps (as DAT, Yin et al. 2026)."""
 
-    base: Annotated[Objective, *component(objectives)] = SAT()
+    base: Annotated[Objective, *component(objectives)] = SAT_ALONE
     weight: float = 0.5
     steps: int = 1
     every: int = 3
