@@ -79,8 +79,13 @@ def stage_of(
 
 def step_of(model: nn.Module, stage: Stage, arithmetic: Arithmetic = FLOAT32) -> TrainingStep:
     """The training step of a stage."""
-    program = Passes.of(model, stage)
-    return TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), arithmetic)
+    passes = Passes.of(model, stage)
+    return TrainingStep(passes, stage, THREAT, stage.optimiser.create(passes.parameters()), arithmetic)
+
+
+def attacked(step: TrainingStep, data: Batch) -> Tensor:
+    """What a step's attack makes of a batch."""
+    return step._make(data, streams_of(data), {})[0]["attacked"]
 
 
 def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -85,7 +85,7 @@ def test_alignment_of_features_with_a_predictor_and_stopped_gradient(layer):
     net.set_trainable(set(EVERY))
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        predictor = Predictor(16 if layer == "block1" else 16)
+        predictor = Predictor(16)
     taps = {}
     if layer:
         net.trunk.get_submodule(layer).register_forward_hook(lambda m, a, out: taps.update(last=out))

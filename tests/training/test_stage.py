@@ -16,7 +16,7 @@ from dualhead.threats.lp import ThreatModel
 from dualhead.training import Passes, StageRun
 from dualhead.training.step import TrainingStep
 from helpers.resume import recipe
-from helpers.training import batch, plain_model, stage_of, streams_of
+from helpers.training import attacked, batch, plain_model, stage_of, streams_of
 
 
 def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
@@ -24,7 +24,7 @@ def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
     stage = stage_of({"name": "trades", "beta": 6}, ("model",), start="gaussian", lr=0.02)
     program = Passes.of(model, stage)
     step = TrainingStep(program, stage, threat, stage.optimiser.create(program.parameters()), FLOAT32)
-    x_adv = step._attack(data.x, data.x, data.y, streams_of(data))
+    x_adv = attacked(step, data)
     distance = threat.distance(x_adv, data.x)
     assert float(distance.max()) <= threat.eps + 1e-6
     assert float(distance.min()) > 0.1 * threat.eps
@@ -76,7 +76,7 @@ def test_a_step_of_fast_adversarial_training_costs_five_forward_passes():
     (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(fresh(start), data.y), start)
     expected = threat.project(start.detach() + 10 / 255 * gradient.sign(), data.x)
     same = TrainingStep(Passes.of(fresh, stage), stage, threat, stage.optimiser.create(fresh.parameters()), FLOAT32)
-    found = same._attack(data.x, None, data.y, streams_of(data))
+    found = attacked(same, data)
     assert float((found - expected).abs().gt(1e-6).float().mean()) < 1e-3
 
 

@@ -136,14 +136,14 @@ class TrainingStep:
             for climb in self._climbs.values():
                 climb.compile()
 
-    def begin(self, epoch: int, state: Mapping[str, float]) -> bool:
+    def begin(self, epoch: int, state: Mapping[str, float] | None = None) -> bool:
         """Prepare for an epoch, counted from 0, or for a new state of the objective.
 
         Returns:
             Whether the steps that come differ in cost from those before.
         """
         awp = self._stage.awp
-        objective = self._stage.objective.at(epoch, state)
+        objective = self._stage.objective.at(epoch, state or {})
         changed = objective != self._objective
         if changed:
             self._see(objective)
@@ -219,6 +219,20 @@ class TrainingStep:
         self, piece: Batch, streams: Streams, further: Mapping[str, StreamImages], given: Tensor | None = None
     ) -> _Piece:
         """Make all images of a piece, run the frozen prefix on them, and take what is constant."""
+        images, crossing, known = self._make(piece, streams, further, given)
+        self._cross(images, crossing)
+        known |= self._take(images, crossing, {n: need for n, need in self._constant.items() if n not in known})
+        return _Piece(crossing, known, piece.y)
+
+    def _make(
+        self, piece: Batch, streams: Streams, further: Mapping[str, StreamImages], given: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Crossing], dict[str, Tensor]]:
+        """Make all images of a piece.
+
+        Returns:
+            The images by name; what the frozen prefix makes of those that were needed on the way; and constants that
+            were taken on the way.
+        """
         x = self._arithmetic.images(piece.x)
         images = {CLEAN: x, **{name: self._arithmetic.images(of.x) for name, of in further.items()}}
         labels = {name: of.y for name, of in further.items() if of.y is not None}
@@ -237,9 +251,7 @@ class TrainingStep:
                     crossing[made] = self._passes.prefix(images[made])
         with torch.no_grad():
             images |= self._objective.views(images)
-        self._cross(images, crossing)
-        known |= self._take(images, crossing, {n: need for n, need in self._constant.items() if n not in known})
-        return _Piece(crossing, known, piece.y)
+        return images, crossing, known
 
     def _targets(self, made: str) -> Iterator[tuple[str, Need]]:
         """Constants that the loss of an attack is given."""
