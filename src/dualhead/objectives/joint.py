@@ -168,7 +168,9 @@ class Joint(Objective):
         """Compute the sum above; terms are named by output and base method's term, as `head1_divergence`."""
         terms: dict[str, Tensor] = {}
         for name, method in self._methods():
-            weight, own = getattr(self, f"{name}_weight"), method.loss(y, under(name, seen))
+            # Views, so that gradients of a base method add up among themselves before those of the ties do.
+            own = method.loss(y, {need: value.view_as(value) for need, value in under(name, seen).items()})
+            weight = getattr(self, f"{name}_weight")
             terms |= {f"{name}_{term}": weight * value for term, value in own.terms.items()}
         if self.distillation:
             apart = [self._apart(seen, on) for on in self._seen_on()]

@@ -49,5 +49,5 @@ class LogitPairing(Around):
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the base method's terms, and `pairing`."""
-        pairing = self.weight * F.mse_loss(seen["attacked"], seen["clean"])
-        return LossTerms.sum_of(**self.base.loss(y, seen).terms, pairing=pairing)
+        base = self.base.loss(y, seen)
+        return LossTerms.sum_of(**base.terms, pairing=self.weight * F.mse_loss(seen["attacked"], seen["clean"]))
