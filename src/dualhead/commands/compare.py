@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, compare, interval_over_samples, mcnemar, mean_std, wilson
-from dualhead.report import output_name
+from dualhead.names import id_of_row, row_folder
 from dualhead.runs import read_recipe, without_how
 
 _log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _entries(place: Path) -> list[Entry]:
     rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
     entries = []
     if chosen:
-        named = [row for row in rows if row["name"] == output_name(chosen)]
+        named = [row for row in rows if id_of_row(row) == chosen]
         if not named:
             return [Entry(str(place), str(place), "", True, 0, Evaluation.load(place), where=place.absolute())]
         rows, group, label = named, f"{group} {chosen}", f"{label}, {named[0]['name']}"
@@ -114,7 +114,7 @@ def _entries(place: Path) -> list[Entry]:
         entries.append(
             Entry(
                 group, label, "" if chosen else row["name"], last, seed,
-                Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
+                Evaluation.load(folder if last else folder / "rows" / row_folder(row["name"])),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
             )
         )  # fmt: skip

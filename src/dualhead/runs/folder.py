@@ -19,6 +19,7 @@ from torch.nn import functional
 from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.models import load_state, read_state
+from dualhead.names import row_folder
 from dualhead.recipe import Recipe, read_recipe_file
 from dualhead.saving import CONFIG, Architecture, read_config, write_config
 from dualhead.system.files import check_folder, write_text
@@ -115,7 +116,7 @@ class RunFolder:
 
     def row(self, name: str) -> Path:
         """Return the folder of another row's results, by the row's name."""
-        return self.evaluation / "rows" / name.replace(" ", "_")
+        return self.evaluation / "rows" / row_folder(name)
 
     @property
     def gallery(self) -> Path:
