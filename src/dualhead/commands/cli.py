@@ -94,7 +94,7 @@ def train(
 ) -> None:
     """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
     from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
-    from dualhead.runs import REPORT
+    from dualhead.runs import RunFolder
     from dualhead.runs import train as run_training
     from dualhead.system.processes import joined
 
@@ -117,9 +117,10 @@ def train(
         return
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
     if not quiet:
+        folder = RunFolder(result.run_dir)
         if profile:
-            out.print(f"profile: {result.run_dir / 'profile'}, a table and a trace for each stage", soft_wrap=True)
-        out.print(f"run: {result.run_dir}, report: {result.run_dir / REPORT}", soft_wrap=True)
+            out.print(f"profile: {folder.profile}, a table and a trace for each stage", soft_wrap=True)
+        out.print(f"run: {folder.path}, report: {folder.report}", soft_wrap=True)
 
 
 @app.command()
