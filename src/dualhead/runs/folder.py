@@ -19,6 +19,7 @@ from torch.nn import functional
 from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.models import load_state, read_state
+from dualhead.names import row_folder
 from dualhead.recipe import Recipe, read_recipe_file
 from dualhead.saving import CONFIG, Architecture, read_config, write_config
 from dualhead.system.files import check_folder, write_text
@@ -34,6 +35,8 @@ _HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|s
 _MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
 changes results a little."""
+GALLERY = "gallery.npz"
+"""Images under attack, for the report; it lies beside the results of an evaluation."""
 SKETCHED = 128
 """Images of which a run keeps a thumbnail."""
 DECODERS_DIFFER = 2
@@ -115,7 +118,7 @@ class RunFolder:
 
     def row(self, name: str) -> Path:
         """Return the folder of another row's results, by the row's name."""
-        return self.evaluation / "rows" / name.replace(" ", "_")
+        return self.evaluation / "rows" / row_folder(name)
 
     @property
     def gallery(self) -> Path:
@@ -125,13 +128,7 @@ class RunFolder:
     @property
     def report(self) -> Path:
         """Return the path of the report, the last file that a run writes."""
-        return self.path / REPORT
-
-
-GALLERY = "gallery.npz"
-"""Images under attack, for the report."""
-REPORT = "report.html"
-"""The last file that a run writes."""
+        return self.path / "report.html"
 
 
 @contextmanager

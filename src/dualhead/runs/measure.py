@@ -12,8 +12,9 @@ import yaml
 from torch import nn
 
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
-from dualhead.heads import DualHeadClassifier, depends_on, is_head
+from dualhead.heads import DualHeadClassifier, depends_on
 from dualhead.models import count_parameters
+from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
 from dualhead.runs.folder import load_kept
 from dualhead.runs.prepare import Prepared, count_measured
 from dualhead.runs.stages import precision_of
@@ -24,10 +25,6 @@ from dualhead.system.processes import group
 from dualhead.system.runtime import in_eval_mode
 from dualhead.training import Stage
 
-BASE = "base model"
-ROWS = {"mean": "mean of heads", "aggregate": "DH-AT"}
-"""What tables call the outputs of a dual-head model that are no heads; those are `head 1`, `head 2`, ..."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -35,6 +32,7 @@ class Row:
 
     Args:
         name: as tables call it.
+        output: its id, see `dualhead.names`; `base` for the base model.
         evaluation: what was measured.
         parameters: of the modules that the output runs.
         flops: floating-point operations of its training.
@@ -43,6 +41,7 @@ class Row:
     """
 
     name: str
+    output: str
     evaluation: Evaluation
     parameters: int
     flops: int
@@ -53,6 +52,7 @@ class Row:
         """Return the row as `comparison.json` holds it."""
         return {
             "name": self.name,
+            "output": self.output,
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
@@ -70,16 +70,12 @@ class Candidate:
     """A classifier that is measured.
 
     Args:
-        name: of its row.
-        output: of the run's model; of the base model, `head1`.
+        output: its id; `base` for the base model.
         model: images [B, C, H, W] to logits [B, num_classes].
-        is_base: it is the base model.
     """
 
-    name: str
     output: str
     model: nn.Module
-    is_base: bool = False
 
 
 def measure(
@@ -112,11 +108,11 @@ def measure(
     rows: list[Row] = []
     last: list[Row] = []
     for candidate in _candidates(prepared, model):
-        deployed = candidate.output == prepared.output and not candidate.is_base
-        evaluation = _evaluate(prepared, candidate, progress, stop, command, deployed=deployed)
-        flops, seconds = costs["base" if candidate.is_base else candidate.output]
-        parameters = _parameters(model, candidate.output)
-        row = Row(candidate.name, evaluation, parameters, flops, flops / unit, seconds)
+        output = candidate.output
+        name, deployed = name_of(output, prepared.recipe.name), output == prepared.output
+        evaluation = _evaluate(prepared, candidate.model, name, progress, stop, command, deployed=deployed)
+        flops, seconds = costs[output]
+        row = Row(name, output, evaluation, _parameters(model, output), flops, flops / unit, seconds)
         (last if deployed else rows).append(row)
     rows += last
     group().lead(lambda: _write(prepared, model, rows))
@@ -125,17 +121,18 @@ def measure(
 
 def _evaluate(
     prepared: Prepared,
-    candidate: Candidate,
+    model: nn.Module,
+    name: str,
     progress: Callable[[str], EvaluationProgress] | None,
     stop: Callable[[], bool],
     command: str | None,
     *,
     deployed: bool,
 ) -> Evaluation:
-    recipe, test, model = prepared.recipe, prepared.images.test, candidate.model.eval()
+    recipe, test = prepared.recipe, prepared.images.test
     count = count_measured(recipe, test)
     return evaluate(
-        model,
+        model.eval(),
         test.images[:count],
         test.labels[:count],
         threat=recipe.threat,
@@ -144,8 +141,8 @@ def _evaluate(
         seed=recipe.runtime.seed,
         precision=precision_of(recipe.runtime),
         class_names=list(test.class_names),
-        output_dir=prepared.folder.evaluation if deployed else prepared.folder.row(candidate.name),
-        progress=progress(candidate.name) if progress else None,
+        output_dir=prepared.folder.evaluation if deployed else prepared.folder.row(name),
+        progress=progress(name) if progress else None,
         command=command,
         stop=stop,
     )
@@ -175,40 +172,35 @@ def _write(prepared: Prepared, model: nn.Module, rows: Sequence[Row]) -> None:
 def _candidates(prepared: Prepared, model: nn.Module) -> Iterator[Candidate]:
     """Yield all that is measured; the base model has the weights that its last stage kept."""
     if not isinstance(model, DualHeadClassifier):
-        yield Candidate(_row_name(prepared, "model"), "model", model)
+        yield Candidate(MODEL, model)
         return
     first = _base_stages(prepared)
     if first:
         base = prepared.architecture.create().to(prepared.device)
         load_kept(prepared.folder, first[-1], base)
-        yield Candidate(BASE, "head1", view(base, "head1"), is_base=True)
+        yield Candidate(BASE, view(base, head_id(1)))
     # With the aggregator `mean` two outputs are one: only what is deployed is measured.
-    same = {"mean", "aggregate"} if model.is_mean else set()
-    kept = prepared.output if prepared.output in same else "mean"
+    same = {MEAN, AGGREGATE} if model.is_mean else set()
+    kept = prepared.output if prepared.output in same else MEAN
     for output in model.outputs:
         if output not in same or output == kept:
-            yield Candidate(_row_name(prepared, output), output, view(model, output))
-
-
-def _row_name(prepared: Prepared, output: str) -> str:
-    if is_head(output):
-        return output.replace("head", "head ")
-    return ROWS.get(output, prepared.recipe.name)
+            yield Candidate(output, view(model, output))
 
 
 def _base_stages(prepared: Prepared) -> list[Stage]:
     """Return the stages that make the base model: those before any other part than trunk and head 1 is trained."""
-    return list(takewhile(lambda stage: set(stage.train) <= {"trunk", "head1"}, prepared.recipe.stages))
+    return list(takewhile(lambda stage: set(stage.train) <= {"trunk", head_id(1)}, prepared.recipe.stages))
 
 
 # ---- what it cost
 
 
 def _parts_of(model: nn.Module) -> Mapping[str, set[str]]:
-    """Return the parts that each output runs."""
+    """Return the parts that each output runs, and `base`."""
     if not isinstance(model, DualHeadClassifier):
-        return {"model": {"model"}}
-    return {output: {part for part in model.parts if depends_on(output, part)} for output in model.outputs}
+        return {MODEL: {"model"}}
+    outputs = {BASE: head_id(1), **{output: output for output in model.outputs}}
+    return {name: {part for part in model.parts if depends_on(output, part)} for name, output in outputs.items()}
 
 
 def _parameters(model: nn.Module, output: str) -> int:
@@ -221,7 +213,7 @@ def _parameters(model: nn.Module, output: str) -> int:
 def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]:
     """Add up the training cost of each output and of `base`, in floating-point operations and in seconds.
 
-    An output costs the stages up to the last one that trains a part it runs.
+    An output costs the stages up to the last one that trains a part it runs; the base model costs its own.
     """
     stages = []
     for stage in prepared.recipe.stages:
@@ -231,15 +223,16 @@ def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]
     def up_to(count: int) -> tuple[int, float]:
         return sum(flops for _, flops, _ in stages[:count]), sum(seconds for _, _, seconds in stages[:count])
 
-    costs = {"base": up_to(len(_base_stages(prepared)))}
-    for output, parts in _parts_of(model).items():
-        costs[output] = up_to(max((n + 1 for n, (trained, _, _) in enumerate(stages) if trained & parts), default=0))
-    return costs
+    costs = {
+        output: up_to(max((n + 1 for n, (trained, _, _) in enumerate(stages) if trained & parts), default=0))
+        for output, parts in _parts_of(model).items()
+    }
+    return {**costs, BASE: up_to(len(_base_stages(prepared)))}
 
 
 def _forward_flops(prepared: Prepared, model: nn.Module) -> int:
     """Count the floating-point operations of a forward pass of one image through the base model."""
-    base = view(model, "head1") if isinstance(model, DualHeadClassifier) else model
+    base = view(model, head_id(1)) if isinstance(model, DualHeadClassifier) else model
     example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)
     counter = CountFlops()
     with counter, in_eval_mode(base), torch.no_grad():
