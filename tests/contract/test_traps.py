@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from dualhead.recipe.schema import load_recipe
 from dualhead.runs.prepare import prepare
 from dualhead.runs.stages import train_stages
 from dualhead.training import Passes, Silent
-from helpers.training import PARTS, batch, dual_model, stage_of, step_of, streams_of
+from helpers.training import PARTS, attacked, batch, dual_model, stage_of, step_of, streams_of
 
 
 def findings(model: DualHeadClassifier, stage: int) -> set[str]:
@@ -100,8 +101,8 @@ def no_eval_mode(monkeypatch):
 def strange_trunk(monkeypatch):
     cut = Passes.__init__
 
-    def cut_with_another_trunk(self, *args):
-        cut(self, *args)
+    def cut_with_another_trunk(self, *args, **beside):
+        cut(self, *args, **beside)
         self.prefix = dual_model(seed=1).trunk.eval()
 
     monkeypatch.setattr(Passes, "__init__", cut_with_another_trunk)
@@ -131,10 +132,10 @@ def test_each_module_keeps_its_own_mode_through_an_attack_even_one_that_fails():
     model.head1.block2.eval()  # somebody's own choice
     modes = {name: module.training for name, module in model.named_modules()}
     data = batch(0, 4)
-    step._attack(data.x, None, data.y, streams_of(data))
+    attacked(step, data)
     assert {name: module.training for name, module in model.named_modules()} == modes
     with pytest.raises(IndexError):
-        step._attack(data.x, None, data.y + 100, streams_of(data))
+        attacked(step, replace(data, y=data.y + 100))
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 

@@ -195,7 +195,7 @@ def test_out_of_memory_ends_clearly_offers_a_smaller_piece_and_loses_nothing(tmp
 
 
 def test_other_errors_pass_through(tmp_path, monkeypatch):
-    def fails(self, data, streams, **how):
+    def fails(self, *data, **how):
         raise RuntimeError("size mismatch")
 
     monkeypatch.setattr(TrainingStep, "__call__", fails)

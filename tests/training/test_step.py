@@ -264,12 +264,10 @@ def test_attacks_in_lanes_train_the_same(base, stage, monkeypatch):
     objective, start = BASES[base]
     parts, lr = ("model",) if stage is None else PARTS[stage], 0.002 if stage == 3 else 0.01
     before, names = flat(alone), []
+    climb = PGD.maximise
+    monkeypatch.setattr(PGD, "maximise", lambda *args: names.append(threading.current_thread().name) or climb(*args))
     for model, lanes in ((alone, 1), (together, 2)):
         step = step_of(model, stage_of(objective, parts, start=start, lr=lr), Arithmetic(bf16=False, lanes=lanes))
-        climb = PGD.maximise
-        monkeypatch.setattr(
-            PGD, "maximise", lambda *args, climb=climb: names.append(threading.current_thread().name) or climb(*args)
-        )
         for number in range(3):
             step(batch(number, 36), streams_of(batch(number, 36)))
         step(batch(3, 36), streams_of(batch(3, 36)), one_thread=True)
