@@ -29,7 +29,7 @@ def reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Split:
+class Cut:
     """A model cut in two: `tail(trunk(x))` equals its logits.
 
     Both keep the model's own parameter names, so that their state dicts together are the model's. They are copies:
@@ -93,9 +93,9 @@ def _to_evaluation(module: nn.Module, args: object) -> None:  # a forward pre-ho
     module.eval()
 
 
-def keep_in_evaluation(split: Split, names: Collection[str]) -> None:
+def keep_in_evaluation(cut: Cut, names: Collection[str]) -> None:
     """Let modules be in evaluation mode in the halves too, which have no `train` of the model's own."""
-    for part in (split.trunk, split.tail):
+    for part in (cut.trunk, cut.tail):
         for name, module in part.named_modules():
             if name in names:
                 module.register_forward_pre_hook(_to_evaluation)

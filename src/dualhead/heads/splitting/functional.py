@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dualhead.heads.outputs import as_logits
-from dualhead.heads.splitting.base import CannotCut, Split, fresh_copy, graft, has_state, tensors_of, undisturbed
+from dualhead.heads.splitting.base import CannotCut, Cut, fresh_copy, graft, has_state, tensors_of, undisturbed
 
 
 class _Watch(TorchFunctionMode):
@@ -79,7 +79,7 @@ def _units(model: nn.Module, at: str) -> dict[str, Any]:
     return units
 
 
-def functional_split(model: nn.Module, at: str, images: Tensor) -> Split:
+def functional_split(model: nn.Module, at: str, images: Tensor) -> Cut:
     """Divide a model's state, and leave its forward whole.
 
     Raises:
@@ -99,7 +99,7 @@ def functional_split(model: nn.Module, at: str, images: Tensor) -> Split:
     if tensors_of(trunk).keys() & tensors_of(tail).keys():
         raise CannotCut("weights are shared across it")
     tail._hidden = (copied, trunk)
-    return Split(trunk.train(model.training), tail.train(model.training), "functional", at)
+    return Cut(trunk.train(model.training), tail.train(model.training), "functional", at)
 
 
 class PassedOn(nn.Module):

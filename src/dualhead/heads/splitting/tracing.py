@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import (
     CannotCut,
+    Cut,
     Features,
-    Split,
     fresh_copy,
     graft,
     has_state,
@@ -353,7 +353,7 @@ def _targets(*graphs: fx.Graph) -> list[str]:
     return [str(n.target) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")]
 
 
-def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool]) -> Split:
+def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool]) -> Cut:
     """Cut by tracing the containers on the way to the layer.
 
     Args:
@@ -390,7 +390,7 @@ def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool
         kept = {name: tensor for name, tensor in constants.items() if name in used}
         return Traced(first, second, state, kept, copied.state_dict().keys()).train(model.training)
 
-    return Split(half(train.trunk, evaluation.trunk, before), half(train.tail, evaluation.tail, behind), "traced", at)
+    return Cut(half(train.trunk, evaluation.trunk, before), half(train.tail, evaluation.tail, behind), "traced", at)
 
 
 def _assign_unused(model: nn.Module, before: dict[str, Any], behind: dict[str, Any]) -> None:
