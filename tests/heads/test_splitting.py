@@ -15,7 +15,7 @@ from torch import nn
 from dualhead.errors import UserError
 from dualhead.heads import as_logits, attach_second_head, layers, split_model
 from dualhead.heads.splitting.base import is_shape_only
-from dualhead.system.runtime import all_generator_states, seed_generators
+from dualhead.system.generators import all_generator_states, seed_generators
 from helpers.architectures import ARCHITECTURES, CLASSES, assert_same_function, assert_second_head_trains, examine
 
 FAST = {"ConvNeXt", "ViT", "Swin"}

@@ -17,8 +17,8 @@ from dualhead.objectives.base import kl_divergence
 from dualhead.recipe.schema import load_recipe
 from dualhead.runs.run import train
 from dualhead.saving.models import Architecture
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
 from dualhead.training import Program
 from dualhead.training.step import TrainingStep
 from helpers.resume import outcome

@@ -21,7 +21,7 @@ from dualhead.saving.models import (
     save_model,
     view,
 )
-from dualhead.system.runtime import all_generator_states
+from dualhead.system.generators import all_generator_states
 
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dualhead.recipe.schema import load_recipe
 from dualhead.runs.run import Run
-from dualhead.system.runtime import Arithmetic
+from dualhead.system.arithmetic import Arithmetic
 from dualhead.training import Silent
 from dualhead.training.profiler import PARTS, SKIPPED, STEPS, labelled
 from helpers.e2e import TINY

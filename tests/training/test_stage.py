@@ -9,8 +9,8 @@ import dualhead.runs.run as run_module
 from dualhead.attacks import attacks
 from dualhead.data import augmentations
 from dualhead.runs.run import Run, train
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import Program, StageRun
 from dualhead.training.step import TrainingStep

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from dualhead.system.runtime import Arithmetic
+from dualhead.system.arithmetic import Arithmetic
 from helpers.training import (
     PARTS,
     THREAT,

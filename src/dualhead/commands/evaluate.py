@@ -20,9 +20,10 @@ from dualhead.heads import LayerInfo, layers
 from dualhead.models import Normalize, backbones
 from dualhead.runs import GALLERY, load_stage, read_recipe
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
+from dualhead.system.arithmetic import Precision
+from dualhead.system.devices import find_device, room_for_images
 from dualhead.system.files import check_folder
 from dualhead.system.processes import group
-from dualhead.system.runtime import Precision, find_device, room_for_images
 from dualhead.threats import Norm, ThreatModel
 
 _log = logging.getLogger(__name__)

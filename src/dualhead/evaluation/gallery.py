@@ -24,7 +24,7 @@ from dualhead.evaluation.model import check_images, device_of, frozen, outputs_o
 from dualhead.evaluation.scheduler import Samples
 from dualhead.models.base import logits_of
 from dualhead.noise import Streams
-from dualhead.system.runtime import float32_products
+from dualhead.system.devices import float32_products
 from dualhead.threats import ThreatModel
 
 ATTACK = "pgd-20"

@@ -38,25 +38,21 @@ from dualhead.saving import (
     write_card,
     write_config,
 )
-from dualhead.system.files import write_json, write_text
-from dualhead.system.flops import CountFlops
-from dualhead.system.lock import FolderLock
-from dualhead.system.processes import group
-from dualhead.system.runtime import (
-    Arithmetic,
-    Precision,
-    choose_arithmetic,
+from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic, slowdown_by_bf16, with_lanes
+from dualhead.system.devices import (
     describe_environment,
     find_device,
     float32_products,
-    in_eval_mode,
     processors,
     refuse_tf32,
     room_for_images,
-    slowdown_by_bf16,
     synchronised_batch_norm,
-    with_lanes,
 )
+from dualhead.system.files import write_json, write_text
+from dualhead.system.flops import CountFlops
+from dualhead.system.lock import FolderLock
+from dualhead.system.modes import in_eval_mode
+from dualhead.system.processes import group
 from dualhead.threats import ThreatModel
 from dualhead.training import (
     RESET,

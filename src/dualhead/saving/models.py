@@ -21,7 +21,7 @@ from dualhead.models import Normalize, backbones, last_layer, load_state, normal
 from dualhead.report import ONNX_SECTION, model_card
 from dualhead.saving.onnx import OnnxCheck, write_onnx
 from dualhead.system.files import write_json, write_text
-from dualhead.system.runtime import kept_generators
+from dualhead.system.generators import kept_generators
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -16,8 +16,8 @@ from torch import nn
 
 from dualhead.errors import RunError
 from dualhead.system.files import write_atomically
+from dualhead.system.generators import generator_states, set_generator_states
 from dualhead.system.processes import group
-from dualhead.system.runtime import generator_states, set_generator_states
 from dualhead.training.averaging import WeightAverage
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,10 @@ from dualhead.data import Batch, batches
 from dualhead.errors import Interrupted, UserError
 from dualhead.heads import Chosen, DualHeadClassifier, Output
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
-from dualhead.system.runtime import Arithmetic, in_eval_mode
 from dualhead.training.checkpoint import Position
 from dualhead.training.validation import Validator
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dualhead.components.fields import Real
 from dualhead.components.sections import Section
-from dualhead.system.runtime import Arithmetic
+from dualhead.system.arithmetic import Arithmetic
 from dualhead.training.passes import Features, Program
 
 

@@ -16,9 +16,10 @@ from dualhead.attacks import Maximiser
 from dualhead.data import Batch
 from dualhead.noise import Streams
 from dualhead.objectives import LossTerms
+from dualhead.system.arithmetic import Arithmetic, compiled
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.system.replicas import LEAST_ROWS, pool, twins
-from dualhead.system.runtime import Arithmetic, compiled, in_eval_mode
 from dualhead.threats import ThreatModel
 from dualhead.training.activation_checkpointing import blocks, recomputed, still_buffers
 from dualhead.training.free import CarriedPerturbation

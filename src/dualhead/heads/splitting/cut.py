@@ -27,7 +27,7 @@ from dualhead.heads.splitting.base import (
 from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split
 from dualhead.heads.splitting.functional import functional_split
 from dualhead.heads.splitting.tracing import traced_split
-from dualhead.system.runtime import all_generator_states, seed_generators
+from dualhead.system.generators import all_generator_states, seed_generators
 
 _RELATIVE, _ABSOLUTE, _ROUNDING = 1e-4, 1e-5, 1e-6
 _NEAREST, _TRIES = 2, 8
