@@ -16,7 +16,7 @@ from dualhead.models import read_state
 from dualhead.objectives.base import kl_divergence
 from dualhead.recipe.schema import load_recipe
 from dualhead.runs.run import train
-from dualhead.saving.models import Architecture
+from dualhead.saving.architecture import Architecture
 from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
 from dualhead.training import Program

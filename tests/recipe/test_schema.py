@@ -295,7 +295,7 @@ def test_a_recipe_is_frozen(write):
 
 def test_the_wide_baseline_has_the_parameters_of_two_heads():
     from dualhead.models import backbones, count_parameters
-    from dualhead.saving.models import Architecture
+    from dualhead.saving.architecture import Architecture
 
     def parameters(name):
         model = load_recipe(name).model
