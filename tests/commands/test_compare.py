@@ -13,7 +13,7 @@ import yaml
 from dualhead.commands.compare import Entry, read_entries, standings
 from dualhead.errors import UserError
 from dualhead.evaluation import mcnemar, wilson
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from helpers.evaluation import COLUMNS, evaluation_of
 
 

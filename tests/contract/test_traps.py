@@ -13,7 +13,7 @@ import dualhead.training.step as step_module
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.run import Run
 from dualhead.training import Program, Silent
 from helpers.training import PARTS, batch, dual_model, stage_of, step_of, streams_of

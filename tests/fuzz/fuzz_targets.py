@@ -25,7 +25,8 @@ from PIL import Image
 from dualhead.data import load_split
 from dualhead.errors import RunError, UserError
 from dualhead.models import read_state
-from dualhead.recipe.schema import load_recipe, parse_recipe, shipped_recipes
+from dualhead.recipe.schema import parse_recipe
+from dualhead.recipe.yaml import load_recipe, shipped_recipes
 from dualhead.saving.architecture import CONFIG, Architecture, read_config
 from dualhead.training import CheckpointStore, Position
 

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from dualhead.errors import UserError
-from dualhead.recipe.schema import Recipe, load_recipe, parse_recipe, shipped_recipes
+from dualhead.recipe.schema import Recipe, parse_recipe
+from dualhead.recipe.yaml import load_recipe, shipped_recipes
 from dualhead.threats.lp import ThreatModel
 
 MINIMAL = """

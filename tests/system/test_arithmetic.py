@@ -11,7 +11,7 @@ from torch import nn
 
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import evaluate, make_gallery
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs import run
 from dualhead.runs.run import train
 from dualhead.system import arithmetic as measured

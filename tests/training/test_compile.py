@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dualhead.errors import RunError, UserError
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.run import Run
 from dualhead.system.arithmetic import Arithmetic, compiled
 from helpers.e2e import TINY
