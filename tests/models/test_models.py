@@ -544,9 +544,17 @@ def test_channel_statistics_refuse_what_is_not_a_set_of_images(images):
 
 def test_logits_are_found_in_what_models_return():
     z = torch.rand(2, 3)
-    for output in (z, (z, "features"), [z], {"logits": z, "loss": None}, Output(0, z), types.SimpleNamespace(logits=z)):
+    for output in (
+        z,
+        (z, "features"),
+        [z],
+        {"logits": z, "loss": None},
+        Output(0, z),
+        types.SimpleNamespace(logits=z),
+        {"scores": z},
+    ):
         assert logits_of(output) is z
-    for output in (None, (), "text", {"scores": z}, ("features", z)):
+    for output in (None, (), "text", {"scores": z, "features": z}, {"scores": 3}, ("features", z)):
         with pytest.raises(UserError, match="without logits"):
             logits_of(output)
 
@@ -606,7 +614,7 @@ def test_a_factory_that_does_not_keep_the_contract_is_told_what_is_wrong(attribu
         "def five():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))\n"
         "def double():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).double()\n"
         "def chokes():\n    return torch.nn.Linear(99, 4)\n"
-        "class Dumb(torch.nn.Module):\n    def forward(self, x):\n        return {'scores': x}\n"
+        "class Dumb(torch.nn.Module):\n    def forward(self, x):\n        return {'scores': x, 'features': x}\n"
         "def dumb():\n    return Dumb()\n"
     )
     with pytest.raises(UserError, match=said) as caught:

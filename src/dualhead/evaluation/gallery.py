@@ -22,9 +22,9 @@ from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
 from dualhead.evaluation.model import check_images, device_of, frozen, outputs_of, pad_rows
 from dualhead.evaluation.scheduler import Samples
-from dualhead.models.base import logits_of
 from dualhead.noise import Streams
 from dualhead.system.devices import float32_products
+from dualhead.system.outputs import logits_of
 from dualhead.threats import ThreatModel
 
 ATTACK = "pgd-20"

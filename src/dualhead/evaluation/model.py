@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from dualhead.attacks import LogitsFn, Query
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
-from dualhead.models.base import logits_of
 from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision, set_layout
 from dualhead.system.devices import synchronize
 from dualhead.system.modes import in_eval_mode
+from dualhead.system.outputs import logits_of
 
 ROWS = 8
 """Batches are padded to a multiple of this many rows. Matrix kernels treat the last few rows of a batch differently,

@@ -35,7 +35,7 @@ def attach_second_head(
     for parameters that the model has fixed.
 
     Args:
-        model: images [B, ...] to logits, as a tensor or within what it returns (see `as_logits`).
+        model: images [B, ...] to logits, as a tensor or within what it returns (see `logits_of`).
         at: the submodule at whose output the further heads begin; `dualhead layers` lists them.
         example: images [B, ...] that the model accepts.
         num_classes: C, checked against the model; None to take it from the model.

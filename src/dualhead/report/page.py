@@ -123,7 +123,7 @@ def _gain(source: Source, row: Measured) -> list[tuple[str, str, str]]:
     return [
         (
             "gain over base model",
-            f"{points(found.value)} points",
-            f"95 %: {points(found.low)} to {points(found.high)}",
+            f"{points(found.difference)} points",
+            "95 %: {} to {}".format(*map(points, found.interval)),
         )
     ]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
-from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import (
     CannotCut,
     Cut,
@@ -28,6 +27,7 @@ from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequenti
 from dualhead.heads.splitting.functional import functional_split
 from dualhead.heads.splitting.tracing import traced_split
 from dualhead.system.generators import all_generator_states, seed_generators
+from dualhead.system.outputs import logits_of
 
 _RELATIVE, _ABSOLUTE, _ROUNDING = 1e-4, 1e-5, 1e-6
 _NEAREST, _TRIES = 2, 8
@@ -47,7 +47,7 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Cut:
     A trace decides branches on image sizes as the example does: the cut is for images of the example's size.
 
     Args:
-        model: any module from images to logits (see `as_logits` for what it may return); left as it is.
+        model: any module from images to logits (see `logits_of` for what it may return); left as it is.
         at: the submodule's name, as in `model.named_modules()`.
         example: images [B, ...] that the model accepts.
 
@@ -60,7 +60,7 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Cut:
     for mode, batch in itertools.product((True, False), (torch.cat((images, images[:1])), images)):
         try:
             with undisturbed(images, model):
-                logits = as_logits(model.train(mode)(batch.clone()))  # a forward may work on them in place
+                logits = logits_of(model.train(mode)(batch.clone()))  # a forward may work on them in place
         except UserError:
             raise
         except Exception as error:  # any code of any model may run here
@@ -216,7 +216,7 @@ def guard_features(cut: Cut, images: Tensor, head: nn.Module | None = None) -> N
         head.register_forward_pre_hook(_CloneChanged(tuple(sorted(changed))))
 
 
-class Outcome(NamedTuple):
+class Pass(NamedTuple):
     """What a pass gives: logits, gradients by name, buffers afterwards, and where random numbers then stand."""
 
     logits: Tensor
@@ -225,7 +225,7 @@ class Outcome(NamedTuple):
     drawn: Any
 
 
-def pass_of(model: nn.Module | Cut, images: Tensor, mode: bool, *, backward: bool) -> Outcome:
+def pass_of(model: nn.Module | Cut, images: Tensor, mode: bool, *, backward: bool) -> Pass:
     """A pass of a model, or of one that is cut, from the same random numbers always; nothing is left behind.
 
     Args:
@@ -245,10 +245,10 @@ def pass_of(model: nn.Module | Cut, images: Tensor, mode: bool, *, backward: boo
         output: Any = leaf.clone()  # on which a forward may work in place
         for part in parts:
             output = part(output)
-        logits = as_logits(output)
+        logits = logits_of(output)
         gradients = _gradients(logits, leaf, parts) if backward else {}
         buffers = {name: buffer.detach().clone() for part in parts for name, buffer in part.named_buffers()}
-        return Outcome(logits.detach().clone(), gradients, buffers, all_generator_states(images.device))
+        return Pass(logits.detach().clone(), gradients, buffers, all_generator_states(images.device))
 
 
 def _gradients(logits: Tensor, images: Tensor, parts: tuple[nn.Module, ...]) -> dict[str, Tensor | None]:
@@ -292,7 +292,7 @@ def _other_gradient(found: Mapping[str, Tensor | None], expected: Mapping[str, T
     return None
 
 
-def check_pass(cut: Cut, images: Tensor, mode: bool, expected: Outcome) -> None:
+def check_pass(cut: Cut, images: Tensor, mode: bool, expected: Pass) -> None:
     """A pass of a model that is cut gives what the model's gave, with gradients where that has some.
 
     Raises:
@@ -315,7 +315,7 @@ def check_pass(cut: Cut, images: Tensor, mode: bool, expected: Outcome) -> None:
         raise CannotCut(f"the cut model has another gradient with respect to {tensor} in {name}")
 
 
-def backward_of(model: nn.Module, images: Tensor, mode: bool) -> Outcome | None:
+def backward_of(model: nn.Module, images: Tensor, mode: bool) -> Pass | None:
     """A model's pass with gradients; None if it fails, as it may in a model that is not made to be trained."""
     try:
         return pass_of(model, images, mode, backward=True)

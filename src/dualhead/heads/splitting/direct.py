@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import CannotCut, Cut, fresh_copy
+from dualhead.system.outputs import logits_of
 
 OWN_NOT_OFFERED = "does not offer a cut"
 
 
 def _plain_logits(module: nn.Module, args: Any, output: Any) -> Any:  # a forward hook
     del module, args
-    return as_logits(output)
+    return logits_of(output)
 
 
 def own_split(model: nn.Module, at: str) -> Cut:

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import CannotCut, Cut, fresh_copy, graft, has_state, tensors_of, undisturbed
+from dualhead.system.outputs import logits_of
 
 
 class _Watch(TorchFunctionMode):
@@ -137,7 +137,7 @@ class WholePass(nn.Module):
             container.training = self.training
             for part in (trunk, self):
                 own.update(_direct_tensors(part, name))
-        return as_logits(functional_call(model, own, (images,)))
+        return logits_of(functional_call(model, own, (images,)))
 
 
 def _direct_tensors(part: nn.Module, name: str) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import (
     CannotCut,
     Cut,
@@ -31,6 +30,7 @@ from dualhead.heads.splitting.base import (
     tensors_of,
     undisturbed,
 )
+from dualhead.system.outputs import logits_of
 
 _ROOT = "model."
 _METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "type", "get_device", "element_size"} | {
@@ -47,7 +47,7 @@ class _Whole(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return as_logits(self.model(images))
+        return logits_of(self.model(images))
 
 
 class _Proxy(fx.Proxy):
