@@ -45,7 +45,7 @@ class Streams:
 
     @classmethod
     def of(cls, seed: int, samples: Tensor) -> Self:
-        """Streams for the samples with the given indices (int64 [B]) under a seed."""
+        """Return streams for the samples with the given indices (int64 [B]) under a seed."""
         return cls(samples.to(torch.int64).clone()).fork(seed)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a measured accuracy says: intervals, paired tests, and spread over seeds."""
+"""Statistics of measured accuracies: intervals, paired tests, and spread over seeds."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Paired:
     """Two classifiers on the same samples.
 
     Attributes:
-        num_samples: how many samples both saw.
-        accuracy: of the first and of the second.
+        num_samples: number of samples that both saw.
+        accuracy: the first's and the second's.
         only_first: samples that only the first got right.
         only_second: samples that only the second got right.
         difference: second minus first.
@@ -62,7 +62,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Pa
     Args:
         first: bool [N], which samples the first got right.
         second: the same for the second.
-        confidence: of the interval, in (0, 1).
+        confidence: confidence of the interval, in (0, 1).
 
     Raises:
         UserError: if the samples cannot be the same.

@@ -1,4 +1,4 @@
-"""What an evaluation has found out so far, on disk, so that it can be killed anywhere and go on.
+"""An evaluation's results so far, on disk, so that it can be killed anywhere and go on.
 
 A folder of small files that are written once, each under a temporary name and then renamed, hence never half there:
 `identity.json` says what is evaluated, `facts.json` keeps what was settled at the start, each `tries-*.npz` holds the
@@ -46,7 +46,7 @@ _OUTCOME = {
     "taken_for": int,
 }
 LAYOUT = 3
-"""Of the files; raised when one of another layout could not be read."""
+"""Version of the files' layout; raised when files of another layout could not be read."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Outcome(Try):
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """An npz file, atomically."""
+    """Write an npz file, atomically."""
 
     def write(aside: Path) -> None:
         with aside.open("wb") as stream:
@@ -71,7 +71,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON values, with None for what is not finite."""
+    """Return JSON values, with None for what is not finite."""
     if isinstance(value, Mapping):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -81,7 +81,7 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def _left_out_if_damaged(path: Path) -> Iterator[None]:
-    """What a file that a disk or a copy has damaged held is found out again."""
+    """Skip a damaged file with a warning; its results are computed again."""
     try:
         yield
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
@@ -98,14 +98,14 @@ def _digest(*tensors: Tensor) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A digest of parameters, buffers, and the tree of module classes."""
+    """Return a digest of parameters, buffers, and the tree of module classes."""
     tree = "\n".join(f"{name} {type(module).__qualname__}" for name, module in model.named_modules())
     state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     return hashlib.sha256("\n".join([tree, *state, _digest(*state.values())]).encode()).hexdigest()
 
 
 def data_fingerprint(images: Tensor, labels: Tensor, index: Tensor) -> str:
-    """A digest of images, labels and the names of the samples."""
+    """Return a digest of images, labels and the names of the samples."""
     return _digest(images, labels, index)
 
 
@@ -114,7 +114,7 @@ class Journal:
 
     Args:
         folder: where; None keeps nothing.
-        identity: what is evaluated: names to text or numbers. A folder of another identity is refused.
+        identity: description of the evaluation, names to text or numbers. A folder of another identity is refused.
         resume: False forgets what lies in the folder.
         rank: number of this process.
         world: how many processes there are. Each accounts for a share of what earlier processes spent.
@@ -208,7 +208,7 @@ class Journal:
         self.seconds[part] += seconds
 
     def fact(self, name: str, find_out: Callable[[], Any]) -> Any:
-        """What was found out earlier under this name, or what `find_out` gives now; JSON values only."""
+        """Return the earlier result of this name, or the one of `find_out` now; JSON values only."""
         if name not in self.facts:
             self.facts[name] = json.loads(json.dumps(finite(find_out())))
             if self.folder is not None and self.rank == 0:
@@ -260,7 +260,7 @@ class Journal:
         self._flight_seconds = self._flown - begun
 
     def flight(self, part: Part) -> list[dict[str, NDArray[Any]]]:
-        """What processes had under way of a part."""
+        """Read the unfinished tries of a search from all processes."""
         found = []
         for path in sorted(self.folder.glob("flight-*.npz")) if self.folder is not None else ():
             with _left_out_if_damaged(path), np.load(path) as stored:

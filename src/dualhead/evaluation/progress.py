@@ -37,7 +37,7 @@ class Reporter:
 
     Args:
         progress: who is told.
-        label: of the search.
+        label: label of the search.
         samples: positions of those that are searched.
         jobs: tries that a sample gets at most.
         count: samples of this process, of which `robust_so_far` is a share.

@@ -31,8 +31,8 @@ class LayerInfo:
     """A layer at whose output a second head might start.
 
     Args:
-        name: of the submodule.
-        shapes: of the tensors that cross the cut, without the batch; the layer's own output comes first.
+        name: name of the submodule.
+        shapes: shapes of the tensors that cross the cut, without the batch; the layer's own output comes first.
         parameters_before: numbers in the trunk's parameters.
         parameters_after: numbers in a head's parameters: what a second head adds.
         cost_after: share of one forward pass's floating-point operations behind the layer, in [0, 1].
@@ -52,7 +52,7 @@ class LayerInfo:
 
 
 def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
-    """The layers at which a second head can start, in the order of the forward pass.
+    """Return the layers at which a second head can start, in the order of the forward pass.
 
     Listed are stages and blocks: the model's submodules, and inwards as far as submodules hold lists of blocks. Of
     layers between which nothing costly happens, one is listed. A submodule within a block, where a residual connection
@@ -103,7 +103,7 @@ def _info(cut: Cut, images: Tensor, cost_after: float) -> LayerInfo:
 
 
 def _distinct(names: list[str], done: dict[str, int]) -> list[str]:
-    """Of layers between which nothing costly happens the outermost, and of these the last, in the order of the pass."""
+    """Keep one layer of each group that costs the same: the outermost, and of those the last to run."""
     kept: dict[int, str] = {}
     for name in sorted(names, key=list(done).index):
         other = kept.get(done[name])
@@ -126,7 +126,7 @@ def _without_insides(found: list[LayerInfo]) -> list[LayerInfo]:
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Stages and blocks: submodules, and inwards as far as they hold lists of alike submodules."""
+    """Return stages and blocks: submodules, and inwards as far as they hold lists of alike submodules."""
     names: list[str] = []
 
     def descend(module: nn.Module, prefix: str) -> None:
@@ -150,7 +150,7 @@ def _holds_blocks(module: nn.Module) -> bool:
 
 
 def _costs(model: nn.Module, images: Tensor) -> tuple[dict[str, int], Counter[str]]:
-    """One forward pass: floating-point operations done when each submodule has run, and how often it ran.
+    """Run one forward pass: floating-point operations done when each submodule has run, and how often it ran.
 
     The whole model's name is ''.
     """

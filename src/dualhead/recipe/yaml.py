@@ -150,8 +150,8 @@ def _unshared(content: Any, count: list[int]) -> Any:
     """Copy the content once for each use of an anchor, so that a change to one use leaves the others alone.
 
     Args:
-        content: as YAML gave it.
-        count: of values so far, in a list of one; anchors within anchors grow without end.
+        content: as YAML returned it.
+        count: number of values so far, in a list of one; anchors within anchors grow without end.
     """
     count[0] += 1
     if count[0] > LARGEST_CONTENT:

@@ -87,7 +87,7 @@ def _view(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def _tiles(source: Source) -> list[tuple[str, str, str]]:
-    """The main numbers of a run: what, number, small print."""
+    """Return the main numbers of a run: what, number, small print."""
     row = source.deployed or (source.rows[-1] if source.rows else None)
     if row is None or row.worst is None:
         return []

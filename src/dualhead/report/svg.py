@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""What XML cannot hold."""
+"""Characters that XML cannot hold."""
 
 LETTER = 6.3
 """About the width of a letter at the size that drawings use."""
@@ -20,9 +20,9 @@ class Drawing:
     """An SVG image of a fixed width that scales with the page.
 
     Args:
-        width: in units; text is 12 units high.
-        height: in units.
-        description: what it shows, for those who do not see it.
+        width: width in units; text is 12 units high.
+        height: height in units.
+        description: its content in words, for those who do not see it.
     """
 
     def __init__(self, width: float, height: float, description: str) -> None:
@@ -82,7 +82,7 @@ class Drawing:
         return element
 
     def markup(self) -> Markup:
-        """The image, for the page."""
+        """Return the image, for the page."""
         return Markup(ElementTree.tostring(self._root, encoding="unicode"))  # escaped by the writer
 
 
@@ -92,7 +92,7 @@ def printable(text: str) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from low to high, both of which lie within their reach."""
+    """Return about `count` round numbers from low to high, both of which lie within their reach."""
     span = (high - low) or abs(high) or 1.0
     raw = span / max(count, 1)
     size = 10.0 ** math.floor(math.log10(raw))

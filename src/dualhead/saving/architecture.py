@@ -32,11 +32,11 @@ class Architecture(Section):
         backbone: as a recipe writes it, in the long form.
         attach_at: layer whose output feeds the second head; None: a plain classifier.
         aggregator: as a recipe writes it, in the long form; None without a second head.
-        heads: how many, if there is a second one.
+        heads: their number, if there is a second one.
         num_classes: logits per image.
         image_shape: channels, height, width.
-        mean: of each channel, for images in [0, 1].
-        std: of each channel.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel.
     """
 
     backbone: dict[str, Any]

@@ -82,7 +82,7 @@ def compiled(function: Callable[P, R], what: str) -> Callable[P, R]:
     """Compile a function by `torch.compile`, as one graph for each input shape; never partly eager.
 
     Args:
-        function: of tensors.
+        function: a function of tensors.
         what: the function's name in the message.
 
     Returns:
@@ -178,7 +178,7 @@ def with_lanes(arithmetic: Arithmetic, model: nn.Module, example: Tensor, second
     """Give the arithmetic as many lanes as torch has CPU threads, if attacks are measured to be clearly faster so.
 
     Args:
-        arithmetic: with one lane.
+        arithmetic: one with a single lane.
         model: images to logits, laid out for that arithmetic; left as it is.
         example: a batch of images as the work will use.
         seconds: about how long to measure each.

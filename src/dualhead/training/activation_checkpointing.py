@@ -14,7 +14,7 @@ from dualhead.training.buffers import settle, slots
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The smallest modules that hold at least two layers with weights, such as residual blocks."""
+    """Return the smallest modules that hold at least two layers with weights, such as residual blocks."""
     inside = [block for child in model.children() for block in blocks(child)]
     if inside:
         return inside

@@ -40,8 +40,8 @@ class Position:
         step_cost: floating-point operations of one step, as torch counts them; 0 where the next step is to be counted.
         flops: floating-point operations of all steps so far.
         streak: steps of the epoch dropped in a row, up to now.
-        retreats: how often the stage went back to a saved state because its numbers were no longer finite.
-        sums: what the unfinished epoch has added up for its line of metrics.
+        retreats: number of times that the stage went back to a saved state because its numbers were no longer finite.
+        sums: the unfinished epoch's sums for its line of metrics.
         best: metrics of the best epoch of the stage so far; empty before the first validation.
     """
 
@@ -59,7 +59,7 @@ class Position:
 
 @dataclass
 class Saved:
-    """What a checkpoint holds: the position, and the states to load into model, optimiser and weight average.
+    """A checkpoint's content: the position, and the states to load into model, optimiser and weight average.
 
     Of each process it holds the generators, and the perturbation that it carries from step to step.
     """
@@ -92,7 +92,7 @@ class CheckpointStore:
 
     Args:
         folder: where the files lie.
-        keep: how many stay, at least 1.
+        keep: number of files that stay, at least 1.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -114,8 +114,8 @@ class CheckpointStore:
         Args:
             position: where the run stands.
             model: with the weights of that moment.
-            optimiser: of the stage; None between stages.
-            average: of the stage's weights; None if it keeps none.
+            optimiser: optimiser of the stage; None between stages.
+            average: average of the stage's weights; None if it keeps none.
             carried: the perturbation that this process carries from step to step; None if it carries none.
         """
         generators = group().gather(generator_states(next(model.parameters()).device))
@@ -140,7 +140,7 @@ class CheckpointStore:
             old.unlink()
 
     def load(self, wanted: Callable[[Position], bool] = lambda position: True) -> Saved | None:
-        """The newest state that is whole and wanted, on the CPU; None if there is none. Nothing in a file is run.
+        """Load the newest whole and wanted state, on the CPU; None if there is none. Nothing in a file is run.
 
         Called by all processes of a run; the first one reads.
 
@@ -167,7 +167,7 @@ class CheckpointStore:
         return None
 
     def _files(self) -> list[Path]:
-        """Checkpoints by name, oldest first."""
+        """Return checkpoints by name, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))

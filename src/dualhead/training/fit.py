@@ -162,7 +162,7 @@ class Selection:
         return rows.to(torch.int64)
 
     def _reference(self) -> int:
-        """Images that head 1 gets right under everything."""
+        """Return images that head 1 gets right under everything."""
         right = torch.stack([predictions(logits[:, 0]) == self._labels for logits in self._known])
         robust = right.all(0).sum().float()
         group().sum_([robust])

@@ -53,7 +53,7 @@ class HelperTerm:
     Args:
         settings: its weight and its reach.
         model: f_std; put in evaluation mode.
-        program: of the stage.
+        program: program of the stage.
         arithmetic: number format of the passes.
     """
 

@@ -20,7 +20,7 @@ SKIPPED = 2
 STEPS = 3
 """Steps that are looked at."""
 PARTS = ("load images", "frozen prefix", "attack", "loss: forward", "loss: backward", "update", "end of epoch")
-"""What the loop labels, as a trace shows it; the rest of a step is in none of them."""
+"""Labels that the loop sets, as a trace shows them; the rest of a step is in none of them."""
 OPERATORS = 25
 """Lines of the table of operators."""
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def labelled(name: str, items: Iterable[T]) -> Iterator[T]:
-    """The items, the making of each under a name that a profile shows."""
+    """Return the items, the making of each under a name that a profile shows."""
     iterator, end = iter(items), object()
     while True:
         with record_function(name):
@@ -39,7 +39,7 @@ def labelled(name: str, items: Iterable[T]) -> Iterator[T]:
 
 
 def _all_threads() -> _ExperimentalConfig | None:
-    """What lets a profile see the threads that attacks run in, which torch calls experimental."""
+    """Return settings that let a profile see the threads that attacks run in; torch calls them experimental."""
     try:
         return _ExperimentalConfig(profile_all_threads=True)
     except TypeError:
@@ -102,7 +102,7 @@ class StepProfiler:
 
     @staticmethod
     def _parts(averages: Any) -> list[str]:
-        """A line for each part of a step: seconds of the host, and its share."""
+        """Return a line for each part of a step: seconds of the host, and its share."""
         seconds = {event.key: event.cpu_time_total / 1e6 / STEPS for event in averages}
         whole = next(value for name, value in seconds.items() if name.startswith("ProfilerStep"))
         parts = {name: seconds[name] for name in PARTS if name in seconds}

@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it."""
+"""A run's messages to those who watch it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class TrainingProgress(Protocol):
         """A stage begins or goes on.
 
         Args:
-            name: of the stage.
-            number: of the stage, from 1.
-            stages: how many there are.
+            name: name of the stage.
+            number: number of the stage, from 1.
+            stages: their number.
             epochs: its length.
             steps: steps an epoch.
             done: steps of the stage done already.

@@ -57,7 +57,7 @@ class RandomResizedCrop(Augmentation):
         return cut.round().clamp(0, 255).to(torch.uint8)
 
     def _sides(self, height: int, width: int, streams: Streams) -> tuple[Tensor, Tensor]:
-        """Height and width of each part, float32 [B]."""
+        """Return height and width of each part, float32 [B]."""
         drawn = streams.fork("shape").uniform(_TRIES, 2)
         area = (self.area[0] + (self.area[1] - self.area[0]) * drawn[..., 0]) * (height * width)
         low, high = (math.log(bound) for bound in self.ratio)

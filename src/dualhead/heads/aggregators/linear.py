@@ -31,7 +31,7 @@ class LinearOfHeads(nn.Module):
             self.fc.bias.zero_()
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, H, C]."""
+        """Return logits [B, C] from head logits [B, H, C]."""
         logits: Tensor = self.fc(head_logits.flatten(1))
         return logits
 

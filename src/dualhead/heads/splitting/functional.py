@@ -66,7 +66,7 @@ def _sides(model: nn.Module, at: str, images: Tensor) -> dict[str, set[bool]]:
 
 
 def _units(model: nn.Module, at: str) -> dict[str, Any]:
-    """What is assigned as a whole: submodules beside the way to the layer, and the containers' own tensors."""
+    """List what is assigned as a whole: submodules beside the way to the layer, and the containers' own tensors."""
     containers = ["", *(at[:i] for i, character in enumerate(at) if character == ".")]
     units: dict[str, Any] = {}
     for name in containers:
@@ -106,7 +106,7 @@ class PassedOn(nn.Module):
     """The trunk of a whole-pass cut: it holds the weights in front of the layer, and hands the images on."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """The images themselves: tails run the trunk."""
+        """Return the images themselves: tails run the trunk."""
         return images
 
 
@@ -124,12 +124,12 @@ class WholePass(nn.Module):
         self._hidden: tuple[nn.Module, ...] = (model,)  # in a tuple, so that the trunk's weights are not this module's
 
     def _shared_on_copy(self) -> dict[int, Any]:
-        """What a second tail has in common with this one, as a memo for `copy.deepcopy`: the trunk."""
+        """Return what a second tail shares with this one, the trunk, as a memo for `copy.deepcopy`."""
         trunk = self._hidden[1]
         return {id(held): held for held in (*trunk.modules(), *trunk.parameters(), *trunk.buffers())}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] from images [B, ...]."""
+        """Return logits [B, C] from images [B, ...]."""
         model, trunk = self._hidden
         own: dict[str, Tensor] = {}
         for name in self._containers:
@@ -141,7 +141,7 @@ class WholePass(nn.Module):
 
 
 def _direct_tensors(part: nn.Module, name: str) -> dict[str, Tensor]:
-    """Parameters and buffers that a part holds for a container itself."""
+    """Return parameters and buffers that a part holds for a container itself."""
     for atom in name.split(".") if name else ():
         if atom not in part._modules:
             return {}

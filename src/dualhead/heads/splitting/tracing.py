@@ -182,7 +182,7 @@ class _Tracer(fx.Tracer):
         return any(isinstance(self._known(argument), Tensor) for argument in node.all_input_nodes)
 
     def _open(self, proxy: fx.Proxy, value: Any, constants: tuple[type, ...]) -> Any:
-        """The same structure as the value, with a proxy for each tensor in it."""
+        """Return the same structure as the value, with a proxy for each tensor in it."""
         if isinstance(value, constants):
             return value
         if isinstance(value, Mapping):
@@ -225,7 +225,7 @@ class _Trace:
                 graph.erase_node(node)
 
     def _rename(self, graph: fx.Graph, scratch: _Whole) -> None:
-        """The model's own names; tensors that the trace made get one of ours."""
+        """Restore the model's own names; tensors that the trace made get one of ours."""
         self.constants: dict[str, Tensor] = {}
         for node in graph.nodes:
             if node.op not in ("call_module", "get_attr"):
@@ -291,7 +291,7 @@ class _Trace:
         return crossing
 
     def signature(self) -> list[tuple[str, torch.Size, torch.dtype]]:
-        """What crosses, comparable between the two modes: layers by name, all by shape and type."""
+        """Describe the tensors that cross, comparably between the modes: layers by name, all by shape and type."""
         kinds = (str(node.target) if node.op == "call_module" else "" for node in self.crossing)
         return [(kind, *self._sizes[node]) for kind, node in zip(kinds, self.crossing, strict=True)]
 
@@ -325,7 +325,7 @@ class Traced(nn.Module):
         self._run = {True: _compile(self, train), False: _compile(self, evaluation)}
 
     def forward(self, features: Features) -> Features:
-        """What the half computes: images to features, or features to logits."""
+        """Compute the half: images to features, or features to logits."""
         return self._run[self.training](self, features)
 
 
