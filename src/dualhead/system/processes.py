@@ -106,8 +106,8 @@ class Group:
         flat = torch.cat([t.detach().reshape(-1).to(kind) for t in tensors])
         with _others():
             dist.all_reduce(flat)
-        for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
-            tensor.detach().copy_(part.view(tensor.shape))
+        for tensor, piece in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.detach().copy_(piece.view(tensor.shape))
 
     def share_state(self, model: nn.Module) -> None:
         """Give every process the parameters and buffers of the first one's model."""
@@ -120,7 +120,7 @@ class Group:
                 tensor.copy_(whole)
 
     def share_of(self, count: int) -> slice:
-        """Return this process's part of `count` things in a row; parts differ by one at most."""
+        """Return this process's share of `count` things in a row; shares differ by one at most."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
 
