@@ -338,7 +338,7 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
 
 
 def _apart(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Places of numbered discs beside one another: a disc that would hide an earlier one moves to the nearest gap."""
+    """Place numbered discs beside one another: a disc that would hide an earlier one moves to the nearest gap."""
     placed: list[tuple[float, float]] = []
     for x, y in points:
         turns = [(math.tau * turn / 8, 19.0 * ring) for ring in range(1, 6) for turn in range(8)]
@@ -349,7 +349,7 @@ def _apart(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def pareto(values: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points that no other one beats, i.e. reaches in both and exceeds in one; by the first value."""
+    """Find the points that no other one beats, i.e. reaches in both and exceeds in one; sorted by the first value."""
     kept = [
         number
         for number, (x, y) in enumerate(values)

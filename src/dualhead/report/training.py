@@ -183,7 +183,7 @@ def _has(found: Sequence[Mapping[str, Any]], key: str) -> bool:
 
 
 def _points(found: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """Epochs and values, NaN for what is not finite; epochs without the key, as without validation, are left out."""
+    """Return epochs and values, NaN for values not finite; epochs without the key (no validation) are left out."""
     values = [(line["epoch"], _number(line, key)) for line in found if key in line]
     return [(float(epoch), math.nan if value is None else value) for epoch, value in values]
 

@@ -39,7 +39,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _sides(model: nn.Module, at: str, images: Tensor) -> dict[str, set[bool]]:
-    """Names of modules, parameters and buffers that a forward pass uses: behind the layer, before it, or both."""
+    """Name the modules, parameters and buffers that a forward pass uses: behind the layer, before it, or both."""
     sides: dict[str, set[bool]] = defaultdict(set)
     behind = False
 

@@ -274,7 +274,7 @@ class _Trace:
         return all(u not in self._sizes and (u.target is getattr or u.target in _METADATA) for u in used)
 
     def _crossing(self, behind: set[fx.Node]) -> set[fx.Node]:
-        """Tensors that nodes behind the cut take from before it; grows `behind` by what is better made again there."""
+        """Find the tensors that nodes behind the cut take from before it; extend `behind` by values made again."""
         crossing: set[fx.Node] = set()
         needed = list(behind)
         while needed:
@@ -394,7 +394,7 @@ def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool
 
 
 def _assign_unused(model: nn.Module, before: dict[str, Any], behind: dict[str, Any]) -> None:
-    """State that no graph mentions goes where the same tensor is used already, else to the trunk: no key is lost."""
+    """Assign state that no graph mentions to the half that uses the same tensor, else to the trunk: no key is lost."""
 
     def covered(name: str, part: Mapping[str, Any]) -> bool:
         return any(name == key or name.startswith(key + ".") for key in part)
