@@ -16,7 +16,6 @@ from dualhead.errors import UserError
 from dualhead.heads import attach_second_head, layers, split_model
 from dualhead.heads.splitting.base import is_shape_only
 from dualhead.system.generators import all_generator_states, seed_generators
-from dualhead.system.outputs import logits_of
 from helpers.architectures import ARCHITECTURES, CLASSES, assert_same_function, assert_second_head_trains, examine
 
 FAST = {"ConvNeXt", "ViT", "Swin"}
@@ -487,19 +486,6 @@ class SharedAndBranching(Net):
 def test_shared_weights_in_a_whole_pass_are_refused():
     with pytest.raises(UserError, match=r"traced: .*what a tensor holds; functional: bn is used on both sides"):
         split_model(SharedAndBranching(), "block1", IMAGES)
-
-
-@pytest.mark.parametrize(
-    "output", [torch.ones(2, 3), (torch.ones(2, 3), None), {"logits": torch.ones(2, 3), "loss": 0}]
-)
-def test_logits_are_found(output):
-    assert torch.equal(logits_of(output), torch.ones(2, 3))
-
-
-@pytest.mark.parametrize("output", [None, {"a": 1, "b": 2}, 3.0, ()])
-def test_no_logits_no_guess(output):
-    with pytest.raises(UserError, match="without logits"):
-        logits_of(output)
 
 
 def test_layers_lists_cuts_with_what_they_cost():

@@ -23,7 +23,6 @@ from dualhead.models import (
     channel_statistics,
     count_parameters,
     load_state,
-    logits_of,
     read_state,
     write_state,
 )
@@ -540,23 +539,6 @@ def test_channel_statistics_refuse_what_is_not_a_set_of_images(images):
 
 
 # --- Other people's models ---
-
-
-def test_logits_are_found_in_what_models_return():
-    z = torch.rand(2, 3)
-    for output in (
-        z,
-        (z, "features"),
-        [z],
-        {"logits": z, "loss": None},
-        Output(0, z),
-        types.SimpleNamespace(logits=z),
-        {"scores": z},
-    ):
-        assert logits_of(output) is z
-    for output in (None, (), "text", {"scores": z, "features": z}, {"scores": 3}, ("features", z)):
-        with pytest.raises(UserError, match="without logits"):
-            logits_of(output)
 
 
 def test_a_trial_leaves_the_model_as_it_was():
