@@ -32,8 +32,8 @@ from dualhead.system.files import write_atomically, write_json
 
 _log = logging.getLogger(__name__)
 
-Part = tuple[str, int]
-"""A task (an attack at an eps) and the number of its part."""
+SearchKey = tuple[str, int]
+"""A task (an attack at an eps) and the number of its search."""
 
 _COSTS = tuple(f.name for f in fields(Cost))
 _OUTCOME = {
@@ -130,12 +130,12 @@ class Journal:
         self, folder: Path | None, identity: Mapping[str, Any], *, resume: bool, rank: int, world: int, examples: bool
     ) -> None:
         self.folder, self.rank, self.world, self.examples = folder, rank, world, examples
-        self.tries: dict[Part, dict[tuple[int, int], Outcome]] = defaultdict(dict)
-        self.costs: dict[Part, Cost] = defaultdict(Cost)
-        self.seconds: dict[Part, float] = defaultdict(float)
+        self.tries: dict[SearchKey, dict[tuple[int, int], Outcome]] = defaultdict(dict)
+        self.costs: dict[SearchKey, Cost] = defaultdict(Cost)
+        self.seconds: dict[SearchKey, float] = defaultdict(float)
         self.facts: dict[str, Any] = {}
-        self._new: list[tuple[Part, Outcome]] = []
-        self._new_costs: list[tuple[Part, float, Cost]] = []
+        self._new: list[tuple[SearchKey, Outcome]] = []
+        self._new_costs: list[tuple[SearchKey, float, Cost]] = []
         self._begun = self._written = self._flown = time.monotonic()
         self._flight_seconds = 0.0
         self._count = 0
@@ -185,27 +185,27 @@ class Journal:
             tasks = [str(task) for task in held["tasks"]]
             examples = iter(held["example"]) if "example" in held else None
             columns = (held[n].tolist() for n in ("task", "part", *_OUTCOME))
-            for task, part, *outcome in zip(*columns, strict=True):
+            for task, search, *outcome in zip(*columns, strict=True):
                 found = Outcome(**dict(zip(_OUTCOME, outcome, strict=True)))
                 if found.fooled and examples is not None:
                     found.example = torch.from_numpy(next(examples).copy())
-                self.tries[tasks[task], part][found.sample, found.job] = found
+                self.tries[tasks[task], search][found.sample, found.job] = found
             if int(held["rank"]) % self.world != self.rank:
                 continue
-            for task, part, seconds, *passes in zip(
+            for task, search, seconds, *passes in zip(
                 held["cost_task"].tolist(),
                 held["cost_part"].tolist(),
                 held["seconds"].tolist(),
                 *(held[name].tolist() for name in _COSTS),
                 strict=True,
             ):
-                self._add_cost((tasks[task], part), seconds, Cost(*passes))
+                self._add_cost((tasks[task], search), seconds, Cost(*passes))
 
-    def _add_cost(self, part: Part, seconds: float, cost: Cost) -> None:
-        total = self.costs[part]
+    def _add_cost(self, search: SearchKey, seconds: float, cost: Cost) -> None:
+        total = self.costs[search]
         for name in _COSTS:
             setattr(total, name, getattr(total, name) + getattr(cost, name))
-        self.seconds[part] += seconds
+        self.seconds[search] += seconds
 
     def fact(self, name: str, find_out: Callable[[], Any]) -> Any:
         """Return the earlier result of this name, or the one of `find_out` now; JSON values only."""
@@ -215,29 +215,29 @@ class Journal:
                 write_json(self.folder / "facts.json", self.facts)
         return self.facts[name]
 
-    def known(self, part: Part) -> dict[tuple[int, int], bool]:
+    def known(self, search: SearchKey) -> dict[tuple[int, int], bool]:
         """(sample, job) to whether it was fooled."""
-        return {key: found.fooled for key, found in self.tries[part].items()}
+        return {key: found.fooled for key, found in self.tries[search].items()}
 
-    def first_successes(self, part: Part, samples: Iterable[int]) -> dict[int, Outcome]:
+    def first_successes(self, search: SearchKey, samples: Iterable[int]) -> dict[int, Outcome]:
         """For each of the samples that was fooled, the first job in order that did it."""
         asked, first = set(samples), {}
-        for (sample, _), found in sorted(self.tries[part].items(), reverse=True):
+        for (sample, _), found in sorted(self.tries[search].items(), reverse=True):
             if found.fooled and sample in asked:
                 first[sample] = found
         return first
 
-    def add(self, part: Part, found: Outcome) -> None:
+    def add(self, search: SearchKey, found: Outcome) -> None:
         """Record an outcome."""
         if not self.examples:
             found.example = None
-        self.tries[part][found.sample, found.job] = found
-        self._new.append((part, found))
+        self.tries[search][found.sample, found.job] = found
+        self._new.append((search, found))
 
-    def add_cost(self, part: Part, seconds: float, cost: Cost) -> None:
+    def add_cost(self, search: SearchKey, seconds: float, cost: Cost) -> None:
         """Record time and passes spent since the last call."""
-        self._add_cost(part, seconds, cost)
-        self._new_costs.append((part, seconds, cost))
+        self._add_cost(search, seconds, cost)
+        self._new_costs.append((search, seconds, cost))
 
     def due(self) -> bool:
         """Whether it is time to write: after 2 s at first, later after 2 % of the time so far, at most a minute."""
@@ -249,22 +249,22 @@ class Journal:
         interval = max(self.flight_interval, 50 * self._flight_seconds)
         return self.folder is not None and time.monotonic() - self._flown > interval
 
-    def write_flight(self, part: Part, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def write_flight(self, search: SearchKey, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Put on disk what is under way, in place of what was when this was last called."""
         assert self.folder is not None
         self.write()
         begun = time.monotonic()
-        name = {"part_name": np.array(part[0]), "part_number": np.array(part[1])}
+        name = {"part_name": np.array(search[0]), "part_number": np.array(search[1])}
         write_arrays(self.folder / f"flight-{self.rank}.npz", {**name, **arrays})
         self._flown = time.monotonic()
         self._flight_seconds = self._flown - begun
 
-    def flight(self, part: Part) -> list[dict[str, NDArray[Any]]]:
+    def flight(self, search: SearchKey) -> list[dict[str, NDArray[Any]]]:
         """Read the unfinished tries of a search from all processes."""
         found = []
         for path in sorted(self.folder.glob("flight-*.npz")) if self.folder is not None else ():
             with _left_out_if_damaged(path), np.load(path) as stored:
-                if (str(stored["part_name"]), int(stored["part_number"])) == part:
+                if (str(stored["part_name"]), int(stored["part_number"])) == search:
                     found.append({name: stored[name] for name in stored.files})
         return found
 
@@ -277,10 +277,10 @@ class Journal:
         arrays: dict[str, Any] = {
             "rank": np.array(self.rank),
             "tasks": np.array(tasks),
-            "task": np.array([tasks.index(part[0]) for part, _ in self._new], np.int64),
-            "part": np.array([part[1] for part, _ in self._new], np.int64),
-            "cost_task": np.array([tasks.index(part[0]) for part, *_ in self._new_costs], np.int64),
-            "cost_part": np.array([part[1] for part, *_ in self._new_costs], np.int64),
+            "task": np.array([tasks.index(search[0]) for search, _ in self._new], np.int64),
+            "part": np.array([search[1] for search, _ in self._new], np.int64),
+            "cost_task": np.array([tasks.index(search[0]) for search, *_ in self._new_costs], np.int64),
+            "cost_part": np.array([search[1] for search, *_ in self._new_costs], np.int64),
             "seconds": np.array([seconds for _, seconds, _ in self._new_costs]),
         }
         for name, kind in _OUTCOME.items():

@@ -1,4 +1,4 @@
-"""How an evaluation tells somebody how far it is. It draws nothing itself."""
+"""Progress of an evaluation, told to whoever displays it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class EvaluationProgress(Protocol):
     """Receives the state of an evaluation; called often, so it must be quick."""
 
     def update(self, attack: str, done: int, total: int, robust_so_far: float) -> None:
-        """Something was decided.
+        """Take note that something was decided.
 
         Args:
-            attack: what is running, e.g. `pgd-40`, or `autoattack: fab-t` for a part of a suite.
-            done: tries (samples times targets or restarts) of this part that need no more work, those under way
+            attack: the attack that runs, e.g. `pgd-40`, or `autoattack: fab-t` for a search of a suite.
+            done: tries (samples times targets or restarts) of this search that need no more work, those under way
                 counted by their share.
-            total: tries of this part, of all processes' samples only this one's.
+            total: tries of this search, of all processes' samples only this one's.
             robust_so_far: share of this process's samples that are classified correctly and that this attack has not
                 fooled yet: it falls to the robust accuracy.
         """
@@ -36,7 +36,7 @@ class Reporter:
     """Counts the outcomes of one search for a progress.
 
     Args:
-        progress: who is told.
+        progress: the one to tell.
         label: label of the search.
         samples: positions of those that are searched.
         jobs: tries that a sample gets at most.

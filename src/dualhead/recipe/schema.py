@@ -68,7 +68,7 @@ class Data(Section):
     """[height, width] at which training images are kept where they are larger than what the model sees, for an
     augmentation that cuts `image_size` out of them (random_resized_crop); with `crop` they show all that fits."""
     validation: Annotated[int | float, BeforeValidator(_amount)] = 0.02
-    """Part of the training images held out to choose checkpoints: a fraction, or a number of images."""
+    """Share of the training images held out to choose checkpoints: a fraction, or a number of images."""
     train_limit: int | None = Field(None, gt=0)
     """Use only so many training images (the held-out ones included)."""
     train_choice: Literal["first", "sample"] = "first"
