@@ -37,7 +37,7 @@ class TrainRun:
         train(parse_recipe(self.recipe), run_dir=self.folder, command=self.command)
 
     def checkpoint(self) -> Any:
-        """Called by submitit when a job is pre-empted or out of time: queue it again, it goes on by itself."""
+        """Queue the job again; submitit calls this when it is pre-empted or out of time, and it goes on by itself."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)

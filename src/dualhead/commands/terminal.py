@@ -96,7 +96,7 @@ class EvaluationDisplay:
 
 @contextmanager
 def progress_bar(*, quiet: bool) -> Iterator[Progress | None]:
-    """A live bar on a terminal; None where lines are printed instead, or nothing is."""
+    """Return a live bar on a terminal; None where lines are printed instead, or nothing is."""
     if quiet or not err.is_terminal:
         yield None
         return

@@ -50,7 +50,7 @@ class CutMix(Section):
         return torch.where(inside[:, None], others, images), labels
 
     def _boxes(self, streams: Streams, height: int, width: int) -> Tensor:
-        """Bool [B, H, W]: what comes from the partner."""
+        """Return the pixels that come from the partner, bool [B, H, W]."""
         side = (1.0 - streams.fork("share").uniform(1)).sqrt()
         mixed = streams.fork("mixed").uniform(1) < self.p
         edges = []

@@ -216,11 +216,11 @@ class Journal:
         return self.facts[name]
 
     def known(self, search: SearchKey) -> dict[tuple[int, int], bool]:
-        """(sample, job) to whether it was fooled."""
+        """Return for each (sample, job) whether it was fooled."""
         return {key: found.fooled for key, found in self.tries[search].items()}
 
     def first_successes(self, search: SearchKey, samples: Iterable[int]) -> dict[int, Outcome]:
-        """For each of the samples that was fooled, the first job in order that did it."""
+        """Return for each fooled sample the first job in order that fooled it."""
         asked, first = set(samples), {}
         for (sample, _), found in sorted(self.tries[search].items(), reverse=True):
             if found.fooled and sample in asked:

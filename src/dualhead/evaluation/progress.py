@@ -79,11 +79,11 @@ class Reporter:
         self._progress.update(self._label, self._shown, total, robust)
 
     def outcome(self, outcome: Try) -> None:
-        """A try has ended."""
+        """Count a try that has ended."""
         self._add(outcome)
         self._tell(self._finished)
 
     def look(self, under_way: float) -> None:
-        """Tries go on; told twice a second, so that a long search shows that it moves."""
+        """Show that tries go on, at most twice a second."""
         if time.monotonic() - self._told > 0.5:
             self._tell(int(self._finished + under_way))

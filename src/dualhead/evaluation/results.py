@@ -149,7 +149,7 @@ def share(correct: NDArray[np.bool_]) -> float:
 
 
 def interval(correct: NDArray[np.bool_]) -> list[float]:
-    """Its Wilson 95 % interval."""
+    """Return the share's Wilson 95 % interval."""
     return list(wilson(int(correct.sum()), len(correct)))
 
 

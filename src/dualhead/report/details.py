@@ -79,7 +79,7 @@ class Details:
 
 
 def details(source: Source, album: Album) -> Details:
-    """Everything that the page says of one run.
+    """Gather everything that the page says of one run.
 
     Args:
         source: the run.

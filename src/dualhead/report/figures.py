@@ -186,7 +186,7 @@ def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, flo
 
 
 def _legend(series: Sequence[Series]) -> tuple[list[tuple[float, float, Series]], float]:
-    """Where entries of the legend stand, and how high it is."""
+    """Place the entries of the legend, and return its height."""
     places, x, y = [], 6.0, 14.0
     for entry in series:
         width = 17 + LETTER * len(shortened(entry.name, 48)) + 14
@@ -234,7 +234,7 @@ def classes(title: str, entries: Sequence[tuple[str, Estimate, Estimate]], capti
 
 
 def confusion(title: str, counts: NDArray[np.int64], names: Sequence[str], caption: str = "") -> Figure:
-    """Which class an attack turns which class into.
+    """Draw which class an attack turns into which.
 
     Args:
         title: above it.

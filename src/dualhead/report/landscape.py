@@ -133,7 +133,7 @@ def _colours(values: NDArray[Any]) -> str:
 
 
 def _boundary(values: NDArray[Any]) -> list[list[tuple[float, float]]]:
-    """Where a surface is zero: pieces of lines in the unit square, by marching squares."""
+    """Trace where a surface is zero: pieces of lines in the unit square, by marching squares."""
     rows, columns = values.shape
     pieces = []
     for r in range(rows - 1):

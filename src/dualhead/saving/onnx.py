@@ -119,7 +119,7 @@ def _compare(model: nn.Module, content: bytes, images: torch.Tensor) -> tuple[fl
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter logs of packages that nobody asked for, and of its own deprecations."""
+    """Silence the exporter's log about packages that nobody asked for, and about its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

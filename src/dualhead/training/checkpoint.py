@@ -72,7 +72,7 @@ class Saved:
     carried: list[torch.Tensor | None] = field(default_factory=list)
 
     def carried_by(self, rank: int) -> torch.Tensor | None:
-        """The perturbation that a process carried; None for one that is new, or if there was none."""
+        """Return the perturbation that a process carried; None for one that is new, or if there was none."""
         return self.carried[rank] if rank < len(self.carried) else None
 
     def restore_generators(self, device: torch.device) -> None:

@@ -84,7 +84,7 @@ class StepProfiler:
             self._profile.stop()
 
     def step(self) -> None:
-        """A step is over."""
+        """Note that a step is over."""
         if not self._written:
             self._profile.step()
 

@@ -24,7 +24,7 @@ class LinearOfHeads(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to the mean of the heads."""
+        """Reset to the mean of the heads."""
         with torch.no_grad():
             heads = self.fc.in_features // self.fc.out_features
             self.fc.weight.copy_(torch.eye(self.fc.out_features).repeat(1, heads) / heads)

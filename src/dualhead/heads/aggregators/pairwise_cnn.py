@@ -59,7 +59,7 @@ class PairwiseCNNModule(nn.Module):
         return logits
 
     def _affine_map(self) -> tuple[Tensor, Tensor]:
-        """All behind the class features in evaluation mode, as weights [C, 8 C] and biases [C]."""
+        """Fold all layers behind the class features, in evaluation mode, into weights [C, 8 C] and biases [C]."""
         bn, classes = self.pair_bn, self.fc.out_features
         assert bn.running_mean is not None
         assert bn.running_var is not None
