@@ -28,7 +28,8 @@ import torch
 
 from dualhead.data import Loader, Split
 from dualhead.models import Normalize, backbones
-from dualhead.system.runtime import choose_arithmetic, describe_environment, find_device, synchronize, with_lanes
+from dualhead.system.arithmetic import choose_arithmetic, with_lanes
+from dualhead.system.devices import describe_environment, find_device, synchronize
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import CheckpointStore, MetricsLog, Passes, Position, Silent, Stage, StageFiles, StageRun
 

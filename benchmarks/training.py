@@ -35,16 +35,10 @@ from dualhead.heads import DualHeadClassifier, attach_second_head
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
 from dualhead.objectives import Logits
+from dualhead.system.arithmetic import Arithmetic, choose_arithmetic, with_lanes
+from dualhead.system.devices import describe_environment, find_device, synchronize
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.replicas import pool, twins
-from dualhead.system.runtime import (
-    Arithmetic,
-    choose_arithmetic,
-    describe_environment,
-    find_device,
-    in_eval_mode,
-    synchronize,
-    with_lanes,
-)
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import Passes, Stage
 from dualhead.training.step import TrainingStep

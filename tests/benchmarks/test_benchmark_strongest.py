@@ -16,8 +16,8 @@ from dualhead.data import Batch
 from dualhead.heads import attach_second_head
 from dualhead.models import Normalize
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
 from dualhead.training import Passes
 from dualhead.training.step import TrainingStep
 

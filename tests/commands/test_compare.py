@@ -14,7 +14,7 @@ from dualhead.commands.compare import Entry, read_entries, standings
 from dualhead.errors import UserError
 from dualhead.evaluation import mcnemar, wilson
 from dualhead.names import id_of
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from helpers.evaluation import COLUMNS, evaluation_of
 
 

@@ -14,7 +14,7 @@ import dualhead.training.step as step_module
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.prepare import prepare
 from dualhead.runs.stages import train_stages
 from dualhead.training import Passes, Silent

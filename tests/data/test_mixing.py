@@ -9,7 +9,7 @@ from dualhead.data import CutMix, Loader, Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.objectives import objectives
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.prepare import prepare
 from dualhead.system.processes import Group
 from helpers.training import batch, plain_model, stage_of, step_of, streams_of

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dualhead.saving.models import CONFIG, WEIGHTS
+from dualhead.saving.architecture import CONFIG, WEIGHTS
 from helpers.e2e import TINY, Ended, dualhead
 
 # ---- a world of bad things

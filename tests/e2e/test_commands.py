@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import dualhead as package
 from dualhead.data import load_split
-from dualhead.recipe.schema import REGISTRIES, load_recipe, shipped_recipes
+from dualhead.recipe.schema import REGISTRIES
+from dualhead.recipe.yaml import load_recipe, shipped_recipes
 from dualhead.system.lock import FolderLock
 from helpers.e2e import TINY, dualhead
 

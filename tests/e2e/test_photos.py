@@ -16,7 +16,7 @@ from PIL import Image
 from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.runs.folder import GALLERY, data_facts, refuse_other_data
-from dualhead.saving import models as hub
+from dualhead.saving.architecture import CONFIG
 from helpers.e2e import TINY, dualhead
 
 SHORT = [
@@ -266,5 +266,5 @@ def test_an_export_can_be_pushed_again_where_the_hub_did_not_take_it(run, tmp_pa
         assert ended.status == 2
         assert f"--push {name}: write OWNER/NAME" in ended.error_line
     assert not (tmp_path / "new").exists()
-    (tmp_path / "model" / hub.CONFIG).write_text("{}")
+    (tmp_path / "model" / CONFIG).write_text("{}")
     assert "holds something already" in dualhead(*command).error_line

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from dualhead.errors import Interrupted
-from dualhead.recipe.schema import Recipe, load_recipe
+from dualhead.recipe.schema import Recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.folder import taken
 from dualhead.runs.prepare import prepare
 from dualhead.runs.stages import train_stages

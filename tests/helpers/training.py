@@ -15,7 +15,7 @@ from dualhead.data import Batch
 from dualhead.heads import DualHeadClassifier, attach_second_head
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
-from dualhead.system.runtime import FLOAT32, Arithmetic
+from dualhead.system.arithmetic import FLOAT32, Arithmetic
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import Passes, Stage
 from dualhead.training.step import TrainingStep

@@ -10,7 +10,8 @@ import torch
 import dualhead
 from dualhead.errors import UserError
 from dualhead.objectives import objectives
-from dualhead.recipe.schema import load_recipe, parse_recipe
+from dualhead.recipe.schema import parse_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.training import Passes
 from helpers.resume import outcome, train_until
 from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from dualhead.errors import Interrupted, UserError
 from dualhead.models import read_state
 from dualhead.objectives.base import kl_divergence
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.run import train
-from dualhead.saving.models import Architecture
+from dualhead.saving.architecture import Architecture
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
 from dualhead.training import Passes
 from dualhead.training.step import TrainingStep
 from helpers.resume import outcome

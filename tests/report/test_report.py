@@ -307,16 +307,23 @@ def test_a_failed_diagnostic_comes_before_everything(tmp_path):
     assert "This result cannot be believed" not in report(make_run(tmp_path / "fine"), at=tmp_path).text
 
 
+def coin(gained, lost):
+    """Chance that a fair coin falls as unevenly as this, or more so, to either side."""
+    tosses, fewer = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(tosses, heads) for heads in range(fewer + 1)) / 2**tosses)
+
+
 def test_differences_are_those_of_the_paired_test(tmp_path):
     source = read_sources([make_run(tmp_path / "run", count=300)])[0]
     first, second = source.rows[0], source.rows[4]
     for what in ("clean", "pgd-40", "worst"):
-        expected = mcnemar(first.correct(what), second.correct(what))
+        a, b = first.correct(what), second.correct(what)
+        gained, lost = int((b & ~a).sum()), int((a & ~b).sum())
         found = difference(second, first, what)
-        assert found.value == pytest.approx(expected.difference)
-        assert (found.low, found.high) == pytest.approx(expected.interval)
-        words = {"gain": "more", "loss": "less", "undecided": "undecided"}
-        assert found.verdict == words[expected.verdict]
+        assert found.difference == pytest.approx(b.mean() - a.mean())
+        assert found.p_value == pytest.approx(coin(gained, lost))
+        assert found.interval[0] < found.difference < found.interval[1]
+        assert found == mcnemar(a, b)
 
 
 def test_differences_do_not_depend_on_the_order_of_samples(tmp_path):
@@ -350,7 +357,7 @@ def test_what_only_merged_heads_can_face_keeps_nobody_from_being_compared(tmp_pa
     assert second.attacks == ["pgd-40", "multihead"]
     for what in ("clean", "worst"):
         expected = mcnemar(first.correct(what), second.correct(what))
-        assert difference(second, first, what).value == pytest.approx(expected.difference)
+        assert difference(second, first, what).difference == pytest.approx(expected.difference)
     assert [figure for figure in trade_offs(sources) if "multihead (merged heads alone)" in figure.title]
     best = max((first, second), key=lambda row: row.worst.value)
     assert best.title + " still gets" in verdict(sources).sentence

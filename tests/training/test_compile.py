@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dualhead.errors import RunError, UserError
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.prepare import prepare
-from dualhead.system.runtime import Arithmetic, compiled
+from dualhead.system.arithmetic import Arithmetic, compiled
 from helpers.e2e import TINY
 from helpers.training import PARTS, batch, dual_model, plain_model, stage_of, step_of, streams_of, twins
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from pydantic import ValidationError
 
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import Passes
 from dualhead.training.step import TrainingStep

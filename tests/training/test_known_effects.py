@@ -12,7 +12,8 @@ from dualhead.attacks import attacks
 from dualhead.data import Loader, Split, load_split
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
-from dualhead.system.runtime import FLOAT32, in_eval_mode
+from dualhead.system.arithmetic import FLOAT32
+from dualhead.system.modes import in_eval_mode
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import Passes
 from dualhead.training.averaging import EMA, WeightAverage

@@ -13,7 +13,7 @@ from dualhead.data import Loader, Split
 from dualhead.models import read_state
 from dualhead.noise import Streams
 from dualhead.report.training import best_line
-from dualhead.system.runtime import FLOAT32
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.training import Passes, Silent, Validator
 from dualhead.training.checkpoint import CheckpointStore, Position
 from dualhead.training.loop import StageFiles, StageRun

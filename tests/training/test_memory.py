@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dualhead.errors import RunError
-from dualhead.system.runtime import in_eval_mode
+from dualhead.system.modes import in_eval_mode
 from dualhead.training.activation_checkpointing import blocks, recomputed
 from dualhead.training.loop import is_out_of_memory
 from dualhead.training.step import TrainingStep

@@ -14,7 +14,8 @@ from dualhead.data import StreamImages
 from dualhead.errors import UserError
 from dualhead.objectives import Features, Logits, objectives
 from dualhead.objectives.base import kl_divergence
-from dualhead.system.runtime import FLOAT32, in_eval_mode
+from dualhead.system.arithmetic import FLOAT32
+from dualhead.system.modes import in_eval_mode
 from dualhead.threats import ThreatModel
 from dualhead.training import Passes
 from dualhead.training.step import TrainingStep

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs import stages
 from dualhead.runs.prepare import prepare
-from dualhead.system.runtime import Arithmetic
+from dualhead.system.arithmetic import Arithmetic
 from dualhead.training import Silent
-from dualhead.training.profiler import PARTS, SKIPPED, STEPS, labelled
+from dualhead.training.profiler import SECTIONS, SKIPPED, STEPS, labelled
 from helpers.e2e import TINY
 
 
@@ -61,8 +61,8 @@ def test_a_stage_that_is_too_short_is_told(tmp_path, caplog):
 
 
 def test_labelled_gives_what_it_is_given():
-    assert list(labelled(PARTS[0], [1, None, 3])) == [1, None, 3]
-    assert list(labelled(PARTS[0], [])) == []
+    assert list(labelled(SECTIONS[0], [1, None, 3])) == [1, None, 3]
+    assert list(labelled(SECTIONS[0], [])) == []
 
 
 @pytest.mark.slow  # a whole run with its evaluation

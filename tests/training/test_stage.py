@@ -10,8 +10,8 @@ from dualhead.data import augmentations
 from dualhead.runs import stages
 from dualhead.runs.prepare import prepare
 from dualhead.runs.run import train
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import Passes, StageRun
 from dualhead.training.step import TrainingStep

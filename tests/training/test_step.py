@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from dualhead.attacks.pgd import PGD
-from dualhead.system.runtime import Arithmetic
+from dualhead.system.arithmetic import Arithmetic
 from helpers.training import (
     PARTS,
     THREAT,

@@ -15,9 +15,9 @@ from dualhead.heads import LayerInfo, layers
 from dualhead.models import Normalize, backbones
 from dualhead.runs import GALLERY
 from dualhead.saving import Architecture, find_model, read_config
+from dualhead.system.arithmetic import Precision
 from dualhead.system.files import check_folder
 from dualhead.system.processes import group
-from dualhead.system.runtime import Precision
 
 
 def assess(

@@ -17,8 +17,8 @@ from dualhead.errors import UserError
 from dualhead.models import backbones
 from dualhead.runs import RunFolder, load_stage, read_recipe
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
+from dualhead.system.devices import find_device, room_for_images
 from dualhead.system.processes import group
-from dualhead.system.runtime import find_device, room_for_images
 from dualhead.threats import Norm, ThreatModel
 
 _log = logging.getLogger(__name__)

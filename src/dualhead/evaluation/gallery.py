@@ -22,10 +22,10 @@ from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
 from dualhead.evaluation.model import check_images, device_of, frozen, outputs_of, pad_rows
 from dualhead.evaluation.scheduler import Samples
-from dualhead.models.base import logits_of
 from dualhead.names import AGGREGATE, MEAN, MODEL, head_id
 from dualhead.noise import Streams
-from dualhead.system.runtime import float32_products
+from dualhead.system.devices import float32_products
+from dualhead.system.outputs import logits_of
 from dualhead.threats import ThreatModel
 
 ATTACK = "pgd-20"

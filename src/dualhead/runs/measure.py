@@ -21,8 +21,8 @@ from dualhead.runs.stages import precision_of
 from dualhead.saving import view, write_card
 from dualhead.system.files import write_json
 from dualhead.system.flops import CountFlops
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
-from dualhead.system.runtime import in_eval_mode
 from dualhead.training import Stage
 
 

@@ -24,8 +24,8 @@ from dualhead.objectives import BEFORE, Labels
 from dualhead.recipe import Recipe, Statistics
 from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of
+from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
 from dualhead.system.processes import group
-from dualhead.system.runtime import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
 from dualhead.threats import ThreatModel
 from dualhead.training import RESET, Passes, Stage, check_choosable, summary_writer
 

@@ -29,17 +29,10 @@ from dualhead.runs.prepare import (
     synchronises,
 )
 from dualhead.saving import load, save_model, view
+from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic, slowdown_by_bf16, with_lanes
+from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.files import write_json
 from dualhead.system.processes import group
-from dualhead.system.runtime import (
-    Arithmetic,
-    Precision,
-    choose_arithmetic,
-    describe_environment,
-    float32_products,
-    slowdown_by_bf16,
-    with_lanes,
-)
 from dualhead.training import (
     CheckpointStore,
     MetricsLog,

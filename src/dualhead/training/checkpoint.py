@@ -16,8 +16,8 @@ from torch import nn
 
 from dualhead.errors import RunError
 from dualhead.system.files import write_atomically
+from dualhead.system.generators import generator_states, set_generator_states
 from dualhead.system.processes import group
-from dualhead.system.runtime import generator_states, set_generator_states
 from dualhead.training.averaging import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class Position:
         step_cost: floating-point operations of one step, as torch counts them; 0 where the next step is to be counted.
         flops: floating-point operations of all steps so far.
         streak: steps of the epoch dropped in a row, up to now.
-        retreats: how often the stage went back to a saved state because its numbers were no longer finite.
-        sums: what the unfinished epoch has added up for its line of metrics.
+        retreats: number of times that the stage went back to a saved state because its numbers were no longer finite.
+        sums: the unfinished epoch's sums for its line of metrics.
         best: metrics of the best epoch of the stage so far; empty before the first validation.
     """
 
@@ -59,7 +59,7 @@ class Position:
 
 @dataclass
 class Saved:
-    """What a checkpoint holds: the position, and the states to load into model, optimiser and weight average.
+    """A checkpoint's content: the position, and the states to load into model, optimiser and weight average.
 
     Of each process it holds the generators, and the perturbation that it carries from step to step; of the stage's
     objective its own heads and its curriculum.
@@ -74,7 +74,7 @@ class Saved:
     objective: dict[str, Any] | None = None
 
     def carried_by(self, rank: int) -> torch.Tensor | None:
-        """The perturbation that a process carried; None for one that is new, or if there was none."""
+        """Return the perturbation that a process carried; None for one that is new, or if there was none."""
         return self.carried[rank] if rank < len(self.carried) else None
 
     def restore_generators(self, device: torch.device) -> None:
@@ -94,7 +94,7 @@ class CheckpointStore:
 
     Args:
         folder: where the files lie.
-        keep: how many stay, at least 1.
+        keep: number of files that stay, at least 1.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -117,8 +117,8 @@ class CheckpointStore:
         Args:
             position: where the run stands.
             model: with the weights of that moment.
-            optimiser: of the stage; None between stages.
-            average: of the stage's weights; None if it keeps none.
+            optimiser: optimiser of the stage; None between stages.
+            average: average of the stage's weights; None if it keeps none.
             carried: the perturbation that this process carries from step to step; None if it carries none.
             objective: state of the stage's objective, its own heads and its curriculum; None between stages.
         """
@@ -145,7 +145,7 @@ class CheckpointStore:
             old.unlink()
 
     def load(self, wanted: Callable[[Position], bool] = lambda position: True) -> Saved | None:
-        """The newest state that is whole and wanted, on the CPU; None if there is none. Nothing in a file is run.
+        """Load the newest whole and wanted state, on the CPU; None if there is none. Nothing in a file is run.
 
         Called by all processes of a run; the first one reads.
 
@@ -172,7 +172,7 @@ class CheckpointStore:
         return None
 
     def _files(self) -> list[Path]:
-        """Checkpoints by name, oldest first."""
+        """Return checkpoints by name, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))

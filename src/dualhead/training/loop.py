@@ -19,9 +19,9 @@ from dualhead.data import Batch, Loader, OpenStream, StreamImages
 from dualhead.errors import Interrupted, RunError
 from dualhead.models import write_state
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
 from dualhead.system.processes import group
-from dualhead.system.runtime import Arithmetic
 from dualhead.threats import ThreatModel
 from dualhead.training.averaging import WeightAverage
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved

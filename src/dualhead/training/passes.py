@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, depends_on, is_head, mean_of
 from dualhead.objectives import Features, Labels, Logits, Need, Objective
-from dualhead.system.runtime import in_eval_mode
+from dualhead.system.modes import in_eval_mode
 
 if TYPE_CHECKING:
     from dualhead.training.stage import Stage

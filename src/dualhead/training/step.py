@@ -17,9 +17,10 @@ from dualhead.data import Batch, StreamImages
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.objectives import ATTACKED, CLEAN, Inner, Labels, Logits, Need, Objective
+from dualhead.system.arithmetic import Arithmetic, compiled
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.system.replicas import LEAST_ROWS, pool, twins
-from dualhead.system.runtime import Arithmetic, compiled, in_eval_mode
 from dualhead.threats import ThreatModel
 from dualhead.training.activation_checkpointing import blocks, recomputed, still_buffers
 from dualhead.training.free import CarriedPerturbation

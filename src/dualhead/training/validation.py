@@ -9,8 +9,9 @@ import torch
 from dualhead.attacks import Attack, predictions
 from dualhead.data import Split, batches
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import Arithmetic
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
-from dualhead.system.runtime import Arithmetic, in_eval_mode
 from dualhead.threats import ThreatModel
 from dualhead.training.passes import Passes
 
