@@ -110,4 +110,4 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return F.kl_div(q_logits.log_softmax(1), p_logits.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
-objectives: Registry[Objective] = Registry("objective", "dualhead.objectives")
+objectives: Registry[Objective] = Registry("objective", "dualhead.objectives", Objective)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from dualhead.attacks import Attack, attacks
+from dualhead.components import plugins as outside
 from dualhead.components.fields import Real, parse_real
 from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
@@ -223,6 +224,11 @@ class Evaluate(Section):
     gallery: int = Field(48, ge=0)
     """So many of the first test images are shown under attack in the report."""
 
+    @field_validator("attacks")
+    @classmethod
+    def _attacks_are_found_anywhere(cls, specs: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        return tuple(attacks.located(spec) for spec in specs)
+
     @model_validator(mode="after")
     def _attacks_exist(self) -> Self:
         if not self.attacks:
@@ -289,6 +295,24 @@ class Recipe(Section):
     validation: Validation = Validation()
     evaluate: Evaluate = Evaluate()
     runtime: Runtime = Runtime()
+    plugins: tuple[str, ...] = ()
+    """Files (`my_file.py`) or modules (`my_package.module`) that register components by name. They are run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plugins_come_first(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or "plugins" not in content:
+            return content
+        names = content["plugins"]
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise UserError(f".plugins: must list files or modules, e.g. [my_file.py]; got {names!r}")
+        try:
+            found = list(dict.fromkeys(outside.located(name) for name in names))
+            for name in found:
+                outside.load(name)
+        except UserError as error:
+            raise UserError(f".plugins: {error}") from None
+        return {**content, "plugins": found}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -425,8 +449,11 @@ def _merge(base: Any, change: Any) -> Any:
     return change
 
 
-def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[dict[str, Any], str]:
+    """A recipe's content laid over that of the recipe it extends, and its name; the files' folders are appended."""
     content, label = _read(name)
+    if _is_file(Path(name)):
+        folders.append(Path(name).absolute().parent)
     parent = content.pop("extends", None)
     if parent is None:
         return content, label
@@ -435,9 +462,11 @@ def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
     beside = Path(name).parent / parent
     found = str(beside) if _is_file(Path(name)) and _is_file(beside) else parent
     try:
-        base = _extended(found, (*chain, name, parent))[0]
+        base = _extended(found, (*chain, name, parent), folders)[0]
     except UserError as error:
         raise UserError(f"recipe {name}: extends: {error}") from None
+    if isinstance(base.get("plugins"), list) and isinstance(content.get("plugins"), list):
+        content["plugins"] = base["plugins"] + content["plugins"]  # the base needs its own
     own = {"name": content.pop("name")} if "name" in content else {}  # a recipe's name tells no components apart
     base.pop("name", None)
     return {**_merge(base, content), **own}, label
@@ -485,25 +514,38 @@ def read_recipe_file(path: Path) -> Recipe:
     return parse_recipe(content, str(path))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Recipe:
     """A recipe by the name of a shipped one or by path, with overrides.
 
     Args:
         name: `cifar10_cpu`, or a path to a YAML file. A recipe may say `extends: OTHER` and give only what differs.
         overrides: `KEY=VALUE` with a dotted key, `stages.main_head.epochs=5`; `*` stands for all items of a list.
             Values are read as YAML.
+        plugins: files or modules besides those that the recipe names.
+
+    Components, and files of them, are looked for in the recipe's folder, then in those of the recipes that it extends,
+    then in the current one.
 
     Raises:
         UserError: one line naming the key, what is wrong with it, and what would be right.
     """
-    content, label = _extended(name)
+    folders: list[Path] = []
+    content, label = _extended(name, (), folders)
     content.setdefault("name", label)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(f"override {override!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
         _assign(content, key.split("."), _parse_yaml(text, f"override {override!r}"), override)
-    return parse_recipe(content, f"recipe {name}")
+    if plugins:
+        try:
+            given = [outside.located(source) for source in plugins]  # these stand on the command line: relative to here
+        except UserError as error:
+            raise UserError(f"--plugin: {error}") from None
+        named = content.get("plugins") or []
+        content["plugins"] = [*named, *given] if isinstance(named, list) else named
+    with outside.searched_in(folders):
+        return parse_recipe(content, f"recipe {name}")
 
 
 def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from dualhead.components import plugins
 from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.recipe import Recipe, read_recipe_file
 from dualhead.saving import CONFIG, read_config
-from dualhead.system.files import check_folder
+from dualhead.system.files import check_folder, write_atomically, write_json
 from dualhead.system.lock import NAME as LOCK
 
 _HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations")
@@ -23,6 +27,8 @@ _HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|s
 _MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
 also says a little of what comes of it."""
+PLUGINS = "plugins"
+"""Folder with a copy of each source file from outside, and the name of the JSON file that lists them."""
 SKETCHED = 128
 """Images of which a run keeps a thumbnail."""
 DECODERS_DIFFER = 2
@@ -33,12 +39,42 @@ def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run.
 
     Raises:
-        UserError: if the folder holds no run.
+        UserError: if the folder holds no run, or code from outside with which it was made has changed.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: holds no run (config.yaml is missing)")
+    refuse_changed_plugins(folder)
     return read_recipe_file(path)
+
+
+def keep_plugins(folder: Path, sources: Sequence[plugins.Source]) -> None:
+    """Write down which code from outside a run is made with, and a copy of each file; nothing if there is none.
+
+    The copies are a record, and what to put back if a file has changed; the files themselves are run.
+    """
+    records = [source.describe() for source in sources]
+    for record in records:
+        copy = partial(shutil.copyfile, record["file"])
+        write_atomically(folder / PLUGINS / plugins.copy_name(record), copy)
+    if records:
+        write_json(folder / f"{PLUGINS}.json", {"plugins": records})
+
+
+def refuse_changed_plugins(folder: Path) -> None:
+    """Refuse to read a run whose code from outside is not what it was made with; none of it is run.
+
+    Raises:
+        UserError: naming the file, and what to do.
+    """
+    path = folder / f"{PLUGINS}.json"
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        records = plugins.records_in(content.get("plugins") if isinstance(content, dict) else None, str(path))
+        plugins.refuse_changed(records, str(folder), folder / PLUGINS)
 
 
 def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str, Any]:
@@ -76,7 +112,10 @@ def _unused(folder: Path) -> bool:
     written = (path for path in folder.rglob("*") if path.is_file())
     aside = (".", ".tmp")  # as `write_atomically` calls what it has not finished
     return all(
-        path.name.startswith(LOCK) or (path.name[0], path.suffix) == aside or path == folder / "checkpoints" / CONFIG
+        path.name.startswith(LOCK)
+        or (path.name[0], path.suffix) == aside
+        or path in (folder / "checkpoints" / CONFIG, folder / f"{PLUGINS}.json")
+        or path.parent == folder / PLUGINS
         for path in written
     )
 

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, attacks
+from dualhead.components.plugins import sources_in
 from dualhead.data import Augmentation, Loader, Split, hold_out, in_turn
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
@@ -25,7 +26,7 @@ from dualhead.models import backbones, channel_statistics, count_parameters, loa
 from dualhead.noise import Streams
 from dualhead.recipe import Recipe, Runtime, Statistics, load_recipe
 from dualhead.report import write_report
-from dualhead.runs.folder import changes, data_facts, read_recipe, refuse_other_data
+from dualhead.runs.folder import changes, data_facts, keep_plugins, read_recipe, refuse_other_data
 from dualhead.saving import (
     CONFIG,
     Architecture,
@@ -144,6 +145,7 @@ def train(
     recipe: Recipe | str | Path,
     overrides: Sequence[str] = (),
     *,
+    plugins: Sequence[str] = (),
     run_dir: str | Path | None = None,
     progress: TrainingProgress | None = None,
     evaluation_progress: Callable[[str], EvaluationProgress] | None = None,
@@ -159,6 +161,7 @@ def train(
     Args:
         recipe: a recipe, the name of a shipped one, or a path to a YAML file.
         overrides: `KEY=VALUE` with dotted keys, for a recipe by name or path.
+        plugins: files or modules that register components, besides those that a recipe by name or path names.
         run_dir: the run's folder; None for `runs/NAME`.
         progress: told of stages, steps and epochs.
         evaluation_progress: gives, for the name of a row, who is told of its evaluation.
@@ -173,9 +176,10 @@ def train(
         RunError: when training fails.
     """
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(str(recipe), overrides)
-    elif overrides:
-        raise UserError("overrides apply to a recipe by name or path, not to one that is built already")
+        recipe = load_recipe(str(recipe), overrides, plugins)
+    elif overrides or plugins:
+        what = "overrides" if overrides else "plugins"
+        raise UserError(f"{what} apply to a recipe by name or path, not to one that is built already")
     processes = group()
     if not processes.first:
         progress = evaluation_progress = None
@@ -461,6 +465,7 @@ class Run:
         elif (self.folder / "config.yaml").is_file():
             return
         else:
+            keep_plugins(self.folder, sources_in(self.recipe.resolved()))
             write_config(self.folder / "checkpoints", self.architecture, {**self._facts(), **self.data_facts})
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
 

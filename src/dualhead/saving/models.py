@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
+from dualhead.components.plugins import records_in, refuse_changed, sources_in
 from dualhead.components.registry import first_error
 from dualhead.components.sections import Section
 from dualhead.errors import RunError, UserError
@@ -107,8 +108,9 @@ def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts
 def write_config(folder: Path, architecture: Architecture, facts: Mapping[str, Any]) -> None:
     """Write `config.json` alone, for weights that lie beside it or below."""
     backbone = backbones.describe(backbones.build(architecture.backbone, where="model.backbone").on_its_own())
-    alone = architecture.model_copy(update={"backbone": backbone})
-    write_json(folder / CONFIG, {"architecture": alone.model_dump(mode="json"), **facts})
+    alone = architecture.model_copy(update={"backbone": backbone}).model_dump(mode="json")
+    code = [source.describe() for source in sources_in(alone)]
+    write_json(folder / CONFIG, {"architecture": alone, **({"plugins": code} if code else {}), **facts})
 
 
 def write_card(folder: Path, run: Path | None) -> None:
@@ -355,6 +357,7 @@ def find_model(path: str | Path) -> Path:
     """
     for folder in (Path(path), Path(path) / "model"):
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+            refuse_changed(records_in(read_config(folder).get("plugins", []), str(folder / CONFIG)), str(folder))
             return folder
     name = str(path)
     if not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -373,12 +376,12 @@ def find_model(path: str | Path) -> Path:
 def _refuse_code(name: str, folder: Path) -> None:
     """What a download names is not run: only what a user names is."""
     architecture = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
-    backbone = backbones.build(architecture.backbone, where=f"{folder / CONFIG}: backbone")
-    if backbone.registered_name == "factory":
-        raise UserError(
-            f"{name}: its {CONFIG} names the function {architecture.backbone.get('path')!r}, and code that a download "
-            f"names is not run; if you trust it, load the folder {folder}"
-        )
+    for registry, spec in ((backbones, architecture.backbone), (aggregators, architecture.aggregator or {})):
+        if registry.names_code(spec):
+            raise UserError(
+                f"{name}: its {CONFIG} names the code {spec.get('path', spec['name'])!r}, and code that a download "
+                f"names is not run; if you trust it, load the folder {folder}"
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
