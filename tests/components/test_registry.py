@@ -119,7 +119,7 @@ def test_only_frozen_dataclasses_and_each_name_once():
     shapes = make_registry()
     with pytest.raises(UserError, match="shape 'plain': Plain is no dataclass; it must be a frozen dataclass"):
         shapes.register("plain")(type("Plain", (), {}))
-    with pytest.raises(UserError, match="shape 'circle' is registered twice: one is .*Circle of module .*; choose"):
+    with pytest.raises(UserError, match=r"shape 'circle' is registered twice: one is .*Circle of module .*; choose"):
 
         @shapes.register("circle")
         @dataclass(frozen=True)

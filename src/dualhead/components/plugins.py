@@ -320,11 +320,13 @@ def origin(cls: type) -> str | None:
         return None
     split = split_address(str(cls.__dict__.get("address", "")))
     known = _loaded.get(split[0]) if split else None
+    if split is not None and is_file(split[0]):
+        return split[0]
     if known is None:
         return f"module {cls.__module__}"
     if (package := _package_of(known.source)) is not None:
         return f"package {package}"
-    return known.source.name if is_file(known.source.name) else f"module {known.source.name}"
+    return f"module {known.source.name}"
 
 
 def _package_of(source: Source) -> str | None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, Generic, TypeVar, cast, get_type_hints
 
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dualhead.components import plugins
 from dualhead.errors import UserError
@@ -283,10 +283,8 @@ class Registry(Generic[T]):
         except Exception as error:  # whatever somebody else's class may raise; ours are right
             if _ships(cls):
                 raise
-            field = _unreadable_field(cls) if isinstance(error, PydanticUserError | NameError | TypeError) else None
-            if field is not None:
-                raise UserError(f"{place.removesuffix('.')}: {name}: {field}") from error
-            raise UserError(f"{place.removesuffix('.')}: {name} failed: {plugins.reason(error)}") from error
+            why = _unreadable_field(cls) or f"failed: {plugins.reason(error)}"
+            raise UserError(f"{place.removesuffix('.')}: {name}: {why}") from error
 
     def describe(self, component: T) -> dict[str, Any]:
         """The component in the long form that `build` accepts."""
