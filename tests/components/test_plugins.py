@@ -120,6 +120,9 @@ def test_a_function_is_still_a_model_and_may_lie_in_a_file(folder):
     built = REGISTRIES["backbones"].build("nets.py:make")
     assert REGISTRIES["backbones"].describe(built) == {"name": "factory", "path": f"{folder / 'nets.py'}:make"}
     assert built.published(4, (3, 1, 1))[1].out_features == 4
+    assert REGISTRIES["backbones"].build({"name": "factory", "path": "nets.py:make"}) == built
+    with pytest.raises(UserError, match=r"plugin gone\.py: no such file in"):
+        REGISTRIES["backbones"].build("gone.py:make")
 
 
 def test_the_folder_of_the_recipe_comes_before_the_current_one(folder):

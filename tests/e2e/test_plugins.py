@@ -235,6 +235,21 @@ def test_processes_of_torchrun_run_the_same_file_and_one_tells(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_finds_a_module_beside_the_recipe(tmp_path):
+    pytest.importorskip("submitit")
+    (tmp_path / "project").mkdir()
+    folder = files_of_the_page(tmp_path / "project")
+    (folder / "plain.yaml").write_text("extends: digits_natural\ndata: {augment: ['mine:Brightness']}\n")
+    words = ["sweep", folder / "plain.yaml", *SHORT, "model.backbone=cnn-2", "evaluate.attacks=[pgd-1]"]
+    run(*words, "--on", "local", "--out", tmp_path / "sweep", cwd=tmp_path)
+    (record,) = json.loads(next((tmp_path / "sweep").glob("*/plugins.json")).read_text())["plugins"]
+    assert (record["name"], record["file"]) == ("mine", str(folder / "mine.py"))
+    (made,) = (path.parent for path in (tmp_path / "sweep").glob("*/plugins.json"))
+    run("evaluate", made, "--limit", "4", cwd="/")
+
+
+@pytest.mark.slow
 def test_an_installed_package_lends_its_names_and_a_broken_one_is_left_out(tmp_path):
     site = tmp_path / "site"
     for package, text in (

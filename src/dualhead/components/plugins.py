@@ -49,6 +49,11 @@ class Source:
     sha256: str
     package: str | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The folder that must be searched to find the source by its name."""
+        return _root(self.name, Path(self.file))
+
     def describe(self) -> dict[str, str]:
         """Return plain data, as a run keeps it and `refuse_changed` reads it."""
         return {"name": self.name, "file": self.file, "sha256": self.sha256}
@@ -468,10 +473,13 @@ def _module_file(name: str, file: str | None = None) -> Path | None:
         return Path(str(spec.origin))
     if file is None or not Path(file).is_file():
         return None
-    path = Path(file)
-    levels = name.count(".") + (path.name == "__init__.py")
-    root = str(path.parents[levels])
+    root = str(_root(name, Path(file)))
     if root not in sys.path:
         sys.path.append(root)
         return _module_file(name, None)
     return None
+
+
+def _root(name: str, file: Path) -> Path:
+    """Return the folder of a file, or that from which a module is imported that lies in it."""
+    return file.parent if is_file(name) else file.parents[name.count(".") + (file.name == "__init__.py")]

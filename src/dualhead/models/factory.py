@@ -55,6 +55,11 @@ class FactoryBackbone(Backbone):
 
     path: str
 
+    def __post_init__(self) -> None:
+        split = plugins.split_address(self.path)
+        if split is not None and plugins.is_file(split[0]):  # then it means the same in any folder
+            object.__setattr__(self, "path", f"{plugins.located(split[0])}:{split[1]}")
+
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         factory = _import(self.path)
         try:
