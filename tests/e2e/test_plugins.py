@@ -118,11 +118,20 @@ def test_a_run_is_refused_once_its_file_has_changed(project):
     assert dualhead("export", "run", "--to", "exported").status == 0
     images = torch.rand(4, 1, 8, 8)
     assert torch.equal(load("exported")(images), load("run")(images))
+    assert dualhead("export", "run", "--to", "exported").status == 0  # the same export again
+    logits = load("run")(images)
     mine.unlink()
     forget()
-    ended = dualhead("evaluate", "exported", "--data", "digits", "--limit", "4")
+    assert torch.equal(load("exported")(images), logits)  # an export holds what it needs
+    ended = dualhead("evaluate", "run", "--limit", "4")
     assert ended.status == 2
-    assert ended.error_line == f"exported: needs {mine}, which is not there; put back that version"
+    assert ended.err.splitlines()[-1] == (
+        f"dualhead: run: needs {mine}, which is not there; put back the file run/plugins/{copy.name}"
+    )
+    (project / "exported" / "plugins" / copy.name).write_text("changed = True\n")
+    forget()
+    with pytest.raises(ValueError, match=r"exported: was made with another version of exported/plugins/mine-"):
+        load("exported")
 
 
 def test_an_evaluation_is_not_mixed_with_another_version_of_an_attack(project, finished_run):

@@ -17,6 +17,7 @@ def nothing_from_outside():
     installed, broken = plugins._installed_loaded, dict(plugins._broken)
     plugins._loaded.clear()
     plugins._broken.clear()
+    plugins._stand_ins.clear()
     plugins._installed_loaded = False
     for kind, registry in REGISTRIES.items():
         registry.names()

@@ -78,6 +78,8 @@ _loading: list[tuple[str, str, list[Callable[[], None]]]] = []
 """Name of the source, name of its module, and what it has registered; of those being run now, the innermost last."""
 _folders: list[Path] = []
 """Where files and modules are looked for before the current folder."""
+_stand_ins: dict[str, Path] = {}
+"""Copies of files that are not where they were, by the path where they were."""
 _broken: dict[str, str] = {}
 """Why the entry points of a package failed."""
 _installed_loaded = False
@@ -130,6 +132,7 @@ def located(source: str) -> str:
         found = next((place for place in tried if place.is_file()), None)
     except (OSError, ValueError):  # a name that no file can have
         found = None
+    found = found or _stand_ins.get(source)
     if found is None:
         where = "" if path.is_absolute() else f" in {' or '.join(str(folder) for folder in _places())}"
         raise UserError(f"plugin {source}: no such file{where}")
@@ -425,7 +428,9 @@ def records_in(content: Any, where: str) -> list[dict[str, str]]:
     return [{key: record[key] for key in keys} for record in listed]
 
 
-def refuse_changed(records: Sequence[dict[str, str]], owner: str, copies: Path | None = None) -> None:
+def refuse_changed(
+    records: Sequence[dict[str, str]], owner: str, copies: Path | None = None, *, stand_in: bool = False
+) -> None:
     """Refuse sources that are not those with which something was made; nothing of them is run.
 
     Modules are afterwards found where they were, also from another folder.
@@ -434,6 +439,7 @@ def refuse_changed(records: Sequence[dict[str, str]], owner: str, copies: Path |
         records: as `Source.describe` gave them.
         owner: what was made with them, for the message.
         copies: folder with a copy of each file, named by `copy_name`.
+        stand_in: whether a copy is run in the place of a file that is not there.
 
     Raises:
         UserError: naming the file, and what to do.
@@ -443,6 +449,8 @@ def refuse_changed(records: Sequence[dict[str, str]], owner: str, copies: Path |
         file = Path(name) if is_file(name) else _module_file(name, record["file"])
         kept = None if copies is None else copies / copy_name(record)
         old = f"put back the file {kept}" if kept is not None and kept.is_file() else "put back that version"
+        if stand_in and is_file(name) and not Path(name).is_file() and kept is not None and kept.is_file():
+            file = _stand_ins[name] = kept
         if file is None or not file.is_file():
             told = name if is_file(name) else f"module {name} ({record['file']})"
             raise UserError(f"{owner}: needs {told}, which is not there; {old}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from dualhead.components.plugins import records_in, refuse_changed, sources_in
+from dualhead.components.plugins import copy_name, is_file, records_in, refuse_changed, sources_in
 from dualhead.components.registry import first_error
 from dualhead.components.sections import Section
 from dualhead.errors import RunError, UserError
@@ -21,13 +23,15 @@ from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head, 
 from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, read_state, write_state
 from dualhead.report import ONNX_SECTION, model_card
 from dualhead.saving.onnx import OnnxCheck, write_onnx
-from dualhead.system.files import write_json, write_text
+from dualhead.system.files import write_atomically, write_json, write_text
 from dualhead.system.runtime import kept_generators
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 ONNX = "model.onnx"
+PLUGINS = "plugins"
+"""Key of the configuration with the code from outside that makes the model, and folder of an export with its files."""
 
 
 class Architecture(Section):
@@ -110,7 +114,7 @@ def write_config(folder: Path, architecture: Architecture, facts: Mapping[str, A
     backbone = backbones.describe(backbones.build(architecture.backbone, where="model.backbone").on_its_own())
     alone = architecture.model_copy(update={"backbone": backbone}).model_dump(mode="json")
     code = [source.describe() for source in sources_in(alone)]
-    write_json(folder / CONFIG, {"architecture": alone, **({"plugins": code} if code else {}), **facts})
+    write_json(folder / CONFIG, {"architecture": alone, **({PLUGINS: code} if code else {}), **facts})
 
 
 def write_card(folder: Path, run: Path | None) -> None:
@@ -147,7 +151,12 @@ def export(run: str | Path, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _holds_export(folder, run):
         raise UserError(f"--to {folder}: holds something already; choose an empty or a new folder")
     write_state(read_state(run / "model" / WEIGHTS), folder / WEIGHTS)
-    write_json(folder / CONFIG, read_config(run / "model"))
+    config = read_config(run / "model")
+    write_json(folder / CONFIG, config)
+    for record in records_in(config.get(PLUGINS, []), str(run / "model" / CONFIG)):
+        kept = run / PLUGINS / copy_name(record)
+        if is_file(record["name"]) and kept.is_file():
+            write_atomically(folder / PLUGINS / kept.name, partial(shutil.copyfile, kept))
     write_card(folder, run)
     return folder
 
@@ -155,7 +164,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
 def _holds_export(folder: Path, run: Path) -> bool:
     """Whether a folder holds what `export` of this run writes, and nothing else."""
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX}:
+    if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX, PLUGINS}:
         return False
     try:
         exported, made = read_state(folder / WEIGHTS), read_state(run / "model" / WEIGHTS)
@@ -357,7 +366,10 @@ def find_model(path: str | Path) -> Path:
     """
     for folder in (Path(path), Path(path) / "model"):
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
-            refuse_changed(records_in(read_config(folder).get("plugins", []), str(folder / CONFIG)), str(folder))
+            records = records_in(read_config(folder).get(PLUGINS, []), str(folder / CONFIG))
+            exported = (folder / PLUGINS).is_dir()
+            copies = (folder if exported else folder.parent) / PLUGINS
+            refuse_changed(records, str(folder), copies, stand_in=exported)
             return folder
     name = str(path)
     if not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
