@@ -422,7 +422,7 @@ def records_in(content: Any, where: str) -> list[dict[str, str]]:
         UserError: if they are none.
     """
     keys = ("name", "file", "sha256")
-    listed = content if isinstance(content, list) else [None]
+    listed: list[Any] = content if isinstance(content, list) else [None]
     if not all(isinstance(r, dict) and all(isinstance(r.get(key), str) for key in keys) for r in listed):
         raise UserError(f"{where}: must list plugins by {', '.join(keys)}")
     return [{key: record[key] for key in keys} for record in listed]
