@@ -222,7 +222,7 @@ def test_changed_and_missing_sources_are_refused_by_name(folder):
 
 HEAD = "from dataclasses import dataclass\nfrom dualhead.objectives import Objective, objectives\n"
 OWN = f"{HEAD}{FROZEN}class Own(Objective):\n"
-BODY = "    def inner_loss(self, a, c, y): ...\n    def loss(self, c, a, y): ...\n"
+BODY = "    def needs(self): ...\n    def inner_loss(self, *_): ...\n    def loss(self, *_): ...\n"
 
 
 @pytest.mark.parametrize(
@@ -267,8 +267,8 @@ def registering(name, cls="Own"):
     [
         (HEAD + registering("trades"), "own.py, line 3: objective 'trades' is registered twice: one ships; choose"),
         (HEAD + registering("mine") + registering("mine", "Other"),
-         "own.py, line 10: objective 'mine' is registered twice: one is Own of .*own.py; choose another name"),
-        (HEAD + registering("mine") + registering("mine"), "own.py, line 10: objective 'mine' is registered twice"),
+         "own.py, line 11: objective 'mine' is registered twice: one is Own of .*own.py; choose another name"),
+        (HEAD + registering("mine") + registering("mine"), "own.py, line 11: objective 'mine' is registered twice"),
         (HEAD + registering("elsewhere"), "objective 'elsewhere' is registered twice: one is Own of .*first.py"),
         (f'{HEAD}@objectives.register("mine")\nclass Own(Objective):\n{BODY}',
          "own.py, line 3: objective 'mine': Own is no dataclass"),
