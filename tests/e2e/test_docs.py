@@ -38,7 +38,7 @@ CANNOT = {
     "torchrun --nproc-per-node 8 -m dualhead train imagenet": "ImageNet, 8 GPUs; tests/distributed runs the recipe",
     "dualhead train mine.yaml data.source=path/to/my_images": "weights that only the reader has",
     "dualhead sweep": "trains many networks; its own tests run small ones",
-    "dualhead train half.yaml": "tests/e2e/test_plugins.py runs that page from an empty folder",
+    "dualhead train half.yaml": "tests/e2e/test_own_components.py runs that page from an empty folder",
     "dualhead evaluate runs/half": "likewise",
     "dualhead report runs/half": "likewise",
     "dualhead list attacks --plugin mine.py": "likewise",

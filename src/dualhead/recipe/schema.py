@@ -141,6 +141,10 @@ class Data(Section):
             self.extra.source, "train", limit=self.extra.limit, choice="first", storage=self._storage(room, workers)
         )
 
+    def load_other(self, source: str, *, room: int | None = None, workers: int = 0) -> Split:
+        """Images of a further stream, whose labels are not these. Further arguments and errors as those of `load`."""
+        return self._load(source, "train", limit=None, choice="first", storage=self._storage(room, workers))
+
     def _load(
         self, source: str, part: Literal["train", "test"], *, limit: int | None, choice: Literal["first", "sample"],
         storage: Storage,
