@@ -344,4 +344,4 @@ class Maximiser(Protocol):
         """
 
 
-attacks: Registry[Attack] = Registry("attack", "dualhead.attacks")
+attacks: Registry[Attack] = Registry("attack", "dualhead.attacks", Attack)

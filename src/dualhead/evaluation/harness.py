@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dualhead.attacks import Attack, LogitsFn, Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
+from dualhead.components.plugins import sources_in
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.diagnostics import (
     PROBES,
@@ -257,6 +259,7 @@ class _Work:
                 "batch_invariant": self.subject.batch_invariant(x, y),
             }
 
+        self.group.lead(lambda: self._refuse_changed_attacks(folder))
         self.settled = self.group.lead(lambda: self.journal.fact("arithmetic", settle))
         self._check_answers()
         self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
@@ -268,6 +271,17 @@ class _Work:
         rows = torch.arange(min(PROBES, len(self.samples.labels)))
         logits = self.subject.verify(self.samples.fetch(rows, self.subject.device)).cpu()
         return torch.where(logits.isfinite(), logits, torch.nan)
+
+    def _refuse_changed_attacks(self, folder: Path | None) -> None:
+        """Refuse to mix results of an attack from outside with those of another version of its file."""
+        for label, attack in self.attacks.items():
+            for source in sources_in(registry.describe(attack)):
+                before = self.journal.fact(f"code of {label} in {source.name}", partial(str, source.sha256))
+                if before != source.sha256:
+                    raise UserError(
+                        f"{folder}: holds results of {label} with another version of {source.file}; put that version "
+                        "back, choose another --output, or --overwrite it"
+                    )
 
     def _check_answers(self) -> None:
         """Refuse to go on with what was found out of a model that answered otherwise.
@@ -358,6 +372,7 @@ class _Work:
             curve.append({"eps": radius, **self._at(threat, correct)})
         if diagnostics:
             findings += self._diagnose_attacks(verdicts, records, curve)
+        code = [source.describe() for source in sources_in([registry.describe(a) for a in self.attacks.values()])]
         evaluation.results = {
             "num_samples": len(self.correct),
             "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
@@ -369,6 +384,7 @@ class _Work:
             "environment": {
                 **describe_environment(self.subject.device),
                 **self.settled,
+                **({"plugins": code} if code else {}),
                 "processes": self.world,
             },
             "seconds": time.perf_counter() - begun,

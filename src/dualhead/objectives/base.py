@@ -333,4 +333,4 @@ def under(name: str, seen: Seen) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in seen.items() if key.startswith(f"{name}.")}
 
 
-objectives: Registry[Objective] = Registry("objective", "dualhead.objectives")
+objectives: Registry[Objective] = Registry("objective", "dualhead.objectives", Objective)

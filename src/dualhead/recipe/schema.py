@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from dualhead.attacks import Attack, attacks
+from dualhead.components import plugins as outside
 from dualhead.components.fields import Real, parse_real
 from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
@@ -216,6 +217,11 @@ class Evaluate(Section):
     gallery: int = Field(48, ge=0)
     """So many of the first test images are shown under attack in the report."""
 
+    @field_validator("attacks")
+    @classmethod
+    def _attacks_are_found_anywhere(cls, specs: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        return tuple(attacks.located(spec) for spec in specs)
+
     @model_validator(mode="after")
     def _attacks_exist(self) -> Self:
         if not self.attacks:
@@ -282,6 +288,24 @@ class Recipe(Section):
     validation: Validation = Validation()
     evaluate: Evaluate = Evaluate()
     runtime: Runtime = Runtime()
+    plugins: tuple[str, ...] = ()
+    """Files (`my_file.py`) or modules (`my_package.module`) that register components by name. They are run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plugins_come_first(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or "plugins" not in content:
+            return content
+        names = content["plugins"]
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise UserError(f".plugins: must list files or modules, e.g. [my_file.py]; got {names!r}")
+        try:
+            found = list(dict.fromkeys(outside.located(name) for name in names))
+            for name in found:
+                outside.load(name)
+        except UserError as error:
+            raise UserError(f".plugins: {error}") from None
+        return {**content, "plugins": found}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -25,10 +25,11 @@ def threat_text(threat: Mapping[str, Any] | None) -> str:
 
 
 def component_text(component: Mapping[str, Any]) -> str:
-    """A component of a recipe: its name and what was set."""
+    """A component of a recipe: its name and what was set. Of an address in a file, `my_file.py:Class` is shown."""
+    name = str(component["name"]).replace("\\", "/").rpartition("/")[2]
     fields = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {shortened(str(value), 80)}"
                        for key, value in component.items() if key != "name" and value is not None)  # fmt: skip
-    return f"{component['name']} ({fields})" if fields else str(component["name"])
+    return f"{name} ({fields})" if fields else name
 
 
 def attack_text(stage: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from dualhead.components.plugins import sources_in
 from dualhead.components.registry import first_error
 from dualhead.components.sections import Section
 from dualhead.errors import UserError
@@ -23,6 +24,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 ONNX = "model.onnx"
+PLUGINS = "plugins"
+"""Key of the configuration with the code from outside that makes the model, and folder of an export with its files."""
 
 
 class Architecture(Section):
@@ -90,8 +93,9 @@ class Architecture(Section):
 def write_config(folder: Path, architecture: Architecture, facts: Mapping[str, Any]) -> None:
     """Write `config.json` alone, for weights beside it or in a folder below."""
     backbone = backbones.describe(backbones.build(architecture.backbone, where="model.backbone").on_its_own())
-    alone = architecture.model_copy(update={"backbone": backbone})
-    write_json(folder / CONFIG, {"architecture": alone.model_dump(mode="json"), **facts})
+    alone = architecture.model_copy(update={"backbone": backbone}).model_dump(mode="json")
+    code = [source.describe() for source in sources_in(alone)]
+    write_json(folder / CONFIG, {"architecture": alone, **({PLUGINS: code} if code else {}), **facts})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 
+from dualhead.components.plugins import copy_name, is_file, records_in
 from dualhead.errors import UserError
 from dualhead.models import read_state, write_state
 from dualhead.report import ONNX_SECTION, model_card
-from dualhead.saving.architecture import CARD, CONFIG, ONNX, WEIGHTS, Architecture, read_config
+from dualhead.saving.architecture import CARD, CONFIG, ONNX, PLUGINS, WEIGHTS, Architecture, read_config
 from dualhead.saving.models import find_model, load
 from dualhead.saving.onnx import OnnxCheck, write_onnx
-from dualhead.system.files import write_json, write_text
+from dualhead.system.files import write_atomically, write_json, write_text
 
 
 def write_card(folder: Path, run: Path | None) -> None:
@@ -51,7 +54,12 @@ def export(run: str | Path, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _holds_export(folder, run):
         raise UserError(f"--to {folder}: holds something already; choose an empty or a new folder")
     write_state(read_state(run / "model" / WEIGHTS), folder / WEIGHTS)
-    write_json(folder / CONFIG, read_config(run / "model"))
+    config = read_config(run / "model")
+    write_json(folder / CONFIG, config)
+    for record in records_in(config.get(PLUGINS, []), str(run / "model" / CONFIG)):
+        kept = run / PLUGINS / copy_name(record)
+        if is_file(record["name"]) and kept.is_file():
+            write_atomically(folder / PLUGINS / kept.name, partial(shutil.copyfile, kept))
     write_card(folder, run)
     return folder
 
@@ -59,7 +67,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
 def _holds_export(folder: Path, run: Path) -> bool:
     """Whether a folder holds exactly the files that `export` of this run writes."""
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX}:
+    if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX, PLUGINS}:
         return False
     try:
         exported, made = read_state(folder / WEIGHTS), read_state(run / "model" / WEIGHTS)

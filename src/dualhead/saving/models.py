@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualhead.components.plugins import records_in, refuse_changed
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, is_head
 from dualhead.models import last_layer, load_state, normalisation_in, read_state, write_state
-from dualhead.saving.architecture import CONFIG, WEIGHTS, Architecture, holds_model, read_config, write_config
+from dualhead.saving.architecture import CONFIG, PLUGINS, WEIGHTS, Architecture, holds_model, read_config, write_config
 from dualhead.saving.hub import download
 from dualhead.system.generators import kept_generators
 
@@ -78,6 +79,10 @@ def find_model(path: str | Path) -> Path:
     """
     for folder in (Path(path), Path(path) / "model"):
         if holds_model(folder):
+            records = records_in(read_config(folder).get(PLUGINS, []), str(folder / CONFIG))
+            exported = (folder / PLUGINS).is_dir()
+            copies = (folder if exported else folder.parent) / PLUGINS
+            refuse_changed(records, str(folder), copies, stand_in=exported)
             return folder
     name = str(path)
     if not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):

@@ -53,7 +53,7 @@ class Averaging(ABC):
         return True
 
 
-averagings: Registry[Averaging] = Registry("average", "dualhead.training.averaging")
+averagings: Registry[Averaging] = Registry("average", "dualhead.training.averaging", Averaging)
 
 
 def _check(batches: int) -> None:
