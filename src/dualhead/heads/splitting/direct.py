@@ -87,3 +87,10 @@ def sequential_split(model: nn.Module, at: str) -> Split:
     trunk.train(model.training)
     tail.train(model.training)
     return Split(trunk, tail, "sequential", at)
+
+
+def whole_split(model: nn.Module, at: str) -> Split:
+    """Cut in front of the first layer: the trunk hands the images on, and the tail is the whole model."""
+    tail = fresh_copy(model)
+    tail.register_forward_hook(_plain_logits)
+    return Split(nn.Identity().train(model.training), tail, "whole", at)
