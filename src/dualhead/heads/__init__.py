@@ -6,8 +6,10 @@ from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_
 from dualhead.heads.layers import LayerInfo, layers
 from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting import Split, split_model
+from dualhead.heads.tied import DEFAULT_OWN
 
 __all__ = [
+    "DEFAULT_OWN",
     "Aggregator",
     "Chosen",
     "DualHeadClassifier",

@@ -11,9 +11,16 @@ from dualhead.report.text import attack_text, component_text, eps_text
 
 OUTPUTS = {
     "model": "A single-head classifier",
-    "mean": "The mean of {heads} heads",
-    "aggregate": "A classifier of {heads} heads and an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
+    "mean": "The mean of {heads}",
+    "aggregate": "A classifier of {heads} and an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
 }
+
+OWN = {
+    "batch_norm": "batch norm",
+    "affine": "weight and bias of normalisation",
+    "statistics": "statistics of normalisation",
+}
+"""What a card calls the words for what tied heads do not share; patterns stand as they are."""
 
 ONNX_SECTION = """
 ## ONNX
@@ -51,7 +58,7 @@ def model_card(
         "",
         f"# {_safe(config.get('recipe', 'dualhead model'))}",
         "",
-        f"{_output(config.get('output', 'model'), architecture)} on "
+        f"{_output(config)} on "
         f"{_safe(component_text(architecture['backbone']))}, "
         f"for images {shape} in [0, 1] and {architecture['num_classes']} classes.",
         "",
@@ -95,11 +102,25 @@ def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> st
     return f"Evaluated {budget}; trained at most {', '.join(map(eps_text, sorted(radii)))}."
 
 
-def _output(output: str, architecture: Mapping[str, Any]) -> str:
-    heads = architecture.get("heads", 2)
+def _output(config: Mapping[str, Any]) -> str:
+    output, architecture = config.get("output", "model"), config["architecture"]
+    heads = f"{architecture.get('heads', 2)} heads"
+    if output != "model" and (own := architecture.get("own")) is not None:
+        heads += f" (tied: {_own(own)} of their own{_added(config)})"
     if head := re.fullmatch(r"head(\d+)", output):
-        return f"Head {head[1]} of a classifier of {heads} heads"
+        return f"Head {head[1]} of a classifier of {heads}"
+    if output == "model" and (head := re.fullmatch(r"head(\d+)", config.get("exported_output", ""))):
+        return f"A single-head classifier, exported from head {head[1]} of a model of several,"
     return OUTPUTS.get(output, "A classifier").format(heads=heads)
+
+
+def _own(own: Sequence[str]) -> str:
+    return " and ".join(_safe(OWN.get(word, f"`{word}`")) for word in own)
+
+
+def _added(config: Mapping[str, Any]) -> str:
+    added = config.get("added_parameters")
+    return "" if added is None else f", +{added:,} parameters"
 
 
 def _measured(results: Mapping[str, Any] | None) -> list[str]:

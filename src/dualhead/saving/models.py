@@ -6,18 +6,27 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 import yaml
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from dualhead.components.registry import first_error
 from dualhead.components.sections import Section
 from dualhead.errors import RunError, UserError
 from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head, is_head
-from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, read_state, write_state
+from dualhead.models import (
+    Normalize,
+    backbones,
+    last_layer,
+    load_state,
+    normalisation_in,
+    read_state,
+    with_tied,
+    write_state,
+)
 from dualhead.report import ONNX_SECTION, model_card
 from dualhead.saving.onnx import OnnxCheck, write_onnx
 from dualhead.system.files import write_json, write_text
@@ -28,6 +37,9 @@ WEIGHTS = "model.safetensors"
 CARD = "README.md"
 ONNX = "model.onnx"
 
+WITHOUT_SECOND_HEAD: Final[Mapping[str, Any]] = {"attach_at": None, "aggregator": None, "heads": 2, "own": None}
+"""Of an `Architecture`, for the plain network."""
+
 
 class Architecture(Section):
     """All that makes a network, apart from its weights.
@@ -37,6 +49,7 @@ class Architecture(Section):
         attach_at: layer whose output feeds the second head; None: a plain classifier.
         aggregator: as a recipe writes it, in the long form; None without a second head.
         heads: how many, if there is a second one.
+        own: what each further head does not share with the first, if they are tied; None: they share nothing.
         num_classes: logits per image.
         image_shape: channels, height, width.
         mean: of each channel, for images in [0, 1].
@@ -47,6 +60,7 @@ class Architecture(Section):
     attach_at: str | None = None
     aggregator: dict[str, Any] | None = None
     heads: int = 2
+    own: tuple[str, ...] | None = None
     num_classes: int
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -69,14 +83,15 @@ class Architecture(Section):
             num_classes=self.num_classes,
             heads=self.heads,
             example=torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0)),
-            init="reset",
+            init="reset" if self.own is None else "tied",
+            own=self.own,
             aggregator=aggregators.build(self.aggregator or "pairwise_cnn", where="model.aggregator"),
         )
 
     def plain(self) -> nn.Module:
         """The network without a second head; random numbers stay where they are."""
         with kept_generators(torch.device("cpu")):
-            return self.model_copy(update={"attach_at": None, "aggregator": None}).create()
+            return self.model_copy(update=WITHOUT_SECOND_HEAD).create()
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], where: str) -> Self:
@@ -101,6 +116,8 @@ def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts
         facts: what else to know of it: class names, threat model, which output is deployed.
     """
     write_state(model.state_dict(), folder / WEIGHTS)
+    if isinstance(model, DualHeadClassifier):
+        facts = {**facts, "added_parameters": model.added_parameters}
     write_config(folder, architecture, facts)
 
 
@@ -119,45 +136,78 @@ def write_card(folder: Path, run: Path | None) -> None:
         run: of the run that made it; None if there is none.
     """
     recipe = results = None
+    config = read_config(folder)
     if run is not None and (run / "config.yaml").is_file():
         recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    if run is not None and (run / "evaluation" / "results.json").is_file():
-        results = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    write_text(folder / CARD, model_card(read_config(folder), recipe, results, onnx=(folder / ONNX).is_file()))
+    if run is not None and (measured := _results_of(run, config)).is_file():
+        results = json.loads(measured.read_text(encoding="utf-8"))
+    write_text(folder / CARD, model_card(config, recipe, results, onnx=(folder / ONNX).is_file()))
 
 
-def export(run: str | Path, folder: str | Path) -> Path:
+def _results_of(run: Path, config: Mapping[str, Any]) -> Path:
+    """Where a run keeps what it measured of a model of its own: the deployed output's results, or those of one head."""
+    head = config.get("exported_output")
+    if head is None or head == read_config(run / "model").get("output"):
+        return run / "evaluation" / "results.json"
+    return run / "evaluation" / "rows" / head.replace("head", "head_") / "results.json"
+
+
+def export(run: str | Path, folder: str | Path, *, output: str | None = None) -> Path:
     """Copy a finished run's model, with a card that says what was measured, to a folder that `load` reads.
 
     Args:
         run: of a finished run.
         folder: made if need be; must be empty, not exist, or hold this very export.
+        output: a head, to be exported as a plain classifier with the original network's names of weights; None: the
+            whole model.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: if the run has no finished model, or the folder holds something.
+        UserError: if the run has no finished model, the model no such head, or the folder holds something.
     """
     run, folder = Path(run), Path(folder)
     if not (run / "model" / WEIGHTS).is_file():
         raise UserError(f"{run}: holds no finished model; `dualhead train` with the same recipe goes on with it")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _holds_export(folder, run):
+    state, config = read_state(run / "model" / WEIGHTS), read_config(run / "model")
+    if output is not None:
+        state, config = _of_one_head(run / "model", config, output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _holds(folder, state, config):
         raise UserError(f"--to {folder}: holds something already; choose an empty or a new folder")
-    write_state(read_state(run / "model" / WEIGHTS), folder / WEIGHTS)
-    write_json(folder / CONFIG, read_config(run / "model"))
+    write_state(state, folder / WEIGHTS)
+    write_json(folder / CONFIG, config)
     write_card(folder, run)
     return folder
 
 
-def _holds_export(folder: Path, run: Path) -> bool:
-    """Whether a folder holds what `export` of this run writes, and nothing else."""
+def _of_one_head(folder: Path, config: Mapping[str, Any], head: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and `config.json` of a head of a model as a plain classifier of its own.
+
+    Raises:
+        UserError: if the model has no such head.
+    """
+    architecture = Architecture.parse(config["architecture"], str(folder / CONFIG))
+    model = load(folder, "aggregate" if architecture.attach_at else None)
+    if not isinstance(model, DualHeadClassifier):
+        raise UserError(f"--output-of {head}: the model has no second head; leave it out")
+    if head not in model.heads:
+        raise UserError(f"--output-of {head}: must be a head, one of {', '.join(model.heads)}")
+    plain = architecture.model_copy(update=WITHOUT_SECOND_HEAD)
+    facts = {name: fact for name, fact in config.items() if name != "added_parameters"}
+    return model.base_state_dict(head), {
+        **facts, "architecture": plain.model_dump(mode="json"), "output": "model", "exported_output": head,
+    }  # fmt: skip
+
+
+def _holds(folder: Path, made: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a model with these weights and this `config.json`, and nothing else."""
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX}:
         return False
     try:
-        exported, made = read_state(folder / WEIGHTS), read_state(run / "model" / WEIGHTS)
-        alike = read_config(folder) == read_config(run / "model") and exported.keys() == made.keys()
+        exported = read_state(folder / WEIGHTS)
+        alike = read_config(folder) == config and exported.keys() == made.keys()
     except UserError:
         return False
     return alike and all(torch.equal(exported[name], made[name]) for name in made)
@@ -228,10 +278,11 @@ def check_hub_name(name: str) -> None:
 
 def load_base_weights(
     model: nn.Module, path: str | Path, architecture: Architecture, *, replace_classifier: bool | str = False
-) -> None:
+) -> bool:
     """Start a network from weights that exist: a file, an exported model's folder or a run's.
 
-    Weights of the whole network fill it; weights of the plain backbone fill trunk and head 1.
+    Weights of the whole network fill it; weights of the plain backbone fill trunk and head 1. Of tied heads, head 1
+    holds what they share.
 
     Args:
         model: a plain or dual-head classifier.
@@ -241,15 +292,18 @@ def load_base_weights(
             true to find that layer, or its name in the plain backbone. Of a dual-head model's weights, those of its
             trunk and head 1 are then taken.
 
+    Returns:
+        Whether the weights were those of the whole network, so that further heads are filled too.
+
     Raises:
         UserError: if they are of neither shape.
     """
     path = _weights_file(Path(path))
     state = read_state(path)
     if isinstance(model, DualHeadClassifier):
-        if set(state) == set(model.state_dict()) and not replace_classifier:
+        if not replace_classifier and set(with_tied(model, state, str(path))) == set(model.state_dict()):
             load_state(model, state, str(path))
-            return
+            return True
         if replace_classifier and _is_of_heads(state):  # of however many, and merged by whatever they were
             parts = ("trunk.", "head1.")
             state = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(parts)}
@@ -257,10 +311,11 @@ def load_base_weights(
     replaced = _classifier(plain, architecture, replace_classifier) if replace_classifier else None
     if not isinstance(model, DualHeadClassifier):
         load_state(model, state, str(path), replaced=replaced)
-        return
+        return True
     plain.load_state_dict(model.base_state_dict())
     load_state(plain, state, str(path), replaced=replaced)
     model.load_base_state_dict(plain.state_dict())
+    return False
 
 
 def _is_of_heads(state: Mapping[str, Any]) -> bool:
