@@ -20,7 +20,7 @@ from dualhead.attacks import Attack, attacks
 from dualhead.data import Augmentation, Loader, Split, hold_out, in_turn
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
-from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator, depends_on, is_head
+from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator, is_head
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
 from dualhead.noise import Streams
 from dualhead.recipe import Recipe, Runtime, Statistics, load_recipe
@@ -405,14 +405,18 @@ class Run:
                     stage.epochs,
                 )  # fmt: skip
 
-    def _start_from(self, model: nn.Module, stage: Stage) -> None:
+    def _start_from(self, model: nn.Module, stage: Stage) -> bool:
+        """Give a network the weights that a stage's `init` names; whether further heads had theirs among them."""
         if stage.init == RESET:
             fresh = self._fresh()
             for part in stage.train:
-                own, new = (model, fresh) if part == "model" else (model.get_submodule(part), fresh.get_submodule(part))
-                own.load_state_dict(new.state_dict())
+                if isinstance(model, DualHeadClassifier) and isinstance(fresh, DualHeadClassifier):
+                    model.load_part(part, fresh)
+                else:
+                    model.load_state_dict(fresh.state_dict())
         elif stage.init is not None:
-            load_base_weights(model, stage.init, self.architecture, replace_classifier=stage.replace_classifier)
+            return load_base_weights(model, stage.init, self.architecture, replace_classifier=stage.replace_classifier)
+        return False
 
     def _fresh(self) -> nn.Module:
         """The network as the run began with it; torch's generator stays where it is."""
@@ -620,11 +624,13 @@ class Run:
         self._close_stage(stage, finished, 0)
 
     def _prepare_stage(self, number: int) -> None:
-        stage = self.recipe.stages[number]
+        stage, given = self.recipe.stages[number], False
         if stage.init is not None:
-            group().lead(lambda: self._start_from(self.model, stage))
+            given = group().lead(lambda: self._start_from(self.model, stage))
             group().share_state(self.model)
-        if isinstance(self.model, DualHeadClassifier) and self.recipe.model.second_head == "clone":
+        kind = self.recipe.model.second_head
+        begins = kind == "clone" or (kind == "tied" and not given)
+        if isinstance(self.model, DualHeadClassifier) and begins:
             trained = {part for earlier in self.recipe.stages[:number] for part in earlier.train}
             for head in set(self.model.heads[1:]) & set(stage.train) - trained:
                 self.model.get_submodule(head).load_state_dict(self.model.head1.state_dict())
@@ -743,8 +749,7 @@ class Run:
     def _parameters(self, output: str) -> int:
         if not isinstance(self.model, DualHeadClassifier):
             return count_parameters(self.model)
-        used = [part for part in self.model.parts if depends_on(output, part)]
-        return sum(count_parameters(self.model.get_submodule(part)) for part in used)
+        return count_parameters(view(self.model, output))
 
     def _costs(self) -> dict[str, tuple[int, float]]:
         """Training cost of each output, in floating-point operations and in seconds.
@@ -758,7 +763,8 @@ class Run:
             stages.append((set(stage.train), summary["flops"], summary["seconds"]))
         needed = {"model": {"model"}}
         if isinstance(self.model, DualHeadClassifier):
-            needed = {o: {part for part in self.model.parts if depends_on(o, part)} for o in self.model.outputs}
+            model = self.model
+            needed = {o: {part for part in model.parts if model.is_shaped_by(o, part)} for o in model.outputs}
         base = stages[: len(self._base_stages())]
         costs = {"base": (sum(s[1] for s in base), sum(s[2] for s in base))}
         for output, parts in needed.items():
@@ -844,6 +850,7 @@ def architecture_of(recipe: Recipe, training: Split) -> Architecture:
         attach_at=recipe.model.attach_at,
         aggregator=aggregators.describe(aggregator) if recipe.model.attach_at else None,
         heads=recipe.model.heads,
+        own=recipe.model.tied,
         num_classes=classes,
         image_shape=(channels, *(recipe.data.image_size or training.image_shape[1:])),
         mean=mean,

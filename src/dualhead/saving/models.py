@@ -146,7 +146,7 @@ def write_card(folder: Path, run: Path | None) -> None:
 
 def _results_of(run: Path, config: Mapping[str, Any]) -> Path:
     """Where a run keeps what it measured of a model of its own: the deployed output's results, or those of one head."""
-    head = config.get("exported_output")
+    head: str | None = config.get("exported_output")
     if head is None or head == read_config(run / "model").get("output"):
         return run / "evaluation" / "results.json"
     return run / "evaluation" / "rows" / head.replace("head", "head_") / "results.json"
