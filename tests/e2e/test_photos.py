@@ -15,8 +15,7 @@ from PIL import Image
 
 from dualhead.data import Split
 from dualhead.errors import UserError
-from dualhead.runs.folder import data_facts, refuse_other_data
-from dualhead.runs.run import GALLERY
+from dualhead.runs.folder import GALLERY, data_facts, refuse_other_data
 from dualhead.saving import models as hub
 from helpers.e2e import TINY, dualhead
 
@@ -234,7 +233,7 @@ def test_a_run_that_ended_while_it_made_its_folder_begins_again(tmp_path, monkey
     images = photos(tmp_path / "images", CLASSES)
     command = ["train", "digits_natural", *SHORT, f"data.source={images}", "--run-dir", tmp_path / "run", "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr("dualhead.runs.run.write_text", full)  # what `config.yaml` is written with
+        patch.setattr("dualhead.runs.folder.write_text", full)  # what `config.yaml` is written with
         assert "No space left on device" in dualhead(*command).error_line
     assert (tmp_path / "run/checkpoints/config.json").is_file()
     assert not (tmp_path / "run/config.yaml").exists()

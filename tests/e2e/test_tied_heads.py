@@ -90,7 +90,7 @@ def test_shared_tensors_are_counted_once_and_written_once(made):
     state = plain.state_dict()
     assert names == {f"head1.{n}" for n in state} | {f"head2.{n}" for n in state if is_norm(n)}
     card = (made / "run" / "model" / "README.md").read_text()
-    assert f"Head 2 of a classifier of 2 heads (tied: batch norm of their own, +{further:,} parameters)" in card
+    assert f"Head 2 of a classifier of 2 heads (tied heads: batch norm of their own, +{further:,} parameters)" in card
 
 
 def _rows(made):

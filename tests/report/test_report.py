@@ -24,6 +24,7 @@ from dualhead.commands.cli import app
 from dualhead.errors import UserError
 from dualhead.evaluation.gallery import Gallery
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
+from dualhead.names import id_of
 from dualhead.report import write_report
 from dualhead.report.comparison import as_csv, as_records, cost_table, trade_offs, verdict
 from dualhead.report.differences import difference
@@ -632,6 +633,18 @@ def test_a_stage_without_epochs_says_that_its_weights_are_kept(tmp_path):
     assert "no epochs Not trained: the weights that it starts from are kept." in report(run, at=tmp_path).text
 
 
+def test_rows_are_known_by_their_ids_and_those_of_earlier_versions_by_their_names(tmp_path):
+    ids = ["base", "head1", "head2", "mean", "aggregate"]
+    run = make_run(tmp_path / "run")
+    assert [row.output for row in read_sources([run])[0].rows] == [id_of(name) for name in ROWS]
+    comparison = json.loads((run / "comparison.json").read_text())
+    for row, output in zip(comparison["rows"], ids, strict=False):
+        row.update(name=f"renamed {output}", output=output)
+    (run / "comparison.json").write_text(json.dumps(comparison))
+    found = read_sources([run])[0].rows
+    assert [(row.name, row.output) for row in found] == [(f"renamed {o}", o) for o in ids[: len(ROWS)]]
+
+
 def test_names_that_lead_out_of_the_run_are_not_followed(tmp_path):
     evaluation(tmp_path / "secret", 9)
     run = make_run(tmp_path / "run")
@@ -811,10 +824,11 @@ def test_command_writes_the_page(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "role"),
-    [("head 1", "head1"), ("head 2", "head2"), ("head 3", "further"), ("head 12", "further"), ("DH-AT", "aggregate")],
+    ("output", "role"),
+    [(name, name) for name in ("base", "head1", "head2", "mean", "aggregate", "model")]
+    + [("head3", "further"), ("head12", "further")],
 )
-def test_every_output_has_a_colour(name, role):
-    assert role_of(name) == role
+def test_every_output_has_a_colour(output, role):
+    assert role_of(output) == role
     style = resources.files("dualhead.report").joinpath("templates/page.css").read_text(encoding="utf-8")
     assert f".{role} {{ --tone: var(--{role}); }}" in style

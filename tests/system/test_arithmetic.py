@@ -12,7 +12,7 @@ from torch import nn
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import evaluate, make_gallery
 from dualhead.recipe.schema import load_recipe
-from dualhead.runs import run
+from dualhead.runs import prepare, stages
 from dualhead.runs.run import train
 from dualhead.system import runtime
 from dualhead.system.runtime import (
@@ -205,11 +205,11 @@ def test_evaluations_ask_for_exact_products_whatever_torch_has_set(look):
 
 @pytest.mark.parametrize(("precision", "rounded"), [("float32", False), ("auto", False), ("tf32", True)])
 def test_training_rounds_products_if_the_recipe_says_so(tmp_path, monkeypatch, precision, rounded):
-    def stop(self, *args, **kwargs):
+    def stop(*args):
         raise Interrupted(str(tf32_flags()))
 
-    monkeypatch.setattr(run, "refuse_tf32", lambda device: None)
-    monkeypatch.setattr(run.Run, "_train_stage", stop)
+    monkeypatch.setattr(prepare, "refuse_tf32", lambda device: None)
+    monkeypatch.setattr(stages, "_train_stage", stop)
     with pytest.raises(Interrupted, match=str(rounded)):
         train(load_recipe("digits", [*TINY, f"runtime.precision={precision}"]), run_dir=tmp_path / "run")
     written = json.loads((tmp_path / "run" / "environment.json").read_text())["precision"]

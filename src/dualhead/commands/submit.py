@@ -11,7 +11,7 @@ from typing import Any, Final
 from dualhead.commands.sweep import Job, refuse_other_runs, write_table
 from dualhead.errors import Interrupted, RunError, UserError
 from dualhead.recipe import parse_recipe
-from dualhead.runs import REPORT, train
+from dualhead.runs import RunFolder, train
 
 SCHEDULERS: Final = ("local", "slurm")
 DEFAULTS: Final = {"timeout_min": 24 * 60}
@@ -80,7 +80,7 @@ def dispatch_sweep(
     refuse_other_runs(jobs, folder)
     executor = _executor(folder, scheduler, settings)
     limit = at_once or (1 if scheduler == "local" else len(jobs))
-    waiting = [job for job in jobs if not (folder / job.name / REPORT).is_file()]
+    waiting = [job for job in jobs if not RunFolder(folder / job.name).report.is_file()]
     tell(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
     running: dict[str, Any] = {}
     failed: list[str] = []
@@ -108,7 +108,7 @@ def dispatch_sweep(
 
 def _failure(name: str, submitted: Any, folder: Path) -> list[str]:
     """What went wrong in a job that has ended; nothing if its run is there."""
-    if (folder / name / REPORT).is_file():
+    if RunFolder(folder / name).report.is_file():
         return []
     raised = re.findall(r"^[\w.]+: .+", str(submitted.exception()), re.MULTILINE)  # the last lines of its tracebacks
     reason = raised[-1].partition(": ")[2] if raised else "ended without a result"

@@ -140,6 +140,10 @@ class Data(Section):
             self.extra.source, "train", limit=self.extra.limit, choice="first", storage=self._storage(room, workers)
         )
 
+    def load_other(self, source: str, *, room: int | None = None, workers: int = 0) -> Split:
+        """Images of a further stream, whose labels are not these. Further arguments and errors as those of `load`."""
+        return self._load(source, "train", limit=None, choice="first", storage=self._storage(room, workers))
+
     def _load(
         self, source: str, part: Literal["train", "test"], *, limit: int | None, choice: Literal["first", "sample"],
         storage: Storage,
@@ -337,7 +341,7 @@ class Recipe(Section):
                     raise UserError(
                         f".stages.{index}.train: the model {why}, so its parts are {', '.join(parts)}; got {part!r}"
                     )
-            changed = next((teacher for teacher in stage.objective.teachers if teacher != "head1"), None)
+            changed = next((teacher for teacher in stage.objective.frozen() if teacher != "head1"), None)
             if self.model.tied and "head1" in stage.train and changed is not None:
                 raise UserError(
                     f".stages.{index}.train: head1 must not be trained: {changed}, which is tied to it and the "

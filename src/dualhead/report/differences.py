@@ -81,15 +81,6 @@ def comparable(first: Measured, second: Measured) -> bool:
     return all(np.array_equal(first.samples[key][a], second.samples[key][b]) for key in ("index", "label"))
 
 
-OUTPUTS = {"mean": "mean of heads", "aggregate": "DH-AT"}
-"""What rows call outputs, besides `head1` as `head 1`."""
-
-
-def output_name(output: str) -> str:
-    """What a run's tables call an output: `head 1` for `head1`."""
-    return OUTPUTS.get(output, output.replace("head", "head "))
-
-
 def same_model(row: Measured, later: Measured) -> bool:
     """Whether a later evaluation within a run is of a row's model.
 
@@ -98,8 +89,7 @@ def same_model(row: Measured, later: Measured) -> bool:
     subject = later.results.get("subject")
     if isinstance(subject, Mapping) and subject:
         output = subject.get("output")
-        called = output_name(str(output))
-        of_row = row.deployed if output is None else row.name == called
+        of_row = row.deployed if output is None else row.output == output
         if subject.get("stage") or subject.get("checkpoint") or not of_row:
             return False
     return _alike(row, later)

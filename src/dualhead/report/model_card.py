@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dualhead.names import MODEL, described, head_number
 from dualhead.report.text import attack_text, component_text, eps_text
-
-OUTPUTS = {
-    "model": "A single-head classifier",
-    "mean": "The mean of {heads}",
-    "aggregate": "A classifier of {heads} and an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
-}
 
 OWN = {
     "batch_norm": "batch norm",
@@ -103,15 +97,14 @@ def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> st
 
 
 def _output(config: Mapping[str, Any]) -> str:
-    output, architecture = config.get("output", "model"), config["architecture"]
-    heads = f"{architecture.get('heads', 2)} heads"
-    if output != "model" and (own := architecture.get("own")) is not None:
-        heads += f" (tied: {_own(own)} of their own{_added(config)})"
-    if head := re.fullmatch(r"head(\d+)", output):
-        return f"Head {head[1]} of a classifier of {heads}"
-    if output == "model" and (head := re.fullmatch(r"head(\d+)", config.get("exported_output", ""))):
-        return f"A single-head classifier, exported from head {head[1]} of a model of several,"
-    return OUTPUTS.get(output, "A classifier").format(heads=heads)
+    """Which output it is: of tied heads what each has of its own, of an exported head where it came from."""
+    output, architecture = config.get("output", MODEL), config["architecture"]
+    told = described(output, architecture.get("heads", 2))
+    if output != MODEL and (own := architecture.get("own")) is not None:
+        return f"{told} (tied heads: {_own(own)} of their own{_added(config)})"
+    if output == MODEL and (number := head_number(config.get("exported_output", ""))):
+        return f"{told}, exported from head {number} of a model of several,"
+    return told
 
 
 def _own(own: Sequence[str]) -> str:

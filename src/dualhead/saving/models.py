@@ -27,6 +27,7 @@ from dualhead.models import (
     with_tied,
     write_state,
 )
+from dualhead.names import name_of, row_folder
 from dualhead.report import ONNX_SECTION, model_card
 from dualhead.saving.onnx import OnnxCheck, write_onnx
 from dualhead.system.files import write_json, write_text
@@ -149,7 +150,7 @@ def _results_of(run: Path, config: Mapping[str, Any]) -> Path:
     head: str | None = config.get("exported_output")
     if head is None or head == read_config(run / "model").get("output"):
         return run / "evaluation" / "results.json"
-    return run / "evaluation" / "rows" / head.replace("head", "head_") / "results.json"
+    return run / "evaluation" / "rows" / row_folder(name_of(head)) / "results.json"
 
 
 def export(run: str | Path, folder: str | Path, *, output: str | None = None) -> Path:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ class Position:
 class Saved:
     """What a checkpoint holds: the position, and the states to load into model, optimiser and weight average.
 
-    Of each process it holds the generators, and the perturbation that it carries from step to step.
+    Of each process it holds the generators, and the perturbation that it carries from step to step; of the stage's
+    objective its own heads and its curriculum.
     """
 
     position: Position
@@ -70,6 +71,7 @@ class Saved:
     generators: list[list[torch.Tensor]]
     average: dict[str, torch.Tensor] | None = None
     carried: list[torch.Tensor | None] = field(default_factory=list)
+    objective: dict[str, Any] | None = None
 
     def carried_by(self, rank: int) -> torch.Tensor | None:
         """The perturbation that a process carried; None for one that is new, or if there was none."""
@@ -106,6 +108,7 @@ class CheckpointStore:
         optimiser: torch.optim.Optimizer | None,
         average: WeightAverage | None = None,
         carried: torch.Tensor | None = None,
+        objective: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a state, and remove those that are too old; a crash leaves the old ones or the new one besides.
 
@@ -117,6 +120,7 @@ class CheckpointStore:
             optimiser: of the stage; None between stages.
             average: of the stage's weights; None if it keeps none.
             carried: the perturbation that this process carries from step to step; None if it carries none.
+            objective: state of the stage's objective, its own heads and its curriculum; None between stages.
         """
         generators = group().gather(generator_states(next(model.parameters()).device))
         perturbations = group().gather(None if carried is None else carried.cpu())
@@ -130,6 +134,7 @@ class CheckpointStore:
             "average": None if average is None else average.state_dict(),
             "generators": generators,
             "carried": perturbations,
+            "objective": None if objective is None else dict(objective),
         }
         torch.save(state, buffer)
         content, before = buffer.getbuffer(), self._files()
