@@ -13,7 +13,8 @@ from dualhead.errors import Interrupted, UserError
 from dualhead.heads.tied import tensors_by_name
 from dualhead.models import Normalize, backbones, count_parameters, load_state, read_state
 from dualhead.recipe.schema import load_recipe
-from dualhead.runs.run import load_stage, train
+from dualhead.runs.folder import load_stage
+from dualhead.runs.run import train
 from dualhead.saving import export, load
 from dualhead.saving.models import Architecture, load_base_weights, read_config
 from helpers.resume import outcome
