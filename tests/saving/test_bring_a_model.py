@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models import CASES, state_for, wideresnet_table
+from helpers.published import CASES, state_for, wideresnet_table
 from torch import nn
 
 from dualhead.errors import UserError

@@ -352,6 +352,9 @@ def layers(
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
+    output_of: Annotated[
+        str | None, typer.Option("--output-of", help="One head, head1, head2, ..., as a plain classifier.")
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also as ONNX, checked with onnxruntime.")] = False,
     push: Annotated[str | None, typer.Option("--push", help="Also upload to the Hub as OWNER/NAME.")] = None,
     quiet: Quiet = False,
@@ -367,7 +370,7 @@ def export(
         require_onnx()
     if push is not None:
         check_hub_name(push)
-    folder = export_model(run, to)
+    folder = export_model(run, to, output=output_of)
     check = export_onnx(folder) if onnx else None
     address = None if push is None else push_to_hub(folder, push)
     if as_json:

@@ -14,7 +14,7 @@ from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, Split, Storage, augmentations, load_split
 from dualhead.errors import UserError
-from dualhead.heads import Aggregator, aggregators
+from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
 from dualhead.objectives import objectives
 from dualhead.threats import ThreatModel
@@ -181,22 +181,52 @@ def _layer(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _listed(value: object) -> object:
+    """One word for a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 class Model(Section):
     """The network."""
 
     backbone: Annotated[Backbone, *component(backbones)]
     attach_at: Annotated[str | None, BeforeValidator(_layer)] = None
-    """Layer whose output feeds the second head; None: no second head, and stages train `model`."""
+    """Layer whose output feeds the second head; `input`: the images do, so that each head is a whole network; None: no
+    second head, and stages train `model`."""
     heads: int = Field(2, ge=2, le=20)
     """How many, where `attach_at` is set, the backbone's own included."""
     aggregator: Annotated[Aggregator, *component(aggregators)] | None = None
     """None: the paper's, up to the number of classes where its size is in proportion."""
-    second_head: Literal["reset", "clone"] = "reset"
+    second_head: Literal["reset", "clone", "tied"] = "reset"
     """Whether the second head, and any further one, starts from fresh weights or from those of the first, when its
-    first stage begins."""
+    first stage begins; `tied`: it shares the first one's tensors for good, but for those in `own`, which start likewise
+    from the first one's. Shared tensors are head 1's: to train head 2 alone trains what is its own."""
+    own: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    """What each tied head has of its own: `batch_norm` (dual batch norm), `affine`, `statistics`, or names of layers
+    and tensors with wildcards. None: `batch_norm` if heads are tied."""
     normalize: Annotated[Literal["data", "none"] | Statistics | None, BeforeValidator(_statistics)] = None
     """Inside the model: by the statistics of the training images, not at all, or by given ones. None: `none` for a
     `package.module:factory`, whose model takes images in [0, 1] as they are, `data` for every other backbone."""
+
+    @property
+    def tied(self) -> tuple[str, ...] | None:
+        """What tied heads have of their own; None if heads share nothing."""
+        return (self.own or DEFAULT_OWN) if self.second_head == "tied" else None
+
+    @model_validator(mode="after")
+    def _own_is_of_tied_heads(self) -> Self:
+        if self.own is not None and self.second_head != "tied":
+            raise UserError(
+                f".own: says what tied heads do not share; set second_head: tied, or leave it out ({self.second_head} "
+                "shares nothing)"
+            )
+        if self.own == ():
+            raise UserError(".own: must name something, e.g. [batch_norm]; heads that share all are one head")
+        if self.second_head == "tied" and self.attach_at is None:
+            raise UserError(
+                ".second_head: tied needs attach_at, the layer in front of what is tied; input is the images"
+            )
+        return self
 
 
 class Validation(Section):
@@ -324,6 +354,12 @@ class Recipe(Section):
                     raise UserError(
                         f".stages.{index}.train: the model {why}, so its parts are {', '.join(parts)}; got {part!r}"
                     )
+            changed = next((teacher for teacher in stage.objective.frozen() if teacher != "head1"), None)
+            if self.model.tied and "head1" in stage.train and changed is not None:
+                raise UserError(
+                    f".stages.{index}.train: head1 must not be trained: {changed}, which is tied to it and the "
+                    "teacher, would change"
+                )
             known = (*heads, "mean", "aggregate")
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:

@@ -342,6 +342,7 @@ def architecture_of(recipe: Recipe, training: Split) -> Architecture:
         attach_at=recipe.model.attach_at,
         aggregator=aggregators.describe(aggregator) if recipe.model.attach_at else None,
         heads=recipe.model.heads,
+        own=recipe.model.tied,
         num_classes=classes,
         image_shape=(channels, *(recipe.data.image_size or training.image_shape[1:])),
         mean=mean,
@@ -363,8 +364,11 @@ def fresh_model(prepared: Prepared) -> nn.Module:
         return prepared.architecture.create()
 
 
-def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> None:
+def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> bool:
     """Load into a network the weights that a stage's `init` names.
+
+    Returns:
+        Whether heads after the first had theirs among them.
 
     Raises:
         UserError: if they cannot be read or do not fit.
@@ -372,10 +376,13 @@ def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> None:
     if stage.init == RESET:
         fresh = fresh_model(prepared)
         for part in stage.train:
-            own, new = (model, fresh) if part == "model" else (model.get_submodule(part), fresh.get_submodule(part))
-            own.load_state_dict(new.state_dict())
+            if isinstance(model, DualHeadClassifier) and isinstance(fresh, DualHeadClassifier):
+                model.load_part(part, fresh)
+            else:
+                model.load_state_dict(fresh.state_dict())
     elif stage.init is not None:
-        load_base_weights(model, stage.init, prepared.architecture, replace_classifier=stage.replace_classifier)
+        return load_base_weights(model, stage.init, prepared.architecture, replace_classifier=stage.replace_classifier)
+    return False
 
 
 # ---- what each stage needs
