@@ -297,6 +297,20 @@ def test_contract_what_is_asked_for_is_used(objective):
         assert used or need == needs[objective.judged], need
 
 
+def test_contract_gradients_reach_whatever_the_loss_uses_but_what_is_taught_by(objective):
+    seen, y = seen_for(objective, 5)
+    points = {need: tensor for need, tensor in zip(objective.needs().values(), seen.values(), strict=True)}
+    points = {need: tensor.clone().requires_grad_() for need, tensor in points.items()}
+    asked = {name: points[need] for name, need in objective.needs().items()}
+    loss = objective.loss(y, asked).total
+    loss.backward()
+    for need, point in points.items():
+        used = not torch.allclose(objective.loss(y, changed(objective, seen, need)).total, loss)
+        reached = point.grad is not None and bool(point.grad.any())
+        teaches = need.output in (*objective.teachers(), *objective.frozen())
+        assert reached == used or teaches, need
+
+
 def test_contract_what_an_attack_uses_are_needs_and_each_of_them_matters(adversarial):
     seen, y = seen_for(adversarial, 5)
     needs = adversarial.needs()
