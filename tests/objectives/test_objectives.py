@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dualhead.errors import UserError
 from dualhead.objectives import Labels, Logits, Objective, objectives
 from helpers.objectives import REQUIRED, climbed, see, shipped
+from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
 
 LN = math.log
 # Softmax of the logarithms of the probabilities is the probabilities: two images, three classes.
@@ -152,6 +153,20 @@ def test_beta_below_zero_is_refused(spec):
         objectives.build({"name": spec, "beta": -1})
 
 
+@pytest.mark.parametrize(("name", "target"), [("trades", 1), ("mart", 0), ("hybrid", 0)])
+def test_of_two_outputs_each_head_runs_on_its_own_images_alone(name, target):
+    """Head 1 on clean images, once more if the attack has a target; head 2 in ten steps and on what they lead to."""
+    model, data = dual_model(), batch(0, 8)
+    stage = stage_of({"name": name, "clean": "head1", "robust": "head2"}, ("trunk", "head1", "head2"))
+    assert stage.output == "head2"
+    with CallCounter(head1=model.head1, head2=model.head2) as calls:
+        outcome = step_of(model, stage)(data, streams_of(data))
+    assert calls == {"head1": 1 + target, "head2": 11}
+    assert bool(outcome.taken)
+    for head in (model.head1, model.head2):
+        assert any(bool(parameter.grad.any()) for parameter in head.parameters())
+
+
 @pytest.mark.parametrize("base", ["trades", "mart"])
 def test_logit_pairing_of_weight_0_is_its_base_method(base):
     clean, adv, y = logits(7)
@@ -169,6 +184,8 @@ def test_logit_pairing_of_weight_0_is_its_base_method(base):
         ({"weight": -1}, "weight must be at least 0, got -1"),
         ({"base": "natural"}, "logit_pairing needs an adversarial base method"),
         ({"base": "joint"}, "logit_pairing needs an adversarial base method of one output"),
+        ({"base": "logit_pairing"}, "logit_pairing is its own base method"),
+        ({"base": {"name": "hat", "weights": "x", "base": "logit_pairing"}}, "logit_pairing is its own base method"),
     ],
 )
 def test_what_cannot_be_paired_is_refused(change, message):
@@ -299,8 +316,7 @@ def test_contract_what_is_asked_for_is_used(objective):
 
 def test_contract_gradients_reach_whatever_the_loss_uses_but_what_is_taught_by(objective):
     seen, y = seen_for(objective, 5)
-    points = {need: tensor for need, tensor in zip(objective.needs().values(), seen.values(), strict=True)}
-    points = {need: tensor.clone().requires_grad_() for need, tensor in points.items()}
+    points = {need: seen[name].clone().requires_grad_() for name, need in objective.needs().items()}
     asked = {name: points[need] for name, need in objective.needs().items()}
     loss = objective.loss(y, asked).total
     loss.backward()
