@@ -204,6 +204,22 @@ def test_python_block_runs(text, place, monkeypatch, tmp_path):
         exec(compile(text, "block", "exec"), {"__name__": "__main__", **known})
 
 
+ATTACK = "one forward and backward pass for each step of the attack, "
+TARGET = "a forward pass for its target, "
+ONE, TWO, THREE = (f"{number} forward and backward pass" for number in ("one", "two", "three"))
+OBJECTIVE_COSTS = {
+    "natural": f"{ONE} for the loss; no attack.",
+    "sat": f"{ATTACK}and {ONE} for the loss.",
+    "distilled": f"{ATTACK}{TWO}es for the loss, and a forward pass of the teacher.",
+    "hat": f"{ATTACK}{TARGET}{THREE}es for the loss, and a forward pass of the teacher.",
+    **dict.fromkeys(("mart", "hybrid"), f"{ATTACK}and {TWO}es for the loss."),
+    **dict.fromkeys(
+        ("trades", "ikl", "joint", "logit_pairing", "reverse_smoothing"), f"{ATTACK}{TARGET}and {TWO}es for the loss."
+    ),
+}
+"""What the cards of objectives say, as counted by hand."""
+
+
 def test_every_card_says_when_at_what_cost_and_where_published():
     spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
     pages = importlib.util.module_from_spec(spec)
@@ -211,11 +227,14 @@ def test_every_card_says_when_at_what_cost_and_where_published():
     made = pages.made()
     for kind in ("objectives", "attacks", "aggregators"):
         cards = re.split(r"^## ", made[f"components/{kind}.md"], flags=re.MULTILINE)[1:]
-        assert [card.partition("\n")[0] for card in cards] == list(REGISTRIES[kind].names())
+        own = [n for n in REGISTRIES[kind].names() if REGISTRIES[kind].get(n).__module__.startswith("dualhead.")]
+        assert [card.partition("\n")[0] for card in cards] == own
         for card in cards:
             told = dict(re.findall(r"^\* \*(When|Cost|Paper):\* (.+)$", card, re.MULTILINE))
             assert all(len(told[word]) > 4 for word in ("When", "Cost", "Paper")), card
             assert "When: " not in card.partition("* *When")[0]
+    costs = dict(re.findall(r"^## (\w+)$.*?^\* \*Cost:\* (.+?)$", made["components/objectives.md"], re.M | re.S))
+    assert costs == {name: OBJECTIVE_COSTS[name] for name in costs}
     assert "4,040 queries" in made["components/attacks.md"]  # of autoattack-rand: 20 for each gradient
 
 

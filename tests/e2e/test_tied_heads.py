@@ -12,11 +12,11 @@ from dualhead.commands.cli import app
 from dualhead.errors import Interrupted, UserError
 from dualhead.heads.tied import tensors_by_name
 from dualhead.models import Normalize, backbones, count_parameters, load_state, read_state
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.folder import load_stage
 from dualhead.runs.run import train
 from dualhead.saving import export, load
-from dualhead.saving.models import Architecture, load_base_weights, read_config
+from dualhead.saving.architecture import Architecture, load_base_weights, read_config
 from helpers.resume import outcome
 
 RECIPE = """

@@ -81,10 +81,9 @@ class Stage(Section):
     @classmethod
     def _helper_is_an_objective(cls, content: Any) -> Any:
         """Read `helper`, as runs that are finished already have it, as objective `hat`."""
-        if isinstance(content, Mapping) and isinstance(content.get("helper"), Mapping):
-            base = {"base": content["objective"]} if "objective" in content else {}
+        if isinstance(content, Mapping) and isinstance(content.get("helper"), Mapping) and "objective" in content:
             rest = {key: value for key, value in content.items() if key not in ("helper", "objective")}
-            return {**rest, "objective": {"name": "hat", **content["helper"], **base}}
+            return {**rest, "objective": {"name": "hat", **content["helper"], "base": content["objective"]}}
         if isinstance(content, Mapping) and "helper" in content and content["helper"] is None:
             return {key: value for key, value in content.items() if key != "helper"}
         return content
