@@ -57,7 +57,7 @@ from dualhead.system.runtime import (
     synchronised_batch_norm,
     with_lanes,
 )
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training import (
     RESET,
     CheckpointStore,
@@ -363,7 +363,7 @@ class Run:
                 )
             self._warn_of_idle(stage)
             if stage.objective.adversarial and stage.fit is None and stage.free is None and stage.epochs:
-                _warn_of_reach(f"stages.{index}.attack", stage.attack, stage.threat(self.recipe.threat))
+                _warn_of_reach(f"stages.{index}.attack", stage.attack, stage.against(self.recipe.threat))
             if stage.fit is not None:
                 try:
                     check_choosable(self.model)
@@ -539,7 +539,7 @@ class Run:
     def _facts(self) -> dict[str, Any]:
         return {
             "class_names": list(self.training.class_names),
-            "threat": {"norm": self.recipe.threat.norm, "eps": self.recipe.threat.eps},
+            "threat": self.recipe.threat.describe(),
             "output": self.output,
             "recipe": self.recipe.name,
             "image_size": self.recipe.data.image_size,
@@ -579,7 +579,7 @@ class Run:
             program,
             loader,
             validator=self._validator(),
-            threat=stage.threat(recipe.threat),
+            threat=stage.against(recipe.threat),
             arithmetic=arithmetic,
             seed=recipe.runtime.seed,
             device=self.device,
@@ -816,7 +816,7 @@ def _told(values: Sequence[object]) -> str:
     return ", ".join(map(str, values[:4])) + (f" and {len(values) - 4} more" if len(values) > 4 else "")
 
 
-def _warn_of_reach(key: str, attack: Attack, threat: ThreatModel) -> None:
+def _warn_of_reach(key: str, attack: Attack, threat: Threat) -> None:
     """A word on steps that are left over from another radius or norm: they end inside the ball."""
     steps, length = getattr(attack, "steps", 1), getattr(attack, "step_size", None)
     if length is not None and steps * length < threat.eps:

@@ -23,7 +23,7 @@ from dualhead.noise import Streams
 from dualhead.system.flops import CountFlops
 from dualhead.system.processes import group
 from dualhead.system.runtime import Arithmetic
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training.averaging import WeightAverage
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.metrics import MetricsLog
@@ -102,7 +102,7 @@ class StageRun:
         program: what of the network runs; its model holds the weights to start from.
         loader: training batches.
         validator: chooses the best epoch; None: the last one counts.
-        threat: ball and box.
+        threat: what the adversary may do.
         arithmetic: number format of the passes.
         seed: names the attack's noise.
         device: where the model is.
@@ -122,7 +122,7 @@ class StageRun:
         loader: Loader,
         *,
         validator: Validator | None,
-        threat: ThreatModel,
+        threat: Threat,
         arithmetic: Arithmetic,
         seed: int,
         device: torch.device,

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from dualhead.attacks import Maximiser
+from dualhead.attacks import Maximiser, maximise_within
 from dualhead.data import Batch
 from dualhead.noise import Streams
 from dualhead.objectives import LossTerms
 from dualhead.system.processes import group
 from dualhead.system.replicas import LEAST_ROWS, pool, twins
 from dualhead.system.runtime import Arithmetic, compiled, in_eval_mode
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training.activation_checkpointing import blocks, recomputed, still_buffers
 from dualhead.training.free import CarriedPerturbation
 from dualhead.training.guard import StepGuard
@@ -63,7 +63,7 @@ class TrainingStep:
     Args:
         program: what of the network runs.
         stage: objective, attack and their settings.
-        threat: ball and box.
+        threat: what the adversary may do.
         optimiser: over `program.parameters()`.
         arithmetic: number format of the passes.
         forward: `LossForward` of the program, or a wrapper around it.
@@ -78,7 +78,7 @@ class TrainingStep:
         self,
         program: Program,
         stage: Stage,
-        threat: ThreatModel,
+        threat: Threat,
         optimiser: torch.optim.Optimizer,
         arithmetic: Arithmetic,
         forward: nn.Module | None = None,
@@ -272,6 +272,6 @@ class TrainingStep:
         as_it_is = self._counted or program is not self._program  # a lane's
         logits_fn = self._arithmetic.wrap(program.attacked_logits if as_it_is else self._fast_attacked)
         with self._arithmetic.reuse_casts(x.device):
-            return attack.maximise(
-                lambda images: objective.inner_loss(logits_fn(images), target, y), x, self._threat, streams
+            return maximise_within(
+                attack, lambda images: objective.inner_loss(logits_fn(images), target, y), x, self._threat, streams
             )

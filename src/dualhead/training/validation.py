@@ -11,7 +11,7 @@ from dualhead.data import Split, batches
 from dualhead.noise import Streams
 from dualhead.system.processes import group
 from dualhead.system.runtime import Arithmetic, in_eval_mode
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training.passes import Program
 
 
@@ -23,7 +23,7 @@ class Validator:
         split: the held-out images.
         attack: what decides robust accuracy.
         every: epochs between validations.
-        threat: ball and box.
+        threat: what the adversary may do.
         seed: names the attack's noise, the same at every validation.
         batch_size: images at once.
     """
@@ -31,7 +31,7 @@ class Validator:
     split: Split
     attack: Attack
     every: int
-    threat: ThreatModel
+    threat: Threat
     seed: int
     batch_size: int = 256
 
