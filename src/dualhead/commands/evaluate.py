@@ -23,7 +23,8 @@ from dualhead.saving import CONFIG, Architecture, find_model, load, read_config,
 from dualhead.system.files import check_folder
 from dualhead.system.processes import group
 from dualhead.system.runtime import Precision, find_device, room_for_images
-from dualhead.threats import Norm, ThreatModel
+from dualhead.threats import Norm, Threat, build_threat
+from dualhead.threats import threats as registered
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Request:
     attacks: tuple[str, ...] = ()
     eps: str | None = None
     norm: str | None = None
+    threat: str | None = None
     data: str | None = None
     limit: int | None = None
     stage: str | None = None
@@ -139,7 +141,7 @@ def exhibit(request: Request, landscapes: Sequence[int] | None = None) -> tuple[
     return folder / GALLERY, gallery
 
 
-def subject_of(request: Request) -> tuple[nn.Module, Split, ThreatModel]:
+def subject_of(request: Request) -> tuple[nn.Module, Split, Threat]:
     """The model that a request names, on its device and in eval mode, its test images, and its threat model.
 
     Raises:
@@ -159,22 +161,34 @@ def crop_of(request: Request) -> float | None:
     return None if crop is None else float(crop)
 
 
-def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
-    """The threat model, and the radii of a curve over eps, if several were given: the largest is the threat's."""
+def _threat(request: Request) -> tuple[Threat, list[str]]:
+    """The threat, and the radii of a curve over eps, if several were given: the largest is the threat's."""
     known: dict[str, Any] = {}
     if request.is_run:
-        threat = read_recipe(Path(request.model)).threat
-        known = {"norm": threat.norm, "eps": threat.eps}
+        known = read_recipe(Path(request.model)).threat.describe()
     elif ":" not in request.model:
         known = read_config(find_model(request.model)).get("threat", {})
-    norm = request.norm or known.get("norm", "Linf")
-    if request.eps is None and "eps" in known and norm in get_args(Norm) and norm != known["norm"]:
-        radius = "0.5" if norm == "L2" else "8/255"
-        raise UserError(f"--norm {norm}: --eps is needed, since the model's is of {known['norm']}; e.g. --eps {radius}")
+    if "name" not in known:
+        known = {"norm": "Linf", **{key: value for key, value in known.items() if key in ("norm", "eps")}}
+    if request.threat is not None and request.norm is not None:
+        raise UserError("--threat and --norm: give one of them, since a norm is a threat")
+    own = {key: value for key, value in known.items() if key != "eps"}
+    chosen: dict[str, Any] = own
+    if request.threat is not None and request.threat != known.get("name"):
+        chosen = {"name": request.threat}
+    elif request.norm is not None:
+        chosen = {"norm": request.norm}
+    if request.eps is None and "eps" in known and chosen != own:
+        ((key, kind),) = chosen.items()
+        if kind in (*get_args(Norm), *registered.names()):
+            radius = {"Linf": "8/255", "L2": "0.5"}.get(kind, "0.05")
+            of = known.get("norm") or known.get("name")
+            option = "--norm" if key == "norm" else "--threat"
+            raise UserError(f"{option} {kind}: --eps is needed, since the model's is of {of}; e.g. --eps {radius}")
     if request.eps is None and "eps" not in known:
         raise UserError("--eps is needed, since the model does not say for what it was trained; e.g. --eps 8/255")
     radii = [part.strip() for part in (str(known["eps"]) if request.eps is None else request.eps).split(",")]
-    threats = [ThreatModel(cast("Norm", norm), cast("float", radius)) for radius in radii if parse_real(radius)]
+    threats = [build_threat({**chosen, "eps": radius}) for radius in radii if parse_real(radius)]
     if not threats:
         raise UserError(f"--eps {request.eps}: at least one radius must be greater than 0")
     return max(threats, key=lambda threat: threat.eps), radii if len(radii) > 1 else []
@@ -283,7 +297,8 @@ def _attacks(request: Request, model: nn.Module) -> tuple[Any, ...]:
 def _default_folder(request: Request) -> Path:
     """Beside the run's own evaluation, in a folder that names the options: another question is another folder."""
     base = Path(request.model) if request.is_run else Path("evaluations") / request.label.replace(":", ".")
-    words = [request.stage, request.checkpoint, request.output, *request.attacks, request.norm, request.eps]
+    words = [request.stage, request.checkpoint, request.output, *request.attacks]
+    words += [request.norm, request.threat, request.eps]
     words += [None if request.limit is None else f"first{request.limit}", (request.data or "")[-60:]]
     words += [
         f"seed{request.seed}" if request.seed else None,

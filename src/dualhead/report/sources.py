@@ -52,7 +52,7 @@ class Measured:
         name: of the classifier within it.
         title: its name on the page: with the run's, where there are several runs.
         deployed: it is the run's final output.
-        threat: norm and eps; None if not recorded.
+        threat: norm or name, and eps; None if not recorded.
         num_samples: None if not recorded.
         clean: clean accuracy.
         robust: by attack, with `worst`.
@@ -320,6 +320,7 @@ def _evaluation(
     if not results:
         source.notes.append(f"{name}: {where}/results.json is missing; what comparison.json holds is shown.")
     threat = results.get("threat") if results else source.recipe.get("threat")
+    known_threat = isinstance(threat, Mapping) and "eps" in threat and ("norm" in threat or "name" in threat)
     cost = row.get("training_cost")
     cost = cost if isinstance(cost, Mapping) else {}
     count = results.get("num_samples")
@@ -329,7 +330,7 @@ def _evaluation(
             name=name,
             title=name if source.alone or name == source.label else f"{source.label}: {name}",
             deployed=deployed,
-            threat=threat if isinstance(threat, Mapping) and {"norm", "eps"} <= set(threat) else None,
+            threat=threat if known_threat else None,
             num_samples=count if isinstance(count, int) else None,
             clean=clean,
             robust=robust,
