@@ -18,6 +18,7 @@ from PIL import Image
 
 from dualhead.objectives import objectives
 from dualhead.recipe.schema import REGISTRIES
+from dualhead.threats import threats
 from helpers.e2e import TINY, dualhead
 
 ROOT = Path(__file__).parents[2]
@@ -196,12 +197,13 @@ def test_python_block_runs(text, place, monkeypatch, tmp_path):
     if 'dualhead.train("digits", run_dir' in text:
         short = ", ".join(repr(pair) for pair in TINY)
         text = text.replace('dualhead.train("digits", run_dir', f'dualhead.train("digits", [{short}], run_dir')
-    before = dict(objectives._classes)
+    before = {registry: dict(registry._classes) for registry in (objectives, threats)}
     try:
         exec(compile(text, "block", "exec"), {"__name__": "__main__", **known})
     finally:  # what a block registers is gone again for other tests
-        objectives._classes.clear()
-        objectives._classes.update(before)
+        for registry, classes in before.items():
+            registry._classes.clear()
+            registry._classes.update(classes)
 
 
 def test_every_card_says_when_at_what_cost_and_where_published():
@@ -209,7 +211,7 @@ def test_every_card_says_when_at_what_cost_and_where_published():
     pages = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pages)
     made = pages.made()
-    for kind in ("objectives", "attacks", "aggregators"):
+    for kind in ("objectives", "attacks", "aggregators", "threats"):
         cards = re.split(r"^## ", made[f"components/{kind}.md"], flags=re.MULTILINE)[1:]
         assert [card.partition("\n")[0] for card in cards] == list(REGISTRIES[kind].names())
         for card in cards:
