@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.report.model_card import model_card
 from dualhead.report.text import attack_text, threat_text
 

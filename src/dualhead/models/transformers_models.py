@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.models.base import Backbone, ImageShape, Statistics, Wrapped, backbones, check_logits
+from dualhead.models.base import Backbone, ChannelStatistics, ImageShape, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class TransformersBackbone(Backbone):
         normalize = Normalize.identity(image_shape[0]) if known is None else Normalize(*known)
         return found.create(num_classes, image_shape, normalize)
 
-    def published_normalisation(self) -> Statistics | None:
+    def published_normalisation(self) -> ChannelStatistics | None:
         """What `preprocessor_config.json` says beside the weights; a word in the log if there is none."""
         if not self.pretrained:
             return None

@@ -1,0 +1,346 @@
+"""Resolve the name of a model, once: a run, a saved model or a factory, with the images that it is measured on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from dualhead.attacks import attacks as registry
+from dualhead.components.fields import parse_real
+from dualhead.data import Split, Storage, load_split
+from dualhead.errors import UserError
+from dualhead.models import backbones
+from dualhead.runs import RunFolder, load_stage, read_recipe
+from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
+from dualhead.system.devices import find_device, room_for_images
+from dualhead.system.processes import group
+from dualhead.threats import Norm, Threat, build_threat
+from dualhead.threats import threats as registered
+
+_log = logging.getLogger(__name__)
+
+AttackSpec = str | dict[str, Any]
+"""An attack by name, or its section of a recipe."""
+DEFAULT_ATTACKS = ("pgd-40",)
+"""Attacks on a model that no run tells how to measure."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `dualhead evaluate`; None or empty: as the run has it."""
+
+    model: str
+    attacks: tuple[str, ...] = ()
+    eps: str | None = None
+    norm: str | None = None
+    threat: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    stage: str | None = None
+    checkpoint: str | None = None
+    output: str | None = None
+    output_dir: Path | None = None
+    image_size: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    batch_size: int = 256
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    save_adversarial: bool = False
+    overwrite: bool = False
+    command: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Return what tables call the model."""
+        extra = [word for word in (self.stage, self.output) if word]
+        return " ".join([Path(self.model).name, *extra])
+
+    @property
+    def is_run(self) -> bool:
+        """Tell whether the model is a run's."""
+        return RunFolder(Path(self.model)).begun
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Return height and width of `image_size`; None if it is left out.
+
+        Raises:
+            UserError: if it is no size.
+        """
+        if self.image_size is None:
+            return None
+        parts = self.image_size.lower().split("x")
+        if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise UserError(f"--image-size {self.image_size}: write HEIGHTxWIDTH, e.g. 224x224")
+        return int(parts[0]), int(parts[1])
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model with all that measuring it takes.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] to logits [B, num_classes]; on its device, in eval mode.
+        images: test images, with labels among the classes that the model knows.
+        threat: the threat model.
+        radii: of a curve over eps, as they were asked for; empty for none. The largest is the threat's.
+        attacks: those to measure it by.
+        results: where an evaluation of this request goes.
+        gallery: the folder where a gallery of it goes.
+        crop: `data.crop` of the recipe, how images come to size; None if nothing tells.
+    """
+
+    model: nn.Module
+    images: Split
+    threat: Threat
+    radii: Sequence[str]
+    attacks: tuple[AttackSpec, ...]
+    results: Path
+    gallery: Path
+    crop: float | None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the name of a model leads to, before anything large is loaded.
+
+    Args:
+        threat: `norm` and `eps` that it was trained for; empty if nothing tells.
+        attacks: those to measure it by if none are asked for.
+        images: loads the images that are asked for.
+        model: loads the model that fits given images.
+        trained: the folder whose `config.json` tells what it was trained on; None for what fits any images.
+        crop: see `Resolved`.
+        results: the folder in which evaluations go, each in its own.
+        gallery: the folder of galleries; None for that of the evaluation.
+    """
+
+    threat: Mapping[str, Any]
+    attacks: tuple[AttackSpec, ...]
+    images: Callable[[], Split]
+    model: Callable[[Split], nn.Module]
+    trained: Path | None
+    crop: float | None
+    results: Path
+    gallery: Path | None = None
+
+
+def resolve(request: Request) -> Resolved:
+    """Load the model that a request names, and all that measuring it takes.
+
+    In a group of processes each calls this with the same request.
+
+    Raises:
+        UserError: for a model, data or values that do not exist or do not fit one another.
+    """
+    device = group().agreed(lambda: find_device(request.device))
+    room = room_for_images(device)
+    if request.is_run:
+        source = _of_run(request, room)
+    else:
+        for option, value in (("--stage", request.stage), ("--checkpoint", request.checkpoint)):
+            if value is not None:
+                raise UserError(f"{option} is for runs, and {request.model} is none")
+        source = _of_factory(request, room) if ":" in request.model else _of_saved(request, room)
+    threat, radii = _threat(request, source.threat)
+    images = group().in_turn(lambda: _among_known(request.model, source.trained, source.images()))
+    model = source.model(images).to(device).eval()  # a factory hands it out in train mode
+    results = request.output_dir or source.results / _folder_name(request)
+    gallery = request.output_dir or source.gallery or results
+    chosen = request.attacks or _fitting_attacks(source.attacks, model)
+    return Resolved(model, images, threat, radii, chosen, results, gallery, source.crop)
+
+
+# ---- three makers
+
+
+def _of_run(request: Request, room: int) -> _Source:
+    """Find a run: its recipe tells everything, unless the request does."""
+    folder = RunFolder(Path(request.model))
+    recipe = read_recipe(folder.path)
+
+    def images() -> Split:
+        told = {"image_column": request.image_column, "label_column": request.label_column, "image_size": request.size}
+        data = recipe.data.model_copy(update={key: value for key, value in told.items() if value is not None})
+        return data.load("test", request.data, room=room)
+
+    def model(images: Split) -> nn.Module:
+        network, trained = load_stage(folder.path, request.stage, request.checkpoint)
+        return view(network, request.output or trained)
+
+    return _Source(
+        threat=recipe.threat.describe(),
+        attacks=recipe.evaluate.attacks,
+        images=images,
+        model=model,
+        # What is missing is said where the run is loaded.
+        trained=folder.checkpoints if (folder.checkpoints / CONFIG).is_file() else None,
+        crop=recipe.data.crop,
+        results=folder.path / "evaluations",
+        gallery=folder.evaluation,
+    )
+
+
+def _of_saved(request: Request, room: int) -> _Source:
+    """Find a saved model: it tells what it was trained for, and to what size images were brought for it."""
+    folder = find_model(request.model)
+    config = read_config(folder)
+    crop = config.get("crop")
+    return _Source(
+        threat=config.get("threat", {}),
+        attacks=DEFAULT_ATTACKS,
+        images=lambda: _load_images(request, room, config.get("image_size"), crop),
+        model=lambda images: load(folder, request.output),
+        trained=folder,
+        crop=None if crop is None else float(crop),
+        results=_own_folder(request),
+    )
+
+
+def _of_factory(request: Request, room: int) -> _Source:
+    """Find a factory: it makes what fits the images, which it takes as they are."""
+    backbone = backbones.build(request.model, where="model")
+    return _Source(
+        threat={},
+        attacks=DEFAULT_ATTACKS,
+        images=lambda: _load_images(request, room),
+        model=lambda images: backbone.published(images.num_classes, images.image_shape),
+        trained=None,
+        crop=None,
+        results=_own_folder(request),
+    )
+
+
+def _load_images(request: Request, room: int, size: tuple[int, int] | None = None, crop: float | None = None) -> Split:
+    """Load the images that a request names, for a model that is no run's."""
+    if request.data is None:
+        raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
+    return load_split(
+        request.data, "test", image_column=request.image_column, label_column=request.label_column,
+        image_size=request.size or size, crop=crop, storage=Storage(room=room),
+    )  # fmt: skip
+
+
+# ---- what is asked of it
+
+
+def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[str]]:
+    """Return the threat, and the radii of a curve over eps, if several were given: the largest is the threat's.
+
+    Args:
+        request: what is asked for.
+        known: the threat that the model was trained for, as `Threat.describe` writes it; empty if nothing tells.
+    """
+    if "name" not in known:
+        known = {"norm": "Linf", **{key: value for key, value in known.items() if key in ("norm", "eps")}}
+    if request.threat is not None and request.norm is not None:
+        raise UserError("--threat and --norm: give one of them, since a norm is a threat")
+    own = {key: value for key, value in known.items() if key != "eps"}
+    chosen: dict[str, Any] = own
+    if request.threat is not None and request.threat != known.get("name"):
+        chosen = {"name": request.threat}
+    elif request.norm is not None:
+        chosen = {"norm": request.norm}
+    if request.eps is None and "eps" in known and chosen != own:
+        ((key, kind),) = chosen.items()
+        if kind in (*get_args(Norm), *registered.names()):
+            radius = {"Linf": "8/255", "L2": "0.5"}.get(kind, "0.05")
+            of = known.get("norm") or known.get("name")
+            option = "--norm" if key == "norm" else "--threat"
+            raise UserError(f"{option} {kind}: --eps is needed, since the model's is of {of}; e.g. --eps {radius}")
+    if request.eps is None and "eps" not in known:
+        raise UserError("--eps is needed, since the model does not say for what it was trained; e.g. --eps 8/255")
+    radii = [part.strip() for part in (str(known["eps"]) if request.eps is None else request.eps).split(",")]
+    threats = [build_threat({**chosen, "eps": radius}) for radius in radii if parse_real(radius)]
+    if not threats:
+        raise UserError(f"--eps {request.eps}: at least one radius must be greater than 0")
+    return max(threats, key=lambda threat: threat.eps), radii if len(radii) > 1 else []
+
+
+def _among_known(name: str, trained: Path | None, test: Split) -> Split:
+    """Return images with labels among the classes that a trained model knows; other sizes are up to the network.
+
+    Args:
+        name: of the model.
+        trained: the folder whose `config.json` tells what it was trained on; None for what fits any images.
+        test: the images.
+
+    Raises:
+        UserError: if they are of other classes or channels.
+    """
+    if trained is None:
+        return test
+    config = read_config(trained)
+    architecture = Architecture.parse(config["architecture"], str(trained / CONFIG))
+    channels = architecture.image_shape[0]
+    known = tuple(map(str, config.get("class_names", ())))
+    names = set(test.class_names)
+    if (
+        test.num_classes < architecture.num_classes == len(known)
+        and names <= set(known)
+        and not all(map(str.isdigit, names))
+    ):
+        test = test.named(known)  # images of some classes only, as a folder of those that came in this week
+    if (test.image_shape[0], test.num_classes) != (channels, architecture.num_classes):
+        raise UserError(
+            f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {name}, "
+            f"which is for {architecture.num_classes} classes of {channels}-channel images; choose other --data"
+        )
+    _check_names(name, list(test.class_names), list(known))
+    return test
+
+
+def _check_names(name: str, given: list[str], known: list[str]) -> None:
+    """Refuse classes in another order: a label is a number, which says what the model means only in its order."""
+    if given == known or all(name.isdigit() for name in given) or all(name.isdigit() for name in known):
+        return
+    moved = [name for name in given if name in known and given.index(name) != known.index(name)]
+    if moved:
+        place, other = given.index(moved[0]), known.index(moved[0])
+        raise UserError(
+            f"{moved[0]!r} is class {place} of these images and class {other} of {name}, so right answers "
+            "would count as wrong; use images of the classes that it was trained on, in their order"
+        )
+    place = next(place for place, names in enumerate(zip(given, known, strict=False)) if len(set(names)) > 1)
+    _log.warning(
+        "%s: class %d is called %r here and %r where it was trained; it is measured as if they were the same",
+        name, place, given[place], known[place],
+    )  # fmt: skip
+
+
+def _fitting_attacks(attacks: tuple[AttackSpec, ...], model: nn.Module) -> tuple[AttackSpec, ...]:
+    """Return those attacks that a model can face; one that merges heads also faces the attack that knows of them."""
+    for_heads = [attack for attack in attacks if registry.build(attack).needs_heads]
+    if not hasattr(model, "head_logits"):
+        return tuple(attack for attack in attacks if attack not in for_heads)
+    return attacks if for_heads else (*attacks, "multihead")
+
+
+# ---- where results go
+
+
+def _own_folder(request: Request) -> Path:
+    """Return the folder for evaluations of a model that is no run's."""
+    return Path("evaluations") / request.label.replace(":", ".")
+
+
+def _folder_name(request: Request) -> str:
+    """Return a name made of the options: another question is another folder."""
+    words = [request.stage, request.checkpoint, request.output, *request.attacks]
+    words += [request.norm, request.threat, request.eps]
+    words += [None if request.limit is None else f"first{request.limit}", (request.data or "")[-60:]]
+    words += [
+        f"seed{request.seed}" if request.seed else None,
+        None if request.precision == "auto" else request.precision,
+    ]
+    words += [request.image_size, request.image_column, request.label_column]
+    words += ["adversarial" if request.save_adversarial else None]
+    name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
+    return name if request.is_run else name or "default"
