@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from dualhead.errors import Interrupted
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe import load_recipe
 from dualhead.runs import train
 from dualhead.saving import load
 from helpers.e2e import TINY, dualhead
