@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "objectives": ["objectives"],
     "attacks": ["attacks"],
+    "threats": ["threats"],
     "aggregators": ["aggregators"],
     "backbones": ["backbones"],
     "training": ["augmentations", "averages", "optimisers", "schedules"],
@@ -28,6 +29,8 @@ INTRODUCTIONS = {
     "attacks": "Ways to look for adversarial examples. `--attack NAME`, `evaluate.attacks` and, for those that can "
     "climb any loss, `attack` in a stage. The cost is that of an image that stays robust, with 10 classes; one that is "
     "fooled costs less.",
+    "threats": "What an adversary may do, beside norms (`threat: {norm: Linf, eps: 8/255}`): `threat: {name: NAME, "
+    "eps: ...}` in a recipe or a stage, `dualhead evaluate MODEL --threat NAME --eps ...`.",
     "aggregators": "How the logits of two heads become one. `model.aggregator`.",
     "backbones": "Networks. `model.backbone`, and names for `dualhead layers`.",
     "training": "Parts of a stage and of its data.",
@@ -178,7 +181,17 @@ def _aggregator_cost(component: Any) -> str:
     return ", ".join(told) + "."
 
 
-COSTS = {"attacks": _attack_cost, "objectives": _objective_cost, "aggregators": _aggregator_cost}
+def _threat_cost(component: Any) -> str:
+    del component
+    return "the passes of the attack, as under a norm; images are made of points before each."
+
+
+COSTS = {
+    "attacks": _attack_cost,
+    "objectives": _objective_cost,
+    "aggregators": _aggregator_cost,
+    "threats": _threat_cost,
+}
 """Kinds whose cards tell when to use a component, what it costs and where it was published."""
 
 

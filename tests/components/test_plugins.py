@@ -40,6 +40,7 @@ KINDS = {
     "objectives": "dualhead.objectives.natural:Natural",
     "optimisers": "dualhead.training.optimisation:SGD",
     "schedules": "dualhead.training.optimisation:Cosine",
+    "threats": "dualhead.threats.flow:Flow",
 }
 """A class of each kind to derive from."""
 

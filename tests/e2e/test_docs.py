@@ -225,7 +225,7 @@ def test_every_card_says_when_at_what_cost_and_where_published():
     pages = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pages)
     made = pages.made()
-    for kind in ("objectives", "attacks", "aggregators"):
+    for kind in ("objectives", "attacks", "aggregators", "threats"):
         cards = re.split(r"^## ", made[f"components/{kind}.md"], flags=re.MULTILINE)[1:]
         own = [n for n in REGISTRIES[kind].names() if REGISTRIES[kind].get(n).__module__.startswith("dualhead.")]
         assert [card.partition("\n")[0] for card in cards] == own

@@ -36,6 +36,9 @@ RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the ru
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 Data = Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")]
+ThreatName = Annotated[
+    str | None, typer.Option("--threat", help="A threat that is no norm, such as flow; default: the run's.")
+]
 ImageSize = Annotated[str | None, typer.Option("--image-size", help="HEIGHTxWIDTH to which images are resized.")]
 ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Of --data, with images.")]
 Plugins = Annotated[
@@ -136,6 +139,7 @@ def evaluate(
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    threat: ThreatName = None,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
     stage: Annotated[
@@ -169,6 +173,7 @@ def evaluate(
         attacks=tuple(attack or ()),
         eps=eps,
         norm=norm,
+        threat=threat,
         data=data,
         limit=limit,
         stage=stage,
@@ -234,6 +239,7 @@ def gallery(
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="The largest radius, 8/255; default: the run's.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    threat: ThreatName = None,
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="Where it goes; default: the run.")] = None,
     image_size: ImageSize = None,
@@ -256,8 +262,9 @@ def gallery(
     except ValueError:
         raise UserError(f"--landscape {landscape}: write numbers of samples, e.g. --landscape 3,17") from None
     request = Request(
-        model=model, eps=eps, norm=norm, data=data, limit=limit, output_dir=output_dir, image_size=image_size,
-        image_column=image_column, label_column=label_column, batch_size=batch_size, seed=seed, device=device,
+        model=model, eps=eps, norm=norm, threat=threat, data=data, limit=limit, output_dir=output_dir,
+        image_size=image_size, image_column=image_column, label_column=label_column, batch_size=batch_size, seed=seed,
+        device=device,
     )  # fmt: skip
     path, made = exhibit(request, mapped)
     if as_json:
@@ -275,6 +282,7 @@ def play(
     model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
     eps: Annotated[str | None, typer.Option("--eps", help="Where the slider starts; default: the run's.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    threat: ThreatName = None,
     data: Data = None,
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
@@ -291,7 +299,7 @@ def play(
 
     _load_plugins(plugin)
     request = Request(
-        model=model, eps=eps, norm=norm, data=data, image_size=image_size, image_column=image_column,
+        model=model, eps=eps, norm=norm, threat=threat, data=data, image_size=image_size, image_column=image_column,
         label_column=label_column, device=device,
     )  # fmt: skip
     shown = resolve(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -17,10 +17,10 @@ from dualhead.errors import UserError
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
 from dualhead.objectives import objectives
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat, threats
 from dualhead.training.averaging import averagings
 from dualhead.training.optimisation import optimisers, schedules
-from dualhead.training.stage import Stage
+from dualhead.training.stage import THREAT, Stage
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "aggregators": aggregators,
@@ -31,6 +31,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "objectives": objectives,
     "optimisers": optimisers,
     "schedules": schedules,
+    "threats": threats,
 }
 """Everything that a recipe can name, by the word for it."""
 
@@ -296,24 +297,13 @@ class Runtime(Section):
         return self
 
 
-def _threat(value: object) -> object:
-    if not isinstance(value, Mapping):
-        return value
-    unknown = set(value) - {"norm", "eps"}
-    if unknown:
-        raise UserError(f".{sorted(unknown)[0]}: unknown key (known: norm, eps)")
-    if "eps" not in value:
-        raise UserError(".eps: missing; this key is required, e.g. 8/255")
-    return ThreatModel(value.get("norm", "Linf"), value["eps"])
-
-
 class Recipe(Section):
     """A run from data to evaluation."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     data: Data
     model: Model
-    threat: Annotated[ThreatModel, BeforeValidator(_threat)]
+    threat: Annotated[Threat, *THREAT]
     stages: tuple[Stage, ...] = Field(min_length=1)
     validation: Validation = Validation()
     evaluate: Evaluate = Evaluate()
@@ -364,6 +354,20 @@ class Recipe(Section):
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:
                     raise UserError(f".stages.{index}: {output!r} is no output of the model; it has {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _attacks_fit_threats(self) -> Self:
+        uses: list[tuple[str, Callable[[Threat], object]]]
+        uses = [(f"stages.{index}", stage.against) for index, stage in enumerate(self.stages)]
+        uses += [(f"evaluate.attacks.{n}", attacks.build(spec).check) for n, spec in enumerate(self.evaluate.attacks)]
+        if self.data.validation:
+            uses.append(("validation.attack", self.validation.attack.check))
+        for place, check in uses:
+            try:
+                check(self.threat)
+            except UserError as error:
+                raise UserError(f".{place}: {error}") from None
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dualhead.names import MODEL, described, head_number
-from dualhead.report.text import attack_text, component_text, eps_text
+from dualhead.report.text import attack_text, component_text, eps_text, threat_name, threat_text
 
 OWN = {
     "batch_norm": "batch norm",
@@ -85,15 +85,23 @@ def model_card(
 
 
 def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> str:
-    budget = f"against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}"
+    budget = f"against {threat_name(threat)} of at most {threat['eps']:g}"
+    if "norm" in threat:
+        budget = f"against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}"
     if recipe is None:
         return f"Trained {budget}."
-    radii = {stage.get("eps") or threat["eps"] for stage in recipe["stages"] if attack_text(stage)}
-    if not radii:
+    met = [
+        stage.get("threat") or {**threat, "eps": stage.get("eps") or threat["eps"]}
+        for stage in recipe["stages"]
+        if attack_text(stage)
+    ]
+    if not met:
         return f"Not trained, but evaluated, {budget}."
-    if radii == {threat["eps"]}:
+    if all(one == threat for one in met):
         return f"Trained {budget}."
-    return f"Evaluated {budget}; trained at most {', '.join(map(eps_text, sorted(radii)))}."
+    if any(threat_name(one) != threat_name(threat) for one in met):
+        return f"Evaluated {budget}; trained against {', '.join(dict.fromkeys(map(threat_text, met)))}."
+    return f"Evaluated {budget}; trained at most {', '.join(map(eps_text, sorted({one['eps'] for one in met})))}."
 
 
 def _output(config: Mapping[str, Any]) -> str:
@@ -127,7 +135,7 @@ def _measured(results: Mapping[str, Any] | None) -> list[str]:
     threat = results["threat"]
     doubts = [entry for entry in results.get("diagnostics", []) if entry["status"] != "ok"]
     return [
-        f"{results['num_samples']} test images, {threat['norm']} eps {eps_text(threat['eps'])}, Wilson 95 % intervals.",
+        f"{results['num_samples']} test images, {threat_text(threat)}, Wilson 95 % intervals.",
         "",
         "| accuracy | percent | interval |",
         "|---|---|---|",

@@ -26,7 +26,7 @@ from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_da
 from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of
 from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
 from dualhead.system.processes import group
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training import RESET, Passes, Stage, check_choosable, summary_writer
 
 _log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Prepared:
         """Return what a saved model tells of itself beside its architecture, JSON values."""
         return {
             "class_names": list(self.images.training.class_names),
-            "threat": {"norm": self.recipe.threat.norm, "eps": self.recipe.threat.eps},
+            "threat": self.recipe.threat.describe(),
             "output": self.output,
             "recipe": self.recipe.name,
             "image_size": self.recipe.data.image_size,
@@ -412,7 +412,7 @@ def _check_stage(prepared: Prepared, number: int) -> None:
         _check_needs(prepared, number)
     _warn_of_idle(stage)
     if stage.objective.adversarial and stage.fit is None and stage.free is None and stage.epochs:
-        _warn_of_reach(f"{key}.attack", stage.attack, stage.threat(prepared.recipe.threat))
+        _warn_of_reach(f"{key}.attack", stage.attack, stage.against(prepared.recipe.threat))
     if stage.fit is not None:
         with _under(f"{key}.fit"):
             check_choosable(prepared.model)
@@ -489,7 +489,7 @@ def _warn_of_idle(stage: Stage) -> None:
             )  # fmt: skip
 
 
-def _warn_of_reach(key: str, attack: Attack, threat: ThreatModel) -> None:
+def _warn_of_reach(key: str, attack: Attack, threat: Threat) -> None:
     """Warn of steps that are left over from another radius or norm: they end inside the ball."""
     steps, length = getattr(attack, "steps", 1), getattr(attack, "step_size", None)
     if length is not None and steps * length < threat.eps:

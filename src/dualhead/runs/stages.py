@@ -233,7 +233,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         passes,
         loader,
         validator=_validator(prepared),
-        threat=stage.threat(recipe.threat),
+        threat=stage.against(recipe.threat),
         arithmetic=training.arithmetic,
         seed=recipe.runtime.seed,
         device=prepared.device,
