@@ -76,6 +76,15 @@ def alone(tmp_path_factory):
                 "evaluate.gallery=0",
             ],
         ),
+        (
+            2,
+            [
+                network("plain"),
+                "stages.main_head.objective={name: test_energy, every: 2, longest: 2}",
+                "stages.second_head.objective={name: test_lwf}",
+                "evaluate.gallery=0",
+            ],
+        ),
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
         pytest.param(
             3,
@@ -86,6 +95,7 @@ def alone(tmp_path_factory):
     ids=[
         "two",
         "two, tied heads",
+        "two, streams and a curriculum, and a teacher from before",
         "two, frozen batch norm, micro-batches",
         "three, unequal shares, with all that a stage can add",
     ],
