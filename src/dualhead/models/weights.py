@@ -98,7 +98,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     where = str(path)
     if key is not None:
         if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
-            inside = [str(k) for k, v in content.items() if isinstance(v, Mapping)] if isinstance(content, Mapping) else []
+            inside = (
+                [str(k) for k, v in content.items() if isinstance(v, Mapping)] if isinstance(content, Mapping) else []
+            )
             raise UserError(f"{path}: holds no state dict under {key!r}; there is {', '.join(inside) or 'none'}")
         content, where = content[key], f"{path}[{key!r}]"
     return _without_copy(_without_prefixes(_state_in(content, where)), where)
@@ -185,9 +187,7 @@ def _one_of(found: Mapping[str, dict[str, Tensor]], where: str) -> dict[str, Ten
         return plain["model_state_dict"]
     if "[" in where:
         raise UserError(f"{where}: holds several state dicts ({', '.join(found)}); save the one you mean by itself")
-    raise UserError(
-        f"{where}: holds several state dicts that differ ({', '.join(found)}); say which: {where}#{first}"
-    )
+    raise UserError(f"{where}: holds several state dicts that differ ({', '.join(found)}); say which: {where}#{first}")
 
 
 def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
@@ -254,7 +254,9 @@ def normalisation_in(state: Mapping[str, Tensor], where: str) -> tuple[tuple[flo
     mean, std = (state[name].flatten().tolist() for name in names)
     if max(mean) > 2.0:  # no mean of images in [0, 1], so one of images from 0 to 255
         mean, std = [m / 255 for m in mean], [s / 255 for s in std]
-        logger.warning("%s: %s is of images from 0 to 255, and read as %s", where, names[0], [round(m, 4) for m in mean])
+        logger.warning(
+            "%s: %s is of images from 0 to 255, and read as %s", where, names[0], [round(m, 4) for m in mean]
+        )
     try:
         Normalize(mean, std)
     except UserError as error:
