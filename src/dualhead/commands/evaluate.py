@@ -13,7 +13,7 @@ from torch import nn
 
 from dualhead.attacks import attacks
 from dualhead.components.fields import parse_real
-from dualhead.data import Split, Storage, load_split
+from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, Gallery, evaluate, make_gallery
 from dualhead.heads import LayerInfo, layers
@@ -45,6 +45,11 @@ class Request:
     image_size: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    crop: str | None = None
+    resample: str | None = None
+    channels: int | None = None
+    depth: int | None = None
+    skip_unreadable: bool = False
     batch_size: int = 256
     seed: int = 0
     device: str = "auto"
@@ -87,6 +92,7 @@ def assess(
     threat, curve = _threat(request)
     test = group().in_turn(lambda: _test_images(request))
     model = _model(request, test)
+    test = _by_its_names(request, model, test)
     count = min(request.limit or len(test), len(test))
     if group().first:
         test.warn_if_sorted(count, "--limit")
@@ -103,6 +109,7 @@ def assess(
         seed=request.seed,
         precision=cast("Precision", request.precision),
         class_names=list(test.class_names),
+        skipped=len(test.skipped),
         save_adversarial=request.save_adversarial,
         output_dir=folder,
         resume=not request.overwrite,
@@ -148,15 +155,17 @@ def subject_of(request: Request) -> tuple[nn.Module, Split, ThreatModel]:
     device = find_device(request.device)
     threat, _ = _threat(request)
     test = _test_images(request)
-    return _model(request, test).to(device).eval(), test, threat
+    model = _model(request, test)
+    return model.to(device).eval(), _by_its_names(request, model, test), threat
 
 
-def crop_of(request: Request) -> float | None:
-    """As `data.crop` of the recipe: how the images that the model is for come to size."""
-    if request.is_run:
-        return read_recipe(Path(request.model)).data.crop
-    crop = None if ":" in request.model else read_config(find_model(request.model)).get("crop")
-    return None if crop is None else float(crop)
+def framing_of(request: Request) -> Framing:
+    """How images come to the form that the model is for, as the data's do."""
+    told = {**_known_reading(request), **_told_reading(request)}
+    return Framing(
+        size=told.get("image_size"), crop=told.get("crop"), resample=told.get("resample") or "bicubic",
+        squash=bool(told.get("squash")), depth=told.get("depth"),
+    )  # fmt: skip
 
 
 def _threat(request: Request) -> tuple[ThreatModel, list[str]]:
@@ -187,20 +196,56 @@ def _test_images(request: Request) -> Split:
 
 def _load_images(request: Request) -> Split:
     room = room_for_images(find_device(request.device))
-    size = None if request.image_size is None else _size(request.image_size)
+    told = _told_reading(request)
     if request.is_run:
-        told = {"image_column": request.image_column, "label_column": request.label_column, "image_size": size}
-        given = {key: value for key, value in told.items() if value is not None}
-        data = read_recipe(Path(request.model)).data.model_copy(update=given)
+        data = read_recipe(Path(request.model)).data.model_copy(update=told)
         return data.load("test", request.data, room=room)
     if request.data is None:
         raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
-    # A trained model says to what size images were brought for it; a factory takes them as they are.
-    known = {} if ":" in request.model else read_config(find_model(request.model))
-    return load_split(
-        request.data, "test", image_column=request.image_column, label_column=request.label_column,
-        image_size=size or known.get("image_size"), crop=known.get("crop"), storage=Storage(room=room),
-    )  # fmt: skip
+    # A trained model says to what form images were brought for it; a factory takes them as they are.
+    known = _known_reading(request)
+    test = load_split(request.data, "test", storage=Storage(room=room), **{**known, **told})
+    if ":" in request.model and known:
+        size, crop = "x".join(map(str, known["image_size"])), known["crop"]
+        how = "stretched" if crop is None else f"the middle {crop:.3g} of each"
+        _log.warning(
+            "%s: its publisher brings images to %s, %s, %s; --image-size, --crop and --resample override that",
+            request.model, size, how, known["resample"],
+        )  # fmt: skip
+    return test
+
+
+def _told_reading(request: Request) -> dict[str, Any]:
+    """How images are to be read, as far as the options say it, by the names of `load_split`."""
+    resample, crop = request.resample, request.crop
+    if resample is not None and resample not in get_args(Resample):
+        raise UserError(f"--resample {resample}: use one of {', '.join(get_args(Resample))}")
+    if request.channels not in (None, 1, 3):
+        raise UserError(f"--channels {request.channels}: use 1 (grey) or 3 (colour)")
+    share = None if crop in (None, "none") else parse_real(str(crop))
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"--crop {crop}: write a fraction in (0, 1], e.g. 0.875, or none to stretch images")
+    told = {
+        "image_column": request.image_column, "label_column": request.label_column,
+        "image_size": None if request.image_size is None else _size(request.image_size), "resample": resample,
+        "channels": request.channels, "depth": request.depth, "skip_unreadable": request.skip_unreadable or None,
+    }  # fmt: skip
+    found = {key: value for key, value in told.items() if value is not None}
+    return found if crop is None else {**found, "crop": share}
+
+
+def _known_reading(request: Request) -> dict[str, Any]:
+    """How images came to form where the model was trained, as far as it says so."""
+    if request.is_run:
+        return read_recipe(Path(request.model)).data.reading()
+    if ":" not in request.model:
+        keys = ("image_size", "crop", "resample", "channels", "depth")
+        known = read_config(find_model(request.model))
+        return {key: known[key] for key in keys if known.get(key) is not None}
+    found = backbones.build(request.model, where="model").published_preprocessing()
+    if found is None:
+        return {}
+    return {"image_size": found.size, "crop": found.crop, "squash": found.squash, "resample": found.resample}
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -217,44 +262,45 @@ def _among_known(request: Request, test: Split) -> Split:
         if not (folder / CONFIG).is_file():
             return test  # what is missing is said where the run is loaded
     elif ":" in request.model:
-        return test
+        published = backbones.build(request.model, where="model")
+        channels, names = published.published_channels(), published.published_class_names()
+        if channels not in (None, test.image_shape[0]):
+            raise UserError(_other_channels(request, test, channels))
+        return among(test, names, request.model) if names else test
     else:
         folder = find_model(request.model)
-    trained = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
+    config = read_config(folder)
+    trained = Architecture.parse(config["architecture"], str(folder / CONFIG))
     channels = trained.image_shape[0]
-    known = tuple(map(str, read_config(folder).get("class_names", ())))
-    names = set(test.class_names)
-    if (
-        test.num_classes < trained.num_classes == len(known)
-        and names <= set(known)
-        and not all(map(str.isdigit, names))
-    ):
-        test = test.named(known)  # images of some classes only, as a folder of those that came in this week
-    if (test.image_shape[0], test.num_classes) != (channels, trained.num_classes):
+    if test.image_shape[0] != channels:
+        raise UserError(_other_channels(request, test, channels))
+    # The names of a trained model are as many as its classes, or it does not say them.
+    test = among(test, tuple(map(str, config.get("class_names", ()))), request.model)
+    if test.num_classes != trained.num_classes:
         raise UserError(
-            f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {request.model}, "
+            f"{test.num_classes} classes of {channels}-channel images do not fit {request.model}, "
             f"which is for {trained.num_classes} classes of {channels}-channel images; choose other --data"
         )
-    _check_names(request, list(test.class_names), list(known))
     return test
 
 
-def _check_names(request: Request, given: list[str], known: list[str]) -> None:
-    """Labels are numbers: they say what the model means only if its classes have the same names in the same order."""
-    if given == known or all(name.isdigit() for name in given) or all(name.isdigit() for name in known):
-        return
-    moved = [name for name in given if name in known and given.index(name) != known.index(name)]
-    if moved:
-        place, other = given.index(moved[0]), known.index(moved[0])
-        raise UserError(
-            f"{moved[0]!r} is class {place} of these images and class {other} of {request.model}, so right answers "
-            "would count as wrong; use images of the classes that it was trained on, in their order"
-        )
-    place = next(place for place, names in enumerate(zip(given, known, strict=False)) if len(set(names)) > 1)
-    _log.warning(
-        "%s: class %d is called %r here and %r where it was trained; it is measured as if they were the same",
-        request.model, place, given[place], known[place],
-    )  # fmt: skip
+def _other_channels(request: Request, test: Split, channels: int | None) -> str:
+    key = f"--channels {channels} reads them so" if channels in (1, 3) else "choose other --data"
+    return (
+        f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {request.model}, which is for "
+        f"{channels}-channel images; {key}"
+    )
+
+
+def _by_its_names(request: Request, model: nn.Module, test: Split) -> Split:
+    """The images among the classes that a published model names itself, with a word if it names none."""
+    if request.is_run or ":" not in request.model:
+        return test
+    names = backbones.build(request.model, where="model").published_class_names()
+    if names:
+        return test  # its images were brought among these before it was built
+    named: Any = getattr(model, "class_names", ())
+    return among(test, tuple(named), request.model)
 
 
 def _model(request: Request, test: Split) -> nn.Module:
@@ -289,7 +335,9 @@ def _default_folder(request: Request) -> Path:
         f"seed{request.seed}" if request.seed else None,
         None if request.precision == "auto" else request.precision,
     ]
-    words += [request.image_size, request.image_column, request.label_column]
+    words += [request.image_size, request.image_column, request.label_column, request.resample]
+    numbers = (("crop", request.crop), ("channels", request.channels), ("depth", request.depth))
+    words += [None if value is None else f"{name}{value}" for name, value in numbers]
     words += ["adversarial" if request.save_adversarial else None]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return base / "evaluations" / name if request.is_run else base / (name or "default")

@@ -2,9 +2,10 @@
 
 from dualhead.data.augmentations import Augmentation, augmentations
 from dualhead.data.cutmix import CutMix
-from dualhead.data.decode import decode_single
+from dualhead.data.decode import Framing, Resample, decode_single
 from dualhead.data.loader import Batch, Loader, batches
-from dualhead.data.source import Storage, load_split
+from dualhead.data.names import among, are_numbers, match
+from dualhead.data.source import Storage, load_split, resolve
 from dualhead.data.split import Split, hold_out
 from dualhead.data.stored import in_turn
 
@@ -12,13 +13,19 @@ __all__ = [
     "Augmentation",
     "Batch",
     "CutMix",
+    "Framing",
     "Loader",
+    "Resample",
     "Split",
     "Storage",
+    "among",
+    "are_numbers",
     "augmentations",
     "batches",
     "decode_single",
     "hold_out",
     "in_turn",
     "load_split",
+    "match",
+    "resolve",
 ]

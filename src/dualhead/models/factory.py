@@ -7,7 +7,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,10 @@ class FactoryBackbone(Backbone):
     path: str
 
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
+        return self._checked(self._made(num_classes)[0], num_classes, image_shape, normalize)
+
+    def _made(self, num_classes: int) -> tuple[nn.Module, tuple[str, ...]]:
+        """What the function returns, and the names of its classes: its own, the function's, or their module's."""
         if group().first:
             logger.warning("model %s: code named there is run", self.path)
         factory = _import(self.path)
@@ -89,6 +93,12 @@ class FactoryBackbone(Backbone):
             raise UserError(f"model {self.path!r}: the factory failed: {_reason(error)}") from error
         if not isinstance(model, nn.Module):
             raise UserError(f"model {self.path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module")
+        places = (model, factory, sys.modules.get(getattr(factory, "__module__", "")))
+        found = (getattr(place, "class_names", None) for place in places)
+        named = next((names for names in found if isinstance(names, Sequence) and not isinstance(names, str)), ())
+        return model, tuple(map(str, named))
+
+    def _checked(self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         if wrong:
             raise UserError(
@@ -100,8 +110,16 @@ class FactoryBackbone(Backbone):
         return model if bare else Wrapped(normalize, model)
 
     def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
-        """What the function returns, which loads weights and normalises itself."""
-        return self.create(num_classes, image_shape, Normalize.identity(image_shape[0]))
+        """What the function returns, which loads weights and normalises itself.
+
+        It may name its classes: `class_names`, in the order of its logits, of the module that it returns, of the
+        function, or of their Python module. The module that comes out then has them.
+        """
+        model, names = self._made(num_classes)
+        made = self._checked(model, len(names) or num_classes, image_shape, Normalize.identity(image_shape[0]))
+        if names:
+            made.class_names = names  # type: ignore[assignment]  # a plain attribute, which is no tensor
+        return made
 
 
 def _trains_on_logits(model: nn.Module, image_shape: ImageShape) -> bool:

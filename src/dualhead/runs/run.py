@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, attacks
-from dualhead.data import Augmentation, Loader, Split, hold_out, in_turn
+from dualhead.data import Augmentation, Loader, Split, among, are_numbers, hold_out, in_turn, match
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator, depends_on, is_head
@@ -542,8 +542,7 @@ class Run:
             "threat": {"norm": self.recipe.threat.norm, "eps": self.recipe.threat.eps},
             "output": self.output,
             "recipe": self.recipe.name,
-            "image_size": self.recipe.data.image_size,
-            "crop": self.recipe.data.crop,
+            **self.recipe.data.reading(),
         }
 
     def _is_past(self, line: Mapping[str, Any]) -> bool:
@@ -779,13 +778,13 @@ def load_data(recipe: Recipe, room: int | None = None) -> tuple[Split, Split]:
     """Training and test images as a recipe names them; on disk if they would take more memory than there is room."""
     data = recipe.data
     training, test = (data.load(part, room=room, workers=processors()) for part in ("train", "test"))
-    if test.class_names != training.class_names:
-        raise UserError(
-            f"data.source {data.source}: training and test images have different classes "
-            f"({len(training.class_names)} and {len(test.class_names)})"
-        )
+    source = f"data.source {data.source}"
+    test = _among_training(test, training, source, f"{source}: training and test images have different classes")
     if test.image_shape[0] != training.image_shape[0]:
-        raise UserError(f"data.source {data.source}: training and test images differ in channels (grey and colour)")
+        raise UserError(
+            f"data.source {data.source}: training and test images differ in channels (grey and colour); "
+            "data.channels=3 reads all as colours, 1 as grey"
+        )
     return training, test
 
 
@@ -801,15 +800,27 @@ def load_extra(recipe: Recipe, training: Split, room: int | None = None) -> Spli
         raise UserError(f"data.extra: {error}") from None
     if recipe.data.extra is None or extra is None:
         return None
-    for what, theirs, ours in (
-        ("classes", extra.class_names, training.class_names), ("shape", extra.image_shape, training.image_shape),
-    ):  # fmt: skip
-        if theirs != ours:
-            raise UserError(
-                f"data.extra.source {recipe.data.extra.source}: its images have {what} {_told(theirs)}, those of "
-                f"data.source {_told(ours)}; both must agree"
-            )
+    ours, name = f"data.source {recipe.data.source}", f"data.extra.source {recipe.data.extra.source}"
+    extra = _among_training(extra, training, ours, f"{name}: its images have other classes than those of {ours}")
+    if extra.image_shape != training.image_shape:
+        raise UserError(
+            f"{name}: its images have shape {_told(extra.image_shape)}, those of data.source "
+            f"{_told(training.image_shape)}; both must agree"
+        )
     return extra
+
+
+def _among_training(split: Split, training: Split, source: str, refusal: str) -> Split:
+    """Images among the classes of the training images: by name, or in their order where one side has numbers alone.
+
+    Raises:
+        UserError: beginning with `refusal`, if the classes are others.
+    """
+    theirs, ours = split.class_names, training.class_names
+    trusted = are_numbers(theirs) != are_numbers(ours) and len(theirs) == len(ours)
+    if match(theirs, ours) is None and not trusted:
+        raise UserError(f"{refusal} ({_told(theirs)} in place of {_told(ours)}); the names must agree")
+    return replace(among(split, ours, source), class_names=ours)
 
 
 def _told(values: Sequence[object]) -> str:
