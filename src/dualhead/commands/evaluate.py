@@ -13,12 +13,20 @@ from torch import nn
 
 from dualhead.attacks import attacks
 from dualhead.components.fields import parse_real
-from dualhead.data import Framing, Resample, Split, Storage, among, load_split
+from dualhead.data import Framing, Resample, Split, Storage, among, digests, load_split
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, EvaluationProgress, Gallery, evaluate, make_gallery
+from dualhead.evaluation import (
+    Evaluation,
+    EvaluationProgress,
+    Finding,
+    Gallery,
+    check_duplicates,
+    evaluate,
+    make_gallery,
+)
 from dualhead.heads import LayerInfo, layers
 from dualhead.models import Normalize, backbones
-from dualhead.runs import GALLERY, load_stage, read_recipe
+from dualhead.runs import GALLERY, load_stage, read_digests, read_recipe
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.files import check_folder
 from dualhead.system.processes import group
@@ -110,6 +118,7 @@ def assess(
         precision=cast("Precision", request.precision),
         class_names=list(test.class_names),
         skipped=len(test.skipped),
+        checks=_duplicates(request, test.first(count)),
         save_adversarial=request.save_adversarial,
         output_dir=folder,
         resume=not request.overwrite,
@@ -119,6 +128,12 @@ def assess(
         stop=stop,
     )
     return folder, evaluation
+
+
+def _duplicates(request: Request, test: Split) -> list[Finding]:
+    """Whether a run learnt from some of the images that it is measured on; what others learnt from is not known."""
+    learnt = read_digests(Path(request.model)) if request.is_run else {}
+    return [check_duplicates({**learnt, "test": digests(test)})] if learnt and not test.is_stored else []
 
 
 def exhibit(request: Request, landscapes: Sequence[int] | None = None) -> tuple[Path, Gallery]:

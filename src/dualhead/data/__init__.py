@@ -3,6 +3,7 @@
 from dualhead.data.augmentations import Augmentation, augmentations
 from dualhead.data.cutmix import CutMix
 from dualhead.data.decode import Framing, Resample, decode_single
+from dualhead.data.duplicates import Digests, digests, shared_images
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.names import among, are_numbers, match
 from dualhead.data.source import Storage, load_split, resolve
@@ -13,6 +14,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "CutMix",
+    "Digests",
     "Framing",
     "Loader",
     "Resample",
@@ -23,9 +25,11 @@ __all__ = [
     "augmentations",
     "batches",
     "decode_single",
+    "digests",
     "hold_out",
     "in_turn",
     "load_split",
     "match",
     "resolve",
+    "shared_images",
 ]

@@ -357,8 +357,8 @@ def _decode_one(encoded: Encoded, framing: Framing) -> _Opened | str:
     ending = encoded.data.suffix.lower() if isinstance(encoded.data, Path) else ""
     try:
         with Image.open(stream, formats=_formats(ending)) as image:
+            wide = _wide_mode(image)  # before anything has the file read, which forgets how it stores pixels
             turned = image.getexif().get(_ORIENTATION, 1)
-            wide = _wide_mode(image)
             found, deep = (image, None) if wide is None else _eight_bit_colours(image, stream, wide, framing.depth)
             if turned != 1:
                 found.getexif()[_ORIENTATION] = turned

@@ -281,11 +281,10 @@ def _tell_left_out(folders: Iterable[Path]) -> None:
 
 def _outermost(root: Path) -> Path:
     """The folder in which parts or classes lie: an archive often unpacks to a folder in a folder."""
-    names = root.name, *(path.name for path in _folders(root))
-    while len(names) == 2 and not _KNOWN & set(map(str.lower, names)) and len(_folders(root / names[1])) > 1:
-        root = root / names[1]
-        names = root.name, *(path.name for path in _folders(root))
-    return root
+    at = root
+    while at.name.lower() not in _KNOWN and len(inner := _folders(at)) == 1 and inner[0].name.lower() not in _KNOWN:
+        at = inner[0]
+    return at if len(_folders(at)) > 1 or any(path.name.lower() in _KNOWN for path in _folders(at)) else root
 
 
 def _choose_images(given: Path, part: Part, label_column: str | None, *, split_off: bool) -> ImageFiles:

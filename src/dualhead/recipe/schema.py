@@ -73,7 +73,7 @@ class Data(Section):
 
     source: str
     """`digits`, a Hub name (`hf:OWNER/NAME`), a folder or file of parquet or numpy, a folder that `datasets` saved, or
-    an image folder. A path that exists becomes absolute, so that it names the same images from wherever a run is used."""
+    an image folder. A path that exists becomes absolute, so that it names the same images wherever a run is used."""
     image_column: str | None = None
     label_column: str | None = None
     image_size: tuple[int, int] | None = None

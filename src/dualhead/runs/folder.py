@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
-from dualhead.data import Split
+from dualhead.data import Digests, Split, digests
 from dualhead.errors import UserError
 from dualhead.recipe import Recipe, read_recipe_file
 from dualhead.saving import CONFIG, read_config
-from dualhead.system.files import check_folder
+from dualhead.system.files import check_folder, write_atomically
 from dualhead.system.lock import NAME as LOCK
 
 _HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations")
@@ -23,6 +25,8 @@ _HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|s
 _MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
 also says a little of what comes of it."""
+DIGESTS = "images.safetensors"
+"""In `checkpoints/`: a number for each image that the run learns from."""
 SKETCHED = 128
 """Images of which a run keeps a thumbnail."""
 DECODERS_DIFFER = 2
@@ -100,6 +104,28 @@ def data_facts(split: Split) -> dict[str, Any]:
         "labels": hashlib.sha256(split.labels.cpu().numpy().tobytes()).hexdigest(),
         "sketch": _sketch(split).numpy().tobytes().hex(),
     }
+
+
+def write_digests(folder: Path, sets: Mapping[str, Split | None]) -> None:
+    """Keep a number for each image that a run learns from, to find those that it is measured on later.
+
+    Args:
+        folder: of the run.
+        sets: by what they are for; those on disk are left out, since all would have to be decoded.
+    """
+    found = {name: digests(split) for name, split in sets.items() if split is not None and not split.is_stored}
+    write_atomically(folder / "checkpoints" / DIGESTS, lambda aside: save_file(found, aside))
+
+
+def read_digests(folder: Path) -> dict[str, Digests]:
+    """The numbers that `write_digests` kept; none for a run of a version that did not."""
+    path = folder / "checkpoints" / DIGESTS
+    if not path.is_file():
+        return {}
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it to go without the check for duplicates") from None
 
 
 def _sketch(split: Split) -> torch.Tensor:

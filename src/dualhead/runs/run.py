@@ -17,15 +17,15 @@ import yaml
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, attacks
-from dualhead.data import Augmentation, Loader, Split, among, are_numbers, hold_out, in_turn, match
+from dualhead.data import Augmentation, Loader, Split, among, are_numbers, digests, hold_out, in_turn, match
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
+from dualhead.evaluation import Evaluation, EvaluationProgress, Finding, check_duplicates, evaluate, make_gallery
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator, depends_on, is_head
 from dualhead.models import backbones, channel_statistics, count_parameters, load_state, read_state
 from dualhead.noise import Streams
 from dualhead.recipe import Recipe, Runtime, Statistics, load_recipe
 from dualhead.report import write_report
-from dualhead.runs.folder import changes, data_facts, read_recipe, refuse_other_data
+from dualhead.runs.folder import DIGESTS, changes, data_facts, read_recipe, refuse_other_data, write_digests
 from dualhead.saving import (
     CONFIG,
     Architecture,
@@ -285,6 +285,16 @@ class Run:
         found = self.recipe.model.backbone.published_normalisation()
         return made if found is None else made.model_copy(update={"mean": found[0], "std": found[1]})
 
+    def _learnt_from(self) -> dict[str, Split | None]:
+        return {"training": self.training, "extra": self.extra, "held-out": self.held_out}
+
+    def _duplicates(self) -> Finding:
+        """Whether images are in two of the sets that the run learns from and is measured on."""
+        sets = {**self._learnt_from(), "test": self.test}
+        known = {name: split for name, split in sets.items() if split is not None}
+        read = {name: digests(split) for name, split in known.items() if not split.is_stored}
+        return check_duplicates(read, [name for name in known if name not in read])
+
     # ---- the folder
 
     def _stage_file(self, stage: Stage, which: str) -> Path:
@@ -463,6 +473,8 @@ class Run:
         else:
             write_config(self.folder / "checkpoints", self.architecture, {**self._facts(), **self.data_facts})
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
+        if not (self.folder / "checkpoints" / DIGESTS).is_file():
+            write_digests(self.folder, self._learnt_from())
 
     def _open(self) -> Arithmetic:
         """Make the folder, or find in it where the run stands; all processes get the first one's weights."""
@@ -671,6 +683,7 @@ class Run:
         settings = self.recipe.evaluate
         images, labels = self.test.images[: self._evaluated], self.test.labels[: self._evaluated]
         costs, unit = group().lead(self._costs), self._forward_flops()
+        checks = [self._duplicates()]
         rows = []
         for name, model, output in self._outputs():
             model.eval()
@@ -686,6 +699,8 @@ class Run:
                 seed=self.recipe.runtime.seed,
                 precision=_precision(self.recipe.runtime),
                 class_names=list(self.test.class_names),
+                skipped=len(self.test.skipped),
+                checks=checks,
                 output_dir=folder if deployed else folder / "rows" / name.replace(" ", "_"),
                 progress=progress(name) if progress else None,
                 command=command,
