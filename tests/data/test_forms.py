@@ -68,7 +68,8 @@ def values(split):
 @pytest.mark.parametrize(
     ("train", "test"),
     [
-        ("Training", "Testing"), ("TRAIN", "TEST"), ("seg_train/seg_train", "seg_test/seg_test"), ("trainset", "testset"),
+        ("Training", "Testing"), ("TRAIN", "TEST"), ("seg_train/seg_train", "seg_test/seg_test"),
+        ("trainset", "testset"),
         ("train_images", "test_images"), ("TrainSet", "TestSet"), ("train", "eval"), ("train", "dev"),
         ("archive/data/train", "archive/data/val"), ("x-train", "x-valid"),
     ],

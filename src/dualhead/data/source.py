@@ -248,7 +248,7 @@ def resolve(source: str) -> str:
     path = Path(source).expanduser()
     if not path.exists():
         return source
-    if _LIKE_A_NAME.fullmatch(source):
+    if path.is_dir() and _LIKE_A_NAME.fullmatch(source):
         _tell_folder(source)
     return str(path.absolute())
 
