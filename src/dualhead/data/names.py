@@ -66,7 +66,7 @@ def among(split: Split, known: Sequence[str], whose: str) -> Split:
         The split with the class names `known`, unless these are empty or of another number.
 
     Raises:
-        UserError: if some names are the other's and stand for other numbers there, and others are not.
+        UserError: if some names are the other's and others are not.
     """
     given = split.class_names
     if not known:
@@ -90,6 +90,11 @@ def among(split: Split, known: Sequence[str], whose: str) -> Split:
             f"{given[place]!r} is class {place} of these images and class {forms.index(one_form(given[place]))} of "
             f"{whose}, so right answers would count as wrong; other names differ, so that names cannot decide: use "
             "the names of the classes that it was trained on"
+        )
+    if not are_numbers(given) and set(map(one_form, given)) & set(forms):
+        strange = next(name for name in given if one_form(name) not in forms)
+        raise UserError(
+            f"{strange!r} is none of the classes of {whose}, which has others of these; rename or remove it"
         )
     if are_numbers(given) != are_numbers(known):
         _log.warning(
