@@ -87,8 +87,15 @@ def test_a_split_is_brought_among_other_names():
 )
 def test_where_names_cannot_decide_the_order_is_trusted_with_a_word(given_names, known, words, caplog):
     split = split_of([0, 1], given_names)
-    assert among(split, known, "the model") is split
+    found = among(split, known, "the model")
+    assert found.labels.tolist() == [0, 1]
+    assert found.class_names == (known if given_names == ("0", "1") else given_names)
     assert words in caplog.text
+
+
+def test_names_of_which_some_are_known_are_refused():
+    with pytest.raises(UserError, match="'fox' is none of the classes of the model, which has others of these"):
+        among(split_of([0, 1], ("cat", "fox")), ("cat", "owl"), "the model")
 
 
 def test_numbers_for_a_model_without_names_need_no_word(caplog):

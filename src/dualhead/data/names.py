@@ -63,7 +63,8 @@ def among(split: Split, known: Sequence[str], whose: str) -> Split:
         whose: a word for the other, for messages.
 
     Returns:
-        The split with the class names `known`, unless these are empty or of another number.
+        The split with the class names `known`; as it is if there are none or they are of another number, if they are
+        numbers alone, or if they are other names.
 
     Raises:
         UserError: if some names are the other's and others are not.
@@ -101,7 +102,7 @@ def among(split: Split, known: Sequence[str], whose: str) -> Split:
             "%s names its classes and these images number theirs, or the other way round: their order is trusted, so "
             "%r is taken for %r, %r for %r and so on", whose, given[0], known[0], given[1], known[1],
         )  # fmt: skip
-        return split
+        return split.numbered(range(len(given)), known) if are_numbers(given) else split
     place = next(
         place for place, names in enumerate(zip(map(one_form, given), forms, strict=True)) if len({*names}) > 1
     )
