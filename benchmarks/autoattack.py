@@ -131,8 +131,11 @@ def pgd_loop(
     for rows in torch.arange(len(x)).split(batch_size):
         images, labels = x[rows], y[rows]
         streams = Streams.of(seed, rows)
-        loss = partial(nn.functional.cross_entropy, target=labels, reduction="none")
-        adversarial = attack.maximise(model, images, loss, threat, streams)
+
+        def climb(z: Tensor, labels: Tensor = labels) -> Tensor:
+            return nn.functional.cross_entropy(model(z), labels, reduction="none")
+
+        adversarial = attack.maximise(climb, images, threat, streams)
         with torch.no_grad():
             robust += int((model(adversarial).argmax(1) == labels).sum())
     return {

@@ -2,6 +2,7 @@
 
 from dualhead.attacks.base import (
     Attack,
+    Climb,
     LogitsFn,
     LooksAhead,
     LossFn,
@@ -15,6 +16,7 @@ from dualhead.attacks.base import (
 
 __all__ = [
     "Attack",
+    "Climb",
     "LogitsFn",
     "LooksAhead",
     "LossFn",

@@ -28,6 +28,9 @@ LogitsFn = Callable[[Tensor], Tensor]
 LossFn = Callable[[Tensor], Tensor]
 """Logits [B, C] to one number per image [B]."""
 
+Climb = Callable[[Tensor], Tensor]
+"""Images [B, ...] to what is climbed, one number per image [B], with a graph to the images."""
+
 State = dict[str, Tensor]
 """Tensors with one row per slot, no two of which share memory, so that rows can be assigned in place.
 
@@ -68,6 +71,24 @@ def predictions(logits: Tensor) -> Tensor:
 def _full_precision(logits: Tensor) -> Tensor:
     """Logits as float32, or as float64 if the model works in that."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _input_gradient(losses: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
+    """The gradient [B, ...] of each image's own loss; `keep` the graph for further losses."""
+    if not losses.requires_grad:  # a model that lets no gradient through has a gradient of zero
+        return torch.zeros_like(x)
+    with torch.enable_grad():  # the caller may have turned gradients off around the whole attack
+        total = losses.sum()
+    (gradient,) = torch.autograd.grad(total, x, retain_graph=keep, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient
+
+
+def slope(climb: Climb, x: Tensor) -> Tensor:
+    """The gradient [B, ...] at x of each image's own value, detached: one forward and one backward pass."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        values = climb(x)
+    return _input_gradient(values, x)
 
 
 class Query:
@@ -149,12 +170,7 @@ class Query:
 
     def _backward(self, losses: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
         self.backward_passes += x.shape[0]
-        if not losses.requires_grad:  # a model that lets no gradient through has a gradient of zero
-            return torch.zeros_like(x)
-        with torch.enable_grad():  # the caller may have turned gradients off around the whole attack
-            total = losses.sum()
-        (gradient,) = torch.autograd.grad(total, x, retain_graph=keep, allow_unused=True)
-        return torch.zeros_like(x) if gradient is None else gradient
+        return _input_gradient(losses, x, keep=keep)
 
 
 class Attack(ABC):
@@ -315,17 +331,14 @@ class LooksAhead(Protocol):
 
 @runtime_checkable
 class Maximiser(Protocol):
-    """An attack that adversarial training can use: it climbs any loss, and gives its last iterate."""
+    """An attack that adversarial training can use: it climbs any value, and gives its last iterate."""
 
-    def maximise(
-        self, logits_fn: LogitsFn, x: Tensor, loss: Callable[[Tensor], Tensor], threat: ThreatModel, streams: Streams
-    ) -> Tensor:
+    def maximise(self, climb: Climb, x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
         """Perturbed images [B, ...] inside ball and box.
 
         Args:
-            logits_fn: the model under attack.
+            climb: images to what is climbed [B], with a graph to the images.
             x: clean images [B, ...] in [0, 1].
-            loss: logits [B, C] to one number per image [B], climbed.
             threat: ball and box.
             streams: randomness of these samples.
         """

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dualhead.attacks.base import Attack, LogitsFn, Search, attacks
+from dualhead.attacks.base import Attack, Climb, Search, attacks
 from dualhead.attacks.pgd import PGD, Start
 from dualhead.components.fields import Real
 from dualhead.noise import Streams
@@ -44,8 +44,6 @@ class FGSM(Attack):
         """PGD with one step."""
         return self._pgd(threat).labelled(self.label).parts(num_classes, threat, num_heads)
 
-    def maximise(
-        self, logits_fn: LogitsFn, x: Tensor, loss: Callable[[Tensor], Tensor], threat: ThreatModel, streams: Streams
-    ) -> Tensor:
+    def maximise(self, climb: Climb, x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
         """See `Maximiser.maximise`."""
-        return self._pgd(threat).maximise(logits_fn, x, loss, threat, streams)
+        return self._pgd(threat).maximise(climb, x, threat, streams)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +9,17 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import LogitsFn, Query, Search, State, attacks, per_slot, predictions, require_at_least_one
+from dualhead.attacks.base import (
+    Climb,
+    Query,
+    Search,
+    State,
+    attacks,
+    per_slot,
+    predictions,
+    require_at_least_one,
+    slope,
+)
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -61,22 +70,18 @@ class PGD(Search):
             return threat.project(x + 0.001 * streams.normal(*x.shape[1:]).to(x.dtype), x)
         return x.clone()
 
-    def maximise(
-        self, logits_fn: LogitsFn, x: Tensor, loss: Callable[[Tensor], Tensor], threat: ThreatModel, streams: Streams
-    ) -> Tensor:
+    def maximise(self, climb: Climb, x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
         """The last iterate, as adversarial training uses it: `steps` forward and backward passes, no more.
 
         Args:
-            logits_fn: the model under attack.
+            climb: images to what is climbed [B], with a graph to the images.
             x: clean images [B, ...] in [0, 1].
-            loss: logits [B, C] to one number per image [B], climbed.
             threat: ball and box.
             streams: randomness of these samples.
         """
-        query = Query(logits_fn)
         x_adv, length = self.start_point(x, threat, streams), self.step_length(threat)
         for _ in range(self.steps):
-            x_adv = threat.project(threat.ascend(x_adv, query.gradient(x_adv, loss)[2], length), x)
+            x_adv = threat.project(threat.ascend(x_adv, slope(climb, x_adv), length), x)
         return x_adv
 
     def jobs(self, num_classes: int) -> int:

@@ -272,4 +272,6 @@ class TrainingStep:
         as_it_is = self._counted or program is not self._program  # a lane's
         logits_fn = self._arithmetic.wrap(program.attacked_logits if as_it_is else self._fast_attacked)
         with self._arithmetic.reuse_casts(x.device):
-            return attack.maximise(logits_fn, x, lambda z: objective.inner_loss(z, target, y), self._threat, streams)
+            return attack.maximise(
+                lambda images: objective.inner_loss(logits_fn(images), target, y), x, self._threat, streams
+            )
