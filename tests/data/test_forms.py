@@ -218,7 +218,7 @@ def test_text_has_the_classes_of_both_parts(tmp_path):
     ("labels", "words"),
     [
         ([0.5, 1.0, 0.0], "column 'label' holds numbers such as 0.5: labels are whole numbers, or text"),
-        ([[0, 1], [1, 0], [1, 1]], "no label column was found"),
+        ([[0, 1], [1, 0], [1, 1]], "column 'label' holds several labels of an image"),
         (["ant", None, "bee"], "row 1 of train.parquet has no label"),
     ],
 )
@@ -236,6 +236,12 @@ def test_gaps_in_labels_are_told_each_time(tmp_path, caplog):
 
 
 # images in tables
+
+
+def test_pixels_in_lists_are_told_where_to_go(tmp_path):
+    pixels = pa.array([[[1, 2], [3, 4]]] * 3)
+    table(tmp_path / "train.parquet", pa.array([0, 1, 2]), pixels)
+    refused("column 'image' holds pixels in lists; store encoded images", load_split, str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("stream", [False, True])

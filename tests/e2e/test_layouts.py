@@ -210,7 +210,10 @@ REFUSED = {
     ),
     "no test part": (lambda root: folders(root, test="train"), "split one off with data.test=0.2"),
     "parts in classes": (parts_in_classes, "there is no test part"),
-    "several labels": (lambda root: tables(root, lambda y: pa.array([[int(n)] for n in y])), "set data.label_column"),
+    "several labels": (
+        lambda root: tables(root, lambda y: pa.array([[int(n)] for n in y])),
+        "several labels of an image",
+    ),
     "pixels in rows": (pixels_in_rows, "set data.image_column"),
     "a class that is not known": (
         lambda root: folders(root, names=("ant", "bée", "fox")),

@@ -5,7 +5,7 @@ from dualhead.data.cutmix import CutMix
 from dualhead.data.decode import Framing, Resample, decode_single
 from dualhead.data.duplicates import Digests, digests, shared_images
 from dualhead.data.loader import Batch, Loader, batches
-from dualhead.data.names import among, are_numbers, match
+from dualhead.data.names import among, are_numbers, match, one_form
 from dualhead.data.source import Storage, load_split, resolve
 from dualhead.data.split import Split, hold_out
 from dualhead.data.stored import in_turn
@@ -30,6 +30,7 @@ __all__ = [
     "in_turn",
     "load_split",
     "match",
+    "one_form",
     "resolve",
     "shared_images",
 ]

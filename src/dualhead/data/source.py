@@ -44,6 +44,7 @@ _ROWS: Final = 1024  # read at once
 _MANY_CLASSES: Final = 10_000  # a few rows may well have large labels, but not larger than this
 _PROBED: Final = 64  # images, evenly spread, that tell whether a set on disk is grey
 _DARK: Final = 64  # a set without a value as large may well hold fewer bits than 8
+_LISTS: Final = frozenset({"List", "LargeList", "Sequence", "list", "Array2D", "Array3D"})
 _ON_THE_HUB: Final = "hf:"
 _LIKE_A_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _TEST_SEED: Final = 0  # the test part is the same whatever the seed of a run
@@ -744,6 +745,12 @@ def _choose_column(
             raise UserError(f"{key}: column {named!r} cannot be used, it must hold {holds}; there are: {listed}")
         return named
     known = [name for name in candidates if name in usual] or candidates
+    lists = [name for name in features if name in usual and _type_name(features[name]) in _LISTS]
+    if not known and lists:
+        holds, advice = "several labels of an image", "a classifier needs one of each"
+        if what == "image":
+            holds, advice = "pixels in lists", "store encoded images, or arrays in a .npz file"
+        raise UserError(f"column {lists[0]!r} holds {holds}; {advice}, or set {key}; there are: {listed}")
     if len(known) != 1:
         fault = f"no {what} column was found" if not known else f"the {what} column is not clear ({' or '.join(known)})"
         option = f"(evaluate, gallery, play: --{what}-column)"

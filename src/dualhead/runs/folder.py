@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
-from dualhead.data import Digests, Split, digests
+from dualhead.data import Digests, Split, digests, one_form
 from dualhead.errors import UserError
 from dualhead.recipe import Recipe, read_recipe_file
 from dualhead.saving import CONFIG, read_config
@@ -159,6 +159,8 @@ def refuse_other_data(folder: Path, now: dict[str, Any], source: str, part: str 
     if not (folder / "config.yaml").is_file() or not (checkpoints / CONFIG).is_file():
         return
     before = now | read_config(checkpoints).get(part, {})
+    before["classes"] = [one_form(name) for name in before["classes"]]  # an earlier version took a disk's form
+    now = {**now, "classes": [one_form(name) for name in now["classes"]]}
     different = [key for key in now if before[key] != now[key]]
     if different == ["sketch"] and _alike(before["sketch"], now["sketch"]):
         return
