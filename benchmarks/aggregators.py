@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.heads import aggregators
 from dualhead.models import Normalize, backbones, count_parameters
-from dualhead.system.runtime import describe_environment
+from dualhead.system.devices import describe_environment
 
 NAMES = ("pairwise_cnn", "pairwise_shared", "linear", "mean")
 PLAN = {

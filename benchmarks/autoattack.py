@@ -28,8 +28,9 @@ from dualhead.evaluation import evaluate, wilson
 from dualhead.evaluation.model import Subject, frozen
 from dualhead.noise import Streams
 from dualhead.saving.models import load
+from dualhead.system.arithmetic import BF16, FLOAT32
+from dualhead.system.devices import describe_environment
 from dualhead.system.memory import keep_freed_blocks
-from dualhead.system.runtime import BF16, FLOAT32, describe_environment
 from dualhead.threats.lp import ThreatModel
 
 Row = dict[str, Any]

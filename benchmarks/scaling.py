@@ -28,9 +28,10 @@ import torch
 
 from dualhead.data import Loader, Split
 from dualhead.models import Normalize, backbones
-from dualhead.system.runtime import choose_arithmetic, describe_environment, find_device, synchronize, with_lanes
+from dualhead.system.arithmetic import choose_arithmetic, with_lanes
+from dualhead.system.devices import describe_environment, find_device, synchronize
 from dualhead.threats.lp import ThreatModel
-from dualhead.training import CheckpointStore, MetricsLog, Position, Program, Silent, Stage, StageFiles, StageRun
+from dualhead.training import CheckpointStore, MetricsLog, Passes, Position, Silent, Stage, StageFiles, StageRun
 
 EPS = 8 / 255
 PINNED = ["runtime.precision=float32", "runtime.layout=channels_last", "runtime.lanes=1"]
@@ -111,7 +112,7 @@ class Growth:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             run = StageRun(
-                stage, Program.of(model, stage), Loader(split, self.batch_size, seed=0, device=self.device),
+                stage, Passes.of(model, stage), Loader(split, self.batch_size, seed=0, device=self.device),
                 validator=None, threat=ThreatModel("Linf", EPS), arithmetic=self.arithmetic, seed=0, device=self.device,
                 files=StageFiles(CheckpointStore(folder / "states"), folder / "best", folder / "last"),
                 log=MetricsLog(folder / "metrics.jsonl"), progress=Silent(), stop=lambda: False, save_minutes=60.0,

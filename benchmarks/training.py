@@ -34,18 +34,13 @@ from dualhead.data import Batch
 from dualhead.heads import DualHeadClassifier, attach_second_head
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
+from dualhead.objectives import Logits
+from dualhead.system.arithmetic import Arithmetic, choose_arithmetic, with_lanes
+from dualhead.system.devices import describe_environment, find_device, synchronize
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.replicas import pool, twins
-from dualhead.system.runtime import (
-    Arithmetic,
-    choose_arithmetic,
-    describe_environment,
-    find_device,
-    in_eval_mode,
-    synchronize,
-    with_lanes,
-)
 from dualhead.threats.lp import ThreatModel
-from dualhead.training import Program, Stage
+from dualhead.training import Passes, Stage
 from dualhead.training.step import TrainingStep
 
 STEPS, EPS, LENGTH, RATE = 10, 8 / 255, 2 / 255, 0.01
@@ -187,8 +182,8 @@ class Bench:
         """A step of a stage, ready to run."""
         arithmetic = arithmetic or self.arithmetic
         stage = self.stage(parts, objective)
-        program = Program(self.copied(parts, arithmetic), parts)
-        step = TrainingStep(program, stage, self.threat, stage.optimiser.create(program.parameters()), arithmetic)
+        passes = Passes(self.copied(parts, arithmetic), parts)
+        step = TrainingStep(passes, stage, self.threat, stage.optimiser.create(passes.parameters()), arithmetic)
         return lambda: step(self.batch, Streams.of(0, self.batch.index))
 
     def published(self, loop: Any, model: nn.Module) -> Contestant:
@@ -198,32 +193,33 @@ class Bench:
 
     def bare(self, parts: tuple[str, ...]) -> Contestant:
         """The least number of passes of a TRADES step and nothing else, in the same arithmetic and lanes."""
-        program, lanes = Program(self.copied(parts, self.arithmetic), parts), self.arithmetic.lanes
+        through, lanes = Passes(self.copied(parts, self.arithmetic), parts), self.arithmetic.lanes
+        look = through.look({"": Logits()})
         x, device = self.arithmetic.images(self.batch.x), self.batch.x.device
-        in_lanes = [Program(copied.eval(), parts) for copied in twins(program.model, lanes)] if lanes > 1 else [program]
+        in_lanes = [Passes(copied.eval(), parts) for copied in twins(through.model, lanes)] if lanes > 1 else [through]
 
-        def attack(program: Program, x: Tensor) -> None:
+        def attack(through: Passes, x: Tensor) -> None:
             with self.arithmetic.reuse_casts(device):
                 with torch.no_grad(), self.arithmetic.autocast(device):
-                    program.suffix(program.prefix(x))
+                    through.logits(x)
                 for _ in range(STEPS):
                     z = x.detach().requires_grad_()
                     with self.arithmetic.autocast(device):
-                        logits = program.logits(z)
+                        logits = through.logits(z)
                     torch.autograd.grad(logits.float().sum(), z)
 
         def passes() -> None:
-            with in_eval_mode(program.model):
+            with in_eval_mode(through.model):
                 if lanes > 1:
                     list(pool(lanes).map(attack, in_lanes, x.tensor_split(lanes)))
                 else:
-                    attack(program, x)
-            program.model.train()
+                    attack(through, x)
+            through.model.train()
             with self.arithmetic.autocast(device):
-                features = program.constant(x) if parts != ("model",) else x
-                logits = program.suffix(features) + program.suffix(features)
+                crossing = {"clean": through.constant(x)}
+                logits = look(crossing)[""] + look(crossing)[""]
             logits.float().sum().backward()
-            program.model.zero_grad()
+            through.model.zero_grad()
 
         return passes
 

@@ -8,7 +8,7 @@ _LONGEST: Final = 1000
 
 
 def one_line(text: str) -> str:
-    """Text for one line of a terminal: white space becomes blanks, what is not printable is escaped, length bounded.
+    """Fit text on one line of a terminal: blanks for white space, unprintable characters escaped, length bounded.
 
     Messages quote what stood in somebody's file, which may hold line breaks and what steers a terminal.
     """

@@ -20,7 +20,7 @@ _MIX_2: Final = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on int64, in place; shifts are made logical by masking."""
+    """Apply SplitMix64's finaliser (Steele, Lea, Flood 2014) to int64, in place; masks make shifts logical."""
     for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
     return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
@@ -45,7 +45,7 @@ class Streams:
 
     @classmethod
     def of(cls, seed: int, samples: Tensor) -> Self:
-        """Streams for the samples with the given indices (int64 [B]) under a seed."""
+        """Return streams for the samples with the given indices (int64 [B]) under a seed."""
         return cls(samples.to(torch.int64).clone()).fork(seed)
 
     @classmethod
@@ -62,33 +62,33 @@ class Streams:
     def __getitem__(self, index: Tensor) -> Streams:
         return Streams(self.keys[index])
 
-    def fork(self, *parts: int | str | Tensor) -> Self:
-        """New streams, independent of these, named by the parts: numbers, words, or one int64 number per sample [B]."""
+    def fork(self, *names: int | str | Tensor) -> Self:
+        """Make independent streams, named by `names`: numbers, words, or one int64 number per sample [B]."""
         keys = self.keys
-        for part in parts:
-            number = part if isinstance(part, Tensor) else _tag(part)
+        for name in names:
+            number = name if isinstance(name, Tensor) else _tag(name)
             keys = _mix((keys + _GOLDEN).bitwise_xor_(_mix(torch.zeros_like(keys) + number + 1)))
         return type(self)(keys)
 
     def bits(self, count: int) -> Tensor:
-        """int64 [B, count], 64 random bits each."""
+        """Return int64 [B, count], 64 random bits each."""
         counter = torch.arange(1, count + 1, device=self.keys.device).mul_(_GOLDEN)
         return _mix(self.keys[:, None] + counter)
 
     def _pairs(self, count: int) -> tuple[Tensor, Tensor]:
-        """Twice [B, count] uniform in [0, 1) with 24 bits each: one 64-bit number serves two draws."""
+        """Return twice [B, count] uniform in [0, 1) with 24 bits each: one 64-bit number serves two draws."""
         bits = self.bits(count)
         low = (bits & 0xFFFFFF).to(torch.float32)
         return ((bits >> 40) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24), low.mul_(2.0**-24)
 
     def uniform(self, *shape: int) -> Tensor:
-        """float32 [B, *shape], uniform in [0, 1)."""
+        """Return float32 [B, *shape], uniform in [0, 1)."""
         count = math.prod(shape)
         pairs = self._pairs((count + 1) // 2)
         return torch.cat(pairs, 1)[:, :count].reshape(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
-        """float32 [B, *shape], standard normal (Box and Muller 1958)."""
+        """Return float32 [B, *shape], standard normal (Box and Muller 1958)."""
         count = math.prod(shape)
         u, v = self._pairs((count + 1) // 2)
         radius = (1.0 - u).log_().mul_(-2.0).sqrt_()
@@ -96,7 +96,7 @@ class Streams:
         return torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :count].reshape(-1, *shape)
 
     def integers(self, high: int | Tensor, *shape: int) -> Tensor:
-        """int64 [B, *shape], uniform in [0, high); `high` is a positive number or one per sample [B]."""
+        """Return int64 [B, *shape], uniform in [0, high); `high` is a positive number or one per sample [B]."""
         bits = ((self.bits(math.prod(shape)) >> 33) & 0x7FFFFFFF).reshape(-1, *shape)
         if isinstance(high, Tensor):
             high = high.reshape(-1, *(1 for _ in shape))

@@ -1,4 +1,4 @@
-"""What a measured accuracy says: intervals, paired tests, and spread over seeds."""
+"""Statistics of measured accuracies: intervals, paired tests, and spread over seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dualhead.errors import UserError
 
 
 def wilson(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927).
+    """Compute Wilson's score interval of a proportion (Wilson 1927).
 
     Args:
         successes: at most `total`.
@@ -31,8 +31,8 @@ class Paired:
     """Two classifiers on the same samples.
 
     Attributes:
-        num_samples: how many samples both saw.
-        accuracy: of the first and of the second.
+        num_samples: number of samples that both saw.
+        accuracy: the first's and the second's.
         only_first: samples that only the first got right.
         only_second: samples that only the second got right.
         difference: second minus first.
@@ -62,7 +62,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Pa
     Args:
         first: bool [N], which samples the first got right.
         second: the same for the second.
-        confidence: of the interval, in (0, 1).
+        confidence: confidence of the interval, in (0, 1).
 
     Raises:
         UserError: if the samples cannot be the same.
@@ -90,9 +90,10 @@ def mcnemar(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Pa
 
 
 def interval_over_samples(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of how much more of the samples classifiers get right than others do, these classifiers held fixed.
+    """Compute the interval of a difference in accuracy over samples, the classifiers held fixed.
 
-    Normal, of the mean over samples of the share of the second classifiers that are right less that of the first.
+    Normal approximation for the mean over samples of the share of second classifiers that are right, minus the share of
+    first ones.
 
     Args:
         first: bool [R, N], which of N samples each of R classifiers got right.
@@ -110,7 +111,7 @@ def interval_over_samples(first: ArrayLike, second: ArrayLike, confidence: float
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1) over seeds; the deviation of one value is NaN, being unknown."""
+    """Return mean and sample standard deviation (n - 1) over seeds; the deviation of one value is NaN."""
     if not len(values):
         raise UserError("mean and deviation need at least one value")
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

@@ -16,9 +16,9 @@ from dualhead.data import Batch
 from dualhead.heads import attach_second_head
 from dualhead.models import Normalize
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
-from dualhead.training import Program
+from dualhead.training import Passes
 from dualhead.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def cost(recipe):
     data = Batch(torch.arange(2), torch.rand(2, 3, 32, 32), torch.arange(2))
     total = 0.0
     for stage in recipe.stages:
-        program = Program.of(model, stage)
+        program = Passes.of(model, stage)
         step = TrainingStep(program, stage, recipe.threat, stage.optimiser.create(program.parameters()), FLOAT32)
         with CountFlops() as counter:
             step(data, Streams.of(0, data.index))

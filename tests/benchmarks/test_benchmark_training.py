@@ -138,7 +138,7 @@ def test_the_bare_passes_run_in_as_many_lanes_as_ours(benchmark, monkeypatch):
     monkeypatch.setattr(benchmark, "with_lanes", lambda arithmetic, *_: replace(arithmetic, lanes=2))
     bench = benchmark.Bench("cnn-2", 32, 8, torch.device("cpu"), "float32")
     seen = []
-    monkeypatch.setattr(benchmark.Program, "logits", recorded(benchmark.Program.logits, seen))
+    monkeypatch.setattr(benchmark.Passes, "logits", recorded(benchmark.Passes.logits, seen))
     bench.bare(("model",))()
     assert seen == [16] * (2 * benchmark.STEPS)
 

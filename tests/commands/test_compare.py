@@ -13,7 +13,8 @@ import yaml
 from dualhead.commands.compare import Entry, read_entries, standings
 from dualhead.errors import UserError
 from dualhead.evaluation import mcnemar, wilson
-from dualhead.recipe.schema import load_recipe
+from dualhead.names import id_of
+from dualhead.recipe.yaml import load_recipe
 from helpers.evaluation import COLUMNS, evaluation_of
 
 
@@ -174,6 +175,8 @@ def make_run(folder, seed, clean, change=lambda recipe: None):
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     cost = {"flops": 8.0, "forward_equivalents": 2.0, "seconds": 1.0}
     rows = [{"name": name, "parameters": 10, "training_cost": cost} for name in ("head 1", "DH-AT")]
+    for row in rows if seed else ():  # earlier versions wrote names alone
+        row["output"] = id_of(row["name"])
     (folder / "comparison.json").write_text(json.dumps({"rows": rows}))
     places = {"evaluation": {}, "evaluation/rows/head_1": {}}
     places["evaluations/strong"] = {"subject": {"stage": None, "checkpoint": None, "output": None}}

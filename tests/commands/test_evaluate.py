@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from dualhead.commands import evaluate as assess
+from dualhead.commands import evaluate as commands
+from dualhead.commands import resolve as resolving
+from dualhead.commands.resolve import Request, resolve
 from dualhead.data import load_split
+from dualhead.errors import UserError
+from dualhead.recipe import load_recipe
+from dualhead.runs.prepare import architecture_of
+from dualhead.saving import save_model
+
+
+@pytest.fixture(autouse=True)
+def factory(tmp_path, monkeypatch):
+    """A module of the user's own, `own_factory:make`."""
+    source = "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    (tmp_path / "own_factory.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 def handed_over(monkeypatch, **options):
@@ -15,10 +32,9 @@ def handed_over(monkeypatch, **options):
     def evaluate(model, images, labels, **more):
         given.update(model=model, images=images, labels=labels, **more)
 
-    monkeypatch.setattr(assess, "_model", lambda request, test: torch.nn.Identity())
-    monkeypatch.setattr(assess, "evaluate", evaluate)
-    asked = {"model": "torch.nn:Identity", "data": "digits", "eps": "0.1", "device": "cpu", **options}
-    folder, _ = assess.assess(assess.Request(**asked))
+    monkeypatch.setattr(commands, "evaluate", evaluate)
+    asked = {"model": "own_factory:make", "data": "digits", "eps": "0.1", "device": "cpu", **options}
+    folder, _ = commands.assess(Request(**asked))
     return folder, given
 
 
@@ -43,14 +59,48 @@ def test_what_is_not_asked_for_is_as_it_is_by_default(monkeypatch, tmp_path):
     assert (given["threat"].norm, given["threat"].eps, given["precision"]) == ("Linf", 0.1, "auto")
 
 
-def test_images_come_to_size_as_the_exported_model_says(monkeypatch, tmp_path):
+def saved(folder, **more):
+    """A saved model of ten classes of grey 8x8 images, which tells what it was trained for."""
+    recipe = load_recipe("digits_natural")
+    architecture = architecture_of(recipe, load_split("digits", "train"))
+    facts = {"output": "model", "class_names": list(map(str, range(10))), **more}
+    save_model(folder, architecture.create(), architecture, facts)
+    return folder
+
+
+def test_images_come_to_size_as_the_saved_model_says(monkeypatch, tmp_path):
     asked = {}
-    monkeypatch.setattr(assess, "find_model", lambda name: tmp_path)
-    monkeypatch.setattr(assess, "read_config", lambda folder: {"image_size": [24, 20], "crop": 0.875})
-    monkeypatch.setattr(
-        assess, "load_split", lambda source, part, **more: asked.update(source=source, part=part, **more)
-    )
-    assess._load_images(assess.Request(model="someone/model", data="there", device="cpu"))
+
+    def load_images(source, part, **more):
+        asked.update(source=source, part=part, **more)
+        return load_split("digits", "test")
+
+    monkeypatch.setattr(resolving, "load_split", load_images)
+    folder = saved(tmp_path / "model", image_size=[24, 20], crop=0.875, threat={"norm": "L2", "eps": 0.5})
+    found = resolve(Request(model=str(folder), data="there", device="cpu"))
     assert (asked["source"], asked["part"], asked["image_size"], asked["crop"]) == ("there", "test", [24, 20], 0.875)
-    assess._load_images(assess.Request(model="someone/model", data="there", image_size="32x16", device="cpu"))
+    assert (found.crop, found.threat.norm, found.threat.eps) == (0.875, "L2", 0.5)
+    resolve(Request(model=str(folder), data="there", image_size="32x16", device="cpu"))
     assert (asked["image_size"], asked["crop"]) == ((32, 16), 0.875)
+
+
+def test_a_name_is_looked_up_once(monkeypatch, tmp_path):
+    """A name of the Hub would be downloaded as often."""
+    folder, looked = saved(tmp_path / "model", threat={"norm": "Linf", "eps": 0.1}), []
+    monkeypatch.setattr(resolving, "find_model", lambda name: looked.append(name) or folder)
+    found = resolve(Request(model="someone/model", data="digits", device="cpu"))
+    assert looked == ["someone/model"]
+    assert (found.attacks, found.results) == (("pgd-40",), Path("evaluations/model/digits"))
+    assert found.gallery == found.results
+    assert not found.model.training
+
+
+def test_a_factory_makes_what_fits_the_images():
+    asked = {"model": "own_factory:make", "data": "digits", "device": "cpu"}
+    with pytest.raises(UserError, match="--eps is needed"):
+        resolve(Request(**asked))
+    with pytest.raises(UserError, match="--stage is for runs, and own_factory:make is none"):
+        resolve(Request(**asked, eps="0.1", stage="main_head"))
+    found = resolve(Request(**asked, eps="0.1"))
+    assert found.model(found.images.images[:2].float() / 255).shape == (2, 10)
+    assert found.results == Path("evaluations/own_factory.make/0.1_digits")

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dualhead.heads import attach_second_head
 from dualhead.models import Normalize, backbones, load_state, logits_of, read_state, write_state
 from dualhead.saving.onnx import _compare
-from dualhead.system.runtime import FLOAT32
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.threats.lp import ThreatModel
 from dualhead.training.activation_checkpointing import still_buffers
 from dualhead.training.averaging import EMA, WeightAverage

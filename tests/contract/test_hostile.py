@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dualhead.errors import UserError, one_line
 from dualhead.models import read_state
-from dualhead.recipe.schema import load_recipe, parse_recipe
+from dualhead.recipe.schema import parse_recipe
+from dualhead.recipe.yaml import load_recipe
 
 
 def test_an_archive_that_unpacks_to_far_more_is_refused_by_its_size(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ import dualhead.training.step as step_module
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state
-from dualhead.recipe.schema import load_recipe
-from dualhead.runs.run import Run
-from dualhead.training import Program, Silent
-from helpers.training import PARTS, batch, dual_model, stage_of, step_of, streams_of
+from dualhead.recipe.yaml import load_recipe
+from dualhead.runs.prepare import prepare
+from dualhead.runs.stages import train_stages
+from dualhead.training import Passes, Silent
+from helpers.training import PARTS, attacked, batch, dual_model, stage_of, step_of, streams_of
 
 
 def findings(model: DualHeadClassifier, stage: int) -> set[str]:
@@ -71,7 +73,7 @@ def naive_freezing(monkeypatch):
 
 def graph_through_frozen_parts(monkeypatch):
     naive_freezing(monkeypatch)
-    monkeypatch.setattr(Program, "constant", lambda self, x: self.prefix(x))
+    monkeypatch.setattr(Passes, "constant", lambda self, x: self.prefix(x))
 
 
 def train_reaches_frozen_parts(monkeypatch):
@@ -97,13 +99,13 @@ def no_eval_mode(monkeypatch):
 
 
 def strange_trunk(monkeypatch):
-    cut = Program.__init__
+    cut = Passes.__init__
 
-    def cut_with_another_trunk(self, *args):
-        cut(self, *args)
+    def cut_with_another_trunk(self, *args, **beside):
+        cut(self, *args, **beside)
         self.prefix = dual_model(seed=1).trunk.eval()
 
-    monkeypatch.setattr(Program, "__init__", cut_with_another_trunk)
+    monkeypatch.setattr(Passes, "__init__", cut_with_another_trunk)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +132,10 @@ def test_each_module_keeps_its_own_mode_through_an_attack_even_one_that_fails():
     model.head1.block2.eval()  # somebody's own choice
     modes = {name: module.training for name, module in model.named_modules()}
     data = batch(0, 4)
-    step._attack(data.x, None, data.y, streams_of(data))
+    attacked(step, data)
     assert {name: module.training for name, module in model.named_modules()} == modes
     with pytest.raises(IndexError):
-        step._attack(data.x, None, data.y + 100, streams_of(data))
+        attacked(step, replace(data, y=data.y + 100))
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
@@ -169,13 +171,13 @@ def trained_until_stage_2(tmp_path, second_head):
         "data.train_limit=160", "data.validation=32", "model.backbone=cnn-2", f"model.second_head={second_head}",
         "stages.*.epochs=0", "stages.main_head.epochs=1", "stages.*.attack.steps=1", "validation.attack.steps=1",
     ]  # fmt: skip
-    run = Run(load_recipe("digits", overrides), tmp_path / second_head)
-    initial = copy.deepcopy(run.model.head2.state_dict())
-    run.train(Silent(), lambda: False)
+    prepared = prepare(load_recipe("digits", overrides), tmp_path / second_head)
+    initial = copy.deepcopy(prepared.model.head2.state_dict())
+    model = train_stages(prepared, Silent(), lambda: False)
     kept = tmp_path / second_head / "checkpoints" / "main_head" / "best.safetensors"
-    stage_1 = copy.deepcopy(run.model)
+    stage_1 = copy.deepcopy(model)
     load_state(stage_1, read_state(kept), str(kept))
-    return run.model, stage_1, initial
+    return model, stage_1, initial
 
 
 def same(a, b):

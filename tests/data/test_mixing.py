@@ -9,8 +9,8 @@ from dualhead.data import CutMix, Loader, Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.objectives import objectives
-from dualhead.recipe.schema import load_recipe
-from dualhead.runs.run import Run
+from dualhead.recipe.yaml import load_recipe
+from dualhead.runs.prepare import prepare
 from dualhead.system.processes import Group
 from helpers.training import batch, plain_model, stage_of, step_of, streams_of
 
@@ -146,4 +146,4 @@ def test_a_second_source_of_other_classes_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"data.extra.source .*: its images have classes cat, dog, those of data.source"
     ):
-        Run(recipe, tmp_path / "run")
+        prepare(recipe, tmp_path / "run")

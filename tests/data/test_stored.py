@@ -19,7 +19,7 @@ from PIL import Image
 from dualhead.data import CutMix, Loader, Storage, augmentations, batches, hold_out, load_split
 from dualhead.errors import RunError, UserError
 from dualhead.models import channel_statistics
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.system.processes import Group
 
 STREAM = Storage(stream=True)

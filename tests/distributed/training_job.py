@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.run import train
 from dualhead.system.processes import joined
 

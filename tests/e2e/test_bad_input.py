@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dualhead.saving.models import CONFIG, WEIGHTS
+from dualhead.saving.architecture import CONFIG, WEIGHTS
 from helpers.e2e import TINY, Ended, dualhead
 
 # ---- a world of bad things
@@ -697,7 +697,7 @@ def test_a_disk_that_is_full_is_a_failure_of_the_run(world, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "new/config.yaml")
 
-    monkeypatch.setattr("dualhead.runs.run.write_text", full)
+    monkeypatch.setattr("dualhead.runs.folder.write_text", full)
     ended = dualhead("train", "digits", *TINY, "--run-dir", "new", "--quiet")
     shutil.rmtree(world.root / "new")
     assert ended.status == 1

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import dualhead as package
 from dualhead.data import load_split
-from dualhead.recipe.schema import REGISTRIES, load_recipe, shipped_recipes
+from dualhead.recipe.schema import REGISTRIES
+from dualhead.recipe.yaml import load_recipe, shipped_recipes
 from dualhead.system.lock import FolderLock
 from helpers.e2e import TINY, dualhead
 
@@ -192,7 +193,7 @@ def test_json_is_json_and_quiet_is_short(finished_run, tmp_path):
 
 def test_gallery_is_made_by_train_and_anew_by_its_command(finished_run, tmp_path):
     with np.load(finished_run / "evaluation" / "gallery.npz") as stored:
-        assert stored["outputs"].tolist() == ["head 1", "head 2", "aggregate"]
+        assert stored["outputs"].tolist() == ["head1", "head2", "aggregate"]
         assert len(stored["label"]) == load_recipe("digits", TINY).evaluate.gallery
     ended = dualhead(
         "gallery", finished_run, "--limit", 5, "--landscape", "3,1", "--eps", "0.2", "--output", tmp_path, "--json"
@@ -244,6 +245,7 @@ def test_a_run_is_evaluated_and_compared(finished_run):
     deployed = check_results(finished_run / "evaluation", ["pgd-3"])
     comparison = json.loads((finished_run / "comparison.json").read_text())
     assert [row["name"] for row in comparison["rows"]] == ROWS
+    assert [row["output"] for row in comparison["rows"]] == ["base", "head1", "head2", "mean", "aggregate"]
     for row in comparison["rows"]:
         check_accuracies(row, ["pgd-3"])
         assert row["parameters"] > 0

@@ -11,7 +11,9 @@ from torch import nn
 
 from dualhead.errors import UserError
 from dualhead.saving import onnx as onnx_export
-from dualhead.saving.models import Architecture, export_onnx, load, save_model
+from dualhead.saving.architecture import Architecture
+from dualhead.saving.export import export_onnx
+from dualhead.saving.models import load, save_model
 from dualhead.saving.onnx import TOLERANCE, write_onnx
 from helpers.e2e import dualhead
 

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from dualhead import load
-from dualhead.saving.models import Architecture, save_model
+from dualhead.saving.architecture import Architecture
+from dualhead.saving.models import save_model
 from helpers.e2e import TINY, dualhead
 
 NETWORK = '''

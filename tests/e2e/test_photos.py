@@ -15,9 +15,8 @@ from PIL import Image
 
 from dualhead.data import Split
 from dualhead.errors import UserError
-from dualhead.runs.folder import data_facts, refuse_other_data
-from dualhead.runs.run import GALLERY
-from dualhead.saving import models as hub
+from dualhead.runs.folder import GALLERY, data_facts, refuse_other_data
+from dualhead.saving.architecture import CONFIG
 from helpers.e2e import TINY, dualhead
 
 SHORT = [
@@ -304,7 +303,7 @@ def test_a_run_that_ended_while_it_made_its_folder_begins_again(tmp_path, monkey
     images = photos(tmp_path / "images", CLASSES)
     command = ["train", "digits_natural", *SHORT, f"data.source={images}", "--run-dir", tmp_path / "run", "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr("dualhead.runs.run.write_text", full)  # what `config.yaml` is written with
+        patch.setattr("dualhead.runs.folder.write_text", full)  # what `config.yaml` is written with
         assert "No space left on device" in dualhead(*command).error_line
     assert (tmp_path / "run/checkpoints/config.json").is_file()
     assert not (tmp_path / "run/config.yaml").exists()
@@ -337,5 +336,5 @@ def test_an_export_can_be_pushed_again_where_the_hub_did_not_take_it(run, tmp_pa
         assert ended.status == 2
         assert f"--push {name}: write OWNER/NAME" in ended.error_line
     assert not (tmp_path / "new").exists()
-    (tmp_path / "model" / hub.CONFIG).write_text("{}")
+    (tmp_path / "model" / CONFIG).write_text("{}")
     assert "holds something already" in dualhead(*command).error_line

@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dualhead.commands.evaluate import Request, subject_of
 from dualhead.commands.play import Playground, serve
+from dualhead.commands.resolve import Request, resolve
 from dualhead.data import Framing, load_split
 from dualhead.errors import UserError
 from helpers.e2e import dualhead
@@ -30,7 +30,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def playground(finished_run):
-    return Playground(*subject_of(Request(model=str(finished_run), device="cpu")), count=48)
+    shown = resolve(Request(model=str(finished_run), device="cpu"))
+    return Playground(shown.model, shown.images, shown.threat, count=48)
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_an_attack_says_what_every_output_makes_of_it(server, playground):
     status, body = ask(server, "POST", "/attack", {"sample": 3, "eps": 0.2})
     assert status == 200
     found = json.loads(body)
-    assert found["outputs"] == ["head 1", "head 2", "aggregate"] == [target["name"] for target in found["targets"]]
+    assert found["outputs"] == ["head 1", "head 2", "DH-AT"] == [target["name"] for target in found["targets"]]
     x = playground.images.images[3:4].float() / 255
     with torch.no_grad():
         expected = [*playground.model.head_logits(x)[0], playground.model(x)[0]]

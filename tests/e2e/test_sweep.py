@@ -110,7 +110,7 @@ def test_a_run_that_ended_after_its_results_is_done_to_its_report(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dualhead.runs.run.make_gallery", killed)
+        patch.setattr("dualhead.runs.measure.make_gallery", killed)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(jobs, tmp_path)
     assert (tmp_path / "seed=0/comparison.json").is_file()

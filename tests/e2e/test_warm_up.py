@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from dualhead.runs.run import load_stage
+from dualhead.runs.folder import load_stage
 from dualhead.saving.models import view
 from helpers.e2e import TINY, dualhead
 

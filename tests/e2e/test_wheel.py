@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import dualhead
-from dualhead.recipe.schema import load_recipe, shipped_recipes
+from dualhead.recipe import load_recipe, shipped_recipes
 from dualhead.data import load_split
 from pathlib import Path
 

@@ -21,7 +21,7 @@ from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint
 from dualhead.evaluation.model import Subject, outputs_of
 from dualhead.heads import attach_second_head
 from dualhead.noise import Streams
-from dualhead.system.runtime import BF16, FLOAT32
+from dualhead.system.arithmetic import BF16, FLOAT32
 from dualhead.threats.lp import ThreatModel
 from helpers.evaluation import THREAT, StopAfter, StoppedError, assert_same, patterns, trained
 

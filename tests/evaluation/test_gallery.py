@@ -86,9 +86,9 @@ def test_what_outputs_say_is_the_models_own_answer(dual, shown):
 def test_what_merges_is_called_the_mean_where_it_is_the_mean(shown):
     images, _ = patterns(2)
     linear = attach_second_head(trained(), "4", num_classes=4, example=images.float() / 255, aggregator="linear").eval()
-    assert shown.outputs.tolist() == ["head 1", "head 2", "mean of heads"]
-    assert show(linear, 1).outputs.tolist() == ["head 1", "head 2", "aggregate"]
-    assert show(linear.view("mean"), 1).outputs.tolist() == ["head 1", "head 2", "mean of heads"]
+    assert shown.outputs.tolist() == ["head1", "head2", "mean"]
+    assert show(linear, 1).outputs.tolist() == ["head1", "head2", "aggregate"]
+    assert show(linear.view("mean"), 1).outputs.tolist() == ["head1", "head2", "mean"]
     assert show(linear.view("head2"), 1).outputs.tolist() == ["model"]
 
 

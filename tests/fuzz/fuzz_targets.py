@@ -25,8 +25,9 @@ from PIL import Image
 from dualhead.data import load_split
 from dualhead.errors import RunError, UserError
 from dualhead.models import read_state
-from dualhead.recipe.schema import load_recipe, parse_recipe, shipped_recipes
-from dualhead.saving.models import CONFIG, Architecture, read_config
+from dualhead.recipe.schema import parse_recipe
+from dualhead.recipe.yaml import load_recipe, shipped_recipes
+from dualhead.saving.architecture import CONFIG, Architecture, read_config
 from dualhead.training import CheckpointStore, Position
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))

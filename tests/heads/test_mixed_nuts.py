@@ -17,10 +17,10 @@ from dualhead.evaluation import evaluate
 from dualhead.heads import attach_second_head
 from dualhead.heads.aggregators import aggregators
 from dualhead.noise import Streams
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.run import train
 from dualhead.saving.models import load
-from dualhead.system.runtime import FLOAT32
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import Position, Selection, Validator
 from dualhead.training.fit import Fit

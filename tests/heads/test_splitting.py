@@ -13,9 +13,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.heads import as_logits, attach_second_head, layers, split_model
+from dualhead.heads import attach_second_head, layers, split_model
 from dualhead.heads.splitting.base import is_shape_only
-from dualhead.system.runtime import all_generator_states, seed_generators
+from dualhead.system.generators import all_generator_states, seed_generators
 from helpers.architectures import ARCHITECTURES, CLASSES, assert_same_function, assert_second_head_trains, examine
 
 FAST = {"ConvNeXt", "ViT", "Swin"}
@@ -486,19 +486,6 @@ class SharedAndBranching(Net):
 def test_shared_weights_in_a_whole_pass_are_refused():
     with pytest.raises(UserError, match=r"traced: .*what a tensor holds; functional: bn is used on both sides"):
         split_model(SharedAndBranching(), "block1", IMAGES)
-
-
-@pytest.mark.parametrize(
-    "output", [torch.ones(2, 3), (torch.ones(2, 3), None), {"logits": torch.ones(2, 3), "loss": 0}]
-)
-def test_logits_are_found(output):
-    assert torch.equal(as_logits(output), torch.ones(2, 3))
-
-
-@pytest.mark.parametrize("output", [None, {"a": 1, "b": 2}, 3.0, ()])
-def test_no_logits_no_guess(output):
-    with pytest.raises(UserError, match="no logits are found"):
-        as_logits(output)
 
 
 def test_layers_lists_cuts_with_what_they_cost():

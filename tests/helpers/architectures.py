@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.heads import as_logits, attach_second_head, split_model
+from dualhead.heads import attach_second_head, split_model
 from dualhead.heads.splitting.base import is_shape_only
+from dualhead.system.outputs import logits_of
 
 CLASSES = 5
 
@@ -340,7 +341,7 @@ def assert_same_function(model, split, images):
     """The cut model gives the model's logits and gradients in both modes."""
     for mode in (False, True):
         # Deep copies, since a forward pass in training mode moves statistics.
-        logits, expected = gradients(lambda x, m: as_logits(m(x)), copy.deepcopy(model), images, mode)
+        logits, expected = gradients(lambda x, m: logits_of(m(x)), copy.deepcopy(model), images, mode)
         cut_logits, found = gradients(lambda x, s: s.tail(s.trunk(x)), copy.deepcopy(split), images, mode)
         torch.testing.assert_close(cut_logits, logits, rtol=1e-4, atol=1e-5)
         assert found.keys() == expected.keys()

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from dualhead.errors import Interrupted
-from dualhead.recipe.schema import Recipe, load_recipe
-from dualhead.runs.run import Run
-from dualhead.system.lock import FolderLock
+from dualhead.recipe.schema import Recipe
+from dualhead.recipe.yaml import load_recipe
+from dualhead.runs.folder import taken
+from dualhead.runs.prepare import prepare
+from dualhead.runs.stages import train_stages
 from dualhead.training import Silent
 
 OVERRIDES = [
@@ -32,9 +34,9 @@ def recipe(*more: str) -> Recipe:
 def train_until(folder: Path, stop: Callable[[], bool], *more: str) -> bool:
     """Train in a folder until done (True) or stopped (False)."""
     try:
-        run = Run(recipe(*more), folder)
-        with FolderLock(folder):
-            run.train(Silent(), stop)
+        prepared = prepare(recipe(*more), folder)
+        with taken(prepared.folder):
+            train_stages(prepared, Silent(), stop)
     except Interrupted:
         return False
     return True

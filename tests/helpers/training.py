@@ -15,9 +15,9 @@ from dualhead.data import Batch
 from dualhead.heads import DualHeadClassifier, attach_second_head
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
-from dualhead.system.runtime import FLOAT32, Arithmetic
+from dualhead.system.arithmetic import FLOAT32, Arithmetic
 from dualhead.threats.lp import ThreatModel
-from dualhead.training import Program, Stage
+from dualhead.training import Passes, Stage
 from dualhead.training.step import TrainingStep
 
 THREAT = ThreatModel("Linf", 8 / 255)
@@ -79,8 +79,13 @@ def stage_of(
 
 def step_of(model: nn.Module, stage: Stage, arithmetic: Arithmetic = FLOAT32) -> TrainingStep:
     """The training step of a stage."""
-    program = Program.of(model, stage)
-    return TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), arithmetic)
+    passes = Passes.of(model, stage)
+    return TrainingStep(passes, stage, THREAT, stage.optimiser.create(passes.parameters()), arithmetic)
+
+
+def attacked(step: TrainingStep, data: Batch) -> Tensor:
+    """What a step's attack makes of a batch."""
+    return step._make(data, streams_of(data), {})[0]["attacked"]
 
 
 def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -23,7 +23,6 @@ from dualhead.models import (
     channel_statistics,
     count_parameters,
     load_state,
-    logits_of,
     read_state,
     write_state,
 )
@@ -542,15 +541,6 @@ def test_channel_statistics_refuse_what_is_not_a_set_of_images(images):
 # --- Other people's models ---
 
 
-def test_logits_are_found_in_what_models_return():
-    z = torch.rand(2, 3)
-    for output in (z, (z, "features"), [z], {"logits": z, "loss": None}, Output(0, z), types.SimpleNamespace(logits=z)):
-        assert logits_of(output) is z
-    for output in (None, (), "text", {"scores": z}, ("features", z)):
-        with pytest.raises(UserError, match="without logits"):
-            logits_of(output)
-
-
 def test_a_trial_leaves_the_model_as_it_was():
     model = Tiny()
     model.layer1[1].eval()  # a part that its owner froze
@@ -606,7 +596,7 @@ def test_a_factory_that_does_not_keep_the_contract_is_told_what_is_wrong(attribu
         "def five():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))\n"
         "def double():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).double()\n"
         "def chokes():\n    return torch.nn.Linear(99, 4)\n"
-        "class Dumb(torch.nn.Module):\n    def forward(self, x):\n        return {'scores': x}\n"
+        "class Dumb(torch.nn.Module):\n    def forward(self, x):\n        return {'scores': x, 'features': x}\n"
         "def dumb():\n    return Dumb()\n"
     )
     with pytest.raises(UserError, match=said) as caught:

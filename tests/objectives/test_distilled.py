@@ -10,8 +10,9 @@ import torch
 import dualhead
 from dualhead.errors import UserError
 from dualhead.objectives import objectives
-from dualhead.recipe.schema import load_recipe, parse_recipe
-from dualhead.training import Program
+from dualhead.recipe.schema import parse_recipe
+from dualhead.recipe.yaml import load_recipe
+from dualhead.training import Passes
 from helpers.resume import outcome, train_until
 from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
 
@@ -64,7 +65,7 @@ def test_a_third_head_learns_from_the_first_and_the_second_rests():
 
 def test_the_attack_climbs_away_from_the_teacher():
     model, data = dual_model(), batch(0, 8)
-    program = Program.of(model, stage_of("distilled", ("head2",)))
+    program = Passes.of(model, stage_of("distilled", ("head2",)))
     model.eval()
     target = program.target_suffix(program.prefix(data.x))
     assert torch.allclose(target[:, 0], model.view("head1")(data.x), atol=1e-6)
@@ -87,7 +88,7 @@ def test_a_stage_deploys_what_it_says_and_trains_as_without(output, objective, p
         assert torch.equal(ours, theirs), name
     model.eval()
     whole = model if output == "aggregate" else model.view(output)
-    assert torch.allclose(Program.of(model, stage).logits(data.x), whole(data.x), atol=1e-5)
+    assert torch.allclose(Passes.of(model, stage).logits(data.x), whole(data.x), atol=1e-5)
 
 
 def recipe(**change):

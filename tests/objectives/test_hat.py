@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from dualhead.errors import Interrupted, UserError
 from dualhead.models import read_state
 from dualhead.objectives.base import kl_divergence
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.run import train
-from dualhead.saving.models import Architecture
+from dualhead.saving.architecture import Architecture
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
-from dualhead.training import Program
+from dualhead.training import Passes
 from dualhead.training.step import TrainingStep
 from helpers.resume import outcome
 from helpers.training import THREAT, CallCounter, batch, dual_model, plain_model, stage_of, step_of, streams_of
@@ -27,7 +27,7 @@ from helpers.training import THREAT, CallCounter, batch, dual_model, plain_model
 
 def step_with(model, helper, **settings):
     stage = stage_of({"name": "trades", "beta": 2.5}, ("model",), helper={"weights": "any", **settings}, lr=0.01)
-    program = Program.of(model, stage)
+    program = Passes.of(model, stage)
     optimiser = stage.optimiser.create(program.parameters())
     return TrainingStep(program, stage, THREAT, optimiser, FLOAT32, helper=helper)
 
@@ -74,7 +74,7 @@ def test_only_the_head_that_is_deployed_sees_the_images_beyond_the_ball():
               "guidance": 1}  # fmt: skip
     model, data = dual_model(), batch(0, 8)
     stage = stage_of(guided, ("trunk", "head1", "head2"), helper={"weights": "any"})
-    program = Program.of(model, stage)
+    program = Passes.of(model, stage)
     step = TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), FLOAT32,
                         helper=plain_model(seed=5))  # fmt: skip
     seen = []

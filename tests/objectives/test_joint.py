@@ -12,8 +12,9 @@ from dualhead.errors import UserError
 from dualhead.objectives import objectives
 from dualhead.objectives.joint import alikeness
 from dualhead.objectives.reverse_smoothing import learn_confusions, log_reversed_target
-from dualhead.recipe.schema import load_recipe, parse_recipe
-from dualhead.training import Program
+from dualhead.recipe.schema import parse_recipe
+from dualhead.recipe.yaml import load_recipe
+from dualhead.training import Passes
 from helpers.resume import outcome, train_until
 from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
 
@@ -189,7 +190,7 @@ def test_a_head_that_is_not_trained_on_attacked_images_does_not_see_them(forward
 @pytest.mark.parametrize("parts", [("trunk", "head1", "head2"), ("head1", "head2")])
 def test_a_joint_forward_of_heads_that_see_different_images_is_what_separate_ones_give(parts):
     model, data = dual_model(), batch(0, 8)
-    program = Program.of(model, stage_of(GUIDED, parts))
+    program = Passes.of(model, stage_of(GUIDED, parts))
     model.eval()  # batch norm apart, how images are put together does not matter
     clean, attacked = (program.constant(x) for x in (data.x, 1 - data.x))
     for joined, alone in zip(
@@ -217,7 +218,7 @@ def test_a_head_that_is_not_trained_on_clean_images_does_not_see_them(forward):
 @pytest.mark.parametrize("parts", [("trunk", "head1", "head2"), ("head1", "head2")])
 def test_a_joint_forward_is_two_where_each_head_has_images_of_its_own(parts):
     model, data = dual_model(), batch(0, 8)
-    program = Program.of(model, stage_of({**GUIDED, "head1": "sat"}, parts))
+    program = Passes.of(model, stage_of({**GUIDED, "head1": "sat"}, parts))
     model.eval()
     clean, attacked = (program.constant(x) for x in (data.x, 1 - data.x))
     of_clean, of_attacked = program.clean_and_attacked(clean, attacked)
@@ -290,7 +291,7 @@ def test_frozen_parts_stay_bit_equal_while_the_rest_trains_jointly():
 
 def test_the_deployed_output_of_a_program_is_the_last_one():
     model, x = dual_model().eval(), batch(0, 4).x
-    program = Program(model, ALL, ("head1", "head2", "aggregate"), ("aggregate",))
+    program = Passes(model, ALL, ("head1", "head2", "aggregate"), ("aggregate",))
     model.eval()
     assert torch.allclose(program.logits(x), model(x))
     assert torch.allclose(program.suffix(program.prefix(x))[:, 1], model.view("head2")(x))

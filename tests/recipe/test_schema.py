@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from dualhead.errors import UserError
-from dualhead.recipe.schema import Recipe, load_recipe, parse_recipe, shipped_recipes
+from dualhead.recipe.schema import Recipe, parse_recipe
+from dualhead.recipe.yaml import load_recipe, shipped_recipes
 from dualhead.threats.lp import ThreatModel
 
 MINIMAL = """
@@ -295,7 +296,7 @@ def test_a_recipe_is_frozen(write):
 
 def test_the_wide_baseline_has_the_parameters_of_two_heads():
     from dualhead.models import backbones, count_parameters
-    from dualhead.saving.models import Architecture
+    from dualhead.saving.architecture import Architecture
 
     def parameters(name):
         model = load_recipe(name).model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dualhead.recipe.schema import load_recipe
+from dualhead.recipe.yaml import load_recipe
 from dualhead.report.model_card import model_card
 from dualhead.report.text import attack_text
 

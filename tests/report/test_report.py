@@ -24,6 +24,7 @@ from dualhead.commands.cli import app
 from dualhead.errors import UserError
 from dualhead.evaluation.gallery import Gallery
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
+from dualhead.names import id_of
 from dualhead.report import write_report
 from dualhead.report.comparison import as_csv, as_records, cost_table, trade_offs, verdict
 from dualhead.report.differences import difference
@@ -306,16 +307,23 @@ def test_a_failed_diagnostic_comes_before_everything(tmp_path):
     assert "This result cannot be believed" not in report(make_run(tmp_path / "fine"), at=tmp_path).text
 
 
+def coin(gained, lost):
+    """Chance that a fair coin falls as unevenly as this, or more so, to either side."""
+    tosses, fewer = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(tosses, heads) for heads in range(fewer + 1)) / 2**tosses)
+
+
 def test_differences_are_those_of_the_paired_test(tmp_path):
     source = read_sources([make_run(tmp_path / "run", count=300)])[0]
     first, second = source.rows[0], source.rows[4]
     for what in ("clean", "pgd-40", "worst"):
-        expected = mcnemar(first.correct(what), second.correct(what))
+        a, b = first.correct(what), second.correct(what)
+        gained, lost = int((b & ~a).sum()), int((a & ~b).sum())
         found = difference(second, first, what)
-        assert found.value == pytest.approx(expected.difference)
-        assert (found.low, found.high) == pytest.approx(expected.interval)
-        words = {"gain": "more", "loss": "less", "undecided": "undecided"}
-        assert found.verdict == words[expected.verdict]
+        assert found.difference == pytest.approx(b.mean() - a.mean())
+        assert found.p_value == pytest.approx(coin(gained, lost))
+        assert found.interval[0] < found.difference < found.interval[1]
+        assert found == mcnemar(a, b)
 
 
 def test_differences_do_not_depend_on_the_order_of_samples(tmp_path):
@@ -349,7 +357,7 @@ def test_what_only_merged_heads_can_face_keeps_nobody_from_being_compared(tmp_pa
     assert second.attacks == ["pgd-40", "multihead"]
     for what in ("clean", "worst"):
         expected = mcnemar(first.correct(what), second.correct(what))
-        assert difference(second, first, what).value == pytest.approx(expected.difference)
+        assert difference(second, first, what).difference == pytest.approx(expected.difference)
     assert [figure for figure in trade_offs(sources) if "multihead (merged heads alone)" in figure.title]
     best = max((first, second), key=lambda row: row.worst.value)
     assert best.title + " still gets" in verdict(sources).sentence
@@ -632,6 +640,18 @@ def test_a_stage_without_epochs_says_that_its_weights_are_kept(tmp_path):
     assert "no epochs Not trained: the weights that it starts from are kept." in report(run, at=tmp_path).text
 
 
+def test_rows_are_known_by_their_ids_and_those_of_earlier_versions_by_their_names(tmp_path):
+    ids = ["base", "head1", "head2", "mean", "aggregate"]
+    run = make_run(tmp_path / "run")
+    assert [row.output for row in read_sources([run])[0].rows] == [id_of(name) for name in ROWS]
+    comparison = json.loads((run / "comparison.json").read_text())
+    for row, output in zip(comparison["rows"], ids, strict=False):
+        row.update(name=f"renamed {output}", output=output)
+    (run / "comparison.json").write_text(json.dumps(comparison))
+    found = read_sources([run])[0].rows
+    assert [(row.name, row.output) for row in found] == [(f"renamed {o}", o) for o in ids[: len(ROWS)]]
+
+
 def test_names_that_lead_out_of_the_run_are_not_followed(tmp_path):
     evaluation(tmp_path / "secret", 9)
     run = make_run(tmp_path / "run")
@@ -811,10 +831,11 @@ def test_command_writes_the_page(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "role"),
-    [("head 1", "head1"), ("head 2", "head2"), ("head 3", "further"), ("head 12", "further"), ("DH-AT", "aggregate")],
+    ("output", "role"),
+    [(name, name) for name in ("base", "head1", "head2", "mean", "aggregate", "model")]
+    + [("head3", "further"), ("head12", "further")],
 )
-def test_every_output_has_a_colour(name, role):
-    assert role_of(name) == role
+def test_every_output_has_a_colour(output, role):
+    assert role_of(output) == role
     style = resources.files("dualhead.report").joinpath("templates/page.css").read_text(encoding="utf-8")
     assert f".{role} {{ --tone: var(--{role}); }}" in style

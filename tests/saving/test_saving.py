@@ -10,18 +10,9 @@ import torch
 
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier
-from dualhead.saving.models import (
-    CONFIG,
-    WEIGHTS,
-    Architecture,
-    find_model,
-    load,
-    load_base_weights,
-    read_config,
-    save_model,
-    view,
-)
-from dualhead.system.runtime import all_generator_states
+from dualhead.saving.architecture import CONFIG, WEIGHTS, Architecture, read_config
+from dualhead.saving.models import find_model, load, load_base_weights, save_model, view
+from dualhead.system.generators import all_generator_states
 
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -11,20 +11,20 @@ from torch import nn
 
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import evaluate, make_gallery
-from dualhead.recipe.schema import load_recipe
-from dualhead.runs import run
+from dualhead.recipe.yaml import load_recipe
+from dualhead.runs import prepare, stages
 from dualhead.runs.run import train
-from dualhead.system import runtime
-from dualhead.system.runtime import (
+from dualhead.system import arithmetic as measured
+from dualhead.system.arithmetic import (
     BF16,
     BF16_CONTIGUOUS,
     FLOAT32,
     FLOAT32_CHANNELS_LAST,
     FLOAT32_CONTIGUOUS,
     choose_arithmetic,
-    float32_products,
     with_lanes,
 )
+from dualhead.system.devices import float32_products
 from dualhead.threats.lp import ThreatModel
 from helpers.e2e import TINY
 
@@ -90,7 +90,7 @@ def test_auto_measures_and_leaves_the_layout_it_chose(by_view):
 )
 def test_what_is_clearly_faster_is_chosen_and_float32_has_two_layouts(monkeypatch, precision, seconds, expected):
     model, clock = Flattens(by_view=False), iter(seconds)
-    monkeypatch.setattr(runtime, "_seconds_per_pass", lambda *_: next(clock))
+    monkeypatch.setattr(measured, "_seconds_per_pass", lambda *_: next(clock))
     assert choose_arithmetic(precision, model, IMAGES) == expected
     assert layout(model) == ("channels last" if expected.channels_last else "contiguous")
     assert next(clock, None) is None
@@ -106,7 +106,7 @@ def test_what_is_clearly_faster_is_chosen_and_float32_has_two_layouts(monkeypatc
     ],
 )
 def test_precision_and_layout_together_leave_nothing_to_the_clock(monkeypatch, precision, pinned, expected):
-    monkeypatch.setattr(runtime, "_fastest", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(measured, "_fastest", lambda *_: pytest.fail("measured"))
     model = Flattens(by_view=False)
     assert choose_arithmetic(precision, model, IMAGES, pinned) == expected
     torch.testing.assert_close(expected.wrap(model)(IMAGES), model(IMAGES), rtol=0.05, atol=0.05)
@@ -115,7 +115,7 @@ def test_precision_and_layout_together_leave_nothing_to_the_clock(monkeypatch, p
 @pytest.mark.parametrize(("seconds", "said"), [([12.0, 1.0], True), ([1.0, 1.0], False), ([1.0, 2.0], False)])
 def test_bf16_that_is_asked_for_where_it_is_slow_is_taken_with_a_word(monkeypatch, caplog, tmp_path, seconds, said):
     clock = iter(seconds)
-    monkeypatch.setattr(runtime, "_seconds_per_pass", lambda *_: next(clock))
+    monkeypatch.setattr(measured, "_seconds_per_pass", lambda *_: next(clock))
     settings = [*TINY, "runtime.precision=bf16", "runtime.lanes=1"]
     train(load_recipe("digits", settings), run_dir=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "bf16"
@@ -166,8 +166,8 @@ def test_a_recipe_sets_the_lanes(tmp_path, words, expected):
 def test_lanes_are_chosen_by_the_clock_and_only_where_they_can_help(monkeypatch):
     model, example = Flattens(by_view=False), torch.rand(64, 3, 8, 8)
     seconds = {"lanes": 1.0}
-    monkeypatch.setattr(runtime, "_fastest", lambda *_: seconds["lanes"])
-    monkeypatch.setattr(runtime, "_seconds_per_pass", lambda *_: 1.0)
+    monkeypatch.setattr(measured, "_fastest", lambda *_: seconds["lanes"])
+    monkeypatch.setattr(measured, "_seconds_per_pass", lambda *_: 1.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert with_lanes(FLOAT32, model, example) == FLOAT32
     seconds["lanes"] = 0.8
@@ -205,11 +205,11 @@ def test_evaluations_ask_for_exact_products_whatever_torch_has_set(look):
 
 @pytest.mark.parametrize(("precision", "rounded"), [("float32", False), ("auto", False), ("tf32", True)])
 def test_training_rounds_products_if_the_recipe_says_so(tmp_path, monkeypatch, precision, rounded):
-    def stop(self, *args, **kwargs):
+    def stop(*args):
         raise Interrupted(str(tf32_flags()))
 
-    monkeypatch.setattr(run, "refuse_tf32", lambda device: None)
-    monkeypatch.setattr(run.Run, "_train_stage", stop)
+    monkeypatch.setattr(prepare, "refuse_tf32", lambda device: None)
+    monkeypatch.setattr(stages, "_train_stage", stop)
     with pytest.raises(Interrupted, match=str(rounded)):
         train(load_recipe("digits", [*TINY, f"runtime.precision={precision}"]), run_dir=tmp_path / "run")
     written = json.loads((tmp_path / "run" / "environment.json").read_text())["precision"]

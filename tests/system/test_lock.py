@@ -1,4 +1,4 @@
-"""A folder belongs to one process at a time; locks that nobody holds any more are taken over."""
+"""A folder belongs to one process at a time, and to nobody once that process is gone, however it ended."""
 
 from __future__ import annotations
 
@@ -6,34 +6,50 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from filelock import SoftFileLock
 
 from dualhead.errors import UserError
 from dualhead.system import lock
-from dualhead.system.lock import NAME, FolderLock
+from dualhead.system.lock import NAME, FolderLock, owner_of
+
+HOLD = "import sys; from pathlib import Path; from dualhead.system.lock import FolderLock\n"
+HOLD += "with FolderLock(Path(sys.argv[1])): print('held', flush=True); input()"
 
 
-def write_lock(folder, **owner):
-    folder.mkdir(exist_ok=True)
-    (folder / NAME).write_text(json.dumps(owner))
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(lock, "_PATIENCE", 0.1)
 
 
-def dead_pid():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the folder until it is told to stop, or killed."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], **pipes)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def me():
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def test_names_its_owner_and_goes_when_left(tmp_path):
-    with FolderLock(tmp_path / "new" / "folder"):
-        owner = json.loads((tmp_path / "new" / "folder" / NAME).read_text())
-        assert (owner["host"], owner["pid"]) == (socket.gethostname(), os.getpid())
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    folder = tmp_path / "new" / "folder"
+    with FolderLock(folder):
+        assert json.loads((folder / NAME).read_text()) == me()
+        assert owner_of(folder) == me()
+    assert list(folder.iterdir()) == []
+    assert owner_of(folder) is None
 
 
 def test_goes_when_what_it_guards_fails(tmp_path):
@@ -42,119 +58,58 @@ def test_goes_when_what_it_guards_fails(tmp_path):
     assert not (tmp_path / NAME).exists()
 
 
-def test_a_living_process_keeps_others_out(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        write_lock(tmp_path, host=socket.gethostname(), pid=other.pid)
-        with pytest.raises(UserError, match=f"process {other.pid} on {socket.gethostname()}"), FolderLock(tmp_path):
-            pass
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == other.pid
-    finally:
-        other.communicate(b"\n")
+def test_a_living_process_keeps_others_out(tmp_path, other):
+    says = f"process {other.pid} on {socket.gethostname()} is working there; wait for it, choose another --run-dir"
+    with pytest.raises(UserError, match=says), FolderLock(tmp_path):
+        pass
+    assert owner_of(tmp_path) == {"host": socket.gethostname(), "pid": other.pid}
+    other.communicate(b"\n")
+    assert other.returncode == 0
     with FolderLock(tmp_path):
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert owner_of(tmp_path) == me()
 
 
 def test_the_same_process_cannot_take_it_twice(tmp_path):
     with FolderLock(tmp_path):
-        with pytest.raises(UserError, match="is working there"), FolderLock(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is working there"), FolderLock(tmp_path):
             pass
-        assert (tmp_path / NAME).exists()
+        assert owner_of(tmp_path) == me()
 
 
-@pytest.mark.parametrize("owner", [{"pid": dead_pid()}, {"pid": os.getpid()}, {"pid": -1}, {"pid": "x"}, {}])
-def test_a_stale_lock_of_this_host_is_taken_over(tmp_path, owner):
-    # Its own number: in containers, where numbers repeat, a process before this one had it.
-    write_lock(tmp_path, host=socket.gethostname(), **owner)
-    with FolderLock(tmp_path):
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
-
-
-def test_a_lock_of_another_host_holds_while_it_shows_life(tmp_path):
-    write_lock(tmp_path, host="elsewhere", pid=1)
-    with pytest.raises(UserError, match="process 1 on elsewhere"), FolderLock(tmp_path):
-        pass
-    long_ago = time.time() - lock.SILENT_SECONDS - 1
-    os.utime(tmp_path / NAME, (long_ago, long_ago))
-    with FolderLock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_an_unreadable_lock_holds_while_it_is_young(tmp_path, content):
-    (tmp_path / NAME).write_text(content)
-    with pytest.raises(UserError, match="is working there"), FolderLock(tmp_path):
-        pass
-    os.utime(tmp_path / NAME, (0, 0))
-    with FolderLock(tmp_path):
-        pass
-
-
-def test_the_owner_shows_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
-    with FolderLock(tmp_path):
-        os.utime(tmp_path / NAME, (0, 0))
-        deadline = time.monotonic() + 10
-        while (tmp_path / NAME).stat().st_mtime == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert (tmp_path / NAME).stat().st_mtime > 0
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what /proc says")
-def test_of_a_process_that_died_and_was_not_waited_for_the_lock_is_stale(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    write_lock(tmp_path, host=socket.gethostname(), pid=other.pid)
-    other.kill()
-    while lock._state(other.pid)[0] != "Z":
+def test_of_a_process_that_was_killed_the_lock_is_free_before_it_is_waited_for(tmp_path, other):
+    other.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while owner_of(tmp_path) is not None and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert (tmp_path / NAME).exists()
+    assert owner_of(tmp_path) is None
     with FolderLock(tmp_path):
-        pass
-    other.communicate()
+        assert owner_of(tmp_path) == me()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what /proc says")
-def test_a_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        started = lock._state(other.pid)[1]
-        write_lock(tmp_path, host=socket.gethostname(), pid=other.pid, started=started)
-        with pytest.raises(UserError, match="is working there"), FolderLock(tmp_path):
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"pid": 1}', '{"host": "elsewhere", "pid": 1}', "\x00"])
+def test_a_file_that_nobody_holds_is_taken_over(tmp_path, content):
+    (tmp_path / NAME).write_text(content)
+    assert owner_of(tmp_path) is None
+    with FolderLock(tmp_path):
+        assert owner_of(tmp_path) == me()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "17", "17\n"])
+def test_an_owner_that_has_not_said_who_keeps_others_out(tmp_path, content):
+    with FolderLock(tmp_path):
+        (tmp_path / NAME).write_text(content)
+        with pytest.raises(UserError, match="a process that has not said who is working there"), FolderLock(tmp_path):
             pass
-        write_lock(tmp_path, host=socket.gethostname(), pid=other.pid, started="1 of a boot before")
-        with FolderLock(tmp_path):
-            pass
-    finally:
-        other.communicate(b"\n")
 
 
-def test_one_failure_of_the_file_system_does_not_end_the_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
-    touch, failed = os.utime, []
+def test_a_lock_that_may_only_be_read_names_its_owner(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
 
-    def fails_once(path, *more):
-        if not failed:
-            failed.append(path)
-            raise OSError(errno.ESTALE, "Stale file handle")
-        touch(path, *more)
-
-    with FolderLock(tmp_path):
-        touch(tmp_path / NAME, (0, 0))
-        monkeypatch.setattr(os, "utime", fails_once)
-        deadline = time.monotonic() + 10
-        while (tmp_path / NAME).stat().st_mtime == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert failed
-        assert (tmp_path / NAME).stat().st_mtime > 0
-
-
-def test_a_lock_that_another_has_taken_over_stays_its(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
-    with FolderLock(tmp_path):
-        write_lock(tmp_path, host="elsewhere", pid=1)
-        os.utime(tmp_path / NAME, (0, 0))
-        time.sleep(0.1)
-        assert (tmp_path / NAME).stat().st_mtime == 0
-    assert json.loads((tmp_path / NAME).read_text())["host"] == "elsewhere"
+    (tmp_path / NAME).write_text('{"host": "elsewhere", "pid": 3}')
+    monkeypatch.setattr(lock.FileLock, "acquire", refused)
+    assert owner_of(tmp_path) == {"host": "elsewhere", "pid": 3}
 
 
 def test_a_lock_that_there_was_no_room_for_does_not_stay(tmp_path, monkeypatch):
@@ -162,34 +117,52 @@ def test_a_lock_that_there_was_no_room_for_does_not_stay(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dump", full)
+        patch.setattr(json, "dumps", full)
         with pytest.raises(OSError, match="No space left"), FolderLock(tmp_path):
             pass
     with FolderLock(tmp_path):
         pass
+    assert list(tmp_path.iterdir()) == []
 
 
-def hold_once(folder, counter, together):
-    """Take the lock if it is free, and count that one has it, until all have tried."""
-    together.wait()
-    try:
-        with FolderLock(folder):
-            with counter.get_lock():
-                counter.value += 1
-            together.wait()
-    except UserError:
-        together.wait()
+def test_where_a_file_system_has_no_locks_the_file_is_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "FileLock", SoftFileLock)
+    says = f"process {os.getpid()} on {socket.gethostname()} is working there"
+    with FolderLock(tmp_path), pytest.raises(UserError, match=says), FolderLock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / NAME).write_text("1\nelsewhere\n")
+    with pytest.raises(UserError, match=r"process 1 on elsewhere is working there.* or remove"), FolderLock(tmp_path):
+        pass
 
 
-def test_of_many_that_find_a_stale_lock_at_once_one_gets_it(tmp_path):
-    write_lock(tmp_path, host=socket.gethostname(), pid=dead_pid())
+def take_often(folder, inside, taken):
+    """Take the lock 30 times, and count how many have it at once."""
+    for _ in range(30):
+        while True:
+            try:
+                with FolderLock(folder):
+                    with inside.get_lock():
+                        inside.value += 1
+                        assert inside.value == 1
+                    with inside.get_lock():
+                        inside.value -= 1
+                    with taken.get_lock():
+                        taken.value += 1
+                break
+            except UserError:
+                continue
+
+
+def test_of_many_that_want_it_one_has_it(tmp_path):
+    (tmp_path / NAME).write_text(json.dumps({"host": socket.gethostname(), "pid": -1}))
     context = multiprocessing.get_context("fork")
-    counter, together = context.Value("i", 0), context.Barrier(6, timeout=60)
-    processes = [context.Process(target=hold_once, args=(tmp_path, counter, together)) for _ in range(6)]
+    inside, taken = context.Value("i", 0), context.Value("i", 0)
+    processes = [context.Process(target=take_often, args=(tmp_path, inside, taken)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 6
-    assert counter.value == 1
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert taken.value == 4 * 30
     assert list(tmp_path.iterdir()) == []

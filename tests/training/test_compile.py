@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dualhead.errors import RunError, UserError
-from dualhead.recipe.schema import load_recipe
-from dualhead.runs.run import Run
-from dualhead.system.runtime import Arithmetic, compiled
+from dualhead.recipe.yaml import load_recipe
+from dualhead.runs.prepare import prepare
+from dualhead.system.arithmetic import Arithmetic, compiled
 from helpers.e2e import TINY
 from helpers.training import PARTS, batch, dual_model, plain_model, stage_of, step_of, streams_of, twins
 
@@ -71,4 +71,4 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path):
         load_recipe("digits", ["runtime.compile=true", "runtime.lanes=2"])
     both = ["runtime.compile=true", "stages.*.checkpoint_activations=true"]
     with pytest.raises(UserError, match=r"stages\.0\.checkpoint_activations: not with runtime\.compile"):
-        Run(load_recipe("digits", [*TINY, *both]), tmp_path / "run")
+        prepare(load_recipe("digits", [*TINY, *both]), tmp_path / "run")

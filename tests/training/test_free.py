@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from pydantic import ValidationError
 
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
 from dualhead.threats.lp import ThreatModel
-from dualhead.training import Program
+from dualhead.training import Passes
 from dualhead.training.step import TrainingStep
 from helpers.resume import outcome, train_until
 from helpers.training import PARTS, THREAT, batch, dual_model, plain_model, stage_of, step_of, streams_of
@@ -83,7 +83,7 @@ def test_it_reaches_images_through_a_frozen_trunk_which_stays_as_it_is():
 def test_l2_perturbations_keep_to_the_ball():
     model, data, threat = plain_model(), batch(0, 8), ThreatModel("L2", 0.5)
     stage = stage_of("sat", ("model",), free={"replays": 4, "step_size": 0.3})
-    program = Program.of(model, stage)
+    program = Passes.of(model, stage)
     step = TrainingStep(program, stage, threat, stage.optimiser.create(program.parameters()), FLOAT32)
     lengths = []
     for _ in range(4):

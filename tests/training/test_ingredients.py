@@ -17,7 +17,7 @@ from dualhead.training.averaging import EMA, SWA, WeightAverage
 from dualhead.training.awp import AWP
 from dualhead.training.guard import StepGuard
 from helpers.resume import outcome, train_until
-from helpers.training import PARTS, batch, dual_model, plain_model, stage_of, step_of, streams_of
+from helpers.training import PARTS, attacked, batch, dual_model, plain_model, stage_of, step_of, streams_of
 
 
 def small():
@@ -207,7 +207,7 @@ def test_a_step_with_awp_descends_by_the_gradient_at_the_perturbed_weights_and_m
     step = step_of(ours, stage)
     step.begin(0)
     reference = step_of(theirs, stage_of("sat", ("model",), lr=0.01))
-    x_adv = reference._attack(data.x, None, data.y, streams_of(data))
+    x_adv = attacked(reference, data)
     step(data, streams_of(data))
 
     theirs.train()

@@ -12,9 +12,10 @@ from dualhead.attacks import attacks
 from dualhead.data import Loader, Split, load_split
 from dualhead.models import Normalize, backbones
 from dualhead.noise import Streams
-from dualhead.system.runtime import FLOAT32, in_eval_mode
+from dualhead.system.arithmetic import FLOAT32
+from dualhead.system.modes import in_eval_mode
 from dualhead.threats.lp import ThreatModel
-from dualhead.training import Program
+from dualhead.training import Passes
 from dualhead.training.averaging import EMA, WeightAverage
 from dualhead.training.step import TrainingStep
 from helpers.training import stage_of
@@ -43,7 +44,7 @@ def training(seed, training_set, epochs, lr, **settings):
     torch.manual_seed(seed)
     model = backbones.build("cnn-8").create(10, tuple(training_set.image_shape), Normalize([0.3], [0.4]))
     stage = stage_of("sat", ("model",), lr=lr, attack=attacks.build(ATTACK), **settings)
-    program = Program.of(model, stage)
+    program = Passes.of(model, stage)
     step = TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), FLOAT32)
     loader = Loader(training_set, 64, seed=seed, device="cpu")
 

@@ -13,8 +13,8 @@ from dualhead.data import Loader, Split
 from dualhead.models import read_state
 from dualhead.noise import Streams
 from dualhead.report.training import best_line
-from dualhead.system.runtime import FLOAT32
-from dualhead.training import Program, Silent, Validator
+from dualhead.system.arithmetic import FLOAT32
+from dualhead.training import Passes, Silent, Validator
 from dualhead.training.checkpoint import CheckpointStore, Position
 from dualhead.training.loop import StageFiles, StageRun
 from dualhead.training.metrics import MetricsLog
@@ -55,7 +55,7 @@ def trained(folder, model, stage, validator=None):
     files = StageFiles(CheckpointStore(folder / "states"), folder / "best.safetensors", folder / "last.safetensors")
     weights = Weights(model)
     run = StageRun(
-        stage, Program.of(model, stage), Loader(split, BATCH, seed=5, device="cpu"), validator=validator, threat=THREAT,
+        stage, Passes.of(model, stage), Loader(split, BATCH, seed=5, device="cpu"), validator=validator, threat=THREAT,
         arithmetic=FLOAT32, seed=7, device=torch.device("cpu"), files=files, log=MetricsLog(folder / "metrics.jsonl"),
         progress=weights, stop=lambda: False, save_minutes=60.0,
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_the_most_robust_epoch_is_kept_as_the_best(tmp_path, robust, clean, best
 
 
 def found_by(validator, model):
-    return validator(Program.of(model, stage_of("sat", ("model",))), FLOAT32, torch.device("cpu"))
+    return validator(Passes.of(model, stage_of("sat", ("model",))), FLOAT32, torch.device("cpu"))
 
 
 def test_validation_sees_the_model_in_eval_mode_and_leaves_it_as_it_was():

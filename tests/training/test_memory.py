@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dualhead.errors import RunError
-from dualhead.system.runtime import in_eval_mode
+from dualhead.system.modes import in_eval_mode
 from dualhead.training.activation_checkpointing import blocks, recomputed
 from dualhead.training.loop import is_out_of_memory
 from dualhead.training.step import TrainingStep
@@ -79,13 +79,19 @@ def test_frozen_batch_norm_does_not_mind_pieces(stage):
         torch.testing.assert_close(cut.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_pieces_are_attacked_before_any_of_them_moves_batch_norm():
+def test_pieces_are_attacked_before_any_of_them_moves_batch_norm(monkeypatch):
     whole, cut = twins(plain_model())
     seen = {}
     for name, model, micro_batch in (("whole", whole, None), ("cut", cut, 4)):
         step = step_of(model, stage_of("sat", ("model",), micro_batch=micro_batch))
-        attacked = seen[name] = []
-        step._forward.register_forward_pre_hook(lambda module, args, attacked=attacked: attacked.append(args[1]))
+        attacked, look = [], step._fast_look
+        seen[name] = attacked
+
+        def watched(crossing, attacked=attacked, look=look):
+            attacked.append(crossing["attacked"])
+            return look(crossing)
+
+        monkeypatch.setattr(step, "_fast_look", watched)
         data = batch(0)
         step(data, streams_of(data))
     torch.testing.assert_close(torch.cat(seen["cut"]), torch.cat(seen["whole"]), rtol=0, atol=1e-6)
@@ -171,13 +177,13 @@ def test_what_counts_as_out_of_memory():
 def test_out_of_memory_ends_clearly_offers_a_smaller_piece_and_loses_nothing(tmp_path, monkeypatch, error):
     call, steps = TrainingStep.__call__, []
 
-    def fails_in_the_second_epoch(self, data, streams, **how):
+    def fails_in_the_second_epoch(self, *data, **how):
         steps.append(None)
         if len(steps) == 5:
             if error is not None:
                 raise error
             torch.empty(10**15)
-        return call(self, data, streams, **how)
+        return call(self, *data, **how)
 
     monkeypatch.setattr(TrainingStep, "__call__", fails_in_the_second_epoch)
     advice = r"stage main_head, epoch 2: out of memory with 32 images at once; set stages.main_head.micro_batch=16, or"
@@ -189,7 +195,7 @@ def test_out_of_memory_ends_clearly_offers_a_smaller_piece_and_loses_nothing(tmp
 
 
 def test_other_errors_pass_through(tmp_path, monkeypatch):
-    def fails(self, data, streams, **how):
+    def fails(self, *data, **how):
         raise RuntimeError("size mismatch")
 
     monkeypatch.setattr(TrainingStep, "__call__", fails)

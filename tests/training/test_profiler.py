@@ -9,17 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dualhead.recipe.schema import load_recipe
-from dualhead.runs.run import Run
-from dualhead.system.runtime import Arithmetic
+from dualhead.recipe.yaml import load_recipe
+from dualhead.runs import stages
+from dualhead.runs.prepare import prepare
+from dualhead.system.arithmetic import Arithmetic
 from dualhead.training import Silent
-from dualhead.training.profiler import PARTS, SKIPPED, STEPS, labelled
+from dualhead.training.profiler import SECTIONS, SKIPPED, STEPS, labelled
 from helpers.e2e import TINY
 
 
 def trained(folder, *overrides, profile=True):
-    run = Run(load_recipe("digits_sat", [*TINY, "stages.*.batch_size=32", "runtime.lanes=1", *overrides]), folder)
-    run.train(Silent(), lambda: False, profile=profile)
+    settings = [*TINY, "stages.*.batch_size=32", "runtime.lanes=1", *overrides]
+    prepared = prepare(load_recipe("digits_sat", settings), folder)
+    stages.train_stages(prepared, Silent(), lambda: False, profile=profile)
     return load_file(folder / "model" / "model.safetensors")
 
 
@@ -41,7 +43,8 @@ def test_table_and_trace_name_the_parts_and_results_stay(tmp_path):
 
 
 def test_attacks_in_other_threads_are_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "_arithmetic", lambda self: replace(Arithmetic(bf16=False, channels_last=True), lanes=2))
+    two_lanes = replace(Arithmetic(bf16=False, channels_last=True), lanes=2)
+    monkeypatch.setattr(stages, "choose_for_training", lambda prepared: two_lanes)
     trained(tmp_path / "run")
     trace = json.loads((tmp_path / "run" / "profile" / "main_head.json").read_text())
     convolutions = [event for event in trace["traceEvents"] if event.get("name") == "aten::convolution"]
@@ -58,8 +61,8 @@ def test_a_stage_that_is_too_short_is_told(tmp_path, caplog):
 
 
 def test_labelled_gives_what_it_is_given():
-    assert list(labelled(PARTS[0], [1, None, 3])) == [1, None, 3]
-    assert list(labelled(PARTS[0], [])) == []
+    assert list(labelled(SECTIONS[0], [1, None, 3])) == [1, None, 3]
+    assert list(labelled(SECTIONS[0], [])) == []
 
 
 @pytest.mark.slow  # a whole run with its evaluation

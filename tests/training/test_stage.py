@@ -5,25 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-import dualhead.runs.run as run_module
 from dualhead.attacks import attacks
 from dualhead.data import augmentations
-from dualhead.runs.run import Run, train
+from dualhead.runs import stages
+from dualhead.runs.prepare import prepare
+from dualhead.runs.run import train
+from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.system.runtime import FLOAT32
 from dualhead.threats.lp import ThreatModel
-from dualhead.training import Program, StageRun
+from dualhead.training import Passes, StageRun
 from dualhead.training.step import TrainingStep
 from helpers.resume import recipe
-from helpers.training import batch, plain_model, stage_of, streams_of
+from helpers.training import attacked, batch, plain_model, stage_of, streams_of
 
 
 def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
     model, data, threat = plain_model(), batch(0, 16), ThreatModel("L2", 128 / 255)
     stage = stage_of({"name": "trades", "beta": 6}, ("model",), start="gaussian", lr=0.02)
-    program = Program.of(model, stage)
+    program = Passes.of(model, stage)
     step = TrainingStep(program, stage, threat, stage.optimiser.create(program.parameters()), FLOAT32)
-    x_adv = step._attack(data.x, data.x, data.y, streams_of(data))
+    x_adv = attacked(step, data)
     distance = threat.distance(x_adv, data.x)
     assert float(distance.max()) <= threat.eps + 1e-6
     assert float(distance.min()) > 0.1 * threat.eps
@@ -50,7 +51,7 @@ def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
 def test_settings_that_come_to_nothing_are_told(tmp_path, caplog, overrides, told):
     settled = ["stages.*.attack.step_size=0.1", "validation.attack.step_size=0.2"]
     with caplog.at_level("WARNING"):
-        Run(recipe(*settled, *overrides), tmp_path / "run")
+        prepare(recipe(*settled, *overrides), tmp_path / "run")
     found = [record.getMessage() for record in caplog.records]
     assert [words for words in found if "reach" in words or "the stage has" in words] == [
         next((words for words in found if words.startswith(start)), start) for start in told
@@ -62,7 +63,7 @@ def test_a_step_of_fast_adversarial_training_costs_five_forward_passes():
     model, data = plain_model(), batch(0, 4)
     fgsm = attacks.build({"name": "fgsm", "step_size": "10/255", "start": "uniform"})
     stage = stage_of("sat", ("model",), attack=fgsm)
-    program = Program.of(model, stage)
+    program = Passes.of(model, stage)
     threat = ThreatModel("Linf", 8 / 255)
     step = TrainingStep(program, stage, threat, stage.optimiser.create(program.parameters()), FLOAT32)
     start = threat.ball_point(data.x, streams_of(data)).requires_grad_()
@@ -74,8 +75,8 @@ def test_a_step_of_fast_adversarial_training_costs_five_forward_passes():
     fresh = plain_model().eval()
     (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(fresh(start), data.y), start)
     expected = threat.project(start.detach() + 10 / 255 * gradient.sign(), data.x)
-    same = TrainingStep(Program.of(fresh, stage), stage, threat, stage.optimiser.create(fresh.parameters()), FLOAT32)
-    found = same._attack(data.x, None, data.y, streams_of(data))
+    same = TrainingStep(Passes.of(fresh, stage), stage, threat, stage.optimiser.create(fresh.parameters()), FLOAT32)
+    found = attacked(same, data)
     assert float((found - expected).abs().gt(1e-6).float().mean()) < 1e-3
 
 
@@ -87,7 +88,7 @@ def test_a_stage_may_have_its_own_radius_and_augmentation(monkeypatch, tmp_path)
             seen.append((stage.name, settings["threat"].eps, settings["validator"].threat.eps, loader._augment))
             super().__init__(stage, program, loader, **settings)
 
-    monkeypatch.setattr(run_module, "StageRun", Watched)
+    monkeypatch.setattr(stages, "StageRun", Watched)
     changes = ["stages.second_head.eps=0.05", "stages.second_head.augment=[]", "stages.*.epochs=0"]
     own = recipe(*changes, "evaluate.limit=8", "evaluate.attacks=[pgd-1]", "evaluate.gallery=0")
     train(own, run_dir=tmp_path / "run")

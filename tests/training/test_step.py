@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from dualhead.system.runtime import Arithmetic
+from dualhead.attacks.pgd import PGD
+from dualhead.system.arithmetic import Arithmetic
 from helpers.training import (
     PARTS,
     THREAT,
     CallCounter,
+    attacked,
     batch,
     counting,
     dual_model,
@@ -239,7 +241,7 @@ def test_the_attack_computes_no_weight_gradient_although_weights_ask_for_one():
     step, data = step_of(model, stage), batch(0, 4)
     assert all(parameter.requires_grad for parameter in model.parameters())
     with counting(model) as kernels:
-        step._attack(data.x, None, data.y, streams_of(data))
+        attacked(step, data)
     assert sum(kernels.of("input_gradient").values()) == LAYERS * 10
     assert kernels.of("weight_gradient") == {}
 
@@ -262,12 +264,10 @@ def test_attacks_in_lanes_train_the_same(base, stage, monkeypatch):
     objective, start = BASES[base]
     parts, lr = ("model",) if stage is None else PARTS[stage], 0.002 if stage == 3 else 0.01
     before, names = flat(alone), []
+    climb = PGD.maximise
+    monkeypatch.setattr(PGD, "maximise", lambda *args: names.append(threading.current_thread().name) or climb(*args))
     for model, lanes in ((alone, 1), (together, 2)):
         step = step_of(model, stage_of(objective, parts, start=start, lr=lr), Arithmetic(bf16=False, lanes=lanes))
-        climb = step._climb
-        monkeypatch.setattr(
-            step, "_climb", lambda *args, climb=climb: names.append(threading.current_thread().name) or climb(*args)
-        )
         for number in range(3):
             step(batch(number, 36), streams_of(batch(number, 36)))
         step(batch(3, 36), streams_of(batch(3, 36)), one_thread=True)

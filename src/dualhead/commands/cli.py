@@ -103,7 +103,7 @@ def train(
 ) -> None:
     """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
     from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
-    from dualhead.runs import REPORT
+    from dualhead.runs import RunFolder
     from dualhead.runs import train as run_training
     from dualhead.system.processes import joined
 
@@ -126,9 +126,10 @@ def train(
         return
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
     if not quiet:
+        folder = RunFolder(result.run_dir)
         if profile:
-            out.print(f"profile: {result.run_dir / 'profile'}, a table and a trace for each stage", soft_wrap=True)
-        out.print(f"run: {result.run_dir}, report: {result.run_dir / REPORT}", soft_wrap=True)
+            out.print(f"profile: {folder.profile}, a table and a trace for each stage", soft_wrap=True)
+        out.print(f"run: {folder.path}, report: {folder.report}", soft_wrap=True)
 
 
 @app.command()
@@ -165,7 +166,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure clean and robust accuracy of a run or a model."""
-    from dualhead.commands.evaluate import Request, assess
+    from dualhead.commands.evaluate import assess
+    from dualhead.commands.resolve import Request
     from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, progress_bar
     from dualhead.system.processes import joined
 
@@ -261,7 +263,8 @@ def gallery(
     as_json: AsJson = False,
 ) -> None:
     """Attack some images at several eps and map logits around them, for the gallery of the next report."""
-    from dualhead.commands.evaluate import Request, exhibit
+    from dualhead.commands.evaluate import exhibit
+    from dualhead.commands.resolve import Request
 
     try:
         mapped = None if landscape is None else [int(word) for word in landscape.split(",") if word.strip()]
@@ -303,18 +306,18 @@ def play(
     as_json: AsJson = False,
 ) -> None:
     """Serve a page, to this machine only, on which to choose an image, move eps and watch the heads under attack."""
-    from dualhead.commands.evaluate import Request, framing_of, subject_of
     from dualhead.commands.play import LOOPBACK, Playground, serve
+    from dualhead.commands.resolve import Request, resolve
 
     request = Request(
         model=model, eps=eps, norm=norm, data=data, image_size=image_size, image_column=image_column,
         label_column=label_column, crop=crop, resample=resample, channels=channels, depth=depth,
         skip_unreadable=skip_unreadable, device=device,
     )  # fmt: skip
-    loaded, images, threat = subject_of(request)
+    shown = resolve(request)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
         signal.signal(number, signal.default_int_handler)
-    server = serve(Playground(loaded, images, threat, framing_of(request)), port)
+    server = serve(Playground(shown.model, shown.images, shown.threat, shown.framing), port)
     address = f"http://{LOOPBACK}:{server.server_port}/"
     if as_json:
         typer.echo(json.dumps({"address": address}))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, compare, interval_over_samples, mcnemar, mean_std, wilson
-from dualhead.report import output_name
-from dualhead.runs import read_recipe, without_how
+from dualhead.names import id_of_row
+from dualhead.runs import RunFolder, read_recipe, without_how
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def read_entries(places: Sequence[Path]) -> list[Entry]:
     entries = []
     for place in places:
         inside = sorted(path.parent for path in place.glob("*/config.yaml")) if place.is_dir() else []
-        if (place / "config.yaml").is_file() or not inside:
+        if RunFolder(place).begun or not inside:
             entries += _entries(place)
             continue
         finished = [run for run in inside if _is_finished(run)]
@@ -88,9 +88,10 @@ def _entries(place: Path) -> list[Entry]:
     run = next((folder for folder in (place, *place.absolute().parents[:2]) if _is_finished(folder)), None)
     chosen = None if run in (None, place) else _chosen(place)
     if run is None or (run != place and chosen is None):
-        folder = place / "evaluation" if (place / "evaluation").is_dir() else place
+        inside = RunFolder(place).evaluation
+        folder = inside if inside.is_dir() else place
         return [Entry(str(place), str(place), "", True, 0, Evaluation.load(folder), where=place.absolute())]
-    folder = run / "evaluation" if run == place else place
+    folder = RunFolder(run).evaluation if run == place else place
     recipe = _recipe(run)
     seed = recipe["runtime"].pop("seed")
     recipe_name = recipe.pop("name")
@@ -101,10 +102,10 @@ def _entries(place: Path) -> list[Entry]:
     else:
         label = run.name.replace(f",seed={seed}", "").replace(f"seed={seed}", recipe_name)
     group = json.dumps(without_how(recipe), sort_keys=True)
-    rows = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads(RunFolder(run).comparison.read_text(encoding="utf-8"))["rows"]
     entries = []
     if chosen:
-        named = [row for row in rows if row["name"] == output_name(chosen)]
+        named = [row for row in rows if id_of_row(row) == chosen]
         if not named:
             return [Entry(str(place), str(place), "", True, 0, Evaluation.load(place), where=place.absolute())]
         rows, group, label = named, f"{group} {chosen}", f"{label}, {named[0]['name']}"
@@ -114,7 +115,7 @@ def _entries(place: Path) -> list[Entry]:
         entries.append(
             Entry(
                 group, label, "" if chosen else row["name"], last, seed,
-                Evaluation.load(folder if last else folder / "rows" / row["name"].replace(" ", "_")),
+                Evaluation.load(folder if last else RunFolder(run).row(row["name"])),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
             )
         )  # fmt: skip
@@ -129,7 +130,7 @@ def _recipe(run: Path) -> dict[str, Any]:
     try:
         recipe = read_recipe(run).resolved()
     except UserError:  # of a version whose recipes were others
-        old: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        old: dict[str, Any] = yaml.safe_load(RunFolder(run).config.read_text(encoding="utf-8"))
         return old
     for images in filter(None, (recipe["data"], recipe["data"]["extra"])):
         folder = Path(images["source"]).expanduser()
@@ -139,7 +140,7 @@ def _recipe(run: Path) -> dict[str, Any]:
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / "config.yaml").is_file() and (run / "comparison.json").is_file()
+    return RunFolder(run).begun and RunFolder(run).comparison.is_file()
 
 
 def _chosen(place: Path) -> str | None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dualhead.evaluation import EvaluationProgress
+from dualhead.names import BASE
 from dualhead.recipe import load_recipe
 from dualhead.report import write_report
-from dualhead.runs import BASE, train
+from dualhead.runs import train
 from dualhead.system.files import write_json
 from dualhead.training import TrainingProgress
 
@@ -68,7 +69,7 @@ def run_demo(
         f"digits, {samples} test images, {recipe.threat.norm} eps {recipe.threat.eps:g}, "
         "accuracy in percent with 95 % intervals"
     )
-    natural, base = rows[0], next(row for row in rows if row["name"] == BASE)
+    natural, base = rows[0], next(row for row in rows if row["output"] == BASE)
     remarks = [
         f"PGD-40 leaves natural training {_robust(natural):.1%} of the images, TRADES {_robust(base):.1%}.",
         "head 1 is the base model: later stages leave it untouched.",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dualhead.data import Framing, Split, decode_single
 from dualhead.errors import UserError
 from dualhead.evaluation import make_gallery
+from dualhead.names import name_of
 from dualhead.report import NO_CLASS, change, picture
 from dualhead.threats import ThreatModel
 
@@ -105,22 +106,22 @@ class Playground:
                 if label < 0:
                     raise UserError("the model's logits for this image are not numbers; say what the image shows")
             made = make_gallery(self.model, image[None], [label], threat=threat, landscapes=(), shares=(1.0,))
-        names = self.images.class_names
+        outputs = [name_of(str(output)) for output in made.outputs]
         targets = []
-        for target, name in enumerate(made.outputs):
+        for target, name in enumerate(outputs):
             altered = made.adversarial[target, 0, 0]
             difference, scale = change(made.original[0], altered)
             said = made.prediction[target, 0, 0], made.probability[target, 0, 0]
             targets.append({
-                "name": str(name), "attacked": picture(altered), "change": difference, "scale": scale,
+                "name": name, "attacked": picture(altered), "change": difference, "scale": scale,
                 "says": self._says(*said, label),
             })  # fmt: skip
         return {
             "label": label,
-            "class": names[label],
+            "class": self.images.class_names[label],
             "clean": picture(made.original[0]),
             "says": self._says(made.clean_prediction[0], made.clean_probability[0], label),
-            "outputs": [str(name) for name in made.outputs],
+            "outputs": outputs,
             "targets": targets,
         }
 

@@ -11,22 +11,22 @@ from typing import Any, Final
 from dualhead.commands.sweep import Job, refuse_other_runs, write_table
 from dualhead.errors import Interrupted, RunError, UserError
 from dualhead.recipe import parse_recipe
-from dualhead.runs import REPORT, train
+from dualhead.runs import RunFolder, train
 
 SCHEDULERS: Final = ("local", "slurm")
 DEFAULTS: Final = {"timeout_min": 24 * 60}
-"""Of a job; submitit's own are 5 minutes."""
+"""Minutes that a job may take; submitit's default is 5."""
 FOLDER: Final = "jobs"
 """Where submitit keeps its files and the output of jobs, in the folder of the sweep."""
 
 
 class TrainRun:
-    """What a job does: train as a recipe says, or go on with it.
+    """A job: trains by a recipe, or goes on with that training.
 
     Args:
         recipe: in full, as plain data.
-        folder: of the run.
-        command: what the user typed.
+        folder: folder of the run.
+        command: the command as the user typed it.
     """
 
     def __init__(self, recipe: Mapping[str, Any], folder: Path, command: str | None) -> None:
@@ -37,7 +37,7 @@ class TrainRun:
         train(parse_recipe(self.recipe), run_dir=self.folder, command=self.command)
 
     def checkpoint(self) -> Any:
-        """Called by submitit when a job is pre-empted or out of time: queue it again, it goes on by itself."""
+        """Queue the job again; submitit calls this when it is pre-empted or out of time, and it goes on by itself."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -58,14 +58,14 @@ def dispatch_sweep(
     """Queue the runs that are not done yet, one job each, wait for them, and write the table after each.
 
     Args:
-        jobs: what `plan` gave.
+        jobs: as `plan` returned them.
         folder: as for `run_sweep`; jobs must see it under the same path.
         scheduler: `slurm`, or `local` for processes of this machine.
         settings: `KEY=VALUE` of submitit's `AutoExecutor`, e.g. `slurm_partition=gpu`, `timeout_min=600`.
         at_once: jobs that are queued or run at a time; None: all on Slurm, one on this machine.
         tell: given a line for each run.
         stop: asked while waiting; when true all jobs are cancelled, and the same call goes on with them.
-        command: what the user typed.
+        command: the command as the user typed it.
         poll_seconds: between two looks at the jobs.
 
     Returns:
@@ -80,7 +80,7 @@ def dispatch_sweep(
     refuse_other_runs(jobs, folder)
     executor = _executor(folder, scheduler, settings)
     limit = at_once or (1 if scheduler == "local" else len(jobs))
-    waiting = [job for job in jobs if not (folder / job.name / REPORT).is_file()]
+    waiting = [job for job in jobs if not RunFolder(folder / job.name).report.is_file()]
     tell(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
     running: dict[str, Any] = {}
     failed: list[str] = []
@@ -108,7 +108,7 @@ def dispatch_sweep(
 
 def _failure(name: str, submitted: Any, folder: Path) -> list[str]:
     """What went wrong in a job that has ended; nothing if its run is there."""
-    if (folder / name / REPORT).is_file():
+    if RunFolder(folder / name).report.is_file():
         return []
     raised = re.findall(r"^[\w.]+: .+", str(submitted.exception()), re.MULTILINE)  # the last lines of its tracebacks
     reason = raised[-1].partition(": ")[2] if raised else "ended without a result"

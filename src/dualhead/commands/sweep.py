@@ -14,7 +14,7 @@ from typing import Any
 
 from dualhead.errors import RunError, UserError
 from dualhead.recipe import Recipe, load_recipe
-from dualhead.runs import REPORT, changes, train
+from dualhead.runs import RunFolder, changes, train
 from dualhead.system.files import check_folder, write_json, write_text
 from dualhead.training import TrainingProgress
 
@@ -131,7 +131,7 @@ def run_sweep(
     wrong = 0
     for number, job in list(enumerate(jobs))[shard[0] :: shard[1]]:
         place = folder / job.name
-        if (place / REPORT).is_file():
+        if RunFolder(place).report.is_file():
             tell(f"run {number + 1}/{len(jobs)}: {job.name}: done already")
             continue
         tell(f"run {number + 1}/{len(jobs)}: {job.name}")
@@ -158,7 +158,7 @@ def refuse_other_runs(jobs: Sequence[Job], folder: Path) -> None:
     """
     check_folder(folder, "--out")
     for job in jobs:
-        if (folder / job.name / "config.yaml").is_file():  # what else may lie there, its own run finds
+        if RunFolder(folder / job.name).begun:  # what else may lie there, its own run finds
             changes(folder / job.name, job.recipe, "--out")
 
 
@@ -166,7 +166,7 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
     """A flat record for each output of each finished run: settings, seed, model, accuracies, parameters and cost."""
     records = []
     for job in jobs:
-        path = folder / job.name / "comparison.json"
+        path = RunFolder(folder / job.name).comparison
         if not path.is_file():
             continue
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:

@@ -1,4 +1,4 @@
-"""What people see of a run: progress bars where there is a terminal, plain lines where there is none, and tables."""
+"""Output in a terminal: progress bars, or plain lines where there is no terminal, and tables."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class EvaluationDisplay:
 
 @contextmanager
 def progress_bar(*, quiet: bool) -> Iterator[Progress | None]:
-    """A live bar on a terminal; None where lines are printed instead, or nothing is."""
+    """Return a live bar on a terminal; None where lines are printed instead, or nothing is."""
     if quiet or not err.is_terminal:
         yield None
         return
@@ -116,7 +116,7 @@ def print_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]], title
 
 
 def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A table of accuracies with their 95 % intervals.
+    """Return a table of accuracies with their 95 % intervals.
 
     Args:
         title: above it.
@@ -137,13 +137,13 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _cell(row: Mapping[str, Any], name: str, gap: str) -> str:
-    """Robust accuracy under an attack, or `worst`; a dash where it was not run."""
+    """Return robust accuracy under an attack, or `worst`; a dash where it was not run."""
     share = row["robust_accuracy"].get(name)
     return "-" if share is None else _percent(share, row["intervals"][name], gap)
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
-    """A table of the stages of a run, as `report.summary` tells them."""
+    """Return a table of the stages of a run, as `report.summary` tells them."""
     table = Table(title="stages, accuracy in percent on held-out training images", title_justify="left")
     for column, justify in (
         ("stage", "left"), ("state", "left"), ("epoch", "right"), ("time", "right"), ("clean", "right"),

@@ -9,6 +9,7 @@ from dualhead.data.names import among, are_numbers, match, one_form
 from dualhead.data.source import Storage, load_split, resolve
 from dualhead.data.split import Split, hold_out
 from dualhead.data.stored import in_turn
+from dualhead.data.streams import OpenStream, Stream, StreamImages, StreamSetting, streams
 
 __all__ = [
     "Augmentation",
@@ -17,9 +18,13 @@ __all__ = [
     "Digests",
     "Framing",
     "Loader",
+    "OpenStream",
     "Resample",
     "Split",
     "Storage",
+    "Stream",
+    "StreamImages",
+    "StreamSetting",
     "among",
     "are_numbers",
     "augmentations",
@@ -33,4 +38,5 @@ __all__ = [
     "one_form",
     "resolve",
     "shared_images",
+    "streams",
 ]

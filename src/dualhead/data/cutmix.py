@@ -25,20 +25,20 @@ class CutMix(Section):
     """Share of the images that are mixed."""
 
     def partners(self, streams: Streams, images: int) -> Tensor:
-        """The positions of the partners, int64 [B], in [0, images)."""
+        """Return the positions of the partners, int64 [B], in [0, images)."""
         return streams.fork("partner").integers(images, 1)[:, 0]
 
     def __call__(
         self, images: Tensor, others: Tensor, y: Tensor, other_y: Tensor, streams: Streams, num_classes: int
     ) -> tuple[Tensor, Tensor]:
-        """Mixed images and their labels.
+        """Return mixed images and their labels.
 
         Args:
             images: uint8 [B, C, H, W].
             others: the partners, likewise.
             y: labels, int64 [B].
-            other_y: of the partners.
-            streams: of these samples.
+            other_y: labels of the partners.
+            streams: streams of these samples.
             num_classes: K.
 
         Returns:
@@ -50,7 +50,7 @@ class CutMix(Section):
         return torch.where(inside[:, None], others, images), labels
 
     def _boxes(self, streams: Streams, height: int, width: int) -> Tensor:
-        """Bool [B, H, W]: what comes from the partner."""
+        """Return the pixels that come from the partner, bool [B, H, W]."""
         side = (1.0 - streams.fork("share").uniform(1)).sqrt()
         mixed = streams.fork("mixed").uniform(1) < self.p
         edges = []

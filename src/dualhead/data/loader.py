@@ -63,7 +63,7 @@ class Loader:
         augment: applied in turn.
         cutmix: applied after them; labels are then shares.
         extra: the second source, of the same classes and shape.
-        fraction: of each batch that comes from it, in [0, 1).
+        fraction: fraction of each batch that comes from it, in [0, 1).
         device: where batches are made.
         group: the processes that share each batch, this one among them; shares differ by one image at most.
 
@@ -109,11 +109,11 @@ class Loader:
         self._share = group.share_of(self.global_batch)
 
     def __len__(self) -> int:
-        """Steps an epoch."""
+        """Return the number of steps an epoch."""
         return self._own // self.global_batch
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This process's batches of an epoch, from a step on.
+        """Return this process's batches of an epoch, from a step on.
 
         Args:
             epoch: which, from 0.
@@ -124,12 +124,12 @@ class Loader:
         return self._batches(epoch, first_step)
 
     def order(self, epoch: int) -> Tensor:
-        """The permutation of the split in an epoch, int64 [N]; the same on every device."""
+        """Return the permutation of the split in an epoch, int64 [N]; the same on every device."""
         positions = torch.arange(self._own, device=self._labels.device)
         return Streams.of(self._seed, positions).fork("order", epoch).bits(1)[:, 0].argsort(stable=True)
 
     def _global_batches(self, epoch: int, first_step: int) -> Iterator[Tensor]:
-        """Positions int64 [global batch] of each step, those of the second source after those of the split."""
+        """Return positions int64 [global batch] of each step, those of the second source after those of the split."""
         own, count = self.order(epoch), len(self._own_slots)
         extra = torch.arange(self._own, len(self._labels), device=self._labels.device)
         extra = extra[Streams.of(self._seed, extra).fork("extra", epoch).bits(1)[:, 0].argsort(stable=True)]
@@ -148,7 +148,7 @@ class Loader:
         return images
 
     def _pixels(self, steps: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The images at the positions of each step, on the device."""
+        """Return the images at the positions of each step, on the device."""
         if self._images is not None:
             yield from (self._images[positions] for positions in steps)
             return
@@ -165,7 +165,7 @@ class Loader:
             yield whole
 
     def _partners(self, index: Tensor, epoch: int) -> Tensor:
-        """Positions of the images that CutMix mixes in."""
+        """Return positions of the images that CutMix mixes in."""
         if self._cutmix is None:
             return index[:0]
         return self._cutmix.partners(Streams.of(self._seed, index).fork("cutmix", epoch), len(self._labels))
@@ -188,7 +188,7 @@ class Loader:
 
 
 def batches(split: Split, batch_size: int, device: torch.device | str, share: slice = slice(None)) -> Iterator[Batch]:
-    """All images of a split in order, without augmentation; the last batch may be smaller.
+    """Return all images of a split in order, without augmentation; the last batch may be smaller.
 
     Args:
         split: images and labels.

@@ -22,9 +22,10 @@ from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
 from dualhead.evaluation.model import check_images, device_of, frozen, outputs_of, pad_rows
 from dualhead.evaluation.scheduler import Samples
-from dualhead.models.base import logits_of
+from dualhead.names import AGGREGATE, MEAN, MODEL, head_id
 from dualhead.noise import Streams
-from dualhead.system.runtime import float32_products
+from dualhead.system.devices import float32_products
+from dualhead.system.outputs import logits_of
 from dualhead.threats import ThreatModel
 
 ATTACK = "pgd-20"
@@ -87,8 +88,8 @@ class Gallery:
 
 
 def _merged(model: nn.Module) -> str:
-    """The name of a model's last output, as tables have it where that is the mean."""
-    return "mean of heads" if getattr(model, "is_mean", False) else "aggregate"
+    """Return the id of a model's last output: an aggregator that takes the mean is called so."""
+    return MEAN if getattr(model, "is_mean", False) else AGGREGATE
 
 
 @float32_products()  # what it shows agrees with the verdicts
@@ -162,7 +163,7 @@ class _Visit:
         self.streams = Streams.of(seed, names.to(device)).fork("gallery")
         self.clean = self._said(self.x, self.y)
         count = self.clean.margin.shape[1]
-        self.called = [f"head {number}" for number in range(1, count)] + [_merged(model)] if heads else ["model"]
+        self.ids = [*map(head_id, range(1, count)), _merged(model)] if heads else [MODEL]
 
     def _ask(self, x: Tensor) -> Tensor:
         """Logits [B, O, K] of all outputs."""
@@ -197,7 +198,7 @@ class _Visit:
         shown: list[list[NDArray[Any]]] = []
         said: list[list[_Said]] = []
         adversarial = self.x
-        for target in range(len(self.called)):
+        for target in range(len(self.ids)):
             shown.append([])
             said.append([])
             for threat in threats:
@@ -206,7 +207,7 @@ class _Visit:
                 said[-1].append(self._said(adversarial, self.y))
         rows = self._chosen(landscapes, said[-1][-1] if shares else self.clean)
         return Gallery(
-            outputs=np.array(self.called),
+            outputs=np.array(self.ids),
             attack=np.array(ATTACK),
             norm=np.array(self.threat.norm),
             eps=np.array([threat.eps for threat in threats]),

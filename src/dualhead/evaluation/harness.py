@@ -33,8 +33,9 @@ from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import BF16, FLOAT32, Precision
+from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.processes import group
-from dualhead.system.runtime import BF16, FLOAT32, Precision, describe_environment, float32_products
 from dualhead.threats import ThreatModel
 
 Spec = str | Mapping[str, Any] | Attack

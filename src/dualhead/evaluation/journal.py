@@ -1,4 +1,4 @@
-"""What an evaluation has found out so far, on disk, so that it can be killed anywhere and go on.
+"""An evaluation's results so far, on disk, so that it can be killed anywhere and go on.
 
 A folder of small files that are written once, each under a temporary name and then renamed, hence never half there:
 `identity.json` says what is evaluated, `facts.json` keeps what was settled at the start, each `tries-*.npz` holds the
@@ -32,8 +32,8 @@ from dualhead.system.files import write_atomically, write_json
 
 _log = logging.getLogger(__name__)
 
-Part = tuple[str, int]
-"""A task (an attack at an eps) and the number of its part."""
+SearchKey = tuple[str, int]
+"""A task (an attack at an eps) and the number of its search."""
 
 _COSTS = tuple(f.name for f in fields(Cost))
 _OUTCOME = {
@@ -46,7 +46,7 @@ _OUTCOME = {
     "taken_for": int,
 }
 LAYOUT = 3
-"""Of the files; raised when one of another layout could not be read."""
+"""Version of the files' layout; raised when files of another layout could not be read."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Outcome(Try):
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """An npz file, atomically."""
+    """Write an npz file, atomically."""
 
     def write(aside: Path) -> None:
         with aside.open("wb") as stream:
@@ -71,7 +71,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON values, with None for what is not finite."""
+    """Return JSON values, with None for what is not finite."""
     if isinstance(value, Mapping):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -81,7 +81,7 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def _left_out_if_damaged(path: Path) -> Iterator[None]:
-    """What a file that a disk or a copy has damaged held is found out again."""
+    """Skip a damaged file with a warning; its results are computed again."""
     try:
         yield
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
@@ -98,14 +98,14 @@ def _digest(*tensors: Tensor) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A digest of parameters, buffers, and the tree of module classes."""
+    """Return a digest of parameters, buffers, and the tree of module classes."""
     tree = "\n".join(f"{name} {type(module).__qualname__}" for name, module in model.named_modules())
     state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     return hashlib.sha256("\n".join([tree, *state, _digest(*state.values())]).encode()).hexdigest()
 
 
 def data_fingerprint(images: Tensor, labels: Tensor, index: Tensor) -> str:
-    """A digest of images, labels and the names of the samples."""
+    """Return a digest of images, labels and the names of the samples."""
     return _digest(images, labels, index)
 
 
@@ -114,7 +114,7 @@ class Journal:
 
     Args:
         folder: where; None keeps nothing.
-        identity: what is evaluated: names to text or numbers. A folder of another identity is refused.
+        identity: description of the evaluation, names to text or numbers. A folder of another identity is refused.
         resume: False forgets what lies in the folder.
         rank: number of this process.
         world: how many processes there are. Each accounts for a share of what earlier processes spent.
@@ -130,12 +130,12 @@ class Journal:
         self, folder: Path | None, identity: Mapping[str, Any], *, resume: bool, rank: int, world: int, examples: bool
     ) -> None:
         self.folder, self.rank, self.world, self.examples = folder, rank, world, examples
-        self.tries: dict[Part, dict[tuple[int, int], Outcome]] = defaultdict(dict)
-        self.costs: dict[Part, Cost] = defaultdict(Cost)
-        self.seconds: dict[Part, float] = defaultdict(float)
+        self.tries: dict[SearchKey, dict[tuple[int, int], Outcome]] = defaultdict(dict)
+        self.costs: dict[SearchKey, Cost] = defaultdict(Cost)
+        self.seconds: dict[SearchKey, float] = defaultdict(float)
         self.facts: dict[str, Any] = {}
-        self._new: list[tuple[Part, Outcome]] = []
-        self._new_costs: list[tuple[Part, float, Cost]] = []
+        self._new: list[tuple[SearchKey, Outcome]] = []
+        self._new_costs: list[tuple[SearchKey, float, Cost]] = []
         self._begun = self._written = self._flown = time.monotonic()
         self._flight_seconds = 0.0
         self._count = 0
@@ -185,59 +185,59 @@ class Journal:
             tasks = [str(task) for task in held["tasks"]]
             examples = iter(held["example"]) if "example" in held else None
             columns = (held[n].tolist() for n in ("task", "part", *_OUTCOME))
-            for task, part, *outcome in zip(*columns, strict=True):
+            for task, search, *outcome in zip(*columns, strict=True):
                 found = Outcome(**dict(zip(_OUTCOME, outcome, strict=True)))
                 if found.fooled and examples is not None:
                     found.example = torch.from_numpy(next(examples).copy())
-                self.tries[tasks[task], part][found.sample, found.job] = found
+                self.tries[tasks[task], search][found.sample, found.job] = found
             if int(held["rank"]) % self.world != self.rank:
                 continue
-            for task, part, seconds, *passes in zip(
+            for task, search, seconds, *passes in zip(
                 held["cost_task"].tolist(),
                 held["cost_part"].tolist(),
                 held["seconds"].tolist(),
                 *(held[name].tolist() for name in _COSTS),
                 strict=True,
             ):
-                self._add_cost((tasks[task], part), seconds, Cost(*passes))
+                self._add_cost((tasks[task], search), seconds, Cost(*passes))
 
-    def _add_cost(self, part: Part, seconds: float, cost: Cost) -> None:
-        total = self.costs[part]
+    def _add_cost(self, search: SearchKey, seconds: float, cost: Cost) -> None:
+        total = self.costs[search]
         for name in _COSTS:
             setattr(total, name, getattr(total, name) + getattr(cost, name))
-        self.seconds[part] += seconds
+        self.seconds[search] += seconds
 
     def fact(self, name: str, find_out: Callable[[], Any]) -> Any:
-        """What was found out earlier under this name, or what `find_out` gives now; JSON values only."""
+        """Return the earlier result of this name, or the one of `find_out` now; JSON values only."""
         if name not in self.facts:
             self.facts[name] = json.loads(json.dumps(finite(find_out())))
             if self.folder is not None and self.rank == 0:
                 write_json(self.folder / "facts.json", self.facts)
         return self.facts[name]
 
-    def known(self, part: Part) -> dict[tuple[int, int], bool]:
-        """(sample, job) to whether it was fooled."""
-        return {key: found.fooled for key, found in self.tries[part].items()}
+    def known(self, search: SearchKey) -> dict[tuple[int, int], bool]:
+        """Return for each (sample, job) whether it was fooled."""
+        return {key: found.fooled for key, found in self.tries[search].items()}
 
-    def first_successes(self, part: Part, samples: Iterable[int]) -> dict[int, Outcome]:
-        """For each of the samples that was fooled, the first job in order that did it."""
+    def first_successes(self, search: SearchKey, samples: Iterable[int]) -> dict[int, Outcome]:
+        """Return for each fooled sample the first job in order that fooled it."""
         asked, first = set(samples), {}
-        for (sample, _), found in sorted(self.tries[part].items(), reverse=True):
+        for (sample, _), found in sorted(self.tries[search].items(), reverse=True):
             if found.fooled and sample in asked:
                 first[sample] = found
         return first
 
-    def add(self, part: Part, found: Outcome) -> None:
+    def add(self, search: SearchKey, found: Outcome) -> None:
         """Record an outcome."""
         if not self.examples:
             found.example = None
-        self.tries[part][found.sample, found.job] = found
-        self._new.append((part, found))
+        self.tries[search][found.sample, found.job] = found
+        self._new.append((search, found))
 
-    def add_cost(self, part: Part, seconds: float, cost: Cost) -> None:
+    def add_cost(self, search: SearchKey, seconds: float, cost: Cost) -> None:
         """Record time and passes spent since the last call."""
-        self._add_cost(part, seconds, cost)
-        self._new_costs.append((part, seconds, cost))
+        self._add_cost(search, seconds, cost)
+        self._new_costs.append((search, seconds, cost))
 
     def due(self) -> bool:
         """Whether it is time to write: after 2 s at first, later after 2 % of the time so far, at most a minute."""
@@ -249,22 +249,22 @@ class Journal:
         interval = max(self.flight_interval, 50 * self._flight_seconds)
         return self.folder is not None and time.monotonic() - self._flown > interval
 
-    def write_flight(self, part: Part, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def write_flight(self, search: SearchKey, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Put on disk what is under way, in place of what was when this was last called."""
         assert self.folder is not None
         self.write()
         begun = time.monotonic()
-        name = {"part_name": np.array(part[0]), "part_number": np.array(part[1])}
+        name = {"part_name": np.array(search[0]), "part_number": np.array(search[1])}
         write_arrays(self.folder / f"flight-{self.rank}.npz", {**name, **arrays})
         self._flown = time.monotonic()
         self._flight_seconds = self._flown - begun
 
-    def flight(self, part: Part) -> list[dict[str, NDArray[Any]]]:
-        """What processes had under way of a part."""
+    def flight(self, search: SearchKey) -> list[dict[str, NDArray[Any]]]:
+        """Read the unfinished tries of a search from all processes."""
         found = []
         for path in sorted(self.folder.glob("flight-*.npz")) if self.folder is not None else ():
             with _left_out_if_damaged(path), np.load(path) as stored:
-                if (str(stored["part_name"]), int(stored["part_number"])) == part:
+                if (str(stored["part_name"]), int(stored["part_number"])) == search:
                     found.append({name: stored[name] for name in stored.files})
         return found
 
@@ -277,10 +277,10 @@ class Journal:
         arrays: dict[str, Any] = {
             "rank": np.array(self.rank),
             "tasks": np.array(tasks),
-            "task": np.array([tasks.index(part[0]) for part, _ in self._new], np.int64),
-            "part": np.array([part[1] for part, _ in self._new], np.int64),
-            "cost_task": np.array([tasks.index(part[0]) for part, *_ in self._new_costs], np.int64),
-            "cost_part": np.array([part[1] for part, *_ in self._new_costs], np.int64),
+            "task": np.array([tasks.index(search[0]) for search, _ in self._new], np.int64),
+            "part": np.array([search[1] for search, _ in self._new], np.int64),
+            "cost_task": np.array([tasks.index(search[0]) for search, *_ in self._new_costs], np.int64),
+            "cost_part": np.array([search[1] for search, *_ in self._new_costs], np.int64),
             "seconds": np.array([seconds for _, seconds, _ in self._new_costs]),
         }
         for name, kind in _OUTCOME.items():

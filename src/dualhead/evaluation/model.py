@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from dualhead.attacks import LogitsFn, Query
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
-from dualhead.models.base import logits_of
-from dualhead.system.runtime import BF16, FLOAT32, Arithmetic, Precision, set_layout, synchronize
+from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision, set_layout
+from dualhead.system.devices import synchronize
+from dualhead.system.modes import in_eval_mode
+from dualhead.system.outputs import logits_of
 
 ROWS = 8
 """Batches are padded to a multiple of this many rows. Matrix kernels treat the last few rows of a batch differently,
@@ -28,19 +30,16 @@ checks it for the model at hand."""
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients of its parameters; both are put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put the model in eval mode and its parameters without gradients, and put both back at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, required in flags:
-            parameter.requires_grad_(required)
+    with in_eval_mode(model):
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, required in flags:
+                parameter.requires_grad_(required)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ from dualhead.statistics import Paired, mcnemar
 
 
 def compare(first: Evaluation | str | Path, second: Evaluation | str | Path) -> dict[str, Paired]:
-    """McNemar's exact test for clean accuracy and for each attack that both faced.
+    """Run McNemar's exact test for clean accuracy and for each attack that both faced.
 
     Args:
         first: an evaluation, or the folder that `evaluate` wrote.

@@ -1,4 +1,4 @@
-"""How an evaluation tells somebody how far it is. It draws nothing itself."""
+"""Progress of an evaluation, told to whoever displays it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class EvaluationProgress(Protocol):
     """Receives the state of an evaluation; called often, so it must be quick."""
 
     def update(self, attack: str, done: int, total: int, robust_so_far: float) -> None:
-        """Something was decided.
+        """Take note that something was decided.
 
         Args:
-            attack: what is running, e.g. `pgd-40`, or `autoattack: fab-t` for a part of a suite.
-            done: tries (samples times targets or restarts) of this part that need no more work, those under way
+            attack: the attack that runs, e.g. `pgd-40`, or `autoattack: fab-t` for a search of a suite.
+            done: tries (samples times targets or restarts) of this search that need no more work, those under way
                 counted by their share.
-            total: tries of this part, of all processes' samples only this one's.
+            total: tries of this search, of all processes' samples only this one's.
             robust_so_far: share of this process's samples that are classified correctly and that this attack has not
                 fooled yet: it falls to the robust accuracy.
         """
@@ -36,8 +36,8 @@ class Reporter:
     """Counts the outcomes of one search for a progress.
 
     Args:
-        progress: who is told.
-        label: of the search.
+        progress: the one to tell.
+        label: label of the search.
         samples: positions of those that are searched.
         jobs: tries that a sample gets at most.
         count: samples of this process, of which `robust_so_far` is a share.
@@ -79,11 +79,11 @@ class Reporter:
         self._progress.update(self._label, self._shown, total, robust)
 
     def outcome(self, outcome: Try) -> None:
-        """A try has ended."""
+        """Count a try that has ended."""
         self._add(outcome)
         self._tell(self._finished)
 
     def look(self, under_way: float) -> None:
-        """Tries go on; told twice a second, so that a long search shows that it moves."""
+        """Show that tries go on, at most twice a second."""
         if time.monotonic() - self._told > 0.5:
             self._tell(int(self._finished + under_way))

@@ -1,4 +1,4 @@
-"""What an evaluation found: per sample in `samples.npz`, as numbers in `results.json`."""
+"""An evaluation's results: per sample in `samples.npz`, as numbers in `results.json`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from dualhead.statistics import wilson
 from dualhead.system.files import write_json
 
 PER_SAMPLE = ("distance", "part", "job", "steps", "margin", "prediction")
-"""What `samples.npz` holds of each attack beside `robust`, as arrays [N]."""
+"""Arrays [N] in `samples.npz` for each attack, beside `robust`."""
 
 
 @dataclass
 class Verdicts:
-    """What one attack left of the samples, in the order of the data.
+    """One attack's verdicts on the samples, in the order of the data.
 
     Attributes:
         robust: bool [N]: correct on the clean image, and not fooled.
         distance: float64 [N]: of the example that fooled it; NaN where none was found.
-        part: int64 [N]: which part of the attack found it; -1 where none did.
-        job: int64 [N]: which target or restart of that part; -1 where none did.
+        part: int64 [N]: number of the attack's search that found it; -1 where none did.
+        job: int64 [N]: which target or restart of that search; -1 where none did.
         steps: int64 [N]: how many steps that took; -1 where none was found.
         margin: float64 [N]: highest other logit minus the label's at the example; NaN where none was found.
         prediction: int64 [N]: the class of the image as the attack left it, the clean one where nothing was found;
@@ -88,7 +88,7 @@ class Evaluation:
 
     @property
     def correct(self) -> dict[str, NDArray[np.bool_]]:
-        """What is right, bool [N], by `clean`, each attack, and `worst`."""
+        """Return which samples are right, bool [N], by `clean`, each attack, and `worst`."""
         clean = self.clean_prediction == self.labels
         columns = {"clean": clean, **{name: verdict.robust for name, verdict in self.verdicts.items()}}
         return {**columns, "worst": np.logical_and.reduce(list(columns.values()))}
@@ -144,12 +144,12 @@ class Evaluation:
 
 
 def share(correct: NDArray[np.bool_]) -> float:
-    """The share of samples that are right."""
+    """Return the share of samples that are right."""
     return float(correct.mean())
 
 
 def interval(correct: NDArray[np.bool_]) -> list[float]:
-    """Its Wilson 95 % interval."""
+    """Return the share's Wilson 95 % interval."""
     return list(wilson(int(correct.sum()), len(correct)))
 
 
@@ -169,7 +169,7 @@ def accuracies(correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
 def per_class(
     correct: dict[str, NDArray[np.bool_]], labels: NDArray[np.int64], class_names: list[str]
 ) -> list[dict[str, Any]]:
-    """One entry per class that occurs, with accuracies and intervals."""
+    """Return one entry per class that occurs, with accuracies and intervals."""
     entries = []
     for label in np.unique(labels).tolist():
         columns = {name: column[labels == label] for name, column in correct.items()}

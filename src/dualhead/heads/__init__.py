@@ -4,19 +4,17 @@ from dualhead.heads.aggregators import Aggregator, Chosen, aggregators, default_
 from dualhead.heads.attach import attach_second_head
 from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_on, is_head, mean_of
 from dualhead.heads.layers import LayerInfo, layers
-from dualhead.heads.outputs import as_logits
-from dualhead.heads.splitting import Split, split_model
+from dualhead.heads.splitting import Cut, split_model
 
 __all__ = [
     "Aggregator",
     "Chosen",
+    "Cut",
     "DualHeadClassifier",
     "LayerInfo",
     "Output",
     "Part",
-    "Split",
     "aggregators",
-    "as_logits",
     "attach_second_head",
     "default_aggregator",
     "depends_on",

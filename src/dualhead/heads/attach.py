@@ -12,7 +12,7 @@ from dualhead.errors import UserError
 from dualhead.heads.aggregators import Aggregator, aggregators, default_aggregator
 from dualhead.heads.classifier import DualHeadClassifier
 from dualhead.heads.reset import reset_tail
-from dualhead.heads.splitting import Split, guard_features, split_model
+from dualhead.heads.splitting import Cut, guard_features, split_model
 from dualhead.heads.splitting.base import reason, undisturbed
 from dualhead.heads.splitting.cut import two_images
 
@@ -35,7 +35,7 @@ def attach_second_head(
     for parameters that the model has fixed.
 
     Args:
-        model: images [B, ...] to logits, as a tensor or within what it returns (see `as_logits`).
+        model: images [B, ...] to logits, as a tensor or within what it returns (see `logits_of`).
         at: the submodule at whose output the further heads begin; `dualhead layers` lists them.
         example: images [B, ...] that the model accepts.
         num_classes: C, checked against the model; None to take it from the model.
@@ -52,8 +52,8 @@ def attach_second_head(
         raise UserError(f"heads must be at least 2, the model's own included; got {heads}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         model = copy.deepcopy(model).requires_grad_()  # frozen as a whole, for evaluation: no wish for what trains here
-    split = split_model(model, at, example)
-    num_outputs = _num_outputs(split, split.tail, example)
+    cut = split_model(model, at, example)
+    num_outputs = _num_outputs(cut, cut.tail, example)
     if num_classes not in (None, num_outputs):
         raise UserError(
             f"num_classes is {num_classes}, but the model gives {num_outputs} logits; replace its last layer"
@@ -62,11 +62,11 @@ def attach_second_head(
         if heads != 2:
             raise UserError(f"a module as init is the second head of two, and heads is {heads}; use reset or clone")
         others = [init]
-        if (given := _num_outputs(split, init, example)) != num_outputs:
+        if (given := _num_outputs(cut, init, example)) != num_outputs:
             raise UserError(f"the second head given as init gives {given} logits; the model gives {num_outputs}")
-        guard_features(split, two_images(example), init)
+        guard_features(cut, two_images(example), init)
     elif init in ("reset", "clone"):
-        others = [split.another_tail() for _ in range(heads - 1)]
+        others = [cut.another_tail() for _ in range(heads - 1)]
         if init == "reset":
             for head in others:
                 reset_tail(model, head)
@@ -78,13 +78,13 @@ def attach_second_head(
         aggregator = component.create(num_outputs, heads)
         aggregator = aggregator.to(torch.promote_types(reference.dtype, torch.float32))  # as logits are merged
     aggregator = aggregator.to(reference.device)
-    return DualHeadClassifier(split, others, aggregator, num_outputs).train(model.training)
+    return DualHeadClassifier(cut, others, aggregator, num_outputs).train(model.training)
 
 
-def _num_outputs(split: Split, head: nn.Module, example: Tensor) -> int:
+def _num_outputs(cut: Cut, head: nn.Module, example: Tensor) -> int:
     images = example[:2]
-    with undisturbed(images, split.trunk, head):
-        features = split.trunk.eval()(images.clone())
+    with undisturbed(images, cut.trunk, head):
+        features = cut.trunk.eval()(images.clone())
         try:
             logits = head.eval()(features)
         except Exception as error:  # whatever somebody else's head may raise

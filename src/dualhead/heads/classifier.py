@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.mean import MeanOfHeads
-from dualhead.heads.splitting import Features, How, Split
+from dualhead.heads.splitting import Cut, Features, How
 
 _HEAD: Final = re.compile(r"head[1-9][0-9]?")
 
@@ -69,7 +69,7 @@ class DualHeadClassifier(nn.Module):
     To everybody who does not train it, it is an ordinary classifier: images [B, ...] to logits [B, C].
 
     Args:
-        split: the model that was cut: its trunk, and its tail as the first head.
+        cut: the model that was cut; its tail becomes the first head.
         others: the heads after the first, at least one, each what crosses the cut to logits [B, C].
         aggregator: head logits [B, H, C] to logits [B, C].
         num_classes: C.
@@ -85,16 +85,16 @@ class DualHeadClassifier(nn.Module):
     head2: nn.Module
     aggregator: nn.Module
 
-    def __init__(self, split: Split, others: Sequence[nn.Module], aggregator: nn.Module, num_classes: int) -> None:
+    def __init__(self, cut: Cut, others: Sequence[nn.Module], aggregator: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.heads = tuple(f"head{number}" for number in range(1, len(others) + 2))
         self.parts = ("trunk", *self.heads, "aggregator")
         self.outputs = (*self.heads, "mean", "aggregate")
-        for name, module in zip(self.parts, (split.trunk, split.tail, *others, aggregator), strict=True):
+        for name, module in zip(self.parts, (cut.trunk, cut.tail, *others, aggregator), strict=True):
             self.add_module(name, module)
         self.num_classes = num_classes
-        self.split_at = split.at
-        self.split_how: How = split.how
+        self.split_at = cut.at
+        self.split_how: How = cut.how
         self._fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         self._freezers = {name: _KeepFrozen() for name in self.parts}
         for name, freezer in self._freezers.items():

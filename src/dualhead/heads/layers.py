@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualhead.errors import UserError
-from dualhead.heads.splitting.base import How, Split, is_shape_only, undisturbed
+from dualhead.heads.splitting.base import Cut, How, is_shape_only, undisturbed
 from dualhead.heads.splitting.cut import (
     NOTHING_BEHIND,
     attempt,
@@ -31,12 +31,12 @@ class LayerInfo:
     """A layer at whose output a second head might start.
 
     Args:
-        name: of the submodule.
-        shapes: of the tensors that cross the cut, without the batch; the layer's own output comes first.
+        name: name of the submodule.
+        shapes: shapes of the tensors that cross the cut, without the batch; the layer's own output comes first.
         parameters_before: numbers in the trunk's parameters.
         parameters_after: numbers in a head's parameters: what a second head adds.
         cost_after: share of one forward pass's floating-point operations behind the layer, in [0, 1].
-        how: the way of cutting that serves (see `Split`), or None.
+        how: the way of cutting that serves (see `Cut`), or None.
         why_not: why it cannot be cut there; empty if it can.
         recommended: whether this is the layer to begin with.
     """
@@ -52,7 +52,7 @@ class LayerInfo:
 
 
 def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
-    """The layers at which a second head can start, in the order of the forward pass.
+    """Return the layers at which a second head can start, in the order of the forward pass.
 
     Listed are stages and blocks: the model's submodules, and inwards as far as submodules hold lists of blocks. Of
     layers between which nothing costly happens, one is listed. A submodule within a block, where a residual connection
@@ -73,37 +73,37 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
     expected = backward_of(model, images, False) or pass_of(model, images, False, backward=False)
     done, calls = _costs(model, images)
 
-    def check(split: Split) -> None:
-        check_pass(split, images, False, expected)
+    def check(cut: Cut) -> None:
+        check_pass(cut, images, False, expected)
 
     def check_in_full(info: LayerInfo) -> LayerInfo:
-        split = attempt_checked(model, info.name, two_images(example), calls[info.name])
-        if isinstance(split, str):
-            return LayerInfo(info.name, (), 0, 0, info.cost_after, None, split)
-        return info if split.how == info.how else _info(split, images, info.cost_after)
+        cut = attempt_checked(model, info.name, two_images(example), calls[info.name])
+        if isinstance(cut, str):
+            return LayerInfo(info.name, (), 0, 0, info.cost_after, None, cut)
+        return info if cut.how == info.how else _info(cut, images, info.cost_after)
 
     found = []
     for name in _distinct([name for name in _candidates(model) if done.get(name, 0) > 0], done):
-        split = calls_complaint(calls[name]) or attempt(model, name, images, (False,), check)
+        cut = calls_complaint(calls[name]) or attempt(model, name, images, (False,), check)
         cost_after = 1 - done[name] / done[""]
-        if isinstance(split, Split):
-            found.append(_info(split, images, cost_after))
-        elif split != NOTHING_BEHIND:
-            found.append(LayerInfo(name, (), 0, 0, cost_after, None, split))
+        if isinstance(cut, Cut):
+            found.append(_info(cut, images, cost_after))
+        elif cut != NOTHING_BEHIND:
+            found.append(LayerInfo(name, (), 0, 0, cost_after, None, cut))
     return _with_recommendation(_without_insides(found), check_in_full)
 
 
-def _info(split: Split, images: Tensor, cost_after: float) -> LayerInfo:
-    with undisturbed(images, split.trunk):
-        features = split.trunk.eval()(images.clone())
+def _info(cut: Cut, images: Tensor, cost_after: float) -> LayerInfo:
+    with undisturbed(images, cut.trunk):
+        features = cut.trunk.eval()(images.clone())
     crossing = (features,) if isinstance(features, Tensor) else features
     shapes = tuple(tuple(f.shape[1:]) for f in crossing if not is_shape_only(f))
-    before, after = (sum(p.numel() for p in part.parameters()) for part in (split.trunk, split.tail))
-    return LayerInfo(split.at, shapes, before, after, cost_after, split.how)
+    before, after = (sum(p.numel() for p in part.parameters()) for part in (cut.trunk, cut.tail))
+    return LayerInfo(cut.at, shapes, before, after, cost_after, cut.how)
 
 
 def _distinct(names: list[str], done: dict[str, int]) -> list[str]:
-    """Of layers between which nothing costly happens the outermost, and of these the last, in the order of the pass."""
+    """Keep one layer of each group that costs the same: the outermost, and of those the last to run."""
     kept: dict[int, str] = {}
     for name in sorted(names, key=list(done).index):
         other = kept.get(done[name])
@@ -126,7 +126,7 @@ def _without_insides(found: list[LayerInfo]) -> list[LayerInfo]:
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Stages and blocks: submodules, and inwards as far as they hold lists of alike submodules."""
+    """Return stages and blocks: submodules, and inwards as far as they hold lists of alike submodules."""
     names: list[str] = []
 
     def descend(module: nn.Module, prefix: str) -> None:
@@ -150,7 +150,7 @@ def _holds_blocks(module: nn.Module) -> bool:
 
 
 def _costs(model: nn.Module, images: Tensor) -> tuple[dict[str, int], Counter[str]]:
-    """One forward pass: floating-point operations done when each submodule has run, and how often it ran.
+    """Run one forward pass: floating-point operations done when each submodule has run, and how often it ran.
 
     The whole model's name is ''.
     """

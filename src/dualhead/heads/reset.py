@@ -64,7 +64,7 @@ def reset_tail(model: nn.Module, head: nn.Module) -> None:
 
 
 def _otherwise(model: nn.Module, name: str) -> Tensor:
-    """A parameter that no layer initialises: from a config, or NaN."""
+    """Return a parameter that no layer initialises: from a config, or NaN."""
     parameter = model.get_parameter(name)
     path = name.split(".")
     for depth in range(len(path) - 1, -1, -1):
@@ -78,7 +78,7 @@ def _otherwise(model: nn.Module, name: str) -> Tensor:
 
 
 def _inside_out(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """Submodules and the module itself, children first."""
+    """Return submodules and the module itself, children first."""
     found = []
     for name, child in module.named_children():
         found += _inside_out(child, f"{prefix}.{name}" if prefix else name)
@@ -86,7 +86,7 @@ def _inside_out(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
 
 
 def _schemes(module: nn.Module, scheme: Scheme | None = None) -> list[tuple[Scheme, nn.Module]]:
-    """Submodules, children first, each with the `_init_weights` of the innermost module around it."""
+    """Return submodules, children first, each with the `_init_weights` of the innermost module around it."""
     own = getattr(module, "_init_weights", None)
     scheme = own if callable(own) and _takes(own, nn.Module()) else scheme
     found = [pair for child in module.children() for pair in _schemes(child, scheme)]

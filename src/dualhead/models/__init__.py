@@ -1,8 +1,9 @@
 """Backbones, one a file: each makes an ordinary classifier of images in [0, 1], which normalises them itself."""
 
-from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, last_layer, logits_of
+from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, last_layer
 from dualhead.models.normalize import Normalize, channel_statistics
 from dualhead.models.weights import load_state, normalisation_in, read_state, write_state
+from dualhead.system.outputs import logits_of
 
 __all__ = [
     "Backbone",

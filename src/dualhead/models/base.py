@@ -1,22 +1,24 @@
-"""What a backbone is: a recipe's choice of network, which makes an ordinary classifier of images in [0, 1]."""
+"""Backbones: a recipe's choice of network, which makes an ordinary classifier of images in [0, 1]."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.models.normalize import Normalize
+from dualhead.system.modes import in_eval_mode
+from dualhead.system.outputs import logits_of
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, for images in [0, 1]."""
 
 
@@ -49,7 +51,7 @@ class Backbone(ABC):
     attach_at: ClassVar[str | None] = None
 
     def create(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
-        """A classifier with fresh weights, drawn from torch's global generator (`torch.manual_seed`).
+        """Make a classifier with fresh weights, drawn from torch's global generator (`torch.manual_seed`).
 
         Args:
             num_classes: logits per image, at least 2.
@@ -74,7 +76,7 @@ class Backbone(ABC):
         return self._build(num_classes, image_shape, normalize)
 
     def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
-        """The classifier as it was published, with its weights and its normalisation, to be measured as it is.
+        """Load the classifier as it was published, with its weights and normalisation, to be measured as it is.
 
         Args:
             num_classes: of the images.
@@ -89,8 +91,8 @@ class Backbone(ABC):
             "function of yours that loads weights (package.module:factory)"
         )
 
-    def published_normalisation(self) -> Statistics | None:
-        """How the published weights that it starts from want images; None if it starts from none, or nobody says."""
+    def published_normalisation(self) -> ChannelStatistics | None:
+        """Return the normalisation of the published weights that it starts from; None where none is known."""
         return None
 
     def published_preprocessing(self) -> Preprocessing | None:
@@ -106,16 +108,16 @@ class Backbone(ABC):
         return None
 
     def on_its_own(self) -> Self:
-        """The same network without the need of files that lie elsewhere, for weights that are saved beside it."""
+        """Return the same network without references to other files, for weights that are saved beside it."""
         return self
 
     @abstractmethod
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
-        """The classifier of `create`, whose arguments have been checked."""
+        """Make the classifier of `create`, which has checked the arguments."""
 
 
 class Wrapped(nn.Module):
-    """Somebody else's classifier, given normalised images and read for its logits.
+    """Wraps somebody else's classifier: normalises the images and reads the logits from its output.
 
     Args:
         normalize: applied to the images.
@@ -132,56 +134,24 @@ class Wrapped(nn.Module):
         return logits_of(self.model(self.normalize(images)))
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a classifier returned.
-
-    Args:
-        output: a tensor; an object with `.logits`; a mapping with `"logits"`; or a tuple or list that has them first.
-
-    Raises:
-        UserError: if it is none of these.
-    """
-    if isinstance(output, fx.Proxy):  # of a tensor, while a model is traced to be cut; it has any attribute
-        return cast("Tensor", output)
-    found = output
-    if hasattr(output, "logits"):
-        found = output.logits
-    elif isinstance(output, Mapping):
-        found = output.get("logits")
-    elif isinstance(output, Sequence) and len(output) > 0:
-        found = output[0]
-    if not isinstance(found, Tensor | fx.Proxy):
-        raise UserError(
-            f"the model returned {type(output).__name__} without logits; it must return a tensor, a tuple that has "
-            "them first, or an object or dict that names them `logits`"
-        )
-    return cast("Tensor", found)
-
-
 def trial_output(model: nn.Module, image_shape: ImageShape) -> Any:
-    """What a model returns for one grey image, in eval mode and without a graph; it is left in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Run a model on one grey image, in eval mode and without a graph; its modes are put back."""
     first = next(model.parameters(), torch.empty(0))
-    try:
-        model.eval()
-        with torch.no_grad():
-            return model(torch.full((1, *image_shape), 0.5, dtype=first.dtype, device=first.device))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_eval_mode(model), torch.no_grad():
+        return model(torch.full((1, *image_shape), 0.5, dtype=first.dtype, device=first.device))
 
 
 def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, where: str) -> Any:
-    """Try a model that others wrote on one image.
+    """Run a model that somebody else wrote on one image, and check its logits.
 
     Args:
         model: the classifier.
         num_classes: logits that it must give.
         image_shape: images that it must take.
-        where: what to call it in messages.
+        where: the model's name in messages.
 
     Returns:
-        What it returned, from which `logits_of` takes the logits.
+        The model's output, from which `logits_of` takes the logits.
 
     Raises:
         UserError: if it cannot take such images, or gives another number of logits.
@@ -204,7 +174,7 @@ def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, wh
 
 
 def last_layer(model: nn.Module, num_classes: int, image_shape: ImageShape) -> str:
-    """The name of the layer that gives the logits: the last to run of those whose weight has a row per class.
+    """Find the layer that gives the logits: the last to run whose weight has a row per class.
 
     Raises:
         UserError: if no such layer runs.
@@ -230,7 +200,7 @@ def last_layer(model: nn.Module, num_classes: int, image_shape: ImageShape) -> s
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in the parameters of a model, each tensor counted once; buffers are not parameters."""
+    """Count the numbers in a model's parameters, each tensor once; buffers are not parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -49,7 +49,7 @@ class CNN(nn.Module):
         init_he_fan_out(head)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
+        """Map images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         x = self.normalize(images)
         for index in range(self.stages):
             x = getattr(self, f"stage{index + 1}")(x)

@@ -53,11 +53,11 @@ class Normalize(nn.Module):
 
     @classmethod
     def identity(cls, channels: int) -> Normalize:
-        """Changes nothing: for models that normalise by themselves, or take images in [0, 1] as they are."""
+        """Change nothing: for models that normalise by themselves, or take images in [0, 1] as they are."""
         return cls([0.0] * channels, [1.0] * channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] to the same, normalised.
+        """Map images [B, C, H, W] in [0, 1] to the same, normalised.
 
         Raises:
             UserError: if the images have another number of channels, which would otherwise broadcast.
@@ -65,12 +65,12 @@ class Normalize(nn.Module):
         return (_of_channels(images, self.channels) - self.mean) / self.std
 
     def extra_repr(self) -> str:
-        """The constants, for people."""
+        """Show the constants, for people."""
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
 def channel_statistics(images: Tensor | Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels.
+    """Return mean and standard deviation of each channel over all pixels.
 
     Summed in integers, chunk by chunk: the result is exact, does not depend on the pieces, and memory stays small.
 

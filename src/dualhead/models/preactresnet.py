@@ -30,7 +30,7 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, C, H, W] to features [B, C', H', W']."""
+        """Map features [B, C, H, W] to features [B, C', H', W']."""
         activated = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.shortcut is None else self.shortcut(activated if self.project_activated else x)
         out = F.relu(self.bn2(self.conv1(activated)), inplace=True)
@@ -61,7 +61,7 @@ class PreActResNet(nn.Module):
         self.linear = nn.Linear(WIDTHS[3], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
+        """Map images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         x = self.conv1(self.normalize(images))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         if self.bn is not None:
@@ -82,7 +82,7 @@ class PreActResNetBackbone(Backbone):
     Args:
         depth: 18 or 34.
         final_norm: batch norm (`bn`) and ReLU before pooling.
-        shortcut: what a shortcut's convolution sees: the `activated` features, or the `raw` input of the block.
+        shortcut: input of a shortcut's convolution: the `activated` features, or the `raw` input of the block.
             Parameter names do not tell the two apart, so weights of one load into the other and are then wrong.
     """
 

@@ -17,7 +17,7 @@ Stem = Literal["small", "imagenet"]
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """A projection where the shape changes, else nothing (an empty sequence is the identity)."""
+    """Return a projection where the shape changes, else nothing (an empty sequence is the identity)."""
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
     return nn.Sequential(
@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, C, H, W] to features [B, C', H', W']."""
+        """Map features [B, C, H, W] to features [B, C', H', W']."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
 
@@ -62,7 +62,7 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, C, H, W] to features [B, C', H', W']."""
+        """Map features [B, C, H, W] to features [B, C', H', W']."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x), inplace=True)
@@ -97,7 +97,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(WIDTHS[3] * wider, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
+        """Map images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         x = F.relu(self.bn1(self.conv1(self.normalize(images))), inplace=True)
         if self.pools:
             x = F.max_pool2d(x, 3, 2, padding=1)

@@ -9,7 +9,15 @@ from typing import Any, Self
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.models.base import Backbone, ImageShape, Preprocessing, Statistics, Wrapped, backbones, check_logits
+from dualhead.models.base import (
+    Backbone,
+    ChannelStatistics,
+    ImageShape,
+    Preprocessing,
+    Wrapped,
+    backbones,
+    check_logits,
+)
 from dualhead.models.normalize import Normalize
 
 
@@ -51,7 +59,7 @@ class TimmBackbone(Backbone):
         normalize = Normalize.identity(image_shape[0]) if known is None else Normalize(*known)
         return found.create(num_classes, image_shape, normalize)
 
-    def published_normalisation(self) -> Statistics | None:
+    def published_normalisation(self) -> ChannelStatistics | None:
         """As timm's configuration of the weights says."""
         config = self._published() if self.pretrained else None
         return None if config is None else (tuple(map(float, config.mean)), tuple(map(float, config.std)))

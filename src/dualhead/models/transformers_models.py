@@ -13,7 +13,15 @@ from typing import Any, Final, Self
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.models.base import Backbone, ImageShape, Preprocessing, Statistics, Wrapped, backbones, check_logits
+from dualhead.models.base import (
+    Backbone,
+    ChannelStatistics,
+    ImageShape,
+    Preprocessing,
+    Wrapped,
+    backbones,
+    check_logits,
+)
 from dualhead.models.normalize import Normalize
 
 logger = logging.getLogger(__name__)
@@ -92,7 +100,7 @@ class TransformersBackbone(Backbone):
         normalize = Normalize.identity(image_shape[0]) if known is None else Normalize(*known)
         return found.create(num_classes, image_shape, normalize)
 
-    def published_normalisation(self) -> Statistics | None:
+    def published_normalisation(self) -> ChannelStatistics | None:
         """What `preprocessor_config.json` says beside the weights; a word in the log if there is none."""
         if not self.pretrained:
             return None

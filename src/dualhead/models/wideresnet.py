@@ -29,7 +29,7 @@ class WideBlock(nn.Module):
         self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, C, H, W] to features [B, C', H', W']."""
+        """Map features [B, C, H, W] to features [B, C', H', W']."""
         activated = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
         out = self.conv1(activated)
@@ -48,7 +48,7 @@ class WideStage(nn.Module):
         self.layer = nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, C, H, W] to features [B, C', H', W']."""
+        """Map features [B, C, H, W] to features [B, C', H', W']."""
         out: Tensor = self.layer(x)
         return out
 
@@ -82,7 +82,7 @@ class WideResNet(nn.Module):
         init_he_fan_out(head)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
+        """Map images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         x = self.conv1(self.normalize(images))
         x = self.block3(self.block2(self.block1(x)))
         x = F.relu(self.bn1(x), inplace=True).mean((2, 3))

@@ -1,5 +1,35 @@
-"""Base methods, one a file: logits in, loss terms out."""
+"""Methods of training, one a file: what they need to see, what their attacks climb, what they descend."""
 
-from dualhead.objectives.base import LossTerms, Objective, objectives
+from dualhead.objectives.base import (
+    ATTACKED,
+    BEFORE,
+    CLEAN,
+    OWN,
+    Around,
+    Features,
+    Inner,
+    Labels,
+    Logits,
+    LossTerms,
+    Need,
+    Objective,
+    Seen,
+    objectives,
+)
 
-__all__ = ["LossTerms", "Objective", "objectives"]
+__all__ = [
+    "ATTACKED",
+    "BEFORE",
+    "CLEAN",
+    "OWN",
+    "Around",
+    "Features",
+    "Inner",
+    "Labels",
+    "Logits",
+    "LossTerms",
+    "Need",
+    "Objective",
+    "Seen",
+    "objectives",
+]

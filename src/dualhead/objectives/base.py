@@ -1,16 +1,110 @@
-"""What adversarial training descends, and what the attack inside it climbs."""
+"""What adversarial training descends and what the attack inside it climbs, as functions of what they need to see."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final, cast
 
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
-from torch import Tensor
+from torch import Size, Tensor, nn
 
+from dualhead.attacks import Attack
 from dualhead.components.registry import Registry
+from dualhead.data import Stream
 from dualhead.errors import UserError
+from dualhead.threats import ThreatModel
+
+OWN: Final = ""
+"""The output that a stage trains: the aggregate, else the last head that learns, or a plain model's logits."""
+CLEAN: Final = "clean"
+ATTACKED: Final = "attacked"
+"""The usual names of images: those of the batch, and what the attack makes of them."""
+
+BEFORE: Final = "before"
+"""The teacher that is the network as the stage began."""
+
+Seen = Mapping[str, Tensor]
+"""What the needs of an objective give, by their names."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits [B, C] of an output on some images.
+
+    Args:
+        output: `head1`, ..., `mean`, `aggregate`, the name of a teacher, or `OWN`.
+        on: the images: `clean`, those that an inner maximisation makes, a stream of the data, or a view.
+    """
+
+    output: str = OWN
+    on: str = CLEAN
+
+    def of(self, output: str) -> Logits:
+        """Return the same need with `OWN` as the given output."""
+        return replace(self, output=output) if self.output == OWN else self
+
+
+@dataclass(frozen=True)
+class Features:
+    """What leaves a part of the network on some images, or a layer in it: a tensor with a row for each image.
+
+    Args:
+        part: `trunk`, a head, or `model` for a plain one.
+        on: the images, as for `Logits`.
+        layer: name of a module inside the part; None for the trunk's features, which cross the cut.
+        through: one of the objective's own heads, applied to the features.
+    """
+
+    part: str = "trunk"
+    on: str = CLEAN
+    layer: str | None = None
+    through: str | None = None
+
+    def of(self, output: str) -> Features:
+        """Return the need itself."""
+        del output
+        return self
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels int64 [B] of the images of a stream, which has its own.
+
+    Args:
+        on: the stream.
+    """
+
+    on: str
+
+    def of(self, output: str) -> Labels:
+        """Return the need itself."""
+        del output
+        return self
+
+
+Need = Logits | Features | Labels
+
+
+@dataclass(frozen=True)
+class Inner:
+    """An inner maximisation: how images are made that the loss is to see.
+
+    Args:
+        loss: labels and what is seen to one number for each image [B], climbed.
+        uses: names of needs. Those on the images that are made are searched through; all others are targets, taken
+            once, without a graph, in the mode in which the attack runs.
+        start: the images that are perturbed.
+        attack: None for the stage's.
+        threat: None for the stage's.
+    """
+
+    loss: Callable[[Tensor, Seen], Tensor]
+    uses: Sequence[str]
+    start: str = CLEAN
+    attack: Attack | None = None
+    threat: ThreatModel | None = None
 
 
 @dataclass(frozen=True)
@@ -20,73 +114,198 @@ class LossTerms:
     Args:
         total: scalar, with its graph.
         terms: scalars by name, weighted as they enter the total; for the log.
+        figures: further scalars that are logged and that `Objective.advance` is given, but not descended.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
+    figures: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def sum_of(cls, **terms: Tensor) -> LossTerms:
-        """The sum of the terms."""
+        """Return the sum of the terms."""
         return cls(sum(terms.values(), start=next(iter(terms.values())).new_zeros(())), terms)
+
+    def with_figures(self, **figures: Tensor) -> LossTerms:
+        """Return the same loss with further figures for the log."""
+        return replace(self, figures={**self.figures, **figures})
 
 
 class Objective(ABC):
-    """A base method of adversarial training.
+    """A method of adversarial training: what it needs to see, what its attacks climb, and what it descends.
 
-    Subclasses are frozen dataclasses registered in `objectives`. The class attributes tell the loop which forward
-    passes it can leave out.
+    Subclasses are frozen dataclasses registered in `objectives`. Which passes a step makes follows from the needs:
+    for each set of images the trunk once, a head once and only on images for which it is needed, merging once. Equal
+    needs are one; what no trained part feeds is a constant, computed once for target and loss.
     """
 
     registered_name: ClassVar[str]
-    adversarial: ClassVar[bool] = True
-    """Whether the loss uses logits of attacked images."""
-    clean: ClassVar[bool] = True
-    """Whether the loss uses logits of clean images."""
-    clean_target: ClassVar[bool] = False
-    """Whether `inner_loss` uses the clean logits, taken once a batch in the mode in which the attack runs."""
-    apart: ClassVar[bool] = True
-    """Whether the loss is a mean over images of what depends on that image alone. Else it is another one for pieces of
-    a batch, as `micro_batch` and several processes make them."""
 
-    outputs: ClassVar[tuple[str, ...]] = ()
-    """Outputs of a dual-head model that the loss is a function of, the deployed one last: logits are [B, outputs, C]
-    then. Empty: the one output that a stage trains, [B, C]."""
-    only_clean: ClassVar[tuple[str, ...]] = ()
-    """Those of `outputs` whose logits of attacked images the loss does not use; they are left at 0, and no pass is
-    made for them."""
-    only_attacked: ClassVar[tuple[str, ...]] = ()
-    """Likewise those whose logits of clean images it does not use."""
-    teachers: ClassVar[tuple[str, ...]] = ()
-    """Those of `outputs` that the others learn from and that learn nothing; a stage must not train them. If there are
-    any, `inner_loss` is given their logits of clean images, and else those of `attacked`."""
-    attacked: ClassVar[tuple[str, ...]] = ()
-    """Outputs that `inner_loss` is a function of, as `outputs` are those of `loss`."""
+    @property
+    def per_image(self) -> bool:
+        """Whether the loss is a mean over images of what depends on that image alone.
 
-    def at(self, epoch: int) -> Objective:
-        """The objective in an epoch of its stage, counted from 0; most do not change."""
-        del epoch
+        Else it is another one for pieces of a batch, and a stage refuses `micro_batch`.
+        """
+        return True
+
+    @abstractmethod
+    def needs(self) -> Mapping[str, Need]:
+        """Return what the loss and the attacks see, by name.
+
+        Passes on different images run in the order in which the images are first named here.
+        """
+
+    def inner(self) -> Mapping[str, Inner]:
+        """Return the inner maximisations by the name of the images that they make, in the order in which they run."""
+        return {}
+
+    @abstractmethod
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute what training descends, averaged over the batch.
+
+        Args:
+            y: labels, int64 [B], or shares of the classes [B, C].
+            seen: what `needs` asks for, under its names, float32.
+        """
+
+    # ---- rarely needed
+
+    def streams(self) -> Mapping[str, Stream]:
+        """Return further images of each step, as many as the batch has, by name: from the data, or noise."""
+        return {}
+
+    def views(self, images: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return images made of others, by name: of the clean ones, the streams and what inner maximisations made."""
+        del images
+        return {}
+
+    def heads(self, shapes: Mapping[str, Size]) -> Mapping[str, nn.Module]:
+        """Return modules that learn in this stage and are dropped after it, by the names in `Features.through`.
+
+        Args:
+            shapes: shape of one image's features [...] for each need of features, without the batch.
+        """
+        del shapes
+        return {}
+
+    def teachers(self) -> Mapping[str, str]:
+        """Return models outside the network that are asked, by name.
+
+        Each is an earlier stage of the recipe, a run or exported model, or `before`: the network as this stage began.
+        """
+        return {}
+
+    def frozen(self) -> Sequence[str]:
+        """Return outputs that must not learn meanwhile, as those that others learn from."""
+        return ()
+
+    def window(self) -> int:
+        """Return the number of steps between two calls of `advance`; 0: it is never called."""
+        return 0
+
+    def begin(self) -> Mapping[str, float]:
+        """Return the state with which a stage begins; it lies in the checkpoint."""
+        return {}
+
+    def at(self, epoch: int, state: Mapping[str, float]) -> Objective:
+        """Return the objective in an epoch of its stage, counted from 0, and in a state; most do not change."""
+        del epoch, state
         return self
 
-    @abstractmethod
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """What the attack climbs, one number per image [B].
+    def advance(self, state: Mapping[str, float], means: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the state after a window of steps.
 
         Args:
-            adv_logits: logits [B, C] of the attacked images.
-            clean_logits: logits [B, C] of the clean images, detached; None unless `clean_target`.
-            y: labels, int64 [B], or shares of the classes [B, C].
+            state: the one before.
+            means: of the loss, its terms and figures over these steps and all processes, without steps that were
+                dropped.
         """
+        del means
+        return state
 
-    @abstractmethod
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """What training descends, averaged over the batch.
+    # ---- what follows from these
 
-        Args:
-            clean_logits: logits [B, C] of the clean images; None unless `clean`.
-            adv_logits: logits [B, C] of the attacked images; None unless `adversarial`.
-            y: labels, int64 [B], or shares of the classes [B, C].
-        """
+    @property
+    def adversarial(self) -> bool:
+        """Whether it attacks."""
+        return bool(self.inner())
+
+    @property
+    def judged(self) -> str:
+        """The need whose accuracy is logged: the last logits of attacked images, else the last logits of the model."""
+        teachers = self.teachers()
+        asked = {n: need for n, need in self.needs().items() if isinstance(need, Logits)}
+        own = [n for n, need in asked.items() if need.output not in teachers]
+        return ([n for n in own if asked[n].on == ATTACKED] or own)[-1]
+
+    @property
+    def judged_output(self) -> str:
+        """The output that is judged, `OWN` if it is the one that the stage trains."""
+        need = self.needs()[self.judged]
+        assert isinstance(need, Logits)
+        return need.output
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Outputs of a dual-head model that it names, in the order of its needs; empty if the stage's own is all."""
+        named = [need.output for need in self.needs().values() if isinstance(need, Logits)]
+        return tuple(dict.fromkeys(output for output in named if output != OWN and output not in self.teachers()))
+
+
+class Around(Objective):
+    """A base method and something more: subclasses are dataclasses with a field `base`, and add to what it gives."""
+
+    base: Objective
+
+    @property
+    def per_image(self) -> bool:
+        """As the base method."""
+        return self.base.per_image
+
+    def needs(self) -> Mapping[str, Need]:
+        """What the base method needs."""
+        return self.base.needs()
+
+    def inner(self) -> Mapping[str, Inner]:
+        """What the base method climbs."""
+        return self.base.inner()
+
+    def streams(self) -> Mapping[str, Stream]:
+        """Those of the base method."""
+        return self.base.streams()
+
+    def views(self, images: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Those of the base method."""
+        return self.base.views(images)
+
+    def heads(self, shapes: Mapping[str, Size]) -> Mapping[str, nn.Module]:
+        """Those of the base method."""
+        return self.base.heads(shapes)
+
+    def teachers(self) -> Mapping[str, str]:
+        """Those of the base method."""
+        return self.base.teachers()
+
+    def frozen(self) -> Sequence[str]:
+        """Those of the base method."""
+        return self.base.frozen()
+
+    def window(self) -> int:
+        """As the base method."""
+        return self.base.window()
+
+    def begin(self) -> Mapping[str, float]:
+        """As the base method."""
+        return self.base.begin()
+
+    def at(self, epoch: int, state: Mapping[str, float]) -> Objective:
+        """Return it around the base method in this epoch and state."""
+        return cast("Objective", replace(cast("Any", self), base=self.base.at(epoch, state)))
+
+    def advance(self, state: Mapping[str, float], means: Mapping[str, float]) -> Mapping[str, float]:
+        """As the base method."""
+        return self.base.advance(state, means)
 
 
 def check_label_smoothing(value: float) -> None:
@@ -99,15 +318,19 @@ def check_label_smoothing(value: float) -> None:
         raise UserError(f"label_smoothing must lie in [0, 1), got {value:g}; 0.1 is usual")
 
 
-def given(logits: Tensor | None) -> Tensor:
-    """The logits that an objective's class attributes have asked for."""
-    assert logits is not None, "the loop must pass the logits that the objective asks for"
-    return logits
-
-
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(softmax(p) || softmax(q)) per image [B], from logits [B, C]."""
+    """KL(softmax(p) || softmax(q)) for each image [B], from logits [B, C]."""
     return F.kl_div(q_logits.log_softmax(1), p_logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy for each image [B], from logits [B, C] and labels int64 [B] or shares [B, C]."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def under(name: str, seen: Seen) -> dict[str, Tensor]:
+    """What is seen under `NAME.` as an objective inside another one names it."""
+    return {key.removeprefix(f"{name}."): value for key, value in seen.items() if key.startswith(f"{name}.")}
 
 
 objectives: Registry[Objective] = Registry("objective", "dualhead.objectives")

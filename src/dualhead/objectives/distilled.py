@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
-from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
+from dualhead.objectives.base import (
+    ATTACKED,
+    Inner,
+    Logits,
+    LossTerms,
+    Need,
+    Objective,
+    Seen,
+    kl_divergence,
+    objectives,
+)
 
 
 @objectives.register("distilled")
@@ -41,32 +51,32 @@ class Distilled(Objective):
     teacher: str = "head1"
     student: str = "head2"
 
-    clean_target: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.beta < 0:
             raise UserError(f"beta must be at least 0, got {self.beta:g}; 5 is as published")
         if self.teacher == self.student:
             raise UserError(f"teacher and student are both {self.teacher}; choose two heads")
-        for name, value in {
-            "outputs": (self.teacher, self.student),
-            "only_clean": (self.teacher,),
-            "teachers": (self.teacher,),
-            "attacked": (self.student,),
-        }.items():
-            object.__setattr__(self, name, value)
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """KL(p || s') per image, from logits [B, 1, C]: the student's under attack, the teacher's of clean images."""
-        del y
-        return kl_divergence(given(clean_logits)[:, 0], adv_logits[:, 0])
+    def needs(self) -> Mapping[str, Need]:
+        """Logits of the teacher on clean images, and of the student on both."""
+        return {
+            "taught": Logits(self.teacher),
+            "clean": Logits(self.student),
+            "adv": Logits(self.student, on=ATTACKED),
+        }
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """The sum above, from logits [B, 2, C], the teacher's and the student's."""
+    def frozen(self) -> Sequence[str]:
+        """Keep the teacher as it is."""
+        return (self.teacher,)
+
+    def inner(self) -> Mapping[str, Inner]:
+        """Climb KL(p || s')."""
+        return {ATTACKED: Inner(lambda y, seen: kl_divergence(seen["taught"], seen["adv"]), uses=("taught", "adv"))}
+
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute the sum above."""
         del y
-        clean, adv = given(clean_logits), given(adv_logits)
-        taught = clean[:, 0].detach()
         return LossTerms.sum_of(
-            clean=kl_divergence(taught, clean[:, 1]).mean(),
-            divergence=self.beta * kl_divergence(taught, adv[:, 1]).mean(),
+            clean=kl_divergence(seen["taught"], seen["clean"]).mean(),
+            divergence=self.beta * kl_divergence(seen["taught"], seen["adv"]).mean(),
         )

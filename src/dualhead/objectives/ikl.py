@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
@@ -11,7 +11,18 @@ from torch import Tensor
 
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
-from dualhead.objectives.base import LossTerms, Objective, check_label_smoothing, given, kl_divergence, objectives
+from dualhead.objectives.base import (
+    ATTACKED,
+    Inner,
+    Logits,
+    LossTerms,
+    Need,
+    Objective,
+    Seen,
+    check_label_smoothing,
+    kl_divergence,
+    objectives,
+)
 
 
 @objectives.register("ikl")
@@ -28,8 +39,8 @@ class IKL(Objective):
 
     The attack climbs KL(p || p'), as published. m is a constant, of softmax(z / temperature): the mean over the images
     of the class in the batch, where the public code takes that of the epoch before; so the loss has no memory, and a
-    run that goes on is the run that was not stopped. With `micro_batch` or several processes it is the mean over a
-    piece of the batch.
+    run that goes on is the run that was not stopped. With several processes it is the mean over a process's share of
+    the batch; `micro_batch` is refused, since it would change the loss.
 
     When: in place of TRADES, with weight averaging or AWP as published; not with few images of a class in a batch.
 
@@ -47,8 +58,6 @@ class IKL(Objective):
     ce: Real = 4.0
     temperature: Real = 4.0
     label_smoothing: Real = 0.0
-    clean_target: ClassVar[bool] = True
-    apart: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("mse", "ce"):
@@ -58,14 +67,22 @@ class IKL(Objective):
             raise UserError(f"temperature must be greater than 0, got {self.temperature:g}; 1 to 4 are usual")
         check_label_smoothing(self.label_smoothing)
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """KL(p || p') per image."""
-        del y
-        return kl_divergence(given(clean_logits), adv_logits)
+    @property
+    def per_image(self) -> bool:
+        """False: the means over a class are those of the batch."""
+        return False
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """The sum above."""
-        clean, adv = given(clean_logits), given(adv_logits)
+    def needs(self) -> Mapping[str, Need]:
+        """Logits p of clean and q of attacked images."""
+        return {"p": Logits(), "q": Logits(on=ATTACKED)}
+
+    def inner(self) -> Mapping[str, Inner]:
+        """Climb KL(p || p')."""
+        return {ATTACKED: Inner(lambda y, seen: kl_divergence(seen["p"], seen["q"]), uses=("p", "q"))}
+
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute the sum above."""
+        clean, adv = seen["p"], seen["q"]
         weights = class_means((clean.detach() / self.temperature).softmax(1), y)
         soft_labels = -(clean.detach().softmax(1) * adv.log_softmax(1)).sum(1)
         return LossTerms.sum_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,7 +13,19 @@ from torch import Tensor
 from dualhead.components.fields import Real
 from dualhead.components.sections import component
 from dualhead.errors import UserError
-from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
+from dualhead.objectives.base import (
+    ATTACKED,
+    CLEAN,
+    Inner,
+    Logits,
+    LossTerms,
+    Need,
+    Objective,
+    Seen,
+    kl_divergence,
+    objectives,
+    under,
+)
 from dualhead.objectives.trades import TRADES
 
 HEADS = ("head1", "head2")
@@ -76,69 +88,115 @@ class Joint(Objective):
             raise UserError(
                 "joint needs at least two of head1, head2 and aggregate; for one, name its objective itself"
             )
-        if self.guidance and not (self.head1 and self.head2 and self.head1.adversarial and self.head2.clean):
+        if self.guidance and not (
+            self.head1 and self.head2 and _sees(self.head1, ATTACKED) and _sees(self.head2, CLEAN)
+        ):
             raise UserError(
                 "guidance needs an adversarial base method on head1, and on head2 one that sees clean images"
             )
-        if any(method.outputs for method in methods.values()):
+        if any(method.outputs or not _is_simple(method) for method in methods.values()):
             raise UserError("joint is made of base methods, which have one output each")
         if (self.distillation or self.diversity) and not set(HEADS) <= methods.keys():
             raise UserError("distillation and diversity need a loss on head1 and on head2")
-        climbed = [n for n in methods if self.attack in (n, "sum") and methods[n].adversarial]
-        if not climbed and any(method.adversarial for method in methods.values()):
+        if not self._climbed() and self._attacks():
             known = ", ".join(n for n in methods if methods[n].adversarial)
             raise UserError(f"attack: {self.attack} has no adversarial objective; use sum or one of {known}")
-        # Which passes are needed depends on the base methods.
-        all_passes = bool(self.distillation or self.diversity)
-        calm = tuple(n for n in tuple(methods)[:-1] if not methods[n].adversarial)  # the deployed one is judged
-        for name, value in {
-            "outputs": tuple(methods),
-            "attacked": tuple(climbed) or tuple(methods)[-1:],
-            "only_clean": () if all_passes else calm,
-            "only_attacked": () if all_passes else tuple(n for n in methods if not methods[n].clean),
-            "apart": all(method.apart for method in methods.values()),
-            "adversarial": any(method.adversarial for method in methods.values()),
-            "clean": any(method.clean for method in methods.values()),
-            "clean_target": any(methods[n].clean_target for n in climbed),
-        }.items():
-            object.__setattr__(self, name, value)
 
     def _methods(self) -> Iterator[tuple[str, Objective]]:
         """Base methods by output, the deployed one last: the aggregate, else head 2 unless head 1 alone is robust."""
         methods = [(n, getattr(self, n)) for n in (*HEADS, "aggregate") if getattr(self, n) is not None]
         yield from sorted(methods, key=lambda item: item[1].adversarial) if self.aggregate is None else methods
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """The weighted inner losses of the attacked outputs, per image [B], from logits [B, attacked, C]."""
-        total = adv_logits.new_zeros(len(adv_logits))
-        for index, name in enumerate(self.attacked):
-            target = None if clean_logits is None else clean_logits[:, index]
-            weight = getattr(self, f"{name}_weight") if self.attack == "sum" else 1.0
-            total = total + weight * getattr(self, name).inner_loss(adv_logits[:, index], target, y)
-        return total
+    def _attacks(self) -> bool:
+        return any(method.adversarial for _, method in self._methods())
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """The sum above; terms are named by output and base method's term, as `head1_divergence`."""
+    def _climbed(self) -> list[str]:
+        """Return the outputs whose inner losses the attack climbs."""
+        return [name for name, method in self._methods() if self.attack in (name, "sum") and method.adversarial]
+
+    def _seen_on(self) -> list[str]:
+        """Return the images that the base methods see, clean ones first."""
+        return [on for on in (CLEAN, ATTACKED) if any(_sees(method, on) for _, method in self._methods())]
+
+    @property
+    def per_image(self) -> bool:
+        """Whether all base methods are."""
+        return all(method.per_image for _, method in self._methods())
+
+    def needs(self) -> Mapping[str, Need]:
+        """What each base method needs, under its output's name; with ties between heads, all outputs on all images."""
+        methods = list(self._methods())
+        needs: dict[str, Need] = {}
+        for on in (CLEAN, ATTACKED):
+            for output, method in methods:
+                inside = {n: need for n, need in method.needs().items() if need.on == on}
+                needs |= {f"{output}.{n}": need.of(output) for n, need in inside.items()}
+            if on in self._seen_on() and (self.distillation or self.diversity):
+                needs |= {f"{output}@{on}": Logits(output, on) for output, _ in methods}
+        if (
+            self._attacks()
+        ):  # the deployed output is judged under attack, also where its own loss sees clean images alone
+            needs[f"{methods[-1][0]}@{ATTACKED}"] = Logits(methods[-1][0], ATTACKED)
+        if self.guidance:
+            needs |= {"guided": Logits("head1", ATTACKED), "guide": Logits("head2")}
+        return needs
+
+    @property
+    def judged(self) -> str:
+        """The deployed output, on attacked images if there are any."""
+        deployed = list(self._methods())[-1][0]
+        of_it = {n: need for n, need in self.needs().items() if isinstance(need, Logits) and need.output == deployed}
+        return ([n for n, need in of_it.items() if need.on == ATTACKED] or list(of_it))[-1]
+
+    def inner(self) -> Mapping[str, Inner]:
+        """Climb the weighted inner losses of the outputs that are attacked."""
+        methods = dict(self._methods())
+        inside = {name: methods[name].inner()[ATTACKED] for name in self._climbed()}
+        if not inside:
+            return {}
+
+        def climbed(y: Tensor, seen: Seen) -> Tensor:
+            total = torch.zeros((), device=y.device)
+            for name, inner in inside.items():
+                weight = getattr(self, f"{name}_weight") if self.attack == "sum" else 1.0
+                total = total + weight * inner.loss(y, under(name, seen))
+            return total
+
+        return {ATTACKED: Inner(climbed, [f"{name}.{need}" for name, inner in inside.items() for need in inner.uses])}
+
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute the sum above; terms are named by output and base method's term, as `head1_divergence`."""
         terms: dict[str, Tensor] = {}
-        for index, (name, method) in enumerate(self._methods()):
-            clean = clean_logits[:, index] if clean_logits is not None and method.clean else None
-            attacked = adv_logits[:, index] if adv_logits is not None and method.adversarial else None
+        for name, method in self._methods():
+            # Views, so that gradients of a base method add up among themselves before those of the ties do.
+            own = method.loss(y, {need: value.view_as(value) for need, value in under(name, seen).items()})
             weight = getattr(self, f"{name}_weight")
-            terms |= {f"{name}_{term}": weight * v for term, v in method.loss(clean, attacked, y).terms.items()}
-        passes = [logits for logits in (clean_logits, adv_logits) if logits is not None]
+            terms |= {f"{name}_{term}": weight * value for term, value in own.terms.items()}
         if self.distillation:
-            apart = [self._apart(logits) for logits in passes]
+            apart = [self._apart(seen, on) for on in self._seen_on()]
             terms["distillation"] = self.distillation * torch.stack(apart).mean()
         if self.diversity:
-            terms["diversity"] = self.diversity * alikeness(passes[-1][:, 0], passes[-1][:, 1], y).mean()
+            last = self._seen_on()[-1]
+            terms["diversity"] = self.diversity * alikeness(seen[f"head1@{last}"], seen[f"head2@{last}"], y).mean()
         if self.guidance:
-            first, second = (self.outputs.index(head) for head in HEADS)
-            terms["guidance"] = self.guidance * F.mse_loss(given(adv_logits)[:, first], given(clean_logits)[:, second])
+            terms["guidance"] = self.guidance * F.mse_loss(seen["guided"], seen["guide"])
         return LossTerms.sum_of(**terms)
 
-    def _apart(self, logits: Tensor) -> Tensor:
-        merged = (logits[:, 2] if self.aggregate is not None else logits.mean(1)).detach()
-        return (kl_divergence(merged, logits[:, 0]) + kl_divergence(merged, logits[:, 1])).mean() / 2
+    def _apart(self, seen: Seen, on: str) -> Tensor:
+        first, second = (seen[f"{head}@{on}"] for head in HEADS)
+        merged = seen[f"aggregate@{on}"] if self.aggregate is not None else torch.stack((first, second), 1).mean(1)
+        divergences = [kl_divergence(merged.detach(), logits) for logits in (first, second)]
+        return (divergences[0] + divergences[1]).mean() / 2
+
+
+def _is_simple(method: Objective) -> bool:
+    """Whether a method asks for nothing but logits of clean images and of those of the usual attack."""
+    needs = method.needs().values()
+    return {need.on for need in needs} <= {CLEAN, ATTACKED} and not method.teachers() and not method.streams()
+
+
+def _sees(method: Objective, on: str) -> bool:
+    return any(need.on == on for need in method.needs().values())
 
 
 def alikeness(first: Tensor, second: Tensor, y: Tensor) -> Tensor:

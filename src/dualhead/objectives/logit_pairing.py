@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from dualhead.components.fields import Real
 from dualhead.components.sections import component
 from dualhead.errors import UserError
-from dualhead.objectives.base import LossTerms, Objective, given, objectives
+from dualhead.objectives.base import ATTACKED, Around, Logits, LossTerms, Need, Objective, Seen, objectives
 from dualhead.objectives.trades import TRADES
 
 TRADES_6 = TRADES(6.0)
@@ -19,7 +20,7 @@ TRADES_6 = TRADES(6.0)
 
 @objectives.register("logit_pairing")
 @dataclass(frozen=True)
-class LogitPairing(Objective):
+class LogitPairing(Around):
     """A base method's loss + weight * mean (z(x') - z(x))^2, in the base method's attack.
 
     When: as the control of `guidance` in `joint`, which is the same term with another head's clean logits, or as a
@@ -41,15 +42,12 @@ class LogitPairing(Objective):
             raise UserError(f"weight must be at least 0, got {self.weight:g}")
         if self.base.outputs or not self.base.adversarial:
             raise UserError("logit_pairing needs an adversarial base method of one output, as sat, trades or mart")
-        object.__setattr__(self, "clean_target", self.base.clean_target)
-        object.__setattr__(self, "apart", self.base.apart)
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """The base method's, per image [B]."""
-        return self.base.inner_loss(adv_logits, clean_logits, y)
+    def needs(self) -> Mapping[str, Need]:
+        """Clean logits beside what the base method needs, which sees attacked images."""
+        return {"clean": Logits(), **self.base.needs(), "attacked": Logits(on=ATTACKED)}
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """The base method's terms, and `pairing`."""
-        base = self.base.loss(clean_logits if self.base.clean else None, adv_logits, y)
-        pairing = self.weight * F.mse_loss(given(adv_logits), given(clean_logits))
-        return LossTerms.sum_of(**base.terms, pairing=pairing)
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute the base method's terms, and `pairing`."""
+        base = self.base.loss(y, seen)
+        return LossTerms.sum_of(**base.terms, pairing=self.weight * F.mse_loss(seen["attacked"], seen["clean"]))

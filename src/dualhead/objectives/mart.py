@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,19 @@ from torch import Tensor
 
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
-from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
+from dualhead.objectives.base import (
+    ATTACKED,
+    OWN,
+    Inner,
+    Logits,
+    LossTerms,
+    Need,
+    Objective,
+    Seen,
+    cross_entropies,
+    kl_divergence,
+    objectives,
+)
 
 
 @objectives.register("mart")
@@ -24,22 +37,29 @@ class MART(Objective):
 
     Args:
         beta: weight of the divergence (lambda in the paper), at least 0.
+        clean: output that sees the clean images; the one that the stage trains where none is named.
+        robust: output that sees the attacked images, likewise.
     """
 
     beta: Real = 5.0
+    clean: str = OWN
+    robust: str = OWN
 
     def __post_init__(self) -> None:
         if self.beta < 0:
             raise UserError(f"beta must be at least 0, got {self.beta:g}; MART uses 5 or 6")
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """CE(f(x'), y) per image."""
-        del clean_logits
-        return F.cross_entropy(adv_logits, y, reduction="none")
+    def needs(self) -> Mapping[str, Need]:
+        """Logits p of clean and q of attacked images."""
+        return {"p": Logits(self.clean), "q": Logits(self.robust, on=ATTACKED)}
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """BCE(x') + beta mean[KL(p || p') (1 - p_y)], BCE = CE(x') - log(1.0001 - max of the wrong classes' p')."""
-        clean, adv = given(clean_logits), given(adv_logits)
+    def inner(self) -> Mapping[str, Inner]:
+        """Climb CE(f(x'), y)."""
+        return {ATTACKED: Inner(lambda y, seen: cross_entropies(seen["q"], y), uses=("q",))}
+
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute BCE + beta mean[KL(p || p') (1 - p_y)], BCE = CE(x') - log(1.0001 - max of the wrong classes' p')."""
+        clean, adv = seen["p"], seen["q"]
         # Not one_hot, which waits for the device to look at the labels.
         true = y if y.dim() == 2 else torch.zeros_like(adv).scatter(1, y[:, None], 1.0)
         wrong = adv.softmax(1).masked_fill(true > 0, 0.0).amax(1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from dualhead.components.fields import Real
-from dualhead.objectives.base import LossTerms, Objective, check_label_smoothing, given, objectives
+from dualhead.objectives.base import Logits, LossTerms, Need, Objective, Seen, check_label_smoothing, objectives
 
 
 @objectives.register("natural")
@@ -29,18 +29,13 @@ class Natural(Objective):
 
     label_smoothing: Real = 0.0
 
-    adversarial: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_label_smoothing(self.label_smoothing)
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """Cross-entropy, for whoever attacks a model trained so."""
-        del clean_logits
-        return F.cross_entropy(adv_logits, y, reduction="none")
+    def needs(self) -> Mapping[str, Need]:
+        """Clean logits p."""
+        return {"p": Logits()}
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """CE(f(x), y)."""
-        del adv_logits
-        cross_entropy = F.cross_entropy(given(clean_logits), y, label_smoothing=self.label_smoothing)
-        return LossTerms.sum_of(clean=cross_entropy)
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute CE(f(x), y)."""
+        return LossTerms.sum_of(clean=F.cross_entropy(seen["p"], y, label_smoothing=self.label_smoothing))

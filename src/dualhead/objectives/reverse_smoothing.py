@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
@@ -12,7 +12,17 @@ from torch import Tensor
 
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
-from dualhead.objectives.base import LossTerms, Objective, given, kl_divergence, objectives
+from dualhead.objectives.base import (
+    ATTACKED,
+    Inner,
+    Logits,
+    LossTerms,
+    Need,
+    Objective,
+    Seen,
+    kl_divergence,
+    objectives,
+)
 
 
 @objectives.register("reverse_smoothing")
@@ -43,10 +53,6 @@ class ReverseSmoothing(Objective):
         decay_second: factor of b_2 and b_3 at each decay.
     """
 
-    outputs: ClassVar[tuple[str, ...]] = ("head1", "head2")
-    attacked: ClassVar[tuple[str, ...]] = ("head1",)
-    clean_target: ClassVar[bool] = True
-
     clean_weight: Real = 1.0
     divergence: Real = 1.0
     second_adversarial: Real = 1.0
@@ -66,8 +72,9 @@ class ReverseSmoothing(Objective):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie in (0, 1], got {getattr(self, name):g}")
 
-    def at(self, epoch: int) -> ReverseSmoothing:
-        """With the weights of an epoch: at 60, 70, 80, 90 and 100, b_0 and b_1 times 0.95, b_2 and b_3 times 0.8."""
+    def at(self, epoch: int, state: Mapping[str, float]) -> ReverseSmoothing:
+        """Return it as in an epoch: at 60, 70, 80, 90 and 100, b_0 and b_1 times 0.95, b_2 and b_3 times 0.8."""
+        del state
         decays = min(max((epoch - self.decay_from) // self.decay_every + 1, 0), 5)
         first, second = self.decay_first**decays, self.decay_second**decays
         return dataclasses.replace(
@@ -78,22 +85,28 @@ class ReverseSmoothing(Objective):
             second_clean=self.second_clean * second,
         )
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """KL(p || p') of head 1 per image, from logits [B, 1, C]."""
-        del y
-        return kl_divergence(given(clean_logits)[:, 0], adv_logits[:, 0])
+    def needs(self) -> Mapping[str, Need]:
+        """Logits of both heads on clean images, then on attacked ones."""
+        clean = {head: Logits(head) for head in ("head1", "head2")}
+        return {**clean, **{f"{head}_attacked": Logits(head, on=ATTACKED) for head in clean}}
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """The sum above, from logits [B, 2, C]."""
-        clean, adv = given(clean_logits), given(adv_logits)
+    def inner(self) -> Mapping[str, Inner]:
+        """Climb KL(p || p') of head 1."""
+        uses = ("head1", "head1_attacked")
+        return {ATTACKED: Inner(lambda y, seen: kl_divergence(*(seen[name] for name in uses)), uses=uses)}
+
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute the sum above."""
+        first, second = seen["head1"], seen["head2"]
+        first_adv, second_adv = seen["head1_attacked"], seen["head2_attacked"]
         labels = y if y.dim() == 1 else y.argmax(1)
-        right, kept = clean[:, 0].argmax(1) == labels, adv[:, 0].argmax(1) == labels
-        alpha = 1.1 - 0.1 * kept.to(clean.dtype)
-        on_attacked = learn_confusions(adv[:, 0], adv[:, 1], labels, alpha) * right
-        on_clean = learn_confusions(clean[:, 0], clean[:, 1], labels, clean.new_full(labels.shape, 0.9))
+        right, kept = first.argmax(1) == labels, first_adv.argmax(1) == labels
+        alpha = 1.1 - 0.1 * kept.to(first.dtype)
+        on_attacked = learn_confusions(first_adv, second_adv, labels, alpha) * right
+        on_clean = learn_confusions(first, second, labels, first.new_full(labels.shape, 0.9))
         return LossTerms.sum_of(
-            clean=self.clean_weight * F.cross_entropy(clean[:, 0], y),
-            divergence=self.divergence * kl_divergence(clean[:, 0], adv[:, 0]).mean(),
+            clean=self.clean_weight * F.cross_entropy(first, y),
+            divergence=self.divergence * kl_divergence(first, first_adv).mean(),
             second_adversarial=self.second_adversarial * on_attacked.mean(),
             second_clean=self.second_clean * on_clean.mean(),
         )

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from dualhead.components.fields import Real
-from dualhead.objectives.base import LossTerms, Objective, check_label_smoothing, given, objectives
+from dualhead.objectives.base import (
+    ATTACKED,
+    Inner,
+    Logits,
+    LossTerms,
+    Need,
+    Objective,
+    Seen,
+    check_label_smoothing,
+    cross_entropies,
+    objectives,
+)
 
 
 @objectives.register("sat")
@@ -28,18 +39,17 @@ class SAT(Objective):
 
     label_smoothing: Real = 0.0
 
-    clean: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_label_smoothing(self.label_smoothing)
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """CE(f(x'), y) per image."""
-        del clean_logits
-        return F.cross_entropy(adv_logits, y, reduction="none")
+    def needs(self) -> Mapping[str, Need]:
+        """Logits q of attacked images."""
+        return {"q": Logits(on=ATTACKED)}
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """CE(f(x'), y)."""
-        del clean_logits
-        cross_entropy = F.cross_entropy(given(adv_logits), y, label_smoothing=self.label_smoothing)
-        return LossTerms.sum_of(adversarial=cross_entropy)
+    def inner(self) -> Mapping[str, Inner]:
+        """Climb CE(f(x'), y)."""
+        return {ATTACKED: Inner(lambda y, seen: cross_entropies(seen["q"], y), uses=("q",))}
+
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute CE(f(x'), y)."""
+        return LossTerms.sum_of(adversarial=F.cross_entropy(seen["q"], y, label_smoothing=self.label_smoothing))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
@@ -11,10 +11,15 @@ from torch import Tensor
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.objectives.base import (
+    ATTACKED,
+    OWN,
+    Inner,
+    Logits,
     LossTerms,
+    Need,
     Objective,
+    Seen,
     check_label_smoothing,
-    given,
     kl_divergence,
     objectives,
 )
@@ -35,25 +40,31 @@ class TRADES(Objective):
         beta: weight of the divergence (1/lambda in the paper), at least 0. More of it trades clean for robust accuracy.
         label_smoothing: share s in [0, 1) of each label that is spread over all classes, on clean
             images: (1 - s) CE + s mean(-log p); 0.1 is usual.
+        clean: output that sees the clean images; the one that the stage trains where none is named. With tied heads
+            that own their batch norm, clean `head1` and robust `head2` make training with dual batch norm.
+        robust: output that sees the attacked images, likewise.
     """
 
     beta: Real = 6.0
     label_smoothing: Real = 0.0
-    clean_target: ClassVar[bool] = True
+    clean: str = OWN
+    robust: str = OWN
 
     def __post_init__(self) -> None:
         if self.beta < 0:
             raise UserError(f"beta must be at least 0, got {self.beta:g}; TRADES uses 1 to 6")
         check_label_smoothing(self.label_smoothing)
 
-    def inner_loss(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """KL(p || p') per image."""
-        del y
-        return kl_divergence(given(clean_logits), adv_logits)
+    def needs(self) -> Mapping[str, Need]:
+        """Logits p of clean and q of attacked images."""
+        return {"p": Logits(self.clean), "q": Logits(self.robust, on=ATTACKED)}
 
-    def loss(self, clean_logits: Tensor | None, adv_logits: Tensor | None, y: Tensor) -> LossTerms:
-        """CE(f(x), y) + beta KL(p || p'); both predictions carry gradients."""
-        clean = given(clean_logits)
-        cross_entropy = F.cross_entropy(clean, y, label_smoothing=self.label_smoothing)
-        divergence = kl_divergence(clean, given(adv_logits)).mean()
+    def inner(self) -> Mapping[str, Inner]:
+        """Climb KL(p || p')."""
+        return {ATTACKED: Inner(lambda y, seen: kl_divergence(seen["p"], seen["q"]), uses=("p", "q"))}
+
+    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
+        """Compute CE(f(x), y) + beta KL(p || p'); both predictions carry gradients."""
+        cross_entropy = F.cross_entropy(seen["p"], y, label_smoothing=self.label_smoothing)
+        divergence = kl_divergence(seen["p"], seen["q"]).mean()
         return LossTerms.sum_of(clean=cross_entropy, divergence=self.beta * divergence)

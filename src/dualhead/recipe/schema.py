@@ -1,16 +1,10 @@
-"""The recipe: what a run is, as data. A file of YAML plus dotted overrides, validated before anything starts."""
+"""The recipe as data: its sections and their keys, validated before anything starts."""
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from importlib import resources
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from dualhead.attacks import Attack, attacks
@@ -38,11 +32,6 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "schedules": schedules,
 }
 """Everything that a recipe can name, by the word for it."""
-LARGEST_RECIPE = 2**20
-"""Bytes of a file."""
-LARGEST_CONTENT = 100_000
-"""Values in a recipe, each use of an anchor counted."""
-_TOO_MUCH = f"holds more than {LARGEST_CONTENT:,} values, each use of an anchor counted, so it is no recipe"
 
 
 def _amount(value: object) -> int | float:
@@ -98,7 +87,7 @@ class Data(Section):
     """[height, width] at which training images are kept where they are larger than what the model sees, for an
     augmentation that cuts `image_size` out of them (random_resized_crop); with `crop` they show all that fits."""
     validation: Annotated[int | float, BeforeValidator(_amount)] = 0.02
-    """Part of the training images held out to choose checkpoints: a fraction, or a number of images."""
+    """Share of the training images held out to choose checkpoints: a fraction, or a number of images."""
     train_limit: int | None = Field(None, gt=0)
     """Use only so many training images (the held-out ones included)."""
     train_choice: Literal["first", "sample"] = "first"
@@ -129,12 +118,12 @@ class Data(Section):
         return self
 
     def load(
-        self, part: Literal["train", "test"], source: str | None = None, *, room: int | None = None, workers: int = 0
+        self, split: Literal["train", "test"], source: str | None = None, *, room: int | None = None, workers: int = 0
     ) -> Split:
-        """The images of a part, of this source or of another one read in the same way.
+        """Load the images of a split, of this source or of another one read in the same way.
 
         Args:
-            part: which.
+            split: which.
             source: another one.
             room: bytes that they may take in memory, with `stream: auto`; None: any number.
             workers: processes that decode what is streamed, with `workers: auto`.
@@ -142,36 +131,40 @@ class Data(Section):
         Raises:
             UserError: if they cannot be read, or `train_limit` leaves classes without an image.
         """
-        train = part == "train"
-        split = self._load(
-            source or self.source, part, limit=self.train_limit if train else None,
+        train = split == "train"
+        images = self._load(
+            source or self.source, split, limit=self.train_limit if train else None,
             choice=self.train_choice if train else "first", storage=self._storage(room, workers),
         )  # fmt: skip
         if train and self.train_limit is not None and self.train_choice == "first":
-            shown = int(split.labels.bincount(minlength=split.num_classes).count_nonzero())
-            if shown < split.num_classes:
+            shown = int(images.labels.bincount(minlength=images.num_classes).count_nonzero())
+            if shown < images.num_classes:
                 raise UserError(
-                    f"data.train_limit: the first {len(split)} images show {shown} of {split.num_classes} classes, "
+                    f"data.train_limit: the first {len(images)} images show {shown} of {images.num_classes} classes, "
                     "as in a set that is sorted by class; set data.train_choice=sample, or a larger limit"
                 )
-        return split
+        return images
 
     def load_extra(self, *, room: int | None = None, workers: int = 0) -> Split | None:
-        """The second source; None if there is none. Arguments and errors as those of `load`."""
+        """Load the second source; None if there is none. Arguments and errors as those of `load`."""
         if self.extra is None:
             return None
         return self._load(
             self.extra.source, "train", limit=self.extra.limit, choice="first", storage=self._storage(room, workers)
         )
 
+    def load_other(self, source: str, *, room: int | None = None, workers: int = 0) -> Split:
+        """Images of a further stream, whose labels are not these. Further arguments and errors as those of `load`."""
+        return self._load(source, "train", limit=None, choice="first", storage=self._storage(room, workers))
+
     def _load(
-        self, source: str, part: Literal["train", "test"], *, limit: int | None, choice: Literal["first", "sample"],
+        self, source: str, split: Literal["train", "test"], *, limit: int | None, choice: Literal["first", "sample"],
         storage: Storage,
     ) -> Split:  # fmt: skip
-        larger = part == "train" and self.train_size is not None
+        larger = split == "train" and self.train_size is not None
         return load_split(
             source,
-            part,
+            split,
             image_column=self.image_column,
             label_column=self.label_column,
             image_size=self.train_size if larger else self.image_size,
@@ -242,7 +235,7 @@ class Model(Section):
 
 
 class Validation(Section):
-    """What chooses checkpoints: robust accuracy on the held-out part of the training images."""
+    """How checkpoints are chosen: by robust accuracy on the held-out training images."""
 
     attack: Annotated[Attack, *component(attacks)] = Field("pgd-10", validate_default=True)
     every: int = Field(1, ge=1)
@@ -250,7 +243,7 @@ class Validation(Section):
 
 
 class Evaluate(Section):
-    """What is measured on the test images when training is over."""
+    """Measurements on the test images when training is over."""
 
     attacks: tuple[str | dict[str, Any], ...] = ("pgd-40",)
     limit: int | None = Field(None, gt=0)
@@ -273,7 +266,7 @@ class Evaluate(Section):
 
 
 class Runtime(Section):
-    """Where and how the run computes; none of it is part of the method."""
+    """Keys that do not belong to the method: device, arithmetic, seed, saving, logging."""
 
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
@@ -350,203 +343,15 @@ class Recipe(Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe in full, as plain data that `load_recipe` reads back."""
+        """Return the recipe in full, as plain data that `load_recipe` reads back."""
         return self.model_dump(mode="json")
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package."""
-    folder = resources.files("dualhead.recipe.shipped")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def _read(name: str) -> tuple[dict[str, Any], str]:
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or _is_file(path):
-        if not _is_file(path):
-            raise UserError(f"recipe {name}: no such file")
-        text, label = _text_of(path, f"recipe {name}"), re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
-    elif name in shipped_recipes():
-        text, label = (resources.files("dualhead.recipe.shipped") / f"{name}.yaml").read_text(encoding="utf-8"), name
-    else:
-        near = get_close_matches(name, shipped_recipes(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"recipe {name!r} is neither a file nor shipped; {hint}shipped: {', '.join(shipped_recipes())}")
-    content = _parse_yaml(text, f"recipe {name}")
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
-    return content, label
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is such a file; there is none of a name that cannot be."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long, or with a character that no name has
-        return False
-
-
-def _text_of(path: Path, where: str) -> str:
-    if path.stat().st_size > LARGEST_RECIPE:
-        raise UserError(f"{where}: is larger than {LARGEST_RECIPE:,} bytes, so it is no recipe")
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that stands twice in a mapping, and mappings merged without end."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise UserError(f"line {line}: key {key.value!r} stands in line {lines[key.value]} already; remove one")
-            lines[key.value] = line
-        return node
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > LARGEST_CONTENT:  # merges of merges, each of which doubles
-            raise UserError(f"line {node.start_mark.line + 1}: {_TOO_MUCH}")
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return _unshared(yaml.load(text, _Loader), [0])  # a safe one
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1} " if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: {line}is not valid YAML: {problem}") from None
-    except RecursionError:
-        raise UserError(f"{where}: is nested too deeply, or an anchor holds itself") from None
-    except Exception as error:  # YAML takes 2021-02-30 for a date and !!int for a number, and fails in many ways
-        raise UserError(f"{where}: holds a value that is not valid YAML: {error}") from None
-
-
-def _unshared(content: Any, count: list[int]) -> Any:
-    """The content with a copy for each use of an anchor, so that to change one is not to change them all.
-
-    Args:
-        content: as YAML gave it.
-        count: of values so far, in a list of one; anchors within anchors grow without end.
-    """
-    count[0] += 1
-    if count[0] > LARGEST_CONTENT:
-        raise UserError(_TOO_MUCH)
-    if isinstance(content, int) and content.bit_length() > 1024:  # not even written in a message by Python
-        raise UserError("holds a number of more than 300 digits")
-    if isinstance(content, dict):
-        return {str(key): _unshared(value, count) for key, value in content.items()}
-    return [_unshared(item, count) for item in content] if isinstance(content, list) else content
-
-
-def _merge(base: Any, change: Any) -> Any:
-    """`change` laid over `base`: mappings key by key, stages by name, anything else replaced."""
-    if isinstance(base, dict) and isinstance(change, dict) and change.get("name", base.get("name")) == base.get("name"):
-        return {**base, **{key: _merge(base[key], value) if key in base else value for key, value in change.items()}}
-    named = [
-        x
-        for x in (base, change)
-        if isinstance(x, list) and x and all(isinstance(s, dict) and isinstance(s.get("name"), str) for s in x)
-    ]
-    if len(named) == 2 and {s["name"] for s in change} <= {s["name"] for s in base}:
-        changes = {stage["name"]: stage for stage in change}
-        return [_merge(stage, changes.get(stage["name"], {})) for stage in base]
-    return change
-
-
-def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    content, label = _read(name)
-    parent = content.pop("extends", None)
-    if parent is None:
-        return content, label
-    if not isinstance(parent, str) or parent in chain:
-        raise UserError(f"recipe {name}: extends must name one other recipe, without a circle; got {parent!r}")
-    beside = Path(name).parent / parent
-    found = str(beside) if _is_file(Path(name)) and _is_file(beside) else parent
-    try:
-        base = _extended(found, (*chain, name, parent))[0]
-    except UserError as error:
-        raise UserError(f"recipe {name}: extends: {error}") from None
-    own = {"name": content.pop("name")} if "name" in content else {}  # a recipe's name tells no components apart
-    base.pop("name", None)
-    return {**_merge(base, content), **own}, label
-
-
-def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None:
-    key, *rest = path
-    if isinstance(target, list):
-        places = [p for p, item in enumerate(target) if isinstance(item, dict) and key in ("*", item.get("name"))]
-        if key.isdigit() and int(key) < len(target):
-            places = [int(key)]
-        if not places:
-            known = ", ".join(str(item.get("name")) for item in target if isinstance(item, dict))
-            raise UserError(f"{override}: no item {key!r} in the list; write its position, its name ({known}) or *")
-        if not rest:
-            raise UserError(f"{override}: name the key to change inside {key!r}")
-        for place in places:
-            target[place] = _opened(target[place], key, override)
-            _assign(target[place], rest, copy.deepcopy(value), override)
-        return
-    if not rest:
-        target[key] = value
-        return
-    inner = target.get(key)
-    target[key] = {} if inner is None else _opened(inner, key, override)
-    _assign(target[key], rest, value, override)
-
-
-def _opened(item: Any, key: str, override: str) -> Any:
-    """What holds keys: a component in its short form does too, attack=pgd-10 attack.step_size=2/255."""
-    if isinstance(item, str):
-        return {"name": item}
-    if not isinstance(item, dict | list):
-        raise UserError(f"{override}: {key!r} holds {item!r}, which has no keys")
-    return item
-
-
-def read_recipe_file(path: Path) -> Recipe:
-    """A recipe in full, as `resolved` gave it and a file holds it.
-
-    Raises:
-        UserError: if the file is no such recipe.
-    """
-    content = _parse_yaml(_text_of(path, str(path)), str(path))
-    return parse_recipe(content, str(path))
-
-
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by the name of a shipped one or by path, with overrides.
-
-    Args:
-        name: `cifar10_cpu`, or a path to a YAML file. A recipe may say `extends: OTHER` and give only what differs.
-        overrides: `KEY=VALUE` with a dotted key, `stages.main_head.epochs=5`; `*` stands for all items of a list.
-            Values are read as YAML.
+def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a recipe given as plain data.
 
     Raises:
         UserError: one line naming the key, what is wrong with it, and what would be right.
-    """
-    content, label = _extended(name)
-    content.setdefault("name", label)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"override {override!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
-        _assign(content, key.split("."), _parse_yaml(text, f"override {override!r}"), override)
-    return parse_recipe(content, f"recipe {name}")
-
-
-def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """A recipe from plain data.
-
-    Raises:
-        UserError: as `load_recipe`.
     """
     try:
         return Recipe.model_validate(content)

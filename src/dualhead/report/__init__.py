@@ -1,6 +1,5 @@
 """What people read of a run, made from the files it left and from nothing else."""
 
-from dualhead.report.differences import output_name
 from dualhead.report.gallery import NO_CLASS, change, picture
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
@@ -12,7 +11,6 @@ __all__ = [
     "ONNX_SECTION",
     "change",
     "model_card",
-    "output_name",
     "picture",
     "summary",
     "threat_text",

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualhead.report.differences import Difference, broken_later, comparable, difference, repeats, same_model
+from dualhead.report.differences import broken_later, comparable, difference, repeats, same_model
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.sources import Estimate, Measured, Source
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_text
 from dualhead.report.training import COLOURS, best_line
+from dualhead.statistics import Paired
 
 MOST_DIFFERENCES = 60
 """Lines in the table of what differs between recipes."""
@@ -150,11 +151,11 @@ def _against(row: Measured, other: Measured, called: str) -> str:
     found = difference(row, other, "worst")
     if found is None:
         return f" Under attack, {called} keeps {percent(_robust(other))} %."
-    interval = f"(interval {points(found.low)} to {points(found.high)})"
-    if found.value == 0:
+    interval = "(interval {} to {})".format(*map(points, found.interval))
+    if found.difference == 0:
         return f" Under attack that is as much as {called} {interval}."
-    size = points(abs(found.value)).lstrip("+")
-    size = f"{size} points {'less' if found.value < 0 else 'more'} than {called} {interval}"
+    size = points(abs(found.difference)).lstrip("+")
+    size = f"{size} points {'less' if found.difference < 0 else 'more'} than {called} {interval}"
     decided = (
         "too little to tell from chance" if found.verdict == "undecided" else "more than the images' choice explains"
     )
@@ -370,9 +371,10 @@ def difference_table(sources: Sequence[Source]) -> Table:
     return Table(["model", "compared with", "clean, points", "robust, points"], cells)
 
 
-def _difference_cell(found: Difference) -> Cell:
-    words = {"more": "more", "less": "less", "undecided": "undecided"}[found.verdict]
-    return Cell(points(found.value), found.value, f"[{points(found.low)}, {points(found.high)}] {words}")
+def _difference_cell(found: Paired) -> Cell:
+    words = {"gain": "more", "loss": "less", "undecided": "undecided"}[found.verdict]
+    low, high = map(points, found.interval)
+    return Cell(points(found.difference), found.difference, f"[{low}, {high}] {words}")
 
 
 # ---- downloads

@@ -31,7 +31,7 @@ MEANINGS = {
     "black_box": "If an attack without gradients finds what those with gradients miss, gradients are masked.",
     "curve": "Robust accuracy must fall with eps, since a larger ball holds the smaller one.",
 }
-"""What each diagnostic is for."""
+"""The purpose of each diagnostic."""
 
 LIGHTS = {"ok": "OK", "warning": "Warning", "failed": "Failed"}
 
@@ -41,10 +41,10 @@ class Check:
     """A diagnostic over the classifiers of a run.
 
     Args:
-        name: of the check.
-        meaning: what it is for.
+        name: name of the check.
+        meaning: its purpose.
         lights: status for each classifier: `ok`, `warning`, `failed`, or empty where it was not made.
-        messages: what was seen where it is not fine: classifiers and words.
+        messages: observations that are not fine: classifiers and words.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Details:
-    """What the page says of one run; lists are empty and texts too where there is nothing to say."""
+    """The page's section on one run; lists and texts are empty where there is nothing to say."""
 
     label: str
     notes: list[str]
@@ -79,7 +79,7 @@ class Details:
 
 
 def details(source: Source, album: Album) -> Details:
-    """Everything that the page says of one run.
+    """Gather everything that the page says of one run.
 
     Args:
         source: the run.
@@ -164,7 +164,7 @@ def _class_table(entries: Sequence[ClassEntry]) -> Table:
 
 
 def _confusion(row: Measured | None, names: Mapping[int, str]) -> tuple[Figure | None, Table | None, str]:
-    """Confusion under attack as a figure, or as a list where there are many classes, or why there is neither."""
+    """Show confusion under attack as a figure, or as a list where there are many classes, or why there is neither."""
     if row is None:
         return None, None, ""
     stored = [name for name in row.attacks if f"prediction_{name}" in row.samples]
@@ -209,7 +209,7 @@ def _checks(rows: Sequence[Measured]) -> list[Check]:
 
 
 def _all_fine(checks: Sequence[Check], models: int) -> str:
-    """What there is to say where no light is yellow or red; else nothing."""
+    """Say that all is fine where no light is yellow or red; else nothing."""
     if not checks or any(status not in ("ok", "") for check in checks for status in check.lights):
         return ""
     told = f"All {len(checks)} checks are" if len(checks) > 1 else "The check is"
@@ -241,7 +241,7 @@ def _spent(record: Mapping[str, Any]) -> list[Cell]:
 
 
 def _gallery_command(source: Source) -> str:
-    """What to type for a gallery; empty where nothing has been evaluated yet."""
+    """Return the command that makes a gallery; empty where nothing has been evaluated yet."""
     if not source.rows and not source.further:
         return ""
     model = source.folder.as_posix() if source.is_run else "MODEL"
@@ -262,7 +262,7 @@ def _environment(source: Source, row: Measured | None) -> list[tuple[str, str]]:
 
 
 def _commands(source: Source, row: Measured | None) -> list[tuple[str, str]]:
-    """Commands that repeat the run or the evaluation, with what each does."""
+    """Return commands that repeat the run or the evaluation, with what each does."""
     commands = []
     recorded = row.results.get("command") if row else None
     if recorded:

@@ -1,44 +1,18 @@
-"""Which of two classifiers is better on the same samples."""
+"""Two classifiers on the same samples: which is better."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dualhead.report.sources import Measured
+from dualhead.statistics import Paired, mcnemar
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Accuracy of one classifier minus another's, on the same samples.
-
-    Args:
-        value: in [-1, 1].
-        low: lower end of the 95 % interval.
-        high: upper end.
-        p_value: of McNemar's exact two-sided test.
-    """
-
-    value: float
-    low: float
-    high: float
-    p_value: float
-
-    @property
-    def verdict(self) -> str:
-        """`more` or `less` where interval and exact test agree on it, else `undecided`."""
-        if self.p_value >= 0.05:  # the test is the stricter of the two
-            return "undecided"
-        return "more" if self.low > 0 else "less" if self.high < 0 else "undecided"
-
-
-def difference(first: Measured, second: Measured, what: str) -> Difference | None:
-    """Accuracy of the first minus the second's, with the paired interval of Agresti and Min (2005).
+def difference(first: Measured, second: Measured, what: str) -> Paired | None:
+    """Compare the first with the second: its accuracy minus the second's, with interval and test.
 
     Args:
         first: a classifier.
@@ -49,23 +23,10 @@ def difference(first: Measured, second: Measured, what: str) -> Difference | Non
         None where they did not face the same samples, threat model and attacks, or samples are not stored.
     """
     a, b = first.correct(what), second.correct(what)
-    if a is None or b is None or not comparable(first, second):
+    if a is None or b is None or not len(a) or not comparable(first, second):
         return None
     a, b = a[np.argsort(first.samples["index"])], b[np.argsort(second.samples["index"])]
-    gained, lost, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
-    centre = (gained - lost) / (n + 2)
-    reach = 1.959964 * math.sqrt(max(gained + lost + 1 - (gained - lost) ** 2 / (n + 2), 0.0)) / (n + 2)
-    p_value = _fair_coin(min(gained, lost), gained + lost)
-    return Difference((gained - lost) / n, max(centre - reach, -1.0), min(centre + reach, 1.0), p_value)
-
-
-def _fair_coin(fewer: int, tosses: int) -> float:
-    """Probability that a fair coin falls as unevenly as this or more so, to either side."""
-    tail, ways = 0, 1
-    for heads in range(fewer + 1):
-        tail += ways
-        ways = ways * (tosses - heads) // (heads + 1)
-    return min(1.0, float(Fraction(2 * tail, 2**tosses)))  # of whole numbers that no float holds
+    return mcnemar(b, a)
 
 
 def comparable(first: Measured, second: Measured) -> bool:
@@ -81,15 +42,6 @@ def comparable(first: Measured, second: Measured) -> bool:
     return all(np.array_equal(first.samples[key][a], second.samples[key][b]) for key in ("index", "label"))
 
 
-OUTPUTS = {"mean": "mean of heads", "aggregate": "DH-AT"}
-"""What rows call outputs, besides `head1` as `head 1`."""
-
-
-def output_name(output: str) -> str:
-    """What a run's tables call an output: `head 1` for `head1`."""
-    return OUTPUTS.get(output, output.replace("head", "head "))
-
-
 def same_model(row: Measured, later: Measured) -> bool:
     """Whether a later evaluation within a run is of a row's model.
 
@@ -98,8 +50,7 @@ def same_model(row: Measured, later: Measured) -> bool:
     subject = later.results.get("subject")
     if isinstance(subject, Mapping) and subject:
         output = subject.get("output")
-        called = output_name(str(output))
-        of_row = row.deployed if output is None else row.name == called
+        of_row = row.deployed if output is None else row.output == output
         if subject.get("stage") or subject.get("checkpoint") or not of_row:
             return False
     return _alike(row, later)

@@ -16,7 +16,7 @@ from dualhead.report.svg import LETTER, Drawing, ticks
 from dualhead.report.text import percent, shortened
 
 WIDTH = 360.0
-"""Of every figure, in units: as wide as a phone, so that text stays readable there."""
+"""Width of every figure, in units: as wide as a phone, so that text stays readable there."""
 
 Entry = tuple[Measured, Estimate]
 """A classifier, and the accuracy that a figure shows of it."""
@@ -30,10 +30,10 @@ class Figure:
     """A drawing with its words.
 
     Args:
-        name: of the file it is saved as.
+        name: name of the file it is saved as.
         title: above it.
         svg: the drawing.
-        caption: what it shows and how to read it.
+        caption: its content, and how to read it.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Series:
     """A line in a chart.
 
     Args:
-        name: in the legend.
+        name: its name in the legend.
         style: class of its colour.
         points: x and y; a y that is not finite interrupts the line.
         band: lower and upper end at each x; None for none.
@@ -60,7 +60,7 @@ class Series:
 
 
 def slug(*words: str) -> str:
-    """A file name of plain letters."""
+    """Return a file name of plain letters."""
     text = "-".join(words).lower()
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in text).strip("-")[:60]
 
@@ -69,10 +69,10 @@ def slug(*words: str) -> str:
 
 
 def bars(title: str, rows: Sequence[Entry]) -> Figure:
-    """Accuracies of classifiers as bars, with their intervals.
+    """Draw accuracies of classifiers as bars, with their intervals.
 
     Args:
-        title: what accuracy it is.
+        title: the kind of accuracy.
         rows: the classifiers.
     """
     described = "; ".join(f"{row.title} {_with_interval(value)}" for row, value in rows)
@@ -119,18 +119,18 @@ def lines(
     describe: str = "",
     x_ticks: Sequence[tuple[float, str]] = (),
 ) -> Figure:
-    """Lines over a common axis.
+    """Draw lines over a common axis.
 
     Args:
-        name: of the file.
+        name: name of the file.
         title: above it.
         series: the lines.
         x_label: below the axis.
         share: y is a fraction, drawn from 0 to 100 percent.
         marks: x and words of upright lines.
         caption: below it.
-        describe: what it shows, for those who do not see it.
-        x_ticks: where the axis is marked and with what; empty for round numbers.
+        describe: its content in words, for those who do not see it.
+        x_ticks: places and words of the axis's marks; empty for round numbers.
     """
     legend, legend_height = _legend(series)
     left, right, top = 46.0, WIDTH - 14, legend_height + (20 if marks else 8)
@@ -186,7 +186,7 @@ def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, flo
 
 
 def _legend(series: Sequence[Series]) -> tuple[list[tuple[float, float, Series]], float]:
-    """Where entries of the legend stand, and how high it is."""
+    """Place the entries of the legend, and return its height."""
     places, x, y = [], 6.0, 14.0
     for entry in series:
         width = 17 + LETTER * len(shortened(entry.name, 48)) + 14
@@ -206,7 +206,7 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 
 
 def classes(title: str, entries: Sequence[tuple[str, Estimate, Estimate]], caption: str = "") -> Figure:
-    """Clean and attacked accuracy of classes, a line each.
+    """Draw clean and attacked accuracy of classes, a line each.
 
     Args:
         title: above it.
@@ -234,12 +234,12 @@ def classes(title: str, entries: Sequence[tuple[str, Estimate, Estimate]], capti
 
 
 def confusion(title: str, counts: NDArray[np.int64], names: Sequence[str], caption: str = "") -> Figure:
-    """Which class an attack turns which class into.
+    """Draw which class an attack turns into which.
 
     Args:
         title: above it.
         counts: int64 [C, C], by label and prediction.
-        names: of the classes.
+        names: names of the classes.
         caption: below it.
     """
     count = len(names)
@@ -277,7 +277,7 @@ def _told(counts: NDArray[np.int64], names: Sequence[str]) -> str:
 
 
 def confusions(counts: NDArray[np.int64], names: Sequence[str], most: int) -> list[tuple[str, str, int]]:
-    """The most frequent mistakes: label, prediction and how often."""
+    """Return the most frequent mistakes: label, prediction and how often."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
@@ -289,7 +289,7 @@ def confusions(counts: NDArray[np.int64], names: Sequence[str], most: int) -> li
 
 
 def scatter(title: str, rows: Sequence[Entry]) -> Figure:
-    """Clean against robust accuracy with intervals, and the classifiers that no other one beats in both.
+    """Draw clean against robust accuracy with intervals, and the classifiers that no other one beats in both.
 
     Args:
         title: above it.
@@ -338,7 +338,7 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
 
 
 def _apart(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Places of numbered discs beside one another: a disc that would hide an earlier one moves to the nearest gap."""
+    """Place numbered discs beside one another: a disc that would hide an earlier one moves to the nearest gap."""
     placed: list[tuple[float, float]] = []
     for x, y in points:
         turns = [(math.tau * turn / 8, 19.0 * ring) for ring in range(1, 6) for turn in range(8)]
@@ -349,7 +349,7 @@ def _apart(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def pareto(values: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points that no other one beats, i.e. reaches in both and exceeds in one; by the first value."""
+    """Find the points that no other one beats, i.e. reaches in both and exceeds in one; sorted by the first value."""
     kept = [
         number
         for number, (x, y) in enumerate(values)
@@ -368,7 +368,7 @@ def _around(ends: Sequence[float]) -> tuple[float, float]:
 
 
 def scale(values: tuple[float, float], places: tuple[float, float]) -> Callable[[float], float]:
-    """The straight line that takes a range of values to a range of places."""
+    """Return the straight line that takes a range of values to a range of places."""
     (low, high), (start, end) = values, places
     span = (high - low) or 1.0
 
@@ -386,7 +386,7 @@ def vertical_grid(
     bottom: float,
     words: Callable[[float], str],
 ) -> None:
-    """Upright lines at values, with words below."""
+    """Draw upright lines at values, with words below."""
     for value in values:
         drawing.line(at(value), top, at(value), bottom, "grid")
         drawing.text(at(value), bottom + 14, words(value), "axis", "middle")
@@ -400,7 +400,7 @@ def horizontal_grid(
     right: float,
     words: Callable[[float], str],
 ) -> None:
-    """Level lines at values, with words to the left."""
+    """Draw level lines at values, with words to the left."""
     for value in values:
         drawing.line(left, at(value), right, at(value), "grid")
         drawing.text(left - 6, at(value) + 4, words(value), "axis", "end")

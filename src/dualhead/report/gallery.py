@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dualhead.names import name_of, read_id
 from dualhead.report import landscape
 from dualhead.report.comparison import Cell, Table
 from dualhead.report.figures import Figure
@@ -26,9 +27,6 @@ MOST_BYTES = 3_600_000
 
 NO_CLASS = "no class"
 """What an output says whose logits are not numbers."""
-CALLED = {"aggregate": "DH-AT"}
-"""What the page calls an output."""
-
 
 Bytes = NDArray[np.uint8]
 
@@ -184,7 +182,7 @@ class Album:
             self._bytes -= size
         self._examples -= len(rows)
         first = order[0]
-        called = [CALLED.get(str(name), str(name)) for name in arrays["outputs"]]
+        called = [name_of(read_id(str(output))) for output in arrays["outputs"]]
         said = {key: _opinions(arrays, key, rows, names) for key in (None, *pictured)}
         labels = [names.get(int(arrays["label"][row]), str(arrays["label"][row])) for row in rows]
         steps = sorted({step for _, step in pictured})
@@ -280,11 +278,11 @@ def _opinions(
         unharmed = np.nan_to_num(arrays["clean_probability"][row, :, 1], nan=0.0).tolist()
         found.append([
             Opinion(
-                CALLED.get(str(name), str(name)), role_of(CALLED.get(str(name), str(name))),
+                name_of(read_id(str(output))), role_of(read_id(str(output))),
                 names.get(predicted, str(predicted)) if predicted >= 0 else NO_CLASS,
                 round(share, 3), round(of_label, 3), predicted == label, round(before, 3),
             )
-            for name, predicted, (share, of_label), before in zip(
+            for output, predicted, (share, of_label), before in zip(
                 arrays["outputs"], said, shares, unharmed, strict=True
             )
         ])  # fmt: skip

@@ -19,12 +19,12 @@ RIGHT, WRONG, EVEN = (10, 125, 90), (192, 57, 43), (250, 250, 250)
 
 
 def landscapes(arrays: Mapping[str, NDArray[Any]], called: Sequence[str], names: Mapping[int, str]) -> list[Figure]:
-    """Margins of every output around those images of a gallery whose surroundings are mapped.
+    """Return margins of every output around those images of a gallery whose surroundings are mapped.
 
     Args:
-        arrays: of the gallery.
+        arrays: arrays of the gallery.
         called: names of the outputs.
-        names: of the classes.
+        names: names of the classes.
     """
     found = []
     for number, row in enumerate(arrays["landscape_rows"].tolist()):
@@ -35,7 +35,7 @@ def landscapes(arrays: Mapping[str, NDArray[Any]], called: Sequence[str], names:
 
 
 def margins(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure:
-    """Margins of head 1 against those of head 2, on clean images and under the attack on the last output."""
+    """Return margins of head 1 against those of head 2, on clean images and under the attack on the last output."""
     clean, attacked = arrays["clean_margin"], arrays["margin"][-1, -1]
     both = np.concatenate((clean, attacked))[:, :2]
     seen = both[np.isfinite(both)]
@@ -91,7 +91,7 @@ def _share(flags: Any) -> str:
 
 
 def _landscape(title: str, surface: NDArray[Any], called: Sequence[str]) -> Figure:
-    """The margin of each output in the plane of the attack's direction and a random one."""
+    """Return the margin of each output in the plane of the attack's direction and a random one."""
     count = len(called)
     gap, top = 10.0, 22.0
     side = (WIDTH - gap * (count + 1)) / max(count, 2)
@@ -120,7 +120,7 @@ def _told(surface: NDArray[Any], called: Sequence[str]) -> str:
 
 
 def _colours(values: NDArray[Any]) -> str:
-    """A data URI of a surface, its first row at the bottom: the deeper a colour, the farther from zero."""
+    """Return a data URI of a surface, its first row at the bottom: the deeper a colour, the farther from zero."""
     from PIL import Image
 
     finite = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -133,7 +133,7 @@ def _colours(values: NDArray[Any]) -> str:
 
 
 def _boundary(values: NDArray[Any]) -> list[list[tuple[float, float]]]:
-    """Where a surface is zero: pieces of lines in the unit square, by marching squares."""
+    """Trace where a surface is zero: pieces of lines in the unit square, by marching squares."""
     rows, columns = values.shape
     pieces = []
     for r in range(rows - 1):

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dualhead.names import MODEL, described
 from dualhead.report.text import attack_text, component_text, eps_text
-
-OUTPUTS = {
-    "model": "A single-head classifier",
-    "mean": "The mean of {heads} heads",
-    "aggregate": "A classifier of {heads} heads and an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
-}
 
 ONNX_SECTION = """
 ## ONNX
@@ -51,7 +45,7 @@ def model_card(
         "",
         f"# {_safe(config.get('recipe', 'dualhead model'))}",
         "",
-        f"{_output(config.get('output', 'model'), architecture)} on "
+        f"{described(config.get('output', MODEL), architecture.get('heads', 2))} on "
         f"{_safe(component_text(architecture['backbone']))}, "
         f"for images {shape} in [0, 1] and {architecture['num_classes']} classes.",
         "",
@@ -93,13 +87,6 @@ def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> st
     if radii == {threat["eps"]}:
         return f"Trained {budget}."
     return f"Evaluated {budget}; trained at most {', '.join(map(eps_text, sorted(radii)))}."
-
-
-def _output(output: str, architecture: Mapping[str, Any]) -> str:
-    heads = architecture.get("heads", 2)
-    if head := re.fullmatch(r"head(\d+)", output):
-        return f"Head {head[1]} of a classifier of {heads} heads"
-    return OUTPUTS.get(output, "A classifier").format(heads=heads)
 
 
 def _measured(results: Mapping[str, Any] | None) -> list[str]:

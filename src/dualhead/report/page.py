@@ -87,7 +87,7 @@ def _view(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def _tiles(source: Source) -> list[tuple[str, str, str]]:
-    """The main numbers of a run: what, number, small print."""
+    """Return the main numbers of a run: what, number, small print."""
     row = source.deployed or (source.rows[-1] if source.rows else None)
     if row is None or row.worst is None:
         return []
@@ -123,7 +123,7 @@ def _gain(source: Source, row: Measured) -> list[tuple[str, str, str]]:
     return [
         (
             "gain over base model",
-            f"{points(found.value)} points",
-            f"95 %: {points(found.low)} to {points(found.high)}",
+            f"{points(found.difference)} points",
+            "95 %: {} to {}".format(*map(points, found.interval)),
         )
     ]

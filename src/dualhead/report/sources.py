@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,21 +16,16 @@ import yaml
 from numpy.typing import NDArray
 
 from dualhead.errors import UserError
-
-ROLES = {"base model": "base", "mean of heads": "mean", "DH-AT": "aggregate"}
-"""Which output of a dual-head model a row of `comparison.json` is; `head N` is a head."""
+from dualhead.names import MODEL, head_number, id_of, id_of_row, name_of, read_id, row_folder
 
 COLUMNS = ("index", "label", "clean_prediction")
 PER_ATTACK = ("robust_", "distance_", "steps_", "margin_", "prediction_")
 """What `samples.npz` holds for each sample: arrays [N] of these names, and those of each attack."""
 
 
-def role_of(name: str) -> str:
-    """The colour of what has this name: `base`, `head1`, `head2`, `further` (heads), `mean`, `aggregate` or `model`."""
-    head = re.fullmatch(r"head (\d+)", name)
-    if head:
-        return f"head{head[1]}" if head[1] in ("1", "2") else "further"
-    return ROLES.get(name, "model")
+def role_of(output: str) -> str:
+    """Return the colour of an output: its id, but `further` for heads after the second."""
+    return "further" if (head_number(output) or 0) > 2 else output
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class Measured:
     Args:
         run: label of the run.
         name: of the classifier within it.
+        output: its id, see `dualhead.names`; `model` for what is no row of a run.
         title: its name on the page: with the run's, where there are several runs.
         deployed: it is the run's final output.
         threat: norm and eps; None if not recorded.
@@ -67,6 +62,7 @@ class Measured:
 
     run: str
     name: str
+    output: str
     title: str
     deployed: bool
     threat: Mapping[str, Any] | None
@@ -83,8 +79,8 @@ class Measured:
 
     @property
     def role(self) -> str:
-        """Which output it is: see `role_of`."""
-        return role_of(self.name)
+        """Return its colour: see `role_of`."""
+        return role_of(self.output)
 
     @property
     def attacks(self) -> list[str]:
@@ -286,26 +282,31 @@ def _read_rows(source: Source) -> None:
     if not listed:  # the evaluation of the rows was stopped on the way: take those that are done
         done = sorted(path.parent for path in (folder / "rows").glob("*/results.json"))
         for path in done:
-            source.rows += _evaluation(source, path, path.name.replace("_", " "), deployed=False)
+            name = path.name.replace("_", " ")
+            source.rows += _evaluation(source, path, name, id_of(name), deployed=False)
         if (folder / "results.json").is_file():
             output = _json_object(source.folder / "checkpoints" / "config.json", source.notes).get("output")
-            names = {role: name for name, role in ROLES.items()}
-            head = re.fullmatch(r"head(\d+)", str(output))
-            name = f"head {head[1]}" if head else names.get(str(output), source.label)
-            source.rows += _evaluation(source, folder, name, deployed=True)
+            output = read_id(str(output))
+            source.rows += _evaluation(source, folder, name_of(output, source.label), output, deployed=True)
         elif done:
             source.notes.append("The evaluation was stopped before the final output was measured.")
         return
     for number, row in enumerate(listed):
         name, deployed = str(row.get("name")), number == len(listed) - 1
-        place = folder if deployed else _inside(folder / "rows", name.replace(" ", "_"))
-        source.rows += _evaluation(source, place, name, deployed=deployed, row=row)
+        place = folder if deployed else _inside(folder / "rows", row_folder(name))
+        source.rows += _evaluation(source, place, name, id_of_row(row), deployed=deployed, row=row)
 
 
 def _evaluation(
-    source: Source, folder: Path, name: str, *, deployed: bool, row: Mapping[str, Any] | None = None
+    source: Source,
+    folder: Path,
+    name: str,
+    output: str = MODEL,
+    *,
+    deployed: bool,
+    row: Mapping[str, Any] | None = None,
 ) -> list[Measured]:
-    """The evaluation in a folder, as a list of one; of none if nothing can be read, which is then noted."""
+    """Read the evaluation in a folder, as a list of one; of none if nothing can be read, which is then noted."""
     row = row or {}
     where = folder.relative_to(source.folder).as_posix()
     results = _json_object(folder / "results.json", source.notes)
@@ -327,6 +328,7 @@ def _evaluation(
         Measured(
             run=source.label,
             name=name,
+            output=output,
             title=name if source.alone or name == source.label else f"{source.label}: {name}",
             deployed=deployed,
             threat=threat if isinstance(threat, Mapping) and {"norm", "eps"} <= set(threat) else None,

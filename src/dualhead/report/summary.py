@@ -13,7 +13,7 @@ from dualhead.report.training import best_line
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """What the files of one run say, as plain values; whatever is missing or damaged becomes a note.
+    """Read the files of one run as plain values; anything missing or damaged becomes a note.
 
     Returns:
         `run`, `recipe`, `threat`, `state` (`training`, `evaluating` or `finished`), `stages` with their epochs,

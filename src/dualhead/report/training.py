@@ -15,7 +15,7 @@ NOT_LOSSES = {
     "stage", "epoch", "step", "learning_rate", "train_accuracy", "validation_clean", "validation_robust", "seconds",
     "dropped_steps",
 }  # fmt: skip
-"""What a line of metrics holds besides the loss and its terms."""
+"""Keys of a line of metrics besides the loss and its terms."""
 
 COLOURS = ("aggregate", "head1", "head2", "mean", "base", "model")
 
@@ -25,10 +25,10 @@ class Stage:
     """One stage of a run, for the page.
 
     Args:
-        name: of the stage.
-        facts: what it did, in words.
+        name: name of the stage.
+        facts: its work, in words.
         cost: epochs, time and arithmetic.
-        verdict: of the best and the last epoch.
+        verdict: verdict of the best and the last epoch.
         overfits: robust accuracy fell after the best epoch by more than chance explains.
         figures: its curves; empty if no epoch is finished.
     """
@@ -42,7 +42,7 @@ class Stage:
 
 
 def stages(source: Source) -> list[Stage]:
-    """The stages of a run, in order."""
+    """Return the stages of a run, in order."""
     return [_stage(source, recipe) for recipe in source.stages]
 
 
@@ -70,7 +70,7 @@ def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
 
 
 def _chosen(found: Sequence[Mapping[str, Any]]) -> str:
-    """What a stage that fits has chosen."""
+    """Describe the choice of a stage that fits."""
     line = found[-1] if found else None
     if line is None or not _validated(line):
         return "Nothing is logged."
@@ -91,7 +91,7 @@ def _number(line: Mapping[str, Any], key: str) -> float | None:
 
 
 def best_line(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The epoch with the highest robust, then clean accuracy on held-out images; the first of several."""
+    """Return the epoch with the highest robust, then clean accuracy on held-out images; the first of several."""
     validated = [line for line in found if _validated(line)]
     return max(validated, key=lambda line: (line["validation_robust"], line["validation_clean"]), default=None)
 
@@ -183,7 +183,7 @@ def _has(found: Sequence[Mapping[str, Any]], key: str) -> bool:
 
 
 def _points(found: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """Epochs and values, NaN for what is not finite; epochs without the key, as without validation, are left out."""
+    """Return epochs and values, NaN for values not finite; epochs without the key (no validation) are left out."""
     values = [(line["epoch"], _number(line, key)) for line in found if key in line]
     return [(float(epoch), math.nan if value is None else value) for epoch, value in values]
 

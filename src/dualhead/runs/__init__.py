@@ -1,12 +1,11 @@
 """A run, from a recipe to trained weights, their evaluation and a report."""
 
-from dualhead.runs.folder import changes, read_digests, read_recipe, without_how
-from dualhead.runs.run import BASE, GALLERY, REPORT, RunResult, load_stage, train
+from dualhead.runs.folder import GALLERY, RunFolder, changes, load_stage, read_digests, read_recipe, without_how
+from dualhead.runs.run import RunResult, train
 
 __all__ = [
-    "BASE",
     "GALLERY",
-    "REPORT",
+    "RunFolder",
     "RunResult",
     "changes",
     "load_stage",

@@ -1,52 +1,236 @@
-"""What a run's folder holds, and whether a recipe and its images may go on with it."""
+"""The folder of a run: its layout, and whether a recipe and its images may go on with what lies in it."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import nn
 from torch.nn import functional
 
 from dualhead.data import Digests, Split, digests, one_form
 from dualhead.errors import UserError
+from dualhead.models import load_state, read_state
+from dualhead.names import row_folder
 from dualhead.recipe import Recipe, read_recipe_file
-from dualhead.saving import CONFIG, read_config
-from dualhead.system.files import check_folder, write_atomically
+from dualhead.saving import CONFIG, Architecture, read_config, write_config
+from dualhead.system.files import check_folder, write_atomically, write_text
 from dualhead.system.lock import NAME as LOCK
+from dualhead.system.lock import FolderLock
+from dualhead.system.processes import group
+from dualhead.training import Stage
+
+_log = logging.getLogger(__name__)
 
 _HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations")
-"""Keys that say how the work is done, and nothing of what comes of it."""
+"""Keys that do not change results: speed, memory, logging."""
 _MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
-also says a little of what comes of it."""
-DIGESTS = "images.safetensors"
-"""In `checkpoints/`: a number for each image that the run learns from."""
+changes results a little."""
+GALLERY = "gallery.npz"
+"""Images under attack, for the report; it lies beside the results of an evaluation."""
 SKETCHED = 128
 """Images of which a run keeps a thumbnail."""
 DECODERS_DIFFER = 2
 """By how much of 255 the thumbnails of one image may, from one library to another."""
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in the folder of a run.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Return the resolved recipe's path; where it lies, a run has begun."""
+        return self.path / "config.yaml"
+
+    @property
+    def begun(self) -> bool:
+        """Tell whether a run has begun here."""
+        return self.config.is_file()
+
+    @property
+    def environment(self) -> Path:
+        """Return the path of versions, machine and arithmetic."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Return the path of the log of epochs."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Return the folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        """Return the folder of profiles."""
+        return self.path / "profile"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of weights by stage, beside facts about network and images."""
+        return self.path / "checkpoints"
+
+    @property
+    def states(self) -> Path:
+        """Return the folder of states that an unfinished run goes on from."""
+        return self.checkpoints / "states"
+
+    @property
+    def digests(self) -> Path:
+        """Return the path of a number for each image that the run learns from."""
+        return self.checkpoints / "images.safetensors"
+
+    def weights(self, stage: str, which: str) -> Path:
+        """Return the path of a stage's weights, `best` or `last`."""
+        return self.checkpoints / stage / f"{which}.safetensors"
+
+    def summary(self, stage: str) -> Path:
+        """Return the path of what a finished stage cost and reached; where it lies, the stage is finished."""
+        return self.checkpoints / stage / "summary.json"
+
+    @property
+    def model(self) -> Path:
+        """Return the folder of the finished model."""
+        return self.path / "model"
+
+    @property
+    def comparison(self) -> Path:
+        """Return the path of all rows side by side."""
+        return self.path / "comparison.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Return the folder of the deployed output's results."""
+        return self.path / "evaluation"
+
+    def row(self, name: str) -> Path:
+        """Return the folder of another row's results, by the row's name."""
+        return self.evaluation / "rows" / row_folder(name)
+
+    @property
+    def gallery(self) -> Path:
+        """Return the path of images under attack, for the report."""
+        return self.evaluation / GALLERY
+
+    @property
+    def report(self) -> Path:
+        """Return the path of the report, the last file that a run writes."""
+        return self.path / "report.html"
+
+
+@contextmanager
+def taken(folder: RunFolder) -> Iterator[None]:
+    """Keep other runs out of a folder while inside; of several processes the first one holds the lock.
+
+    Raises:
+        UserError: if another run works there.
+    """
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(FolderLock(folder.path))
+
+        group().lead(take)
+        yield
+
+
+def open_folder(folder: RunFolder, recipe: Recipe, architecture: Architecture, facts: Mapping[str, Any]) -> None:
+    """Write down what a new run is; for a run that goes on, remove unfinished files and note changed keys.
+
+    Args:
+        folder: held by this process.
+        recipe: in full.
+        architecture: of the network.
+        facts: about model and images, for `checkpoints/config.json`.
+
+    Raises:
+        UserError: if the folder holds something else by now.
+    """
+    # Again, since another process may have been here before the folder was locked.
+    changed = changes(folder.path, recipe)
+    for unfinished in folder.path.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        unfinished.unlink()
+    if changed:
+        told = ", ".join(f"{key}={value}" for key, value in sorted(changed.items()))
+        _log.warning("%s: goes on with %s", folder.path, told)
+    elif folder.begun:
+        return
+    else:
+        write_config(folder.checkpoints, architecture, facts)
+    write_text(folder.config, yaml.safe_dump(recipe.resolved(), sort_keys=False))
+
+
+def load_kept(folder: RunFolder, stage: Stage, model: nn.Module) -> None:
+    """Load into a network the weights that a finished stage keeps."""
+    path = folder.weights(stage.name, stage.keep)
+    load_state(model, group().lead(lambda: read_state(path)), str(path))
+
+
+def load_stage(path: Path, stage: str | None = None, checkpoint: str | None = None) -> tuple[nn.Module, str]:
+    """Load the network of a run as a finished stage left it.
+
+    Args:
+        path: the run's folder.
+        stage: its name; None for the last finished one.
+        checkpoint: `best` or `last` epoch; None for the one that the recipe keeps.
+
+    Returns:
+        The network, and the output that the stage trained.
+
+    Raises:
+        UserError: if the stage does not exist or is not finished.
+    """
+    folder = RunFolder(path)
+    finished = [s for s in read_recipe(path).stages if folder.summary(s.name).is_file()]
+    if not finished:
+        raise UserError(f"{path}: no stage is finished yet; `dualhead train` with the same recipe goes on with it")
+    chosen = next((s for s in finished if s.name == stage), None) if stage is not None else finished[-1]
+    if chosen is None:
+        names = ", ".join(s.name for s in finished)
+        raise UserError(f"--stage {stage}: not a finished stage of {path}; finished: {names}")
+    if checkpoint not in (None, "best", "last"):
+        raise UserError(f"--checkpoint {checkpoint}: use best or last")
+    config = read_config(folder.checkpoints)
+    model = Architecture.parse(config["architecture"], str(folder.checkpoints)).create()
+    weights = folder.weights(chosen.name, checkpoint or chosen.keep)
+    load_state(model, read_state(weights), str(weights))
+    return model, chosen.output
+
+
 def read_recipe(folder: Path) -> Recipe:
-    """The resolved recipe of a run.
+    """Read the resolved recipe of a run.
 
     Raises:
         UserError: if the folder holds no run.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder}: holds no run (config.yaml is missing)")
-    return read_recipe_file(path)
+    config = RunFolder(folder).config
+    if not config.is_file():
+        raise UserError(f"{folder}: holds no run ({config.name} is missing)")
+    return read_recipe_file(config)
 
 
 def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str, Any]:
-    """In what a recipe differs from that of the run in a folder, of all that may change while a run goes on.
+    """Return where a recipe differs from that of the run in a folder, in keys that may change while a run goes on.
 
     Args:
         folder: of a run, or one that is new or empty.
@@ -60,7 +244,7 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
         UserError: if the folder holds a run of a recipe that differs in anything else, or something that is no run.
     """
     check_folder(folder, option)
-    if not (folder / "config.yaml").is_file():
+    if not RunFolder(folder).begun:
         if folder.is_dir() and not _unused(folder):
             raise UserError(f"{folder}: holds something that is not a run; choose another {option}")
         return {}
@@ -76,17 +260,15 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
 
 
 def _unused(folder: Path) -> bool:
-    """Whether nothing lies in a folder but what a run leaves there that was ended while it made the folder."""
+    """Tell whether a folder holds at most what a run leaves that was killed while it made the folder."""
+    facts = RunFolder(folder).checkpoints / CONFIG
     written = (path for path in folder.rglob("*") if path.is_file())
     aside = (".", ".tmp")  # as `write_atomically` calls what it has not finished
-    return all(
-        path.name.startswith(LOCK) or (path.name[0], path.suffix) == aside or path == folder / "checkpoints" / CONFIG
-        for path in written
-    )
+    return all(path.name.startswith(LOCK) or (path.name[0], path.suffix) == aside or path == facts for path in written)
 
 
 def without_how(recipe: Any, place: str = "") -> Any:
-    """A plain recipe, less the keys that say how the work is done and nothing of what comes of it."""
+    """Return a plain recipe without the keys that do not change results."""
     if isinstance(recipe, dict):
         inside = ((key, f"{place}.{key}" if place else str(key), value) for key, value in recipe.items())
         kept = ((key, at, value) for key, at, value in inside if not _HOW.fullmatch(at))
@@ -97,7 +279,7 @@ def without_how(recipe: Any, place: str = "") -> Any:
 
 
 def data_facts(split: Split) -> dict[str, Any]:
-    """What tells training images from others at little cost: JSON values, for `checkpoints/config.json`."""
+    """Return what tells training images from others at little cost: JSON values, for `checkpoints/config.json`."""
     return {
         "classes": list(split.class_names),
         "images": len(split),
@@ -106,30 +288,35 @@ def data_facts(split: Split) -> dict[str, Any]:
     }
 
 
-def write_digests(folder: Path, sets: Mapping[str, Split | None]) -> None:
-    """Keep a number for each image that a run learns from, to find those that it is measured on later.
+def write_digests(folder: RunFolder, sets: Mapping[str, Split | None]) -> None:
+    """Keep a number for each image that a run learns from, to find those that it is measured on later; once.
 
     Args:
         folder: of the run.
-        sets: by what they are for; those on disk are left out, since all would have to be decoded.
+        sets: by their purpose; those on disk are left out, since all would have to be decoded.
     """
+    if folder.digests.is_file():
+        return
     found = {name: digests(split) for name, split in sets.items() if split is not None and not split.is_stored}
-    write_atomically(folder / "checkpoints" / DIGESTS, lambda aside: save_file(found, aside))
+    write_atomically(folder.digests, lambda aside: save_file(found, aside))
 
 
-def read_digests(folder: Path) -> dict[str, Digests]:
-    """The numbers that `write_digests` kept; none for a run of a version that did not."""
-    path = folder / "checkpoints" / DIGESTS
-    if not path.is_file():
+def read_digests(folder: RunFolder) -> dict[str, Digests]:
+    """Return the numbers that `write_digests` kept; none for a run of a version that did not.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if not folder.digests.is_file():
         return {}
     try:
-        return dict(load_file(path))
+        return dict(load_file(folder.digests))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}); remove it to go without the check for duplicates") from None
+        raise UserError(f"{folder.digests}: damaged ({error}); remove it to go without this check") from None
 
 
 def _sketch(split: Split) -> torch.Tensor:
-    """Some images, evenly spread, as 2x2 grey pixels: uint8.
+    """Return some images, evenly spread, as 2x2 grey pixels: uint8.
 
     One image that comes or goes moves all behind it; as thumbnails they are the same for any decoder of JPEG.
     """
@@ -155,8 +342,8 @@ def refuse_other_data(folder: Path, now: dict[str, Any], source: str, part: str 
     Raises:
         UserError: saying what differs.
     """
-    checkpoints = folder / "checkpoints"
-    if not (folder / "config.yaml").is_file() or not (checkpoints / CONFIG).is_file():
+    checkpoints = RunFolder(folder).checkpoints
+    if not RunFolder(folder).begun or not (checkpoints / CONFIG).is_file():
         return
     before = now | read_config(checkpoints).get(part, {})
     before["classes"] = [one_form(name) for name in before["classes"]]  # an earlier version took a disk's form
@@ -182,7 +369,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _differences(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys in which two plain structures differ, with the second one's values."""
+    """Yield the dotted keys in which two plain structures differ, with the second one's values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
             yield from _differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))

@@ -1,22 +1,9 @@
 """Models on disk: save, load, export."""
 
-from dualhead.saving.models import (
-    CONFIG,
-    Architecture,
-    check_hub_name,
-    export,
-    export_onnx,
-    find_model,
-    load,
-    load_base_weights,
-    normalisation_of,
-    push_to_hub,
-    read_config,
-    save_model,
-    view,
-    write_card,
-    write_config,
-)
+from dualhead.saving.architecture import CONFIG, Architecture, read_config, write_config
+from dualhead.saving.export import export, export_onnx, write_card
+from dualhead.saving.hub import check_hub_name, push_to_hub
+from dualhead.saving.models import find_model, load, load_base_weights, normalisation_of, save_model, view
 from dualhead.saving.onnx import require_onnx
 
 __all__ = [

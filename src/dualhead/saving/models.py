@@ -1,94 +1,21 @@
-"""Models on disk: an architecture as data, and weights beside it. Nothing is unpickled, nothing is run."""
+"""Models on disk: save, find and load. Nothing is unpickled, nothing is run."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-import yaml
-from pydantic import ValidationError
 from torch import nn
 
-from dualhead.components.registry import first_error
-from dualhead.components.sections import Section
-from dualhead.errors import RunError, UserError
-from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head, is_head
-from dualhead.models import Normalize, backbones, last_layer, load_state, normalisation_in, read_state, write_state
-from dualhead.report import ONNX_SECTION, model_card
-from dualhead.saving.onnx import OnnxCheck, write_onnx
-from dualhead.system.files import write_json, write_text
-from dualhead.system.runtime import kept_generators
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-CARD = "README.md"
-ONNX = "model.onnx"
-
-
-class Architecture(Section):
-    """All that makes a network, apart from its weights.
-
-    Args:
-        backbone: as a recipe writes it, in the long form.
-        attach_at: layer whose output feeds the second head; None: a plain classifier.
-        aggregator: as a recipe writes it, in the long form; None without a second head.
-        heads: how many, if there is a second one.
-        num_classes: logits per image.
-        image_shape: channels, height, width.
-        mean: of each channel, for images in [0, 1].
-        std: of each channel.
-    """
-
-    backbone: dict[str, Any]
-    attach_at: str | None = None
-    aggregator: dict[str, Any] | None = None
-    heads: int = 2
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def create(self) -> nn.Module:
-        """The network with fresh weights, drawn from torch's global generator.
-
-        Raises:
-            UserError: if the parts do not fit one another.
-        """
-        normalize = Normalize(self.mean, self.std)
-        backbone = backbones.build(self.backbone, where="model.backbone")
-        model = backbone.create(self.num_classes, self.image_shape, normalize)
-        if self.attach_at is None:
-            return model
-        return attach_second_head(
-            model,
-            self.attach_at,
-            num_classes=self.num_classes,
-            heads=self.heads,
-            example=torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0)),
-            init="reset",
-            aggregator=aggregators.build(self.aggregator or "pairwise_cnn", where="model.aggregator"),
-        )
-
-    def plain(self) -> nn.Module:
-        """The network without a second head; random numbers stay where they are."""
-        with kept_generators(torch.device("cpu")):
-            return self.model_copy(update={"attach_at": None, "aggregator": None}).create()
-
-    @classmethod
-    def parse(cls, content: Mapping[str, Any], where: str) -> Self:
-        """From plain data.
-
-        Raises:
-            UserError: naming the key that is wrong.
-        """
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise UserError(f"{where}: {first_error(error)}") from None
+from dualhead.errors import UserError
+from dualhead.heads import DualHeadClassifier, is_head
+from dualhead.models import last_layer, load_state, normalisation_in, read_state, write_state
+from dualhead.saving.architecture import CONFIG, WEIGHTS, Architecture, holds_model, read_config, write_config
+from dualhead.saving.hub import download
+from dualhead.system.generators import kept_generators
 
 
 def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts: Mapping[str, Any]) -> None:
@@ -96,147 +23,79 @@ def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts
 
     Args:
         folder: made if need be.
-        model: whose weights are written.
-        architecture: that made it.
-        facts: what else to know of it: class names, threat model, which output is deployed.
+        model: its weights are written.
+        architecture: the one that made the model.
+        facts: further keys of `config.json`: class names, threat model, the deployed output.
     """
     write_state(model.state_dict(), folder / WEIGHTS)
     write_config(folder, architecture, facts)
 
 
-def write_config(folder: Path, architecture: Architecture, facts: Mapping[str, Any]) -> None:
-    """Write `config.json` alone, for weights that lie beside it or below."""
-    backbone = backbones.describe(backbones.build(architecture.backbone, where="model.backbone").on_its_own())
-    alone = architecture.model_copy(update={"backbone": backbone})
-    write_json(folder / CONFIG, {"architecture": alone.model_dump(mode="json"), **facts})
+def load(path: str | Path, output: str | None = None) -> nn.Module:
+    """Load a classifier from a run, an exported model's folder or a Hub name, in eval mode.
 
-
-def write_card(folder: Path, run: Path | None) -> None:
-    """Write the model's `README.md` from what lies in its folder and in its run's.
+    The random number generators of Python, numpy and torch keep their states.
 
     Args:
-        folder: of the model.
-        run: of the run that made it; None if there is none.
-    """
-    recipe = results = None
-    if run is not None and (run / "config.yaml").is_file():
-        recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    if run is not None and (run / "evaluation" / "results.json").is_file():
-        results = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    write_text(folder / CARD, model_card(read_config(folder), recipe, results, onnx=(folder / ONNX).is_file()))
-
-
-def export(run: str | Path, folder: str | Path) -> Path:
-    """Copy a finished run's model, with a card that says what was measured, to a folder that `load` reads.
-
-    Args:
-        run: of a finished run.
-        folder: made if need be; must be empty, not exist, or hold this very export.
+        path: the folder, or a Hub name `OWNER/NAME`.
+        output: for a dual-head model: `head1`, `head2`, ..., `mean` or `aggregate`; None for the deployed one.
 
     Returns:
-        The folder.
+        A module from images float [B, C, H, W] in [0, 1] to logits [B, num_classes].
 
     Raises:
-        UserError: if the run has no finished model, or the folder holds something.
+        UserError: if there is no such model, or it is not whole.
     """
-    run, folder = Path(run), Path(folder)
-    if not (run / "model" / WEIGHTS).is_file():
-        raise UserError(f"{run}: holds no finished model; `dualhead train` with the same recipe goes on with it")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _holds_export(folder, run):
-        raise UserError(f"--to {folder}: holds something already; choose an empty or a new folder")
-    write_state(read_state(run / "model" / WEIGHTS), folder / WEIGHTS)
-    write_json(folder / CONFIG, read_config(run / "model"))
-    write_card(folder, run)
-    return folder
+    folder = find_model(path)
+    config = read_config(folder)
+    architecture = Architecture.parse(config["architecture"], str(folder / CONFIG))
+    with kept_generators(torch.device("cpu")):  # its weights are drawn, and then replaced
+        model = architecture.create()
+    load_state(model, read_state(folder / WEIGHTS), str(folder / WEIGHTS))
+    return view(model, output or config.get("output", "model")).eval()
 
 
-def _holds_export(folder: Path, run: Path) -> bool:
-    """Whether a folder holds what `export` of this run writes, and nothing else."""
-    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX}:
-        return False
-    try:
-        exported, made = read_state(folder / WEIGHTS), read_state(run / "model" / WEIGHTS)
-        alike = read_config(folder) == read_config(run / "model") and exported.keys() == made.keys()
-    except UserError:
-        return False
-    return alike and all(torch.equal(exported[name], made[name]) for name in made)
-
-
-def export_onnx(folder: str | Path) -> OnnxCheck:
-    """Add `model.onnx` to an exported model: its deployed forward, for engines without PyTorch. The card then says so.
-
-    Args:
-        folder: that `export` wrote.
-
-    Returns:
-        How far onnxruntime is from PyTorch on random images.
+def view(model: nn.Module, output: str) -> nn.Module:
+    """Return one output of a model as a classifier of its own, on shared weights.
 
     Raises:
-        UserError: if there is no model, the extra `onnx` is not installed, the model cannot be written as ONNX, or the
-            file would compute something else.
+        UserError: if the model has no such output.
     """
-    folder = find_model(folder)
-    architecture = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
-    check = write_onnx(load(folder), architecture.image_shape, folder / ONNX)
-    card = folder / CARD
-    if card.is_file() and ONNX_SECTION not in (text := card.read_text(encoding="utf-8")):
-        write_text(card, text + ONNX_SECTION)
-    return check
+    if isinstance(model, DualHeadClassifier):
+        if output not in model.outputs:
+            raise UserError(f"output {output!r}: the model has {', '.join(model.outputs)}")
+        return model if output == "aggregate" else model.view(output)
+    if output != "model":
+        raise UserError(f"output {output!r}: the model has no second head; leave it out")
+    return model
 
 
-def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> str:
-    """Upload an exported model to the Hugging Face Hub, with the credentials that `huggingface_hub` finds.
-
-    Args:
-        folder: that `export` wrote.
-        name: `OWNER/NAME`; made if need be.
-        private: whether a new one is private.
-
-    Returns:
-        Its address.
+def find_model(path: str | Path) -> Path:
+    """Find the folder with `config.json` and weights: the folder itself, a run's `model/`, or a download from the Hub.
 
     Raises:
-        UserError: if there is no model, or the name cannot be one.
-        RunError: if the Hub does not take it.
+        UserError: if there is none.
     """
-    from huggingface_hub import HfApi
-
-    find_model(folder)
-    check_hub_name(name)
-    api = HfApi()
-    try:
-        api.create_repo(name, private=private, exist_ok=True)
-        info = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=[CONFIG, WEIGHTS, CARD, ONNX])
-    except Exception as error:  # the network fails in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(
-            f"--push {name}: the Hub did not take it ({reason}); the model is in {folder}, the same command tries again"
-        ) from None
-    return str(info)
-
-
-def check_hub_name(name: str) -> None:
-    """Refuse what is no name of a model on the Hub.
-
-    Raises:
-        UserError: saying what would be.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", name):
-        raise UserError(f"--push {name}: write OWNER/NAME, each of letters, digits, dots, hyphens and underscores")
+    for folder in (Path(path), Path(path) / "model"):
+        if holds_model(folder):
+            return folder
+    name = str(path)
+    if not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return download(name)
+    raise UserError(f"{path}: holds no finished model ({WEIGHTS} and {CONFIG}, also not in its folder model/)")
 
 
 def load_base_weights(
     model: nn.Module, path: str | Path, architecture: Architecture, *, replace_classifier: bool | str = False
 ) -> None:
-    """Start a network from weights that exist: a file, an exported model's folder or a run's.
+    """Start a network from existing weights: a file, an exported model's folder or a run's.
 
     Weights of the whole network fill it; weights of the plain backbone fill trunk and head 1.
 
     Args:
         model: a plain or dual-head classifier.
         path: the weights.
-        architecture: that made the model.
+        architecture: the one that made the model.
         replace_classifier: leave the layer that gives the logits as it is in the model, which may have other classes:
             true to find that layer, or its name in the plain backbone. Of a dual-head model's weights, those of its
             trunk and head 1 are then taken.
@@ -280,26 +139,11 @@ def _classifier(plain: nn.Module, architecture: Architecture, name: bool | str) 
         raise UserError(f"replace_classifier: {error}") from None
 
 
-def _weights_file(path: Path) -> Path:
-    if path.is_dir():
-        return next((p for p in (path / WEIGHTS, path / "model" / WEIGHTS) if p.is_file()), path / WEIGHTS)
-    return path
-
-
-def _is_ours(config: Path) -> bool:
-    """Whether a `config.json` is of a model of this package: other libraries write files of that name too."""
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "architecture" in content
-
-
 def normalisation_of(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """By what mean and standard deviation a trained model normalises, where its weights or their folder tell.
+    """Read a trained model's mean and standard deviation for normalisation; None if neither weights nor folder tell.
 
     Raises:
-        UserError: if there are no weights, or what they tell cannot be.
+        UserError: if there are no weights, or the values cannot be.
     """
     file = _weights_file(Path(path))
     if file.name == WEIGHTS and _is_ours(file.parent / CONFIG):
@@ -308,89 +152,16 @@ def normalisation_of(path: str | Path) -> tuple[tuple[float, ...], tuple[float, 
     return normalisation_in(read_state(file), str(file))
 
 
-def load(path: str | Path, output: str | None = None) -> nn.Module:
-    """An ordinary classifier from a run, an exported model's folder or a Hub name, in eval mode.
-
-    Random numbers stay where they are: those of Python, numpy and torch.
-
-    Args:
-        path: the folder, or a Hub name `OWNER/NAME`.
-        output: for a dual-head model: `head1`, `head2`, ..., `mean` or `aggregate`; None for the deployed one.
-
-    Returns:
-        A module from images float [B, C, H, W] in [0, 1] to logits [B, num_classes].
-
-    Raises:
-        UserError: if there is no such model, or it is not whole.
-    """
-    folder = find_model(path)
-    config = read_config(folder)
-    architecture = Architecture.parse(config["architecture"], str(folder / CONFIG))
-    with kept_generators(torch.device("cpu")):  # its weights are drawn, and then replaced
-        model = architecture.create()
-    load_state(model, read_state(folder / WEIGHTS), str(folder / WEIGHTS))
-    return view(model, output or config.get("output", "model")).eval()
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        return next((p for p in (path / WEIGHTS, path / "model" / WEIGHTS) if p.is_file()), path / WEIGHTS)
+    return path
 
 
-def view(model: nn.Module, output: str) -> nn.Module:
-    """One output of a model as a classifier of its own, on shared weights.
-
-    Raises:
-        UserError: if the model has no such output.
-    """
-    if isinstance(model, DualHeadClassifier):
-        if output not in model.outputs:
-            raise UserError(f"output {output!r}: the model has {', '.join(model.outputs)}")
-        return model if output == "aggregate" else model.view(output)
-    if output != "model":
-        raise UserError(f"output {output!r}: the model has no second head; leave it out")
-    return model
-
-
-def find_model(path: str | Path) -> Path:
-    """The folder with `config.json` and weights: a run's `model/`, the folder itself, or a download from the Hub.
-
-    Raises:
-        UserError: if there is none.
-    """
-    for folder in (Path(path), Path(path) / "model"):
-        if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
-            return folder
-    name = str(path)
-    if not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
-        except Exception as error:  # the network fails in many ways
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{name}: no such folder, and the Hub gives no such model ({reason})") from None
-        _refuse_code(name, folder)
-        return folder
-    raise UserError(f"{path}: holds no finished model ({WEIGHTS} and {CONFIG}, also not in its folder model/)")
-
-
-def _refuse_code(name: str, folder: Path) -> None:
-    """What a download names is not run: only what a user names is."""
-    architecture = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
-    backbone = backbones.build(architecture.backbone, where=f"{folder / CONFIG}: backbone")
-    if backbone.registered_name == "factory":
-        raise UserError(
-            f"{name}: its {CONFIG} names the function {architecture.backbone.get('path')!r}, and code that a download "
-            f"names is not run; if you trust it, load the folder {folder}"
-        )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model.
-
-    Raises:
-        UserError: if it is not JSON or lacks the architecture.
-    """
+def _is_ours(config: Path) -> bool:
+    """Whether a `config.json` was written by this package: other libraries write files of that name too."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG}: cannot be read ({error})") from None
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise UserError(f"{folder / CONFIG}: has no key 'architecture'; is it a model of dualhead?")
-    return config
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "architecture" in content

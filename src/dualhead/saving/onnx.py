@@ -27,13 +27,13 @@ TOLERANCE: Final = 1e-4
 
 @dataclass(frozen=True)
 class OnnxCheck:
-    """What came of holding the file to the model.
+    """The difference between the file and the model.
 
     Args:
         path: the file.
         difference: largest absolute difference of a logit between onnxruntime on the CPU and PyTorch.
         scale: largest absolute logit.
-        images: on how many random images.
+        images: number of random images compared.
     """
 
     path: Path
@@ -85,7 +85,7 @@ def write_onnx(model: nn.Module, image_shape: tuple[int, int, int], path: Path) 
 
 
 def _converted(model: nn.Module, example: torch.Tensor) -> bytes:
-    """The model in ONNX's format, with a free batch size."""
+    """Convert the model to ONNX's format, with a free batch size."""
     batch = torch.export.Dim("batch")
     file = io.BytesIO()
     with _quiet():
@@ -103,7 +103,7 @@ def _converted(model: nn.Module, example: torch.Tensor) -> bytes:
 
 
 def _compare(model: nn.Module, content: bytes, images: torch.Tensor) -> tuple[float, float]:
-    """Largest absolute difference of a logit, and largest logit, over batches of several sizes."""
+    """Return the largest absolute difference of a logit, and largest logit, over batches of several sizes."""
     session = importlib.import_module("onnxruntime").InferenceSession(content, providers=["CPUExecutionProvider"])
     differences, scale = [], 0.0
     for batch in torch.split(images, list(BATCHES)):
@@ -119,7 +119,7 @@ def _compare(model: nn.Module, content: bytes, images: torch.Tensor) -> tuple[fl
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter logs of packages that nobody asked for, and of its own deprecations."""
+    """Silence the exporter's log about packages that nobody asked for, and about its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -33,21 +33,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text as UTF-8, atomically."""
+    """Write text as UTF-8, atomically."""
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON with sorted-as-given keys and a final newline, atomically; numbers that are not finite are refused."""
+    """Write JSON with keys as given and a final newline, atomically; refuse numbers that are not finite."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Refuse a folder that is none, or in which nothing could be written; nothing is made.
+    """Refuse a path that is no folder, or a folder that cannot be written to; nothing is made.
 
     Args:
         folder: there already or to be made later.
-        option: where it was given, for the message.
+        option: the option it was given by, for the message.
 
     Raises:
         UserError: if it, or what it would lie in, is a file or may not be written to.

@@ -36,7 +36,7 @@ class Group:
 
     Args:
         rank: number of this process; the one of number 0 alone writes and prints.
-        world: how many there are.
+        world: their number.
     """
 
     rank: int = 0
@@ -48,7 +48,7 @@ class Group:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """The value of each process, in order of rank."""
+        """Return the value of each process, in order of rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -87,7 +87,7 @@ class Group:
         return result  # type: ignore[no-any-return]  # pickled by `do`'s process, so of its type
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is true in any process. Does not wait for an accelerator."""
+        """Tell for each flag whether it is true in any process; does not wait for an accelerator."""
         if self.world == 1:
             return flags
         said = torch.tensor(flags, dtype=torch.int32)
@@ -106,8 +106,8 @@ class Group:
         flat = torch.cat([t.detach().reshape(-1).to(kind) for t in tensors])
         with _others():
             dist.all_reduce(flat)
-        for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
-            tensor.detach().copy_(part.view(tensor.shape))
+        for tensor, piece in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.detach().copy_(piece.view(tensor.shape))
 
     def share_state(self, model: nn.Module) -> None:
         """Give every process the parameters and buffers of the first one's model."""
@@ -120,7 +120,7 @@ class Group:
                 tensor.copy_(whole)
 
     def share_of(self, count: int) -> slice:
-        """This process's part of `count` things in a row; parts differ by one at most."""
+        """Return this process's share of `count` things in a row; shares differ by one at most."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
 
@@ -128,20 +128,20 @@ ALONE: Final = Group()
 
 
 def group() -> Group:
-    """The group that this process is in; alone if it has joined none."""
+    """Return the group that this process is in; alone if it has joined none."""
     if dist.is_available() and dist.is_initialized():
         return Group(dist.get_rank(), dist.get_world_size())
     return ALONE
 
 
 def local_rank() -> int | None:
-    """The number of this process among those that torchrun started on this machine; None if it was not torchrun."""
+    """Return this process's number among those that torchrun started on this machine; None without torchrun."""
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
 
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """Inside, a process that torchrun started is in a group with the others; any other is alone."""
+    """Put a process that torchrun started in a group with the others while inside; any other is alone."""
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ or dist.is_initialized():
         yield group()
         return

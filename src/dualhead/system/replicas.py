@@ -19,7 +19,7 @@ LEAST_ROWS = 16
 
 
 def pool(lanes: int) -> ThreadPoolExecutor:
-    """Workers, each with its share of the threads that torch has; what the caller has stays as it is."""
+    """Return workers, each with its share of torch's threads; the caller's own number stays as it is."""
     return _pool(lanes, max(1, torch.get_num_threads() // lanes))
 
 
@@ -40,6 +40,6 @@ def _pool(lanes: int, threads: int) -> ThreadPoolExecutor:
 
 
 def twins(model: nn.Module, count: int) -> list[nn.Module]:
-    """Copies of a model's modules that share its tensors, so that what a forward keeps in one stays there."""
+    """Return copies of a model's modules that share its tensors; what a forward stores in one stays there."""
     tensors = [*model.parameters(), *model.buffers()]
     return [copy.deepcopy(model, {id(t): t for t in tensors}) for _ in range(count)]

@@ -4,7 +4,7 @@ from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.fit import Selection, check_choosable
 from dualhead.training.loop import StageFiles, StageRun
 from dualhead.training.metrics import MetricsLog, read_metrics, summary_writer
-from dualhead.training.passes import Program, trained_output
+from dualhead.training.passes import Passes, trained_output
 from dualhead.training.profiler import StepProfiler
 from dualhead.training.progress import Silent, TrainingProgress
 from dualhead.training.stage import RESET, Stage
@@ -14,8 +14,8 @@ __all__ = [
     "RESET",
     "CheckpointStore",
     "MetricsLog",
+    "Passes",
     "Position",
-    "Program",
     "Saved",
     "Selection",
     "Silent",

@@ -14,7 +14,7 @@ from dualhead.training.buffers import settle, slots
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The smallest modules that hold at least two layers with weights, such as residual blocks."""
+    """Return the smallest modules that hold at least two layers with weights, such as residual blocks."""
     inside = [block for child in model.children() for block in blocks(child)]
     if inside:
         return inside
@@ -24,7 +24,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the modules keep only what goes into them; the backward pass runs their forward once more.
+    """Let modules keep only their inputs while inside; the backward pass runs their forward once more.
 
     Results are the same to the bit. Buffers, which a forward pass may move (batch norm), move once only.
     """
@@ -51,7 +51,7 @@ def _forgetful(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
 
 @contextmanager
 def still_buffers(module: nn.Module) -> Iterator[None]:
-    """Inside, forward passes may move buffers (statistics of batch norm); afterwards they are as before."""
+    """Let forward passes move buffers (statistics of batch norm) while inside, and put them back at the end."""
     held = slots(module.modules())
     before = [slot.tensor.clone() for slot in held]
     try:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dualhead.components.fields import Real
 from dualhead.components.registry import Registry
 from dualhead.errors import UserError
+from dualhead.system.modes import kept_modes
 from dualhead.system.processes import group
 
 BatchNormMode = Literal["average", "reestimate"]
@@ -197,8 +198,7 @@ class WeightAverage:
         layers = {name: layer for name, layer in layers.items() if _of(name, "running_mean") in self._mean}
         if not self.exists or not layers:
             return
-        with self.in_place(), torch.no_grad():
-            modes = [(module, module.training) for module in self._model.modules()]
+        with self.in_place(), kept_modes(self._model), torch.no_grad():
             momenta = {name: (layer.momentum, layer.num_batches_tracked) for name, layer in layers.items()}
             self._model.eval()
             for layer in layers.values():
@@ -214,8 +214,6 @@ class WeightAverage:
             statistics = [self._mean[_of(name, kind)] for name in layers for kind in ("running_mean", "running_var")]
             torch._foreach_div_(statistics, group().world)
             group().sum_(statistics)
-            for module, mode in modes:
-                module.training = mode
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that determines what comes next."""

@@ -28,7 +28,7 @@ class AWP(Section):
 
     @contextmanager
     def ascended(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """The weights moved along the gradients that lie in `.grad`."""
+        """Move the weights along the gradients in `.grad` while inside."""
         moved = [p for p in parameters if p.dim() > 1 and p.grad is not None]
         before = [p.detach().clone() for p in moved]
         with torch.no_grad():

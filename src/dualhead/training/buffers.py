@@ -22,7 +22,7 @@ class Slot(NamedTuple):
 
 
 def slots(modules: Iterable[nn.Module]) -> list[Slot]:
-    """The buffers of modules, each module's own."""
+    """Return the buffers of modules, each module's own."""
     return [
         Slot(module, name, tensor)
         for module in modules

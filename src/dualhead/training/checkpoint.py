@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from torch import nn
 
 from dualhead.errors import RunError
 from dualhead.system.files import write_atomically
+from dualhead.system.generators import generator_states, set_generator_states
 from dualhead.system.processes import group
-from dualhead.system.runtime import generator_states, set_generator_states
 from dualhead.training.averaging import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class Position:
         step_cost: floating-point operations of one step, as torch counts them; 0 where the next step is to be counted.
         flops: floating-point operations of all steps so far.
         streak: steps of the epoch dropped in a row, up to now.
-        retreats: how often the stage went back to a saved state because its numbers were no longer finite.
-        sums: what the unfinished epoch has added up for its line of metrics.
+        retreats: number of times that the stage went back to a saved state because its numbers were no longer finite.
+        sums: the unfinished epoch's sums for its line of metrics.
         best: metrics of the best epoch of the stage so far; empty before the first validation.
     """
 
@@ -59,9 +59,10 @@ class Position:
 
 @dataclass
 class Saved:
-    """What a checkpoint holds: the position, and the states to load into model, optimiser and weight average.
+    """A checkpoint's content: the position, and the states to load into model, optimiser and weight average.
 
-    Of each process it holds the generators, and the perturbation that it carries from step to step.
+    Of each process it holds the generators, and the perturbation that it carries from step to step; of the stage's
+    objective its own heads and its curriculum.
     """
 
     position: Position
@@ -70,9 +71,10 @@ class Saved:
     generators: list[list[torch.Tensor]]
     average: dict[str, torch.Tensor] | None = None
     carried: list[torch.Tensor | None] = field(default_factory=list)
+    objective: dict[str, Any] | None = None
 
     def carried_by(self, rank: int) -> torch.Tensor | None:
-        """The perturbation that a process carried; None for one that is new, or if there was none."""
+        """Return the perturbation that a process carried; None for one that is new, or if there was none."""
         return self.carried[rank] if rank < len(self.carried) else None
 
     def restore_generators(self, device: torch.device) -> None:
@@ -92,7 +94,7 @@ class CheckpointStore:
 
     Args:
         folder: where the files lie.
-        keep: how many stay, at least 1.
+        keep: number of files that stay, at least 1.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -106,6 +108,7 @@ class CheckpointStore:
         optimiser: torch.optim.Optimizer | None,
         average: WeightAverage | None = None,
         carried: torch.Tensor | None = None,
+        objective: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a state, and remove those that are too old; a crash leaves the old ones or the new one besides.
 
@@ -114,9 +117,10 @@ class CheckpointStore:
         Args:
             position: where the run stands.
             model: with the weights of that moment.
-            optimiser: of the stage; None between stages.
-            average: of the stage's weights; None if it keeps none.
+            optimiser: optimiser of the stage; None between stages.
+            average: average of the stage's weights; None if it keeps none.
             carried: the perturbation that this process carries from step to step; None if it carries none.
+            objective: state of the stage's objective, its own heads and its curriculum; None between stages.
         """
         generators = group().gather(generator_states(next(model.parameters()).device))
         perturbations = group().gather(None if carried is None else carried.cpu())
@@ -130,6 +134,7 @@ class CheckpointStore:
             "average": None if average is None else average.state_dict(),
             "generators": generators,
             "carried": perturbations,
+            "objective": None if objective is None else dict(objective),
         }
         torch.save(state, buffer)
         content, before = buffer.getbuffer(), self._files()
@@ -140,7 +145,7 @@ class CheckpointStore:
             old.unlink()
 
     def load(self, wanted: Callable[[Position], bool] = lambda position: True) -> Saved | None:
-        """The newest state that is whole and wanted, on the CPU; None if there is none. Nothing in a file is run.
+        """Load the newest whole and wanted state, on the CPU; None if there is none. Nothing in a file is run.
 
         Called by all processes of a run; the first one reads.
 
@@ -167,7 +172,7 @@ class CheckpointStore:
         return None
 
     def _files(self) -> list[Path]:
-        """Checkpoints by name, oldest first."""
+        """Return checkpoints by name, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))

@@ -20,9 +20,10 @@ from dualhead.data import Batch, batches
 from dualhead.errors import Interrupted, UserError
 from dualhead.heads import Chosen, DualHeadClassifier, Output
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
-from dualhead.system.runtime import Arithmetic, in_eval_mode
 from dualhead.training.checkpoint import Position
 from dualhead.training.validation import Validator
 
@@ -147,7 +148,7 @@ class Selection:
         return torch.cat(found)
 
     def _counts(self, candidates: Sequence[Mapping[str, float]]) -> Tensor:
-        """For each candidate: images right when clean, right under everything, and whether no probability vanishes."""
+        """Count for each candidate images right when clean and under everything, and vanishing probabilities."""
         known = torch.cat(self._known)
         rows = torch.zeros(len(candidates), 3, device=self._device)
         with torch.no_grad():
@@ -161,7 +162,7 @@ class Selection:
         return rows.to(torch.int64)
 
     def _reference(self) -> int:
-        """Images that head 1 gets right under everything."""
+        """Count the images that head 1 gets right under everything."""
         right = torch.stack([predictions(logits[:, 0]) == self._labels for logits in self._known])
         robust = right.all(0).sum().float()
         group().sum_([robust])

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from dualhead.data import Batch, Loader
+from dualhead.data import Batch, Loader, OpenStream, StreamImages
 from dualhead.errors import Interrupted, RunError
-from dualhead.heads import DualHeadClassifier, is_head
 from dualhead.models import write_state
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
 from dualhead.system.processes import group
-from dualhead.system.runtime import Arithmetic
 from dualhead.threats import ThreatModel
 from dualhead.training.averaging import WeightAverage
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
+from dualhead.training.curriculum import Curriculum
 from dualhead.training.metrics import MetricsLog
-from dualhead.training.passes import Program
+from dualhead.training.passes import Passes
 from dualhead.training.profiler import StepProfiler, labelled
 from dualhead.training.progress import TrainingProgress
 from dualhead.training.stage import Stage
@@ -99,7 +99,7 @@ class StageRun:
 
     Args:
         stage: the recipe's part.
-        program: what of the network runs; its model holds the weights to start from.
+        passes: through the network; its model holds the weights to start from.
         loader: training batches.
         validator: chooses the best epoch; None: the last one counts.
         threat: ball and box.
@@ -112,13 +112,13 @@ class StageRun:
         stop: asked after every step; when true the stage saves itself and ends with `Interrupted`.
         save_minutes: longest time between two saved positions.
         profiler: looks at a few steps; None: nobody does.
-        helper: the model that the stage's `helper` names; None if it names none.
+        streams: the objective's own streams of the data, by name.
     """
 
     def __init__(
         self,
         stage: Stage,
-        program: Program,
+        passes: Passes,
         loader: Loader,
         *,
         validator: Validator | None,
@@ -132,11 +132,11 @@ class StageRun:
         stop: Callable[[], bool],
         save_minutes: float,
         profiler: StepProfiler | None = None,
-        helper: nn.Module | None = None,
+        streams: Mapping[str, OpenStream] | None = None,
     ) -> None:
         self._stage = stage
         self._profiler = profiler
-        self._program = program
+        self._passes = passes
         self._loader = loader
         self._validator = validator
         self._arithmetic = arithmetic
@@ -147,9 +147,11 @@ class StageRun:
         self._progress = progress
         self._stop = stop
         self._save_seconds = 60.0 * save_minutes
-        self._optimiser = stage.optimiser.create(program.parameters())
-        self._step = TrainingStep(program, stage, threat, self._optimiser, arithmetic, helper=helper)
-        self._average = None if stage.average is None else WeightAverage(program.model, stage.average)
+        self._optimiser = stage.optimiser.create(passes.parameters())
+        self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic)
+        self._streams = dict(streams or {})
+        self._curriculum = Curriculum(stage.objective)
+        self._average = None if stage.average is None else WeightAverage(passes.model, stage.average)
 
     def restore(self, saved: Saved) -> None:
         """Take over a saved state, except for the model's weights, which are loaded already."""
@@ -160,6 +162,9 @@ class StageRun:
             self._average.load_state_dict(saved.average)
         if self._step.carried is not None:
             self._step.carried.delta = saved.carried_by(group().rank)
+        if saved.objective is not None:
+            self._passes.heads.load_state_dict(saved.objective["heads"])
+            self._curriculum.load_state_dict(saved.objective["curriculum"], self._device)
 
     def run(self, position: Position) -> Position:
         """Train from a position to the end of the stage.
@@ -180,9 +185,9 @@ class StageRun:
         with self._profiler or nullcontext():
             self._epochs()
         with self._averaged():
-            self._files.write_last(self._program.model)
+            self._files.write_last(self._passes.model)
             if self._validator is None or not self._position.best:
-                self._files.write_best(self._program.model)
+                self._files.write_best(self._passes.model)
         return self._position
 
     def _epochs(self) -> None:
@@ -201,17 +206,20 @@ class StageRun:
         sums = {name: torch.tensor(value, dtype=torch.float32) for name, value in position.sums.items()}
         sums = {name: value.to(self._device) for name, value in sums.items()}
         self._step.guard.set_streak(position.streak)
-        if self._step.begin(epoch):
+        if self._step.begin(epoch, self._curriculum.state):
             position.step_cost = 0
-        for batch in labelled("load images", self._loader.epoch(epoch, position.step)):
+        for batch, further in labelled("load images", self._batches(epoch, position.step)):
             self._set_rate(epoch + position.step / len(self._loader))
-            streams = Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
+            noise = self._noise(batch, epoch)
             for _ in range(1 if self._stage.free is None else self._stage.free.replays):
-                outcome = self._counted_step(batch, streams) if position.step_cost == 0 else self._step(batch, streams)
+                outcome = self._take_step(batch, noise, further)
                 position.flops += position.step_cost
                 self._add(sums, outcome, self._loader.global_batch)
                 if self._average is not None and self._average.averaging.after_step():
                     self._average.update(outcome.taken)
+                advanced = self._curriculum.add(outcome.terms, outcome.taken)
+                if advanced and self._step.begin(epoch, self._curriculum.state):
+                    position.step_cost = 0
             position.step += 1
             self._progress.step(epoch + 1, outcome.terms["loss"])
             if position.step % PATIENCE == 0:
@@ -227,10 +235,22 @@ class StageRun:
         if self._profiler is not None:
             self._profiler.step()
 
-    def _counted_step(self, batch: Batch, streams: Streams) -> StepOutcome:
+    def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, dict[str, StreamImages]]]:
+        """Batches of an epoch, each with the images of the objective's streams beside it."""
+        beside = {name: stream.epoch(epoch, first_step) for name, stream in self._streams.items()}
+        for batch in self._loader.epoch(epoch, first_step):
+            yield batch, {name: next(steps)(batch) for name, steps in beside.items()}
+
+    def _noise(self, batch: Batch, epoch: int) -> Streams:
+        return Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
+
+    def _take_step(self, batch: Batch, noise: Streams, further: Mapping[str, StreamImages]) -> StepOutcome:
+        """Train on a batch; the first step of a kind is counted."""
+        if self._position.step_cost:
+            return self._step(batch, noise, further)
         counter = CountFlops()
         with counter:
-            outcome = self._step(batch, streams, one_thread=True)
+            outcome = self._step(batch, noise, further, one_thread=True)
         self._position.step_cost = sum(group().gather(counter.total))
         return outcome
 
@@ -288,7 +308,7 @@ class StageRun:
                 f"rate; in another --run-dir lower optimiser.lr (now {rate:g}) or set runtime.precision=float32. The "
                 "epochs before are kept"
             )
-        self._program.model.load_state_dict(saved.model)
+        self._passes.model.load_state_dict(saved.model)
         self.restore(saved)
         self._position = saved.position
         self._position.retreats += 1
@@ -325,10 +345,10 @@ class StageRun:
         self._average_epoch(used=last or validates)
         if self._validator is not None and validates:
             with self._averaged():
-                line |= self._validator(self._program, self._arithmetic, self._device)
+                line |= self._validator(self._passes, self._arithmetic, self._device)
                 if not position.best or self._rank(line) > self._rank(position.best):
                     position.best = line
-                    self._files.write_next(self._program.model, position.epoch)
+                    self._files.write_next(self._passes.model, position.epoch)
         line["seconds"] = round(time.monotonic() - self._clock, 3)
         self._log.write(line)
         self._progress.epoch(line)
@@ -345,21 +365,13 @@ class StageRun:
             average.update()
         if used and average.averaging.batch_norm == "reestimate":
             with CountFlops() as counter:
-                average.reestimate(self._passes())
+                average.reestimate(self._estimates())
             self._position.flops += sum(group().gather(counter.total))
 
-    def _passes(self) -> Iterator[Callable[[], Tensor]]:
-        model, trained = self._program.model, [part for part in self._stage.train if is_head(part)]
-        # The statistics of a head that trains beside the one that is deployed are those of its own passes.
-        beside = len(trained) > 1 and is_head(self._stage.output)
-        ask: Callable[[Tensor], Tensor] = self._program.logits
-        if isinstance(model, DualHeadClassifier) and "aggregator" in self._stage.train:
-            ask = model  # whatever is deployed: the aggregator's own statistics need what runs it
-        elif isinstance(model, DualHeadClassifier) and beside:
-            ask = model.head_logits
-        forward = self._arithmetic.wrap(ask)
-        for batch in self._loader.epoch(0):
-            yield partial(forward, batch.x)
+    def _estimates(self) -> Iterator[Callable[[], None]]:
+        """Passes by which the statistics of batch norm are estimated, each head on the images that it trains on."""
+        for batch, further in self._batches(0, 0):
+            yield partial(self._step.estimate, batch, self._noise(batch, 0), further)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The weights that count: the average if the stage takes one, else the live ones."""
@@ -372,5 +384,6 @@ class StageRun:
     def _save(self) -> None:
         self._position.seconds = time.monotonic() - self._clock
         carried = None if self._step.carried is None else self._step.carried.delta
-        self._files.states.save(self._position, self._program.model, self._optimiser, self._average, carried)
+        objective = {"heads": self._passes.heads.state_dict(), "curriculum": self._curriculum.state_dict()}
+        self._files.states.save(self._position, self._passes.model, self._optimiser, self._average, carried, objective)
         self._saved_at = time.monotonic()

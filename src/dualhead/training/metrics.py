@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,17 @@ class MetricsLog:
 
     Args:
         path: the file.
-        keep: tells for each line that stands there already whether it is still true; a run that goes on from a
-            checkpoint drops the lines that came after it.
+        keep: tells for a line that stands there already whether it stays: a run that goes on from a checkpoint drops
+            the lines that came after it. None: all stay.
         tensorboard: folder for TensorBoard's event files; None for none.
 
     Raises:
         UserError: if TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, path: Path, keep: Any = None, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, keep: Callable[[Mapping[str, Any]], bool] | None = None, tensorboard: Path | None = None
+    ) -> None:
         self._path = path
         self._writer: Any = None
         if not group().first:

@@ -1,26 +1,31 @@
-"""What of a network a stage runs: a frozen prefix, whose results are constants, and the suffix that learns."""
+"""The passes of a stage, planned from what its objective needs to see: no part runs twice on the same images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Size, Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, depends_on, is_head, mean_of
+from dualhead.objectives import Features, Labels, Logits, Need, Objective
+from dualhead.system.modes import in_eval_mode
 
 if TYPE_CHECKING:
     from dualhead.training.stage import Stage
 
-Features = Any
-"""What crosses from prefix to suffix: a tensor with one row per image, or a tuple of such."""
+Crossing = Any
+"""What crosses from the frozen prefix to what learns: a tensor with one row for each image, or a tuple of such."""
 
 
 def trained_output(parts: Collection[str]) -> str:
-    """The output that a stage trains, given the parts that learn: the aggregate, else the last head, else head 1."""
+    """Return the output that a stage trains, given the parts that learn: aggregate, last head or head 1."""
     if "model" in parts:
         return "model"
     if "aggregator" in parts:
@@ -28,44 +33,31 @@ def trained_output(parts: Collection[str]) -> str:
     return max(filter(is_head, parts), default="head1", key=lambda head: int(head.removeprefix("head")))
 
 
-def _heads_of(model: DualHeadClassifier, outputs: Collection[str], left_out: Collection[str] = ()) -> set[str]:
-    wanted = [output for output in outputs if output not in left_out]
-    return {head for head in model.heads if any(depends_on(output, head) for output in wanted)}
+def feeds(part: str, need: Need) -> bool:
+    """Tell whether a part has a share in what a need gives; an objective's own heads and teachers are no parts."""
+    if isinstance(need, Labels):
+        return False
+    if isinstance(need, Features):
+        return need.part == part or (need.part != "trunk" and part == "trunk")
+    return need.output == part == "model" or (need.output != "model" and depends_on(need.output, part))
 
 
-def _merged(
-    model: DualHeadClassifier, heads: dict[str, Tensor], outputs: Sequence[str], left_out: Collection[str] = ()
-) -> Tensor:
-    """Logits [B, outputs, C] from those of heads, 0 for what is left out."""
-    wanted, logits = set(outputs) - set(left_out), dict(heads)
-    if {"mean", "aggregate"} & wanted:
-        every = torch.stack([heads[head] for head in model.heads], 1)
-        logits |= {"aggregate": model.aggregate(every)} if "aggregate" in wanted else {}
-        logits |= {"mean": mean_of(every)} if "mean" in wanted else {}
-    nothing = torch.zeros_like(next(iter(heads.values())))
-    return torch.stack([logits[output] if output in wanted else nothing for output in outputs], 1)
-
-
-class Program:
-    """The pass from images to the logits that a stage trains, cut where learning begins.
+class Passes:
+    """The pass from images to what an objective needs, cut where learning begins.
 
     The frozen prefix runs without a graph, once an image, whatever uses its result; so the loss's backward pass ends
-    where learning begins. Trunk and heads run once, however many outputs there are.
+    where learning begins.
 
     Args:
         model: a plain classifier, or a dual-head one.
         parts: the parts that learn: `{"model"}`, or some of trunk, head1, head2, ..., aggregator.
-        outputs: of a dual-head model, those on which the loss depends, the deployed one last: logits are then
-            [B, outputs, C]. None: the one that the parts train, [B, C].
-        attacked: likewise those on which the loss of the attack depends.
-        only_clean: those of `outputs` whose logits of attacked images are 0 and cost nothing.
-        only_attacked: those whose logits of clean images are 0 and cost nothing.
-        teachers: those whose logits of clean images the loss of the attack is given; none: `attacked`.
-        deployed: the output that is judged; None: the last one.
+        deployed: the output that is judged; None: the one that the parts train.
+        heads: modules of the objective's own, by name; they learn too.
+        teachers: models that are asked and do not learn, by name.
 
     Attributes:
         output: the deployed one.
-        trained_suffix: from the prefix's result to the logits [B, C] of the last output alone.
+        trained: the one that the parts train, which needs call `OWN`.
 
     Raises:
         UserError: if the parts are not the model's.
@@ -75,137 +67,354 @@ class Program:
         self,
         model: nn.Module,
         parts: Collection[str],
-        outputs: Sequence[str] = (),
-        attacked: Sequence[str] = (),
-        only_clean: Collection[str] = (),
-        only_attacked: Collection[str] = (),
-        teachers: Sequence[str] = (),
+        *,
         deployed: str | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        teachers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.model = model
-        self._outputs = tuple(outputs)
-        self._only_clean, self._only_attacked = frozenset(only_clean), frozenset(only_attacked)
         self.parts = frozenset(parts)
-        trained = outputs[-1] if outputs else trained_output(parts)
-        self.output = deployed or trained
-        self.prefix: Callable[[Tensor], Features] = lambda x: x
-        self.suffix: Callable[[Features], Tensor] = model
-        self.trained_suffix: Callable[[Features], Tensor] = model
-        self.suffix_of_clean: Callable[[Features], Tensor] = model
-        self.suffix_of_attacked: Callable[[Features], Tensor] = model
-        self.attacked_suffix: Callable[[Features], Tensor] = model
-        self.target_suffix: Callable[[Features], Tensor] = model
-        self._final: Callable[[Features], Tensor] = model
+        self.trained = trained_output(parts)
+        self.output = deployed or self.trained
+        self.heads = nn.ModuleDict(dict(heads or {}))
+        self.teachers = {name: teacher.eval() for name, teacher in (teachers or {}).items()}
+        self.prefix: Callable[[Tensor], Crossing] = lambda x: x
         if isinstance(model, DualHeadClassifier):
             model.set_trainable(set(parts))
             if self.parts == {"aggregator"}:
                 self.prefix = model.head_logits
             elif "trunk" not in self.parts:
                 self.prefix = model.features
-            self._final = self._alone(model, self.output)
-            self.suffix = self.trained_suffix = self._alone(model, trained)
-            self.suffix_of_clean = self.suffix_of_attacked = self.attacked_suffix = self.target_suffix = self.suffix
-            if outputs:
-                self.suffix = self._suffix(model, outputs)
-                self.suffix_of_clean = self._suffix(model, outputs, self._only_attacked)
-                self.suffix_of_attacked = self._suffix(model, outputs, self._only_clean)
-                self.attacked_suffix = self._suffix(model, attacked)
-                self.target_suffix = self._suffix(model, teachers) if teachers else self.attacked_suffix
         elif self.parts != {"model"}:
             raise UserError(f"a model without a second head trains as 'model', not {', '.join(sorted(self.parts))}")
+        self._final = self.look({"": Logits(self.output)})
 
     @classmethod
-    def of(cls, model: nn.Module, stage: Stage) -> Self:
-        """What of a model a stage runs."""
-        wanted = stage.objective
-        return cls(
-            model, stage.train, wanted.outputs, wanted.attacked, wanted.only_clean, wanted.only_attacked,
-            wanted.teachers, stage.deploy,
-        )  # fmt: skip
+    def of(
+        cls,
+        model: nn.Module,
+        stage: Stage,
+        *,
+        teachers: Mapping[str, nn.Module] | None = None,
+        example: Tensor | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Return the passes of a stage through a model, with new heads of the objective's own if it has any.
 
-    def _alone(self, model: DualHeadClassifier, output: str) -> Callable[[Features], Tensor]:
-        """Logits [B, C] of one output."""
-        run = self._suffix(model, (output,))
-        return lambda start: run(start)[:, 0]
+        Args:
+            model: a plain classifier, or a dual-head one.
+            stage: what learns, and the objective.
+            teachers: models that the objective asks, by name.
+            example: an image [1, ...] of the shape that the model takes, on its device; needed for own heads.
+            seed: of the own heads' first weights; torch's generator stays where it is.
+        """
+        bare = cls(model, stage.train, deployed=stage.output, teachers=teachers)
+        needs = stage.objective.needs()
+        if not any(isinstance(need, Features) and need.through for need in needs.values()):
+            return bare
+        assert example is not None, "own heads are made for the features of an example"
+        with torch.random.fork_rng(devices=[]), in_eval_mode(model):
+            torch.manual_seed(seed)
+            heads = stage.objective.heads(bare.shapes(needs, example))
+            heads = {name: head.to(example.device) for name, head in heads.items()}
+        return cls(model, stage.train, deployed=stage.output, heads=heads, teachers=teachers)
 
-    def _suffix(
-        self, model: DualHeadClassifier, outputs: Sequence[str], left_out: Collection[str] = ()
-    ) -> Callable[[Features], Tensor]:
-        heads = _heads_of(model, outputs, left_out)
+    @property
+    def learners(self) -> nn.Module:
+        """The model, and beside it the objective's own heads if there are any."""
+        return nn.ModuleList([self.model, self.heads]) if len(self.heads) else self.model
 
-        def run(start: Features) -> Tensor:
-            return _merged(model, self._heads(model, self._features(model, start), heads), outputs, left_out)
-
-        return run
-
-    def _features(self, model: DualHeadClassifier, start: Features) -> Features:
-        return model.features(start) if "trunk" in self.parts else start
-
-    def _heads(self, model: DualHeadClassifier, features: Features, heads: Collection[str]) -> dict[str, Tensor]:
-        if self.parts == {"aggregator"}:
-            return dict(zip(model.heads, features.unbind(1), strict=True))
-        return {head: model.head(head, features) for head in model.heads if head in heads}
-
-    def clean_and_attacked(self, clean: Features, attacked: Features) -> tuple[Tensor, Tensor]:
-        """Logits of both from one forward, in which a head sees only those images that the loss needs it for."""
-        count = len(tree_leaves(clean)[0])
-        both = tree_map(lambda a, b: torch.cat((a, b)), clean, attacked)
-        model = self.model
-        if not isinstance(model, DualHeadClassifier) or not (self._only_clean or self._only_attacked):
-            logits = self.suffix(both)
-            return logits[:count], logits[count:]
-        features = self._features(model, both)
-        of_clean = _heads_of(model, self._outputs, self._only_attacked)
-        of_attacked = _heads_of(model, self._outputs, self._only_clean)
-        shared = self._heads(model, features, of_clean & of_attacked)
-        first = {head: logits[:count] for head, logits in shared.items()}
-        second = {head: logits[count:] for head, logits in shared.items()}
-        first |= self._heads(model, tree_map(lambda values: values[:count], features), of_clean - of_attacked)
-        second |= self._heads(model, tree_map(lambda values: values[count:], features), of_attacked - of_clean)
-        return (
-            _merged(model, first, self._outputs, self._only_attacked),
-            _merged(model, second, self._outputs, self._only_clean),
-        )
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what learns, each tensor once."""
+        return [parameter for parameter in self.learners.parameters() if parameter.requires_grad]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits [B, C] of the deployed output for images [B, ...], differentiable to the images."""
-        return self._final(self.prefix(x))
+        """Compute logits [B, C] of the deployed output for images [B, ...], differentiable to the images."""
+        return self._final.raw({"clean": self.prefix(x)})[""]
 
-    def attacked_logits(self, x: Tensor) -> Tensor:
-        """Logits [B, C] or [B, outputs, C] that the loss of the attack is a function of."""
-        return self.attacked_suffix(self.prefix(x))
-
-    def constant(self, x: Tensor) -> Features:
-        """The prefix's result, without a graph."""
+    def constant(self, x: Tensor) -> Crossing:
+        """Run the prefix without a graph."""
         with torch.no_grad():
             return self.prefix(x)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What learns."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def is_constant(self, need: Need) -> bool:
+        """Tell whether nothing that learns has a share in a need; features are left to the pass that gives them."""
+        if not isinstance(need, Logits):
+            return False
+        need = need.of(self.trained)
+        return need.output in self.teachers or not any(feeds(part, need) for part in self.parts)
+
+    def told(self, needs: Mapping[str, Need], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Ask the teachers for those of the needs that are theirs; with a graph to the images, if gradients are on."""
+        asked = {n: need for n, need in needs.items() if isinstance(need, Logits) and need.output in self.teachers}
+        answers = {need: self.teachers[need.output](images[need.on]).float() for need in dict.fromkeys(asked.values())}
+        return {name: answers[need] for name, need in asked.items()}
+
+    def look(self, needs: Mapping[str, Need], together: Collection[str] = ()) -> Look:
+        """Plan the passes that give some needs, none of a teacher.
+
+        Args:
+            needs: by name.
+            together: images that run in one pass, with batch-norm statistics of their union; the others run one after
+                another, in the order in which the needs name them.
+
+        Raises:
+            UserError: for a need that the model or the objective's own heads cannot meet.
+        """
+        return Look(self, {name: need.of(self.trained) for name, need in needs.items()}, together)
+
+    def shapes(self, needs: Mapping[str, Need], example: Tensor) -> dict[str, Size]:
+        """Measure one image's features for each need of features, before any head of the objective's own.
+
+        Args:
+            needs: by name.
+            example: images [B, ...] of the shape that the model takes.
+        """
+        bare = {n: Features(need.part, "clean", need.layer) for n, need in needs.items() if isinstance(need, Features)}
+        if not bare:
+            return {}
+        with torch.no_grad():
+            return {n: value.shape[1:] for n, value in self.look(bare)({"clean": self.prefix(example)}).items()}
 
 
-class LossForward(nn.Module):
-    """Clean and attacked features to both logits: the part of a step that a gradient flows through, as one module.
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over some images.
 
     Args:
-        program: prefix and suffix.
-        joint: one forward of both together, with batch-norm statistics of their union; else one after the other.
+        images: their names, in the order of the rows.
+        needs: what it gives, by name.
+        heads: on which of the images each head runs.
+        merged: on which of them each merging of the heads runs.
+        layers: (part, layer) whose output is wanted.
     """
 
-    def __init__(self, program: Program, *, joint: bool) -> None:
-        super().__init__()
-        self.model = program.model  # registered, so that a wrapper around this module finds the parameters
-        self._program = program
-        self._joint = joint
+    images: tuple[str, ...]
+    needs: dict[str, Need]
+    heads: dict[str, tuple[str, ...]]
+    merged: dict[str, tuple[str, ...]]
+    layers: tuple[tuple[str, str], ...]
 
-    def forward(self, clean: Features | None, attacked: Features | None) -> tuple[Tensor | None, Tensor | None]:
-        """Logits [B, C] or [B, outputs, C] for each that is given."""
-        program = self._program
-        if clean is None or attacked is None or not self._joint:
-            return (
-                None if clean is None else program.suffix_of_clean(clean).float(),
-                None if attacked is None else program.suffix_of_attacked(attacked).float(),
-            )
-        clean_logits, adv_logits = program.clean_and_attacked(clean, attacked)
-        return clean_logits.float(), adv_logits.float()
+
+class Look:
+    """What meets some needs: from what the prefix made of images to tensors by the needs' names.
+
+    Args:
+        passes: of the stage.
+        needs: with `OWN` resolved.
+        together: images that run in one pass.
+    """
+
+    def __init__(self, passes: Passes, needs: Mapping[str, Need], together: Collection[str]) -> None:
+        self._passes, self.needs = passes, dict(needs)
+        self._refuse()
+        order = list(dict.fromkeys(need.on for need in needs.values()))
+        both = [on for on in order if on in together]
+        first = both[:1]
+        groups = [both if on in first else [on] for on in order if on in first or on not in both]
+        self._plan = [self._pass(group) for group in groups]
+
+    def _refuse(self) -> None:
+        passes, model = self._passes, self._passes.model
+        dual = isinstance(model, DualHeadClassifier)
+        for name, need in self.needs.items():
+            if isinstance(need, Logits):
+                outputs = model.outputs if isinstance(model, DualHeadClassifier) else ("model",)
+                if need.output not in outputs:
+                    raise UserError(f"{name}: needs the output {need.output}; this model has {', '.join(outputs)}")
+            if not isinstance(need, Features):
+                continue
+            parts = model.parts[:-1] if isinstance(model, DualHeadClassifier) else ("model",)
+            if need.part not in parts:
+                raise UserError(f"{name}: needs features of {need.part}; this model has {', '.join(parts)}")
+            if need.layer is None and need.part != "trunk":
+                raise UserError(f"{name}: name a layer of {need.part}; only the trunk's features need none")
+            inside = model.get_submodule(need.part) if dual else model
+            if need.layer is not None and need.layer not in dict(inside.named_modules()):
+                known = ", ".join(n for n, _ in inside.named_children())
+                raise UserError(f"{name}: {need.part} has no layer {need.layer!r}; it has {known}")
+            if dual and need.layer is not None and need.part == "trunk" and "trunk" not in passes.parts:
+                raise UserError(f"{name}: the trunk is frozen; its features are to be had where it ends, without layer")
+            if dual and passes.parts == {"aggregator"}:
+                raise UserError(f"{name}: a stage that trains the aggregator alone sees logits of the heads only")
+            if need.through is not None and need.through not in passes.heads:
+                raise UserError(f"{name}: the objective has no head {need.through!r}")
+
+    def _pass(self, images: Sequence[str]) -> _Pass:
+        model = self._passes.model
+        needs = {name: need for name, need in self.needs.items() if need.on in images}
+        layers = {(n.part, n.layer): None for n in needs.values() if isinstance(n, Features) and n.layer is not None}
+        heads: dict[str, tuple[str, ...]] = {}
+        merged: dict[str, tuple[str, ...]] = {}
+        if isinstance(model, DualHeadClassifier):
+
+            def on(asks: Callable[[Need], bool]) -> tuple[str, ...]:
+                asked = {need.on for need in needs.values() if asks(need)}
+                return tuple(name for name in images if name in asked)
+
+            merged = {output: on(partial(_gives, output)) for output in ("mean", "aggregate")}
+            merged = {output: names for output, names in merged.items() if names}
+            heads = {head: on(partial(_runs, head)) for head in model.heads}
+            heads = {head: names for head, names in heads.items() if names}
+        return _Pass(tuple(images), needs, heads, merged, tuple(layers))
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether it looks inside parts, which cannot be compiled."""
+        return any(step.layers for step in self._plan)
+
+    def __call__(self, crossing: Mapping[str, Crossing]) -> dict[str, Tensor]:
+        """Compute what is needed, float32.
+
+        Args:
+            crossing: by the images' names, what the prefix makes of them.
+        """
+        return {name: value.float() for name, value in self.raw(crossing).items()}
+
+    def raw(self, crossing: Mapping[str, Crossing]) -> dict[str, Tensor]:
+        """Compute what is needed, in whatever type the model computes in."""
+        found: dict[str, Tensor] = {}
+        for step in self._plan:
+            found |= self._run(step, crossing)
+        return {name: found[name] for name in self.needs}
+
+    def _run(self, step: _Pass, crossing: Mapping[str, Crossing]) -> dict[str, Tensor]:
+        model, values = self._passes.model, {}
+        tapped: dict[tuple[str, str], Tensor] = {}
+        with ExitStack() as hooks:
+            for key in step.layers:
+                hooks.callback(self._tap(key, tapped))
+            if isinstance(model, DualHeadClassifier):
+                middle = self._middle(model, step, crossing)
+                logits = self._heads(model, step, middle)
+                logits |= self._merged(model, step, crossing, logits)
+            else:
+                middle = {}
+                logits = {"model": _split(model(_cat(crossing, step.images)), crossing, step.images)}
+        for name, need in step.needs.items():
+            if isinstance(need, Features):
+                values[name] = self._features(step, need, crossing, middle, tapped)
+            elif isinstance(need, Logits):
+                values[name] = logits[need.output][need.on]
+        return values
+
+    def _middle(self, model: DualHeadClassifier, step: _Pass, crossing: Mapping[str, Crossing]) -> dict[str, Crossing]:
+        """What crosses the cut, for each of the images."""
+        if "trunk" not in self._passes.parts:
+            return {on: crossing[on] for on in step.images}
+        return _split(model.features(_cat(crossing, step.images)), crossing, step.images)
+
+    def _heads(
+        self, model: DualHeadClassifier, step: _Pass, middle: Mapping[str, Crossing]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Logits of the heads, each on the images that it is needed for."""
+        if self._passes.parts == {"aggregator"}:
+            return {h: {on: middle[on][:, model.heads.index(h)] for on in images} for h, images in step.heads.items()}
+        return {
+            head: _split(model.head(head, _cat(middle, images)), middle, images) for head, images in step.heads.items()
+        }
+
+    def _merged(
+        self,
+        model: DualHeadClassifier,
+        step: _Pass,
+        crossing: Mapping[str, Crossing],
+        heads: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, dict[str, Tensor]]:
+        """Logits of the mean and the aggregate, each merging once."""
+        merged = {}
+        for output, images in step.merged.items():
+            rows = [torch.stack([heads[head][on] for head in model.heads], 1) for on in images]
+            every = rows[0] if len(rows) == 1 else torch.cat(rows)
+            merged[output] = _split(mean_of(every) if output == "mean" else model.aggregate(every), crossing, images)
+        return merged
+
+    def _tap(self, key: tuple[str, str], tapped: dict[tuple[str, str], Tensor]) -> Callable[[], None]:
+        """Keep what a layer gives; return what ends it."""
+        part, layer = key
+        inside = self._passes.model if part == "model" else self._passes.model.get_submodule(part)
+
+        def keep(module: nn.Module, args: object, output: Tensor) -> None:
+            del module, args
+            tapped[key] = output
+
+        return inside.get_submodule(layer).register_forward_hook(keep).remove
+
+    def _features(
+        self,
+        step: _Pass,
+        need: Features,
+        crossing: Mapping[str, Crossing],
+        middle: Mapping[str, Crossing],
+        tapped: Mapping[tuple[str, str], Tensor],
+    ) -> Tensor:
+        if need.layer is None:
+            value = middle[need.on]
+        else:
+            images = step.heads.get(need.part, step.images)
+            value = _split(tapped[need.part, need.layer], crossing, images)[need.on]
+        if not isinstance(value, Tensor):
+            raise UserError("several tensors cross the cut of this model; name a layer whose features are one tensor")
+        if need.through is None:
+            return value
+        head: nn.Module = self._passes.heads.get_submodule(need.through)
+        made: Tensor = head(value)
+        return made
+
+
+def _gives(output: str, need: Need) -> bool:
+    return isinstance(need, Logits) and need.output == output
+
+
+def _runs(head: str, need: Need) -> bool:
+    """Whether a head must run for a need."""
+    if isinstance(need, Logits):
+        return need.output == head or not is_head(need.output)
+    return isinstance(need, Features) and need.part == head
+
+
+def _rows(value: Crossing) -> int:
+    return len(tree_leaves(value)[0])
+
+
+def _cat(values: Mapping[str, Crossing], images: Sequence[str]) -> Crossing:
+    """The rows of several images one after another; those of one are passed on as they are."""
+    if len(images) == 1:
+        return values[images[0]]
+    return tree_map(lambda *tensors: torch.cat(tensors), *(values[on] for on in images))
+
+
+def _split(whole: Crossing, like: Mapping[str, Crossing], images: Sequence[str]) -> dict[str, Any]:
+    """Undo `_cat`."""
+    if len(images) == 1:
+        return {images[0]: whole}
+    leaves, form = tree_flatten(whole)
+    pieces = zip(*(torch.split(leaf, [_rows(like[on]) for on in images]) for leaf in leaves), strict=True)
+    return {on: tree_unflatten(list(piece), form) for on, piece in zip(images, pieces, strict=True)}
+
+
+def refuse_unmet(objective: Objective, parts: Sequence[str]) -> None:
+    """Refuse an objective that the parts which learn do not fit.
+
+    Raises:
+        UserError: if a loss is on what does not learn, what must not learn would, or a part would learn nothing.
+    """
+    own = trained_output(parts)
+    needs = [need.of(own) for need in objective.needs().values()]
+    needs = [need for need in needs if not (isinstance(need, Logits) and need.output in objective.teachers())]
+    frozen = objective.frozen()
+    for part in parts:
+        taught = next((output for output in frozen if feeds(part, Logits(output))), None)
+        if taught is not None:
+            raise UserError(f"{part} must not be trained: it would change {taught}, which is the teacher")
+    for need in needs:
+        output = need.output if isinstance(need, Logits) else None
+        if output is not None and output not in frozen and not any(feeds(part, need) for part in parts):
+            raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")
+    idle = [part for part in parts if not any(feeds(part, need) for need in needs)]
+    if idle:
+        on = ", ".join(dict.fromkeys(n.output for n in needs if isinstance(n, Logits) and n.output not in frozen))
+        raise UserError(
+            f"{idle[0]} would learn nothing, since the loss is on {on} alone; leave it out of train, or use objective "
+            "joint"
+        )

@@ -19,8 +19,8 @@ SKIPPED = 2
 """Steps before: the first counts operations and pays for allocation, in the second the profiler warms up."""
 STEPS = 3
 """Steps that are looked at."""
-PARTS = ("load images", "frozen prefix", "attack", "loss: forward", "loss: backward", "update", "end of epoch")
-"""What the loop labels, as a trace shows it; the rest of a step is in none of them."""
+SECTIONS = ("load images", "frozen prefix", "attack", "loss: forward", "loss: backward", "update", "end of epoch")
+"""Labels that the loop sets, as a trace shows them; the rest of a step is in none of them."""
 OPERATORS = 25
 """Lines of the table of operators."""
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def labelled(name: str, items: Iterable[T]) -> Iterator[T]:
-    """The items, the making of each under a name that a profile shows."""
+    """Return the items, the making of each under a name that a profile shows."""
     iterator, end = iter(items), object()
     while True:
         with record_function(name):
@@ -39,7 +39,7 @@ def labelled(name: str, items: Iterable[T]) -> Iterator[T]:
 
 
 def _all_threads() -> _ExperimentalConfig | None:
-    """What lets a profile see the threads that attacks run in, which torch calls experimental."""
+    """Return settings that let a profile see the threads that attacks run in; torch calls them experimental."""
     try:
         return _ExperimentalConfig(profile_all_threads=True)
     except TypeError:
@@ -50,7 +50,7 @@ def _all_threads() -> _ExperimentalConfig | None:
 class StepProfiler:
     """Looks at a few steps of a stage and writes what it saw; used as a context around all steps. Results stay.
 
-    `STAGE.txt` says what part of a step took how long, and which operators; `STAGE.json` is a trace for
+    `STAGE.txt` says which section of a step took how long, and which operators; `STAGE.json` is a trace for
     chrome://tracing or Perfetto. A stage with too few steps is told in the log.
 
     Args:
@@ -84,7 +84,7 @@ class StepProfiler:
             self._profile.stop()
 
     def step(self) -> None:
-        """A step is over."""
+        """Note that a step is over."""
         if not self._written:
             self._profile.step()
 
@@ -102,9 +102,9 @@ class StepProfiler:
 
     @staticmethod
     def _parts(averages: Any) -> list[str]:
-        """A line for each part of a step: seconds of the host, and its share."""
+        """Return a line for each section of a step: seconds of the host, and its share."""
         seconds = {event.key: event.cpu_time_total / 1e6 / STEPS for event in averages}
         whole = next(value for name, value in seconds.items() if name.startswith("ProfilerStep"))
-        parts = {name: seconds[name] for name in PARTS if name in seconds}
-        parts |= {"rest": whole - sum(parts.values()), "a step": whole}
-        return [f"  {name:16s} {value:10.4f} s  {value / whole:6.1%}" for name, value in parts.items()]
+        sections = {name: seconds[name] for name in SECTIONS if name in seconds}
+        sections |= {"rest": whole - sum(sections.values()), "a step": whole}
+        return [f"  {name:16s} {value:10.4f} s  {value / whole:6.1%}" for name, value in sections.items()]

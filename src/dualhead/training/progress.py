@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it."""
+"""A run's messages to those who watch it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ class TrainingProgress(Protocol):
     """Told of each stage, step and epoch; nothing it does changes the run."""
 
     def stage(self, name: str, number: int, stages: int, epochs: int, steps: int, done: int) -> None:
-        """A stage begins or goes on.
+        """Take note that a stage begins or goes on.
 
         Args:
-            name: of the stage.
-            number: of the stage, from 1.
-            stages: how many there are.
+            name: name of the stage.
+            number: number of the stage, from 1.
+            stages: their number.
             epochs: its length.
             steps: steps an epoch.
             done: steps of the stage done already.
         """
 
     def step(self, epoch: int, loss: Tensor) -> None:
-        """A step is done, in an epoch counted from 1. Reading the loss (scalar) waits for the device."""
+        """Take note of a step, in an epoch counted from 1. Reading the loss (scalar) waits for the device."""
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
-        """An epoch is over: the line that goes to `metrics.jsonl`."""
+        """Take note of an epoch: the line that goes to `metrics.jsonl`."""
 
 
 class Silent:

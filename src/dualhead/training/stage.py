@@ -13,16 +13,15 @@ from dualhead.components.fields import Real
 from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
-from dualhead.heads import Output, Part, depends_on
-from dualhead.objectives import Objective, objectives
+from dualhead.heads import Output, Part
+from dualhead.objectives import ATTACKED, OWN, Objective, objectives
 from dualhead.threats import ThreatModel
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.awp import AWP
 from dualhead.training.fit import Fit
 from dualhead.training.free import Free
-from dualhead.training.helper import Helper
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
-from dualhead.training.passes import trained_output
+from dualhead.training.passes import refuse_unmet, trained_output
 
 RESET: Final = "reset"
 """What `init` says for fresh weights."""
@@ -57,8 +56,6 @@ class Stage(Section):
     """Of the weights over training (`ema`, `swa`): what validation sees and what is kept, in place of the live ones."""
     awp: AWP | None = None
     """Adversarial weight perturbation."""
-    helper: Helper | None = None
-    """A model trained without attacks, whose labels hold beyond the ball (HAT)."""
     eps: Real | None = Field(None, gt=0)
     """Radius of the attack while this stage trains; None: the threat model's. Validation keeps that one."""
     augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] | None = None
@@ -82,6 +79,18 @@ class Stage(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _helper_is_an_objective(cls, content: Any) -> Any:
+        """Read `helper`, as runs that are finished already have it, as objective `hat`."""
+        if isinstance(content, Mapping) and isinstance(content.get("helper"), Mapping):
+            base = {"base": content["objective"]} if "objective" in content else {}
+            rest = {key: value for key, value in content.items() if key not in ("helper", "objective")}
+            return {**rest, "objective": {"name": "hat", **content["helper"], **base}}
+        if isinstance(content, Mapping) and "helper" in content and content["helper"] is None:
+            return {key: value for key, value in content.items() if key != "helper"}
+        return content
+
+    @model_validator(mode="before")
+    @classmethod
     def _fit_trains_nothing(cls, content: Any) -> Any:
         if isinstance(content, Mapping) and content.get("fit") is not None:
             return {"objective": "natural", "epochs": 0, **content}
@@ -93,19 +102,25 @@ class Stage(Section):
             raise UserError("a stage with fit trains nothing: write train: [aggregator], without epochs")
         if self.fit is not None and self.objective != objectives.build("natural"):
             raise UserError("a stage with fit trains nothing; leave its objective out")
-        if self.objective.adversarial and not isinstance(self.attack, Maximiser):
-            raise UserError(f"attack {self.attack.registered_name!r} cannot be trained with; use pgd or fgsm")
+        inner = self.objective.inner()
+        for attack in [self.attack, *(each.attack for each in inner.values() if each.attack is not None)]:
+            if inner and not isinstance(attack, Maximiser):
+                raise UserError(f"attack {attack.registered_name!r} cannot be trained with; use pgd or fgsm")
         for key in ("loss", "restarts"):
             if getattr(self.attack, key, None) != getattr(type(self.attack), key, None):
                 raise UserError(
                     f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
                 )
-        if self.free is not None and not self.objective.adversarial:
-            raise UserError(f"free moves attacked images, and objective {self.objective.registered_name!r} has none")
+        if self.free is not None and set(inner) != {ATTACKED}:
+            has = "has none" if not inner else f"has {', '.join(inner)}"
+            raise UserError(f"free moves attacked images, and objective {self.objective.registered_name!r} {has}")
         if self.free is not None and self.awp is not None:
             raise UserError("free takes one backward pass for all, and awp needs one of its own; choose one of them")
-        if self.helper is not None and not self.objective.adversarial:
-            raise UserError(f"helper labels attacked images, and objective {self.objective.registered_name!r} has none")
+        if self.micro_batch is not None and self.micro_batch < self.batch_size and not self.objective.per_image:
+            raise UserError(
+                f"micro_batch: the loss of {self.objective.registered_name!r} is another one for pieces of a batch; "
+                "leave it out, and use checkpoint_activations to save memory"
+            )
         if self.replace_classifier and self.init in (None, RESET):
             raise UserError("replace_classifier is for weights that init names; set init too")
         if len(set(self.train)) != len(self.train):
@@ -122,7 +137,8 @@ class Stage(Section):
         """What the stage deploys: as it says, else the last of the objective's outputs, or the one its parts train."""
         if self.deploy is not None:
             return self.deploy
-        return self.objective.outputs[-1] if self.objective.outputs else trained_output(self.train)
+        output = self.objective.judged_output
+        return trained_output(self.train) if output == OWN else output
 
     def _losses_fit_parts(self) -> None:
         if "model" in self.train:
@@ -131,18 +147,4 @@ class Stage(Section):
             if self.deploy is not None:
                 raise UserError(f"deploy: {self.deploy} is an output of a model with two heads")
             return
-        teachers = self.objective.teachers
-        for part in self.train:
-            taught = next((output for output in teachers if depends_on(output, part)), None)
-            if taught is not None:
-                raise UserError(f"{part} must not be trained: it would change {taught}, which is the teacher")
-        outputs = [o for o in self.objective.outputs or (trained_output(self.train),) if o not in teachers]
-        for output in outputs:
-            if not any(depends_on(output, part) for part in self.train):
-                raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")
-        idle = [part for part in self.train if not any(depends_on(output, part) for output in outputs)]
-        if idle:
-            raise UserError(
-                f"{idle[0]} would learn nothing, since the loss is on {', '.join(outputs)} alone; leave it out of "
-                "train, or use objective joint"
-            )
+        refuse_unmet(self.objective, self.train)

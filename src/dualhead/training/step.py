@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from dualhead.attacks import Maximiser
-from dualhead.data import Batch
+from dualhead.attacks import Attack, Maximiser
+from dualhead.data import Batch, StreamImages
+from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.objectives import LossTerms
+from dualhead.objectives import ATTACKED, CLEAN, Inner, Labels, Logits, Need, Objective
+from dualhead.system.arithmetic import Arithmetic, compiled
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.system.replicas import LEAST_ROWS, pool, twins
-from dualhead.system.runtime import Arithmetic, compiled, in_eval_mode
 from dualhead.threats import ThreatModel
 from dualhead.training.activation_checkpointing import blocks, recomputed, still_buffers
 from dualhead.training.free import CarriedPerturbation
 from dualhead.training.guard import StepGuard
-from dualhead.training.helper import HelperExamples, HelperTerm
-from dualhead.training.passes import Features, LossForward, Program
+from dualhead.training.passes import Crossing, Look, Passes
 from dualhead.training.stage import Stage
 
 
@@ -42,32 +43,35 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of a batch, ready for the loss: what the frozen prefix makes of it clean and attacked, and labels."""
+    """Part of a batch, ready for the loss.
 
-    clean: Features | None
-    attacked: Features | None
+    Args:
+        crossing: by the images' names, what the frozen prefix makes of them.
+        known: needs that are constants: what teachers and frozen parts say, and labels of streams.
+        y: labels.
+    """
+
+    crossing: dict[str, Crossing]
+    known: dict[str, Tensor]
     y: Tensor
-    helped: HelperExamples | None = None
 
 
 class TrainingStep:
     """The step of a stage, with as few passes as its objective allows.
 
-    The clean target of an objective is computed once a batch; the attack asks for input gradients only; a frozen
-    prefix is run once for the clean batch and once for the attacked one.
+    A target of an attack is computed once a batch; the attack asks for input gradients only; a frozen prefix is run
+    once for each set of images; what no trained part feeds is computed once for target and loss.
 
     With `micro_batch`, the batch is attacked piece by piece and gradients add up over the pieces: exactly those of the
     whole batch for losses that are means over images, except for batch norm that trains, whose statistics are then
     those of a piece. With `checkpoint_activations` they are exact for any network.
 
     Args:
-        program: what of the network runs.
+        passes: through the network.
         stage: objective, attack and their settings.
         threat: ball and box.
-        optimiser: over `program.parameters()`.
+        optimiser: over `passes.parameters()`.
         arithmetic: number format of the passes.
-        forward: `LossForward` of the program, or a wrapper around it.
-        helper: the model that the stage's `helper` names; None if it names none.
 
     Attributes:
         guard: drops updates that are not finite, and counts them.
@@ -76,66 +80,101 @@ class TrainingStep:
 
     def __init__(
         self,
-        program: Program,
+        passes: Passes,
         stage: Stage,
         threat: ThreatModel,
         optimiser: torch.optim.Optimizer,
         arithmetic: Arithmetic,
-        forward: nn.Module | None = None,
-        helper: nn.Module | None = None,
     ) -> None:
-        self._program = program
+        self._passes = passes
         self._stage = stage
         self._threat = threat
-        self._optimiser = optimiser
         self._arithmetic = arithmetic
-        self.guard = StepGuard(program.model, optimiser, stage.clip_norm)
+        self._optimiser = optimiser
+        self.guard = StepGuard(passes.learners, optimiser, stage.clip_norm)
         self.carried = None if stage.free is None else CarriedPerturbation(stage.free, threat)
         self._perturbs = False
-        self._objective = stage.objective
-        self._helper = None
-        if stage.helper is not None:
-            assert helper is not None, "the run must give the model that the stage asks for"
-            self._helper = HelperTerm(stage.helper, helper, program, arithmetic)
-        self._forward = forward or LossForward(program, joint=stage.forward == "joint")
-        self._forgetful = blocks(program.model) if stage.checkpoint_activations else []
-        self._in_lanes: list[Program] = []
+        for teacher in passes.teachers.values():
+            arithmetic.lay_out(teacher)
+        self._forgetful = blocks(passes.model) if stage.checkpoint_activations else []
+        self._in_lanes: list[Passes] = []
         self._counted = False
-        # A count of operations sees nothing of a compiled pass, so both forms stay.
-        self._fast_forward: Callable[..., tuple[Tensor | None, Tensor | None]] = self._forward
-        self._fast_attacked = program.attacked_logits
-        if arithmetic.compiled:
-            self._fast_forward = compiled(self._forward, "the passes of the loss")
-            self._fast_attacked = compiled(program.attacked_logits, "the passes of the attack")
         if arithmetic.lanes > 1 and stage.attack_mode == "eval" and not stage.checkpoint_activations:
-            copies = twins(program.model, arithmetic.lanes)  # in eval mode for good
-            self._in_lanes = [Program.of(copied, stage) for copied in copies]
-            for copied in copies:
-                copied.eval()
+            self._in_lanes = _lanes(passes, stage, arithmetic.lanes)
+        self._see(stage.objective)
 
-    def begin(self, epoch: int) -> bool:
-        """Prepare for an epoch, counted from 0; whether its steps differ in cost from those of the one before."""
+    def _see(self, objective: Objective) -> None:
+        """Plan the passes that an objective needs."""
+        self._objective = objective
+        self._needs, self._inner = dict(objective.needs()), dict(objective.inner())
+        self._judged = objective.judged
+        self._looks: dict[tuple[str, ...], Look] = {}
+        teachers, passes = self._passes.teachers, self._passes
+        told = {n for n, need in self._needs.items() if isinstance(need, Logits) and need.output in teachers}
+        self._constant = {n: need for n, need in self._needs.items() if passes.is_constant(need)}
+        asked = [need for n, need in self._needs.items() if n not in told and not isinstance(need, Labels)]
+        self._crossing = list(dict.fromkeys(need.on for need in asked))
+        learning = {
+            n: need for n, need in self._needs.items() if n not in self._constant and not isinstance(need, Labels)
+        }
+        together = [CLEAN, *(made for made, inner in self._inner.items() if inner.start == CLEAN)]
+        self._look = passes.look(learning, together if self._stage.forward == "joint" else ())
+        self._estimates = passes.look(_estimated(learning))
+        # A count of operations sees nothing of a compiled pass, so both forms stay.
+        self._fast_look: Callable[[Mapping[str, Crossing]], dict[str, Tensor]] = self._look
+        if self._arithmetic.compiled:
+            if self._look.has_layers:
+                raise UserError(
+                    "objective: looks inside parts of the model, which cannot be compiled; set runtime.compile=false"
+                )
+            self._fast_look = compiled(self._look, "the passes of the loss")
+        self._climbs = {made: _Climb(self._passes, self._needs, made, inner) for made, inner in self._inner.items()}
+        self._climbs_in_lanes = [
+            {made: _Climb(lane, self._needs, made, inner) for made, inner in self._inner.items()}
+            for lane in self._in_lanes
+        ]
+        if self._arithmetic.compiled:
+            for climb in self._climbs.values():
+                climb.compile()
+
+    def begin(self, epoch: int, state: Mapping[str, float] | None = None) -> bool:
+        """Prepare for an epoch, counted from 0, or for a new state of the objective.
+
+        Returns:
+            Whether the steps that come differ in cost from those before.
+        """
         awp = self._stage.awp
-        self._objective = self._stage.objective.at(epoch)
+        objective = self._stage.objective.at(epoch, state or {})
+        changed = objective != self._objective
+        if changed:
+            self._see(objective)
         self._perturbs = awp is not None and epoch >= awp.start
-        return awp is not None and epoch == awp.start
+        return (awp is not None and epoch == awp.start) or (changed and bool(state))
 
-    def __call__(self, batch: Batch, streams: Streams, *, one_thread: bool = False) -> StepOutcome:
+    def __call__(
+        self,
+        batch: Batch,
+        streams: Streams,
+        further: Mapping[str, StreamImages] | None = None,
+        *,
+        one_thread: bool = False,
+    ) -> StepOutcome:
         """Train on a batch.
 
         Args:
             batch: images float32 [B, C, H, W] in [0, 1] and labels int64 [B].
             streams: the randomness of these samples in this epoch.
+            further: images of the objective's own streams, by name, [B, C, H, W] each.
             one_thread: ask the model in the caller's thread only and as it is, not compiled, so that whoever counts
                 there sees all passes.
         """
         self._counted = one_thread
         images = batch.total or len(batch)
-        self._program.model.train()
+        self._passes.learners.train()
         self.guard.remember()
         attacked = None if self.carried is None else self.carried.attacked(batch.x)
         with recomputed(self._forgetful):
-            pieces = [self._prepare(piece, part, given) for piece, part, given in self._cut(batch, streams, attacked)]
+            pieces = [self._prepare(*piece) for piece in self._cut(batch, streams, further or {}, attacked)]
             with self._perturbed(pieces, images):
                 self._optimiser.zero_grad(set_to_none=True)
                 terms, correct = self._descend(pieces, images)
@@ -147,62 +186,115 @@ class TrainingStep:
                 self.carried.ascend(batch.x, attacked, taken)
         return StepOutcome(terms, taken, correct)
 
+    def estimate(self, batch: Batch, streams: Streams, further: Mapping[str, StreamImages]) -> None:
+        """Run each output without a graph, in the mode in which the model is, to estimate statistics of batch norm.
+
+        An output that trains on clean images, alone or among others, sees these; one that does not sees what it trains
+        on, attacked as in a step.
+        """
+        device = batch.x.device
+        if {need.on for need in self._estimates.needs.values()} <= {CLEAN}:
+            with self._arithmetic.autocast(device):
+                crossing = {CLEAN: self._passes.constant(self._arithmetic.images(batch.x))}
+        else:
+            with in_eval_mode(self._passes.learners):
+                crossing = self._prepare(batch, streams, further).crossing
+        with torch.no_grad(), self._arithmetic.autocast(device):
+            self._estimates(crossing)
+
     def _cut(
-        self, batch: Batch, streams: Streams, attacked: Tensor | None
-    ) -> Iterator[tuple[Batch, Streams, Tensor | None]]:
+        self, batch: Batch, streams: Streams, further: Mapping[str, StreamImages], attacked: Tensor | None
+    ) -> Iterator[tuple[Batch, Streams, Mapping[str, StreamImages], Tensor | None]]:
         size = self._stage.micro_batch or len(batch)
         if size >= len(batch):
-            yield batch, streams, attacked
+            yield batch, streams, further, attacked
             return
         for rows in torch.split(torch.arange(len(batch), device=batch.y.device), size):
             given = None if attacked is None else attacked[rows]
-            yield Batch(batch.index[rows], batch.x[rows], batch.y[rows]), streams[rows], given
+            beside = {
+                name: StreamImages(of.x[rows], None if of.y is None else of.y[rows]) for name, of in further.items()
+            }
+            yield Batch(batch.index[rows], batch.x[rows], batch.y[rows]), streams[rows], beside, given
 
-    def _prepare(self, piece: Batch, streams: Streams, given: Tensor | None = None) -> _Piece:
-        """Attack a piece, unless its attacked images are given, and run the frozen prefix."""
-        objective = self._objective
+    def _prepare(
+        self, piece: Batch, streams: Streams, further: Mapping[str, StreamImages], given: Tensor | None = None
+    ) -> _Piece:
+        """Make all images of a piece, run the frozen prefix on them, and take what is constant."""
+        images, crossing, known = self._make(piece, streams, further, given)
+        self._cross(images, crossing)
+        known |= self._take(images, crossing, {n: need for n, need in self._constant.items() if n not in known})
+        return _Piece(crossing, known, piece.y)
+
+    def _make(
+        self, piece: Batch, streams: Streams, further: Mapping[str, StreamImages], given: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Crossing], dict[str, Tensor]]:
+        """Make all images of a piece.
+
+        Returns:
+            The images by name; what the frozen prefix makes of those that were needed on the way; and constants that
+            were taken on the way.
+        """
         x = self._arithmetic.images(piece.x)
-        clean = attacked = helped = None
-        if objective.clean or objective.clean_target:
-            clean = self._constant(x)
-        if objective.adversarial:
+        images = {CLEAN: x, **{name: self._arithmetic.images(of.x) for name, of in further.items()}}
+        labels = {name: of.y for name, of in further.items() if of.y is not None}
+        known = {n: labels[need.on] for n, need in self._needs.items() if isinstance(need, Labels)}
+        crossing: dict[str, Crossing] = {}
+        self._cross(images, crossing)
+        for made, inner in self._inner.items():
             if given is None:
+                known |= self._take(images, crossing, {n: t for n, t in self._targets(made) if n not in known})
                 with record_function("attack"):
-                    x_adv = self._attack(x, clean, piece.y, streams)
-                attacked = self._constant(x_adv)
+                    images[made] = self._attack(made, inner, images, crossing, known, piece.y, streams)
+                self._cross(images, crossing)
             else:  # what is given takes a gradient, through the prefix too
-                x_adv = self._arithmetic.images(given)
+                images[made] = self._arithmetic.images(given)
                 with self._arithmetic.autocast(x.device):
-                    attacked = self._program.prefix(x_adv)
-            helped = self._helper.examples(x, x_adv) if self._helper is not None else None
-        return _Piece(clean if objective.clean else None, attacked, piece.y, helped)
+                    crossing[made] = self._passes.prefix(images[made])
+        with torch.no_grad():
+            images |= self._objective.views(images)
+        return images, crossing, known
 
-    def _constant(self, x: Tensor) -> Features:
-        with record_function("frozen prefix"), self._arithmetic.autocast(x.device):
-            return self._program.constant(x)
+    def _targets(self, made: str) -> Iterator[tuple[str, Need]]:
+        """Constants that the loss of an attack is given."""
+        uses = self._inner[made].uses
+        return ((n, need) for n, need in self._constant.items() if n in uses and need.on != made)
+
+    def _cross(self, images: Mapping[str, Tensor], crossing: dict[str, Crossing]) -> None:
+        """Run the frozen prefix on the images that are new, where anything behind it is needed."""
+        for name in self._crossing:
+            if name in images and name not in crossing:
+                with record_function("frozen prefix"), self._arithmetic.autocast(images[name].device):
+                    crossing[name] = self._passes.constant(images[name])
+
+    def _take(
+        self, images: Mapping[str, Tensor], crossing: Mapping[str, Crossing], needs: Mapping[str, Need]
+    ) -> dict[str, Tensor]:
+        """Constants: what teachers and frozen parts say."""
+        if not needs:
+            return {}
+        with torch.no_grad(), self._arithmetic.autocast(images[CLEAN].device):
+            taken = self._passes.told(needs, images)
+            rest = tuple(n for n in needs if n not in taken)
+            if rest and rest not in self._looks:
+                self._looks[rest] = self._passes.look({n: needs[n] for n in rest})
+            return {**taken, **(self._looks[rest](crossing) if rest else {})}
 
     def _descend(self, pieces: Sequence[_Piece], images: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients of the mean loss, in `.grad`; the loss and its terms, and the number of correct images."""
+        """Gradients of the mean loss, in `.grad`; the loss, its terms and figures, and the number of correct images."""
         sums: dict[str, Tensor] = {}
         correct = torch.zeros((), dtype=torch.int64, device=pieces[0].y.device)
         for piece in pieces:
             share = len(piece.y) / images
             with record_function("loss: forward"):
                 with self._arithmetic.autocast(piece.y.device):
-                    forward = self._forward if self._counted else self._fast_forward
-                    clean_logits, adv_logits = forward(piece.clean, piece.attacked)
-                loss = self._objective.loss(clean_logits, adv_logits, piece.y)
-                if self._helper is not None and piece.helped is not None:
-                    term = self._helper.loss(piece.helped)
-                    loss = LossTerms(loss.total + term, {**loss.terms, "helper": term})
+                    seen = {**piece.known, **(self._look if self._counted else self._fast_look)(piece.crossing)}
+                loss = self._objective.loss(piece.y, seen)
             with record_function("loss: backward"):
                 torch.autograd.backward(loss.total * share)
-            for name, term in {"loss": loss.total, **loss.terms}.items():
+            for name, term in {"loss": loss.total, **loss.terms, **loss.figures}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
-            judged = cast("Tensor", clean_logits if adv_logits is None else adv_logits)
-            judged = judged[:, -1] if judged.dim() == 3 else judged
             labels = piece.y if piece.y.dim() == 1 else piece.y.argmax(1)
-            correct += (judged.argmax(1) == labels).sum()
+            correct += (seen[self._judged].argmax(1) == labels).sum()
         return sums, correct
 
     @contextmanager
@@ -213,10 +305,10 @@ class TrainingStep:
             yield
             return
         self._optimiser.zero_grad(set_to_none=True)
-        with still_buffers(self._program.model):
+        with still_buffers(self._passes.learners):
             self._descend(pieces, images)
         group().sum_(self._gradients())
-        with awp.ascended(self._program.parameters()):
+        with awp.ascended(self._passes.parameters()):
             yield
 
     def _add_up(self, terms: dict[str, Tensor], correct: Tensor, share: float) -> None:
@@ -241,37 +333,147 @@ class TrainingStep:
         processes.sum_([*self._gradients(), *moved, *terms.values(), correct])
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._program.parameters() if p.grad is not None]
+        return [p.grad for p in self._passes.parameters() if p.grad is not None]
 
-    def _attack(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
+    def _attack(
+        self,
+        made: str,
+        inner: Inner,
+        images: Mapping[str, Tensor],
+        crossing: Mapping[str, Crossing],
+        known: Mapping[str, Tensor],
+        y: Tensor,
+        streams: Streams,
+    ) -> Tensor:
+        """Make images by an inner maximisation: the whole batch, or a share of it in each lane."""
+        if made != ATTACKED:  # several maximisations draw apart
+            streams = streams.fork(made)
+        within = (inner.attack or self._stage.attack, inner.threat or self._threat)
+        climb = self._climbs[made]
+        given = climb.given(images, crossing, known)
         if self._stage.attack_mode == "train":
-            return self._climb(self._program, x, clean, y, streams)
+            return climb(*within, self._arithmetic, given, y, streams, plain=self._counted)
         if not self._counted and self._in_lanes and len(y) >= len(self._in_lanes) * LEAST_ROWS:
-            return self._climb_in_lanes(x, clean, y, streams)
-        with in_eval_mode(self._program.model):
-            return self._climb(self._program, x, clean, y, streams)
+            return self._attack_in_lanes(made, within, given, y, streams)
+        with in_eval_mode(self._passes.learners):
+            return climb(*within, self._arithmetic, given, y, streams, plain=self._counted)
 
-    def _climb_in_lanes(self, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
+    def _attack_in_lanes(
+        self, made: str, within: tuple[Attack, ThreatModel], given: _Given, y: Tensor, streams: Streams
+    ) -> Tensor:
         """The whole attack on a share of the batch in each thread: in eval mode, images do not know of one another."""
         count = len(self._in_lanes)
         edges = [len(y) * lane // count for lane in range(count + 1)]
 
-        def climb(program: Program, first: int, end: int) -> Tensor:
+        def share(climbs: Mapping[str, _Climb], first: int, end: int) -> Tensor:
             rows = slice(first, end)
-            features = None if clean is None else tree_map(lambda values: values[rows], clean)
-            return self._climb(program, x[rows], features, y[rows], Streams(streams.keys[rows]))
+            own = Streams(streams.keys[rows])
+            return climbs[made](*within, self._arithmetic, given[rows], y[rows], own, plain=True)
 
-        return torch.cat(list(pool(count).map(climb, self._in_lanes, edges[:-1], edges[1:])))
+        return torch.cat(list(pool(count).map(share, self._climbs_in_lanes, edges[:-1], edges[1:])))
 
-    def _climb(self, program: Program, x: Tensor, clean: Features | None, y: Tensor, streams: Streams) -> Tensor:
-        objective, target = self._objective, None
-        if objective.clean_target:
-            with torch.no_grad(), self._arithmetic.autocast(x.device):
-                target = program.target_suffix(clean).float()
-        attack = cast("Maximiser", self._stage.attack)
-        as_it_is = self._counted or program is not self._program  # a lane's
-        logits_fn = self._arithmetic.wrap(program.attacked_logits if as_it_is else self._fast_attacked)
-        with self._arithmetic.reuse_casts(x.device):
-            return attack.maximise(
-                lambda images: objective.inner_loss(logits_fn(images), target, y), x, self._threat, streams
-            )
+
+@dataclass(frozen=True)
+class _Given:
+    """What an attack begins with.
+
+    Args:
+        start: images that are perturbed.
+        crossing: what targets are computed from, by the images' names.
+        known: targets that are constants.
+    """
+
+    start: Tensor
+    crossing: dict[str, Crossing]
+    known: dict[str, Tensor]
+
+    def __getitem__(self, rows: slice) -> _Given:
+        crossing, known = (tree_map(lambda tensor: tensor[rows], of) for of in (self.crossing, self.known))
+        return _Given(self.start[rows], crossing, known)
+
+
+class _Climb:
+    """An inner maximisation through some passes.
+
+    Args:
+        passes: the step's own, or those of a lane.
+        needs: of the objective.
+        made: name of the images that it makes.
+        inner: how.
+    """
+
+    def __init__(self, passes: Passes, needs: Mapping[str, Need], made: str, inner: Inner) -> None:
+        used = {name: needs[name] for name in inner.uses}
+        self._passes, self._made, self._inner = passes, made, inner
+        own = {n: need for n, need in used.items() if need.on == made}
+        self._asked = {
+            n: need for n, need in own.items() if isinstance(need, Logits) and need.output in passes.teachers
+        }
+        self._look = passes.look({n: need for n, need in own.items() if n not in self._asked})
+        self._constant = [n for n, need in used.items() if need.on != made and passes.is_constant(need)]
+        targets = {n: need for n, need in used.items() if need.on != made and n not in self._constant}
+        self._labels = [n for n, need in targets.items() if isinstance(need, Labels)]
+        self._target = passes.look({n: need for n, need in targets.items() if n not in self._labels})
+        self._fast: Callable[[Tensor], dict[str, Tensor]] = self._through
+
+    def compile(self) -> None:
+        """Let torch compile the pass that is climbed through."""
+        self._fast = compiled(self._through, "the passes of the attack")
+
+    def given(
+        self, images: Mapping[str, Tensor], crossing: Mapping[str, Crossing], known: Mapping[str, Tensor]
+    ) -> _Given:
+        """Choose what it begins with from all that there is."""
+        seen = {need.on for need in self._target.needs.values()}
+        constants = {n: known[n] for n in (*self._constant, *self._labels)}
+        return _Given(images[self._inner.start], {on: crossing[on] for on in seen}, constants)
+
+    def _through(self, images: Tensor) -> dict[str, Tensor]:
+        return self._look({self._made: self._passes.prefix(images)})
+
+    def __call__(
+        self,
+        attack: Attack,
+        threat: ThreatModel,
+        arithmetic: Arithmetic,
+        given: _Given,
+        y: Tensor,
+        streams: Streams,
+        *,
+        plain: bool,
+    ) -> Tensor:
+        """Search; `plain`: not compiled."""
+        device = given.start.device
+        with torch.no_grad(), arithmetic.autocast(device):
+            target = {**given.known, **(self._target(given.crossing) if self._target.needs else {})}
+        through = self._through if plain else self._fast
+
+        def climb(images: Tensor) -> Tensor:
+            with arithmetic.autocast(device):
+                laid = arithmetic.images(images)
+                seen = through(laid)
+                if self._asked:
+                    seen |= self._passes.told(self._asked, {self._made: laid})
+            return self._inner.loss(y, {**target, **seen})
+
+        with arithmetic.reuse_casts(device):
+            return cast("Maximiser", attack).maximise(climb, given.start, threat, streams)
+
+
+def _estimated(needs: Mapping[str, Need]) -> dict[str, Need]:
+    """The logits on which statistics of batch norm are estimated: of clean images, else of all that an output sees."""
+    seen = {n: need for n, need in needs.items() if isinstance(need, Logits)}
+    clean = {need.output for need in seen.values() if need.on == CLEAN}
+    return {n: need for n, need in seen.items() if need.on == CLEAN or need.output not in clean}
+
+
+def _lanes(passes: Passes, stage: Stage, count: int) -> list[Passes]:
+    """Copies of the passes that share their tensors, in eval mode for good."""
+    whole = nn.ModuleDict({"model": passes.model, "heads": passes.heads, "teachers": nn.ModuleDict(passes.teachers)})
+    made = []
+    for copied in twins(whole, count):
+        model, heads, teachers = (copied.get_submodule(name) for name in ("model", "heads", "teachers"))
+        beside = {"heads": dict(heads.named_children()), "teachers": dict(teachers.named_children())}
+        made.append(Passes(model, stage.train, deployed=stage.output, **beside))
+        copied.eval()
+    return made

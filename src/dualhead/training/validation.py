@@ -9,10 +9,11 @@ import torch
 from dualhead.attacks import Attack, predictions
 from dualhead.data import Split, batches
 from dualhead.noise import Streams
+from dualhead.system.arithmetic import Arithmetic
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
-from dualhead.system.runtime import Arithmetic, in_eval_mode
 from dualhead.threats import ThreatModel
-from dualhead.training.passes import Program
+from dualhead.training.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Validator:
     seed: int
     batch_size: int = 256
 
-    def __call__(self, program: Program, arithmetic: Arithmetic, device: torch.device) -> dict[str, float]:
+    def __call__(self, passes: Passes, arithmetic: Arithmetic, device: torch.device) -> dict[str, float]:
         """`validation_clean` and `validation_robust`, fractions of the held-out images."""
         counts = torch.zeros(2, dtype=torch.int64, device=device)
-        logits_fn = arithmetic.wrap(program.logits)
-        with in_eval_mode(program.model):
+        logits_fn = arithmetic.wrap(passes.logits)
+        with in_eval_mode(passes.model):
             for batch in batches(self.split, self.batch_size, device, group().share_of(len(self.split))):
                 streams = Streams.of(self.seed, batch.index).fork("validation")
                 x_adv = self.attack(logits_fn, batch.x, batch.y, self.threat, generator=streams)

@@ -57,7 +57,7 @@ class RandomResizedCrop(Augmentation):
         return cut.round().clamp(0, 255).to(torch.uint8)
 
     def _sides(self, height: int, width: int, streams: Streams) -> tuple[Tensor, Tensor]:
-        """Height and width of each part, float32 [B]."""
+        """Draw height and width of each crop, float32 [B]."""
         drawn = streams.fork("shape").uniform(_TRIES, 2)
         area = (self.area[0] + (self.area[1] - self.area[0]) * drawn[..., 0]) * (height * width)
         low, high = (math.log(bound) for bound in self.ratio)
@@ -74,6 +74,6 @@ class RandomResizedCrop(Augmentation):
 
 
 def _points(start: Tensor, length: Tensor, count: int, whole: int) -> Tensor:
-    """Where the result's pixels lie along an axis, [B, count], with -1 and 1 for the image's ends."""
+    """Place the result's pixels along an axis, [B, count], with -1 and 1 for the image's ends."""
     steps = (torch.arange(count, device=start.device) + 0.5) / count
     return (start[:, None] + length[:, None] * steps) * (2 / whole) - 1

@@ -24,14 +24,14 @@ class LinearOfHeads(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to the mean of the heads."""
+        """Reset to the mean of the heads."""
         with torch.no_grad():
             heads = self.fc.in_features // self.fc.out_features
             self.fc.weight.copy_(torch.eye(self.fc.out_features).repeat(1, heads) / heads)
             self.fc.bias.zero_()
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, H, C]."""
+        """Return logits [B, C] from head logits [B, H, C]."""
         logits: Tensor = self.fc(head_logits.flatten(1))
         return logits
 

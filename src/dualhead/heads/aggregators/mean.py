@@ -13,7 +13,7 @@ class MeanOfHeads(nn.Module):
     """Head logits [B, H, C] to their mean [B, C]; no parameters."""
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, H, C]."""
+        """Return logits [B, C] from head logits [B, H, C]."""
         return head_logits.mean(1)
 
 

@@ -22,7 +22,7 @@ GRID = {
     "shift": (-1.0, 0.0),
     "temperature": (0.25, 1.0),
 }
-"""What a stage that fits tries; the published settings of CIFAR-10, CIFAR-100 and ImageNet lie about its points."""
+"""The grid that a fitting stage tries; the settings published for CIFAR-10, CIFAR-100 and ImageNet lie about it."""
 
 
 class MixedNUTSModule(nn.Module):
@@ -50,7 +50,7 @@ class MixedNUTSModule(nn.Module):
         self.assign(settings)
 
     def candidates(self) -> Sequence[Mapping[str, float]]:
-        """The settings that it was made with, and a grid."""
+        """Return the settings that it was made with, and a grid."""
         return [self._own, *(dict(zip(GRID, point, strict=True)) for point in itertools.product(*GRID.values()))]
 
     def assign(self, settings: Mapping[str, float]) -> None:
@@ -60,7 +60,7 @@ class MixedNUTSModule(nn.Module):
         self.log_odds.fill_(math.log(settings["alpha"] / (1.0 - settings["alpha"])))
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, 2, C]."""
+        """Return logits [B, C] from head logits [B, 2, C]."""
         robust, accurate = head_logits.unbind(1)
         clamped = F.gelu(F.layer_norm(robust, robust.shape[1:]) + self.shift)
         mapped = self.scale * clamped.sign() * clamped.abs().pow(self.power)

@@ -49,7 +49,7 @@ class PairwiseCNNModule(nn.Module):
     second: Tensor
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, H, C]."""
+        """Return logits [B, C] from head logits [B, H, C]."""
         features = torch.relu(self.class_bn(self.class_conv(head_logits))).transpose(1, 2)  # [B, C, 8]
         if not self.pair_bn.training:
             return F.linear(features.flatten(1), *self._affine_map())
@@ -59,7 +59,7 @@ class PairwiseCNNModule(nn.Module):
         return logits
 
     def _affine_map(self) -> tuple[Tensor, Tensor]:
-        """All behind the class features in evaluation mode, as weights [C, 8 C] and biases [C]."""
+        """Fold all layers behind the class features, in evaluation mode, into weights [C, 8 C] and biases [C]."""
         bn, classes = self.pair_bn, self.fc.out_features
         assert bn.running_mean is not None
         assert bn.running_var is not None

@@ -55,7 +55,7 @@ class PairwiseSharedModule(nn.Module):
         nn.init.zeros_(self.readout)
 
     def forward(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, H, C]."""
+        """Return logits [B, C] from head logits [B, H, C]."""
         mean = head_logits.mean(1)
         weights, leading = self._leading(mean)
         features = torch.relu(self.class_bn(self.class_conv(head_logits))).transpose(1, 2)  # [B, C, 8]
@@ -66,7 +66,7 @@ class PairwiseSharedModule(nn.Module):
         return logits
 
     def _leading(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [B, k] and indices [B, k] of the leading classes; 0 where a class is about to drop out."""
+        """Return weights [B, k] and indices [B, k] of the leading classes; 0 where a class is about to drop out."""
         probabilities = mean.softmax(1)
         if self.rivals == mean.shape[1]:
             values, leading = probabilities.topk(self.rivals, dim=1)

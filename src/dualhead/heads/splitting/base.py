@@ -11,7 +11,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from dualhead.system.runtime import kept_generators
+from dualhead.system.generators import kept_generators
+from dualhead.system.modes import kept_modes
 
 How = Literal["own", "sequential", "traced", "functional"]
 
@@ -29,7 +30,7 @@ def reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Split:
+class Cut:
     """A model cut in two: `tail(trunk(x))` equals its logits.
 
     Both keep the model's own parameter names, so that their state dicts together are the model's. They are copies:
@@ -63,20 +64,18 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 @contextmanager
 def undisturbed(images: Tensor, *modules: nn.Module) -> Iterator[None]:
-    """Runs without gradients inside, and puts modes, buffers and random numbers back behind."""
-    modes = [(module, module.training) for root in modules for module in root.modules()]
+    """Run without gradients, and put modes, buffers and random numbers back at the end."""
     buffers = [
         (module, name, buffer, buffer.clone())
-        for module, _ in modes
+        for root in modules
+        for module in root.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    with kept_generators(images.device), torch.no_grad():
+    with kept_generators(images.device), kept_modes(*modules), torch.no_grad():
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for module, name, buffer, saved in buffers:
                 module._buffers[name] = buffer if _is_expanded(buffer) else buffer.copy_(saved)
 
@@ -93,9 +92,9 @@ def _to_evaluation(module: nn.Module, args: object) -> None:  # a forward pre-ho
     module.eval()
 
 
-def keep_in_evaluation(split: Split, names: Collection[str]) -> None:
+def keep_in_evaluation(cut: Cut, names: Collection[str]) -> None:
     """Let modules be in evaluation mode in the halves too, which have no `train` of the model's own."""
-    for part in (split.trunk, split.tail):
+    for part in (cut.trunk, cut.tail):
         for name, module in part.named_modules():
             if name in names:
                 module.register_forward_pre_hook(_to_evaluation)

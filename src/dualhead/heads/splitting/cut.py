@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
-from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import (
     CannotCut,
+    Cut,
     Features,
     How,
-    Split,
     keep_in_evaluation,
     kept_in_evaluation,
     reason,
@@ -27,14 +26,15 @@ from dualhead.heads.splitting.base import (
 from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split
 from dualhead.heads.splitting.functional import functional_split
 from dualhead.heads.splitting.tracing import traced_split
-from dualhead.system.runtime import all_generator_states, seed_generators
+from dualhead.system.generators import all_generator_states, seed_generators
+from dualhead.system.outputs import logits_of
 
 _RELATIVE, _ABSOLUTE, _ROUNDING = 1e-4, 1e-5, 1e-6
 _NEAREST, _TRIES = 2, 8
 NOTHING_BEHIND = "nothing that could be trained lies behind it"
 
 
-def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
+def split_model(model: nn.Module, at: str, example: Tensor) -> Cut:
     """Cut a model at the output of a submodule.
 
     Four ways are tried in turn, and the first whose result equals the model on the example serves: the model's own
@@ -47,7 +47,7 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
     A trace decides branches on image sizes as the example does: the cut is for images of the example's size.
 
     Args:
-        model: any module from images to logits (see `as_logits` for what it may return); left as it is.
+        model: any module from images to logits (see `logits_of` for what it may return); left as it is.
         at: the submodule's name, as in `model.named_modules()`.
         example: images [B, ...] that the model accepts.
 
@@ -60,7 +60,7 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
     for mode, batch in itertools.product((True, False), (torch.cat((images, images[:1])), images)):
         try:
             with undisturbed(images, model):
-                logits = as_logits(model.train(mode)(batch.clone()))  # a forward may work on them in place
+                logits = logits_of(model.train(mode)(batch.clone()))  # a forward may work on them in place
         except UserError:
             raise
         except Exception as error:  # any code of any model may run here
@@ -74,7 +74,7 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Split:
         )
     order = call_order(model, images)
     found = attempt_checked(model, at, images, order.count(at))
-    if isinstance(found, Split):
+    if isinstance(found, Cut):
         if found.how == "functional":
             warnings.warn(
                 f"layer {at!r} is cut by running the whole forward pass once per head, so the trunk is paid twice; "
@@ -107,8 +107,8 @@ def two_images(example: Tensor) -> Tensor:
 
 
 def attempt(
-    model: nn.Module, at: str, images: Tensor, modes: Sequence[bool], check: Callable[[Split], None]
-) -> Split | str:
+    model: nn.Module, at: str, images: Tensor, modes: Sequence[bool], check: Callable[[Cut], None]
+) -> Cut | str:
     """The first cut that serves and passes a check, or the reasons why there is none.
 
     Args:
@@ -118,7 +118,7 @@ def attempt(
         modes: whether in training mode; in these, containers are traced.
         check: raises `CannotCut` for a cut that does not equal the model.
     """
-    ways: dict[How, Callable[[], Split]] = {
+    ways: dict[How, Callable[[], Cut]] = {
         "own": lambda: own_split(model, at),
         "sequential": lambda: sequential_split(model, at),
         "traced": lambda: traced_split(model, at, images, modes),
@@ -128,10 +128,10 @@ def attempt(
     reasons: dict[How, str] = {}
     for how, way in ways.items():
         try:
-            split = way()
-            check_keys(model, split)
-            keep_in_evaluation(split, kept)
-            check(split)
+            cut = way()
+            check_keys(model, cut)
+            keep_in_evaluation(cut, kept)
+            check(cut)
         except CannotCut as why_not:
             reasons[how] = str(why_not)
             if NOTHING_BEHIND in str(why_not):
@@ -139,18 +139,18 @@ def attempt(
             if how == "own" and OWN_NOT_OFFERED not in str(why_not):
                 warnings.warn(f"the model's own split at {at!r} is passed over: {why_not}", stacklevel=4)
         else:
-            return split
+            return cut
     return f"traced: {reasons['traced']}; functional: {reasons['functional']}"
 
 
-def attempt_checked(model: nn.Module, at: str, images: Tensor, calls: int) -> Split | str:
+def attempt_checked(model: nn.Module, at: str, images: Tensor, calls: int) -> Cut | str:
     """As `attempt`, with the full check, for a layer that runs `calls` times in a forward pass."""
     if (complaint := calls_complaint(calls)) is not None:
         return complaint
 
-    def check(split: Split) -> None:
-        guard_features(split, images)
-        check_equal(model, split, images)
+    def check(cut: Cut) -> None:
+        guard_features(cut, images)
+        check_equal(model, cut, images)
 
     return attempt(model, at, images, (True, False), check)
 
@@ -164,17 +164,17 @@ def calls_complaint(calls: int) -> str | None:
     return f"it is called {calls} times in a forward pass, so its output is ambiguous"
 
 
-def check_keys(model: nn.Module, split: Split) -> None:
+def check_keys(model: nn.Module, cut: Cut) -> None:
     """The halves' keys together are the model's.
 
     Raises:
         CannotCut: naming keys that were lost or made up.
     """
-    keys, given = set(model.state_dict()), {*split.trunk.state_dict(), *split.tail.state_dict()}
+    keys, given = set(model.state_dict()), {*cut.trunk.state_dict(), *cut.tail.state_dict()}
     if keys != given:
         odd = sorted(keys ^ given)
         raise CannotCut(f"the two halves lose or add the keys {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")
-    if next(split.tail.parameters(), None) is None:
+    if next(cut.tail.parameters(), None) is None:
         raise CannotCut(NOTHING_BEHIND)
 
 
@@ -192,18 +192,18 @@ class _CloneChanged:
         return (tuple(f.clone() if i in self.changed else f for i, f in enumerate(features)),)
 
 
-def guard_features(split: Split, images: Tensor, head: nn.Module | None = None) -> None:
+def guard_features(cut: Cut, images: Tensor, head: nn.Module | None = None) -> None:
     """Make the tail, or another head behind the cut, leave its input alone where it begins with an operation in place.
 
     Raises:
         CannotCut: if what crosses the cut cannot be shared out by images.
     """
-    head = split.tail if head is None else head
+    head = cut.tail if head is None else head
     more = torch.cat((images, images[:1]))  # a table may by chance be as long as one of them
     changed: set[int] = set()
     for mode, batch in itertools.product((True, False), (images, more)):
-        with undisturbed(images, split.trunk, head):
-            features = split.trunk.train(mode)(batch.clone())
+        with undisturbed(images, cut.trunk, head):
+            features = cut.trunk.train(mode)(batch.clone())
             held = (features,) if isinstance(features, Tensor) else features
             if not isinstance(held, tuple | list) or not all(isinstance(f, Tensor) for f in held):
                 raise CannotCut("something else than tensors crosses the cut")
@@ -216,7 +216,7 @@ def guard_features(split: Split, images: Tensor, head: nn.Module | None = None) 
         head.register_forward_pre_hook(_CloneChanged(tuple(sorted(changed))))
 
 
-class Outcome(NamedTuple):
+class Pass(NamedTuple):
     """What a pass gives: logits, gradients by name, buffers afterwards, and where random numbers then stand."""
 
     logits: Tensor
@@ -225,7 +225,7 @@ class Outcome(NamedTuple):
     drawn: Any
 
 
-def pass_of(model: nn.Module | Split, images: Tensor, mode: bool, *, backward: bool) -> Outcome:
+def pass_of(model: nn.Module | Cut, images: Tensor, mode: bool, *, backward: bool) -> Pass:
     """A pass of a model, or of one that is cut, from the same random numbers always; nothing is left behind.
 
     Args:
@@ -236,7 +236,7 @@ def pass_of(model: nn.Module | Split, images: Tensor, mode: bool, *, backward: b
     """
     if backward:
         model = copy.deepcopy(model)  # what a forward stores, or computes once and keeps, would hold on to its graph
-    parts = (model.trunk, model.tail) if isinstance(model, Split) else (model,)
+    parts = (model.trunk, model.tail) if isinstance(model, Cut) else (model,)
     with undisturbed(images, *parts), torch.inference_mode(False), torch.set_grad_enabled(backward):
         seed_generators(0, images.device)
         for part in parts:
@@ -245,10 +245,10 @@ def pass_of(model: nn.Module | Split, images: Tensor, mode: bool, *, backward: b
         output: Any = leaf.clone()  # on which a forward may work in place
         for part in parts:
             output = part(output)
-        logits = as_logits(output)
+        logits = logits_of(output)
         gradients = _gradients(logits, leaf, parts) if backward else {}
         buffers = {name: buffer.detach().clone() for part in parts for name, buffer in part.named_buffers()}
-        return Outcome(logits.detach().clone(), gradients, buffers, all_generator_states(images.device))
+        return Pass(logits.detach().clone(), gradients, buffers, all_generator_states(images.device))
 
 
 def _gradients(logits: Tensor, images: Tensor, parts: tuple[nn.Module, ...]) -> dict[str, Tensor | None]:
@@ -292,7 +292,7 @@ def _other_gradient(found: Mapping[str, Tensor | None], expected: Mapping[str, T
     return None
 
 
-def check_pass(split: Split, images: Tensor, mode: bool, expected: Outcome) -> None:
+def check_pass(cut: Cut, images: Tensor, mode: bool, expected: Pass) -> None:
     """A pass of a model that is cut gives what the model's gave, with gradients where that has some.
 
     Raises:
@@ -300,7 +300,7 @@ def check_pass(split: Split, images: Tensor, mode: bool, expected: Outcome) -> N
     """
     backward = bool(expected.gradients)
     try:
-        found = pass_of(split, images, mode, backward=backward)
+        found = pass_of(cut, images, mode, backward=backward)
     except Exception as error:  # any code of any model may run here
         raise CannotCut(f"the cut model fails on {len(images)} images: {reason(error)}") from error
     name = f"{'training' if mode else 'evaluation'} mode{' with gradients' if backward else ''}"
@@ -315,7 +315,7 @@ def check_pass(split: Split, images: Tensor, mode: bool, expected: Outcome) -> N
         raise CannotCut(f"the cut model has another gradient with respect to {tensor} in {name}")
 
 
-def backward_of(model: nn.Module, images: Tensor, mode: bool) -> Outcome | None:
+def backward_of(model: nn.Module, images: Tensor, mode: bool) -> Pass | None:
     """A model's pass with gradients; None if it fails, as it may in a model that is not made to be trained."""
     try:
         return pass_of(model, images, mode, backward=True)
@@ -323,7 +323,7 @@ def backward_of(model: nn.Module, images: Tensor, mode: bool) -> Outcome | None:
         return None
 
 
-def check_equal(model: nn.Module, split: Split, images: Tensor) -> None:
+def check_equal(model: nn.Module, cut: Cut, images: Tensor) -> None:
     """The cut computes what the model does, and has its gradients where the model has some.
 
     Raises:
@@ -337,7 +337,7 @@ def check_equal(model: nn.Module, split: Split, images: Tensor) -> None:
         if with_gradients is not None:
             expected.insert(0, (images, with_gradients))
         for batch, outcome in expected:
-            check_pass(split, batch, mode, outcome)
+            check_pass(cut, batch, mode, outcome)
 
 
 def _nearest(model: nn.Module, at: str, images: Tensor, order: list[str]) -> Iterator[str]:
@@ -346,8 +346,8 @@ def _nearest(model: nn.Module, at: str, images: Tensor, order: list[str]) -> Ite
     ranked = sorted(dict.fromkeys(order), key=lambda name: abs(order.index(name) - place))
     found = 0
     for name in [name for name in ranked if name != at][:_TRIES]:
-        split = attempt_checked(model, name, images, order.count(name))
-        if isinstance(split, Split) and split.how != "functional":
+        cut = attempt_checked(model, name, images, order.count(name))
+        if isinstance(cut, Cut) and cut.how != "functional":
             yield name
             found += 1
         if found == _NEAREST:

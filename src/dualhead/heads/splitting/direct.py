@@ -8,18 +8,18 @@ from typing import Any
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.heads.outputs import as_logits
-from dualhead.heads.splitting.base import CannotCut, Split, fresh_copy
+from dualhead.heads.splitting.base import CannotCut, Cut, fresh_copy
+from dualhead.system.outputs import logits_of
 
 OWN_NOT_OFFERED = "does not offer a cut"
 
 
 def _plain_logits(module: nn.Module, args: Any, output: Any) -> Any:  # a forward hook
     del module, args
-    return as_logits(output)
+    return logits_of(output)
 
 
-def own_split(model: nn.Module, at: str) -> Split:
+def own_split(model: nn.Module, at: str) -> Cut:
     """Cut by the model's own `split(at)`, which gives (trunk, tail) with the model's parameter names.
 
     Raises:
@@ -38,7 +38,7 @@ def own_split(model: nn.Module, at: str) -> Split:
         if not isinstance(part, nn.Module):
             raise CannotCut("the model's own split does not give two modules")
     tail.register_forward_hook(_plain_logits)
-    return Split(trunk, tail, "own", at)
+    return Cut(trunk, tail, "own", at)
 
 
 def _is_sequential(module: nn.Module) -> bool:
@@ -67,7 +67,7 @@ def _cut(container: nn.Module, path: list[str]) -> tuple[OrderedDict[str, nn.Mod
     return before, after
 
 
-def sequential_split(model: nn.Module, at: str) -> Split:
+def sequential_split(model: nn.Module, at: str) -> Cut:
     """Cut between two children of an nn.Sequential, also of one inside another.
 
     Raises:
@@ -86,4 +86,4 @@ def sequential_split(model: nn.Module, at: str) -> Split:
     trunk = nn.Sequential(before)
     trunk.train(model.training)
     tail.train(model.training)
-    return Split(trunk, tail, "sequential", at)
+    return Cut(trunk, tail, "sequential", at)

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from dualhead.heads.outputs import as_logits
-from dualhead.heads.splitting.base import CannotCut, Split, fresh_copy, graft, has_state, tensors_of, undisturbed
+from dualhead.heads.splitting.base import CannotCut, Cut, fresh_copy, graft, has_state, tensors_of, undisturbed
+from dualhead.system.outputs import logits_of
 
 
 class _Watch(TorchFunctionMode):
@@ -39,7 +39,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _sides(model: nn.Module, at: str, images: Tensor) -> dict[str, set[bool]]:
-    """Names of modules, parameters and buffers that a forward pass uses: behind the layer, before it, or both."""
+    """Name the modules, parameters and buffers that a forward pass uses: behind the layer, before it, or both."""
     sides: dict[str, set[bool]] = defaultdict(set)
     behind = False
 
@@ -66,7 +66,7 @@ def _sides(model: nn.Module, at: str, images: Tensor) -> dict[str, set[bool]]:
 
 
 def _units(model: nn.Module, at: str) -> dict[str, Any]:
-    """What is assigned as a whole: submodules beside the way to the layer, and the containers' own tensors."""
+    """List what is assigned as a whole: submodules beside the way to the layer, and the containers' own tensors."""
     containers = ["", *(at[:i] for i, character in enumerate(at) if character == ".")]
     units: dict[str, Any] = {}
     for name in containers:
@@ -79,7 +79,7 @@ def _units(model: nn.Module, at: str) -> dict[str, Any]:
     return units
 
 
-def functional_split(model: nn.Module, at: str, images: Tensor) -> Split:
+def functional_split(model: nn.Module, at: str, images: Tensor) -> Cut:
     """Divide a model's state, and leave its forward whole.
 
     Raises:
@@ -99,14 +99,14 @@ def functional_split(model: nn.Module, at: str, images: Tensor) -> Split:
     if tensors_of(trunk).keys() & tensors_of(tail).keys():
         raise CannotCut("weights are shared across it")
     tail._hidden = (copied, trunk)
-    return Split(trunk.train(model.training), tail.train(model.training), "functional", at)
+    return Cut(trunk.train(model.training), tail.train(model.training), "functional", at)
 
 
 class PassedOn(nn.Module):
     """The trunk of a whole-pass cut: it holds the weights in front of the layer, and hands the images on."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """The images themselves: tails run the trunk."""
+        """Return the images themselves: tails run the trunk."""
         return images
 
 
@@ -124,12 +124,12 @@ class WholePass(nn.Module):
         self._hidden: tuple[nn.Module, ...] = (model,)  # in a tuple, so that the trunk's weights are not this module's
 
     def _shared_on_copy(self) -> dict[int, Any]:
-        """What a second tail has in common with this one, as a memo for `copy.deepcopy`: the trunk."""
+        """Return what a second tail shares with this one, the trunk, as a memo for `copy.deepcopy`."""
         trunk = self._hidden[1]
         return {id(held): held for held in (*trunk.modules(), *trunk.parameters(), *trunk.buffers())}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] from images [B, ...]."""
+        """Return logits [B, C] from images [B, ...]."""
         model, trunk = self._hidden
         own: dict[str, Tensor] = {}
         for name in self._containers:
@@ -137,11 +137,11 @@ class WholePass(nn.Module):
             container.training = self.training
             for part in (trunk, self):
                 own.update(_direct_tensors(part, name))
-        return as_logits(functional_call(model, own, (images,)))
+        return logits_of(functional_call(model, own, (images,)))
 
 
 def _direct_tensors(part: nn.Module, name: str) -> dict[str, Tensor]:
-    """Parameters and buffers that a part holds for a container itself."""
+    """Return parameters and buffers that a part holds for a container itself."""
     for atom in name.split(".") if name else ():
         if atom not in part._modules:
             return {}

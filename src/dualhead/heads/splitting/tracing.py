@@ -19,11 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from dualhead.heads.outputs import as_logits
 from dualhead.heads.splitting.base import (
     CannotCut,
+    Cut,
     Features,
-    Split,
     fresh_copy,
     graft,
     has_state,
@@ -31,6 +30,7 @@ from dualhead.heads.splitting.base import (
     tensors_of,
     undisturbed,
 )
+from dualhead.system.outputs import logits_of
 
 _ROOT = "model."
 _METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "type", "get_device", "element_size"} | {
@@ -47,7 +47,7 @@ class _Whole(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return as_logits(self.model(images))
+        return logits_of(self.model(images))
 
 
 class _Proxy(fx.Proxy):
@@ -182,7 +182,7 @@ class _Tracer(fx.Tracer):
         return any(isinstance(self._known(argument), Tensor) for argument in node.all_input_nodes)
 
     def _open(self, proxy: fx.Proxy, value: Any, constants: tuple[type, ...]) -> Any:
-        """The same structure as the value, with a proxy for each tensor in it."""
+        """Return the same structure as the value, with a proxy for each tensor in it."""
         if isinstance(value, constants):
             return value
         if isinstance(value, Mapping):
@@ -225,7 +225,7 @@ class _Trace:
                 graph.erase_node(node)
 
     def _rename(self, graph: fx.Graph, scratch: _Whole) -> None:
-        """The model's own names; tensors that the trace made get one of ours."""
+        """Restore the model's own names; tensors that the trace made get one of ours."""
         self.constants: dict[str, Tensor] = {}
         for node in graph.nodes:
             if node.op not in ("call_module", "get_attr"):
@@ -274,7 +274,7 @@ class _Trace:
         return all(u not in self._sizes and (u.target is getattr or u.target in _METADATA) for u in used)
 
     def _crossing(self, behind: set[fx.Node]) -> set[fx.Node]:
-        """Tensors that nodes behind the cut take from before it; grows `behind` by what is better made again there."""
+        """Find the tensors that nodes behind the cut take from before it; extend `behind` by values made again."""
         crossing: set[fx.Node] = set()
         needed = list(behind)
         while needed:
@@ -291,7 +291,7 @@ class _Trace:
         return crossing
 
     def signature(self) -> list[tuple[str, torch.Size, torch.dtype]]:
-        """What crosses, comparable between the two modes: layers by name, all by shape and type."""
+        """Describe the tensors that cross, comparably between the modes: layers by name, all by shape and type."""
         kinds = (str(node.target) if node.op == "call_module" else "" for node in self.crossing)
         return [(kind, *self._sizes[node]) for kind, node in zip(kinds, self.crossing, strict=True)]
 
@@ -325,7 +325,7 @@ class Traced(nn.Module):
         self._run = {True: _compile(self, train), False: _compile(self, evaluation)}
 
     def forward(self, features: Features) -> Features:
-        """What the half computes: images to features, or features to logits."""
+        """Compute the half: images to features, or features to logits."""
         return self._run[self.training](self, features)
 
 
@@ -353,7 +353,7 @@ def _targets(*graphs: fx.Graph) -> list[str]:
     return [str(n.target) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")]
 
 
-def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool]) -> Split:
+def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool]) -> Cut:
     """Cut by tracing the containers on the way to the layer.
 
     Args:
@@ -390,11 +390,11 @@ def traced_split(model: nn.Module, at: str, images: Tensor, modes: Sequence[bool
         kept = {name: tensor for name, tensor in constants.items() if name in used}
         return Traced(first, second, state, kept, copied.state_dict().keys()).train(model.training)
 
-    return Split(half(train.trunk, evaluation.trunk, before), half(train.tail, evaluation.tail, behind), "traced", at)
+    return Cut(half(train.trunk, evaluation.trunk, before), half(train.tail, evaluation.tail, behind), "traced", at)
 
 
 def _assign_unused(model: nn.Module, before: dict[str, Any], behind: dict[str, Any]) -> None:
-    """State that no graph mentions goes where the same tensor is used already, else to the trunk: no key is lost."""
+    """Assign state that no graph mentions to the half that uses the same tensor, else to the trunk: no key is lost."""
 
     def covered(name: str, part: Mapping[str, Any]) -> bool:
         return any(name == key or name.startswith(key + ".") for key in part)

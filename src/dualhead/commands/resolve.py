@@ -1,0 +1,374 @@
+"""Resolve the name of a model, once: a run, a saved model or a factory, with the images that it is measured on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from torch import nn
+
+from dualhead.attacks import attacks as registry
+from dualhead.components.fields import parse_real
+from dualhead.data import Framing, Resample, Split, Storage, among, load_split
+from dualhead.errors import UserError
+from dualhead.models import Backbone, backbones
+from dualhead.runs import RunFolder, load_stage, read_recipe
+from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
+from dualhead.system.devices import find_device, room_for_images
+from dualhead.system.processes import group
+from dualhead.threats import Norm, ThreatModel
+
+_log = logging.getLogger(__name__)
+
+AttackSpec = str | dict[str, Any]
+"""An attack by name, or its section of a recipe."""
+DEFAULT_ATTACKS = ("pgd-40",)
+"""Attacks on a model that no run tells how to measure."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `dualhead evaluate`; None or empty: as the run has it."""
+
+    model: str
+    attacks: tuple[str, ...] = ()
+    eps: str | None = None
+    norm: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    stage: str | None = None
+    checkpoint: str | None = None
+    output: str | None = None
+    output_dir: Path | None = None
+    image_size: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    crop: str | None = None
+    resample: str | None = None
+    channels: int | None = None
+    depth: int | None = None
+    skip_unreadable: bool = False
+    batch_size: int = 256
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    save_adversarial: bool = False
+    overwrite: bool = False
+    command: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Return what tables call the model."""
+        extra = [word for word in (self.stage, self.output) if word]
+        return " ".join([Path(self.model).name, *extra])
+
+    @property
+    def is_run(self) -> bool:
+        """Tell whether the model is a run's."""
+        return RunFolder(Path(self.model)).begun
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Return height and width of `image_size`; None if it is left out.
+
+        Raises:
+            UserError: if it is no size.
+        """
+        if self.image_size is None:
+            return None
+        parts = self.image_size.lower().split("x")
+        if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise UserError(f"--image-size {self.image_size}: write HEIGHTxWIDTH, e.g. 224x224")
+        return int(parts[0]), int(parts[1])
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Return how images are to be read, as far as the options say it, by the names of `load_split`.
+
+        Raises:
+            UserError: if an option is impossible.
+        """
+        if self.resample is not None and self.resample not in get_args(Resample):
+            raise UserError(f"--resample {self.resample}: use one of {', '.join(get_args(Resample))}")
+        if self.channels not in (None, 1, 3):
+            raise UserError(f"--channels {self.channels}: use 1 (grey) or 3 (colour)")
+        share = None if self.crop in (None, "none") else parse_real(str(self.crop))
+        if share is not None and not 0 < share <= 1:
+            raise UserError(f"--crop {self.crop}: write a fraction in (0, 1], e.g. 0.875, or none to stretch images")
+        told = {
+            "image_column": self.image_column, "label_column": self.label_column, "image_size": self.size,
+            "resample": self.resample, "channels": self.channels, "depth": self.depth,
+            "skip_unreadable": self.skip_unreadable or None,
+        }  # fmt: skip
+        found = {key: value for key, value in told.items() if value is not None}
+        return found if self.crop is None else {**found, "crop": share}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model with all that measuring it takes.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] to logits [B, num_classes]; on its device, in eval mode.
+        images: test images, with labels among the classes that the model knows.
+        threat: the threat model.
+        radii: of a curve over eps, as they were asked for; empty for none. The largest is the threat's.
+        attacks: those to measure it by.
+        results: where an evaluation of this request goes.
+        gallery: the folder where a gallery of it goes.
+        framing: how the images came to their form.
+    """
+
+    model: nn.Module
+    images: Split
+    threat: ThreatModel
+    radii: Sequence[str]
+    attacks: tuple[AttackSpec, ...]
+    results: Path
+    gallery: Path
+    framing: Framing
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the name of a model leads to, before anything large is loaded.
+
+    Args:
+        threat: `norm` and `eps` that it was trained for; empty if nothing tells.
+        attacks: those to measure it by if none are asked for.
+        images: loads the images that are asked for.
+        model: loads the model that fits given images.
+        trained: the folder whose `config.json` tells what it was trained on; None for what fits any images.
+        reading: how images come to form for it, by the names of `load_split`.
+        published: the backbone that names classes and channels itself; None for what was trained here.
+        results: the folder in which evaluations go, each in its own.
+        gallery: the folder of galleries; None for that of the evaluation.
+    """
+
+    threat: Mapping[str, Any]
+    attacks: tuple[AttackSpec, ...]
+    images: Callable[[], Split]
+    model: Callable[[Split], nn.Module]
+    trained: Path | None
+    reading: Mapping[str, Any]
+    results: Path
+    gallery: Path | None = None
+    published: Backbone | None = None
+
+
+def resolve(request: Request) -> Resolved:
+    """Load the model that a request names, and all that measuring it takes.
+
+    In a group of processes each calls this with the same request.
+
+    Raises:
+        UserError: for a model, data or values that do not exist or do not fit one another.
+    """
+    device = group().agreed(lambda: find_device(request.device))
+    room = room_for_images(device)
+    if request.is_run:
+        source = _of_run(request, room)
+    else:
+        for option, value in (("--stage", request.stage), ("--checkpoint", request.checkpoint)):
+            if value is not None:
+                raise UserError(f"{option} is for runs, and {request.model} is none")
+        source = _of_factory(request, room) if ":" in request.model else _of_saved(request, room)
+    threat, radii = _threat(request, source.threat)
+    images = group().in_turn(lambda: _among_known(request.model, source, source.images()))
+    model = source.model(images).to(device).eval()  # a factory hands it out in train mode
+    if source.published is not None and not source.published.published_class_names():
+        named: Any = getattr(model, "class_names", ())
+        images = among(images, tuple(named), request.model)
+    results = request.output_dir or source.results / _folder_name(request)
+    gallery = request.output_dir or source.gallery or results
+    chosen = request.attacks or _fitting_attacks(source.attacks, model)
+    framing = _framing({**source.reading, **request.reading})
+    return Resolved(model, images, threat, radii, chosen, results, gallery, framing)
+
+
+def _framing(reading: Mapping[str, Any]) -> Framing:
+    """Return how images come to form, without the columns that hold them."""
+    return Framing(
+        size=reading.get("image_size"), crop=reading.get("crop"), resample=reading.get("resample") or "bicubic",
+        squash=bool(reading.get("squash")), depth=reading.get("depth"),
+    )  # fmt: skip
+
+
+# ---- three makers
+
+
+def _of_run(request: Request, room: int) -> _Source:
+    """Find a run: its recipe tells everything, unless the request does."""
+    folder = RunFolder(Path(request.model))
+    recipe = read_recipe(folder.path)
+
+    def images() -> Split:
+        data = recipe.data.model_copy(update=request.reading)
+        return data.load("test", request.data, room=room)
+
+    def model(images: Split) -> nn.Module:
+        network, trained = load_stage(folder.path, request.stage, request.checkpoint)
+        return view(network, request.output or trained)
+
+    return _Source(
+        threat={"norm": recipe.threat.norm, "eps": recipe.threat.eps},
+        attacks=recipe.evaluate.attacks,
+        images=images,
+        model=model,
+        # What is missing is said where the run is loaded.
+        trained=folder.checkpoints if (folder.checkpoints / CONFIG).is_file() else None,
+        reading=recipe.data.reading(),
+        results=folder.path / "evaluations",
+        gallery=folder.evaluation,
+    )
+
+
+def _of_saved(request: Request, room: int) -> _Source:
+    """Find a saved model: it tells what it was trained for, and to what size images were brought for it."""
+    folder = find_model(request.model)
+    config = read_config(folder)
+    keys = ("image_size", "crop", "resample", "channels", "depth")
+    reading = {key: config[key] for key in keys if config.get(key) is not None}
+    return _Source(
+        threat=config.get("threat", {}),
+        attacks=DEFAULT_ATTACKS,
+        images=lambda: _load_images(request, room, reading),
+        model=lambda images: load(folder, request.output),
+        trained=folder,
+        reading=reading,
+        results=_own_folder(request),
+    )
+
+
+def _of_factory(request: Request, room: int) -> _Source:
+    """Find a factory: it makes what fits the images, which it takes as they are, or as its publisher says."""
+    backbone = backbones.build(request.model, where="model")
+    found = backbone.published_preprocessing()
+    reading: dict[str, Any] = {}
+    if found is not None:
+        reading = {"image_size": found.size, "crop": found.crop, "squash": found.squash, "resample": found.resample}
+
+    def images() -> Split:
+        test = _load_images(request, room, reading)
+        if found is not None:
+            _log.warning(
+                "%s: its publisher brings images to %dx%d, %s, %s; --image-size, --crop and --resample override that",
+                request.model, *found.size,
+                "stretched" if found.crop is None else f"the middle {found.crop:.3g} of each", found.resample,
+            )  # fmt: skip
+        return test
+
+    return _Source(
+        threat={},
+        attacks=DEFAULT_ATTACKS,
+        images=images,
+        model=lambda images: backbone.published(images.num_classes, images.image_shape),
+        trained=None,
+        reading=reading,
+        results=_own_folder(request),
+        published=backbone,
+    )
+
+
+def _load_images(request: Request, room: int, reading: Mapping[str, Any]) -> Split:
+    """Load the images that a request names, for a model that is no run's."""
+    if request.data is None:
+        raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
+    return load_split(request.data, "test", storage=Storage(room=room), **{**reading, **request.reading})
+
+
+# ---- what is asked of it
+
+
+def _threat(request: Request, known: Mapping[str, Any]) -> tuple[ThreatModel, list[str]]:
+    """Return the threat model, and the radii of a curve over eps, if several were given: the largest is the threat's.
+
+    Args:
+        request: what is asked for.
+        known: `norm` and `eps` that the model was trained for; empty if nothing tells.
+    """
+    norm = request.norm or known.get("norm", "Linf")
+    if request.eps is None and "eps" in known and norm in get_args(Norm) and norm != known["norm"]:
+        radius = "0.5" if norm == "L2" else "8/255"
+        raise UserError(f"--norm {norm}: --eps is needed, since the model's is of {known['norm']}; e.g. --eps {radius}")
+    if request.eps is None and "eps" not in known:
+        raise UserError("--eps is needed, since the model does not say for what it was trained; e.g. --eps 8/255")
+    radii = [part.strip() for part in (str(known["eps"]) if request.eps is None else request.eps).split(",")]
+    threats = [ThreatModel(cast("Norm", norm), cast("float", radius)) for radius in radii if parse_real(radius)]
+    if not threats:
+        raise UserError(f"--eps {request.eps}: at least one radius must be greater than 0")
+    return max(threats, key=lambda threat: threat.eps), radii if len(radii) > 1 else []
+
+
+def _among_known(name: str, source: _Source, test: Split) -> Split:
+    """Return images with labels among the classes that a model knows; other sizes are up to the network.
+
+    Args:
+        name: of the model.
+        source: where it comes from.
+        test: the images.
+
+    Raises:
+        UserError: if they are of other classes or channels.
+    """
+    if source.published is not None:
+        _refuse_other_channels(name, test, source.published.published_channels())
+        known = source.published.published_class_names()
+        return among(test, known, name) if known else test
+    if source.trained is None:
+        return test
+    config = read_config(source.trained)
+    architecture = Architecture.parse(config["architecture"], str(source.trained / CONFIG))
+    channels = architecture.image_shape[0]
+    _refuse_other_channels(name, test, channels)
+    test = among(test, tuple(map(str, config.get("class_names", ()))), name)
+    if test.num_classes != architecture.num_classes:
+        raise UserError(
+            f"{test.num_classes} classes of {channels}-channel images do not fit {name}, "
+            f"which is for {architecture.num_classes} classes of {channels}-channel images; choose other --data"
+        )
+    return test
+
+
+def _refuse_other_channels(name: str, test: Split, channels: int | None) -> None:
+    if channels not in (None, test.image_shape[0]):
+        key = f"--channels {channels} reads them so" if channels in (1, 3) else "choose other --data"
+        raise UserError(
+            f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {name}, which is for "
+            f"{channels}-channel images; {key}"
+        )
+
+
+def _fitting_attacks(attacks: tuple[AttackSpec, ...], model: nn.Module) -> tuple[AttackSpec, ...]:
+    """Return those attacks that a model can face; one that merges heads also faces the attack that knows of them."""
+    for_heads = [attack for attack in attacks if registry.build(attack).needs_heads]
+    if not hasattr(model, "head_logits"):
+        return tuple(attack for attack in attacks if attack not in for_heads)
+    return attacks if for_heads else (*attacks, "multihead")
+
+
+# ---- where results go
+
+
+def _own_folder(request: Request) -> Path:
+    """Return the folder for evaluations of a model that is no run's."""
+    return Path("evaluations") / request.label.replace(":", ".")
+
+
+def _folder_name(request: Request) -> str:
+    """Return a name made of the options: another question is another folder."""
+    words = [request.stage, request.checkpoint, request.output, *request.attacks, request.norm, request.eps]
+    words += [None if request.limit is None else f"first{request.limit}", (request.data or "")[-60:]]
+    words += [
+        f"seed{request.seed}" if request.seed else None,
+        None if request.precision == "auto" else request.precision,
+    ]
+    words += [request.image_size, request.image_column, request.label_column, request.resample]
+    numbers = (("crop", request.crop), ("channels", request.channels), ("depth", request.depth))
+    words += [None if value is None else f"{name}{value}" for name, value in numbers]
+    words += ["adversarial" if request.save_adversarial else None]
+    name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
+    return name if request.is_run else name or "default"

@@ -1,0 +1,83 @@
+"""Outputs of a model: their ids, as recipes and files have them, and what people read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+MODEL: Final = "model"
+"""The one output of a classifier without a second head."""
+MEAN: Final = "mean"
+"""The mean of the heads' logits."""
+AGGREGATE: Final = "aggregate"
+"""What the aggregator makes of the heads' logits."""
+BASE: Final = "base"
+"""The base model: trunk and head 1 as they were before any other part was trained."""
+
+_CALLED = {BASE: "base model", MEAN: "mean of heads", AGGREGATE: "DH-AT"}
+_DESCRIBED = {
+    MODEL: "A single-head classifier",
+    MEAN: "The mean of {heads} heads",
+    AGGREGATE: "A classifier of {heads} heads and an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
+}
+
+
+def head_id(number: int) -> str:
+    """Return the id of a head, counted from 1."""
+    return f"head{number}"
+
+
+def head_number(output: str) -> int | None:
+    """Return which head an output is, counted from 1; None if it is no head."""
+    found = re.fullmatch(r"head([1-9]\d*)", output)
+    return int(found[1]) if found else None
+
+
+def name_of(output: str, model: str = MODEL) -> str:
+    """Return what tables and figures call an output.
+
+    Args:
+        output: its id.
+        model: what they call the one output of a classifier without a second head, such as its recipe's name.
+    """
+    number = head_number(output)
+    if number is not None:
+        return f"head {number}"
+    return model if output == MODEL else _CALLED.get(output, output)
+
+
+def id_of(name: str) -> str:
+    """Return the id of the output that tables call by a name; `model` for any other name."""
+    by_name = {called: output for output, called in _CALLED.items()}
+    found = re.fullmatch(r"head ([1-9]\d*)", name)
+    return f"head{found[1]}" if found else by_name.get(name, MODEL)
+
+
+def read_id(text: str) -> str:
+    """Return the id of an output as a file tells it: the id, or in files of earlier versions the name."""
+    known = text in (*_CALLED, MODEL) or head_number(text) is not None
+    return text if known else id_of(text)
+
+
+def id_of_row(row: Mapping[str, Any]) -> str:
+    """Return the id of the output that a row of `comparison.json` is of; earlier versions wrote names alone."""
+    return read_id(str(row["output"])) if "output" in row else id_of(str(row.get("name")))
+
+
+def row_folder(name: str) -> str:
+    """Return the folder of a row's results in `evaluation/rows`, given the row's name."""
+    return name.replace(" ", "_")
+
+
+def described(output: str, heads: int) -> str:
+    """Return how the card of a model describes its output.
+
+    Args:
+        output: its id.
+        heads: how many the model has.
+    """
+    number = head_number(output)
+    if number is not None:
+        return f"Head {number} of a classifier of {heads} heads"
+    return _DESCRIBED.get(output, "A classifier").format(heads=heads)

@@ -1,0 +1,213 @@
+"""Recipes as files: YAML that may extend another recipe, plus dotted overrides; and the recipes that ship."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dualhead.errors import UserError
+from dualhead.recipe.schema import Recipe, parse_recipe
+
+LARGEST_RECIPE = 2**20
+"""Bytes of a file."""
+LARGEST_CONTENT = 100_000
+"""Values in a recipe, each use of an anchor counted."""
+_TOO_MUCH = f"holds more than {LARGEST_CONTENT:,} values, each use of an anchor counted, so it is no recipe"
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by the name of a shipped one or by path, with overrides.
+
+    Args:
+        name: `cifar10_cpu`, or a path to a YAML file. A recipe may say `extends: OTHER` and give only what differs.
+        overrides: `KEY=VALUE` with a dotted key, `stages.main_head.epochs=5`; `*` stands for all items of a list.
+            Values are read as YAML.
+
+    Raises:
+        UserError: one line naming the key, what is wrong with it, and what would be right.
+    """
+    content, label = _extended(name)
+    content.setdefault("name", label)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"override {override!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
+        _assign(content, key.split("."), _parse_yaml(text, f"override {override!r}"), override)
+    return parse_recipe(content, f"recipe {name}")
+
+
+def read_recipe_file(path: Path) -> Recipe:
+    """Read a file that holds a recipe in full, as `Recipe.resolved` gives it.
+
+    Raises:
+        UserError: if the file is no such recipe.
+    """
+    content = _parse_yaml(_text_of(path, str(path)), str(path))
+    return parse_recipe(content, str(path))
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes inside the package."""
+    folder = resources.files("dualhead.recipe.shipped")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    content, label = _read(name)
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content, label
+    if not isinstance(parent, str) or parent in chain:
+        raise UserError(f"recipe {name}: extends must name one other recipe, without a circle; got {parent!r}")
+    beside = Path(name).parent / parent
+    found = str(beside) if _is_file(Path(name)) and _is_file(beside) else parent
+    try:
+        base = _extended(found, (*chain, name, parent))[0]
+    except UserError as error:
+        raise UserError(f"recipe {name}: extends: {error}") from None
+    own = {"name": content.pop("name")} if "name" in content else {}  # a recipe's name tells no components apart
+    base.pop("name", None)
+    return {**_merge(base, content), **own}, label
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or _is_file(path):
+        if not _is_file(path):
+            raise UserError(f"recipe {name}: no such file")
+        text, label = _text_of(path, f"recipe {name}"), re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
+    elif name in shipped_recipes():
+        text, label = (resources.files("dualhead.recipe.shipped") / f"{name}.yaml").read_text(encoding="utf-8"), name
+    else:
+        near = get_close_matches(name, shipped_recipes(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"recipe {name!r} is neither a file nor shipped; {hint}shipped: {', '.join(shipped_recipes())}")
+    content = _parse_yaml(text, f"recipe {name}")
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
+    return content, label
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have counts as none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a character that no name has
+        return False
+
+
+def _text_of(path: Path, where: str) -> str:
+    if path.stat().st_size > LARGEST_RECIPE:
+        raise UserError(f"{where}: is larger than {LARGEST_RECIPE:,} bytes, so it is no recipe")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that stands twice in a mapping, and mappings merged without end."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(f"line {line}: key {key.value!r} stands in line {lines[key.value]} already; remove one")
+            lines[key.value] = line
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > LARGEST_CONTENT:  # merges of merges, each of which doubles
+            raise UserError(f"line {node.start_mark.line + 1}: {_TOO_MUCH}")
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return _unshared(yaml.load(text, _Loader), [0])  # a safe one
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1} " if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: {line}is not valid YAML: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply, or an anchor holds itself") from None
+    except Exception as error:  # YAML takes 2021-02-30 for a date and !!int for a number, and fails in many ways
+        raise UserError(f"{where}: holds a value that is not valid YAML: {error}") from None
+
+
+def _unshared(content: Any, count: list[int]) -> Any:
+    """Copy the content once for each use of an anchor, so that a change to one use leaves the others alone.
+
+    Args:
+        content: as YAML returned it.
+        count: number of values so far, in a list of one; anchors within anchors grow without end.
+    """
+    count[0] += 1
+    if count[0] > LARGEST_CONTENT:
+        raise UserError(_TOO_MUCH)
+    if isinstance(content, int) and content.bit_length() > 1024:  # not even written in a message by Python
+        raise UserError("holds a number of more than 300 digits")
+    if isinstance(content, dict):
+        return {str(key): _unshared(value, count) for key, value in content.items()}
+    return [_unshared(item, count) for item in content] if isinstance(content, list) else content
+
+
+def _merge(base: Any, change: Any) -> Any:
+    """Lay `change` over `base`: mappings key by key, stages by name; anything else is replaced."""
+    if isinstance(base, dict) and isinstance(change, dict) and change.get("name", base.get("name")) == base.get("name"):
+        return {**base, **{key: _merge(base[key], value) if key in base else value for key, value in change.items()}}
+    named = [
+        x
+        for x in (base, change)
+        if isinstance(x, list) and x and all(isinstance(s, dict) and isinstance(s.get("name"), str) for s in x)
+    ]
+    if len(named) == 2 and {s["name"] for s in change} <= {s["name"] for s in base}:
+        changes = {stage["name"]: stage for stage in change}
+        return [_merge(stage, changes.get(stage["name"], {})) for stage in base]
+    return change
+
+
+def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None:
+    key, *rest = path
+    if isinstance(target, list):
+        places = [p for p, item in enumerate(target) if isinstance(item, dict) and key in ("*", item.get("name"))]
+        if key.isdigit() and int(key) < len(target):
+            places = [int(key)]
+        if not places:
+            known = ", ".join(str(item.get("name")) for item in target if isinstance(item, dict))
+            raise UserError(f"{override}: no item {key!r} in the list; write its position, its name ({known}) or *")
+        if not rest:
+            raise UserError(f"{override}: name the key to change inside {key!r}")
+        for place in places:
+            target[place] = _opened(target[place], key, override)
+            _assign(target[place], rest, copy.deepcopy(value), override)
+        return
+    if not rest:
+        target[key] = value
+        return
+    inner = target.get(key)
+    target[key] = {} if inner is None else _opened(inner, key, override)
+    _assign(target[key], rest, value, override)
+
+
+def _opened(item: Any, key: str, override: str) -> Any:
+    """Return the item in the form that holds keys; a component in its short form becomes a mapping.
+
+    So `attack=pgd-10 attack.step_size=2/255` works.
+    """
+    if isinstance(item, str):
+        return {"name": item}
+    if not isinstance(item, dict | list):
+        raise UserError(f"{override}: {key!r} holds {item!r}, which has no keys")
+    return item

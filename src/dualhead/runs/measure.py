@@ -1,0 +1,244 @@
+"""Measure a trained run: every output of its model on the test images, and what each cost to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from dualhead.evaluation import Evaluation, EvaluationProgress, Finding, check_duplicates, evaluate, make_gallery
+from dualhead.heads import DualHeadClassifier, depends_on
+from dualhead.models import count_parameters
+from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
+from dualhead.runs.folder import load_kept
+from dualhead.runs.prepare import Prepared, count_measured
+from dualhead.runs.stages import precision_of
+from dualhead.saving import view, write_card
+from dualhead.system.files import write_json
+from dualhead.system.flops import CountFlops
+from dualhead.system.modes import in_eval_mode
+from dualhead.system.processes import group
+from dualhead.training import Stage
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: an output of the run's model, or its base model as it was before the second head.
+
+    Args:
+        name: as tables call it.
+        output: its id, see `dualhead.names`; `base` for the base model.
+        evaluation: what was measured.
+        parameters: of the modules that the output runs.
+        flops: floating-point operations of its training.
+        forward_equivalents: the same in forward passes of one image through the base model.
+        seconds: of its training.
+    """
+
+    name: str
+    output: str
+    evaluation: Evaluation
+    parameters: int
+    flops: int
+    forward_equivalents: float
+    seconds: float
+
+    def describe(self) -> dict[str, Any]:
+        """Return the row as `comparison.json` holds it."""
+        return {
+            "name": self.name,
+            "output": self.output,
+            "clean_accuracy": self.evaluation.clean_accuracy,
+            "robust_accuracy": dict(self.evaluation.robust_accuracy),
+            "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
+            "parameters": self.parameters,
+            "training_cost": {
+                "flops": self.flops,
+                "forward_equivalents": round(self.forward_equivalents, 1),
+                "seconds": round(self.seconds, 1),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A classifier that is measured.
+
+    Args:
+        output: its id; `base` for the base model.
+        model: images [B, C, H, W] to logits [B, num_classes].
+    """
+
+    output: str
+    model: nn.Module
+
+
+def measure(
+    prepared: Prepared,
+    model: nn.Module,
+    progress: Callable[[str], EvaluationProgress] | None,
+    stop: Callable[[], bool],
+    *,
+    command: str | None = None,
+) -> list[Row]:
+    """Measure every output of a trained network, and its base model, on the test images.
+
+    The deployed output's results are written to `evaluation/`, the others' to `evaluation/rows/`, and all of them side
+    by side to `comparison.json`.
+
+    Args:
+        prepared: the run; this process holds its folder, in which all stages are finished.
+        model: the trained network.
+        progress: gives, for the name of a row, who is told of its evaluation.
+        stop: asked between batches; when true `Interrupted` is raised.
+        command: what the user typed, kept with the results.
+
+    Returns:
+        The rows, the deployed output's last.
+
+    Raises:
+        Interrupted: when stopped.
+    """
+    costs, unit = group().lead(lambda: _costs(prepared, model)), _forward_flops(prepared, model)
+    checks = [check_duplicates(*prepared.images.digests())]
+    rows: list[Row] = []
+    last: list[Row] = []
+    for candidate in _candidates(prepared, model):
+        output = candidate.output
+        name, deployed = name_of(output, prepared.recipe.name), output == prepared.output
+        evaluation = _evaluate(prepared, candidate.model, name, checks, progress, stop, command, deployed=deployed)
+        flops, seconds = costs[output]
+        row = Row(name, output, evaluation, _parameters(model, output), flops, flops / unit, seconds)
+        (last if deployed else rows).append(row)
+    rows += last
+    group().lead(lambda: _write(prepared, model, rows))
+    return rows
+
+
+def _evaluate(
+    prepared: Prepared,
+    model: nn.Module,
+    name: str,
+    checks: Sequence[Finding],
+    progress: Callable[[str], EvaluationProgress] | None,
+    stop: Callable[[], bool],
+    command: str | None,
+    *,
+    deployed: bool,
+) -> Evaluation:
+    recipe, test = prepared.recipe, prepared.images.test
+    count = count_measured(recipe, test)
+    return evaluate(
+        model.eval(),
+        test.images[:count],
+        test.labels[:count],
+        threat=recipe.threat,
+        attacks=[a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
+        batch_size=recipe.evaluate.batch_size,
+        seed=recipe.runtime.seed,
+        precision=precision_of(recipe.runtime),
+        class_names=list(test.class_names),
+        skipped=len(test.skipped),
+        checks=checks,
+        output_dir=prepared.folder.evaluation if deployed else prepared.folder.row(name),
+        progress=progress(name) if progress else None,
+        command=command,
+        stop=stop,
+    )
+
+
+def _write(prepared: Prepared, model: nn.Module, rows: Sequence[Row]) -> None:
+    """Write the comparison, the model's card and the gallery; a gallery that is there stays."""
+    recipe, folder, test = prepared.recipe, prepared.folder, prepared.images.test
+    write_json(folder.comparison, {"rows": [row.describe() for row in rows]})
+    write_card(folder.model, folder.path)
+    shown = min(recipe.evaluate.gallery, len(test))
+    if shown and not folder.gallery.is_file():
+        gallery = make_gallery(
+            view(model, prepared.output),
+            test.images[:shown],
+            test.labels[:shown],
+            threat=recipe.threat,
+            seed=recipe.runtime.seed,
+            batch_size=recipe.evaluate.batch_size,
+        )
+        gallery.save(folder.gallery)
+
+
+# ---- what is measured
+
+
+def _candidates(prepared: Prepared, model: nn.Module) -> Iterator[Candidate]:
+    """Yield all that is measured; the base model has the weights that its last stage kept."""
+    if not isinstance(model, DualHeadClassifier):
+        yield Candidate(MODEL, model)
+        return
+    first = _base_stages(prepared)
+    if first:
+        base = prepared.architecture.create().to(prepared.device)
+        load_kept(prepared.folder, first[-1], base)
+        yield Candidate(BASE, view(base, head_id(1)))
+    # With the aggregator `mean` two outputs are one: only what is deployed is measured.
+    same = {MEAN, AGGREGATE} if model.is_mean else set()
+    kept = prepared.output if prepared.output in same else MEAN
+    for output in model.outputs:
+        if output not in same or output == kept:
+            yield Candidate(output, view(model, output))
+
+
+def _base_stages(prepared: Prepared) -> list[Stage]:
+    """Return the stages that make the base model: those before any other part than trunk and head 1 is trained."""
+    return list(takewhile(lambda stage: set(stage.train) <= {"trunk", head_id(1)}, prepared.recipe.stages))
+
+
+# ---- what it cost
+
+
+def _parts_of(model: nn.Module) -> Mapping[str, set[str]]:
+    """Return the parts that each output runs, and `base`."""
+    if not isinstance(model, DualHeadClassifier):
+        return {MODEL: {"model"}}
+    outputs = {BASE: head_id(1), **{output: output for output in model.outputs}}
+    return {name: {part for part in model.parts if depends_on(output, part)} for name, output in outputs.items()}
+
+
+def _parameters(model: nn.Module, output: str) -> int:
+    """Count the parameters that an output runs."""
+    if not isinstance(model, DualHeadClassifier):
+        return count_parameters(model)
+    return sum(count_parameters(model.get_submodule(part)) for part in _parts_of(model)[output])
+
+
+def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]:
+    """Add up the training cost of each output and of `base`, in floating-point operations and in seconds.
+
+    An output costs the stages up to the last one that trains a part it runs; the base model costs its own.
+    """
+    stages = []
+    for stage in prepared.recipe.stages:
+        summary = yaml.safe_load(prepared.folder.summary(stage.name).read_text(encoding="utf-8"))
+        stages.append((set(stage.train), summary["flops"], summary["seconds"]))
+
+    def up_to(count: int) -> tuple[int, float]:
+        return sum(flops for _, flops, _ in stages[:count]), sum(seconds for _, _, seconds in stages[:count])
+
+    costs = {
+        output: up_to(max((n + 1 for n, (trained, _, _) in enumerate(stages) if trained & parts), default=0))
+        for output, parts in _parts_of(model).items()
+    }
+    return {**costs, BASE: up_to(len(_base_stages(prepared)))}
+
+
+def _forward_flops(prepared: Prepared, model: nn.Module) -> int:
+    """Count the floating-point operations of a forward pass of one image through the base model."""
+    base = view(model, head_id(1)) if isinstance(model, DualHeadClassifier) else model
+    example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)
+    counter = CountFlops()
+    with counter, in_eval_mode(base), torch.no_grad():
+        base(example)
+    return counter.total

@@ -1,0 +1,514 @@
+"""Prepare a run: read its images, make its network, and refuse what does not fit, before anything is written."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.attacks import Attack, attacks
+from dualhead.data import Augmentation, Digests, Split, among, are_numbers, digests, hold_out, in_turn, match
+from dualhead.errors import UserError
+from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
+from dualhead.models import backbones, channel_statistics
+from dualhead.noise import Streams
+from dualhead.objectives import BEFORE, Labels
+from dualhead.recipe import Recipe, Statistics
+from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data
+from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of
+from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
+from dualhead.system.processes import group
+from dualhead.threats import ThreatModel
+from dualhead.training import RESET, Passes, Stage, check_choosable, summary_writer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run.
+
+    Args:
+        training: those that are trained on.
+        test: those that the finished model is measured on.
+        extra: a second source of training images; None if the recipe names none.
+        held_out: training images that choose the best epoch; None for none.
+        further: those of objectives' streams, by the name of their source.
+    """
+
+    training: Split
+    test: Split
+    extra: Split | None = None
+    held_out: Split | None = None
+    further: Mapping[str, Split] = field(default_factory=dict)
+
+    @property
+    def learnt_from(self) -> dict[str, Split | None]:
+        """Return the sets that decide what the model becomes, by the words of `check_duplicates`."""
+        return {"training": self.training, "extra": self.extra, "held-out": self.held_out}
+
+    def digests(self) -> tuple[dict[str, Digests], list[str]]:
+        """Return a number for each image of the sets in memory, and the names of the sets that stay on disk."""
+        known = {name: split for name, split in {**self.learnt_from, "test": self.test}.items() if split is not None}
+        read = {name: digests(split) for name, split in known.items() if not split.is_stored}
+        return read, [name for name in known if name not in read]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin or go on: its recipe, images and network fit one another.
+
+    Args:
+        recipe: in full.
+        folder: where the run lies.
+        device: where it computes.
+        images: what it trains on and is measured on.
+        architecture: of the network.
+        model: the network, on the device, with the weights that the run begins with; training changes it.
+        attacks: those of the final evaluation, by label.
+        image_facts: what tells these images from others, by the key that names their source.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    device: torch.device
+    images: Images
+    architecture: Architecture
+    model: nn.Module
+    attacks: Mapping[str, Attack]
+    image_facts: Mapping[str, Any]
+
+    @property
+    def output(self) -> str:
+        """Return the output that is deployed."""
+        return self.recipe.stages[-1].output
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what a saved model tells of itself beside its architecture, JSON values."""
+        return {
+            "class_names": list(self.images.training.class_names),
+            "threat": {"norm": self.recipe.threat.norm, "eps": self.recipe.threat.eps},
+            "output": self.output,
+            "recipe": self.recipe.name,
+            **self.recipe.data.reading(),
+        }
+
+
+def prepare(recipe: Recipe, path: Path) -> Prepared:
+    """Read a run's images and make its network; write nothing.
+
+    In a group of processes each calls this; what fails in one fails in all.
+
+    Args:
+        recipe: in full.
+        path: the run's folder.
+
+    Raises:
+        UserError: for bad data, a network that does not fit them, a stage that cannot be trained, or a folder that
+            holds another run.
+    """
+    processes, folder = group(), RunFolder(path)
+    processes.lead(lambda: changes(path, recipe))
+    device = processes.agreed(lambda: find_device(recipe.runtime.device))
+    room = room_for_images(device)
+    loaded = processes.in_turn(lambda: load_images(recipe, room))
+    facts = processes.lead(lambda: _image_facts(recipe, folder, loaded))
+
+    def fitted() -> Prepared:
+        images = _fitting_images(recipe, loaded, device, room)
+        return _fitting_network(recipe, folder, device, images, facts)
+
+    return processes.agreed(fitted)
+
+
+def synchronises(recipe: Recipe) -> bool:
+    """Tell whether batch norm shares its statistics between the processes of this run."""
+    return recipe.runtime.batch_norm == "synchronised" and group().world > 1
+
+
+@contextmanager
+def _under(key: str) -> Iterator[None]:
+    """Put a key of the recipe before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+# ---- images
+
+
+def load_images(recipe: Recipe, room: int | None = None) -> Images:
+    """Load the images that a recipe names, with nothing held out.
+
+    Args:
+        recipe: in full.
+        room: bytes of memory that there are for them; a split that takes more stays on disk. None: no limit.
+
+    Raises:
+        UserError: if they cannot be read, or are not of the same classes and shape.
+    """
+    data = recipe.data
+    training, test = (data.load(part, room=room, workers=processors()) for part in ("train", "test"))
+    source = f"data.source {data.source}"
+    test = _among_training(test, training, source, f"{source}: training and test images have different classes")
+    if test.image_shape[0] != training.image_shape[0]:
+        raise UserError(
+            f"{source}: training and test images differ in channels (grey and colour); data.channels=3 reads all as "
+            "colours, 1 as grey"
+        )
+    return Images(training, test, _load_extra(recipe, training, room), further=_load_further(recipe, training, room))
+
+
+def _load_further(recipe: Recipe, training: Split, room: int | None) -> dict[str, Split]:
+    """Load the images that streams of the stages' objectives name."""
+    found: dict[str, Split] = {}
+    for index, stage in enumerate(recipe.stages):
+        for name, stream in stage.objective.streams().items():
+            source = stream.named_source
+            if source is None or source in found:
+                continue
+            with _under(f"stages.{index}.objective, stream {name}"):
+                found[source] = recipe.data.load_other(source, room=room, workers=processors())
+                if found[source].image_shape != training.image_shape:
+                    raise UserError(
+                        f"the images of {source} have shape {_listed(found[source].image_shape)}, those of "
+                        f"data.source {_listed(training.image_shape)}; both must agree"
+                    )
+    return found
+
+
+def _load_extra(recipe: Recipe, training: Split, room: int | None) -> Split | None:
+    with _under("data.extra"):
+        extra = recipe.data.load_extra(room=room, workers=processors())
+    if recipe.data.extra is None or extra is None:
+        return None
+    ours, name = f"data.source {recipe.data.source}", f"data.extra.source {recipe.data.extra.source}"
+    extra = _among_training(extra, training, ours, f"{name}: its images have other classes than those of {ours}")
+    if extra.image_shape != training.image_shape:
+        raise UserError(
+            f"{name}: its images have shape {_listed(extra.image_shape)}, those of data.source "
+            f"{_listed(training.image_shape)}; both must agree"
+        )
+    return extra
+
+
+def _among_training(split: Split, training: Split, source: str, refusal: str) -> Split:
+    """Bring images among the classes of the training images: by name, or in order where one side has numbers alone.
+
+    Raises:
+        UserError: beginning with `refusal`, if the classes are others.
+    """
+    theirs, ours = split.class_names, training.class_names
+    trusted = are_numbers(theirs) != are_numbers(ours) and len(theirs) == len(ours)
+    if match(theirs, ours) is None and not trusted:
+        raise UserError(f"{refusal} ({_listed(theirs)} in place of {_listed(ours)}); the names must agree")
+    return replace(among(split, ours, source), class_names=ours)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values[:4])) + (f" and {len(values) - 4} more" if len(values) > 4 else "")
+
+
+def _image_facts(recipe: Recipe, folder: RunFolder, images: Images) -> dict[str, Any]:
+    """Return facts about the images by the key that names their source; refuse those of another run."""
+    sources = {"data": (images.training, recipe.data.source)}
+    if images.extra is not None and recipe.data.extra is not None:
+        sources["data.extra"] = (images.extra, recipe.data.extra.source)
+    sources |= {f"stream {source}": (split, source) for source, split in images.further.items()}
+    facts = {part: data_facts(split) for part, (split, _) in sources.items()}
+    for part, (_, source) in sources.items():
+        refuse_other_data(folder.path, facts[part], source, part)
+    return facts
+
+
+def _fitting_images(recipe: Recipe, loaded: Images, device: torch.device, room: int) -> Images:
+    """Hold validation images out, and refuse what does not fit the images."""
+    if recipe.runtime.precision == "tf32":
+        refuse_tf32(device)
+    if recipe.runtime.tensorboard:
+        summary_writer()
+    images = _hold_out(recipe, loaded)
+    _check_validation(recipe, images)
+    _check_augmented(recipe, images.training)
+    _check_evaluation(recipe, images.test, room)
+    return images
+
+
+def _hold_out(recipe: Recipe, loaded: Images) -> Images:
+    data = recipe.data
+    if not data.validation:
+        return loaded
+    with _under("data.validation"):
+        training, held_out = hold_out(loaded.training, data.validation, recipe.runtime.seed)
+    if data.train_size and data.image_size:
+        held_out = held_out.show_middle(*data.image_size)
+    return replace(loaded, training=training, held_out=held_out)
+
+
+def _check_validation(recipe: Recipe, images: Images) -> None:
+    for index, stage in enumerate(recipe.stages):
+        if images.held_out is None and stage.keep == "best":
+            raise UserError(
+                f"stages.{index}.keep: best needs held-out images, but data.validation is 0; "
+                "set keep: last or data.validation: 0.02"
+            )
+        if images.held_out is None and stage.fit is not None:
+            raise UserError(f"stages.{index}.fit: needs held-out images, but data.validation is 0; set it to 0.02")
+
+
+def augmentations_of(recipe: Recipe, stage: Stage) -> tuple[Augmentation, ...]:
+    """Return the augmentations of a stage."""
+    return recipe.data.augment if stage.augment is None else stage.augment
+
+
+def _check_augmented(recipe: Recipe, training: Split) -> None:
+    """Refuse augmentations that leave images of another size than the model sees."""
+    seen = recipe.data.image_size or training.image_shape[1:]
+    for index, stage in enumerate(recipe.stages):
+        image = torch.zeros(1, *training.image_shape, dtype=torch.uint8)
+        for augmentation in augmentations_of(recipe, stage):
+            image = augmentation(image, Streams.of(0, torch.arange(1)))
+        if tuple(image.shape[2:]) != tuple(seen):
+            key = "data.augment" if stage.augment is None else f"stages.{index}.augment"
+            height, width = image.shape[2:]
+            raise UserError(
+                f"{key}: training images come out as {height}x{width}, but the model takes {seen[0]}x{seen[1]}; "
+                f"cut that out with {{name: random_resized_crop, size: [{seen[0]}, {seen[1]}]}}"
+            )
+
+
+def count_measured(recipe: Recipe, test: Split) -> int:
+    """Return the number of test images that are measured."""
+    return min(recipe.evaluate.limit or len(test), len(test))
+
+
+def _check_evaluation(recipe: Recipe, test: Split, room: int) -> None:
+    """Refuse more test images than memory holds: an evaluation holds its images, also those of a set on disk."""
+    count, free = count_measured(recipe, test), 4 * room
+    test.warn_if_sorted(count, "evaluate.limit")
+    size = count * math.prod(test.image_shape)
+    if test.is_stored and size > free:
+        raise UserError(
+            f"evaluate.limit: an evaluation holds its images in memory, and {count:,} of them take "
+            f"{size / 2**30:.1f} GiB of {free / 2**30:.1f} that are free; set {free // (size // count)} or less"
+        )
+
+
+# ---- the network
+
+
+def _fitting_network(
+    recipe: Recipe, folder: RunFolder, device: torch.device, images: Images, image_facts: Mapping[str, Any]
+) -> Prepared:
+    """Make the network for the images, and refuse what does not fit it."""
+    architecture = _architecture(recipe, folder, images.training)
+    torch.manual_seed(recipe.runtime.seed)
+    model = architecture.create().to(device)
+    built = [attacks.build(spec, "evaluate.attacks") for spec in recipe.evaluate.attacks]
+    measured_by = {attack.label: attack for attack in built}
+    prepared = Prepared(recipe, folder, device, images, architecture, model, measured_by, image_facts)
+    _check_attacks(prepared)
+    for number in range(len(recipe.stages)):
+        _check_stage(prepared, number)
+    if images.held_out is not None:
+        _warn_of_reach("validation.attack", recipe.validation.attack, recipe.threat)
+    return replace(prepared, model=synchronised_batch_norm(model, device)) if synchronises(recipe) else prepared
+
+
+def _architecture(recipe: Recipe, folder: RunFolder, training: Split) -> Architecture:
+    """Choose the network; it normalises as the weights do that it starts from, unless the recipe says how."""
+    made = architecture_of(recipe, training)
+    if recipe.model.normalize is not None or recipe.model.backbone.registered_name == "factory":
+        return made
+    found = _known_normalisation(recipe, folder)
+    return made if found is None else made.model_copy(update={"mean": found[0], "std": found[1]})
+
+
+def _known_normalisation(recipe: Recipe, folder: RunFolder) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return the mean and standard deviation of the weights that a run starts from; None if nothing tells them."""
+    if folder.begun and (folder.checkpoints / CONFIG).is_file():  # what it started from may have gone since
+        return normalisation_of(folder.checkpoints)
+    for index, stage in enumerate(recipe.stages):
+        with _under(f"stages.{index}.init"):
+            found = normalisation_of(stage.init) if stage.init not in (None, RESET) else None
+        if found is not None:
+            return found
+    return recipe.model.backbone.published_normalisation()
+
+
+def architecture_of(recipe: Recipe, training: Split) -> Architecture:
+    """Return the network that a recipe means for its data."""
+    channels, classes = training.image_shape[0], len(training.class_names)
+    imported = recipe.model.backbone.registered_name == "factory"
+    normalize = recipe.model.normalize or ("none" if imported else "data")
+    if normalize == "data":
+        mean, std = channel_statistics(_pieces(training))
+        std = tuple(deviation or 1.0 for deviation in std)  # a channel that never varies keeps its scale
+    elif isinstance(normalize, Statistics):
+        mean, std = normalize.mean, normalize.std
+    else:
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    aggregator = recipe.model.aggregator or aggregators.build(default_aggregator(classes))
+    return Architecture(
+        backbone=backbones.describe(recipe.model.backbone),
+        attach_at=recipe.model.attach_at,
+        aggregator=aggregators.describe(aggregator) if recipe.model.attach_at else None,
+        heads=recipe.model.heads,
+        num_classes=classes,
+        image_shape=(channels, *(recipe.data.image_size or training.image_shape[1:])),
+        mean=mean,
+        std=std,
+    )
+
+
+def _pieces(split: Split) -> Iterator[Tensor]:
+    """Yield the images of a split, some at a time; those on disk are all read for it."""
+    if split.is_stored:
+        _log.info("reading %d images for their mean and deviation; model.normalize may give these", len(split))
+    return in_turn(split.images, torch.split(torch.arange(len(split)), 256), "cpu")
+
+
+def fresh_model(prepared: Prepared) -> nn.Module:
+    """Make the network on the CPU as the run began with it; torch's generator stays where it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(prepared.recipe.runtime.seed)
+        return prepared.architecture.create()
+
+
+def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> None:
+    """Load into a network the weights that a stage's `init` names.
+
+    Raises:
+        UserError: if they cannot be read or do not fit.
+    """
+    if stage.init == RESET:
+        fresh = fresh_model(prepared)
+        for part in stage.train:
+            own, new = (model, fresh) if part == "model" else (model.get_submodule(part), fresh.get_submodule(part))
+            own.load_state_dict(new.state_dict())
+    elif stage.init is not None:
+        load_base_weights(model, stage.init, prepared.architecture, replace_classifier=stage.replace_classifier)
+
+
+# ---- what each stage needs
+
+
+def _check_attacks(prepared: Prepared) -> None:
+    """Refuse attacks that cannot measure every output: also those of one head are measured."""
+    for_heads = [name for name, attack in prepared.attacks.items() if attack.needs_heads]
+    if for_heads and not isinstance(prepared.model, DualHeadClassifier):
+        raise UserError(f"evaluate.attacks: {for_heads[0]} needs several heads, and this model has one")
+    if for_heads and len(for_heads) == len(prepared.attacks):
+        raise UserError(
+            f"evaluate.attacks: {for_heads[0]} cannot attack the outputs of one head, which are measured beside "
+            "the aggregate; add one that can, such as autoattack"
+        )
+
+
+def _check_stage(prepared: Prepared, number: int) -> None:
+    """Refuse a stage that cannot be trained now, not after the hours before it."""
+    stage, key = prepared.recipe.stages[number], f"stages.{number}"
+    if stage.fit is None and stage.epochs and not passes_of(prepared, stage).parameters():
+        raise UserError(
+            f"{key}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
+            "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
+        )
+    if stage.fit is None:
+        _check_needs(prepared, number)
+    _warn_of_idle(stage)
+    if stage.objective.adversarial and stage.fit is None and stage.free is None and stage.epochs:
+        _warn_of_reach(f"{key}.attack", stage.attack, stage.threat(prepared.recipe.threat))
+    if stage.fit is not None:
+        with _under(f"{key}.fit"):
+            check_choosable(prepared.model)
+    if synchronises(prepared.recipe) and stage.micro_batch is not None and stage.batch_size % group().world:
+        raise UserError(
+            f"{key}.batch_size: must be a multiple of the {group().world} processes, since "
+            f"synchronised batch norm needs as many micro-batches in each; got {stage.batch_size}"
+        )
+    if not prepared.folder.begun:  # later, what a stage starts from or learns from may have gone
+        _check_teachers(prepared, number)
+    if stage.checkpoint_activations and prepared.recipe.runtime.compile:
+        raise UserError(f"{key}.checkpoint_activations: not with runtime.compile; set one to false")
+    if stage.init is not None and not prepared.folder.begun:
+        with _under(f"{key}.init"):
+            start_from(prepared, stage, copy.deepcopy(prepared.model))
+
+
+def passes_of(prepared: Prepared, stage: Stage, teachers: Mapping[str, nn.Module] | None = None) -> Passes:
+    """Plan a stage's passes through the run's network, with fresh heads of the objective's own if it has any."""
+    example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)
+    return Passes.of(prepared.model, stage, teachers=teachers, example=example, seed=prepared.recipe.runtime.seed)
+
+
+def _check_needs(prepared: Prepared, number: int) -> None:
+    """Refuse an objective that needs what this network does not have; warn where several processes change it."""
+    stage = prepared.recipe.stages[number]
+    teachers = stage.objective.teachers()
+    needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
+    with _under(f"stages.{number}.objective"):
+        passes_of(prepared, stage).look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
+    if group().world > 1 and not stage.objective.per_image:
+        _log.warning(
+            "stage %s: the loss of %s is taken over each process's share of the batch: it is another one than on one "
+            "process", stage.name, stage.objective.registered_name,
+        )  # fmt: skip
+
+
+def earlier_stage(recipe: Recipe, number: int, name: str) -> Stage | None:
+    """Return the stage of a name among those before a stage; None if there is none."""
+    return next((stage for stage in recipe.stages[:number] if stage.name == name), None)
+
+
+def _check_teachers(prepared: Prepared, number: int) -> None:
+    """Refuse teachers that cannot be loaded, or do not know these images and classes."""
+    for name, where in prepared.recipe.stages[number].objective.teachers().items():
+        if where != BEFORE and earlier_stage(prepared.recipe, number, where) is None:
+            with _under(f"stages.{number}.objective, teacher {name}"):
+                _check_labels(prepared.architecture, load(where), where)
+
+
+def _check_labels(architecture: Architecture, model: nn.Module, where: str) -> None:
+    image = torch.zeros(1, *architecture.image_shape)
+    try:
+        with torch.no_grad():
+            given = model(image).shape[1]
+    except RuntimeError as error:
+        raise UserError(f"{where}: does not take images {list(image.shape[1:])}: {error}") from None
+    if given != architecture.num_classes:
+        raise UserError(f"{where}: knows {given} classes, the data have {architecture.num_classes}")
+
+
+def _warn_of_idle(stage: Stage) -> None:
+    """Warn of settings that begin only after the stage's end, as when it was shortened for a trial."""
+    late = {
+        "awp.start": None if stage.awp is None else stage.awp.start,
+        "average.start": getattr(stage.average, "start", None),
+        "schedule.warmup": getattr(stage.schedule, "warmup", None),
+    }
+    for key, start in late.items():
+        if start and start >= stage.epochs > 0:
+            _log.warning(
+                "stage %s: %s is %g, and the stage has %d epochs: it ends before that", stage.name, key, start,
+                stage.epochs,
+            )  # fmt: skip
+
+
+def _warn_of_reach(key: str, attack: Attack, threat: ThreatModel) -> None:
+    """Warn of steps that are left over from another radius or norm: they end inside the ball."""
+    steps, length = getattr(attack, "steps", 1), getattr(attack, "step_size", None)
+    if length is not None and steps * length < threat.eps:
+        _log.warning(
+            "%s: steps=%d of %.3g reach %.3g, and eps is %.3g; leave step_size out (null) for 2.5 eps / steps", key,
+            steps, length, steps * length, threat.eps,
+        )  # fmt: skip

@@ -1,0 +1,379 @@
+"""Train the stages of a run, from where its folder stands to the finished model."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from dualhead.data import Loader, OpenStream, StreamSetting
+from dualhead.errors import UserError
+from dualhead.heads import DualHeadClassifier
+from dualhead.models import load_state, read_state, write_state
+from dualhead.objectives import BEFORE
+from dualhead.recipe import Runtime
+from dualhead.runs.folder import load_kept, open_folder, write_digests
+from dualhead.runs.prepare import (
+    Prepared,
+    augmentations_of,
+    earlier_stage,
+    fresh_model,
+    passes_of,
+    start_from,
+    synchronises,
+)
+from dualhead.saving import load, save_model, view
+from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic, slowdown_by_bf16, with_lanes
+from dualhead.system.devices import describe_environment, float32_products
+from dualhead.system.files import write_json
+from dualhead.system.processes import group
+from dualhead.training import (
+    CheckpointStore,
+    MetricsLog,
+    Position,
+    Saved,
+    Selection,
+    Stage,
+    StageFiles,
+    StageRun,
+    StepProfiler,
+    TrainingProgress,
+    Validator,
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What all stages of a run share.
+
+    Args:
+        prepared: the run.
+        arithmetic: number format of the passes.
+        states: what an unfinished run goes on from.
+        log: the run's metrics.
+        progress: told what happens.
+        stop: whether to end early.
+        profile: look at a few steps of each stage.
+    """
+
+    prepared: Prepared
+    arithmetic: Arithmetic
+    states: CheckpointStore
+    log: MetricsLog
+    progress: TrainingProgress
+    stop: Callable[[], bool]
+    profile: bool
+
+    def files(self, stage: Stage) -> StageFiles:
+        """Return where a stage leaves its results."""
+        folder = self.prepared.folder
+        return StageFiles(self.states, folder.weights(stage.name, "best"), folder.weights(stage.name, "last"))
+
+
+def train_stages(
+    prepared: Prepared, progress: TrainingProgress, stop: Callable[[], bool], *, profile: bool = False
+) -> nn.Module:
+    """Train the stages that are not done yet, and write checkpoints and model into the run's folder.
+
+    Args:
+        prepared: the run; this process holds its folder.
+        progress: told of stages, steps and epochs.
+        stop: asked after every step; when true the run saves itself and raises `Interrupted`.
+        profile: look at a few steps of each stage; of several processes the first is profiled.
+
+    Returns:
+        The trained network, on the run's device.
+
+    Raises:
+        Interrupted: when stopped.
+        RunError: when training fails.
+    """
+    recipe, states = prepared.recipe, CheckpointStore(prepared.folder.states)
+    with float32_products(tf32=recipe.runtime.precision == "tf32"):
+        position, saved, arithmetic = _open(prepared, states)
+        log = _open_log(prepared, position)
+        training = _Training(prepared, arithmetic, states, log, progress, stop, profile and group().first)
+        while position.stage < len(recipe.stages):
+            if recipe.stages[position.stage].fit is None:
+                finished, steps = _train_stage(training, position, saved)
+            else:
+                finished, steps = _fit_stage(training, position), 0
+            position, saved = _close_stage(training, finished, steps), None
+        model = _of_architecture(prepared, arithmetic)
+        group().lead(lambda: save_model(prepared.folder.model, model, prepared.architecture, prepared.facts))
+    return model
+
+
+# ---- where the run stands
+
+
+def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved | None, Arithmetic]:
+    """Make the folder, or load from it where the run stands; all processes get the first one's weights.
+
+    Returns:
+        The position, the state of an unfinished stage (None between stages), and the arithmetic.
+    """
+    processes, model = group(), prepared.model
+    facts = {**prepared.facts, **prepared.image_facts}
+    processes.lead(lambda: open_folder(prepared.folder, prepared.recipe, prepared.architecture, facts))
+    processes.lead(lambda: write_digests(prepared.folder, prepared.images.learnt_from))
+    saved = states.load()
+    if saved is not None:
+        load_state(model, saved.model, str(states.folder))
+    arithmetic = processes.lead(lambda: _arithmetic(prepared, begun=saved is not None))
+    arithmetic.lay_out(model)
+    processes.share_state(model)
+    if saved is None:
+        if not processes.first:  # dropout of its own for each share
+            torch.manual_seed(prepared.recipe.runtime.seed + processes.rank)
+        return Position(), None, arithmetic
+    if saved.optimiser is None:  # between stages: what comes next draws from here
+        saved.restore_generators(prepared.device)
+        return saved.position, None, arithmetic
+    return saved.position, saved, arithmetic
+
+
+def _open_log(prepared: Prepared, position: Position) -> MetricsLog:
+    """Open the log of epochs without the lines that came after a position."""
+    numbers = {stage.name: number for number, stage in enumerate(prepared.recipe.stages)}
+
+    def is_past(line: Mapping[str, Any]) -> bool:
+        return (numbers.get(line["stage"], -1), line["epoch"]) <= (position.stage, position.epoch)
+
+    tensorboard = prepared.folder.tensorboard if prepared.recipe.runtime.tensorboard else None
+    return MetricsLog(prepared.folder.metrics, keep=is_past, tensorboard=tensorboard)
+
+
+def _arithmetic(prepared: Prepared, *, begun: bool) -> Arithmetic:
+    """Choose number format, layout and lanes, and write them down; a run that has begun keeps its own."""
+    environment = prepared.folder.environment
+    if begun and environment.is_file():  # it is kept, whatever would be faster now
+        known = yaml.safe_load(environment.read_text(encoding="utf-8"))
+        if lacking := {"precision", "channels_last", "lanes"} - set(known):
+            raise UserError(
+                f"{environment}: an earlier version began this run, and did not write down "
+                f"{min(lacking)}; finish it with that version, or choose another --run-dir"
+            )
+        bf16 = known["precision"] == "bf16"
+        return Arithmetic(bf16, known["channels_last"], known["lanes"], prepared.recipe.runtime.compile)
+    chosen = choose_for_training(prepared)
+    name = "tf32" if prepared.recipe.runtime.precision == "tf32" else chosen.name
+    facts = {"precision": name, "channels_last": chosen.channels_last, "lanes": chosen.lanes}
+    facts["compiled"] = chosen.compiled
+    write_json(environment, {**describe_environment(prepared.device), **facts})
+    return chosen
+
+
+def choose_for_training(prepared: Prepared) -> Arithmetic:
+    """Choose number format, layout and lanes for a new run, by measuring where the recipe leaves them open."""
+    runtime, model = prepared.recipe.runtime, prepared.model
+    shape = (min(128, prepared.recipe.stages[0].batch_size), *prepared.architecture.image_shape)
+    example = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(prepared.device)
+    chosen = choose_arithmetic(precision_of(runtime), model, example, runtime.layout)
+    if runtime.precision == "bf16" and prepared.device.type == "cpu":
+        slower = slowdown_by_bf16(chosen, model, example)
+        if slower > 1.5:
+            _log.warning(
+                "runtime.precision: on this CPU bf16 takes %.1f times as long as float32; "
+                "auto takes the faster one", slower,
+            )  # fmt: skip
+    lanes = 1 if runtime.compile else runtime.lanes
+    chosen = replace(chosen, compiled=runtime.compile)
+    return with_lanes(chosen, model, example) if lanes == "auto" else replace(chosen, lanes=lanes)
+
+
+def precision_of(runtime: Runtime) -> Precision:
+    """Return the number format of passes; `float32_products` rounds the products of float32."""
+    return "float32" if runtime.precision == "tf32" else runtime.precision
+
+
+def _of_architecture(prepared: Prepared, arithmetic: Arithmetic) -> nn.Module:
+    """Return the trained network as its architecture makes it, without synchronised batch norm."""
+    if not synchronises(prepared.recipe):
+        return prepared.model
+    model = prepared.architecture.create().to(prepared.device)
+    load_state(model, prepared.model.state_dict(), "trained weights")
+    arithmetic.lay_out(model)
+    return model
+
+
+# ---- one stage
+
+
+def _train_stage(training: _Training, position: Position, saved: Saved | None) -> tuple[Position, int]:
+    """Train a stage from a position.
+
+    Args:
+        training: the run.
+        position: within the stage.
+        saved: the state at that position; None at the stage's beginning.
+
+    Returns:
+        The position at its end, and the number of steps of an epoch.
+    """
+    prepared, number = training.prepared, position.stage
+    recipe, stage = prepared.recipe, prepared.recipe.stages[number]
+    if saved is None:
+        _begin_stage(prepared, number)
+    teachers = teachers_of(prepared, number, begun=saved is not None)
+    passes, loader = passes_of(prepared, stage, teachers), _loader(prepared, number)
+    training.progress.stage(
+        stage.name, number + 1, len(recipe.stages), stage.epochs, len(loader),
+        position.epoch * len(loader) + position.step,
+    )  # fmt: skip
+    run = StageRun(
+        stage,
+        passes,
+        loader,
+        validator=_validator(prepared),
+        threat=stage.threat(recipe.threat),
+        arithmetic=training.arithmetic,
+        seed=recipe.runtime.seed,
+        device=prepared.device,
+        files=training.files(stage),
+        log=training.log,
+        progress=training.progress,
+        stop=training.stop,
+        save_minutes=recipe.runtime.save_minutes,
+        profiler=StepProfiler(prepared.folder.profile, stage.name, prepared.device) if training.profile else None,
+        streams=_streams(prepared, stage, loader),
+    )
+    if saved is not None:
+        run.restore(saved)
+    return run.run(position), len(loader)
+
+
+def _fit_stage(training: _Training, position: Position) -> Position:
+    """Choose the aggregator's parameters; short, so that a stage that was stopped begins anew."""
+    prepared = training.prepared
+    stage, validator = prepared.recipe.stages[position.stage], _validator(prepared)
+    assert isinstance(prepared.model, DualHeadClassifier) and stage.fit is not None and validator is not None
+    _begin_stage(prepared, position.stage)
+    training.progress.stage(stage.name, position.stage + 1, len(prepared.recipe.stages), 0, 0, 0)
+    selection = Selection(prepared.model, stage.fit, validator, training.arithmetic, prepared.device, training.stop)
+    finished = selection.run(Position(stage=position.stage))
+    training.log.write(
+        {"stage": stage.name, "epoch": 1, "step": 0, **finished.best, "seconds": round(finished.seconds, 3)}
+    )
+    files = training.files(stage)
+    files.write_best(prepared.model)
+    files.write_last(prepared.model)
+    return finished
+
+
+def _begin_stage(prepared: Prepared, number: int) -> None:
+    """Give the network the weights that a stage begins with: `init`, and a clone of head 1 for new heads."""
+    recipe, model, stage = prepared.recipe, prepared.model, prepared.recipe.stages[number]
+    if stage.init is not None:
+        group().lead(lambda: start_from(prepared, stage, model))
+        group().share_state(model)
+    if isinstance(model, DualHeadClassifier) and recipe.model.second_head == "clone":
+        trained = {part for earlier in recipe.stages[:number] for part in earlier.train}
+        for head in set(model.heads[1:]) & set(stage.train) - trained:
+            model.get_submodule(head).load_state_dict(model.head1.state_dict())
+
+
+def _loader(prepared: Prepared, number: int) -> Loader:
+    recipe, stage = prepared.recipe, prepared.recipe.stages[number]
+    return Loader(
+        prepared.images.training, stage.batch_size, seed=recipe.runtime.seed + number,
+        augment=augmentations_of(recipe, stage), cutmix=stage.cutmix, extra=prepared.images.extra,
+        fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
+        device=prepared.device, group=group(),
+    )  # fmt: skip
+
+
+def _validator(prepared: Prepared) -> Validator | None:
+    held_out, recipe = prepared.images.held_out, prepared.recipe
+    if held_out is None:
+        return None
+    settings = recipe.validation
+    return Validator(held_out, settings.attack, settings.every, recipe.threat, recipe.runtime.seed)
+
+
+def _streams(prepared: Prepared, stage: Stage, loader: Loader) -> dict[str, OpenStream]:
+    """Open the streams of a stage's objective."""
+    opened = {}
+    for name, stream in stage.objective.streams().items():
+        setting = StreamSetting(
+            prepared.images.training, len(loader), loader.global_batch,
+            zlib.crc32(f"{stage.name}/{name}".encode()) + prepared.recipe.runtime.seed, prepared.device, group(),
+            prepared.images.further.__getitem__,
+        )  # fmt: skip
+        opened[name] = stream.open(setting)
+    return opened
+
+
+def teachers_of(prepared: Prepared, number: int, *, begun: bool) -> dict[str, nn.Module]:
+    """Load the models outside the network that a stage's objective asks.
+
+    Args:
+        prepared: the run.
+        number: of the stage.
+        begun: whether the stage goes on; else the network is what it begins with, and is kept if it is a teacher.
+
+    Returns:
+        By name, classifiers from images [B, C, H, W] to logits [B, num_classes], on the run's device.
+
+    Raises:
+        UserError: if one cannot be loaded.
+    """
+    stage, found = prepared.recipe.stages[number], {}
+    for name, where in stage.objective.teachers().items():
+        if where == BEFORE and not begun:
+            _keep_before(prepared, stage)
+        teacher = _teacher(prepared, number, where).to(prepared.device)
+        found[name] = teacher.requires_grad_(requires_grad=False)
+    return found
+
+
+def _keep_before(prepared: Prepared, stage: Stage) -> None:
+    """Write the weights that a stage begins with, for those who learn from them."""
+    path, model = prepared.folder.weights(stage.name, BEFORE), prepared.model
+    group().lead(lambda: write_state(model.state_dict(), path))
+
+
+def _teacher(prepared: Prepared, number: int, where: str) -> nn.Module:
+    if where == BEFORE:
+        stage, model = prepared.recipe.stages[number], fresh_model(prepared)
+        path = prepared.folder.weights(stage.name, BEFORE)
+        load_state(model, group().lead(lambda: read_state(path)), str(path))
+        return view(model, stage.output)
+    earlier = earlier_stage(prepared.recipe, number, where)
+    if earlier is None:
+        return load(where)
+    model = fresh_model(prepared)
+    load_kept(prepared.folder, earlier, model)
+    return view(model, earlier.output)
+
+
+def _close_stage(training: _Training, finished: Position, steps: int) -> Position:
+    """Write what a finished stage cost and reached, and go on from the weights that it keeps.
+
+    Returns:
+        The position at the next stage's beginning.
+    """
+    prepared = training.prepared
+    stage = prepared.recipe.stages[finished.stage]
+    summary = {
+        "stage": stage.name,
+        "epochs": finished.epoch,
+        "seconds": round(finished.seconds, 3),
+        "steps": finished.epoch * steps,
+        "flops": finished.flops,
+        "best": finished.best or None,
+        "kept": stage.keep,
+    }
+    group().lead(lambda: write_json(prepared.folder.summary(stage.name), summary))
+    load_kept(prepared.folder, stage, prepared.model)
+    position = Position(stage=finished.stage + 1)
+    training.states.save(position, prepared.model, None)
+    return position

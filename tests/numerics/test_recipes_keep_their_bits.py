@@ -1,0 +1,79 @@
+"""Recipes train the weights that they trained before the library was rebuilt, to the bit, with no kernel more.
+
+`tools/freeze_recipes.py` made `data/recipe_digests.json` with the code as it was: for every recipe that ships, at
+a tiny size, and for small recipes of settings that none of them uses, digests of the weights that each stage leaves,
+and counts of the convolutions, batch norms and matrix products of its training steps. Bits depend on the processor's
+instructions, so the runs take place in processes that use only what every x86-64 has. A change that alters results on
+purpose makes its cases anew with the same tool, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import pytest
+
+from helpers.frozen_recipes import DIGESTS, FAST, SMALL, groups, measure_apart, shipped_names
+
+pytestmark = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="the digests are those of x86-64 processors"
+)
+QUICK = ("shipped: cifar10_cpu", "shipped: others", "small, in short")
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return json.loads(DIGESTS.read_text(encoding="utf-8"))
+
+
+def in_total(kernels, direction):
+    return sum(count for kind, count in kernels.items() if kind.startswith(direction))
+
+
+def differences(name, found, frozen):
+    """What of a case is not as it was, in words."""
+    weights = found["weights"]
+    if weights.keys() != frozen["weights"].keys():
+        yield f"{name}: leaves {sorted(weights)}, and left {sorted(frozen['weights'])}"
+        return
+    yield from (f"{name}: other weights in {place}" for place in weights if weights[place] != frozen["weights"][place])
+    for stage, kernels in found["kernels"].items():
+        for direction in ("forward", "backward"):
+            now, before = in_total(kernels, direction), in_total(frozen["kernels"][stage], direction)
+            if now > before:
+                yield f"{name}: stage {stage} runs {now} {direction} kernels, and ran {before}"
+
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in groups()]
+)
+def test_weights_are_the_same_to_the_bit_and_kernels_are_no_more(group, frozen):
+    names = groups()[group]
+    found = measure_apart(names)
+    told = [line for name in names for line in differences(name, found[name], frozen[name])]
+    assert not told, "\n".join(told)
+
+
+@pytest.mark.slow
+def test_digests_do_not_depend_on_threads(frozen):
+    names = ["cifar10_cpu_guided", *FAST[::3]]
+    found = measure_apart(names, threads=2)
+    assert [name for name in names if found[name]["weights"] != frozen[name]["weights"]] == []
+
+
+def test_every_case_is_frozen_and_counts_passes_in_both_directions(frozen):
+    assert set(frozen) == {*shipped_names(), *SMALL}
+    idle = [
+        f"{name}: {stage}" for name, case in frozen.items() for stage, kernels in case["kernels"].items()
+        if not (in_total(kernels, "forward") and in_total(kernels, "backward"))
+    ]  # fmt: skip
+    assert idle == ["cifar10_cpu_mixed: mix"]  # chosen by trying, on held-out images
+
+
+def test_a_changed_weight_or_a_kernel_more_is_told(frozen):
+    case = frozen["trades"]
+    other = {**case["weights"], "model": "0" * 64}
+    more = {"stage": {**case["kernels"]["stage"], "forward: convolution": 10**6}}
+    assert list(differences("trades", case, case)) == []
+    assert len(list(differences("trades", {"weights": other, "kernels": more}, case))) == 2

@@ -1,0 +1,264 @@
+"""Methods that the contract of objectives is made for, each against a loop written by hand: equal to the bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
+
+from dualhead.attacks import attacks
+from dualhead.attacks.base import slope
+from dualhead.data import StreamImages
+from dualhead.errors import UserError
+from dualhead.objectives import Features, Logits, objectives
+from dualhead.objectives.base import kl_divergence
+from dualhead.system.arithmetic import FLOAT32
+from dualhead.system.modes import in_eval_mode
+from dualhead.threats import ThreatModel
+from dualhead.training import Passes
+from dualhead.training.step import TrainingStep
+from helpers.new_methods import Energy, Predictor
+from helpers.training import THREAT, batch, dual_model, plain_model, stage_of, streams_of
+
+EVERY = ("trunk", "head1", "head2")
+LINF, L2 = ThreatModel("Linf", 8 / 255), ThreatModel("L2", 0.5)
+
+
+class Hand:
+    """A loop by hand on a copy of a model: attacks in eval mode, each pass in train mode, one step of SGD."""
+
+    def __init__(self, model, stage):
+        self.model, self.stage = copy.deepcopy(model), stage
+
+    def attack(self, climb, x, attack=None, threat=THREAT, streams=None, modules=()):
+        attack = attack or self.stage.attack
+        modes = [(m, m.training) for root in (self.model, *modules) for m in root.modules()]
+        for root in (self.model, *modules):
+            root.eval()
+        x_adv = attack.start_point(x, threat, streams)
+        for _ in range(attack.steps):
+            x_adv = threat.project(threat.ascend(x_adv, slope(climb, x_adv), attack.step_length(threat)), x)
+        for module, mode in modes:
+            module.training = mode
+        return x_adv
+
+    def descend(self, loss, *others):
+        parameters = [p for root in (self.model, *others) for p in root.parameters() if p.requires_grad]
+        optimiser = self.stage.optimiser.create(parameters)
+        optimiser.zero_grad()
+        loss.backward()
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        optimiser.step()
+        return gradients
+
+
+def ours(model, stage, data, *, teachers=None, further=None):
+    """A step of ours on a copy of a model; the copy, its own heads, and the gradients."""
+    model = copy.deepcopy(model)
+    passes = Passes.of(model, stage, teachers=teachers, example=data.x[:1], seed=3)
+    step = TrainingStep(passes, stage, THREAT, stage.optimiser.create(passes.parameters()), FLOAT32)
+    step.begin(0, stage.objective.begin())
+    outcome = step(data, streams_of(data), further)
+    return model, passes, [p.grad for p in passes.parameters()], outcome
+
+
+def assert_same(model, gradients, hand, by_hand):
+    for one, other in zip(gradients, by_hand, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+    for (name, one), other in zip(model.state_dict().items(), hand.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def cross_entropies(z, y):
+    return F.cross_entropy(z, y, reduction="none")
+
+
+@pytest.mark.parametrize("layer", [None, "block1"])
+def test_alignment_of_features_with_a_predictor_and_stopped_gradient(layer):
+    model, data = dual_model(), batch(0)
+    stage = stage_of({"name": "test_align", "layer": layer}, EVERY)
+    found, passes, gradients, _ = ours(model, stage, data)
+    hand = Hand(model, stage)
+    net = hand.model.train()
+    net.set_trainable(set(EVERY))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        predictor = Predictor(16)
+    taps = {}
+    if layer:
+        net.trunk.get_submodule(layer).register_forward_hook(lambda m, a, out: taps.update(last=out))
+    x_adv = hand.attack(
+        lambda x: cross_entropies(net.head("head2", net.features(x)), data.y), data.x, streams=streams_of(data)
+    )
+    clean = net.features(data.x)
+    u = taps["last"] if layer else clean
+    p = net.head("head1", clean)
+    attacked = net.features(x_adv)
+    v = taps["last"] if layer else attacked
+    q = net.head("head2", attacked)
+    loss = 0.5 * F.cross_entropy(p, data.y) + 0.5 * F.cross_entropy(q, data.y)
+    loss = loss + 3.0 * (1.0 - F.cosine_similarity(predictor(v), u.mean((2, 3)).detach()).mean())
+    by_hand = hand.descend(loss, predictor)
+    assert_same(found, gradients, net, by_hand)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(passes.heads.state_dict().values(), predictor.state_dict().values(), strict=True)
+    )
+
+
+def test_learning_without_forgetting():
+    model, data, old = plain_model(), batch(0), plain_model(seed=5).eval()
+    stage = stage_of("test_lwf", ("model",))
+    found, _, gradients, _ = ours(model, stage, data, teachers={"old": copy.deepcopy(old)})
+    hand = Hand(model, stage)
+    net = hand.model.train()
+    x_adv = hand.attack(lambda x: cross_entropies(net(x), data.y), data.x, streams=streams_of(data))
+    with torch.no_grad():
+        was = old(x_adv)
+    now = net(x_adv)
+    by_hand = hand.descend(F.cross_entropy(now, data.y) + 2.0 * kl_divergence(was, now).mean())
+    assert_same(found, gradients, net, by_hand)
+
+
+def test_a_second_inner_maximisation():
+    model, data = plain_model(), batch(0)
+    stage = stage_of("test_alr", ("model",))
+    found, _, gradients, _ = ours(model, stage, data)
+    hand = Hand(model, stage)
+    net, noise = hand.model.train(), streams_of(data)
+    x_adv = hand.attack(lambda x: cross_entropies(net(x), data.y), data.x, streams=noise)
+    with torch.no_grad(), in_eval_mode(net):
+        target = net(data.x)
+    far = hand.attack(
+        lambda x: (net(x) - target).square().sum(1), data.x, attacks.build("pgd-3"), streams=noise.fork("far")
+    )
+    z, q, moved = net(data.x), net(x_adv), net(far)
+    loss = F.cross_entropy(q, data.y) + 0.5 * (moved - z).square().sum(1).mean()
+    assert_same(found, gradients, net, hand.descend(loss))
+
+
+def test_the_mean_over_two_threats():
+    model, data = plain_model(), batch(0)
+    stage = stage_of("test_avg", ("model",))
+    found, _, gradients, _ = ours(model, stage, data)
+    hand = Hand(model, stage)
+    net, noise, attack = hand.model.train(), streams_of(data), attacks.build("pgd-4")
+
+    def attacked(name, threat):
+        return hand.attack(lambda x: cross_entropies(net(x), data.y), data.x, attack, threat, streams=noise.fork(name))
+
+    first, second = attacked("linf", LINF), attacked("l2", L2)
+    loss = F.cross_entropy(net(first), data.y) / 2 + F.cross_entropy(net(second), data.y) / 2
+    assert_same(found, gradients, net, hand.descend(loss))
+
+
+def test_an_energy_on_streams_of_real_images_and_seeds():
+    model, data, real = plain_model(), batch(0), batch(1)
+    seeds = 0.5 + 0.1 * streams_of(data).fork("seeds").normal(3, 12, 12)
+    stage = stage_of({"name": "test_energy", "steps": 2}, ("model",))
+    further = {"real": StreamImages(real.x, real.y), "seeds": StreamImages(seeds)}
+    found, _, gradients, outcome = ours(model, stage, data, further=further)
+    hand = Hand(model, stage)
+    net, noise = hand.model.train(), streams_of(data)
+    x_adv = hand.attack(lambda x: cross_entropies(net(x), data.y), data.x, streams=noise)
+    ascent = attacks.build({"name": "pgd", "steps": 2, "step_size": 0.1, "start": "clean"})
+    made = hand.attack(
+        lambda x: net(x).gather(1, data.y[:, None])[:, 0], seeds, ascent, ThreatModel("L2", 1e3),
+        streams=noise.fork("contrast"),
+    )  # fmt: skip
+    assert not torch.equal(made, seeds)
+    q, up, down = net(x_adv), net(real.x).logsumexp(1), net(made).logsumexp(1)
+    loss = F.cross_entropy(q, data.y) + 0.5 * (F.softplus(-up).mean() + F.softplus(down).mean())
+    assert_same(found, gradients, net, hand.descend(loss))
+    assert torch.equal(outcome.terms["gap"], (up - down).detach().mean())
+    assert outcome.terms["loss"] == outcome.terms["adversarial"] + outcome.terms["energy"]
+
+
+def test_equal_needs_are_one_and_no_part_runs_twice_on_the_same_images():
+    model = dual_model()
+    passes = Passes(model, EVERY)
+    calls = dict.fromkeys(model.parts, 0)
+    for part in model.parts:
+        model.get_submodule(part).register_forward_hook(lambda *_, part=part: calls.update({part: calls[part] + 1}))
+    needs = {
+        "a": Logits("head1"), "b": Logits("head1"), "c": Logits("mean"), "d": Logits("aggregate"),
+        "e": Features(), "f": Logits("aggregate", on="attacked"),
+    }  # fmt: skip
+    data = batch(0)
+    seen = passes.look(needs)({"clean": data.x, "attacked": data.x})
+    assert calls == {"trunk": 2, "head1": 2, "head2": 2, "aggregator": 2}
+    assert torch.equal(seen["a"], seen["b"])
+    calls.update(dict.fromkeys(calls, 0))
+    passes.look(needs, together=("clean", "attacked"))({"clean": data.x, "attacked": data.x})
+    assert calls == {"trunk": 1, "head1": 1, "head2": 1, "aggregator": 1}
+
+
+@pytest.mark.parametrize(
+    ("need", "told"),
+    [
+        (Logits("head3"), "needs the output head3; this model has head1, head2, mean, aggregate"),
+        (Features("head3"), "needs features of head3"),
+        (Features("head1"), "name a layer of head1"),
+        (Features("head1", layer="nothing"), "head1 has no layer 'nothing'"),
+        (Features(through="nobody"), "has no head 'nobody'"),
+    ],
+)
+def test_what_a_model_does_not_have_is_told(need, told):
+    with pytest.raises(UserError, match=told):
+        Passes(dual_model(), EVERY).look({"need": need})
+
+
+def test_layers_of_a_frozen_trunk_are_refused():
+    with pytest.raises(UserError, match="the trunk is frozen"):
+        Passes(dual_model(), ("head2",)).look({"need": Features(layer="block1")})
+
+
+def test_own_heads_learn_are_not_saved_and_leave_torch_s_generator_alone():
+    stage, data = stage_of("test_align", EVERY), batch(0)
+    model = dual_model()
+    keys = set(model.state_dict())
+    before = torch.get_rng_state()
+    passes = Passes.of(model, stage, example=data.x[:1], seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(model.state_dict()) == keys
+    assert {id(p) for p in passes.heads.parameters()} <= {id(p) for p in passes.parameters()}
+
+
+def test_ikl_is_refused_with_micro_batches():
+    with pytest.raises(Exception, match="micro_batch: the loss of 'ikl' is another one for pieces of a batch"):
+        stage_of("ikl", ("model",), micro_batch=8)
+    stage_of("ikl", ("model",), micro_batch=128)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("name", ["test_lwf", "test_alr", "test_avg", "test_energy"])
+def test_pieces_and_lanes_train_what_the_whole_batch_does(name, lanes):
+    """In eval mode all that an image needs is its own; so all but batch norm's statistics are those of the batch."""
+    model = plain_model().double().float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval().requires_grad_(requires_grad=False)
+            module.train = lambda mode=True, module=module: module  # statistics are constants
+    data, real = batch(0, 32), batch(1, 32)
+    seeds = streams_of(data).fork("seeds").uniform(3, 12, 12)
+    further = {"real": StreamImages(real.x, real.y), "seeds": StreamImages(seeds)} if name == "test_energy" else {}
+    weights = []
+    for micro, count in ((None, 1), (16, 1), (None, lanes)):
+        copied = copy.deepcopy(model)
+        stage = stage_of(name, ("model",), micro_batch=micro)
+        teachers = {"old": plain_model(seed=5).eval()} if name == "test_lwf" else {}
+        passes = Passes.of(copied, stage, teachers=teachers)
+        arithmetic = type(FLOAT32)(bf16=False, lanes=count)
+        step = TrainingStep(passes, stage, THREAT, stage.optimiser.create(passes.parameters()), arithmetic)
+        step.begin(0, stage.objective.begin())
+        step(data, streams_of(data), further)
+        weights.append(torch.cat([p.detach().flatten() for p in copied.parameters()]))
+    for other in weights[1:]:
+        assert torch.allclose(weights[0], other, atol=2e-5)
+
+
+def test_registered_for_tests():
+    assert isinstance(objectives.build("test_energy"), Energy)
