@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "objectives": ["objectives"],
     "attacks": ["attacks"],
+    "threats": ["threats"],
     "aggregators": ["aggregators"],
     "backbones": ["backbones"],
     "training": ["augmentations", "averages", "optimisers", "schedules"],
@@ -28,6 +29,8 @@ INTRODUCTIONS = {
     "attacks": "Ways to look for adversarial examples. `--attack NAME`, `evaluate.attacks` and, for those that can "
     "climb any loss, `attack` in a stage. The cost is that of an image that stays robust, with 10 classes; one that is "
     "fooled costs less.",
+    "threats": "What an adversary may do, beside norms (`threat: {norm: Linf, eps: 8/255}`): `threat: {name: NAME, "
+    "eps: ...}` in a recipe or a stage, `dualhead evaluate MODEL --threat NAME --eps ...`.",
     "aggregators": "How the logits of two heads become one. `model.aggregator`.",
     "backbones": "Networks. `model.backbone`, and names for `dualhead layers`.",
     "training": "Parts of a stage and of its data.",
@@ -68,9 +71,17 @@ def _components(page: str, kinds: list[str]) -> str:
     for kind in kinds:
         if len(kinds) > 1:
             lines += [f"## {kind.capitalize()}", ""]
-        for name in REGISTRIES[kind].names():
+        for name in shipped(kind):
             lines += _card(kind, name, REGISTRIES[kind].get(name), "###" if len(kinds) > 1 else "##")
     return "\n".join(lines)
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the components of a kind that the package itself holds, whatever else was registered."""
+    from dualhead.recipe.schema import REGISTRIES
+
+    registry = REGISTRIES[kind]
+    return [name for name in registry.names() if registry.get(name).__module__.startswith("dualhead.")]
 
 
 def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
@@ -91,11 +102,20 @@ def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
         lines += ["| key | default | |", "|---|---|---|"]
         for key, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            default = "required" if required else f"`{field.default}`"
+            default = "required" if required else f"`{_written(field.default)}`"
             words = " ".join(keys.get(key, "").split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {default} | {words} |")
         lines.append("")
     return lines
+
+
+def _written(value: Any) -> Any:
+    """A default as a recipe would say it: of a component its name and what differs from its own defaults."""
+    if not hasattr(value, "registered_name"):
+        return value if value != "" else '""'
+    differs = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
+    fields = "".join(f", {key}: {_written(inside)}" for key, inside in differs.items())
+    return f"{{name: {value.registered_name}{fields}}}" if fields else value.registered_name
 
 
 def _attack_cost(component: Any) -> str:
@@ -115,16 +135,35 @@ def _queries(attack: Any, norm: Any, eps: float) -> str:
 
 
 def _objective_cost(component: Any) -> str:
-    """Passes of an image in a step, by what the objective asks the loop for."""
-    objective = component()
-    passes = int(objective.clean) + int(objective.adversarial)
-    loss = f"{passes} forward and backward pass{'es' if passes > 1 else ''} for the loss"
-    if not objective.adversarial:
-        return f"{loss}; no attack."
-    target = " a forward pass for its target," if objective.clean_target else ""
-    if objective.teachers:
-        target = " two forward passes of the teacher, for the target and for the loss,"
-    return f"one forward and backward pass for each step of the attack,{target} and {loss}."
+    """Passes of an image in a step, as they follow from what the objective needs and what its attacks use."""
+    from dualhead.objectives import Labels
+
+    required = [f.name for f in dataclasses.fields(component) if f.default is dataclasses.MISSING]
+    objective = component(**dict.fromkeys(required, "any"))
+    needs, teachers = objective.needs(), {*objective.teachers(), *objective.frozen()}
+    asked = {n: need for n, need in needs.items() if not isinstance(need, Labels)}
+    own = {n: need for n, need in asked.items() if getattr(need, "output", None) not in teachers}
+    taught = {need for n, need in asked.items() if n not in own}
+    passes = len({need.on for need in own.values()})
+    cost = [f"{_number(passes, 'forward and backward pass')} for the loss"]
+    if taught:
+        cost.append(f"{_number(len(taught), 'forward pass')} of the teacher")
+    if not objective.inner():
+        return f"{', '.join(cost)}; no attack."
+    attacks = []
+    for made, inner in objective.inner().items():
+        attack = "the attack" if len(objective.inner()) == 1 else f"the attack that makes `{made}`"
+        attacks.append(f"one forward and backward pass for each step of {attack}")
+        targets = {own[name].on for name in inner.uses if name in own and own[name].on != made}
+        if targets:
+            attacks.append(f"{_number(len(targets), 'forward pass')} for its target")
+    *first, last = attacks + cost
+    return f"{', '.join(first)}, and {last}."
+
+
+def _number(count: int, what: str) -> str:
+    words = {1: "a" if what.startswith("forward pass") else "one", 2: "two", 3: "three"}
+    return f"{words.get(count, count)} {what}{'es' if count > 1 else ''}"
 
 
 def _aggregator_cost(component: Any) -> str:
@@ -142,7 +181,17 @@ def _aggregator_cost(component: Any) -> str:
     return ", ".join(told) + "."
 
 
-COSTS = {"attacks": _attack_cost, "objectives": _objective_cost, "aggregators": _aggregator_cost}
+def _threat_cost(component: Any) -> str:
+    del component
+    return "the passes of the attack, as under a norm; images are made of points before each."
+
+
+COSTS = {
+    "attacks": _attack_cost,
+    "objectives": _objective_cost,
+    "aggregators": _aggregator_cost,
+    "threats": _threat_cost,
+}
 """Kinds whose cards tell when to use a component, what it costs and where it was published."""
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dualhead.objectives import objectives
     from dualhead.runs import RunResult, train
     from dualhead.saving import load
-    from dualhead.threats import ThreatModel
+    from dualhead.threats import Threat, ThreatModel, threats
 
 __all__ = [
     "DualHeadClassifier",
@@ -33,6 +33,7 @@ __all__ = [
     "Interrupted",
     "RunError",
     "RunResult",
+    "Threat",
     "ThreatModel",
     "UserError",
     "aggregators",
@@ -44,6 +45,7 @@ __all__ = [
     "load",
     "objectives",
     "split_model",
+    "threats",
     "train",
 ]
 
@@ -58,7 +60,7 @@ _HOMES = {
     "dualhead.models": ("backbones",),
     "dualhead.objectives": ("objectives",),
     "dualhead.runs": ("RunResult", "train"),
-    "dualhead.threats": ("ThreatModel",),
+    "dualhead.threats": ("Threat", "ThreatModel", "threats"),
 }
 
 

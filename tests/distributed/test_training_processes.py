@@ -66,6 +66,25 @@ def alone(tmp_path_factory):
     ("world", "words"),
     [
         (2, [network("plain")]),
+        (
+            2,
+            [
+                network("frozen"),
+                "model.attach_at=input",
+                "model.second_head=tied",
+                "model.own=[affine]",
+                "evaluate.gallery=0",
+            ],
+        ),
+        (
+            2,
+            [
+                network("plain"),
+                "stages.main_head.objective={name: test_energy, every: 2, longest: 2}",
+                "stages.second_head.objective={name: test_lwf}",
+                "evaluate.gallery=0",
+            ],
+        ),
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
         pytest.param(
             3,
@@ -73,7 +92,13 @@ def alone(tmp_path_factory):
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["two", "two, frozen batch norm, micro-batches", "three, unequal shares, with all that a stage can add"],
+    ids=[
+        "two",
+        "two, tied heads",
+        "two, streams and a curriculum, and a teacher from before",
+        "two, frozen batch norm, micro-batches",
+        "three, unequal shares, with all that a stage can add",
+    ],
 )
 def test_an_equal_global_batch_gives_the_same_training(alone, tmp_path, world, words):
     assert run_group(world, tmp_path / "run", *words) == [0] * world

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import helpers.new_methods  # noqa: F401  # registers them
 from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.run import train
 from dualhead.system.processes import joined

@@ -297,7 +297,7 @@ BAD = [
     ),
     (
         "NEW model=null",
-        "model: must hold the keys backbone, attach_at, heads, aggregator, second_head, normalize; got None",
+        "model: must hold the keys backbone, attach_at, heads, aggregator, second_head, own, normalize; got None",
     ),
     ("NEW runtime.seed=-1", "runtime.seed: input should be greater than or equal to 0 (got -1)"),
     ("NEW runtime.seed=99999999999999999999", "runtime.seed: input should be less than or equal to"),

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualhead.objectives import objectives
 from dualhead.recipe.schema import REGISTRIES
 from helpers.e2e import TINY, dualhead
+from helpers.plugins import nothing_from_outside
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,6 +38,10 @@ CANNOT = {
     "torchrun --nproc-per-node 8 -m dualhead train imagenet": "ImageNet, 8 GPUs; tests/distributed runs the recipe",
     "dualhead train mine.yaml data.source=path/to/my_images": "weights that only the reader has",
     "dualhead sweep": "trains many networks; its own tests run small ones",
+    "dualhead train half.yaml": "tests/e2e/test_own_components.py runs that page from an empty folder",
+    "dualhead evaluate runs/half": "likewise",
+    "dualhead report runs/half": "likewise",
+    "dualhead list attacks --plugin mine.py": "likewise",
     "dualhead play": "serves until it is stopped; tests/e2e/test_play.py starts and stops it",
 }
 """Beginnings of commands that are not run here. The longest that fits a command counts."""
@@ -196,12 +200,24 @@ def test_python_block_runs(text, place, monkeypatch, tmp_path):
     if 'dualhead.train("digits", run_dir' in text:
         short = ", ".join(repr(pair) for pair in TINY)
         text = text.replace('dualhead.train("digits", run_dir', f'dualhead.train("digits", [{short}], run_dir')
-    before = dict(objectives._classes)
-    try:
+    with nothing_from_outside():  # what a block registers is gone again for other tests
         exec(compile(text, "block", "exec"), {"__name__": "__main__", **known})
-    finally:  # what a block registers is gone again for other tests
-        objectives._classes.clear()
-        objectives._classes.update(before)
+
+
+ATTACK = "one forward and backward pass for each step of the attack, "
+TARGET = "a forward pass for its target, "
+ONE, TWO, THREE = (f"{number} forward and backward pass" for number in ("one", "two", "three"))
+OBJECTIVE_COSTS = {
+    "natural": f"{ONE} for the loss; no attack.",
+    "sat": f"{ATTACK}and {ONE} for the loss.",
+    "distilled": f"{ATTACK}{TWO}es for the loss, and a forward pass of the teacher.",
+    "hat": f"{ATTACK}{TARGET}{THREE}es for the loss, and a forward pass of the teacher.",
+    **dict.fromkeys(("mart", "hybrid"), f"{ATTACK}and {TWO}es for the loss."),
+    **dict.fromkeys(
+        ("trades", "ikl", "joint", "logit_pairing", "reverse_smoothing"), f"{ATTACK}{TARGET}and {TWO}es for the loss."
+    ),
+}
+"""What the cards of objectives say, as counted by hand."""
 
 
 def test_every_card_says_when_at_what_cost_and_where_published():
@@ -209,13 +225,16 @@ def test_every_card_says_when_at_what_cost_and_where_published():
     pages = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pages)
     made = pages.made()
-    for kind in ("objectives", "attacks", "aggregators"):
+    for kind in ("objectives", "attacks", "aggregators", "threats"):
         cards = re.split(r"^## ", made[f"components/{kind}.md"], flags=re.MULTILINE)[1:]
-        assert [card.partition("\n")[0] for card in cards] == list(REGISTRIES[kind].names())
+        own = [n for n in REGISTRIES[kind].names() if REGISTRIES[kind].get(n).__module__.startswith("dualhead.")]
+        assert [card.partition("\n")[0] for card in cards] == own
         for card in cards:
             told = dict(re.findall(r"^\* \*(When|Cost|Paper):\* (.+)$", card, re.MULTILINE))
             assert all(len(told[word]) > 4 for word in ("When", "Cost", "Paper")), card
             assert "When: " not in card.partition("* *When")[0]
+    costs = dict(re.findall(r"^## (\w+)$.*?^\* \*Cost:\* (.+?)$", made["components/objectives.md"], re.M | re.S))
+    assert costs == {name: OBJECTIVE_COSTS[name] for name in costs}
     assert "4,040 queries" in made["components/attacks.md"]  # of autoattack-rand: 20 for each gradient
 
 

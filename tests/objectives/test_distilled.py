@@ -9,33 +9,36 @@ import torch
 
 import dualhead
 from dualhead.errors import UserError
-from dualhead.objectives import objectives
+from dualhead.objectives import Logits, objectives
 from dualhead.recipe.schema import parse_recipe
 from dualhead.recipe.yaml import load_recipe
 from dualhead.training import Passes
+from helpers.objectives import climbed, see
 from helpers.resume import outcome, train_until
-from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
+from helpers.training import CallCounter, batch, counting, dual_model, stage_of, step_of, streams_of
 
 
 def test_the_loss_and_its_gradient_by_hand():
     generator = torch.Generator().manual_seed(0)
-    clean, adv = (torch.randn(4, 2, 5, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    taught, clean, adv = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64).unbind()
+    clean.requires_grad_(), adv.requires_grad_()
     y = torch.zeros(4, dtype=torch.int64)
     objective = objectives.build({"name": "distilled", "beta": 3})
-    loss = objective.loss(clean, adv, y)
-    p, s, attacked = clean[:, 0].softmax(1), clean[:, 1].softmax(1), adv[:, 1].softmax(1)
-    by_hand = [(p * (p / q).log()).sum(1).mean() for q in (s, attacked)]
-    assert torch.allclose(loss.total, by_hand[0] + 3 * by_hand[1])
+    seen = see(objective, clean={"head1": taught, "head2": clean}, attacked={"head2": adv})
+    loss = objective.loss(y, seen)
+    p, s, attacked = taught.softmax(1), clean.softmax(1), adv.softmax(1)
+    by_hand = [(p * (p / q).log()).sum(1) for q in (s, attacked)]
+    assert torch.allclose(loss.total, by_hand[0].mean() + 3 * by_hand[1].mean())
+    assert torch.allclose(climbed(objective, y, seen), by_hand[1])
     loss.total.backward()
-    assert torch.allclose(clean.grad[:, 1], (s - p) / 4)
-    assert torch.allclose(adv.grad[:, 1], 3 * (attacked - p) / 4)
-    assert not clean.grad[:, 0].any()
-    assert not adv.grad[:, 0].any()
+    assert torch.allclose(clean.grad, (s - p) / 4)
+    assert torch.allclose(adv.grad, 3 * (attacked - p) / 4)
 
 
 def test_a_head_that_says_what_its_teacher_says_has_nothing_to_learn():
-    clean = torch.randn(4, 1, 5).expand(4, 2, 5)
-    assert float(objectives.build("distilled").loss(clean, clean, torch.zeros(4)).total) == pytest.approx(0, abs=1e-6)
+    same, objective = torch.randn(4, 5), objectives.build("distilled")
+    loss = objective.loss(torch.zeros(4), see(objective, clean=same, attacked=same))
+    assert float(loss.total) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_teacher_runs_on_clean_images_alone_and_stays_as_it_is():
@@ -44,8 +47,9 @@ def test_the_teacher_runs_on_clean_images_alone_and_stays_as_it_is():
     step = step_of(model, stage_of("distilled", ("head2",), start="gaussian"))
     with CallCounter(trunk=model.trunk, head1=model.head1, head2=model.head2) as calls:
         step(data, streams_of(data))
-    # The trunk: clean images, ten steps, attacked images. Head 1: the target of the attack, and that of the loss.
-    assert calls == {"trunk": 12, "head1": 2, "head2": 12}
+    # The trunk: clean images, ten steps, attacked images. Head 1: once, for the attack and the loss.
+    assert calls == {"trunk": 12, "head1": 1, "head2": 12}
+    assert not any(parameter.requires_grad for parameter in model.head1.parameters())
     for name, value in model.state_dict().items():
         assert name.startswith(("head2.", "aggregator.")) or torch.equal(value, before[name]), name
     assert not torch.equal(model.state_dict()["head2.block2.layer.0.conv1.weight"],
@@ -58,18 +62,50 @@ def test_a_third_head_learns_from_the_first_and_the_second_rests():
     stage = stage_of({"name": "distilled", "student": "head3"}, ("head3",), start="gaussian")
     with CallCounter(**{part: model.get_submodule(part) for part in ("trunk", *model.heads)}) as calls:
         step_of(model, stage)(data, streams_of(data))
-    assert calls == {"trunk": 12, "head1": 2, "head3": 12}
+    assert calls == {"trunk": 12, "head1": 1, "head3": 12}
     changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"head3"}
 
 
-def test_the_attack_climbs_away_from_the_teacher():
+@pytest.mark.parametrize("forward", ["separate", "joint"])
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_the_teacher_runs_once_an_image_whatever_is_put_together(forward, micro_batch):
     model, data = dual_model(), batch(0, 8)
-    program = Passes.of(model, stage_of("distilled", ("head2",)))
+    seen = []
+    model.head1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    stage = stage_of("distilled", ("head2",), forward=forward, micro_batch=micro_batch, batch_size=8)
+    step_of(model, stage)(data, streams_of(data))
+    assert seen == ([8] if micro_batch is None else [4, 4])
+
+
+def test_a_step_takes_27_passes_of_a_head():
+    """12 forward, 12 to activations and 2 to weights of the student, and one forward of the teacher."""
+    model, data = dual_model(), batch(0, 4)
+    step = step_of(model, stage_of("distilled", ("head2",), start="gaussian"))
+    with counting(model) as kernels:
+        step(data, streams_of(data))
+    layer = "block2.layer.0.conv2"
+
+    def passes(head):
+        return sum(kernels.counts[kind, f"{head}.{layer}"] for kind in ("forward", "input_gradient", "weight_gradient"))
+
+    assert (passes("head1"), passes("head2")) == (1, 26)
+
+
+def test_the_attack_climbs_away_from_the_teacher():
+    """What is frozen is a constant; through the student alone goes a gradient to the images."""
+    model, data = dual_model(), batch(0, 8)
+    passes = Passes.of(model, stage_of("distilled", ("head2",)))
     model.eval()
-    target = program.target_suffix(program.prefix(data.x))
-    assert torch.allclose(target[:, 0], model.view("head1")(data.x), atol=1e-6)
-    assert torch.allclose(program.attacked_logits(data.x)[:, 0], model.view("head2")(data.x), atol=1e-6)
+    assert passes.is_constant(Logits("head1")) and not passes.is_constant(Logits("head2", on="attacked"))
+    objective = objectives.build("distilled")
+    inner, needs = objective.inner()["attacked"], objective.needs()
+    used = [needs[name] for name in inner.uses]
+    assert used == [Logits("head1"), Logits("head2", on="attacked")]
+    features = passes.prefix(data.x)
+    seen = passes.look({name: needs[name] for name in inner.uses})({"clean": features, "attacked": features})
+    assert torch.allclose(seen["taught"], model.view("head1")(data.x), atol=1e-6)
+    assert torch.allclose(seen["adv"], model.view("head2")(data.x), atol=1e-6)
 
 
 @pytest.mark.parametrize("output", ["head1", "head2", "mean", "aggregate"])

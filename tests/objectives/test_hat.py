@@ -13,33 +13,75 @@ from pydantic import ValidationError
 
 from dualhead.errors import Interrupted, UserError
 from dualhead.models import read_state
+from dualhead.objectives import objectives
 from dualhead.objectives.base import kl_divergence
 from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.run import train
 from dualhead.saving.architecture import Architecture
 from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
-from dualhead.training import Passes
+from dualhead.training import Passes, Stage
 from dualhead.training.step import TrainingStep
+from helpers.objectives import climbed, see
 from helpers.resume import outcome
 from helpers.training import THREAT, CallCounter, batch, dual_model, plain_model, stage_of, step_of, streams_of
 
 
-def step_with(model, helper, **settings):
-    stage = stage_of({"name": "trades", "beta": 2.5}, ("model",), helper={"weights": "any", **settings}, lr=0.01)
-    program = Passes.of(model, stage)
-    optimiser = stage.optimiser.create(program.parameters())
-    return TrainingStep(program, stage, THREAT, optimiser, FLOAT32, helper=helper)
+def hat(**fields):
+    return {"name": "hat", "weights": "any", **fields}
+
+
+def step_with(model, standard, parts=("model",), **fields):
+    stage = stage_of(hat(**fields), parts, lr=0.01)
+    passes = Passes.of(model, stage, teachers={"helper": standard})
+    return TrainingStep(passes, stage, THREAT, stage.optimiser.create(passes.parameters()), FLOAT32)
+
+
+def test_the_loss_and_its_gradient_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    clean, adv, told, far = torch.randn(4, 6, 5, generator=generator, dtype=torch.float64).unbind()
+    far.requires_grad_()
+    y = torch.arange(6) % 5
+    base, objective = objectives.build({"name": "trades", "beta": 2.5}), objectives.build(hat(gamma=0.7))
+    seen = see(objective, clean=clean, attacked={"": adv, "helper": told}, beyond=far)
+    alone = see(base, clean=clean, attacked=adv)
+    loss = objective.loss(y, seen)
+    labels = told.argmax(1)
+    by_hand = -far.log_softmax(1)[torch.arange(6), labels].mean()
+    assert torch.allclose(loss.terms["helper"], 0.7 * by_hand)
+    assert torch.allclose(loss.total, base.loss(y, alone).total + 0.7 * by_hand)
+    assert torch.equal(climbed(objective, y, seen), climbed(base, y, alone)), "the attack is the base method's"
+    loss.total.backward()
+    assert torch.allclose(far.grad, 0.7 * (far.softmax(1) - F.one_hot(labels, 5)).detach() / 6)
+
+
+def test_beyond_the_ball_lie_the_images_stretched_and_beyond_black_and_white_too():
+    clean, attacked = torch.tensor([[[[0.0, 0.5, 0.9]]]]), torch.tensor([[[[0.1, 0.4, 1.0]]]])
+    made = objectives.build(hat(stretch=3)).views({"clean": clean, "attacked": attacked})
+    assert set(made) == {"beyond"}
+    assert torch.allclose(made["beyond"], torch.tensor([[[[0.3, 0.2, 1.2]]]]))
+
+
+@pytest.mark.parametrize("base", ["sat", "mart", "logit_pairing", "hybrid"])
+def test_without_weight_it_is_its_base_method(base):
+    generator = torch.Generator().manual_seed(1)
+    clean, adv, told, far = torch.randn(4, 6, 5, generator=generator).unbind()
+    y, alone, objective = torch.arange(6) % 5, objectives.build(base), objectives.build(hat(gamma=0, base=base))
+    seen = see(objective, clean=clean, attacked={"": adv, "helper": told}, beyond=far)
+    own = see(alone, clean=clean, attacked=adv)
+    assert torch.equal(objective.loss(y, seen).total, alone.loss(y, own).total)
+    assert torch.equal(climbed(objective, y, seen), climbed(alone, y, own))
+    assert objective.judged == alone.judged or objective.needs()[objective.judged] == alone.needs()[alone.judged]
 
 
 def test_a_step_descends_by_trades_and_the_helper_term():
-    ours, helper, data = plain_model(), plain_model(seed=5), batch(0, 8)
+    ours, standard, data = plain_model(), plain_model(seed=5), batch(0, 8)
     theirs = copy.deepcopy(ours)
     reference = step_of(theirs, stage_of({"name": "trades", "beta": 2.5}, ("model",), lr=0.01))
-    x_adv = reference._attack(data.x, data.x, data.y, streams_of(data))
-    labels = copy.deepcopy(helper).eval()(x_adv).argmax(1)
+    x_adv = reference._prepare(data, streams_of(data), {}).crossing["attacked"]
+    labels = copy.deepcopy(standard).eval()(x_adv).argmax(1)
 
-    outcome_ = step_with(ours, helper, gamma=0.7, stretch=3.0)(data, streams_of(data))
+    outcome_ = step_with(ours, standard, gamma=0.7, stretch=3.0)(data, streams_of(data))
 
     theirs.train()
     clean, adv, far = (theirs(x) for x in (data.x, x_adv, data.x + 3.0 * (x_adv - data.x)))
@@ -54,11 +96,11 @@ def test_a_step_descends_by_trades_and_the_helper_term():
         assert torch.allclose(a.double(), b.double(), atol=1e-5), name
 
 
-def test_it_costs_four_passes_and_leaves_the_helper_as_it_is():
-    model, helper, data = plain_model(), plain_model(seed=5), batch(0, 4)
-    before = {name: value.clone() for name, value in helper.state_dict().items()}
+def test_it_costs_four_passes_and_leaves_the_standard_model_as_it_is():
+    model, standard, data = plain_model(), plain_model(seed=5), batch(0, 4)
+    before = {name: value.clone() for name, value in standard.state_dict().items()}
     costs = []
-    steps = (step_of(plain_model(), stage_of("trades", ("model",), lr=0.01)), step_with(model, helper))
+    steps = (step_of(plain_model(), stage_of("trades", ("model",), lr=0.01)), step_with(model, standard))
     for step in steps:
         with CountFlops() as counter:
             step(data, streams_of(data))
@@ -66,17 +108,14 @@ def test_it_costs_four_passes_and_leaves_the_helper_as_it_is():
     with CountFlops() as forward, torch.no_grad():
         model(data.x)
     assert 3.5 < (costs[1] - costs[0]) / forward.total <= 4
-    assert all(torch.equal(value, before[name]) for name, value in helper.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in standard.state_dict().items())
 
 
 def test_only_the_head_that_is_deployed_sees_the_images_beyond_the_ball():
     guided = {"name": "joint", "head1": "trades", "head2": "natural", "aggregate": None, "attack": "head1",
               "guidance": 1}  # fmt: skip
     model, data = dual_model(), batch(0, 8)
-    stage = stage_of(guided, ("trunk", "head1", "head2"), helper={"weights": "any"})
-    program = Passes.of(model, stage)
-    step = TrainingStep(program, stage, THREAT, stage.optimiser.create(program.parameters()), FLOAT32,
-                        helper=plain_model(seed=5))  # fmt: skip
+    step = step_with(model, plain_model(seed=5), ("trunk", "head1", "head2"), base=guided)
     seen = []
     model.head2.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     with CallCounter(head1=model.head1) as calls:
@@ -85,8 +124,28 @@ def test_only_the_head_that_is_deployed_sees_the_images_beyond_the_ball():
     assert seen == [8]
 
 
-def hat_recipe(folder, *, weights="standard", init="reset", **more):
-    """Natural training and HAT on few digits."""
+@pytest.mark.parametrize("objective", ["trades", {"name": "sat", "label_smoothing": 0.1}])
+def test_a_stage_as_it_was_written_before_reads_as_the_objective(objective):
+    """Runs that are finished hold `helper` beside their objective, and null where a stage has none."""
+    fields = {"weights": "standard", "gamma": 0.25, "stretch": 3}
+    old = stage_of(objective, ("model",), helper=fields)
+    assert old == stage_of({"name": "hat", **fields, "base": objective}, ("model",))
+    assert old.objective == objectives.build({"name": "hat", **fields, "base": objective})
+    assert not hasattr(old, "helper")
+    assert stage_of(objective, ("model",), helper=None) == stage_of(objective, ("model",))
+
+
+def test_a_helper_without_an_objective_is_refused_as_before():
+    with pytest.raises(ValidationError, match="objective"):
+        Stage.model_validate({"name": "hat", "train": ("model",), "epochs": 1, "helper": {"weights": "x"}})
+
+
+def hat_recipe(folder, *, weights="standard", init="reset", old=False, **more):
+    """Natural training and HAT on few digits; `old`: as stages were written before it was an objective."""
+    fields = {"weights": weights, **more}
+    method = (
+        {"objective": "trades", "helper": fields} if old else {"objective": {"name": "hat", "base": "trades", **fields}}
+    )
     short = {"epochs": 1, "batch_size": 32, "train": ["model"]}
     content = {
         "data": {"source": "digits", "validation": 32, "train_limit": 128},
@@ -95,8 +154,7 @@ def hat_recipe(folder, *, weights="standard", init="reset", **more):
         "stages": [
             {"name": "standard", "objective": "natural", **short},
             {
-                "name": "hat", "objective": "trades", "attack": "pgd-2", "init": init,
-                "helper": {"weights": weights, **more}, **short, "epochs": 2,
+                "name": "hat", **method, "attack": "pgd-2", "init": init, **short, "epochs": 2,
             },
         ],
         "validation": {"attack": "pgd-1"},
@@ -106,6 +164,10 @@ def hat_recipe(folder, *, weights="standard", init="reset", **more):
     path = folder / "hat.yaml"
     path.write_text(yaml.safe_dump(content))
     return load_recipe(str(path))
+
+
+def test_a_recipe_as_it_was_written_before_is_the_same_recipe(tmp_path):
+    assert hat_recipe(tmp_path, gamma=0.3, old=True).resolved() == hat_recipe(tmp_path, gamma=0.3).resolved()
 
 
 def test_a_stage_of_the_run_is_the_helper_and_the_next_begins_afresh(tmp_path):
@@ -154,13 +216,15 @@ def test_stopped_at_steps_it_goes_on_bit_for_bit(tmp_path):
 
 def test_what_cannot_be_a_helper_is_refused_before_anything_is_written(tmp_path):
     for fields, message in (
-        ({"weights": "nowhere"}, "stages.1.helper.weights: nowhere: holds no finished model"),
-        ({"weights": "hat"}, "stages.1.helper.weights: hat: holds no finished model"),
-        ({"stretch": 1}, "stages.1.helper.stretch"),
-        ({"gamma": -1}, "stages.1.helper.gamma"),
+        ({"weights": "nowhere"}, "stages.1.objective, teacher helper: nowhere: holds no finished model"),
+        ({"weights": "hat"}, "stages.1.objective, teacher helper: hat: holds no finished model"),
+        ({"stretch": 1}, "stages.1.objective: stretch must be greater than 1, got 1; 2 is as published"),
+        ({"gamma": -1}, "stages.1.objective: gamma must be at least 0, got -1"),
+        ({"base": {"name": "hat", "weights": "x"}}, "stages.1.objective: hat is its own base method"),
+        ({"base": "natural"}, "stages.1.objective: hat labels attacked images, and its base method has none"),
     ):
         with pytest.raises(UserError, match=message):
             train(hat_recipe(tmp_path, **fields), run_dir=tmp_path / "run")
         assert not (tmp_path / "run").exists()
-    with pytest.raises(ValidationError, match="helper labels attacked images, and objective 'natural' has none"):
+    with pytest.raises(ValidationError, match="hat labels attacked images, and its base method has none"):
         stage_of("natural", ("model",), helper={"weights": "x"})

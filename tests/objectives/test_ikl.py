@@ -11,6 +11,7 @@ from dualhead.errors import UserError
 from dualhead.objectives import objectives
 from dualhead.objectives.base import kl_divergence
 from dualhead.objectives.ikl import class_means, weighted_square_error
+from helpers.objectives import see
 
 LN = math.log
 CLEAN = torch.tensor([[LN(0.5), LN(0.25), LN(0.25)], [LN(0.1), LN(0.6), LN(0.3)]], dtype=torch.float64)
@@ -40,7 +41,8 @@ def test_the_square_error_is_the_sum_over_pairs():
 
 def test_the_values_by_hand():
     """Two images of two classes, so that each is its class's mean; temperature 1."""
-    loss = objectives.build({"name": "ikl", "mse": 2, "ce": 3, "temperature": 1}).loss(CLEAN, ATTACKED, Y)
+    ikl = objectives.build({"name": "ikl", "mse": 2, "ce": 3, "temperature": 1})
+    loss = ikl.loss(Y, see(ikl, clean=CLEAN, attacked=ATTACKED))
     errors = []
     for p, q in (([0.5, 0.25, 0.25], [0.25, 0.5, 0.25]), ([0.1, 0.6, 0.3], [0.2, 0.2, 0.6])):
         d = [LN(a / b) for a, b in zip(p, q, strict=True)]
@@ -65,7 +67,8 @@ def test_class_means_are_those_of_the_class_also_for_shares():
 
 def test_both_predictions_are_moved_by_the_square_error_and_only_the_attacked_one_by_soft_labels():
     clean, adv = (part.clone().requires_grad_() for part in logits())
-    terms = objectives.build("ikl").loss(clean, adv, torch.arange(6) % 5).terms
+    ikl = objectives.build("ikl")
+    terms = ikl.loss(torch.arange(6) % 5, see(ikl, clean=clean, attacked=adv)).terms
     moved = torch.autograd.grad(terms["square_error"], (clean, adv), retain_graph=True)
     torch.testing.assert_close(moved[0], -moved[1])
     assert moved[0].abs().max() > 0

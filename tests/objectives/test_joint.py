@@ -9,21 +9,28 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from dualhead.errors import UserError
-from dualhead.objectives import objectives
+from dualhead.objectives import Logits, objectives
 from dualhead.objectives.joint import alikeness
 from dualhead.objectives.reverse_smoothing import learn_confusions, log_reversed_target
 from dualhead.recipe.schema import parse_recipe
 from dualhead.recipe.yaml import load_recipe
 from dualhead.training import Passes
+from helpers.objectives import climbed, see
 from helpers.resume import outcome, train_until
 from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
 
+OUTPUTS = ("head1", "head2", "aggregate")
 ALL = ("trunk", "head1", "head2", "aggregator")
 
 
 def random_logits(outputs, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 6, outputs, 5, generator=generator, dtype=torch.float64), torch.arange(6) % 5
+
+
+def seen_by(objective, **images):
+    """What an objective sees of logits [B, outputs, C] of clean and attacked images."""
+    return see(objective, **{on: dict(zip(OUTPUTS, z.unbind(1), strict=False)) for on, z in images.items()})
 
 
 def test_joint_is_the_weighted_sum_of_its_base_methods():
@@ -33,11 +40,13 @@ def test_joint_is_the_weighted_sum_of_its_base_methods():
         "head1_weight": 0.5, "head2_weight": 2, "aggregate_weight": 3, "attack": "sum",
     }  # fmt: skip
     joint = objectives.build(spec)
-    methods = [(objectives.build(spec[name]), spec[f"{name}_weight"]) for name in ("head1", "head2", "aggregate")]
-    by_hand = sum(w * m.loss(clean[:, i], adv[:, i], y).total for i, (m, w) in enumerate(methods))
-    assert torch.allclose(joint.loss(clean, adv, y).total, by_hand)
-    inner = sum(w * m.inner_loss(adv[:, i], clean[:, i], y) for i, (m, w) in enumerate(methods))
-    assert torch.allclose(joint.inner_loss(adv, clean, y), inner)
+    methods = [(objectives.build(spec[name]), spec[f"{name}_weight"]) for name in OUTPUTS]
+    alone = [see(m, clean=clean[:, i], attacked=adv[:, i]) for i, (m, _) in enumerate(methods)]
+    seen = seen_by(joint, clean=clean, attacked=adv)
+    by_hand = sum(w * m.loss(y, own).total for (m, w), own in zip(methods, alone, strict=True))
+    assert torch.allclose(joint.loss(y, seen).total, by_hand)
+    inner = sum(w * climbed(m, y, own) for (m, w), own in zip(methods, alone, strict=True))
+    assert torch.allclose(climbed(joint, y, seen), inner)
     assert objectives.build(objectives.describe(joint)) == joint
 
 
@@ -46,7 +55,7 @@ def test_each_head_learns_from_the_merged_prediction_which_learns_nothing_from_i
     clean.requires_grad_()
     joint = objectives.build({"name": "joint", "head1": "natural", "head2": "natural", "aggregate": "natural",
                               "distillation": 2})  # fmt: skip
-    term = joint.loss(clean, None, y).terms["distillation"]
+    term = joint.loss(y, seen_by(joint, clean=clean)).terms["distillation"]
     p = clean.softmax(2)
     by_hand = (p[:, 2:] * (p[:, 2:].log() - p[:, :2].log())).sum((1, 2)).mean() / 2
     assert torch.allclose(term, 2 * by_hand)
@@ -65,14 +74,15 @@ def test_distillation_is_the_mean_of_both_passes_from_the_aggregate_or_the_mean_
         merged = (logits.mean(1) if aggregate is None else logits[:, 2]).log_softmax(1)
         for head in (0, 1):
             by_hand += (merged.exp() * (merged - logits[:, head].log_softmax(1))).sum(1).mean() / 4
-    assert torch.allclose(joint.loss(clean, adv, y).terms["distillation"], 2 * by_hand)
+    assert torch.allclose(joint.loss(y, seen_by(joint, clean=clean, attacked=adv)).terms["distillation"], 2 * by_hand)
 
 
 def test_diversity_is_of_the_attacked_images():
     (clean, adv), y = random_logits(2)
     joint = objectives.build({"name": "joint", "head1": "trades", "head2": "trades", "aggregate": None,
                               "attack": "head1", "diversity": 3})  # fmt: skip
-    assert torch.allclose(joint.loss(clean, adv, y).terms["diversity"], 3 * alikeness(adv[:, 0], adv[:, 1], y).mean())
+    term = joint.loss(y, seen_by(joint, clean=clean, attacked=adv)).terms["diversity"]
+    assert torch.allclose(term, 3 * alikeness(adv[:, 0], adv[:, 1], y).mean())
 
 
 def test_diversity_by_hand():
@@ -115,7 +125,8 @@ def test_reverse_smoothing_weighs_images_by_what_the_attack_did():
     z1, z1_adv = one_hot(0, 0, 1), one_hot(0, 1, 1)  # kept, turned, wrong from the start
     z2 = torch.randn(3, 3, dtype=torch.float64)
     clean, adv = torch.stack((z1, z2), 1), torch.stack((z1_adv, z2), 1)
-    terms = objectives.build("reverse_smoothing").loss(clean, adv, y).terms
+    objective = objectives.build("reverse_smoothing")
+    terms = objective.loss(y, seen_by(objective, clean=clean, attacked=adv)).terms
     alpha = torch.tensor([1.0, 1.1, 0.0], dtype=torch.float64)
     by_hand = learn_confusions(z1_adv, z2, y, alpha)[:2].sum() / 3
     assert torch.allclose(terms["second_adversarial"], by_hand)
@@ -125,7 +136,7 @@ def test_reverse_smoothing_weighs_images_by_what_the_attack_did():
 def test_reverse_smoothing_decays_as_published():
     objective = objectives.build("reverse_smoothing")
     for epoch, decays in ((0, 0), (59, 0), (60, 1), (70, 2), (80, 3), (90, 4), (100, 5), (150, 5)):
-        now = objective.at(epoch)
+        now = objective.at(epoch, {})
         first, second = 0.95**decays, 0.8**decays
         weights = (now.clean_weight, now.divergence, now.second_adversarial, now.second_clean)
         assert weights == pytest.approx((first, first, second, 0.1 * second))
@@ -187,20 +198,35 @@ def test_a_head_that_is_not_trained_on_attacked_images_does_not_see_them(forward
     assert stage.output == "head1"
 
 
+def rows_of(head):
+    """Numbers of images in the passes through a head, as they come."""
+    rows = []
+    head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    return rows
+
+
+def joined_and_separate(model, parts, objective):
+    """What an objective needs of images and their negatives, seen in one pass and in two, and which rows heads saw."""
+    data = batch(0, 8)
+    stage = stage_of(objective, parts)
+    passes, needs = Passes.of(model, stage), stage.objective.needs()
+    model.eval()  # batch norm apart, how images are put together does not matter
+    images = {"clean": data.x, "attacked": 1 - data.x}
+    crossing = {on: passes.constant(x) for on, x in images.items()}
+    rows = {head: rows_of(model.get_submodule(head)) for head in model.heads}
+    joined = passes.look(needs, ("clean", "attacked"))(crossing)
+    once = {head: list(seen) for head, seen in rows.items()}
+    separate = passes.look(needs)(crossing)
+    assert joined.keys() == separate.keys() == needs.keys()
+    for name, need in needs.items():
+        assert torch.allclose(joined[name], separate[name], atol=1e-5), name
+        assert torch.allclose(joined[name], model.view(need.output)(images[need.on]), atol=1e-5), name
+    return once
+
+
 @pytest.mark.parametrize("parts", [("trunk", "head1", "head2"), ("head1", "head2")])
 def test_a_joint_forward_of_heads_that_see_different_images_is_what_separate_ones_give(parts):
-    model, data = dual_model(), batch(0, 8)
-    program = Passes.of(model, stage_of(GUIDED, parts))
-    model.eval()  # batch norm apart, how images are put together does not matter
-    clean, attacked = (program.constant(x) for x in (data.x, 1 - data.x))
-    for joined, alone in zip(
-        program.clean_and_attacked(clean, attacked),
-        (program.suffix_of_clean(clean), program.suffix_of_attacked(attacked)),
-        strict=True,
-    ):
-        assert torch.allclose(joined, alone, atol=1e-5)
-    assert torch.allclose(program.suffix(attacked)[:, 1], joined[:, 1], atol=1e-5)
-    assert not joined[:, 0].any()
+    assert joined_and_separate(dual_model(), parts, GUIDED) == {"head1": [16], "head2": [8]}
 
 
 @pytest.mark.parametrize("forward", ["joint", "separate"])
@@ -216,20 +242,8 @@ def test_a_head_that_is_not_trained_on_clean_images_does_not_see_them(forward):
 
 
 @pytest.mark.parametrize("parts", [("trunk", "head1", "head2"), ("head1", "head2")])
-def test_a_joint_forward_is_two_where_each_head_has_images_of_its_own(parts):
-    model, data = dual_model(), batch(0, 8)
-    program = Passes.of(model, stage_of({**GUIDED, "head1": "sat"}, parts))
-    model.eval()
-    clean, attacked = (program.constant(x) for x in (data.x, 1 - data.x))
-    of_clean, of_attacked = program.clean_and_attacked(clean, attacked)
-    whole = program.suffix(clean), program.suffix(attacked)
-    for joined, alone, all_outputs, kept in (
-        (of_clean, program.suffix_of_clean(clean), whole[0], 0),
-        (of_attacked, program.suffix_of_attacked(attacked), whole[1], 1),
-    ):
-        assert torch.allclose(joined, alone, atol=1e-5)
-        assert torch.allclose(joined[:, kept], all_outputs[:, kept], atol=1e-5)
-        assert not joined[:, 1 - kept].any()
+def test_in_a_joint_forward_each_head_can_have_images_of_its_own(parts):
+    assert joined_and_separate(dual_model(), parts, {**GUIDED, "head1": "sat"}) == {"head1": [8], "head2": [8]}
 
 
 def test_guidance_pulls_head_1_under_attack_and_head_2_on_clean_images_to_one_another():
@@ -237,11 +251,13 @@ def test_guidance_pulls_head_1_under_attack_and_head_2_on_clean_images_to_one_an
     clean.requires_grad_(), adv.requires_grad_()
     joint = objectives.build(GUIDED)
     assert joint.outputs == ("head2", "head1")
-    assert joint.only_clean == ("head2",)
-    assert (
-        objectives.build({"name": "joint", "aggregate": "natural", "attack": "head1"}).only_clean == ()
-    )  # it is judged
-    term = joint.loss(clean, adv, y).terms["guidance"]
+    assert {need.on for need in joint.needs().values() if need.output == "head2"} == {"clean"}
+    merged = objectives.build({"name": "joint", "aggregate": "natural", "attack": "head1"})
+    assert merged.needs()[merged.judged] == Logits("aggregate", "attacked")  # although its loss sees clean images alone
+    named = {
+        on: dict(zip(("head2", "head1"), z.unbind(1), strict=True)) for on, z in (("clean", clean), ("attacked", adv))
+    }
+    term = joint.loss(y, see(joint, **named)).terms["guidance"]
     distance = adv[:, 1] - clean[:, 0]
     assert torch.allclose(term, 2 * distance.square().mean())
     term.backward()
@@ -289,13 +305,16 @@ def test_frozen_parts_stay_bit_equal_while_the_rest_trains_jointly():
     assert all(p.grad is None for part in (model.trunk, model.head1) for p in part.parameters())
 
 
-def test_the_deployed_output_of_a_program_is_the_last_one():
-    model, x = dual_model().eval(), batch(0, 4).x
-    program = Passes(model, ALL, ("head1", "head2", "aggregate"), ("aggregate",))
+@pytest.mark.parametrize("deployed", ["head1", "head2", "mean", "aggregate"])
+def test_passes_give_the_deployed_output_and_call_the_trained_one_the_stage_s_own(deployed):
+    model, x = dual_model(), batch(0, 4).x
+    passes = Passes(model, ALL, deployed=deployed)
     model.eval()
-    assert torch.allclose(program.logits(x), model(x))
-    assert torch.allclose(program.suffix(program.prefix(x))[:, 1], model.view("head2")(x))
-    assert program.attacked_logits(x).shape == (4, 1, 10)
+    assert passes.trained == "aggregate"
+    assert torch.allclose(passes.logits(x), model.view(deployed)(x) if deployed != "aggregate" else model(x))
+    seen = passes.look({"own": Logits(), "second": Logits("head2")})({"clean": passes.prefix(x)})
+    assert torch.allclose(seen["own"], model(x))
+    assert torch.allclose(seen["second"], model.view("head2")(x))
 
 
 JOINT = [

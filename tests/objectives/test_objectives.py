@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualhead.errors import UserError
-from dualhead.objectives import Objective, objectives
+from dualhead.objectives import Labels, Logits, Objective, objectives
+from helpers.objectives import REQUIRED, climbed, see, shipped
+from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
 
 LN = math.log
 # Softmax of the logarithms of the probabilities is the probabilities: two images, three classes.
@@ -26,7 +28,7 @@ MARGIN = (-LN(1.0001 - 0.5) - LN(1.0001 - 0.6)) / 2
 @pytest.mark.parametrize(
     ("spec", "terms", "inner"),
     [
-        ("natural", {"clean": CE_CLEAN}, [-LN(0.25), -LN(0.2)]),
+        ("natural", {"clean": CE_CLEAN}, None),
         ("sat", {"adversarial": CE_ATTACKED}, [-LN(0.25), -LN(0.2)]),
         ({"name": "trades", "beta": 6}, {"clean": CE_CLEAN, "divergence": 6 * (KL_1 + KL_2) / 2}, [KL_1, KL_2]),
         ({"name": "trades", "beta": 0}, {"clean": CE_CLEAN, "divergence": 0.0}, [KL_1, KL_2]),
@@ -35,7 +37,13 @@ MARGIN = (-LN(1.0001 - 0.5) - LN(1.0001 - 0.6)) / 2
             {"adversarial": CE_ATTACKED + MARGIN, "divergence": 5 * (KL_1 * (1 - 0.5) + KL_2 * (1 - 0.6)) / 2},
             [-LN(0.25), -LN(0.2)],
         ),
-        ({"name": "mart", "beta": 0}, {"adversarial": CE_ATTACKED + MARGIN, "divergence": 0.0}, None),
+        ({"name": "mart", "beta": 0}, {"adversarial": CE_ATTACKED + MARGIN, "divergence": 0.0}, [-LN(0.25), -LN(0.2)]),
+        ("hybrid", {"clean": CE_CLEAN / 2, "adversarial": CE_ATTACKED / 2}, [-LN(0.25), -LN(0.2)]),
+        (
+            {"name": "hybrid", "alpha": 0.25},
+            {"clean": CE_CLEAN / 4, "adversarial": 3 * CE_ATTACKED / 4},
+            [-LN(0.25), -LN(0.2)],
+        ),
         (
             {"name": "logit_pairing", "base": "sat", "weight": 3},
             {"adversarial": CE_ATTACKED, "pairing": 3 * (2 * LN(2) ** 2 + LN(2) ** 2 + LN(3) ** 2 + LN(2) ** 2) / 6},
@@ -46,17 +54,21 @@ MARGIN = (-LN(1.0001 - 0.5) - LN(1.0001 - 0.6)) / 2
 )
 def test_the_values_of_closed_forms(spec, terms, inner):
     objective = objectives.build(spec)
-    loss = objective.loss(CLEAN, ATTACKED, Y)
+    seen = see(objective, clean=CLEAN, attacked=ATTACKED)
+    loss = objective.loss(Y, seen)
     assert {name: float(term) for name, term in loss.terms.items()} == pytest.approx(terms)
     assert float(loss.total) == pytest.approx(sum(terms.values()))
-    if inner is not None:
-        assert objective.inner_loss(ATTACKED, CLEAN, Y).tolist() == pytest.approx(inner)
+    if inner is None:
+        assert objective.inner() == {}
+    else:
+        assert climbed(objective, Y, seen).tolist() == pytest.approx(inner)
 
 
 def test_the_gradient_of_the_divergence_by_hand():
     """d KL(p || q) / d log-odds of q is q - p, and TRADES lets it flow into p too."""
     clean, attacked = CLEAN.clone().requires_grad_(), ATTACKED.clone().requires_grad_()
-    objectives.build({"name": "trades", "beta": 2}).loss(clean, attacked, Y).terms["divergence"].backward()
+    trades = objectives.build({"name": "trades", "beta": 2})
+    trades.loss(Y, see(trades, clean=clean, attacked=attacked)).terms["divergence"].backward()
     p, q = CLEAN.softmax(1), ATTACKED.softmax(1)
     assert torch.allclose(attacked.grad, 2 * (q - p) / 2)
     ratio = p.log() - q.log()
@@ -79,7 +91,8 @@ def test_mart_equals_a_plain_reading_of_the_paper(seed, beta):
         wrong = max(p for k, p in enumerate(z_adv) if k != label)
         kl = sum(p * LN(p / q) for p, q in zip(z, z_adv, strict=True))
         total += -LN(z_adv[label]) - LN(1.0001 - wrong) + beta * kl * (1 - z[label])
-    found = objectives.build({"name": "mart", "beta": beta}).loss(clean, attacked, y).total
+    mart = objectives.build({"name": "mart", "beta": beta})
+    found = mart.loss(y, see(mart, clean=clean, attacked=attacked)).total
     assert float(found) == pytest.approx(total / len(y), rel=1e-9)
 
 
@@ -87,7 +100,8 @@ def test_mart_takes_a_mixed_image_for_none_of_its_classes():
     """As CutMix makes them: the wrong classes are those that the image holds nothing of."""
     shares = torch.tensor([[0.7, 0.3, 0.0]], dtype=torch.float64)
     attacked = torch.tensor([[LN(0.5), LN(0.3), LN(0.2)]], dtype=torch.float64)
-    terms = objectives.build("mart").loss(attacked, attacked, shares).terms
+    mart = objectives.build("mart")
+    terms = mart.loss(shares, see(mart, clean=attacked, attacked=attacked)).terms
     assert float(terms["adversarial"]) == pytest.approx(-0.7 * LN(0.5) - 0.3 * LN(0.3) - LN(1.0001 - 0.2))
 
 
@@ -95,8 +109,42 @@ def test_mart_takes_a_mixed_image_for_none_of_its_classes():
 @given(st.integers(0, 2**31))
 def test_trades_without_beta_is_natural_training(seed):
     clean, attacked, y = logits(seed)
-    trades = objectives.build({"name": "trades", "beta": 0}).loss(clean, attacked, y)
-    assert torch.equal(trades.total, objectives.build("natural").loss(clean, None, y).total)
+    trades, natural = objectives.build({"name": "trades", "beta": 0}), objectives.build("natural")
+    found = trades.loss(y, see(trades, clean=clean, attacked=attacked))
+    assert torch.equal(found.total, natural.loss(y, see(natural, clean=clean)).total)
+
+
+@pytest.mark.parametrize(("alpha", "end"), [(0, "sat"), (1, "natural")])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_ends_of_hybrid_training_are_sat_and_natural_training(alpha, end, smoothing):
+    clean, attacked, y = logits(8)
+    ends = [{"name": end}, {"name": "hybrid", "alpha": alpha}]
+    alone, hybrid = (objectives.build({**spec, "label_smoothing": smoothing}) for spec in ends)
+    seen = [see(objective, clean=clean, attacked=attacked) for objective in (alone, hybrid)]
+    assert torch.equal(hybrid.loss(y, seen[1]).total, alone.loss(y, seen[0]).total)
+    if end == "sat":
+        assert torch.equal(climbed(hybrid, y, seen[1]), climbed(alone, y, seen[0]))
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1])
+def test_a_share_of_clean_images_that_is_none_is_refused(alpha):
+    with pytest.raises(UserError, match=rf"alpha must lie in \[0, 1\], got {alpha:g}; 0.5 is as published"):
+        objectives.build({"name": "hybrid", "alpha": alpha})
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "hybrid"])
+def test_two_outputs_see_clean_and_attacked_images_as_one_would(name):
+    """A value is that of one output with the same logits; what the other outputs say there has no part in it."""
+    clean, attacked, y = logits(9)
+    alone, apart = objectives.build(name), objectives.build({"name": name, "clean": "head1", "robust": "head2"})
+    one = see(alone, clean=clean, attacked=attacked)
+    two = see(apart, clean={"head1": clean}, attacked={"head2": attacked})
+    assert set(two) == set(one)
+    assert torch.equal(apart.loss(y, two).total, alone.loss(y, one).total)
+    assert torch.equal(climbed(apart, y, two), climbed(alone, y, one))
+    assert apart.outputs == ("head1", "head2") and alone.outputs == ()
+    assert apart.judged_output == "head2"
+    assert objectives.build(objectives.describe(apart)) == apart
 
 
 @pytest.mark.parametrize("spec", ["trades", "mart"])
@@ -105,13 +153,28 @@ def test_beta_below_zero_is_refused(spec):
         objectives.build({"name": spec, "beta": -1})
 
 
+@pytest.mark.parametrize(("name", "target"), [("trades", 1), ("mart", 0), ("hybrid", 0)])
+def test_of_two_outputs_each_head_runs_on_its_own_images_alone(name, target):
+    """Head 1 on clean images, once more if the attack has a target; head 2 in ten steps and on what they lead to."""
+    model, data = dual_model(), batch(0, 8)
+    stage = stage_of({"name": name, "clean": "head1", "robust": "head2"}, ("trunk", "head1", "head2"))
+    assert stage.output == "head2"
+    with CallCounter(head1=model.head1, head2=model.head2) as calls:
+        outcome = step_of(model, stage)(data, streams_of(data))
+    assert calls == {"head1": 1 + target, "head2": 11}
+    assert bool(outcome.taken)
+    for head in (model.head1, model.head2):
+        assert any(bool(parameter.grad.any()) for parameter in head.parameters())
+
+
 @pytest.mark.parametrize("base", ["trades", "mart"])
 def test_logit_pairing_of_weight_0_is_its_base_method(base):
     clean, adv, y = logits(7)
     paired, alone = objectives.build({"name": "logit_pairing", "base": base, "weight": 0}), objectives.build(base)
-    assert torch.equal(paired.loss(clean, adv, y).total, alone.loss(clean, adv, y).total)
-    assert torch.equal(paired.inner_loss(adv, clean, y), alone.inner_loss(adv, clean, y))
-    assert paired.clean_target == alone.clean_target
+    both, own = (see(objective, clean=clean, attacked=adv) for objective in (paired, alone))
+    assert torch.equal(paired.loss(y, both).total, alone.loss(y, own).total)
+    assert torch.equal(climbed(paired, y, both), climbed(alone, y, own))
+    assert paired.inner()["attacked"].uses == alone.inner()["attacked"].uses
     assert objectives.build(objectives.describe(paired)) == paired
 
 
@@ -121,6 +184,8 @@ def test_logit_pairing_of_weight_0_is_its_base_method(base):
         ({"weight": -1}, "weight must be at least 0, got -1"),
         ({"base": "natural"}, "logit_pairing needs an adversarial base method"),
         ({"base": "joint"}, "logit_pairing needs an adversarial base method of one output"),
+        ({"base": "logit_pairing"}, "logit_pairing is its own base method"),
+        ({"base": {"name": "hat", "weights": "x", "base": "logit_pairing"}}, "logit_pairing is its own base method"),
     ],
 )
 def test_what_cannot_be_paired_is_refused(change, message):
@@ -128,32 +193,61 @@ def test_what_cannot_be_paired_is_refused(change, message):
         objectives.build({"name": "logit_pairing", **change})
 
 
-@pytest.fixture(params=objectives.names())
-def objective(request) -> Objective:
-    return objectives.build(request.param)
+HEADS = {"clean": "head1", "robust": "head2"}
+VARIANTS = {
+    **{name: {"name": name, **REQUIRED.get(name, {})} for name in shipped()},
+    **{f"{name} on two heads": {"name": name, **HEADS} for name in ("trades", "mart", "hybrid")},
+    "hat on two heads": {"name": "hat", "weights": "standard", "base": {"name": "trades", **HEADS}},
+    "hat around logit_pairing": {"name": "hat", "weights": "standard", "base": "logit_pairing"},
+    "joint with ties": {"name": "joint", "attack": "sum", "distillation": 1, "diversity": 1, "head2": "natural"},
+    "joint with guidance": {"name": "joint", "attack": "head1", "head2": "natural", "aggregate": None, "guidance": 1},
+}
+PAIRED = ("logit_pairing", "hat around logit_pairing", "joint with guidance")
+"""Those that pair logits and not predictions, as published."""
+ORDER = torch.tensor([3, 1, 5, 0, 4, 2])
 
 
-def several(objective, *tensors, attacked=False):
-    """Logits [B, C] as [B, outputs, C] for an objective of several outputs, each output's own."""
-    names = objective.attacked if attacked else objective.outputs
-    if not names:
-        return tensors if len(tensors) > 1 else tensors[0]
-    out = tuple(torch.stack([t.roll(n, 1) * (1 + n / 4) for n, _ in enumerate(names)], 1) for t in tensors)
-    return out if len(out) > 1 else out[0]
+@pytest.fixture(params=VARIANTS)
+def variant(request) -> str:
+    return request.param
 
 
-def logits_for(objective, seed, *, attacked=False, **how):
-    clean, adv, y = logits(seed, **how)
-    return *several(objective, clean, adv, attacked=attacked), y
+@pytest.fixture
+def objective(variant) -> Objective:
+    return objectives.build(VARIANTS[variant])
 
 
-def as_asked(objective, clean, attacked):
-    return clean if objective.clean else None, attacked if objective.adversarial else None
+@pytest.fixture
+def adversarial(objective) -> Objective:
+    if not objective.adversarial:
+        pytest.skip("attacks nothing")
+    return objective
+
+
+def seen_for(objective, seed, scale=3.0, batch=6, classes=5):
+    """Logits for each need, equal ones for equal needs and unlike ones for others; labels."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {
+        need: scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+        for need in dict.fromkeys(objective.needs().values())
+    }
+    y = torch.randint(classes, (batch,), generator=generator)
+    return {name: made[need] for name, need in objective.needs().items()}, y
+
+
+def moved(seen, move):
+    return {name: move(tensor) for name, tensor in seen.items()}
+
+
+def changed(objective, seen, need):
+    """The same but for what one need gives, under whatever names it goes."""
+    names = [name for name, other in objective.needs().items() if other == need]
+    return {**seen, **{name: seen[name].roll(1, 1) + torch.arange(5) for name in names}}
 
 
 def test_contract_terms_add_up_to_a_finite_scalar(objective):
-    clean, attacked, y = logits_for(objective, 0)
-    loss = objective.loss(*as_asked(objective, clean, attacked), y)
+    seen, y = seen_for(objective, 0)
+    loss = objective.loss(y, seen)
     assert loss.total.shape == ()
     assert loss.total.isfinite()
     assert loss.terms
@@ -162,80 +256,115 @@ def test_contract_terms_add_up_to_a_finite_scalar(objective):
 
 
 def test_contract_loss_is_the_mean_over_the_batch(objective):
-    if not objective.apart:
+    if not objective.per_image:
         pytest.skip("depends on the other images of its batch, as it says")
-    clean, attacked, y = logits_for(objective, 1)
-    each = [
-        objective.loss(*as_asked(objective, clean[i : i + 1], attacked[i : i + 1]), y[i : i + 1]).total
-        for i in range(len(y))
-    ]
-    whole = objective.loss(*as_asked(objective, clean, attacked), y).total
-    assert torch.allclose(whole, torch.stack(each).mean())
+    seen, y = seen_for(objective, 1)
+    each = [objective.loss(y[i : i + 1], moved(seen, lambda t, i=i: t[i : i + 1])).total for i in range(len(y))]
+    assert torch.allclose(objective.loss(y, seen).total, torch.stack(each).mean())
 
 
-def test_contract_inner_loss_is_one_number_per_image_by_itself(objective):
-    clean, attacked, y = logits_for(objective, 2, attacked=True)
-    target = clean if objective.clean_target else None
-    inner = objective.inner_loss(attacked, target, y)
-    assert inner.shape == y.shape
-    order = torch.tensor([3, 1, 5, 0, 4, 2])
-    moved = objective.inner_loss(attacked[order], None if target is None else target[order], y[order])
-    assert torch.allclose(moved, inner[order])
-    point = attacked.clone().requires_grad_()
-    objective.inner_loss(point, target, y).sum().backward()
-    assert point.grad.isfinite().all()
-    assert (point.grad.abs().flatten(1).sum(1) > 0).all()
+def test_only_what_says_so_depends_on_the_other_images_of_a_batch():
+    assert [name for name in shipped() if not objectives.build(VARIANTS[name]).per_image] == ["ikl"]
+
+
+def test_contract_inner_loss_is_one_number_per_image_by_itself(adversarial):
+    seen, y = seen_for(adversarial, 2)
+    for made, inner in adversarial.inner().items():
+        value = climbed(adversarial, y, seen, made)
+        assert value.shape == y.shape
+        assert torch.allclose(climbed(adversarial, y[ORDER], moved(seen, lambda t: t[ORDER]), made), value[ORDER])
+        searched = [name for name in inner.uses if adversarial.needs()[name].on == made]
+        points = {name: seen[name].clone().requires_grad_() for name in searched}
+        climbed(adversarial, y, {**seen, **points}, made).sum().backward()
+        for point in points.values():
+            assert point.grad.isfinite().all()
+        assert (sum(point.grad.abs().sum(1) for point in points.values()) > 0).all()
 
 
 def test_contract_order_of_images_and_names_of_classes_do_not_matter(objective):
-    clean, attacked, y = logits_for(objective, 3)
-    before = objective.loss(*as_asked(objective, clean, attacked), y).total
-    order = torch.tensor([3, 1, 5, 0, 4, 2])
-    moved = objective.loss(*as_asked(objective, clean[order], attacked[order]), y[order]).total
-    assert torch.allclose(before, moved)
+    seen, y = seen_for(objective, 3)
+    before = objective.loss(y, seen).total
+    assert torch.allclose(before, objective.loss(y[ORDER], moved(seen, lambda t: t[ORDER])).total)
     classes = torch.tensor([4, 2, 0, 3, 1])
-    renamed = objective.loss(
-        *as_asked(objective, clean[..., classes], attacked[..., classes]), classes.argsort()[y]
-    ).total
+    renamed = objective.loss(classes.argsort()[y], moved(seen, lambda t: t[:, classes])).total
     assert torch.allclose(before, renamed)
 
 
-def test_contract_a_shift_of_all_logits_of_an_image_does_not_matter(objective):
-    if objective.registered_name == "logit_pairing":
+def test_contract_a_shift_of_all_logits_of_an_image_does_not_matter(objective, variant):
+    if variant in PAIRED:
         pytest.skip("pairs logits, not predictions, as published")
-    clean, attacked, y = logits_for(objective, 4)
-    shift = torch.arange(len(y), dtype=torch.float64).reshape(-1, *[1] * (clean.dim() - 1)) * 7 - 11
-    before = objective.loss(*as_asked(objective, clean, attacked), y).total
-    assert torch.allclose(before, objective.loss(*as_asked(objective, clean + shift, attacked - shift), y).total)
+    seen, y = seen_for(objective, 4)
+    needs = list(dict.fromkeys(objective.needs().values()))
+    shift = torch.arange(len(y), dtype=torch.float64)[:, None] * 7 - 11
+    shifted = {name: seen[name] + shift * (1 + needs.index(need)) for name, need in objective.needs().items()}
+    assert torch.allclose(objective.loss(y, seen).total, objective.loss(y, shifted).total)
 
 
-def test_contract_class_attributes_say_truly_which_logits_are_used(objective):
-    """What is not asked for has no effect, be it NaN; what is asked for gets a gradient."""
-    clean, attacked, y = logits_for(objective, 5)
-    nan = torch.full_like(clean, math.nan)
-    asked = [clean.clone().requires_grad_(), attacked.clone().requires_grad_()]
-    given_ = [asked[0] if objective.clean else nan, asked[1] if objective.adversarial else nan]
-    total = objective.loss(*given_, y).total
-    assert total.isfinite()
-    assert torch.equal(total, objective.loss(*as_asked(objective, *asked), y).total)
-    total.backward()
-    for used, tensor in zip((objective.clean, objective.adversarial), asked, strict=True):
-        assert (tensor.grad is not None and bool(tensor.grad.abs().sum() > 0)) == used
-    clean, attacked, y = logits_for(objective, 5, attacked=True)
-    target = clean if objective.clean_target else torch.full_like(clean, math.nan)
-    assert objective.inner_loss(attacked, target, y).isfinite().all()
-    if objective.clean_target:
-        moved = objective.inner_loss(attacked, attacked, y)
-        assert not torch.allclose(moved, objective.inner_loss(attacked, clean, y))
+def test_contract_what_is_asked_for_is_used(objective):
+    """By the loss or by an attack; or it is what the log judges."""
+    seen, y = seen_for(objective, 5)
+    needs = objective.needs()
+
+    def values(seen):
+        return [objective.loss(y, seen).total, *(climbed(objective, y, seen, made) for made in objective.inner())]
+
+    for need in dict.fromkeys(needs.values()):
+        other = values(changed(objective, seen, need))
+        used = any(not torch.allclose(a, b) for a, b in zip(values(seen), other, strict=True))
+        assert used or need == needs[objective.judged], need
+
+
+def test_contract_gradients_reach_whatever_the_loss_uses_but_what_is_taught_by(objective):
+    seen, y = seen_for(objective, 5)
+    points = {need: seen[name].clone().requires_grad_() for name, need in objective.needs().items()}
+    asked = {name: points[need] for name, need in objective.needs().items()}
+    loss = objective.loss(y, asked).total
+    loss.backward()
+    for need, point in points.items():
+        used = not torch.allclose(objective.loss(y, changed(objective, seen, need)).total, loss)
+        reached = point.grad is not None and bool(point.grad.any())
+        teaches = need.output in (*objective.teachers(), *objective.frozen())
+        assert reached == used or teaches, need
+
+
+def test_contract_what_an_attack_uses_are_needs_and_each_of_them_matters(adversarial):
+    seen, y = seen_for(adversarial, 5)
+    needs = adversarial.needs()
+    known = {"clean", *adversarial.streams(), *adversarial.inner()}
+    for made, inner in adversarial.inner().items():
+        assert set(inner.uses) <= set(needs)
+        assert inner.start in known - {made}
+        assert any(needs[name].on == made for name in inner.uses)
+        for name in inner.uses:
+            other = changed(adversarial, seen, needs[name])
+            assert not torch.allclose(climbed(adversarial, y, seen, made), climbed(adversarial, y, other, made)), name
+
+
+def test_contract_images_of_needs_are_clean_or_made_by_the_objective(objective):
+    made = {"clean", *objective.streams(), *objective.inner()}
+    images = {name: torch.rand(2, 3, 4, 4) for name in made}
+    assert {need.on for need in objective.needs().values()} <= made | set(objective.views(images))
+    assert all(need.on in objective.streams() for need in objective.needs().values() if isinstance(need, Labels))
+
+
+def test_contract_what_is_judged_is_a_need_and_under_attack_if_there_is_one(objective):
+    need = objective.needs()[objective.judged]
+    assert isinstance(need, Logits)
+    assert need.output == objective.judged_output
+    assert need.output not in objective.teachers()
+    assert need.on == ("attacked" if objective.adversarial else "clean")
+
+
+def test_contract_a_description_builds_the_same(objective):
+    assert objectives.build(objectives.describe(objective)) == objective
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e2, 1e4])
 def test_contract_losses_and_gradients_stay_finite_for_large_logits(objective, scale):
-    clean, attacked, y = (t.float() if t.is_floating_point() else t for t in logits_for(objective, 6, scale=scale))
-    clean.requires_grad_()
-    attacked.requires_grad_()
-    total = objective.loss(*as_asked(objective, clean, attacked), y).total
+    seen, y = seen_for(objective, 6, scale=scale)
+    points = moved(seen, lambda t: t.float().requires_grad_())
+    total = objective.loss(y, points).total
     assert total.isfinite()
     total.backward()
-    for tensor in (clean, attacked):
+    for tensor in points.values():
         assert tensor.grad is None or tensor.grad.isfinite().all()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dualhead.recipe.yaml import load_recipe
 from dualhead.report.model_card import model_card
-from dualhead.report.text import attack_text
+from dualhead.report.text import attack_text, threat_text
 
 CONFIG = {
     "architecture": {"backbone": {"name": "cnn"}, "image_shape": [1, 8, 8], "num_classes": 10},
@@ -34,6 +36,33 @@ def card(*overrides):
 )
 def test_radius_of_training_is_told_from_that_of_evaluation(overrides, told):
     assert told in card(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("threat", "overrides", "told"),
+    [
+        ({"name": "flow", "eps": 0.05}, (), "Trained against flow of at most 0.05."),
+        (
+            {"name": "flow", "eps": 0.05},
+            ("stages.*.eps=0.02",),
+            "Evaluated against flow of at most 0.05; trained at most 0.02.",
+        ),
+        (
+            {"norm": "Linf", "eps": 0.15},
+            ("stages.main_head.threat={name: flow, eps: 0.05}",),
+            "Evaluated against perturbations of Linf norm at most 0.15; trained against flow 0.05, Linf eps 0.15.",
+        ),
+    ],
+)
+def test_threats_without_a_norm_are_called_by_name(threat, overrides, told):
+    recipe = load_recipe("digits", [f"threat={json.dumps(threat)}", *overrides]).resolved()
+    results = {
+        "num_samples": 10, "threat": threat, "clean_accuracy": 0.9, "robust_accuracy": {"pgd-40": 0.5, "worst": 0.5},
+        "intervals": {"clean_accuracy": [0.8, 1.0], "pgd-40": [0.4, 0.6], "worst": [0.4, 0.6]},
+    }  # fmt: skip
+    lines = model_card({**CONFIG, "threat": threat}, recipe, results).splitlines()
+    assert told in lines
+    assert any(line.startswith(f"10 test images, {threat_text(threat)}, Wilson") for line in lines)
 
 
 def test_stages_name_their_own_radius_and_not_the_loss_that_measuring_uses():

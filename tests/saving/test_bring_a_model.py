@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models import CASES, state_for, wideresnet_table
 from torch import nn
 
 from dualhead.errors import UserError
 from dualhead.models import Normalize, Wrapped, backbones, last_layer, load_state, normalisation_in, write_state
 from dualhead.saving.architecture import Architecture
 from dualhead.saving.models import load, load_base_weights, normalisation_of, save_model, view
+from helpers.published import CASES, state_for, wideresnet_table
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -233,4 +233,9 @@ def test_a_function_that_a_download_names_is_not_run(tmp_path, monkeypatch, capl
     (tmp_path / "m" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"hostile:make.*is not run; if you trust it, load the folder"):
         load("somebody/model")
+    for key, name in (("backbone", "hostile.py:Own"), ("backbone", "hostile:Own"), ("aggregator", "hostile.py:Own")):
+        architecture_named = {**plan.model_dump(mode="json"), key: {"name": name}}
+        (tmp_path / "m" / CONFIG).write_text(json.dumps({**config, "architecture": architecture_named}))
+        with pytest.raises(UserError, match=rf"{name}.*is not run; if you trust it, load the folder"):
+            load("somebody/model")
     assert not (tmp_path / "taken").exists()

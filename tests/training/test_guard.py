@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualhead.errors import RunError
+from dualhead.heads import attach_second_head
 from dualhead.objectives import LossTerms
 from dualhead.objectives.trades import TRADES
 from dualhead.training.guard import StepGuard
@@ -255,3 +256,13 @@ def test_weights_that_blow_up_are_not_saved_over_good_ones(tmp_path):
     for path in (tmp_path / "run").rglob("*.pt"):
         state = torch.load(path, weights_only=True)
         assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_statistics_that_tied_heads_share_are_told_to_other_processes_once():
+    model = network()
+    dual = attach_second_head(
+        model, "input", example=torch.rand(2, 3, 12, 12), init="tied", own=["affine"], aggregator="mean"
+    ).train()
+    guard = StepGuard(dual, SGD().create(dual.parameters()))
+    guard.remember()
+    assert [id(tensor) for tensor in guard.moved] == [id(dual.head1[1].running_mean), id(dual.head1[1].running_var)]

@@ -12,6 +12,7 @@ from dualhead.attacks import attacks
 from dualhead.attacks.base import slope
 from dualhead.data import StreamImages
 from dualhead.errors import UserError
+from dualhead.heads import attach_second_head
 from dualhead.objectives import Features, Logits, objectives
 from dualhead.objectives.base import kl_divergence
 from dualhead.system.arithmetic import FLOAT32
@@ -175,6 +176,81 @@ def test_an_energy_on_streams_of_real_images_and_seeds():
     assert_same(found, gradients, net, hand.descend(loss))
     assert torch.equal(outcome.terms["gap"], (up - down).detach().mean())
     assert outcome.terms["loss"] == outcome.terms["adversarial"] + outcome.terms["energy"]
+
+
+class TwoNorms(torch.nn.Module):
+    """Batch norm of two routes by hand: whoever asks says which."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norms = torch.nn.ModuleList([norm, copy.deepcopy(norm)])
+        self.route = 0
+
+    def forward(self, x):
+        return self.norms[self.route](x)
+
+
+def with_two_norms(model):
+    """A copy of a network in which each batch norm is two, and what sets the route of all of them."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, TwoNorms(module))
+
+    def through(route, x):
+        for module in model.modules():
+            if isinstance(module, TwoNorms):
+                module.route = route
+        return model(x)
+
+    return model, through
+
+
+def routed(state, route, head):
+    """The state of a route by hand under the names that ours has."""
+    own = {key: value for key, value in state.items() if f"norms.{1 - route}." not in key}
+    return {f"{head}.{key.replace(f'norms.{route}.', '')}": value for key, value in own.items()}
+
+
+DUAL_NORM = {
+    "trades": {"name": "trades", "beta": 6, "clean": "head1", "robust": "head2"},
+    "hybrid": {"name": "hybrid", "alpha": 0.5, "clean": "head1", "robust": "head2"},
+}
+
+
+@pytest.mark.parametrize("method", ["trades", "hybrid"])
+def test_tied_heads_are_training_with_dual_batch_norm(method):
+    base, data = plain_model(), batch(0)
+    tied = attach_second_head(base, "input", example=data.x[:2], init="tied", own=["batch_norm"])
+    stage = stage_of(DUAL_NORM[method], ("trunk", "head1", "head2"))
+    found, _, _, _ = ours(tied, stage, data)
+    net, through = with_two_norms(base)
+    hand = Hand(net, stage)
+    hand.model = net.train()
+    if method == "trades":
+        with in_eval_mode(net), torch.no_grad():
+            target = through(0, data.x)
+
+    def climb(x):
+        if method == "trades":
+            return kl_divergence(target, through(1, x))
+        return cross_entropies(through(1, x), data.y)
+
+    x_adv = hand.attack(climb, data.x, streams=streams_of(data))
+    p, q = through(0, data.x), through(1, x_adv)
+    if method == "trades":
+        loss = F.cross_entropy(p, data.y) + 6.0 * kl_divergence(p, q).mean()
+    else:
+        loss = 0.5 * F.cross_entropy(p, data.y) + 0.5 * F.cross_entropy(q, data.y)
+    hand.descend(loss)
+    state = found.state_dict()
+    expected = {**routed(net.state_dict(), 0, "head1"), **routed(net.state_dict(), 1, "head2")}
+    assert {key for key in state if not key.startswith("aggregator.")} == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(state[key], value), key
+    apart = [key for key in state if key.startswith("head2.") and not torch.equal(state[key], state["head1" + key[5:]])]
+    assert {key.rpartition(".")[2] for key in apart} >= {"weight", "bias", "running_mean", "running_var"}
 
 
 def test_equal_needs_are_one_and_no_part_runs_twice_on_the_same_images():

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import yaml
 
 from dualhead.attacks import attacks
 from dualhead.data import augmentations
+from dualhead.errors import UserError
 from dualhead.runs import stages
 from dualhead.runs.prepare import prepare
 from dualhead.runs.run import train
 from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.flops import CountFlops
+from dualhead.threats.flow import Flow
 from dualhead.threats.lp import ThreatModel
 from dualhead.training import Passes, StageRun
 from dualhead.training.step import TrainingStep
@@ -96,3 +101,72 @@ def test_a_stage_may_have_its_own_radius_and_augmentation(monkeypatch, tmp_path)
     assert seen == [
         ("main_head", 0.15, 0.15, shifts), ("second_head", 0.05, 0.15, ()), ("aggregator", 0.15, 0.15, shifts),
     ]  # fmt: skip
+
+
+FLOW = ("threat={name: flow, eps: 0.1}",)
+
+
+def test_a_stage_may_have_its_own_threat(monkeypatch, tmp_path):
+    seen = []
+
+    class Watched(StageRun):
+        def __init__(self, stage, program, loader, **settings):
+            seen.append((settings["threat"], settings["validator"].threat))
+            super().__init__(stage, program, loader, **settings)
+
+    monkeypatch.setattr(stages, "StageRun", Watched)
+    changes = ["stages.main_head.threat={norm: L2, eps: 0.5}", "stages.second_head.threat={name: flow, eps: 0.1}"]
+    own = recipe(*changes, "stages.*.epochs=0", "evaluate.limit=8", "evaluate.attacks=[pgd-1]", "evaluate.gallery=0")
+    train(own, run_dir=tmp_path / "run")
+    linf = ThreatModel("Linf", 0.15)
+    assert seen == [(ThreatModel("L2", 0.5), linf), (Flow(0.1), linf), (linf, linf)]
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert [stage["threat"] for stage in kept["stages"]] == [
+        {"norm": "L2", "eps": 0.5}, {"name": "flow", "eps": 0.1}, None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["stages.0.threat={norm: L2, eps: 0.5}", "stages.0.eps=0.1"], "stages.0: eps and threat both"),
+        (["stages.0.threat={name: flow, eps: 0.5}", "stages.0.free={}"], "stages.0: free carries a change of pixels"),
+        ([*FLOW, "stages.aggregator.free={}"], "stages.2: free carries a change of pixels, and threat flow has none"),
+        (["stages.0.threat={name: flow, eps: 0}"], "stages.0.threat: eps must be greater than 0"),
+        (["stages.0.threat={norm: L3, eps: 1}"], "stages.0.threat: norm 'L3' is not known"),
+        ([*FLOW, "evaluate.attacks=[pgd-1, square]"], "evaluate.attacks.1: attack square is defined for norms"),
+        ([*FLOW, "validation.attack=cw"], "validation.attack: attack cw is defined for norms (Linf, L2), not for"),
+    ],
+)  # fmt: skip
+def test_threats_that_do_not_fit_a_stage_are_refused_before_anything_runs(changes, told):
+    with pytest.raises(UserError) as refused:
+        recipe(*changes)
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("threat", [Flow(0.2), ThreatModel("L2", 0.5)])
+def test_a_step_trains_on_what_the_threat_makes_of_the_images(threat):
+    """One step against the loop of Madry et al. 2018 in the threat's own space, written down."""
+    model, data = plain_model(), batch(0, 8)
+    fresh = copy.deepcopy(model)
+    stage = stage_of("sat", ("model",), lr=0.1)
+    passes = Passes.of(model, stage)
+    step = TrainingStep(passes, stage, threat, stage.optimiser.create(passes.parameters()), FLOAT32)
+    step(data, streams_of(data))
+
+    fresh.eval()
+    threat = threat.for_images(data.x.shape[1:])
+    origin = threat.lift(data.x)
+    point = threat.start(origin, streams_of(data), "ball")
+    for _ in range(10):
+        point = point.detach().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(fresh(threat.render(point)), data.y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, point)
+        point = threat.project(threat.ascend(point.detach(), gradient, 2 / 255), origin)
+    fresh.train()
+    optimiser = stage.optimiser.create(fresh.parameters())
+    torch.nn.functional.cross_entropy(fresh(threat.render(point.detach())), data.y).backward()
+    optimiser.step()
+    for (name, ours), theirs in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)

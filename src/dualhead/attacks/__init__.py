@@ -11,6 +11,7 @@ from dualhead.attacks.base import (
     Search,
     State,
     attacks,
+    maximise_within,
     predictions,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "Search",
     "State",
     "attacks",
+    "maximise_within",
     "predictions",
 ]

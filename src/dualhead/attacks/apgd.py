@@ -28,7 +28,7 @@ from dualhead.attacks.base import (
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class APGD(Search):
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         """What is climbed: one number per image [B]."""
 
-    def first_step(self, threat: ThreatModel) -> float:
+    def first_step(self, threat: Threat) -> float:
         """The step size before any halving."""
         return 2.0 * threat.eps
 
-    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`."""
-        start = threat.sphere_point(x, streams.fork(job))
+        start = threat.start(x, streams.fork(job), "sphere")
         return {
             "x": x,
             "y": y,
@@ -94,7 +94,7 @@ class APGD(Search):
             **self._fresh_schedule(x, y, threat),
         }
 
-    def _fresh_schedule(self, x: Tensor, y: Tensor, threat: ThreatModel) -> State:
+    def _fresh_schedule(self, x: Tensor, y: Tensor, threat: Threat) -> State:
         """What an ascent that has not begun knows of its losses and step sizes."""
         unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
         first_window = torch.full_like(y, max(int(0.22 * self.steps), 1))
@@ -141,7 +141,7 @@ class APGD(Search):
             "halved_at_check": torch.where(check, halve, state["halved_at_check"]),
         }
 
-    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+    def step(self, state: State, query: Query, threat: Threat) -> State:
         """Look at the iterate, keep what is best, and move with momentum."""
         logits, loss, gradient = self._query(state, query)
         fooled = predictions(logits) != state["y"]
@@ -153,7 +153,7 @@ class APGD(Search):
             "iteration": state["iteration"] + 1,
         }
 
-    def _climb(self, state: State, started: Tensor, loss: Tensor, gradient: Tensor, threat: ThreatModel) -> State:
+    def _climb(self, state: State, started: Tensor, loss: Tensor, gradient: Tensor, threat: Threat) -> State:
         """The next iterate of slots that have `started` (bool [B]) or are at their first.
 
         Going back to the best point leaves the point that the momentum is taken from, as in the published code.

@@ -14,17 +14,19 @@ from dualhead.attacks.apgd import APGDCE, APGDDLR, APGDT
 from dualhead.attacks.base import Attack, Search, attacks
 from dualhead.attacks.fab import FAB, FABT
 from dualhead.attacks.square import Square
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 
 class _Suite(Attack):
-    """Several searches in turn."""
+    """Several searches in turn. Published for norms, so no number for another threat is called AutoAttack."""
+
+    norms = ("Linf", "L2")
 
     @abstractmethod
     def members(self) -> Sequence[Search]:
         """The searches, in order."""
 
-    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """The members."""
         return [part for member in self.members() for part in member.parts(num_classes, threat, num_heads)]
 

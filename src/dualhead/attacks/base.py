@@ -20,7 +20,7 @@ from torch import Tensor
 from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 LogitsFn = Callable[[Tensor], Tensor]
 """Images float32 [B, ...] in [0, 1] to logits [B, C]."""
@@ -29,12 +29,13 @@ LossFn = Callable[[Tensor], Tensor]
 """Logits [B, C] to one number per image [B]."""
 
 Climb = Callable[[Tensor], Tensor]
-"""Images [B, ...] to what is climbed, one number per image [B], with a graph to the images."""
+"""Points of a threat [B, ...], for norms images, to what is climbed: one number per point [B], with a graph to them."""
 
 State = dict[str, Tensor]
 """Tensors with one row per slot, no two of which share memory, so that rows can be assigned in place.
 
-Every attack keeps: `x`, `y` (clean image, label), `adversarial` (the best example so far: float32, like x), `found`
+Every attack keeps: `x`, `y` (the origin of the clean image among the threat's points, which for a norm is the image;
+label), `adversarial` (the best point so far: float32, like x), `found`
 (bool: the logits that the attack saw misclassify `adversarial`, within the threat model), `iteration` (int64: steps
 taken). Who finds that an example does not stand sets `found` to False; the attack then offers the next example that it
 comes across.
@@ -91,6 +92,12 @@ def slope(climb: Climb, x: Tensor) -> Tensor:
     return _input_gradient(values, x)
 
 
+@dataclasses.dataclass
+class _Passes:
+    forward: int = 0
+    backward: int = 0
+
+
 class Query:
     """Access to the model that counts passes, in images.
 
@@ -103,8 +110,32 @@ class Query:
     def __init__(self, logits_fn: LogitsFn, outputs_fn: LogitsFn | None = None) -> None:
         self._logits_fn = logits_fn
         self._outputs_fn = outputs_fn
-        self.forward_passes = 0
-        self.backward_passes = 0
+        self._passes = _Passes()
+
+    @property
+    def forward_passes(self) -> int:
+        """Images that went through the model."""
+        return self._passes.forward
+
+    @forward_passes.setter
+    def forward_passes(self, count: int) -> None:
+        self._passes.forward = count
+
+    @property
+    def backward_passes(self) -> int:
+        """Images that a gradient was taken to."""
+        return self._passes.backward
+
+    @backward_passes.setter
+    def backward_passes(self, count: int) -> None:
+        self._passes.backward = count
+
+    def through(self, render: LogitsFn) -> Self:
+        """Return a query of the same model at points that `render` makes images of; passes count in both."""
+        ask, ask_heads, rendered = self._logits_fn, self._outputs_fn, copy.copy(self)
+        rendered._logits_fn = lambda point: ask(render(point))
+        rendered._outputs_fn = None if ask_heads is None else lambda point: ask_heads(render(point))
+        return rendered
 
     def num_heads(self, x: Tensor) -> int:
         """How many heads the model shows, from a look at one image; 1 if it does not show any."""
@@ -185,6 +216,8 @@ class Attack(ABC):
     """Whether the label shows the numbers of the short form even where they are the defaults: `pgd-40`."""
     needs_heads: ClassVar[bool] = False
     """Whether it attacks only models that show the logits of several heads."""
+    norms: ClassVar[tuple[str, ...] | None] = None
+    """The norms for which it is defined; None for any threat, since it only calls the methods of `Threat`."""
 
     @property
     def label(self) -> str:
@@ -210,17 +243,31 @@ class Attack(ABC):
         del num_classes
         return []
 
+    def check(self, threat: Threat) -> None:
+        """Refuse a threat for which the attack is not defined.
+
+        Raises:
+            UserError: naming both, and attacks that can be used.
+        """
+        if self.norms is None or threat.kind in self.norms:
+            return
+        others = [name for name in attacks.names() if attacks.get(name).norms is None]
+        raise UserError(
+            f"attack {self.registered_name} is defined for norms ({', '.join(self.norms)}), not for threat "
+            f"{threat.kind}; use {', '.join(others[:-1])} or {others[-1]}"
+        )
+
     @abstractmethod
-    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """The searches to run in turn, each on what the ones before it left. Their labels differ.
 
         Args:
             num_classes: how many logits the model gives.
-            threat: ball and box.
+            threat: one that `check` lets pass.
             num_heads: how many heads the model shows; 1 if it does not show any.
 
         Raises:
-            UserError: if the attack cannot be used with that model or that threat model.
+            UserError: if the attack cannot be used with that model.
         """
 
     def __call__(
@@ -228,12 +275,12 @@ class Attack(ABC):
         logits_fn: LogitsFn,
         x: Tensor,
         y: Tensor,
-        threat: ThreatModel,
+        threat: Threat,
         *,
         generator: torch.Generator | Streams,
         outputs_fn: LogitsFn | None = None,
     ) -> Tensor:
-        """Adversarial examples for a batch, float32 like x, inside ball and box.
+        """Adversarial examples for a batch, float32 like x, within the threat's budget.
 
         A row is the first example found that is misclassified or, where none is, the last job's strongest one.
 
@@ -241,16 +288,27 @@ class Attack(ABC):
             logits_fn: the model under attack, images to logits [B, C].
             x: clean images, float32 [B, ...] in [0, 1].
             y: labels, int64 [B].
-            threat: ball and box.
+            threat: what the adversary may do.
             generator: randomness.
             outputs_fn: images to the logits of all heads and, last, of the aggregate [B, H + 1, C], if there are heads.
+
+        Raises:
+            UserError: if the attack cannot be used with that model or that threat.
         """
         return self.search(Query(logits_fn, outputs_fn), x, y, threat, generator)
 
     def search(
-        self, query: Query, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | Streams
+        self, query: Query, x: Tensor, y: Tensor, threat: Threat, generator: torch.Generator | Streams
     ) -> Tensor:
         """What a call does, on a query that the caller keeps for its counts of passes."""
+        self.check(threat)
+        threat = threat.for_images(x.shape[1:])
+        return threat.render(self.search_points(query.through(threat.render), threat.lift(x), y, threat, generator))
+
+    def search_points(
+        self, query: Query, x: Tensor, y: Tensor, threat: Threat, generator: torch.Generator | Streams
+    ) -> Tensor:
+        """What `search` does between `lift` and `render`: from origins x, on a query of points, to points."""
         streams = Streams.drawn_from(generator, x.shape[0], x.device)
         clean, num_heads = query.logits(x), query.num_heads(x[:1])
         result, found = x.clone(), predictions(clean) != y
@@ -283,7 +341,7 @@ class Search(Attack):
     takes at most `max_steps` calls of `step`.
     """
 
-    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """Itself."""
         del threat, num_heads
         if num_classes < 2:
@@ -300,20 +358,20 @@ class Search(Attack):
         """How many calls of `step` complete a job."""
 
     @abstractmethod
-    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """The state of fresh slots; asks the model nothing.
 
         Args:
-            x: clean images, float32 [B, ...] in [0, 1].
+            x: origins, float32 [B, ...]: for norms the clean images.
             y: labels, int64 [B].
-            clean: logits of x, float32 [B, C].
+            clean: logits of the clean images, float32 [B, C].
             job: which try, int64 [B], in [0, jobs).
-            threat: ball and box.
+            threat: what the adversary may do, for images of this shape.
             streams: randomness of these samples for this attack; a job's own is `streams.fork(job)`.
         """
 
     @abstractmethod
-    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+    def step(self, state: State, query: Query, threat: Threat) -> State:
         """All slots one iteration further. Rows whose `iteration` has reached `max_steps` may hold anything."""
 
 
@@ -321,7 +379,7 @@ class Search(Attack):
 class LooksAhead(Protocol):
     """A search whose next steps are known as long as nothing is found, so that several can be one query."""
 
-    def leap(self, state: State, query: Query, threat: ThreatModel, count: int) -> State:
+    def leap(self, state: State, query: Query, threat: Threat, count: int) -> State:
         """What up to `count` calls of `step` do, with `count` rows a slot in one query.
 
         A slot goes as far as its first step that changes something, which `iteration` tells, and never beyond
@@ -333,15 +391,32 @@ class LooksAhead(Protocol):
 class Maximiser(Protocol):
     """An attack that adversarial training can use: it climbs any value, and gives its last iterate."""
 
-    def maximise(self, climb: Climb, x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
-        """Perturbed images [B, ...] inside ball and box.
+    def maximise(self, climb: Climb, x: Tensor, threat: Threat, streams: Streams) -> Tensor:
+        """Return points [B, ...] within the budget. To give and get images, call `maximise_within`.
 
         Args:
-            climb: images to what is climbed [B], with a graph to the images.
-            x: clean images [B, ...] in [0, 1].
-            threat: ball and box.
+            climb: points to what is climbed [B], with a graph to the points.
+            x: origins [B, ...]: for norms the clean images.
+            threat: what the adversary may do, for images of this shape.
             streams: randomness of these samples.
         """
 
 
-attacks: Registry[Attack] = Registry("attack", "dualhead.attacks")
+def maximise_within(attack: Maximiser, climb: Climb, x: Tensor, threat: Threat, streams: Streams) -> Tensor:
+    """Return attacked images [B, ...] in [0, 1], detached: lift the images, climb, and render the last point.
+
+    Args:
+        attack: how to climb.
+        climb: images to what is climbed [B], with a graph to the images.
+        x: clean images [B, ...] in [0, 1].
+        threat: what the adversary may do.
+        streams: randomness of these samples.
+
+    Raises:
+        UserError: for images that the threat cannot change.
+    """
+    threat = threat.for_images(x.shape[1:])
+    return threat.render(attack.maximise(lambda p: climb(threat.render(p)), threat.lift(x), threat, streams))
+
+
+attacks: Registry[Attack] = Registry("attack", "dualhead.attacks", Attack)

@@ -19,7 +19,7 @@ from dualhead.attacks.pgd import PGD
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import ThreatModel, finite
+from dualhead.threats import Threat, finite, norm_of
 
 _BETA_1, _BETA_2, _TINY = 0.9, 0.999, 1e-8  # Adam's (Kingma and Ba 2015)
 _UNBOUNDED = 1e10
@@ -44,6 +44,8 @@ class CW(Attack):
         initial_constant: L2 only: the first constant.
     """
 
+    norms = ("Linf", "L2")
+
     steps: int = 100
     restarts: int = 1
     step_size: Real | None = None
@@ -60,10 +62,10 @@ class CW(Attack):
                     f"{field} must be greater than 0, got {getattr(self, field):g}; leave it out for the default"
                 )
 
-    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """The one that fits the norm."""
         search: Search
-        if threat.norm == "Linf":
+        if norm_of(threat) == "Linf":
             search = PGD(self.steps, self.step_size, loss="margin", restarts=self.restarts)
         else:
             search = _Minimisation(self.steps, self.restarts, self.searches, self.learning_rate, self.initial_constant)
@@ -89,11 +91,11 @@ class _Minimisation(Search):
         """All rounds."""
         return self.steps * self.searches
 
-    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`. The first job starts at the image, others at random points of the ball."""
         start = x
         if self.restarts > 1:
-            start = torch.where(per_slot(job > 0, x), threat.ball_point(x, streams.fork(job)), x)
+            start = torch.where(per_slot(job > 0, x), threat.start(x, streams.fork(job), "ball"), x)
         variable = torch.atanh((2.0 * start - 1.0) * 0.999999)
         constant = torch.full_like(x.flatten(1)[:, 0], self.initial_constant)
         return {
@@ -113,7 +115,7 @@ class _Minimisation(Search):
             "iteration": torch.zeros_like(y),
         }
 
-    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+    def step(self, state: State, query: Query, threat: Threat) -> State:
         """Look at the image, keep it if it is the nearest example, and take a step of Adam."""
         x, image = state["x"], (torch.tanh(state["variable"]) + 1.0) * 0.5
         logits, margin, gradient = query.gradient(image, lambda z: losses.margin(z, state["y"]))

@@ -27,7 +27,7 @@ from dualhead.attacks.base import (
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import Norm, ThreatModel, finite
+from dualhead.threats import Norm, Threat, finite, norm_of
 
 _NEWTON_STEPS = {"Linf": 8, "L2": 12}
 """Enough for float32's last digits where up to 0.95 of what the box allows is needed; images need far less."""
@@ -90,6 +90,8 @@ class _FAB(Search):
             `distance`, instead of stopping at the first example within eps.
     """
 
+    norms = ("Linf", "L2")
+
     steps: int = 100
     restarts: int = 1
     alpha_max: Real = 0.1
@@ -123,7 +125,7 @@ class _FAB(Search):
         """One per target and restart; with `minimise` one that goes through all of them."""
         return 1 if self.minimise else self.tries(num_classes)
 
-    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`."""
         state = {
             "x": x,
@@ -137,27 +139,27 @@ class _FAB(Search):
         }
         return {**state, **self._start(state, job, threat)}
 
-    def _start(self, state: State, number: Tensor, threat: ThreatModel) -> State:
+    def _start(self, state: State, number: Tensor, threat: Threat) -> State:
         """Iterate and target with which the given try starts, for all slots."""
         x = state["x"].clone()
         if self.restarts > 1:
-            half_way = ThreatModel(threat.norm, threat.eps / 2)
-            random = half_way.sphere_point(x, Streams(state["keys"]).fork(number))
+            half_way = threat.within(threat.eps / 2)
+            random = half_way.start(x, Streams(state["keys"]).fork(number), "sphere")
             x = torch.where(per_slot(number % self.restarts > 0, x), random, x)
         return {"iterate": x, "target": self.target(state["clean"], state["y"], number).clone()}
 
-    def _next_try(self, state: State, threat: ThreatModel) -> State:
+    def _next_try(self, state: State, threat: Threat) -> State:
         """With `minimise`: the state in which slots that are done with one try have begun the next."""
         number = state["iteration"] // self.steps
         done = (state["iteration"] % self.steps == 0) & (number > 0)
         fresh = self._start(state, number, threat)
         return {**state, **{k: torch.where(per_slot(done, v), v, state[k]) for k, v in fresh.items()}}
 
-    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+    def step(self, state: State, query: Query, threat: Threat) -> State:
         """Step towards the boundary's linearisation; where that is crossed, keep the nearest and go back inside."""
         if self.minimise:
             state = self._next_try(state, threat)
-        x, iterate, norm = state["x"], state["iterate"], threat.norm
+        x, iterate, norm = state["x"], state["iterate"], norm_of(threat)
         difference, gradient = self.boundary(state, query, norm)
         origin, here, normal = x.flatten(1), iterate.flatten(1), gradient.flatten(1)
         way = to_hyperplane(here, normal, difference, norm)
@@ -264,7 +266,7 @@ class FABT(_FAB):
         super().__post_init__()
         require_at_least_one(self, "targets")
 
-    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """Itself, with no more targets than there are."""
         super().parts(num_classes, threat, num_heads)
         return (replace(self, targets=min(self.targets, num_classes - 1)).labelled(self.label),)

@@ -11,7 +11,7 @@ from dualhead.attacks.base import Attack, Climb, Search, attacks
 from dualhead.attacks.pgd import PGD, Start
 from dualhead.components.fields import Real
 from dualhead.noise import Streams
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 
 @attacks.register("fgsm")
@@ -37,13 +37,13 @@ class FGSM(Attack):
     def __post_init__(self) -> None:
         PGD(steps=1, step_size=self.step_size, restarts=self.restarts)  # refuses what PGD refuses
 
-    def _pgd(self, threat: ThreatModel) -> PGD:
+    def _pgd(self, threat: Threat) -> PGD:
         return PGD(1, threat.eps if self.step_size is None else self.step_size, self.start, "ce", self.restarts)
 
-    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """PGD with one step."""
         return self._pgd(threat).labelled(self.label).parts(num_classes, threat, num_heads)
 
-    def maximise(self, climb: Climb, x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
+    def maximise(self, climb: Climb, x: Tensor, threat: Threat, streams: Streams) -> Tensor:
         """See `Maximiser.maximise`."""
         return self._pgd(threat).maximise(climb, x, threat, streams)

@@ -23,7 +23,7 @@ from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slo
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 
 @attacks.register("multihead", numbers=("steps",))
@@ -65,7 +65,7 @@ class MultiHead(Attack):
             _MarginChain(**common).labelled("pgd"),  # type: ignore[arg-type]  # likewise
         )
 
-    def parts(self, num_classes: int, threat: ThreatModel, num_heads: int = 1) -> Sequence[Search]:
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """The three chains.
 
         Raises:
@@ -106,7 +106,7 @@ class _Chain(APGD):
         """Those of all ascents, each with the look at its start."""
         return (self.num_heads + 5) * (self.steps + 1)
 
-    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`. Own weights are uniform over those that sum to one."""
         own = -torch.log1p(-streams.fork(job).fork("weights").uniform(self.num_heads + 1)) + 1e-6
         return {
@@ -115,7 +115,7 @@ class _Chain(APGD):
             "margin": torch.full_like(x.flatten(1)[:, 0], -torch.inf),
         }
 
-    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+    def step(self, state: State, query: Query, threat: Threat) -> State:
         """Climb the ascent's weighted sum of losses, and try the iterate on the aggregate."""
         x, y, iterate = state["x"], state["y"], state["iterate"]
         number, age = state["iteration"] // (self.steps + 1), state["iteration"] % (self.steps + 1)
@@ -141,7 +141,7 @@ class _Chain(APGD):
         }
         return self._next_ascent(climbed, age == self.steps, threat)
 
-    def _next_ascent(self, state: State, over: Tensor, threat: ThreatModel) -> State:
+    def _next_ascent(self, state: State, over: Tensor, threat: Threat) -> State:
         """Slots whose ascent is over begin the next at the best point."""
         nearest = state["adversarial"]
         fresh = {**self._fresh_schedule(state["x"], state["y"], threat), "iterate": nearest, "previous": nearest}
@@ -164,7 +164,7 @@ class _MarginChain(_Chain):
 
     momentum: ClassVar[float] = 1.0
 
-    def first_step(self, threat: ThreatModel) -> float:
+    def first_step(self, threat: Threat) -> float:
         """As in `pgd`."""
         return 2.5 * threat.eps / self.steps
 

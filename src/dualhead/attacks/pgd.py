@@ -23,7 +23,7 @@ from dualhead.attacks.base import (
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 Start = Literal["uniform", "gaussian", "clean"]
 
@@ -58,26 +58,22 @@ class PGD(Search):
         if self.step_size is not None and self.step_size <= 0:
             raise UserError(f"step_size must be greater than 0, got {self.step_size:g}; write e.g. 2/255")
 
-    def step_length(self, threat: ThreatModel) -> float:
+    def step_length(self, threat: Threat) -> float:
         """The step size in use under a threat model."""
         return 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
 
-    def start_point(self, x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
-        """Where the ascent begins, inside ball and box."""
+    def start_point(self, x: Tensor, threat: Threat, streams: Streams) -> Tensor:
+        """The point where the ascent begins, within the budget."""
         if self.start == "uniform":
-            return threat.ball_point(x, streams)
+            return threat.start(x, streams, "ball")
         if self.start == "gaussian":
             return threat.project(x + 0.001 * streams.normal(*x.shape[1:]).to(x.dtype), x)
         return x.clone()
 
-    def maximise(self, climb: Climb, x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
+    def maximise(self, climb: Climb, x: Tensor, threat: Threat, streams: Streams) -> Tensor:
         """The last iterate, as adversarial training uses it: `steps` forward and backward passes, no more.
 
-        Args:
-            climb: images to what is climbed [B], with a graph to the images.
-            x: clean images [B, ...] in [0, 1].
-            threat: ball and box.
-            streams: randomness of these samples.
+        See `Maximiser.maximise`.
         """
         x_adv, length = self.start_point(x, threat, streams), self.step_length(threat)
         for _ in range(self.steps):
@@ -93,7 +89,7 @@ class PGD(Search):
         """The gradient steps, and one look at the last iterate."""
         return self.steps + 1
 
-    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`."""
         return {
             "x": x,
@@ -111,7 +107,7 @@ class PGD(Search):
             return losses.kl_from_clean(logits, state["clean"])
         return (losses.cross_entropy if self.loss == "ce" else losses.margin)(logits, state["y"])
 
-    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+    def step(self, state: State, query: Query, threat: Threat) -> State:
         """Look at the iterate, keep it if it is the worst so far for the model, and climb."""
         iterate, x = state["iterate"], state["x"]
         logits, loss, gradient = query.gradient(iterate, lambda z: self._loss(z, state))

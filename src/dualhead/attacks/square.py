@@ -18,7 +18,7 @@ from dualhead.attacks.base import Query, Search, State, attacks, per_slot, predi
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import Norm, ThreatModel
+from dualhead.threats import Norm, Threat, norm_of
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """The share of the image that a square covers is halved after these numbers of squares."""
@@ -90,6 +90,8 @@ class Square(Search):
         restarts: independent searches, at least 1.
     """
 
+    norms = ("Linf", "L2")
+
     queries: int = 5000
     p_init: Real = 0.8
     restarts: int = 1
@@ -108,7 +110,7 @@ class Square(Search):
         """The look at the start, and the squares."""
         return self.queries + 1
 
-    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: ThreatModel, streams: Streams) -> State:
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`.
 
         Raises:
@@ -117,7 +119,7 @@ class Square(Search):
         if x.ndim != 4:
             raise UserError(f"square needs images of shape [B, C, H, W], got {list(x.shape)}")
         streams = streams.fork(job)
-        start = _stripes(x, threat, streams) if threat.norm == "Linf" else _tiles(x, threat, streams)
+        start = _stripes(x, threat, streams) if norm_of(threat) == "Linf" else _tiles(x, threat, streams)
         return {
             "x": x,
             "y": y,
@@ -129,11 +131,11 @@ class Square(Search):
             "iteration": torch.zeros_like(y),
         }
 
-    def step(self, state: State, query: Query, threat: ThreatModel) -> State:
+    def step(self, state: State, query: Query, threat: Threat) -> State:
         """Draw a candidate, look at it, and keep it where the margin grew or the model is fooled."""
         return self.leap(state, query, threat, 1)
 
-    def leap(self, state: State, query: Query, threat: ThreatModel, count: int) -> State:
+    def leap(self, state: State, query: Query, threat: Threat, count: int) -> State:
         """See `LooksAhead.leap`: candidates that follow one another as long as none of them is kept."""
         ahead = torch.arange(count, device=state["y"].device)
         number = state["iteration"][:, None] + ahead
@@ -156,15 +158,15 @@ class Square(Search):
             "iteration": state["iteration"] + torch.minimum((first + 1).clamp_max(count), left),
         }
 
-    def _candidates(self, state: State, number: Tensor, threat: ThreatModel) -> Tensor:
+    def _candidates(self, state: State, number: Tensor, threat: Threat) -> Tensor:
         """What is looked at in step `number`, int64 [B], if the best so far is still the best then."""
         drawn = self._propose(state["x"], state["adversarial"], number - 1, Streams(state["keys"]), threat)
         return torch.where(per_slot(number == 0, drawn), state["start"], drawn)
 
-    def _propose(self, x: Tensor, best: Tensor, number: Tensor, streams: Streams, threat: ThreatModel) -> Tensor:
+    def _propose(self, x: Tensor, best: Tensor, number: Tensor, streams: Streams, threat: Threat) -> Tensor:
         """`best` with one more square, number int64 [B] counting those before it."""
         channels, height, width = x.shape[1:]
-        bounds, lengths = _schedule(self.p_init, height, width, threat.norm, x.device)
+        bounds, lengths = _schedule(self.p_init, height, width, norm_of(threat), x.device)
         halvings = torch.bucketize(number, bounds)
         side = lengths[halvings]
         drawn = streams.fork(number).uniform(5 + channels)
@@ -172,7 +174,7 @@ class Square(Search):
         # As in the published code, the last position that would fit is left out.
         space = torch.stack((height - side, width - side, height - side, width - side), 1)
         corners = (drawn[:, :4] * space).to(torch.int64)
-        if threat.norm == "Linf":
+        if norm_of(threat) == "Linf":
             inside = _inside(corners[:, :2], side, height, width)
             return torch.where(inside, (x + threat.eps * signs).clamp_(0.0, 1.0), best)
         table = _bump_table(self.p_init, height, width, x.device)
@@ -212,13 +214,13 @@ def _moved_mass(x: Tensor, best: Tensor, window: Tensor, first: Tensor, second: 
     return (x + changed * (eps / (1e-12 + _norm(changed, (1, 2, 3))))).clamp_(0.0, 1.0)
 
 
-def _stripes(x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
+def _stripes(x: Tensor, threat: Threat, streams: Streams) -> Tensor:
     """The Linf start: vertical stripes, one pixel wide, of -eps or eps in each channel."""
     signs = _sign(streams.fork("stripes").uniform(x.shape[1], x.shape[3])).to(x.dtype)
     return (x + threat.eps * signs[:, :, None]).clamp_(0.0, 1.0)
 
 
-def _tiles(x: Tensor, threat: ThreatModel, streams: Streams) -> Tensor:
+def _tiles(x: Tensor, threat: Threat, streams: Streams) -> Tensor:
     """The L2 start: bumps on a grid of 5 rows, signs drawn for each channel and whether to transpose for each tile."""
     batch, channels, height, width = x.shape
     side = min(max(height // 5, 1), width)

@@ -36,8 +36,14 @@ RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the ru
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 Data = Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")]
+ThreatName = Annotated[
+    str | None, typer.Option("--threat", help="A threat that is no norm, such as flow; default: the run's.")
+]
 ImageSize = Annotated[str | None, typer.Option("--image-size", help="HEIGHTxWIDTH to which images are resized.")]
 ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Of --data, with images.")]
+Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", help="File or module that registers components; it is run. Repeatable.")
+]
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Of --data, with labels.")]
 Crop = Annotated[
     str | None, typer.Option("--crop", help="Middle of an image that is taken, e.g. 0.875; none: it is stretched.")
@@ -95,6 +101,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe (`dualhead list recipes`), or a YAML file.")],
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    plugin: Plugins = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Leave in RUN/profile where the time of steps goes.")
     ] = False,
@@ -111,6 +118,7 @@ def train(
         result = run_training(
             recipe,
             overrides or [],
+            plugins=plugin or [],
             run_dir=run_dir,
             progress=None if quiet else TrainingDisplay(bar),
             evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
@@ -140,6 +148,7 @@ def evaluate(
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    threat: ThreatName = None,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
     stage: Annotated[
@@ -162,6 +171,7 @@ def evaluate(
     precision: Annotated[str, typer.Option("--precision", help="auto, float32 or bf16, of the search.")] = "auto",
     save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
+    plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -171,11 +181,13 @@ def evaluate(
     from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, progress_bar
     from dualhead.system.processes import joined
 
+    _load_plugins(plugin)
     request = Request(
         model=model,
         attacks=tuple(attack or ()),
         eps=eps,
         norm=norm,
+        threat=threat,
         data=data,
         limit=limit,
         stage=stage,
@@ -246,6 +258,7 @@ def gallery(
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="The largest radius, 8/255; default: the run's.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    threat: ThreatName = None,
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="Where it goes; default: the run.")] = None,
     image_size: ImageSize = None,
@@ -259,6 +272,7 @@ def gallery(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
+    plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -266,14 +280,16 @@ def gallery(
     from dualhead.commands.evaluate import exhibit
     from dualhead.commands.resolve import Request
 
+    _load_plugins(plugin)
     try:
         mapped = None if landscape is None else [int(word) for word in landscape.split(",") if word.strip()]
     except ValueError:
         raise UserError(f"--landscape {landscape}: write numbers of samples, e.g. --landscape 3,17") from None
     request = Request(
-        model=model, eps=eps, norm=norm, data=data, limit=limit, output_dir=output_dir, image_size=image_size,
-        image_column=image_column, label_column=label_column, crop=crop, resample=resample, channels=channels,
-        depth=depth, skip_unreadable=skip_unreadable, batch_size=batch_size, seed=seed, device=device,
+        model=model, eps=eps, norm=norm, threat=threat, data=data, limit=limit, output_dir=output_dir,
+        image_size=image_size, image_column=image_column, label_column=label_column, crop=crop, resample=resample,
+        channels=channels, depth=depth, skip_unreadable=skip_unreadable, batch_size=batch_size, seed=seed,
+        device=device,
     )  # fmt: skip
     path, made = exhibit(request, mapped)
     if as_json:
@@ -291,6 +307,7 @@ def play(
     model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
     eps: Annotated[str | None, typer.Option("--eps", help="Where the slider starts; default: the run's.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    threat: ThreatName = None,
     data: Data = None,
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
@@ -302,6 +319,7 @@ def play(
     skip_unreadable: SkipUnreadable = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
+    plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -309,8 +327,9 @@ def play(
     from dualhead.commands.play import LOOPBACK, Playground, serve
     from dualhead.commands.resolve import Request, resolve
 
+    _load_plugins(plugin)
     request = Request(
-        model=model, eps=eps, norm=norm, data=data, image_size=image_size, image_column=image_column,
+        model=model, eps=eps, norm=norm, threat=threat, data=data, image_size=image_size, image_column=image_column,
         label_column=label_column, crop=crop, resample=resample, channels=channels, depth=depth,
         skip_unreadable=skip_unreadable, device=device,
     )  # fmt: skip
@@ -336,6 +355,7 @@ def layers(
     model: Annotated[str, typer.Argument(help="A backbone (wideresnet-34-10), package.module:factory, run or model.")],
     image_shape: Annotated[str, typer.Option("--image-shape", help="CHANNELSxHEIGHTxWIDTH")] = "3x32x32",
     classes: Annotated[int, typer.Option("--classes", min=2)] = 10,
+    plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -345,6 +365,7 @@ def layers(
     from dualhead.commands.evaluate import list_layers
     from dualhead.commands.terminal import print_table
 
+    _load_plugins(plugin)
     found = list_layers(model, image_shape, classes)
     if as_json:
         typer.echo(json.dumps([asdict(layer) for layer in found], indent=2))
@@ -370,6 +391,9 @@ def layers(
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
+    output_of: Annotated[
+        str | None, typer.Option("--output-of", help="One head, head1, head2, ..., as a plain classifier.")
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also as ONNX, checked with onnxruntime.")] = False,
     push: Annotated[str | None, typer.Option("--push", help="Also upload to the Hub as OWNER/NAME.")] = None,
     quiet: Quiet = False,
@@ -385,7 +409,7 @@ def export(
         require_onnx()
     if push is not None:
         check_hub_name(push)
-    folder = export_model(run, to)
+    folder = export_model(run, to, output=output_of)
     check = export_onnx(folder) if onnx else None
     address = None if push is None else push_to_hub(folder, push)
     if as_json:
@@ -463,6 +487,7 @@ def sweep(
         list[str] | None, typer.Option("--job", help="With --on: KEY=VALUE of submitit, e.g. slurm_partition=gpu.")
     ] = None,
     at_once: Annotated[int | None, typer.Option("--at-once", min=1, help="With --on: jobs queued at a time.")] = None,
+    plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -479,7 +504,7 @@ def sweep(
     if scheduler is not None and shard != "0/1":
         raise UserError("--shard shares runs out by hand, which --on leaves to the scheduler; use one of them")
     folder = out_dir or Path("runs") / f"sweep-{Path(recipe).stem}"
-    jobs = plan(recipe, settings or [], seeds)
+    jobs = plan(recipe, settings or [], seeds, plugin or [])
 
     def tell(line: str) -> None:
         if not quiet:
@@ -533,22 +558,43 @@ def compare(
 @app.command("list")
 def list_components(
     kind: Annotated[str | None, typer.Argument(help="objectives, attacks, ..., recipes; default: all")] = None,
+    plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Name what is registered."""
+    """Name what is registered, and say where it comes from if it does not ship."""
     del quiet  # there are results only
+    from dualhead.components.plugins import load_installed
     from dualhead.recipe import REGISTRIES, shipped_recipes
 
+    _load_plugins(plugin)
+    load_installed()
     kinds = {name: registry.names() for name, registry in REGISTRIES.items()} | {"recipes": shipped_recipes()}
     if kind is not None and kind not in kinds:
         raise UserError(f"list {kind}: unknown kind; known: {', '.join(sorted(kinds))}")
     chosen = {name: kinds[name] for name in ([kind] if kind else sorted(kinds))}
+    origins = {
+        name: {known: place for known in names if (place := REGISTRIES[name].origin(known)) is not None}
+        for name, names in chosen.items() if name in REGISTRIES
+    }  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({name: list(names) for name, names in chosen.items()}, indent=2))
+        outside = {name: places for name, places in origins.items() if places}
+        typer.echo(json.dumps({**chosen, **({"from": outside} if outside else {})}, indent=2))
         return
-    for name in chosen:
-        typer.echo(f"{name}: {', '.join(kinds[name])}")
+    for name, names in chosen.items():
+        places = origins.get(name, {})
+        typer.echo(f"{name}: {', '.join(f'{n} ({places[n]})' if n in places else n for n in names)}")
+
+
+def _load_plugins(sources: list[str] | None) -> None:
+    """Run the files and modules that `--plugin` names."""
+    from dualhead.components.plugins import load
+
+    for source in sources or []:
+        try:
+            load(source)
+        except UserError as error:
+            raise UserError(f"--plugin: {error}") from None
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def run_demo(
     report = write_report([folder / name for name in RECIPES], folder / "report.html")
     samples, recipe = result.rows[0].evaluation.num_samples, load_recipe("digits")
     title = (
-        f"digits, {samples} test images, {recipe.threat.norm} eps {recipe.threat.eps:g}, "
+        f"digits, {samples} test images, {recipe.threat.kind} eps {recipe.threat.eps:g}, "
         "accuracy in percent with 95 % intervals"
     )
     natural, base = rows[0], next(row for row in rows if row["output"] == BASE)

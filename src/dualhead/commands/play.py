@@ -28,7 +28,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation import make_gallery
 from dualhead.names import name_of
 from dualhead.report import NO_CLASS, change, picture
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 64_000_000
@@ -44,13 +44,13 @@ class Playground:
     Args:
         model: images [B, C, H, W] in [0, 1] to logits; on its device.
         images: some to choose from, with their labels and class names.
-        threat: the norm, and the eps that the page starts with.
+        threat: what the adversary may do, with the eps that the page starts with.
         framing: how the images came to their form, and an image of one's own does; None: they were stretched.
         count: how many of the images are offered.
     """
 
     def __init__(
-        self, model: nn.Module, images: Split, threat: ThreatModel, framing: Framing | None = None, count: int = 60
+        self, model: nn.Module, images: Split, threat: Threat, framing: Framing | None = None, count: int = 60
     ) -> None:
         self.model, self.images, self.threat = model, images, threat
         self.framing = framing or Framing()
@@ -64,7 +64,7 @@ class Playground:
             "labels": self.images.labels[: self.count].tolist(),
             "classes": list(self.images.class_names),
             "shape": list(self.images.image_shape),
-            "norm": self.threat.norm,
+            "norm": self.threat.kind,
             "eps": self.threat.eps,
         }
 
@@ -98,7 +98,7 @@ class Playground:
         """
         image, label = self._image(asked)
         eps = _number(asked.get("eps"), "eps", 0.0)
-        threat = ThreatModel(self.threat.norm, eps)
+        threat = self.threat.within(eps)
         with self._busy:
             if label is None:
                 label = int(make_gallery(self.model, image[None], [0], threat=threat, landscapes=(), shares=())

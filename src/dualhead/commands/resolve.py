@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -19,7 +19,8 @@ from dualhead.runs import RunFolder, load_stage, read_recipe
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
 from dualhead.system.processes import group
-from dualhead.threats import Norm, ThreatModel
+from dualhead.threats import Norm, Threat, build_threat
+from dualhead.threats import threats as registered
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Request:
     attacks: tuple[str, ...] = ()
     eps: str | None = None
     norm: str | None = None
+    threat: str | None = None
     data: str | None = None
     limit: int | None = None
     stage: str | None = None
@@ -124,7 +126,7 @@ class Resolved:
 
     model: nn.Module
     images: Split
-    threat: ThreatModel
+    threat: Threat
     radii: Sequence[str]
     attacks: tuple[AttackSpec, ...]
     results: Path
@@ -214,7 +216,7 @@ def _of_run(request: Request, room: int) -> _Source:
         return view(network, request.output or trained)
 
     return _Source(
-        threat={"norm": recipe.threat.norm, "eps": recipe.threat.eps},
+        threat=recipe.threat.describe(),
         attacks=recipe.evaluate.attacks,
         images=images,
         model=model,
@@ -283,21 +285,34 @@ def _load_images(request: Request, room: int, reading: Mapping[str, Any]) -> Spl
 # ---- what is asked of it
 
 
-def _threat(request: Request, known: Mapping[str, Any]) -> tuple[ThreatModel, list[str]]:
-    """Return the threat model, and the radii of a curve over eps, if several were given: the largest is the threat's.
+def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[str]]:
+    """Return the threat, and the radii of a curve over eps, if several were given: the largest is the threat's.
 
     Args:
         request: what is asked for.
-        known: `norm` and `eps` that the model was trained for; empty if nothing tells.
+        known: the threat that the model was trained for, as `Threat.describe` writes it; empty if nothing tells.
     """
-    norm = request.norm or known.get("norm", "Linf")
-    if request.eps is None and "eps" in known and norm in get_args(Norm) and norm != known["norm"]:
-        radius = "0.5" if norm == "L2" else "8/255"
-        raise UserError(f"--norm {norm}: --eps is needed, since the model's is of {known['norm']}; e.g. --eps {radius}")
+    if "name" not in known:
+        known = {"norm": "Linf", **{key: value for key, value in known.items() if key in ("norm", "eps")}}
+    if request.threat is not None and request.norm is not None:
+        raise UserError("--threat and --norm: give one of them, since a norm is a threat")
+    own = {key: value for key, value in known.items() if key != "eps"}
+    chosen: dict[str, Any] = own
+    if request.threat is not None and request.threat != known.get("name"):
+        chosen = {"name": request.threat}
+    elif request.norm is not None:
+        chosen = {"norm": request.norm}
+    if request.eps is None and "eps" in known and chosen != own:
+        ((key, kind),) = chosen.items()
+        if kind in (*get_args(Norm), *registered.names()):
+            radius = {"Linf": "8/255", "L2": "0.5"}.get(kind, "0.05")
+            of = known.get("norm") or known.get("name")
+            option = "--norm" if key == "norm" else "--threat"
+            raise UserError(f"{option} {kind}: --eps is needed, since the model's is of {of}; e.g. --eps {radius}")
     if request.eps is None and "eps" not in known:
         raise UserError("--eps is needed, since the model does not say for what it was trained; e.g. --eps 8/255")
     radii = [part.strip() for part in (str(known["eps"]) if request.eps is None else request.eps).split(",")]
-    threats = [ThreatModel(cast("Norm", norm), cast("float", radius)) for radius in radii if parse_real(radius)]
+    threats = [build_threat({**chosen, "eps": radius}) for radius in radii if parse_real(radius)]
     if not threats:
         raise UserError(f"--eps {request.eps}: at least one radius must be greater than 0")
     return max(threats, key=lambda threat: threat.eps), radii if len(radii) > 1 else []
@@ -360,7 +375,8 @@ def _own_folder(request: Request) -> Path:
 
 def _folder_name(request: Request) -> str:
     """Return a name made of the options: another question is another folder."""
-    words = [request.stage, request.checkpoint, request.output, *request.attacks, request.norm, request.eps]
+    words = [request.stage, request.checkpoint, request.output, *request.attacks]
+    words += [request.norm, request.threat, request.eps]
     words += [None if request.limit is None else f"first{request.limit}", (request.data or "")[-60:]]
     words += [
         f"seed{request.seed}" if request.seed else None,

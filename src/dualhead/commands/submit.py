@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dualhead.commands.sweep import Job, refuse_other_runs, write_table
+from dualhead.components.plugins import searched_in, sources_in
 from dualhead.errors import Interrupted, RunError, UserError
 from dualhead.recipe import parse_recipe
 from dualhead.runs import RunFolder, train
@@ -31,10 +32,13 @@ class TrainRun:
 
     def __init__(self, recipe: Mapping[str, Any], folder: Path, command: str | None) -> None:
         self.recipe, self.folder, self.command = recipe, folder, command
+        self.searched = [source.folder for source in sources_in(recipe)]
 
     def __call__(self) -> None:
         """Train, in the job's process."""
-        train(parse_recipe(self.recipe), run_dir=self.folder, command=self.command)
+        with searched_in(self.searched):
+            recipe = parse_recipe(self.recipe)
+        train(recipe, run_dir=self.folder, command=self.command)
 
     def checkpoint(self) -> Any:
         """Queue the job again; submitit calls this when it is pre-empted or out of time, and it goes on by itself."""

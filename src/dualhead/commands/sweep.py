@@ -39,7 +39,7 @@ class Job:
     recipe: Recipe
 
 
-def plan(recipe: str, settings: Sequence[str], seeds: int = 1) -> list[Job]:
+def plan(recipe: str, settings: Sequence[str], seeds: int = 1, plugins: Sequence[str] = ()) -> list[Job]:
     """All runs of a grid; every recipe is read before anything starts.
 
     Args:
@@ -47,6 +47,7 @@ def plan(recipe: str, settings: Sequence[str], seeds: int = 1) -> list[Job]:
         settings: `KEY=A,B,C` with a dotted key for each axis, `KEY=A` for what all share; commas within brackets,
             braces or quotes separate nothing.
         seeds: runs of each point of the grid, with seeds 0, 1, ...
+        plugins: as for `load_recipe`.
 
     Raises:
         UserError: for a setting that is not understood, or a recipe that cannot be.
@@ -69,7 +70,7 @@ def plan(recipe: str, settings: Sequence[str], seeds: int = 1) -> list[Job]:
         told = {key: chosen[key] for key in varied}
         for seed in range(seeds):
             overrides = [*(f"{key}={value}" for key, value in chosen.items()), f"runtime.seed={seed}"]
-            jobs.append(Job(_name(told, seed), told, seed, load_recipe(recipe, overrides)))
+            jobs.append(Job(_name(told, seed), told, seed, load_recipe(recipe, overrides, plugins)))
     twice = {job.name for job in jobs if [other.name for other in jobs].count(job.name) > 1}
     if twice:
         raise UserError(f"two runs would be called {min(twice)}; a value is given twice")

@@ -5,20 +5,24 @@
     class Trades(Objective):
         beta: float = 6.0
 
-is then found by `trades` and `{name: trades, beta: 3}`. To add a component is to add one file to its folder.
+is then found by `trades` and `{name: trades, beta: 3}`. To add a component is to add one file to its folder, or to name
+a class from outside the package by its address: `my_file.py:Trades`, `my_package.module:Trades`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from dualhead.components import plugins
 from dualhead.errors import UserError
 
 T = TypeVar("T")
@@ -62,11 +66,13 @@ class Registry(Generic[T]):
     Args:
         kind: what the components are, for messages: `"objective"`.
         package: the folder whose modules register them, or one module; imported at the first look-up.
+        base: class that all of them derive from.
         imported_as: name of the component that stands for `package.module:factory`, if the kind has one.
     """
 
-    def __init__(self, kind: str, package: str, *, imported_as: str | None = None) -> None:
+    def __init__(self, kind: str, package: str, base: type = object, *, imported_as: str | None = None) -> None:
         self.kind = kind
+        self.base = base
         self._package = package
         self._imported_as = imported_as
         self._classes: dict[str, type] = {}
@@ -83,19 +89,50 @@ class Registry(Generic[T]):
         """
 
         def decorate(cls: C) -> C:
-            if not dataclasses.is_dataclass(cls):
-                raise TypeError(f"{cls.__name__} must be a dataclass to be registered as {self.kind} {name!r}")
-            if self._classes.get(name, cls).__qualname__ != cls.__qualname__:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
-            described = cast("Any", cls)
-            described.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-            described.registered_name = name
-            described.short_numbers = numbers
-            described.short_text = text
+            self._refuse_unfit(cls, f"{self.kind} {name!r}: ")
+            if not _ships(cls):
+                self._load()  # what ships has its names first
+            known = self._classes.get(name)
+            again = known is not None and (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+            if known is not None and (not again or plugins.is_loading()):
+                other = "ships" if _ships(known) else f"is {known.__qualname__} of {plugins.origin(known)}"
+                raise UserError(f"{self.kind} {name!r} is registered twice: one {other}; choose another name")
             self._classes[name] = cls
+            address = plugins.address_of_registered(cls, lambda: self._forget(name, cls))
+            _mark(cls, name, numbers, text, address)
             return cls
 
         return decorate
+
+    def _forget(self, name: str, cls: type) -> None:
+        if self._classes.get(name) is cls:
+            del self._classes[name]
+
+    def _refuse_unfit(self, found: object, begin: str) -> None:
+        """Refuse what is no frozen dataclass of this kind.
+
+        Args:
+            found: what a name or an address stands for.
+            begin: of the message.
+
+        Raises:
+            UserError: saying what it is, and what it must be.
+        """
+        base = self.base
+        must = f"a frozen dataclass derived from {base.__module__.removesuffix('.base')}.{base.__name__}"
+        must = "a frozen dataclass" if base is object else must
+        if not isinstance(found, type):
+            raise UserError(f"{begin}is a {type(found).__name__}; it must be {must}")
+        if not issubclass(found, base):
+            parents = ", ".join(parent.__name__ for parent in found.__bases__)
+            raise UserError(f"{begin}{found.__name__} is a class derived from {parents}; it must be {must}")
+        parameters = found.__dict__.get("__dataclass_params__")
+        if parameters is None or not parameters.frozen:
+            kind = "no dataclass" if parameters is None else "a dataclass that is not frozen"
+            raise UserError(f"{begin}{found.__name__} is {kind}; it must be {must}; write @dataclass(frozen=True)")
+        if inspect.isabstract(found):
+            lacking = ", ".join(sorted(cast("Any", found).__abstractmethods__))
+            raise UserError(f"{begin}{found.__name__} must define {lacking}, as {base.__name__} says")
 
     def _load(self) -> None:
         if not self._loaded:
@@ -109,21 +146,40 @@ class Registry(Generic[T]):
         self._load()
         return sorted(self._classes)
 
+    def origin(self, name: str) -> str | None:
+        """Where a registered component comes from: a package, file or module; None if it ships."""
+        return plugins.origin(self.get(name))
+
     def get(self, name: str) -> type[T]:
-        """The class registered under a name.
+        """The class registered under a name, or at an address.
 
         Raises:
-            UserError: naming the nearest known names, if there is none.
+            UserError: naming the nearest known names, if there is none; or if an address holds none.
         """
         self._load()
+        if name not in self._classes and plugins.split_address(name):
+            return self._addressed(name)[1]
         if name not in self._classes:
             near = get_close_matches(name, self._classes, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"unknown {self.kind} {name!r}; {hint}known: {', '.join(self.names())}")
+            known = ", ".join(self.names())
+            raise UserError(f"unknown {self.kind} {name!r}; {hint}known: {known}{plugins.broken()}")
         return cast("type[T]", self._classes[name])
 
+    def _addressed(self, address: str) -> tuple[str, type[T]]:
+        """The name that stands for an address in any folder, and its class, which becomes a component if need be."""
+        place, found = plugins.find(address, f"{self.kind} {address!r}")
+        self._refuse_unfit(found, f"{self.kind} {address!r}: ")
+        if "registered_name" not in found.__dict__:
+            _mark(found, found.__name__, (), None, place)
+        elif "address" not in found.__dict__ and not _ships(found):
+            cast("Any", found).address = place
+        return found.__dict__.get("address", found.registered_name), found
+
     def expand(self, spec: str | Mapping[str, Any]) -> dict[str, Any]:
-        """A spec in its long form: `pgd-40` becomes `{"name": "pgd", "steps": 40}`.
+        """A spec in its long form: `pgd-40` becomes `{"name": "pgd", "steps": 40}`, a relative address an absolute one.
+
+        Installed packages are asked for names that are not known.
 
         Raises:
             UserError: if the name is unknown or the short form does not fit it.
@@ -133,16 +189,37 @@ class Registry(Generic[T]):
             if "name" not in spec:
                 raise UserError(f"{self.kind} needs a name, {{name: ...}}; known: {', '.join(self.names())}")
             return {**self.expand(str(spec["name"])), **{k: v for k, v in spec.items() if k != "name"}}
+        try:
+            return self._expanded(spec)
+        except UserError:
+            if plugins.split_address(spec) or not plugins.load_installed():
+                raise
+            return self._expanded(spec)
+
+    def names_code(self, spec: Mapping[str, Any]) -> bool:
+        """Whether a spec in its long form names code from outside, which `build` would run."""
+        self._load()
+        head = str(spec.get("name")).partition(":")[0]
+        return head == self._imported_as or (head not in self._classes and ":" in str(spec.get("name")))
+
+    def located(self, spec: str | Mapping[str, Any]) -> str | dict[str, Any]:
+        """A spec as it was written, except for an address, which is made one that means the same in any folder."""
+        name = spec if isinstance(spec, str) else str(spec.get("name"))
+        self._load()
+        if name.partition(":")[0] not in self._classes and plugins.split_address(name):
+            return self.expand(spec)
+        return spec if isinstance(spec, str) else dict(spec)
+
+    def _expanded(self, spec: str) -> dict[str, Any]:
         if spec in self._classes:
             return {"name": spec}
         head, colon, tail = spec.partition(":")
         if colon:
             field = getattr(self._classes.get(head), "short_text", None)
-            if field is None and self._imported_as is not None and head not in self._classes:
-                head, tail = self._imported_as, spec
-                field = getattr(self._classes[head], "short_text", None)
             if field is not None:
                 return {"name": head, field: tail}
+            if head not in self._classes and (self._imported_as is not None or plugins.split_address(spec)):
+                return self._from_outside(spec)
         words = spec.split("-")
         prefixes = ["-".join(words[:count]) for count in range(len(words), 0, -1)]
         name = next(
@@ -157,6 +234,20 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {spec!r} is not understood; write {form!r}" + ("" if fields else " alone"))
         self.get(spec)
         raise AssertionError  # get has raised: spec is not a registered name
+
+    def _from_outside(self, spec: str) -> dict[str, Any]:
+        """The long form of an address: of a class of this kind or, where the kind has that, of a function."""
+        if self._imported_as is None:
+            return {"name": self._addressed(spec)[0]}
+        try:
+            place, found = plugins.find(spec)
+        except UserError:
+            if plugins.is_file(spec.rpartition(":")[0]):
+                raise
+            place, found = spec, None  # a module is looked for again where the model is made, and its lack told there
+        if isinstance(found, type) and issubclass(found, self.base):
+            return {"name": self._addressed(spec)[0]}
+        return {"name": self._imported_as, str(getattr(self._classes[self._imported_as], "short_text", None)): place}
 
     def build(self, spec: str | Mapping[str, Any] | T, where: str = "") -> T:
         """A component from its name, its short form, its fields, or itself.
@@ -184,14 +275,54 @@ class Registry(Generic[T]):
                 place = _join(where, key)
                 listed = ", ".join(known) or "none"
                 raise UserError(f"{place}: {self.kind} {name!r} has no such key{hint} (known: {listed})")
+        place = where or f"{self.kind} {name!r}"
         try:
             return TypeAdapter(cls).validate_python(fields)
         except ValidationError as error:
-            raise UserError(first_error(error, where or f"{self.kind} {name!r}")) from None
+            raise UserError(first_error(error, place)) from None
+        except Exception as error:  # whatever somebody else's class may raise; ours are right
+            if _ships(cls):
+                raise
+            why = _unreadable_field(cls) or f"failed: {plugins.reason(error)}"
+            raise UserError(f"{place.removesuffix('.')}: {name}: {why}") from error
 
     def describe(self, component: T) -> dict[str, Any]:
         """The component in the long form that `build` accepts."""
         fields = dataclasses.fields(cast("Any", component))
         values = {f.name: getattr(component, f.name) for f in fields if f.init}
         inside = {key: self.describe(value) for key, value in values.items() if hasattr(value, "registered_name")}
-        return {"name": cast("Any", component).registered_name, **values, **inside}
+        cls = type(component)
+        return {"name": cls.__dict__.get("address", cast("Any", component).registered_name), **values, **inside}
+
+
+def _ships(cls: type) -> bool:
+    return cls.__module__.startswith("dualhead.")
+
+
+def _mark(cls: type, name: str, numbers: tuple[str, ...], text: str | None, address: str | None) -> None:
+    """Make a dataclass a component: how it is called, short forms, and where it comes from if that is outside."""
+    described = cast("Any", cls)
+    described.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    described.registered_name = name
+    described.short_numbers = numbers
+    described.short_text = text
+    if address is not None:
+        described.address = address
+
+
+def _unreadable_field(cls: type) -> str | None:
+    """What is wrong with the first field whose type no value can be checked against; None if all are fine."""
+    module = sys.modules.get(cls.__module__)
+    names = dict(vars(module)) if module is not None else {}
+    for field in dataclasses.fields(cast("Any", cls)):
+        try:
+            alone = type("Alone", (), {"__annotations__": {field.name: field.type}})
+            kind = get_type_hints(alone, names, include_extras=True)[field.name]
+            TypeAdapter(kind, config=None if _has_config(kind) else ConfigDict(arbitrary_types_allowed=True))
+        except Exception as error:  # of several libraries
+            return f"field {field.name!r} has a type that cannot be checked: {plugins.reason(error)}"
+    return None
+
+
+def _has_config(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or hasattr(kind, "model_config")

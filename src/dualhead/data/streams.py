@@ -87,7 +87,7 @@ class OpenStream(ABC):
         """Yield for each step of an epoch, from `first_step` on, what gives the images beside that step's batch."""
 
 
-streams: Registry[Stream] = Registry("stream", "dualhead.data.streams")
+streams: Registry[Stream] = Registry("stream", "dualhead.data.streams", Stream)
 
 
 @streams.register("images")

@@ -21,7 +21,7 @@ from dualhead.attacks.losses import cross_entropy
 from dualhead.evaluation.model import ROWS, Subject, differ
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
 from dualhead.noise import Streams
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 PROBES = 32
 """Samples that the checks which run attacks look at, and those that tell one model from another."""
@@ -170,9 +170,7 @@ def _gradients(subject: Subject, x: Tensor, y: Tensor) -> list[Finding]:
     return [flow, _finding("zero_gradient", share == 0, "no image has gradient zero", text, failed=share >= 0.5)]
 
 
-def _fooled(
-    search: Search, threat: ThreatModel, subject: Subject, samples: Samples, rows: Iterable[int], seed: int
-) -> int:
+def _fooled(search: Search, threat: Threat, subject: Subject, samples: Samples, rows: Iterable[int], seed: int) -> int:
     """How many of the rows a search fools."""
     outcomes: list[Try] = []
     streams = Streams.of(seed, samples.keys).fork("diagnostics")
@@ -181,7 +179,7 @@ def _fooled(
 
 
 def check_attacks(
-    subject: Subject, samples: Samples, correct: NDArray[np.bool_], threat: ThreatModel, seed: int
+    subject: Subject, samples: Samples, correct: NDArray[np.bool_], threat: Threat, seed: int
 ) -> list[Finding]:
     """Do attacks behave as attacks must on a few samples: more steps find more, and a large eps finds everything?"""
     rows = np.flatnonzero(correct)[:PROBES].tolist()
@@ -191,27 +189,29 @@ def check_attacks(
     def fooled(eps: float, **fields: Any) -> int:
         search = attacks.build({"name": "pgd", **fields})
         assert isinstance(search, Search)
-        return _fooled(search, ThreatModel(threat.norm, eps), subject, samples, rows, seed)
+        return _fooled(search, threat.within(eps), subject, samples, rows, seed)
 
     few, many = fooled(threat.eps, steps=10), fooled(threat.eps, steps=40)
     steps = (
         f"PGD with 40 steps fooled {many} of {len(rows)} samples, with 10 steps {few}: more steps must not find less; "
         "the loss surface misleads gradient attacks, so believe square and restarts rather than more steps"
     )
-    x = samples.fetch(torch.tensor(rows), torch.device("cpu"))
+    rising = f"PGD-40 fooled {many} and PGD-10 {few} of {len(rows)}"
+    more_steps = _finding("more_steps", few <= many + 1, rising, steps, failed=False)
     # Within this radius every image can be turned grey, and a grey image has one label for all.
-    radius = 0.5 if threat.norm == "Linf" else float((x - 0.5).flatten(1).norm(dim=1).max())
+    radius = threat.grey_radius(samples.fetch(torch.tensor(rows), torch.device("cpu")))
+    if radius is None:
+        return [more_steps, Finding("large_eps", "ok", f"not checked: no eps of {threat.kind} must fool every image")]
     grey = fooled(radius, steps=20, start="clean", step_size=radius / 4)
     left = 1.0 - grey / len(rows)
     large = (
-        f"at {threat.norm} eps {radius:.3g}, where every image can be made plain grey, PGD left {left:.0%} of "
+        f"at {threat.kind} eps {radius:.3g}, where every image can be made plain grey, PGD left {left:.0%} of "
         f"{len(rows)} samples unfooled: gradients do not lead to adversarial examples, and robust accuracy measured "
         "with them is too high; look for saturation, quantisation or randomness in the model"
     )
-    rising = f"PGD-40 fooled {many} and PGD-10 {few} of {len(rows)}"
     reached = f"PGD at eps {radius:.3g} left {left:.0%}"
     return [
-        _finding("more_steps", few <= many + 1, rising, steps, failed=False),
+        more_steps,
         _finding("large_eps", left <= 0.05, reached, large, failed=left > 0.5),
     ]
 

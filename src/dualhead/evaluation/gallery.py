@@ -6,8 +6,8 @@ output in turn as its target, whether it succeeds or not. What every output says
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.attacks import LogitsFn, attacks, predictions
+from dualhead.attacks import LogitsFn, Query, attacks, predictions
 from dualhead.attacks.losses import margin
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
@@ -26,7 +26,7 @@ from dualhead.names import AGGREGATE, MEAN, MODEL, head_id
 from dualhead.noise import Streams
 from dualhead.system.devices import float32_products
 from dualhead.system.outputs import logits_of
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat, ThreatModel, build_threat
 
 ATTACK = "pgd-20"
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -46,7 +46,7 @@ class Gallery:
     Args:
         outputs: their names [O].
         attack: what was used.
-        norm: of the threat model.
+        norm: of the threat model, or the name of a threat that is no norm.
         eps: float64 [S], ascending.
         index: int64 [M], names of the samples.
         label: int64 [M].
@@ -98,7 +98,7 @@ def make_gallery(
     images: Tensor | NDArray[Any],
     labels: Tensor | NDArray[Any] | Sequence[int],
     *,
-    threat: ThreatModel,
+    threat: Threat | Mapping[str, Any],
     index: Sequence[int] | None = None,
     landscapes: Sequence[int] | None = None,
     shares: Sequence[float] = SHARES,
@@ -114,7 +114,7 @@ def make_gallery(
         model: images float32 [B, C, H, W] in [0, 1] to logits; its heads are shown if it has `head_logits`.
         images: uint8, or floating in [0, 1], [M, C, H, W] with one or three channels.
         labels: integers [M].
-        threat: norm, and the largest budget.
+        threat: what the adversary may do, with the largest budget; as in `evaluate`.
         index: a number per sample that names it; None for 0 to M - 1.
         landscapes: names of the samples whose surroundings are mapped; None for those on which outputs under attack
             disagree, and the first others.
@@ -127,6 +127,7 @@ def make_gallery(
     """
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     check_images(images, labels)
+    threat = build_threat(threat, "threat").for_images(images.shape[1:])
     names = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         return _Visit(model, images, labels, names, threat, seed, batch_size).gallery(landscapes, shares)
@@ -150,13 +151,14 @@ class _Visit:
         images: Tensor,
         labels: Tensor,
         names: Tensor,
-        threat: ThreatModel,
+        threat: Threat,
         seed: int,
         batch_size: int,
     ) -> None:
         self.threat, self.names, self.seed, self.batch_size = threat, names, seed, batch_size
         device = device_of(model)
         self.x = Samples.images_at(images, torch.arange(len(images)), device)
+        self.origin = threat.lift(self.x)
         self.y = labels.to(device, torch.int64)
         heads = outputs_of(model, None)
         self.outputs: LogitsFn = heads or (lambda x: logits_of(model(x))[:, None])
@@ -182,34 +184,34 @@ class _Visit:
             -margin(flat, labels).reshape(-1, outputs),
         )
 
-    def _attack(self, target: int, threat: ThreatModel) -> Tensor:
-        """Adversarial images [M, C, H, W] against one output."""
+    def _attack(self, target: int, threat: Threat) -> Tensor:
+        """Points [M, ...] of the threat that an attack on one output leads to."""
         attack, found = attacks.build(ATTACK), []
+        query = Query(lambda x: self._ask(x)[:, target]).through(threat.render)
         for rows in torch.split(torch.arange(len(self.x), device=self.x.device), self.batch_size):
             streams = self.streams[rows].fork(target)
-            found.append(
-                attack(lambda x: self._ask(x)[:, target], self.x[rows], self.y[rows], threat, generator=streams)
-            )
+            found.append(attack.search_points(query, self.origin[rows], self.y[rows], threat, streams))
         return torch.cat(found)
 
     def gallery(self, landscapes: Sequence[int] | None, shares: Sequence[float]) -> Gallery:
         """Attack, ask, and map."""
-        threats = [replace(self.threat, eps=share * self.threat.eps) for share in shares]
+        threats = [self.threat.within(share * self.threat.eps) for share in shares]
         shown: list[list[NDArray[Any]]] = []
         said: list[list[_Said]] = []
-        adversarial = self.x
+        points = self.origin
         for target in range(len(self.ids)):
             shown.append([])
             said.append([])
             for threat in threats:
-                adversarial = self._attack(target, threat)
+                points = self._attack(target, threat)
+                adversarial = torch.cat([threat.render(part) for part in torch.split(points, self.batch_size)])
                 shown[-1].append(_bytes(adversarial))
                 said[-1].append(self._said(adversarial, self.y))
         rows = self._chosen(landscapes, said[-1][-1] if shares else self.clean)
         return Gallery(
             outputs=np.array(self.ids),
             attack=np.array(ATTACK),
-            norm=np.array(self.threat.norm),
+            norm=np.array(self.threat.kind),
             eps=np.array([threat.eps for threat in threats]),
             index=self.names.cpu().numpy().astype(np.int64),
             label=self.y.cpu().numpy(),
@@ -221,7 +223,7 @@ class _Visit:
                 for name in vars(self.clean)
             },
             landscape_rows=np.array(rows, np.int64),
-            landscape=np.array([self._landscape(row, adversarial[row]) for row in rows], np.float32),
+            landscape=np.array([self._landscape(row, points[row]) for row in rows], np.float32),
         )
 
     def _chosen(self, landscapes: Sequence[int] | None, attacked: _Said) -> list[int]:
@@ -239,19 +241,25 @@ class _Visit:
         )  # what is wrong already is not attacked: no direction to map
         return sorted(interest.argsort(descending=True, stable=True)[:LANDSCAPES].tolist())
 
-    def _landscape(self, row: int, adversarial: Tensor) -> NDArray[Any]:
-        """Margins of the outputs [O, SIDE, SIDE] on a plane through an image."""
-        x, streams = self.x[row], self.streams[torch.tensor([row], device=self.x.device)].fork("landscape")
-        if self.threat.norm == "Linf":
-            aside = self.threat.eps * (2.0 * (streams.uniform(*x.shape)[0] > 0.5) - 1.0)
-        else:
-            normal = streams.normal(*x.shape)[0]
-            aside = self.threat.eps * normal / normal.norm()
-        steps = torch.linspace(-REACH, REACH, SIDE, device=x.device)
-        ahead = (adversarial - x) * steps.reshape(-1, 1, 1, 1)
-        plane = torch.cat([x + ahead + step * aside for step in steps]).clamp(0.0, 1.0)
+    def _landscape(self, row: int, point: Tensor) -> NDArray[Any]:
+        """Margins of the outputs [O, SIDE, SIDE] on a plane through an image's origin among the threat's points."""
+        origin, streams = self.origin[row], self.streams[torch.tensor([row], device=self.x.device)].fork("landscape")
+        aside = self._aside(origin, streams)
+        steps = torch.linspace(-REACH, REACH, SIDE, device=origin.device)
+        ahead = (point - origin) * steps.reshape(-1, *(1 for _ in origin.shape))
+        plane = self.threat.render(torch.cat([origin + ahead + step * aside for step in steps])).clamp(0.0, 1.0)
         said = self._said(plane, self.y[row].expand(len(plane)))
         return said.margin.T.reshape(-1, SIDE, SIDE).cpu().numpy()
+
+    def _aside(self, origin: Tensor, streams: Streams) -> Tensor:
+        """A random direction of length eps, shaped like one origin."""
+        if not isinstance(self.threat, ThreatModel):
+            return (self.threat.start(origin[None], streams, "sphere") - origin)[0]
+        if self.threat.norm == "Linf":
+            return self.threat.eps * (2.0 * (streams.uniform(*origin.shape)[0] > 0.5) - 1.0)
+        normal = streams.normal(*origin.shape)[0]
+        aside: Tensor = self.threat.eps * normal / normal.norm()
+        return aside
 
 
 def _bytes(images: Tensor) -> NDArray[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dualhead.attacks import Attack, LogitsFn, Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
+from dualhead.components.plugins import sources_in
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.diagnostics import (
     PROBES,
@@ -36,7 +38,7 @@ from dualhead.noise import Streams
 from dualhead.system.arithmetic import BF16, FLOAT32, Precision
 from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.processes import group
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat, ThreatModel, build_threat
 
 Spec = str | Mapping[str, Any] | Attack
 
@@ -47,7 +49,7 @@ def evaluate(
     images: Tensor | NDArray[Any],
     labels: Tensor | NDArray[Any] | Sequence[int],
     *,
-    threat: ThreatModel,
+    threat: Threat | Mapping[str, Any],
     attacks: Sequence[Spec],
     eps: Sequence[float | str] = (),
     index: Tensor | NDArray[Any] | Sequence[int] | None = None,
@@ -72,9 +74,9 @@ def evaluate(
 
     Every attack named here is tried on every sample that is classified correctly without one; the searches within an
     attack (a suite's parts, targets, restarts) go on with what is left. Only the float32 model's answer to the final
-    example, projected and clamped, counts. A verdict depends on the model, the sample, its index and the seed, not on
-    batch size, order or number of processes, as far as the model's kernels allow (`environment.batch_invariant` in
-    the results says whether they do here).
+    example, confined to the budget, counts. A verdict depends on the model, the sample, its index and the seed, not on
+    batch size, order or number of processes, as far as the model's kernels allow (`environment.batch_invariant` in the
+    results says whether they do here).
 
     In a group of processes (`dualhead.system.processes`) each calls this with the same arguments, searches its share of
     the samples, and returns the whole; the first one writes.
@@ -84,7 +86,8 @@ def evaluate(
             mode, and left as it was found.
         images: uint8, or floating in [0, 1], [N, C, H, W].
         labels: integers [N] in [0, K).
-        threat: norm and budget.
+        threat: what the adversary may do, and the budget: `ThreatModel("Linf", "8/255")`, its fields,
+            `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`.
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
@@ -107,7 +110,7 @@ def evaluate(
         stop: asked again and again; when true, what is under way is put on disk and `Interrupted` raised.
 
     Raises:
-        UserError: for images, labels or attacks that do not fit, or an output folder of another evaluation.
+        UserError: for images, labels, a threat or attacks that do not fit, or an output folder of another evaluation.
         Interrupted: when stopped.
     """
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
@@ -118,6 +121,7 @@ def evaluate(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     built = _build(attacks)
+    threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
     came_training = bool(training_modules(model))
@@ -187,7 +191,7 @@ class _Work:
         images: Tensor,
         labels: Tensor,
         index: Tensor,
-        threat: ThreatModel,
+        threat: Threat,
         attacks: dict[str, Attack],
         radii: Sequence[float],
         seed: int,
@@ -210,10 +214,11 @@ class _Work:
                 f"got {int(labels.min())} to {int(labels.max())}"
             )
         self.num_heads = subject.query().num_heads(self.samples.fetch(torch.arange(1), subject.device))
-        self.threats = {radius: replace(threat, eps=radius) if radius else None for radius in radii}
+        self.threats = {radius: threat.within(radius) if radius else None for radius in radii}
         for asked in (threat, *self.threats.values()):  # what cannot be done is refused now, not hours later
             for attack in attacks.values() if asked else ():
-                attack.parts(self.num_classes, cast("ThreatModel", asked), self.num_heads)
+                attack.check(cast("Threat", asked))
+                attack.parts(self.num_classes, cast("Threat", asked), self.num_heads)
         self.correct = (predictions(self.samples.clean) == labels).numpy()
 
     def _clean(self, images: Tensor) -> Tensor:
@@ -237,7 +242,7 @@ class _Work:
         identity = {
             "weights": weights_fingerprint(self.subject.model),
             "data": data_fingerprint(samples.images, samples.labels, samples.keys),
-            "norm": self.threat.norm,
+            "norm" if isinstance(self.threat, ThreatModel) else "threat": self.threat.kind,
             "seed": self.seed,
             "precision": precision,
             "adversarial examples": self.keep_examples,
@@ -266,6 +271,7 @@ class _Work:
                 "batch_invariant": self.subject.batch_invariant(x, y),
             }
 
+        self.group.lead(lambda: self._refuse_changed_attacks(folder))
         self.settled = self.group.lead(lambda: self.journal.fact("arithmetic", settle))
         self._check_answers()
         self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
@@ -277,6 +283,17 @@ class _Work:
         rows = torch.arange(min(PROBES, len(self.samples.labels)))
         logits = self.subject.verify(self.samples.fetch(rows, self.subject.device)).cpu()
         return torch.where(logits.isfinite(), logits, torch.nan)
+
+    def _refuse_changed_attacks(self, folder: Path | None) -> None:
+        """Refuse to mix results of an attack from outside with those of another version of its file."""
+        for label, attack in self.attacks.items():
+            for source in sources_in(registry.describe(attack)):
+                before = self.journal.fact(f"code of {label} in {source.name}", partial(str, source.sha256))
+                if before != source.sha256:
+                    raise UserError(
+                        f"{folder}: holds results of {label} with another version of {source.file}; put that version "
+                        "back, choose another --output, or --overwrite it"
+                    )
 
     def _check_answers(self) -> None:
         """Refuse to go on with what was found out of a model that answered otherwise.
@@ -298,7 +315,7 @@ class _Work:
         threats = {self.threat, *self.threats.values()} - {None}
         parts = [
             part
-            for threat in cast("set[ThreatModel]", threats)
+            for threat in cast("set[Threat]", threats)
             for attack in self.attacks.values()
             for part in attack.parts(self.num_classes, threat, self.num_heads)
         ]
@@ -367,9 +384,10 @@ class _Work:
             curve.append({"eps": radius, **self._at(threat, correct)})
         if diagnostics:
             findings += self._diagnose_attacks(verdicts, records, curve)
+        code = [source.describe() for source in sources_in([registry.describe(a) for a in self.attacks.values()])]
         evaluation.results = {
             "num_samples": len(self.correct),
-            "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
+            "threat": self.threat.describe(),
             **accuracies(correct),
             "attacks": records,
             "curve": curve,
@@ -378,6 +396,7 @@ class _Work:
             "environment": {
                 **describe_environment(self.subject.device),
                 **self.settled,
+                **({"plugins": code} if code else {}),
                 "processes": self.world,
             },
             "seconds": time.perf_counter() - begun,
@@ -386,7 +405,7 @@ class _Work:
         }
         return evaluation
 
-    def _at(self, threat: ThreatModel | None, correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
+    def _at(self, threat: Threat | None, correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
         """Accuracies under another threat model; None is no threat."""
         if threat == self.threat:
             columns = correct
@@ -399,7 +418,7 @@ class _Work:
         both = accuracies(columns)
         return {key: both[key] for key in ("robust_accuracy", "intervals")}
 
-    def _attack(self, attack: Attack, threat: ThreatModel) -> tuple[Verdicts, dict[str, Any]]:
+    def _attack(self, attack: Attack, threat: Threat) -> tuple[Verdicts, dict[str, Any]]:
         """One attack on all samples: what each process found, put together."""
         parts = attack.parts(self.num_classes, threat, self.num_heads)
         shares = cast("list[_Found]", self.group.gather(self._attack_mine(attack, parts, threat)))
@@ -448,9 +467,9 @@ class _Work:
             "needs_heads": attack.needs_heads,
         }
 
-    def _attack_mine(self, attack: Attack, parts: Sequence[Search], threat: ThreatModel) -> _Found:
+    def _attack_mine(self, attack: Attack, parts: Sequence[Search], threat: Threat) -> _Found:
         """One attack on this process's samples."""
-        task = f"{threat.norm} {threat.eps!r} {registry.describe(attack)!r}"
+        task = f"{threat.kind} {threat.eps!r} {registry.describe(attack)!r}"
         streams = Streams.of(self.seed, self.samples.keys).fork(attack.registered_name)
         found = _Found({}, {}, {})
         for number, part in enumerate(parts):
@@ -466,7 +485,7 @@ class _Work:
     def _hunt(
         self,
         part: Search,
-        threat: ThreatModel,
+        threat: Threat,
         streams: Streams,
         left: list[int],
         where: tuple[str, int],

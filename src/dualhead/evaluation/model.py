@@ -122,18 +122,19 @@ class Subject:
         """How the search lays out images in memory."""
         return str(self._layout).removeprefix("torch.")
 
-    def query(self) -> Query:
-        """The model as the search sees it."""
+    def query(self, render: LogitsFn = lambda x: x) -> Query:
+        """The model as the search sees it, at points that `render` makes images of."""
         model, outputs = self._search_model, outputs_of(self._search_model, self._heads)
         # Somebody's own function of the images may not take another layout.
         layout = self._layout if self._heads is None else torch.contiguous_format
         return Query(
-            self._searching(lambda x: logits_of(model(x)), self._layout),
-            None if outputs is None else self._searching(outputs, layout),
+            self._searching(lambda x: logits_of(model(x)), self._layout, render),
+            None if outputs is None else self._searching(outputs, layout, render),
         )
 
-    def _searching(self, function: LogitsFn, layout: torch.memory_format) -> LogitsFn:
-        def ask(x: Tensor) -> Tensor:
+    def _searching(self, function: LogitsFn, layout: torch.memory_format, render: LogitsFn) -> LogitsFn:
+        def ask(point: Tensor) -> Tensor:
+            x = render(point)
             with self.arithmetic.autocast(self.device):
                 return function(x.contiguous(memory_format=layout)).float()
 

@@ -24,7 +24,7 @@ from dualhead.attacks import LooksAhead, Search, State, predictions
 from dualhead.attacks.losses import margin
 from dualhead.evaluation.model import ROWS, Subject, pad_rows, padded
 from dualhead.noise import Streams
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 
 @dataclass
@@ -36,9 +36,9 @@ class Try:
         job: which target or restart.
         fooled: the float32 model misclassifies the confined example.
         steps: how many steps were taken.
-        distance: of the example, in the threat model's norm; NaN where not fooled.
+        distance: of the example, in the units of the threat's eps; NaN where not fooled.
         margin: highest other logit minus the label's, of the example, float32; NaN where not fooled.
-        example: the confined example, float32 [C, H, W]; None where not fooled.
+        example: the image of the confined example, float32 [C, H, W]; None where not fooled.
     """
 
     sample: int
@@ -92,7 +92,7 @@ class Hunt:
 
     Args:
         search: the program.
-        threat: ball and box.
+        threat: what the adversary may do, for images of this shape.
         subject: the model.
         samples: all samples of this process.
         streams: their randomness for this search, one stream per sample.
@@ -107,7 +107,7 @@ class Hunt:
     def __init__(
         self,
         search: Search,
-        threat: ThreatModel,
+        threat: Threat,
         subject: Subject,
         samples: Samples,
         streams: Streams,
@@ -122,7 +122,7 @@ class Hunt:
         self.search, self.threat, self.subject = search, threat, subject
         self.samples, self.streams = samples, streams
         self.check_every, self.on_try, self.on_round = check_every, on_try, on_round
-        self.query = subject.query()
+        self.query = subject.query(threat.render)
         self._capacity, self._unit = subject.batch_size, ROWS
         self._ahead: int | None = None
         if isinstance(search, LooksAhead):
@@ -215,7 +215,7 @@ class Hunt:
         jobs = pad_rows(torch.tensor([job for _, job in tries]), self._unit).to(device)
         x, y = self.samples.fetch(rows, device), self.samples.labels[rows].to(device)
         clean, streams = self.samples.clean[rows].to(device), Streams(self.streams.keys[rows].to(device))
-        return self.search.begin(x, y, clean, jobs, self.threat, streams)
+        return self.search.begin(self.threat.lift(x), y, clean, jobs, self.threat, streams)
 
     def _fill(self) -> None:
         """Give free rows, and rows there is room for, to the queue's next tries."""
@@ -309,10 +309,12 @@ class Hunt:
         index = torch.from_numpy(rows).to(self.subject.device)
         samples = torch.from_numpy(self._sample[rows])
         x, y = self.samples.fetch(samples, self.subject.device), self.samples.labels[samples].to(self.subject.device)
-        example = self.threat.confine(self._example[index], x)
+        origin = self.threat.lift(x)
+        point = self.threat.confine(self._example[index], origin)
+        example = self.threat.render(point)
         logits = self.subject.verify(example)
         self.cost.verification += len(rows)
-        distances = self.threat.distance(example, x)
+        distances = self.threat.distance(point, origin)
         # A pixel that is no number is at no distance, and what a model says of it counts for nothing.
         wrong = (predictions(logits) != y) & (distances <= self.threat.eps)
         columns = zip(wrong.tolist(), distances.tolist(), margin(logits, y).tolist(), strict=True)

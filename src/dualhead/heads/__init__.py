@@ -5,8 +5,10 @@ from dualhead.heads.attach import attach_second_head
 from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_on, is_head, mean_of
 from dualhead.heads.layers import LayerInfo, layers
 from dualhead.heads.splitting import Cut, split_model
+from dualhead.heads.tied import DEFAULT_OWN
 
 __all__ = [
+    "DEFAULT_OWN",
     "Aggregator",
     "Chosen",
     "Cut",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Annotated, Final, Self, cast
+from typing import Annotated, Any, Final, Self, cast
 
 import torch
 from pydantic import AfterValidator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.mean import MeanOfHeads
 from dualhead.heads.splitting import Cut, Features, How
+from dualhead.heads.tied import moving_modules, share_tensors, tensors_by_name
 
 _HEAD: Final = re.compile(r"head[1-9][0-9]?")
 
@@ -40,7 +41,7 @@ Output = Annotated[str, _checked("an output", ("mean", "aggregate"))]
 
 
 def depends_on(output: str, part: str) -> bool:
-    """Whether an output depends on a part."""
+    """Whether an output runs a part. Of tied heads see `DualHeadClassifier.is_shaped_by` too."""
     if is_head(output):
         return part in ("trunk", output)
     return part == "trunk" or is_head(part) or (output, part) == ("aggregate", "aggregator")
@@ -73,6 +74,7 @@ class DualHeadClassifier(nn.Module):
         others: the heads after the first, at least one, each what crosses the cut to logits [B, C].
         aggregator: head logits [B, H, C] to logits [B, C].
         num_classes: C.
+        tied: names of the tensors that each further head shares with the first; empty: heads of their own.
 
     Attributes:
         heads: names of the heads: `head1`, `head2`, ...
@@ -85,8 +87,17 @@ class DualHeadClassifier(nn.Module):
     head2: nn.Module
     aggregator: nn.Module
 
-    def __init__(self, cut: Cut, others: Sequence[nn.Module], aggregator: nn.Module, num_classes: int) -> None:
+    def __init__(
+        self,
+        cut: Cut,
+        others: Sequence[nn.Module],
+        aggregator: nn.Module,
+        num_classes: int,
+        *,
+        tied: Collection[str] = (),
+    ) -> None:
         super().__init__()
+        self.tied = frozenset(tied)
         self.heads = tuple(f"head{number}" for number in range(1, len(others) + 2))
         self.parts = ("trunk", *self.heads, "aggregator")
         self.outputs = (*self.heads, "mean", "aggregate")
@@ -99,6 +110,38 @@ class DualHeadClassifier(nn.Module):
         self._freezers = {name: _KeepFrozen() for name in self.parts}
         for name, freezer in self._freezers.items():
             self.get_submodule(name).register_forward_pre_hook(freezer)
+        self._still = {head: _KeepFrozen() for head in self.heads[1:]}  # of layers whose statistics are head 1's
+        for head, module in self._moving():
+            module.register_forward_pre_hook(self._still[head])
+
+    def _moving(self, heads: Collection[str] | None = None) -> Iterator[tuple[str, nn.Module]]:
+        """Further heads, each with every layer in it that would move head 1's buffers."""
+        for head in self.heads[1:]:
+            if self.tied and (heads is None or head in heads):
+                yield from ((head, module) for module in moving_modules(self.get_submodule(head), self.tied))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast, as `.to()` and its like do; tied tensors are one afterwards too."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        self._tie_to("head1")
+        return self
+
+    def _tie_to(self, source: str) -> None:
+        """Torch moves the same buffer of two modules to two copies; put one head's tensors back into the others."""
+        for head in self.heads:
+            if self.tied and head != source:
+                share_tensors(self.get_submodule(source), self.get_submodule(head), self.tied)
+
+    @property
+    def added_parameters(self) -> int:
+        """Numbers in the parameters that the heads after the first have of their own."""
+        known = {id(p) for part in ("trunk", "head1") for p in self.get_submodule(part).parameters()}
+        further = {id(p): p.numel() for head in self.heads[1:] for p in self.get_submodule(head).parameters()}
+        return sum(count for key, count in further.items() if key not in known)
+
+    def is_shaped_by(self, output: str, part: str) -> bool:
+        """Whether training a part changes an output: a part that it runs, or head 1, to which its heads are tied."""
+        return depends_on(output, part) or bool(self.tied and part == "head1")
 
     @property
     def is_mean(self) -> bool:
@@ -149,11 +192,16 @@ class DualHeadClassifier(nn.Module):
         Frozen means: no parameter asks for a gradient or keeps one, and the part runs in evaluation mode whatever
         calls `.train()`, so that its buffers stay as they are. Parameters that the model fixed itself stay fixed.
 
+        What tied heads share belongs to head 1, as what both run belongs to the trunk. So head 2 alone trains what it
+        has of its own, while shared tensors are frozen (a layer whose statistics are shared runs in evaluation mode);
+        head 1 alone trains all that it holds, and head 2 changes with it.
+
         Args:
             parts: any of `parts`.
 
         Raises:
-            UserError: for an unknown part, or two parts that share weights of which only one would train.
+            UserError: for an unknown part, or two parts that share weights of which only one would train, unless they
+                are tied heads.
         """
         for name in parts:
             if name not in self.parts:
@@ -161,7 +209,9 @@ class DualHeadClassifier(nn.Module):
         self._refuse_half_frozen(parts)
         for name, freezer in self._freezers.items():
             freezer.frozen = name not in parts
-        trained = {id(p) for name in parts for p in self.get_submodule(name).parameters()}
+        for still in self._still.values():
+            still.frozen = "head1" not in parts
+        trained = {id(tensor) for name in parts for tensor in self._held_by(name).values()}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(id(parameter) in trained and name not in self._fixed)
             if not parameter.requires_grad:
@@ -171,25 +221,58 @@ class DualHeadClassifier(nn.Module):
     def _refuse_half_frozen(self, parts: AbstractSet[str]) -> None:
         owners: dict[int, str] = {}
         for part in self.parts:
-            module = self.get_submodule(part)
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            for name, tensor in self._held_by(part).items():
                 owner = owners.setdefault(id(tensor), part)
                 if (owner in parts) != (part in parts):
                     raise UserError(
                         f"{owner} and {part} share {name}, which runs on both sides of the cut; train both or neither"
                     )
 
+    def _held_by(self, part: str) -> dict[str, Tensor]:
+        """Parameters and buffers that belong to a part, under its own names; tied ones are head 1's."""
+        shared = self.tied if part in self.heads[1:] else frozenset()
+        return {name: t for name, t in tensors_by_name(self.get_submodule(part)).items() if name not in shared}
+
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen parts, which stay in evaluation mode."""
         super().train(mode)
-        for name, freezer in self._freezers.items():
-            if freezer.frozen:
-                self.get_submodule(name).eval()
+        self._keep_frozen(self.parts)
         return self
 
-    def base_state_dict(self) -> dict[str, Tensor]:
-        """The original model's state dict, from trunk and head 1, under its own keys."""
-        return {**self.trunk.state_dict(), **self.head1.state_dict()}
+    def _keep_frozen(self, parts: Iterable[str]) -> None:
+        """Put what is frozen of some parts into evaluation mode."""
+        for name in parts:
+            if self._freezers[name].frozen:
+                self.get_submodule(name).eval()
+        for head, module in self._moving(set(parts)):
+            if self._still[head].frozen:
+                module.eval()
+
+    @torch.no_grad()
+    def load_part(self, part: str, other: DualHeadClassifier) -> None:
+        """Give a part the values that it has in another classifier of the same make.
+
+        Of a tied head after the first, only what it has of its own.
+        """
+        theirs = other._held_by(part)
+        for name, tensor in self._held_by(part).items():
+            tensor.copy_(theirs[name])
+
+    def base_state_dict(self, head: str = "head1") -> dict[str, Tensor]:
+        """The original model's state dict, from the trunk and a head, under its own keys.
+
+        Args:
+            head: which one; a further head must be a copy of the first one's layers.
+
+        Raises:
+            UserError: if there is no such head, or its keys are others than the model's.
+        """
+        if head not in self.heads:
+            raise UserError(f"{head!r} is no head of this classifier; its heads are {', '.join(self.heads)}")
+        own: dict[str, Any] = self.get_submodule(head).state_dict()
+        if own.keys() != self.head1.state_dict().keys():
+            raise UserError(f"{head} has other layers than the original model, so its weights have no place in it")
+        return {**self.trunk.state_dict(), **own}
 
     def load_base_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the original model's state dict into trunk and head 1.
@@ -243,9 +326,13 @@ class HeadView(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen parts."""
         super().train(mode)
-        for name in self._parts:
-            if self._classifier[0]._freezers[name].frozen:
-                self.get_submodule(name).eval()
+        self._classifier[0]._keep_frozen(self._parts)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast; heads outside of this view go along with the tensors that they share with one in it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        self._classifier[0]._tie_to(next(part for part in self._parts if is_head(part)))
         return self
 
 

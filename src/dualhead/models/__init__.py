@@ -2,7 +2,7 @@
 
 from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, last_layer
 from dualhead.models.normalize import Normalize, channel_statistics
-from dualhead.models.weights import load_state, normalisation_in, read_state, write_state
+from dualhead.models.weights import load_state, normalisation_in, read_state, with_tied, write_state
 from dualhead.system.outputs import logits_of
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "logits_of",
     "normalisation_in",
     "read_state",
+    "with_tied",
     "write_state",
 ]

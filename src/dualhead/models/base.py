@@ -204,4 +204,4 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-backbones: Registry[Backbone] = Registry("backbone", "dualhead.models", imported_as="factory")
+backbones: Registry[Backbone] = Registry("backbone", "dualhead.models", Backbone, imported_as="factory")

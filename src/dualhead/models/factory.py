@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dualhead.components import plugins
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
-from dualhead.system.processes import group
-
-logger = logging.getLogger(__name__)
-
-
-def _reason(error: Exception) -> str:
-    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
 
 
 def _import(path: str) -> Callable[..., Any]:
-    """What `package.module:factory` names; the module may lie in the current directory, as with `python -m`."""
-    name, colon, attribute = path.partition(":")
-    if not (name and colon and attribute):
-        raise UserError(f"model {path!r}: write package.module:factory")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        found: Any = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise UserError(f"model {path!r}: importing {name!r} failed: {_reason(error)}") from error
-        raise UserError(f"model {path!r}: there is no module {error.name!r}, neither installed nor in {here}") from None
-    except Exception as error:  # whatever somebody else's module may raise
-        raise UserError(f"model {path!r}: importing {name!r} failed: {_reason(error)}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"model {path!r}: module {name!r} has no {attribute!r}")
-        found = getattr(found, part)
+    """Return the function that `package.module:factory` names."""
+    if plugins.split_address(path) is None:
+        raise UserError(f"model {path!r}: write package.module:factory or my_file.py:factory")
+    found = plugins.find(path, f"model {path!r}")[1]
     if isinstance(found, nn.Module) or not callable(found):
-        kind = type(found).__name__
+        attribute, kind = path.rpartition(":")[2], type(found).__name__
         raise UserError(f"model {path!r}: {attribute!r} is a {kind}; it must be a function that returns a new module")
     made: Callable[..., Any] = found
     return made
@@ -67,30 +43,34 @@ def _takes_num_classes(factory: Callable[..., Any]) -> bool:
 @backbones.register("factory", text="path")
 @dataclass(frozen=True)
 class FactoryBackbone(Backbone):
-    """A model of your own: `mypackage.mymodule:make_model` calls `make_model`.
+    """A model of your own: `mypackage.mymodule:make_model` calls `make_model`, as does `my_file.py:make_model`.
 
     The function is called with `num_classes=...` if it takes that argument, and returns an `nn.Module` from images
     [B, C, H, W] in [0, 1] to logits [B, num_classes]. Its layers keep their names, unless the recipe has a
     normalisation put before it or it returns something other than a tensor: they are then called `model.LAYER`.
 
     Args:
-        path: module and function, found among what is installed and in the current directory.
+        path: module or file, and function. A module is looked for among what is installed, and like a file in the
+            folder of the recipe and in the current one.
     """
 
     path: str
+
+    def __post_init__(self) -> None:
+        split = plugins.split_address(self.path)
+        if split is not None and plugins.is_file(split[0]):  # then it means the same in any folder
+            object.__setattr__(self, "path", f"{plugins.located(split[0])}:{split[1]}")
 
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         return self._checked(self._made(num_classes)[0], num_classes, image_shape, normalize)
 
     def _made(self, num_classes: int) -> tuple[nn.Module, tuple[str, ...]]:
-        """What the function returns, and the names of its classes: its own, the function's, or their module's."""
-        if group().first:
-            logger.warning("model %s: code named there is run", self.path)
+        """Call the function; return the module, and the names of classes that it, the function or its file has."""
         factory = _import(self.path)
         try:
             model = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
         except Exception as error:  # whatever somebody else's function may raise
-            raise UserError(f"model {self.path!r}: the factory failed: {_reason(error)}") from error
+            raise UserError(f"model {self.path!r}: the factory failed: {plugins.reason(error)}") from error
         if not isinstance(model, nn.Module):
             raise UserError(f"model {self.path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module")
         places = (model, factory, sys.modules.get(getattr(factory, "__module__", "")))

@@ -199,7 +199,8 @@ def load_state(
     that the model's class names in `unused_in_published` are left out where they repeat the named part tensor by
     tensor (said in the log); and `num_batches_tracked`, which checkpoints from before torch 0.4.1 lack altogether,
     starts at 0, as torch itself has it. Weights of the model inside a `Wrapped` may go without its prefix. Buffers of a
-    normalisation (see `normalisation_in`) must say what the model's own `Normalize` does.
+    normalisation (see `normalisation_in`) must say what the model's own `Normalize` does. What is one tensor in the
+    model, such as what tied heads share, may stand under one of its names, and must have one value.
 
     Args:
         model: what to load into; unchanged if the weights do not fit.
@@ -212,7 +213,8 @@ def load_state(
         The names left out.
 
     Raises:
-        UserError: naming how many tensors are missing, unexpected or of another shape, and the first of each.
+        UserError: naming how many tensors are missing, unexpected or of another shape, and the first of each; or two
+            names of one tensor for which the weights hold two values.
     """
     wanted = model.state_dict()
     state = _with_prefixes(wanted, state)
@@ -227,6 +229,7 @@ def load_state(
     if replaced is not None:
         own = {name: tensor for name, tensor in wanted.items() if name.startswith(f"{replaced}.")}
         given |= {n: t for n, t in own.items() if n not in given or given[n].shape[1:] == t.shape[1:]}
+    given = with_tied(model, given, where)
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     if counters.isdisjoint(given):
         given |= {name: torch.zeros_like(wanted[name]) for name in counters}
@@ -248,6 +251,36 @@ def load_state(
     if left_out:
         logger.warning("%s: left out %d tensors that no forward uses: %s", where, len(left_out), _first(left_out))
     return left_out
+
+
+def with_tied(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The state with a tensor that is one in the model under all of its names, if it has it under any.
+
+    Args:
+        model: which tensors are one.
+        state: names to tensors, as `read_state` gives them.
+        where: the file, for messages.
+
+    Raises:
+        UserError: if the state has two values for one tensor: the last one would win without a word.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    filled = dict(state)
+    for alike in names.values():
+        given = [name for name in alike if name in state]
+        if not given:
+            continue
+        first = state[given[0]]
+        for name in given[1:]:
+            if state[name] is not first and state[name].shape == first.shape and not torch.equal(state[name], first):
+                raise UserError(
+                    f"{where}: {given[0]} and {name} differ in these weights, and are one tensor in the model; "
+                    "were they trained without being tied?"
+                )
+        filled |= {name: first for name in alike if name not in state}
+    return filled
 
 
 def _without_unused(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -273,14 +306,24 @@ def _first(names: Sequence[str]) -> str:
 def write_state(state: Mapping[str, Any], path: str | Path) -> None:
     """Write a state dict as safetensors: after a crash at any moment, `path` holds the old file or the new one, whole.
 
+    A tensor that several parts of a model hold under one name, as tied heads do (`head1.fc.weight`, `head2.fc.weight`),
+    is written once, for the first of them; `load_state` knows from the model what it belongs to besides.
+
     Args:
-        state: names to tensors, on any device; shared memory is written once per name.
+        state: names to tensors, on any device.
         path: the file; its folder is made if need be.
 
     Raises:
         OSError: if it cannot be written.
     """
-    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    copies: dict[str, Tensor] = {}
+    written = set()
+    for name, tensor in state.items():
+        inside = name.partition(".")[2]
+        memory = (inside, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if not inside or tensor.numel() == 0 or memory not in written:
+            copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        written.add(memory)
 
     def write(aside: Path) -> None:
         try:

@@ -14,7 +14,7 @@ from dualhead.attacks import Attack
 from dualhead.components.registry import Registry
 from dualhead.data import Stream
 from dualhead.errors import UserError
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 
 OWN: Final = ""
 """The output that a stage trains: the aggregate, else the last head that learns, or a plain model's logits."""
@@ -104,7 +104,7 @@ class Inner:
     uses: Sequence[str]
     start: str = CLEAN
     attack: Attack | None = None
-    threat: ThreatModel | None = None
+    threat: Threat | None = None
 
 
 @dataclass(frozen=True)
@@ -333,4 +333,4 @@ def under(name: str, seen: Seen) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in seen.items() if key.startswith(f"{name}.")}
 
 
-objectives: Registry[Objective] = Registry("objective", "dualhead.objectives")
+objectives: Registry[Objective] = Registry("objective", "dualhead.objectives", Objective)

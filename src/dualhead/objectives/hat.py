@@ -55,6 +55,8 @@ class HAT(Around):
             raise UserError(f"stretch must be greater than 1, got {self.stretch:g}; 2 is as published")
         if ATTACKED not in self.base.inner():
             raise UserError("hat labels attacked images, and its base method has none; use sat, trades or mart")
+        if {"label", "beyond"} & self.base.needs().keys():
+            raise UserError("hat is its own base method; one standard model is asked, so name it once")
 
     def needs(self) -> Mapping[str, Need]:
         """What the base method needs, what f_std says of attacked images, and logits beyond them."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from dualhead.attacks import Attack, attacks
+from dualhead.components import plugins as outside
 from dualhead.components.fields import Real, parse_real
 from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, Resample, Split, Storage, augmentations, load_split, resolve
 from dualhead.errors import UserError
-from dualhead.heads import Aggregator, aggregators
+from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
 from dualhead.objectives import objectives
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat, threats
 from dualhead.training.averaging import averagings
 from dualhead.training.optimisation import optimisers, schedules
-from dualhead.training.stage import Stage
+from dualhead.training.stage import THREAT, Stage
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "aggregators": aggregators,
@@ -30,6 +31,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "objectives": objectives,
     "optimisers": optimisers,
     "schedules": schedules,
+    "threats": threats,
 }
 """Everything that a recipe can name, by the word for it."""
 
@@ -216,22 +218,52 @@ def _layer(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _listed(value: object) -> object:
+    """One word for a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 class Model(Section):
     """The network."""
 
     backbone: Annotated[Backbone, *component(backbones)]
     attach_at: Annotated[str | None, BeforeValidator(_layer)] = None
-    """Layer whose output feeds the second head; None: no second head, and stages train `model`."""
+    """Layer whose output feeds the second head; `input`: the images do, so that each head is a whole network; None: no
+    second head, and stages train `model`."""
     heads: int = Field(2, ge=2, le=20)
     """How many, where `attach_at` is set, the backbone's own included."""
     aggregator: Annotated[Aggregator, *component(aggregators)] | None = None
     """None: the paper's, up to the number of classes where its size is in proportion."""
-    second_head: Literal["reset", "clone"] = "reset"
+    second_head: Literal["reset", "clone", "tied"] = "reset"
     """Whether the second head, and any further one, starts from fresh weights or from those of the first, when its
-    first stage begins."""
+    first stage begins; `tied`: it shares the first one's tensors for good, but for those in `own`, which start likewise
+    from the first one's. Shared tensors are head 1's: to train head 2 alone trains what is its own."""
+    own: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    """What each tied head has of its own: `batch_norm` (dual batch norm), `affine`, `statistics`, or names of layers
+    and tensors with wildcards. None: `batch_norm` if heads are tied."""
     normalize: Annotated[Literal["data", "none"] | Statistics | None, BeforeValidator(_statistics)] = None
     """Inside the model: by the statistics of the training images, not at all, or by given ones. None: `none` for a
     `package.module:factory`, whose model takes images in [0, 1] as they are, `data` for every other backbone."""
+
+    @property
+    def tied(self) -> tuple[str, ...] | None:
+        """What tied heads have of their own; None if heads share nothing."""
+        return (self.own or DEFAULT_OWN) if self.second_head == "tied" else None
+
+    @model_validator(mode="after")
+    def _own_is_of_tied_heads(self) -> Self:
+        if self.own is not None and self.second_head != "tied":
+            raise UserError(
+                f".own: says what tied heads do not share; set second_head: tied, or leave it out ({self.second_head} "
+                "shares nothing)"
+            )
+        if self.own == ():
+            raise UserError(".own: must name something, e.g. [batch_norm]; heads that share all are one head")
+        if self.second_head == "tied" and self.attach_at is None:
+            raise UserError(
+                ".second_head: tied needs attach_at, the layer in front of what is tied; input is the images"
+            )
+        return self
 
 
 class Validation(Section):
@@ -251,6 +283,11 @@ class Evaluate(Section):
     batch_size: int = Field(256, ge=1)
     gallery: int = Field(48, ge=0)
     """So many of the first test images are shown under attack in the report."""
+
+    @field_validator("attacks")
+    @classmethod
+    def _attacks_are_found_anywhere(cls, specs: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        return tuple(attacks.located(spec) for spec in specs)
 
     @model_validator(mode="after")
     def _attacks_exist(self) -> Self:
@@ -296,28 +333,35 @@ class Runtime(Section):
         return self
 
 
-def _threat(value: object) -> object:
-    if not isinstance(value, Mapping):
-        return value
-    unknown = set(value) - {"norm", "eps"}
-    if unknown:
-        raise UserError(f".{sorted(unknown)[0]}: unknown key (known: norm, eps)")
-    if "eps" not in value:
-        raise UserError(".eps: missing; this key is required, e.g. 8/255")
-    return ThreatModel(value.get("norm", "Linf"), value["eps"])
-
-
 class Recipe(Section):
     """A run from data to evaluation."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     data: Data
     model: Model
-    threat: Annotated[ThreatModel, BeforeValidator(_threat)]
+    threat: Annotated[Threat, *THREAT]
     stages: tuple[Stage, ...] = Field(min_length=1)
     validation: Validation = Validation()
     evaluate: Evaluate = Evaluate()
     runtime: Runtime = Runtime()
+    plugins: tuple[str, ...] = ()
+    """Files (`my_file.py`) or modules (`my_package.module`) that register components by name. They are run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plugins_come_first(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or "plugins" not in content:
+            return content
+        names = content["plugins"]
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise UserError(f".plugins: must list files or modules, e.g. [my_file.py]; got {names!r}")
+        try:
+            found = list(dict.fromkeys(outside.located(name) for name in names))
+            for name in found:
+                outside.load(name)
+        except UserError as error:
+            raise UserError(f".plugins: {error}") from None
+        return {**content, "plugins": found}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -336,10 +380,30 @@ class Recipe(Section):
                     raise UserError(
                         f".stages.{index}.train: the model {why}, so its parts are {', '.join(parts)}; got {part!r}"
                     )
+            changed = next((teacher for teacher in stage.objective.frozen() if teacher != "head1"), None)
+            if self.model.tied and "head1" in stage.train and changed is not None:
+                raise UserError(
+                    f".stages.{index}.train: head1 must not be trained: {changed}, which is tied to it and the "
+                    "teacher, would change"
+                )
             known = (*heads, "mean", "aggregate")
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:
                     raise UserError(f".stages.{index}: {output!r} is no output of the model; it has {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _attacks_fit_threats(self) -> Self:
+        uses: list[tuple[str, Callable[[Threat], object]]]
+        uses = [(f"stages.{index}", stage.against) for index, stage in enumerate(self.stages)]
+        uses += [(f"evaluate.attacks.{n}", attacks.build(spec).check) for n, spec in enumerate(self.evaluate.attacks)]
+        if self.data.validation:
+            uses.append(("validation.attack", self.validation.attack.check))
+        for place, check in uses:
+            try:
+                check(self.threat)
+            except UserError as error:
+                raise UserError(f".{place}: {error}") from None
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from dualhead.components import plugins as outside
 from dualhead.errors import UserError
 from dualhead.recipe.schema import Recipe, parse_recipe
 
@@ -22,25 +23,38 @@ LARGEST_CONTENT = 100_000
 _TOO_MUCH = f"holds more than {LARGEST_CONTENT:,} values, each use of an anchor counted, so it is no recipe"
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Recipe:
     """Load a recipe by the name of a shipped one or by path, with overrides.
+
+    Components, and files of them, are looked for in the recipe's folder, then in those of the recipes that it extends,
+    then in the current one.
 
     Args:
         name: `cifar10_cpu`, or a path to a YAML file. A recipe may say `extends: OTHER` and give only what differs.
         overrides: `KEY=VALUE` with a dotted key, `stages.main_head.epochs=5`; `*` stands for all items of a list.
             Values are read as YAML.
+        plugins: files or modules besides those that the recipe names.
 
     Raises:
         UserError: one line naming the key, what is wrong with it, and what would be right.
     """
-    content, label = _extended(name)
+    folders: list[Path] = []
+    content, label = _extended(name, (), folders)
     content.setdefault("name", label)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(f"override {override!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
         _assign(content, key.split("."), _parse_yaml(text, f"override {override!r}"), override)
-    return parse_recipe(content, f"recipe {name}")
+    if plugins:
+        try:
+            given = [outside.located(source) for source in plugins]  # these stand on the command line: relative to here
+        except UserError as error:
+            raise UserError(f"--plugin: {error}") from None
+        named = content.get("plugins") or []
+        content["plugins"] = [*named, *given] if isinstance(named, list) else named
+    with outside.searched_in(folders):
+        return parse_recipe(content, f"recipe {name}")
 
 
 def read_recipe_file(path: Path) -> Recipe:
@@ -59,8 +73,11 @@ def shipped_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[dict[str, Any], str]:
+    """Return a recipe's content laid over that of the recipe it extends, and its name; append the files' folders."""
     content, label = _read(name)
+    if _is_file(Path(name)):
+        folders.append(Path(name).absolute().parent)
     parent = content.pop("extends", None)
     if parent is None:
         return content, label
@@ -69,9 +86,11 @@ def _extended(name: str, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], s
     beside = Path(name).parent / parent
     found = str(beside) if _is_file(Path(name)) and _is_file(beside) else parent
     try:
-        base = _extended(found, (*chain, name, parent))[0]
+        base = _extended(found, (*chain, name, parent), folders)[0]
     except UserError as error:
         raise UserError(f"recipe {name}: extends: {error}") from None
+    if isinstance(base.get("plugins"), list) and isinstance(content.get("plugins"), list):
+        content["plugins"] = base["plugins"] + content["plugins"]  # the base needs its own
     own = {"name": content.pop("name")} if "name" in content else {}  # a recipe's name tells no components apart
     base.pop("name", None)
     return {**_merge(base, content), **own}, label

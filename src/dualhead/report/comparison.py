@@ -13,7 +13,7 @@ from typing import Any
 from dualhead.report.differences import broken_later, comparable, difference, repeats, same_model
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.sources import Estimate, Measured, Source
-from dualhead.report.text import duration, eps_texts, large, percent, points, threat_text
+from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text
 from dualhead.report.training import COLOURS, best_line
 from dualhead.statistics import Paired
 
@@ -251,13 +251,13 @@ def trade_offs(sources: Sequence[Source]) -> list[Figure]:
 
 
 def eps_figures(sources: Sequence[Source]) -> list[Figure]:
-    """Robust accuracy over eps, a figure for each norm."""
+    """Robust accuracy over eps, a figure for each norm or other threat."""
     groups: dict[str, list[Series]] = {}
     for source in sources:
         for row in [*source.rows, *source.further]:
             curve = _curve(row)
             if len(curve) > 1 and row.threat:
-                series = groups.setdefault(str(row.threat["norm"]), [])
+                series = groups.setdefault(threat_name(row.threat), [])
                 attacked = f"{_called(source, row)}, {', '.join(row.attacks)}"
                 series.append(
                     Series(
@@ -385,7 +385,7 @@ def as_records(rows: Sequence[Measured]) -> list[dict[str, Any]]:
     records = []
     for row in rows:
         record: dict[str, Any] = {
-            "run": row.run, "model": row.name, "norm": row.threat["norm"] if row.threat else None,
+            "run": row.run, "model": row.name, "norm": threat_name(row.threat) if row.threat else None,
             "eps": row.threat["eps"] if row.threat else None, "num_samples": row.num_samples,
         }  # fmt: skip
         for name, value in {"clean": row.clean, **row.robust}.items():

@@ -6,8 +6,15 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dualhead.names import MODEL, described
-from dualhead.report.text import attack_text, component_text, eps_text
+from dualhead.names import MODEL, described, head_number
+from dualhead.report.text import attack_text, component_text, eps_text, threat_name, threat_text
+
+OWN = {
+    "batch_norm": "batch norm",
+    "affine": "weight and bias of normalisation",
+    "statistics": "statistics of normalisation",
+}
+"""What a card calls the words for what tied heads do not share; patterns stand as they are."""
 
 ONNX_SECTION = """
 ## ONNX
@@ -45,7 +52,7 @@ def model_card(
         "",
         f"# {_safe(config.get('recipe', 'dualhead model'))}",
         "",
-        f"{described(config.get('output', MODEL), architecture.get('heads', 2))} on "
+        f"{_output(config)} on "
         f"{_safe(component_text(architecture['backbone']))}, "
         f"for images {shape} in [0, 1] and {architecture['num_classes']} classes.",
         "",
@@ -78,15 +85,43 @@ def model_card(
 
 
 def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> str:
-    budget = f"against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}"
+    budget = f"against {threat_name(threat)} of at most {threat['eps']:g}"
+    if "norm" in threat:
+        budget = f"against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}"
     if recipe is None:
         return f"Trained {budget}."
-    radii = {stage.get("eps") or threat["eps"] for stage in recipe["stages"] if attack_text(stage)}
-    if not radii:
+    met = [
+        stage.get("threat") or {**threat, "eps": stage.get("eps") or threat["eps"]}
+        for stage in recipe["stages"]
+        if attack_text(stage)
+    ]
+    if not met:
         return f"Not trained, but evaluated, {budget}."
-    if radii == {threat["eps"]}:
+    if all(one == threat for one in met):
         return f"Trained {budget}."
-    return f"Evaluated {budget}; trained at most {', '.join(map(eps_text, sorted(radii)))}."
+    if any(threat_name(one) != threat_name(threat) for one in met):
+        return f"Evaluated {budget}; trained against {', '.join(dict.fromkeys(map(threat_text, met)))}."
+    return f"Evaluated {budget}; trained at most {', '.join(map(eps_text, sorted({one['eps'] for one in met})))}."
+
+
+def _output(config: Mapping[str, Any]) -> str:
+    """Which output it is: of tied heads what each has of its own, of an exported head where it came from."""
+    output, architecture = config.get("output", MODEL), config["architecture"]
+    told = described(output, architecture.get("heads", 2))
+    if output != MODEL and (own := architecture.get("own")) is not None:
+        return f"{told} (tied heads: {_own(own)} of their own{_added(config)})"
+    if output == MODEL and (number := head_number(config.get("exported_output", ""))):
+        return f"{told}, exported from head {number} of a model of several,"
+    return told
+
+
+def _own(own: Sequence[str]) -> str:
+    return " and ".join(_safe(OWN.get(word, f"`{word}`")) for word in own)
+
+
+def _added(config: Mapping[str, Any]) -> str:
+    added = config.get("added_parameters")
+    return "" if added is None else f", +{added:,} parameters"
 
 
 def _measured(results: Mapping[str, Any] | None) -> list[str]:
@@ -100,7 +135,7 @@ def _measured(results: Mapping[str, Any] | None) -> list[str]:
     threat = results["threat"]
     doubts = [entry for entry in results.get("diagnostics", []) if entry["status"] != "ok"]
     return [
-        f"{results['num_samples']} test images, {threat['norm']} eps {eps_text(threat['eps'])}, Wilson 95 % intervals.",
+        f"{results['num_samples']} test images, {threat_text(threat)}, Wilson 95 % intervals.",
         "",
         "| accuracy | percent | interval |",
         "|---|---|---|",

@@ -19,16 +19,25 @@ def eps_texts(radii: Sequence[float]) -> list[str]:
     return words if all(word == "0" or "/" in word for word in words) else [f"{radius:g}" for radius in radii]
 
 
+def threat_name(threat: Mapping[str, Any]) -> str:
+    """The norm of a threat, or its name with what was set but eps."""
+    return str(threat["norm"]) if "norm" in threat else component_text({**threat, "eps": None})
+
+
 def threat_text(threat: Mapping[str, Any] | None) -> str:
-    """Norm and radius of a threat model."""
-    return f"{threat['norm']} eps {eps_text(threat['eps'])}" if threat else "threat model not recorded"
+    """Norm and radius of a threat, or name and budget: `Linf eps 8/255`, `flow 0.05`."""
+    if not threat:
+        return "threat model not recorded"
+    budget = f"eps {eps_text(threat['eps'])}" if "norm" in threat else f"{threat['eps']:g}"
+    return f"{threat_name(threat)} {budget}"
 
 
 def component_text(component: Mapping[str, Any]) -> str:
-    """A component of a recipe: its name and what was set."""
+    """A component of a recipe: its name and what was set. Of an address in a file, `my_file.py:Class` is shown."""
+    name = str(component["name"]).replace("\\", "/").rpartition("/")[2]
     fields = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {shortened(str(value), 80)}"
                        for key, value in component.items() if key != "name" and value is not None)  # fmt: skip
-    return f"{component['name']} ({fields})" if fields else str(component["name"])
+    return f"{name} ({fields})" if fields else name
 
 
 def attack_text(stage: Mapping[str, Any]) -> str:
@@ -40,6 +49,8 @@ def attack_text(stage: Mapping[str, Any]) -> str:
         told = component_text({"name": "free", **free})
     else:
         told = component_text({key: value for key, value in stage["attack"].items() if key not in ("loss", "restarts")})
+    if stage.get("threat") is not None:
+        return f"{told} within {threat_text(stage['threat'])}"
     return told if stage.get("eps") is None else f"{told} within eps {eps_text(stage['eps'])}"
 
 

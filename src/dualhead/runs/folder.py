@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from dualhead.components import plugins
 from dualhead.data import Digests, Split, digests, one_form
 from dualhead.errors import UserError
 from dualhead.models import load_state, read_state
 from dualhead.names import row_folder
 from dualhead.recipe import Recipe, read_recipe_file
 from dualhead.saving import CONFIG, Architecture, read_config, write_config
-from dualhead.system.files import check_folder, write_atomically, write_text
+from dualhead.system.files import check_folder, write_atomically, write_json, write_text
 from dualhead.system.lock import NAME as LOCK
 from dualhead.system.lock import FolderLock
 from dualhead.system.processes import group
@@ -37,6 +41,8 @@ _HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|s
 _MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
 changes results a little."""
+PLUGINS = "plugins"
+"""Folder with a copy of each source file from outside, and the name of the JSON file that lists them."""
 GALLERY = "gallery.npz"
 """Images under attack, for the report; it lies beside the results of an evaluation."""
 SKETCHED = 128
@@ -176,6 +182,7 @@ def open_folder(folder: RunFolder, recipe: Recipe, architecture: Architecture, f
     elif folder.begun:
         return
     else:
+        keep_plugins(folder.path, plugins.sources_in(recipe.resolved()))
         write_config(folder.checkpoints, architecture, facts)
     write_text(folder.config, yaml.safe_dump(recipe.resolved(), sort_keys=False))
 
@@ -221,12 +228,42 @@ def read_recipe(folder: Path) -> Recipe:
     """Read the resolved recipe of a run.
 
     Raises:
-        UserError: if the folder holds no run.
+        UserError: if the folder holds no run, or code from outside with which it was made has changed.
     """
     config = RunFolder(folder).config
     if not config.is_file():
         raise UserError(f"{folder}: holds no run ({config.name} is missing)")
+    refuse_changed_plugins(folder)
     return read_recipe_file(config)
+
+
+def keep_plugins(folder: Path, sources: Sequence[plugins.Source]) -> None:
+    """Write down which code from outside a run is made with, and a copy of each file; nothing if there is none.
+
+    The copies are a record, and what to put back if a file has changed; the files themselves are run.
+    """
+    records = [source.describe() for source in sources]
+    for record in records:
+        copy = partial(shutil.copyfile, record["file"])
+        write_atomically(folder / PLUGINS / plugins.copy_name(record), copy)
+    if records:
+        write_json(folder / f"{PLUGINS}.json", {"plugins": records})
+
+
+def refuse_changed_plugins(folder: Path) -> None:
+    """Refuse to read a run whose code from outside is not what it was made with; none of it is run.
+
+    Raises:
+        UserError: naming the file, and what to do.
+    """
+    path = folder / f"{PLUGINS}.json"
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        records = plugins.records_in(content.get("plugins") if isinstance(content, dict) else None, str(path))
+        plugins.refuse_changed(records, str(folder), folder / PLUGINS)
 
 
 def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str, Any]:
@@ -264,7 +301,14 @@ def _unused(folder: Path) -> bool:
     facts = RunFolder(folder).checkpoints / CONFIG
     written = (path for path in folder.rglob("*") if path.is_file())
     aside = (".", ".tmp")  # as `write_atomically` calls what it has not finished
-    return all(path.name.startswith(LOCK) or (path.name[0], path.suffix) == aside or path == facts for path in written)
+    known = (facts, folder / f"{PLUGINS}.json")
+    return all(
+        path.name.startswith(LOCK)
+        or (path.name[0], path.suffix) == aside
+        or path in known
+        or path.parent == folder / PLUGINS
+        for path in written
+    )
 
 
 def without_how(recipe: Any, place: str = "") -> Any:

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from dualhead.evaluation import Evaluation, EvaluationProgress, Finding, check_duplicates, evaluate, make_gallery
-from dualhead.heads import DualHeadClassifier, depends_on
+from dualhead.heads import DualHeadClassifier
 from dualhead.models import count_parameters
 from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
 from dualhead.runs.folder import load_kept
@@ -200,18 +200,18 @@ def _base_stages(prepared: Prepared) -> list[Stage]:
 
 
 def _parts_of(model: nn.Module) -> Mapping[str, set[str]]:
-    """Return the parts that each output runs, and `base`."""
+    """Return the parts whose training changes each output, and `base`."""
     if not isinstance(model, DualHeadClassifier):
         return {MODEL: {"model"}}
     outputs = {BASE: head_id(1), **{output: output for output in model.outputs}}
-    return {name: {part for part in model.parts if depends_on(output, part)} for name, output in outputs.items()}
+    return {
+        name: {part for part in model.parts if model.is_shaped_by(output, part)} for name, output in outputs.items()
+    }
 
 
 def _parameters(model: nn.Module, output: str) -> int:
     """Count the parameters that an output runs."""
-    if not isinstance(model, DualHeadClassifier):
-        return count_parameters(model)
-    return sum(count_parameters(model.get_submodule(part)) for part in _parts_of(model)[output])
+    return count_parameters(view(model, head_id(1) if output == BASE else output))
 
 
 def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]:

@@ -26,7 +26,7 @@ from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_da
 from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of
 from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
 from dualhead.system.processes import group
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training import RESET, Passes, Stage, check_choosable, summary_writer
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Prepared:
         """Return what a saved model tells of itself beside its architecture, JSON values."""
         return {
             "class_names": list(self.images.training.class_names),
-            "threat": {"norm": self.recipe.threat.norm, "eps": self.recipe.threat.eps},
+            "threat": self.recipe.threat.describe(),
             "output": self.output,
             "recipe": self.recipe.name,
             **self.recipe.data.reading(),
@@ -364,6 +364,7 @@ def architecture_of(recipe: Recipe, training: Split) -> Architecture:
         attach_at=recipe.model.attach_at,
         aggregator=aggregators.describe(aggregator) if recipe.model.attach_at else None,
         heads=recipe.model.heads,
+        own=recipe.model.tied,
         num_classes=classes,
         image_shape=(channels, *(recipe.data.image_size or training.image_shape[1:])),
         mean=mean,
@@ -385,8 +386,11 @@ def fresh_model(prepared: Prepared) -> nn.Module:
         return prepared.architecture.create()
 
 
-def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> None:
+def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> bool:
     """Load into a network the weights that a stage's `init` names.
+
+    Returns:
+        Whether heads after the first had theirs among them.
 
     Raises:
         UserError: if they cannot be read or do not fit.
@@ -394,10 +398,13 @@ def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> None:
     if stage.init == RESET:
         fresh = fresh_model(prepared)
         for part in stage.train:
-            own, new = (model, fresh) if part == "model" else (model.get_submodule(part), fresh.get_submodule(part))
-            own.load_state_dict(new.state_dict())
+            if isinstance(model, DualHeadClassifier) and isinstance(fresh, DualHeadClassifier):
+                model.load_part(part, fresh)
+            else:
+                model.load_state_dict(fresh.state_dict())
     elif stage.init is not None:
-        load_base_weights(model, stage.init, prepared.architecture, replace_classifier=stage.replace_classifier)
+        return load_base_weights(model, stage.init, prepared.architecture, replace_classifier=stage.replace_classifier)
+    return False
 
 
 # ---- what each stage needs
@@ -427,7 +434,7 @@ def _check_stage(prepared: Prepared, number: int) -> None:
         _check_needs(prepared, number)
     _warn_of_idle(stage)
     if stage.objective.adversarial and stage.fit is None and stage.free is None and stage.epochs:
-        _warn_of_reach(f"{key}.attack", stage.attack, stage.threat(prepared.recipe.threat))
+        _warn_of_reach(f"{key}.attack", stage.attack, stage.against(prepared.recipe.threat))
     if stage.fit is not None:
         with _under(f"{key}.fit"):
             check_choosable(prepared.model)
@@ -504,7 +511,7 @@ def _warn_of_idle(stage: Stage) -> None:
             )  # fmt: skip
 
 
-def _warn_of_reach(key: str, attack: Attack, threat: ThreatModel) -> None:
+def _warn_of_reach(key: str, attack: Attack, threat: Threat) -> None:
     """Warn of steps that are left over from another radius or norm: they end inside the ball."""
     steps, length = getattr(attack, "steps", 1), getattr(attack, "step_size", None)
     if length is not None and steps * length < threat.eps:

@@ -40,6 +40,7 @@ def train(
     recipe: Recipe | str | Path,
     overrides: Sequence[str] = (),
     *,
+    plugins: Sequence[str] = (),
     run_dir: str | Path | None = None,
     progress: TrainingProgress | None = None,
     evaluation_progress: Callable[[str], EvaluationProgress] | None = None,
@@ -55,6 +56,7 @@ def train(
     Args:
         recipe: a recipe, the name of a shipped one, or a path to a YAML file.
         overrides: `KEY=VALUE` with dotted keys, for a recipe by name or path.
+        plugins: files or modules that register components, besides those that a recipe by name or path names.
         run_dir: the run's folder; None for `runs/NAME`.
         progress: told of stages, steps and epochs.
         evaluation_progress: gives, for the name of a row, who is told of its evaluation.
@@ -68,7 +70,7 @@ def train(
         Interrupted: when stopped.
         RunError: when training fails.
     """
-    recipe, processes = _read(recipe, overrides), group()
+    recipe, processes = _read(recipe, overrides, plugins), group()
     if not processes.first:
         progress = evaluation_progress = None
     prepared = prepare(recipe, Path(run_dir) if run_dir is not None else Path("runs") / recipe.name)
@@ -80,9 +82,10 @@ def train(
     return RunResult(folder.path, view(model, prepared.output), tuple(rows))
 
 
-def _read(recipe: Recipe | str | Path, overrides: Sequence[str]) -> Recipe:
+def _read(recipe: Recipe | str | Path, overrides: Sequence[str], plugins: Sequence[str]) -> Recipe:
     if not isinstance(recipe, Recipe):
-        return load_recipe(str(recipe), overrides)
-    if overrides:
-        raise UserError("overrides apply to a recipe by name or path, not to one that is built already")
+        return load_recipe(str(recipe), overrides, plugins)
+    if overrides or plugins:
+        what = "overrides" if overrides else "plugins"
+        raise UserError(f"{what} apply to a recipe by name or path, not to one that is built already")
     return recipe

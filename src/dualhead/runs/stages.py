@@ -234,7 +234,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         passes,
         loader,
         validator=_validator(prepared),
-        threat=stage.threat(recipe.threat),
+        threat=stage.against(recipe.threat),
         arithmetic=training.arithmetic,
         seed=recipe.runtime.seed,
         device=prepared.device,
@@ -272,10 +272,12 @@ def _fit_stage(training: _Training, position: Position) -> Position:
 def _begin_stage(prepared: Prepared, number: int) -> None:
     """Give the network the weights that a stage begins with: `init`, and a clone of head 1 for new heads."""
     recipe, model, stage = prepared.recipe, prepared.model, prepared.recipe.stages[number]
+    given = False
     if stage.init is not None:
-        group().lead(lambda: start_from(prepared, stage, model))
+        given = group().lead(lambda: start_from(prepared, stage, model))
         group().share_state(model)
-    if isinstance(model, DualHeadClassifier) and recipe.model.second_head == "clone":
+    kind = recipe.model.second_head
+    if isinstance(model, DualHeadClassifier) and (kind == "clone" or (kind == "tied" and not given)):
         trained = {part for earlier in recipe.stages[:number] for part in earlier.train}
         for head in set(model.heads[1:]) & set(stage.train) - trained:
             model.get_submodule(head).load_state_dict(model.head1.state_dict())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from dualhead.components.plugins import sources_in
 from dualhead.components.registry import first_error
 from dualhead.components.sections import Section
 from dualhead.errors import UserError
@@ -23,6 +24,11 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 ONNX = "model.onnx"
+PLUGINS = "plugins"
+"""Key of the configuration with the code from outside that makes the model, and folder of an export with its files."""
+
+WITHOUT_SECOND_HEAD: Final[Mapping[str, Any]] = {"attach_at": None, "aggregator": None, "heads": 2, "own": None}
+"""Fields of an `Architecture` that make the plain network of it."""
 
 
 class Architecture(Section):
@@ -33,6 +39,7 @@ class Architecture(Section):
         attach_at: layer whose output feeds the second head; None: a plain classifier.
         aggregator: as a recipe writes it, in the long form; None without a second head.
         heads: their number, if there is a second one.
+        own: what each further head does not share with the first, if they are tied; None: they share nothing.
         num_classes: logits per image.
         image_shape: channels, height, width.
         mean: mean of each channel, for images in [0, 1].
@@ -43,6 +50,7 @@ class Architecture(Section):
     attach_at: str | None = None
     aggregator: dict[str, Any] | None = None
     heads: int = 2
+    own: tuple[str, ...] | None = None
     num_classes: int
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -65,14 +73,15 @@ class Architecture(Section):
             num_classes=self.num_classes,
             heads=self.heads,
             example=torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0)),
-            init="reset",
+            init="reset" if self.own is None else "tied",
+            own=self.own,
             aggregator=aggregators.build(self.aggregator or "pairwise_cnn", where="model.aggregator"),
         )
 
     def plain(self) -> nn.Module:
         """Make the network without a second head; random number generators keep their states."""
         with kept_generators(torch.device("cpu")):
-            return self.model_copy(update={"attach_at": None, "aggregator": None}).create()
+            return self.model_copy(update=WITHOUT_SECOND_HEAD).create()
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], where: str) -> Self:
@@ -90,8 +99,9 @@ class Architecture(Section):
 def write_config(folder: Path, architecture: Architecture, facts: Mapping[str, Any]) -> None:
     """Write `config.json` alone, for weights beside it or in a folder below."""
     backbone = backbones.describe(backbones.build(architecture.backbone, where="model.backbone").on_its_own())
-    alone = architecture.model_copy(update={"backbone": backbone})
-    write_json(folder / CONFIG, {"architecture": alone.model_dump(mode="json"), **facts})
+    alone = architecture.model_copy(update={"backbone": backbone}).model_dump(mode="json")
+    code = [source.describe() for source in sources_in(alone)]
+    write_json(folder / CONFIG, {"architecture": alone, **({PLUGINS: code} if code else {}), **facts})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

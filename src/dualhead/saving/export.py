@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
+from dualhead.components.plugins import copy_name, is_file, records_in
 from dualhead.errors import UserError
+from dualhead.heads import DualHeadClassifier
 from dualhead.models import read_state, write_state
+from dualhead.names import name_of, row_folder
 from dualhead.report import ONNX_SECTION, model_card
-from dualhead.saving.architecture import CARD, CONFIG, ONNX, WEIGHTS, Architecture, read_config
+from dualhead.saving.architecture import (
+    CARD,
+    CONFIG,
+    ONNX,
+    PLUGINS,
+    WEIGHTS,
+    WITHOUT_SECOND_HEAD,
+    Architecture,
+    read_config,
+)
 from dualhead.saving.models import find_model, load
 from dualhead.saving.onnx import OnnxCheck, write_onnx
-from dualhead.system.files import write_json, write_text
+from dualhead.system.files import write_atomically, write_json, write_text
 
 
 def write_card(folder: Path, run: Path | None) -> None:
@@ -25,45 +42,82 @@ def write_card(folder: Path, run: Path | None) -> None:
         run: folder of the run that made it; None if there is none.
     """
     recipe = results = None
+    config = read_config(folder)
     if run is not None and (run / "config.yaml").is_file():
         recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    if run is not None and (run / "evaluation" / "results.json").is_file():
-        results = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    write_text(folder / CARD, model_card(read_config(folder), recipe, results, onnx=(folder / ONNX).is_file()))
+    if run is not None and (measured := _results_of(run, config)).is_file():
+        results = json.loads(measured.read_text(encoding="utf-8"))
+    write_text(folder / CARD, model_card(config, recipe, results, onnx=(folder / ONNX).is_file()))
 
 
-def export(run: str | Path, folder: str | Path) -> Path:
+def _results_of(run: Path, config: Mapping[str, Any]) -> Path:
+    """Find what a run measured of a model of its own: results of the deployed output, or of one head."""
+    head: str | None = config.get("exported_output")
+    if head is None or head == read_config(run / "model").get("output"):
+        return run / "evaluation" / "results.json"
+    return run / "evaluation" / "rows" / row_folder(name_of(head)) / "results.json"
+
+
+def export(run: str | Path, folder: str | Path, *, output: str | None = None) -> Path:
     """Copy a finished run's model, with a card that says what was measured, to a folder that `load` reads.
 
     Args:
         run: folder of a finished run.
         folder: made if need be; must be empty, not exist, or hold this very export.
+        output: a head, to be exported as a plain classifier with the original network's names of weights; None: the
+            whole model.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: if the run has no finished model, or the folder holds something.
+        UserError: if the run has no finished model, the model no such head, or the folder holds something.
     """
     run, folder = Path(run), Path(folder)
     if not (run / "model" / WEIGHTS).is_file():
         raise UserError(f"{run}: holds no finished model; `dualhead train` with the same recipe goes on with it")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _holds_export(folder, run):
+    state, config = read_state(run / "model" / WEIGHTS), read_config(run / "model")
+    if output is not None:
+        state, config = _of_one_head(run / "model", config, output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _holds(folder, state, config):
         raise UserError(f"--to {folder}: holds something already; choose an empty or a new folder")
-    write_state(read_state(run / "model" / WEIGHTS), folder / WEIGHTS)
-    write_json(folder / CONFIG, read_config(run / "model"))
+    write_state(state, folder / WEIGHTS)
+    write_json(folder / CONFIG, config)
+    for record in records_in(config.get(PLUGINS, []), str(run / "model" / CONFIG)):
+        kept = run / PLUGINS / copy_name(record)
+        if is_file(record["name"]) and kept.is_file():
+            write_atomically(folder / PLUGINS / kept.name, partial(shutil.copyfile, kept))
     write_card(folder, run)
     return folder
 
 
-def _holds_export(folder: Path, run: Path) -> bool:
-    """Whether a folder holds exactly the files that `export` of this run writes."""
+def _of_one_head(folder: Path, config: Mapping[str, Any], head: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights and `config.json` of a head of a model as a plain classifier of its own.
+
+    Raises:
+        UserError: if the model has no such head.
+    """
+    architecture = Architecture.parse(config["architecture"], str(folder / CONFIG))
+    model = load(folder, "aggregate" if architecture.attach_at else None)
+    if not isinstance(model, DualHeadClassifier):
+        raise UserError(f"--output-of {head}: the model has no second head; leave it out")
+    if head not in model.heads:
+        raise UserError(f"--output-of {head}: must be a head, one of {', '.join(model.heads)}")
+    plain = architecture.model_copy(update=WITHOUT_SECOND_HEAD)
+    facts = {name: fact for name, fact in config.items() if name != "added_parameters"}
+    return model.base_state_dict(head), {
+        **facts, "architecture": plain.model_dump(mode="json"), "output": "model", "exported_output": head,
+    }  # fmt: skip
+
+
+def _holds(folder: Path, made: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a model with these weights and this `config.json`, and nothing else."""
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX}:
+    if not {CONFIG, WEIGHTS} <= files <= {CONFIG, WEIGHTS, CARD, ONNX, PLUGINS}:
         return False
     try:
-        exported, made = read_state(folder / WEIGHTS), read_state(run / "model" / WEIGHTS)
-        alike = read_config(folder) == read_config(run / "model") and exported.keys() == made.keys()
+        exported = read_state(folder / WEIGHTS)
+        alike = read_config(folder) == config and exported.keys() == made.keys()
     except UserError:
         return False
     return alike and all(torch.equal(exported[name], made[name]) for name in made)

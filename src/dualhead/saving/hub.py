@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from dualhead.errors import RunError, UserError
+from dualhead.heads import aggregators
 from dualhead.models import backbones
 from dualhead.saving.architecture import CARD, CONFIG, ONNX, WEIGHTS, Architecture, holds_model, read_config
 
@@ -36,12 +37,12 @@ def download(name: str) -> Path:
 def _refuse_code(name: str, folder: Path) -> None:
     """Refuse a download that names code: only code that the user names is run."""
     architecture = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
-    backbone = backbones.build(architecture.backbone, where=f"{folder / CONFIG}: backbone")
-    if backbone.registered_name == "factory":
-        raise UserError(
-            f"{name}: its {CONFIG} names the function {architecture.backbone.get('path')!r}, and code that a download "
-            f"names is not run; if you trust it, load the folder {folder}"
-        )
+    for registry, spec in ((backbones, architecture.backbone), (aggregators, architecture.aggregator or {})):
+        if registry.names_code(spec):
+            raise UserError(
+                f"{name}: its {CONFIG} names the code {spec.get('path', spec['name'])!r}, and code that a download "
+                f"names is not run; if you trust it, load the folder {folder}"
+            )
 
 
 def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> str:

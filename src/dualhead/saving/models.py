@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualhead.components.plugins import records_in, refuse_changed
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, is_head
-from dualhead.models import last_layer, load_state, normalisation_in, read_state, write_state
-from dualhead.saving.architecture import CONFIG, WEIGHTS, Architecture, holds_model, read_config, write_config
+from dualhead.models import last_layer, load_state, normalisation_in, read_state, with_tied, write_state
+from dualhead.saving.architecture import CONFIG, PLUGINS, WEIGHTS, Architecture, holds_model, read_config, write_config
 from dualhead.saving.hub import download
 from dualhead.system.generators import kept_generators
 
@@ -28,6 +29,8 @@ def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts
         facts: further keys of `config.json`: class names, threat model, the deployed output.
     """
     write_state(model.state_dict(), folder / WEIGHTS)
+    if isinstance(model, DualHeadClassifier):
+        facts = {**facts, "added_parameters": model.added_parameters}
     write_config(folder, architecture, facts)
 
 
@@ -78,6 +81,10 @@ def find_model(path: str | Path) -> Path:
     """
     for folder in (Path(path), Path(path) / "model"):
         if holds_model(folder):
+            records = records_in(read_config(folder).get(PLUGINS, []), str(folder / CONFIG))
+            exported = (folder / PLUGINS).is_dir()
+            copies = (folder if exported else folder.parent) / PLUGINS
+            refuse_changed(records, str(folder), copies, stand_in=exported)
             return folder
     name = str(path)
     if not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -87,10 +94,11 @@ def find_model(path: str | Path) -> Path:
 
 def load_base_weights(
     model: nn.Module, path: str | Path, architecture: Architecture, *, replace_classifier: bool | str = False
-) -> None:
+) -> bool:
     """Start a network from existing weights: a file, an exported model's folder or a run's.
 
-    Weights of the whole network fill it; weights of the plain backbone fill trunk and head 1.
+    Weights of the whole network fill it; weights of the plain backbone fill trunk and head 1. Of tied heads, head 1
+    holds what they share.
 
     Args:
         model: a plain or dual-head classifier.
@@ -100,15 +108,18 @@ def load_base_weights(
             true to find that layer, or its name in the plain backbone. Of a dual-head model's weights, those of its
             trunk and head 1 are then taken.
 
+    Returns:
+        Whether the weights were those of the whole network, so that further heads are filled too.
+
     Raises:
         UserError: if they are of neither shape.
     """
     path = _weights_file(Path(path))
     state = read_state(path)
     if isinstance(model, DualHeadClassifier):
-        if set(state) == set(model.state_dict()) and not replace_classifier:
+        if not replace_classifier and set(with_tied(model, state, str(path))) == set(model.state_dict()):
             load_state(model, state, str(path))
-            return
+            return True
         if replace_classifier and _is_of_heads(state):  # of however many, and merged by whatever they were
             parts = ("trunk.", "head1.")
             state = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(parts)}
@@ -116,10 +127,11 @@ def load_base_weights(
     replaced = _classifier(plain, architecture, replace_classifier) if replace_classifier else None
     if not isinstance(model, DualHeadClassifier):
         load_state(model, state, str(path), replaced=replaced)
-        return
+        return True
     plain.load_state_dict(model.base_state_dict())
     load_state(plain, state, str(path), replaced=replaced)
     model.load_base_state_dict(plain.state_dict())
+    return False
 
 
 def _is_of_heads(state: Mapping[str, Any]) -> bool:

@@ -1,5 +1,8 @@
 """What an adversary may do to an image."""
 
-from dualhead.threats.lp import Norm, ThreatModel, finite
+from dualhead.threats.base import Threat, Where, threats
+from dualhead.threats.bounded import Bounded
+from dualhead.threats.build import build_threat
+from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of
 
-__all__ = ["Norm", "ThreatModel", "finite"]
+__all__ = ["Bounded", "Norm", "Threat", "ThreatModel", "Where", "build_threat", "finite", "norm_of", "threats"]

@@ -1,10 +1,10 @@
-"""What an adversary may do: a norm, a budget, and the box [0, 1] of valid images. Nothing else knows norms."""
+"""Norms: a ball around each image, intersected with the box [0, 1] of valid images. A point is the image itself."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from dualhead.components.fields import Real, parse_real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
+from dualhead.threats.base import Threat, Where
 
 Norm = Literal["Linf", "L2"]
 
@@ -36,7 +37,7 @@ def finite(gradient: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ThreatModel:
+class ThreatModel(Threat):
     """A ball around each image, intersected with the box of valid images.
 
     Args:
@@ -59,6 +60,15 @@ class ThreatModel:
         if self.norm == "Linf" and self.eps > 1:
             hint = f"did you mean {self.eps:g}/255?"
             raise UserError(f"eps {self.eps:g} exceeds 1, the whole range of an image in [0, 1]; {hint}")
+
+    @property
+    def kind(self) -> str:
+        """The norm."""
+        return self.norm
+
+    def describe(self) -> dict[str, Any]:
+        """Return the norm and the radius."""
+        return {"norm": self.norm, "eps": self.eps}
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the ball around x, then of the box; both [B, ...], up to float rounding."""
@@ -105,6 +115,10 @@ class ThreatModel:
         gradient = finite(gradient)
         return x_adv + step * gradient / _per_sample(_l2(gradient).clamp_min(1e-12), gradient)
 
+    def start(self, origin: Tensor, streams: Streams, where: Where) -> Tensor:
+        """Return `ball_point` or `sphere_point`."""
+        return (self.ball_point if where == "ball" else self.sphere_point)(origin, streams)
+
     def ball_point(self, x: Tensor, streams: Streams) -> Tensor:
         """A uniform random point of the ball around x, clipped to the box."""
         if self.norm == "Linf":
@@ -124,3 +138,13 @@ class ThreatModel:
             noise = streams.normal(*x.shape[1:]).to(x.dtype)
             length = _l2(noise)
         return (x + noise * _per_sample(self.eps / length.clamp_min(1e-12), x)).clamp_(0.0, 1.0)
+
+    def grey_radius(self, x: Tensor) -> float:
+        """Return a radius within which each of the images [B, ...] can become plain grey."""
+        return 0.5 if self.norm == "Linf" else float((x - 0.5).flatten(1).norm(dim=1).max())
+
+
+def norm_of(threat: Threat) -> Norm:
+    """Return the norm, for attacks that have declared that they need one."""
+    assert isinstance(threat, ThreatModel), f"a norm is needed, and {threat.kind} has none: Attack.check comes first"
+    return threat.norm

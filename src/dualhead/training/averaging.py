@@ -53,7 +53,7 @@ class Averaging(ABC):
         return True
 
 
-averagings: Registry[Averaging] = Registry("average", "dualhead.training.averaging")
+averagings: Registry[Averaging] = Registry("average", "dualhead.training.averaging", Averaging)
 
 
 def _check(batches: int) -> None:
@@ -192,28 +192,31 @@ class WeightAverage:
         Args:
             passes: forward passes of batches through the model, without a graph; the average decides how many are run.
         """
-        layers = {
-            name: m for name, m in self._model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats
-        }
-        layers = {name: layer for name, layer in layers.items() if _of(name, "running_mean") in self._mean}
+        layers = [m for m in self._model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        names = {id(buffer): name for name, buffer in self._model.named_buffers() if name in self._mean}
+        layers = [layer for layer in layers if id(layer.running_mean) in names]
         if not self.exists or not layers:
             return
+        # Layers of tied heads may share their statistics: those are the mean over the passes of all of them.
+        shared = {id(layer.running_mean): self._updates.new_zeros(()) for layer in layers}
         with self.in_place(), kept_modes(self._model), torch.no_grad():
-            momenta = {name: (layer.momentum, layer.num_batches_tracked) for name, layer in layers.items()}
+            momenta = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
             self._model.eval()
-            for layer in layers.values():
-                layer.num_batches_tracked = self._updates.new_zeros(())
+            for layer in layers:
+                layer.num_batches_tracked = shared[id(layer.running_mean)]
                 layer.momentum = None  # torch's word for the plain mean
                 layer.train()
             for _, run in zip(range(self.averaging.batches), passes, strict=False):
                 run()
-            for name, layer in layers.items():
-                for statistic in ("running_mean", "running_var"):
-                    self._mean[_of(name, statistic)].copy_(getattr(layer, statistic))
-                layer.momentum, layer.num_batches_tracked = momenta[name]
-            statistics = [self._mean[_of(name, kind)] for name in layers for kind in ("running_mean", "running_var")]
-            torch._foreach_div_(statistics, group().world)
-            group().sum_(statistics)
+            estimates: dict[int, Tensor] = {}
+            for layer, (momentum, counter) in zip(layers, momenta, strict=True):
+                for kind in ("running_mean", "running_var"):
+                    statistic = layer.get_buffer(kind)
+                    estimates[id(statistic)] = self._mean[names[id(statistic)]]
+                    estimates[id(statistic)].copy_(statistic)
+                layer.momentum, layer.num_batches_tracked = momentum, counter
+            torch._foreach_div_(list(estimates.values()), group().world)
+            group().sum_(list(estimates.values()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that determines what comes next."""
@@ -228,7 +231,3 @@ class WeightAverage:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, tensor in self._live.items():
             tensor.copy_(values[name])
-
-
-def _of(layer: str, statistic: str) -> str:
-    return f"{layer}.{statistic}" if layer else statistic

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dualhead.components.fields import Real
 from dualhead.components.sections import Section
-from dualhead.threats import ThreatModel
+from dualhead.errors import UserError
+from dualhead.threats import Threat, ThreatModel
 
 
 class Free(Section):
@@ -29,6 +30,15 @@ class Free(Section):
     step_size: Real | None = Field(None, gt=0)
     """Of the perturbation after each update; None: the radius, as published."""
 
+    def check(self, threat: Threat) -> None:
+        """Refuse threats that are no norm: what is carried over from image to image is a difference of pixels.
+
+        Raises:
+            UserError: naming the threat.
+        """
+        if not isinstance(threat, ThreatModel):
+            raise UserError(f"free carries a change of pixels, and threat {threat.kind} has none; use attack instead")
+
 
 class CarriedPerturbation:
     """The perturbation of each slot of a batch.
@@ -36,9 +46,13 @@ class CarriedPerturbation:
     Args:
         settings: its step.
         threat: ball and box.
+
+    Raises:
+        UserError: for a threat that is no norm.
     """
 
-    def __init__(self, settings: Free, threat: ThreatModel) -> None:
+    def __init__(self, settings: Free, threat: Threat) -> None:
+        settings.check(threat)
         self._threat = threat
         self._step_size = threat.eps if settings.step_size is None else settings.step_size
         self.delta: Tensor | None = None

@@ -53,11 +53,9 @@ class StepGuard:
 
     @property
     def moved(self) -> list[Tensor]:
-        """The statistics that the forward pass may have moved."""
-        return [
-            tensor for *_, tensor in self._held
-            if tensor.is_floating_point() and id(tensor) not in (self._boundless or ())
-        ]  # fmt: skip
+        """The statistics that the forward pass may have moved, each once: layers of tied heads may share them."""
+        tensors = {id(tensor): tensor for *_, tensor in self._held if tensor.is_floating_point()}
+        return [tensor for key, tensor in tensors.items() if key not in (self._boundless or ())]
 
     def step(self, loss: Tensor) -> Tensor:
         """Take the step or drop it, given the loss (scalar) whose gradients lie in `.grad`.

@@ -22,7 +22,7 @@ from dualhead.noise import Streams
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
 from dualhead.system.processes import group
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training.averaging import WeightAverage
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.curriculum import Curriculum
@@ -102,7 +102,7 @@ class StageRun:
         passes: through the network; its model holds the weights to start from.
         loader: training batches.
         validator: chooses the best epoch; None: the last one counts.
-        threat: ball and box.
+        threat: what the adversary may do.
         arithmetic: number format of the passes.
         seed: names the attack's noise.
         device: where the model is.
@@ -122,7 +122,7 @@ class StageRun:
         loader: Loader,
         *,
         validator: Validator | None,
-        threat: ThreatModel,
+        threat: Threat,
         arithmetic: Arithmetic,
         seed: int,
         device: torch.device,

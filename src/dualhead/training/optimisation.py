@@ -42,8 +42,8 @@ class Schedule(ABC):
         """
 
 
-optimisers: Registry[Optimiser] = Registry("optimiser", "dualhead.training.optimisation")
-schedules: Registry[Schedule] = Registry("schedule", "dualhead.training.optimisation")
+optimisers: Registry[Optimiser] = Registry("optimiser", "dualhead.training.optimisation", Optimiser)
+schedules: Registry[Schedule] = Registry("schedule", "dualhead.training.optimisation", Schedule)
 
 
 @optimisers.register("sgd")

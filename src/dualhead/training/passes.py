@@ -142,7 +142,13 @@ class Passes:
         if not isinstance(need, Logits):
             return False
         need = need.of(self.trained)
-        return need.output in self.teachers or not any(feeds(part, need) for part in self.parts)
+        return need.output in self.teachers or not any(self._moves(part, need) for part in self.parts)
+
+    def _moves(self, part: str, need: Logits) -> bool:
+        """Whether training a part changes an output; heads that are tied to head 1 change with it."""
+        if isinstance(self.model, DualHeadClassifier) and need.output in self.model.outputs:
+            return self.model.is_shaped_by(need.output, part)
+        return feeds(part, need)
 
     def told(self, needs: Mapping[str, Need], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Ask the teachers for those of the needs that are theirs; with a graph to the images, if gradients are on."""

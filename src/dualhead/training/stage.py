@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from dualhead.attacks import Attack, Maximiser, attacks
 from dualhead.components.fields import Real
@@ -15,7 +14,7 @@ from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
 from dualhead.heads import Output, Part
 from dualhead.objectives import ATTACKED, OWN, Objective, objectives
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat, build_threat
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.awp import AWP
 from dualhead.training.fit import Fit
@@ -25,6 +24,11 @@ from dualhead.training.passes import refuse_unmet, trained_output
 
 RESET: Final = "reset"
 """What `init` says for fresh weights."""
+THREAT: Final = (
+    BeforeValidator(lambda spec: build_threat(spec, where=".")),
+    PlainSerializer(lambda threat: threat.describe()),
+)
+"""Annotations of a field that holds a threat."""
 
 
 class Stage(Section):
@@ -58,6 +62,9 @@ class Stage(Section):
     """Adversarial weight perturbation."""
     eps: Real | None = Field(None, gt=0)
     """Radius of the attack while this stage trains; None: the threat model's. Validation keeps that one."""
+    threat: Annotated[Threat, *THREAT] | None = None
+    """What this stage trains against, in place of the recipe's threat; not beside `eps`. Validation keeps the
+    recipe's."""
     augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] | None = None
     """Of this stage; None: `data.augment`."""
     cutmix: CutMix | None = None
@@ -81,10 +88,9 @@ class Stage(Section):
     @classmethod
     def _helper_is_an_objective(cls, content: Any) -> Any:
         """Read `helper`, as runs that are finished already have it, as objective `hat`."""
-        if isinstance(content, Mapping) and isinstance(content.get("helper"), Mapping):
-            base = {"base": content["objective"]} if "objective" in content else {}
+        if isinstance(content, Mapping) and isinstance(content.get("helper"), Mapping) and "objective" in content:
             rest = {key: value for key, value in content.items() if key not in ("helper", "objective")}
-            return {**rest, "objective": {"name": "hat", **content["helper"], **base}}
+            return {**rest, "objective": {"name": "hat", **content["helper"], "base": content["objective"]}}
         if isinstance(content, Mapping) and "helper" in content and content["helper"] is None:
             return {key: value for key, value in content.items() if key != "helper"}
         return content
@@ -123,14 +129,26 @@ class Stage(Section):
             )
         if self.replace_classifier and self.init in (None, RESET):
             raise UserError("replace_classifier is for weights that init names; set init too")
+        if self.threat is not None and self.eps is not None:
+            raise UserError("eps and threat both say how far the attack may go; leave eps out, and write threat.eps")
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
         self._losses_fit_parts()
         return self
 
-    def threat(self, threat: ThreatModel) -> ThreatModel:
-        """What the stage trains against: its own radius, if it has one, of a recipe's threat model."""
-        return threat if self.eps is None else replace(threat, eps=self.eps)
+    def against(self, threat: Threat) -> Threat:
+        """What the stage trains against in a recipe with this threat: its own threat, or its own radius, if it has one.
+
+        Raises:
+            UserError: if the stage's attack cannot be used with that.
+        """
+        threat = self.threat or (threat if self.eps is None else threat.within(self.eps))
+        if self.objective.adversarial and self.fit is None:
+            if self.free is None:
+                self.attack.check(threat)
+            else:
+                self.free.check(threat)
+        return threat
 
     @property
     def output(self) -> str:

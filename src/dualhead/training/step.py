@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from dualhead.attacks import Attack, Maximiser
+from dualhead.attacks import Attack, Maximiser, maximise_within
 from dualhead.data import Batch, StreamImages
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -21,7 +21,7 @@ from dualhead.system.arithmetic import Arithmetic, compiled
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.system.replicas import LEAST_ROWS, pool, twins
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training.activation_checkpointing import blocks, recomputed, still_buffers
 from dualhead.training.free import CarriedPerturbation
 from dualhead.training.guard import StepGuard
@@ -69,7 +69,7 @@ class TrainingStep:
     Args:
         passes: through the network.
         stage: objective, attack and their settings.
-        threat: ball and box.
+        threat: what the adversary may do.
         optimiser: over `passes.parameters()`.
         arithmetic: number format of the passes.
 
@@ -82,7 +82,7 @@ class TrainingStep:
         self,
         passes: Passes,
         stage: Stage,
-        threat: ThreatModel,
+        threat: Threat,
         optimiser: torch.optim.Optimizer,
         arithmetic: Arithmetic,
     ) -> None:
@@ -359,7 +359,7 @@ class TrainingStep:
             return climb(*within, self._arithmetic, given, y, streams, plain=self._counted)
 
     def _attack_in_lanes(
-        self, made: str, within: tuple[Attack, ThreatModel], given: _Given, y: Tensor, streams: Streams
+        self, made: str, within: tuple[Attack, Threat], given: _Given, y: Tensor, streams: Streams
     ) -> Tensor:
         """The whole attack on a share of the batch in each thread: in eval mode, images do not know of one another."""
         count = len(self._in_lanes)
@@ -434,7 +434,7 @@ class _Climb:
     def __call__(
         self,
         attack: Attack,
-        threat: ThreatModel,
+        threat: Threat,
         arithmetic: Arithmetic,
         given: _Given,
         y: Tensor,
@@ -457,7 +457,7 @@ class _Climb:
             return self._inner.loss(y, {**target, **seen})
 
         with arithmetic.reuse_casts(device):
-            return cast("Maximiser", attack).maximise(climb, given.start, threat, streams)
+            return maximise_within(cast("Maximiser", attack), climb, given.start, threat, streams)
 
 
 def _estimated(needs: Mapping[str, Need]) -> dict[str, Need]:

@@ -12,7 +12,7 @@ from dualhead.noise import Streams
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat
 from dualhead.training.passes import Passes
 
 
@@ -24,7 +24,7 @@ class Validator:
         split: the held-out images.
         attack: what decides robust accuracy.
         every: epochs between validations.
-        threat: ball and box.
+        threat: what the adversary may do.
         seed: names the attack's noise, the same at every validation.
         batch_size: images at once.
     """
@@ -32,7 +32,7 @@ class Validator:
     split: Split
     attack: Attack
     every: int
-    threat: ThreatModel
+    threat: Threat
     seed: int
     batch_size: int = 256
 

@@ -33,4 +33,4 @@ class Augmentation(ABC):
         """
 
 
-augmentations: Registry[Augmentation] = Registry("augmentation", "dualhead.data.augmentations")
+augmentations: Registry[Augmentation] = Registry("augmentation", "dualhead.data.augmentations", Augmentation)

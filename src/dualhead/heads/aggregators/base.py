@@ -49,7 +49,7 @@ class Chosen(Protocol):
         """Logits [B, C] from head logits [B, H, C]."""
 
 
-aggregators: Registry[Aggregator] = Registry("aggregator", "dualhead.heads.aggregators")
+aggregators: Registry[Aggregator] = Registry("aggregator", "dualhead.heads.aggregators", Aggregator)
 
 
 def default_aggregator(num_classes: int) -> str:

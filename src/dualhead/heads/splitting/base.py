@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dualhead.system.generators import kept_generators
 from dualhead.system.modes import kept_modes
 
-How = Literal["own", "sequential", "traced", "functional"]
+How = Literal["own", "sequential", "traced", "functional", "whole"]
 
 Features = Any
 """What crosses a cut: a tensor, or a tuple of tensors."""
@@ -38,13 +38,13 @@ class Cut:
 
     The ways of cutting: `own`, the model's own `split`; `sequential`; `traced`, a torch.fx trace of the containers
     around the layer; `functional`, whole forward passes in which only what runs behind the cut is the tail's, so that
-    the trunk is computed once per head.
+    the trunk is computed once per head. At `input` nothing is in front of the cut, and the tail is `whole`.
 
     Args:
         trunk: images to what crosses the cut: a tensor, or a tuple of tensors.
         tail: what crosses the cut to logits [B, C].
         how: which way of cutting served.
-        at: name of the layer whose output is cut.
+        at: name of the layer whose output is cut, or `input`.
     """
 
     trunk: nn.Module

@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from dualhead.heads.splitting.base import (
     reason,
     undisturbed,
 )
-from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split
+from dualhead.heads.splitting.direct import OWN_NOT_OFFERED, own_split, sequential_split, whole_split
 from dualhead.heads.splitting.functional import functional_split
 from dualhead.heads.splitting.tracing import traced_split
 from dualhead.system.generators import all_generator_states, seed_generators
@@ -32,6 +32,8 @@ from dualhead.system.outputs import logits_of
 _RELATIVE, _ABSOLUTE, _ROUNDING = 1e-4, 1e-5, 1e-6
 _NEAREST, _TRIES = 2, 8
 NOTHING_BEHIND = "nothing that could be trained lies behind it"
+INPUT: Final = "input"
+"""The place in front of the first layer, unless the model has a layer of that name."""
 
 
 def split_model(model: nn.Module, at: str, example: Tensor) -> Cut:
@@ -48,14 +50,15 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Cut:
 
     Args:
         model: any module from images to logits (see `logits_of` for what it may return); left as it is.
-        at: the submodule's name, as in `model.named_modules()`.
+        at: the submodule's name, as in `model.named_modules()`, or `input`: nothing is in front of that cut.
         example: images [B, ...] that the model accepts.
 
     Raises:
         UserError: if the model fails on the example, has no such layer, or cannot be cut there: why, and the nearest
             layers that can.
     """
-    at = _canonical(model, at)
+    whole = at == INPUT and INPUT not in dict(model.named_modules())
+    at = at if whole else _canonical(model, at)
     images = two_images(example)
     for mode, batch in itertools.product((True, False), (torch.cat((images, images[:1])), images)):
         try:
@@ -72,6 +75,10 @@ def split_model(model: nn.Module, at: str, example: Tensor) -> Cut:
         raise UserError(
             f"the model gives logits of shape {list(logits.shape)} for {len(images)} images; expected [B, C]"
         )
+    if whole:
+        cut = whole_split(model, at)
+        guard_features(cut, images)
+        return cut
     order = call_order(model, images)
     found = attempt_checked(model, at, images, order.count(at))
     if isinstance(found, Cut):

@@ -87,3 +87,10 @@ def sequential_split(model: nn.Module, at: str) -> Cut:
     trunk.train(model.training)
     tail.train(model.training)
     return Cut(trunk, tail, "sequential", at)
+
+
+def whole_split(model: nn.Module, at: str) -> Cut:
+    """Cut in front of the first layer: the trunk hands the images on, and the tail is the whole model."""
+    tail = fresh_copy(model)
+    tail.register_forward_hook(_plain_logits)
+    return Cut(nn.Identity().train(model.training), tail, "whole", at)

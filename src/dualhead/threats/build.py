@@ -1,0 +1,43 @@
+"""Threats from what recipes, results and callers write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dualhead.errors import UserError
+from dualhead.threats.base import Threat, threats
+from dualhead.threats.lp import ThreatModel
+
+
+def build_threat(spec: Mapping[str, Any] | Threat, where: str = "") -> Threat:
+    """Build a threat from its fields, or return it as it is.
+
+    Args:
+        spec: `{"norm": "L2", "eps": 0.5}`, where the norm may be left out for Linf; or `{"name": "flow", "eps": 0.05}`.
+        where: the key of the recipe that holds it, for messages; `"."` where the caller knows it.
+
+    Raises:
+        UserError: one line that names the key and what is wrong with it.
+    """
+    if isinstance(spec, Threat):
+        return spec
+    place = where.removesuffix(".")
+    if not isinstance(spec, Mapping):
+        raise UserError(f"{place}: must be {{norm: ..., eps: ...}} or {{name: ..., eps: ...}}; got {spec!r}")
+    if "eps" not in spec:
+        raise UserError(f"{place}.eps: missing; this key is required, e.g. 8/255")
+    if "name" in spec and "norm" in spec:
+        raise UserError(f"{place}: has both name ({spec['name']}) and norm ({spec['norm']}); leave one of them out")
+    if "name" in spec:
+        return threats.build(spec, where)
+    unknown = set(spec) - {"norm", "eps"}
+    if unknown:
+        raise UserError(f"{place}.{sorted(map(str, unknown))[0]}: unknown key (known: norm, eps; or name, eps)")
+    norm = spec.get("norm", "Linf")
+    if norm in threats.names():
+        raise UserError(f"{place}.norm: {norm} is no norm; write name: {norm}")
+    try:
+        return ThreatModel(norm, spec["eps"])
+    except UserError as error:
+        raise UserError(f"{place}: {error}" if place else str(error)) from None
