@@ -21,6 +21,7 @@ from dualhead.components.plugins import sources_in
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.diagnostics import (
     PROBES,
+    Finding,
     check_attacks,
     check_black_box,
     check_curve,
@@ -57,6 +58,8 @@ def evaluate(
     precision: Precision = "auto",
     device: torch.device | str | None = None,
     class_names: Sequence[str] | None = None,
+    skipped: int = 0,
+    checks: Sequence[Finding] = (),
     heads: LogitsFn | None = None,
     save_adversarial: bool = False,
     output_dir: str | Path | None = None,
@@ -93,6 +96,8 @@ def evaluate(
         precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for bf16 where it is faster here.
         device: None for where the model is; else the model is moved there.
         class_names: for the results; None for numbers.
+        skipped: images that were left out since they cannot be read, for the results (`skipped_images`).
+        checks: what whoever read the images found out about them, to stand among the diagnostics.
         heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
             where there is one.
         save_adversarial: keep the adversarial examples in `samples.npz`.
@@ -139,7 +144,11 @@ def evaluate(
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
-        evaluation = work.run(names, {"command": command, "subject": dict(subject or {})}, diagnostics)
+        origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
+        if skipped:
+            origin["skipped_images"] = skipped
+        evaluation = work.run(names, origin, diagnostics)
+        evaluation.results["diagnostics"] += [asdict(check) for check in checks]
     if output_dir is not None:
         folder = output_dir
         work.group.lead(lambda: evaluation.save(folder))
