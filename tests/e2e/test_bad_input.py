@@ -293,7 +293,7 @@ BAD = [
     ("NEW name=", "name: input should be a valid string (got nothing)"),
     (
         "NEW data=digits",
-        "data: must hold the keys source, image_column, label_column, image_size, resample, channels, depth, skip_unreadable, test, crop, train_size, validation",
+        "data: must hold the keys source, image_column, label_column, image_size, resample, channels, depth",
     ),
     (
         "NEW model=null",
@@ -501,7 +501,7 @@ BAD = [
     ),
     (
         "OWN data.source=data/no_test",
-        "data.source 'data/no_test': there is no test part (test or testing or validation or valid or val), only train;",
+        "data.source 'data/no_test': there is no test part (test or testing or validation or valid or val), only",
     ),
     (
         "OWN data.source=data/no_train",
