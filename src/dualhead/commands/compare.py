@@ -161,13 +161,14 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
 
     Returns:
         `rows`: for each output of each group of runs the means over seeds, 95 % intervals (Wilson's for one run,
-        Student's over seeds for several), cost in forward passes of one image through the first run's base model, and
-        whether it is on the Pareto front: nothing at most as costly has more of the one accuracy and no less of the
-        other; what has a failed check is not ranked. `checks` are the failed and warning ones of all its runs. `worst` is over the attacks that all of them faced and those that only merged heads can face, such as
-        `multihead`, where it was run. `pairs`: for clean accuracy, each common attack and `worst`, each group's result
-        against the first group's (`believable`: neither has a failed check): a paired t-test over the seeds that both have, McNemar's exact test for one seed.
-        Over several seeds `interval` is of other seeds on these images, and `images_interval` of these runs on other
-        images. `notes`: what was left out, a sentence each.
+        Student's over seeds for several), cost in forward passes of one image through the first run's base model, the
+        failed and warning `checks` of its runs, and whether it is on the Pareto front: nothing at most as costly has
+        more of the one accuracy and no less of the other. A row with a failed check is not ranked. `worst` is over the
+        attacks that all of them faced and those that only merged heads can face, such as `multihead`, where it was
+        run. `pairs`: for clean accuracy, each common attack and `worst`, each group's result against the first
+        group's: a paired t-test over the seeds that both have, McNemar's exact test for one seed; `believable` unless
+        a check of either has failed. Over several seeds `interval` is of other seeds on these images, and
+        `images_interval` of these runs on other images. `notes`: what was left out, a sentence each.
 
     Raises:
         UserError: if the entries were not measured alike.

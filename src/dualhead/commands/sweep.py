@@ -164,7 +164,7 @@ def refuse_other_runs(jobs: Sequence[Job], folder: Path) -> None:
 
 
 def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
-    """A flat record for each output of each finished run: settings, seed, model, checks, accuracies, parameters and cost."""
+    """Return a record for each output of each finished run: settings, seed, model, checks, accuracies and cost."""
     records = []
     for job in jobs:
         path = RunFolder(folder / job.name).comparison

@@ -59,6 +59,8 @@ class TrainingDisplay:
         if "validation_robust" in metrics:
             clean, robust = metrics["validation_clean"], metrics["validation_robust"]
             self._accuracy = f"  clean {clean:.1%}  robust {robust:.1%}"
+            if metrics.get("validation_largest_answer", 0.0) == 1.0:
+                self._accuracy += "  all answers are one class"
         if self._bar is None:
             err.print(
                 f"stage {self._label}: epoch {metrics['epoch']}/{self._epochs}, loss {metrics['loss']:.3f}"
@@ -245,7 +247,8 @@ def print_standings(found: Mapping[str, Any]) -> None:
                 [f"{pair['name']} - {pair['reference']}", pair["accuracy"],
                  f"{pair['difference']:+.1%} {_signed(pair['interval'])}",
                  *(_signed(pair["images_interval"]) if "images_interval" in pair else "-" for _ in over_images),
-                 f"{pair['p_value']:.2g}", pair["verdict"] + ("" if pair["believable"] else " (a check failed)"), pair["test"]]
+                 f"{pair['p_value']:.2g}", pair["verdict"] + ("" if pair["believable"] else " (a check failed)"),
+                 pair["test"]]
                 for pair in pairs
             ],
         )  # fmt: skip

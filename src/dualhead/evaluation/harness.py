@@ -315,8 +315,11 @@ class _Work:
 
     @property
     def _attack_names(self) -> frozenset[str]:
-        """Registered names of the attacks that are run."""
-        return frozenset(attack.registered_name for attack in self.attacks.values())
+        """Registered names of the attacks that are run, and of those that they consist of."""
+        names = {attack.registered_name for attack in self.attacks.values()}
+        for attack in self.attacks.values():
+            names |= {part.label for part in attack.parts(self.num_classes, self.threat, self.num_heads)}
+        return frozenset(names | ({"autoattack"} if "autoattack-plus" in names else set()))
 
     def _diagnose_model(self, class_names: Sequence[str]) -> list[dict[str, str]]:
         """Checks before the attacks, by the first process."""

@@ -89,7 +89,7 @@ class Evaluation:
 
     @property
     def checks(self) -> list[dict[str, str]]:
-        """Checks that are not fine, with `name`, `status` and `message`; a failed one says not to believe the result."""
+        """Return the checks that are not fine: `name`, `status` (`failed` or `warning`) and `message` of each."""
         return lights(self.results.get("diagnostics"))
 
     @property

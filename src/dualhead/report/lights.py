@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 CHECKS = {
     "finite_logits": "Infinite logits or NaN stop gradients, and with them attacks.",
@@ -67,15 +66,16 @@ def light_lines(models: Iterable[tuple[str, Sequence[Mapping[str, str]]]]) -> li
         for check in checks:
             told.setdefault((check["status"], check["name"]), []).append((name, check["message"]))
     lines = []
-    for status, check in sorted(told, key=lambda key: _place({"status": key[0], "name": key[1]})):
-        entries = told[status, check]
-        names = list(dict.fromkeys(name for name, _ in entries if name))
-        who = ", ".join(names[:MOST_NAMED]) + (
-            f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        )
-        of_first = f" (numbers of {names[0]})" if len({message for _, message in entries}) > 1 and names else ""
+    for status, name in sorted(told, key=lambda key: _place({"status": key[0], "name": key[1]})):
+        entries = told[status, name]
+        models_named = list(dict.fromkeys(model for model, _ in entries if model))
+        who = ", ".join(models_named[:MOST_NAMED])
+        if len(models_named) > MOST_NAMED:
+            who += f" and {len(models_named) - MOST_NAMED} more"
         message = " ".join(entries[0][1].split())
-        lines.append(f"{status}: {check}" + (f" ({who})" if who else "") + f": {message}{of_first}")
+        if len({said for _, said in entries}) > 1 and models_named:
+            message += f" (numbers of {models_named[0]})"
+        lines.append(f"{status}: {name}" + (f" ({who})" if who else "") + f": {message}")
     return lines
 
 
