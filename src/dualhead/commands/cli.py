@@ -76,7 +76,14 @@ def _options(
 def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Show on real handwritten digits what adversarial training and a second head do; a few minutes on two cores."""
     from dualhead.commands.demo import run_demo
-    from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
+    from dualhead.commands.terminal import (
+        EvaluationDisplay,
+        TrainingDisplay,
+        accuracy_table,
+        out,
+        print_row_lights,
+        progress_bar,
+    )
 
     with progress_bar(quiet=quiet) as bar, _stop_on_signals() as stop:
         comparison = run_demo(
@@ -89,6 +96,7 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
     if as_json:
         typer.echo(json.dumps({"title": comparison.title, "rows": comparison.rows}, indent=2))
         return
+    print_row_lights(comparison.rows)
     out.print(accuracy_table(comparison.title, comparison.rows))
     if quiet:
         return
@@ -109,7 +117,14 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
-    from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
+    from dualhead.commands.terminal import (
+        EvaluationDisplay,
+        TrainingDisplay,
+        accuracy_table,
+        out,
+        print_row_lights,
+        progress_bar,
+    )
     from dualhead.runs import RunFolder
     from dualhead.runs import train as run_training
     from dualhead.system.processes import joined
@@ -132,6 +147,7 @@ def train(
     if as_json:
         typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
         return
+    print_row_lights(rows)
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
     if not quiet:
         folder = RunFolder(result.run_dir)
@@ -178,7 +194,7 @@ def evaluate(
     """Measure clean and robust accuracy of a run or a model."""
     from dualhead.commands.evaluate import assess
     from dualhead.commands.resolve import Request
-    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, progress_bar
+    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
@@ -219,6 +235,7 @@ def evaluate(
         typer.echo(json.dumps(evaluation.results, indent=2))
         return
     title = _title(evaluation)
+    print_lights([("", evaluation.checks)])
     out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
@@ -226,9 +243,6 @@ def evaluate(
     for name, record in evaluation.results["attacks"].items():
         for note in record["notes"]:
             out.print(f"{name}: {note}", soft_wrap=True, markup=False)
-    for finding in evaluation.results["diagnostics"]:
-        if finding["status"] != "ok":
-            out.print(f"{finding['status']}: {finding['name']}: {finding['message']}", soft_wrap=True, markup=False)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 
@@ -402,7 +416,8 @@ def export(
     """Write weights, configuration and a model card to a folder that `dualhead.load` reads."""
     from dataclasses import asdict
 
-    from dualhead.saving import check_hub_name, export_onnx, push_to_hub, require_onnx
+    from dualhead.commands.terminal import print_lights
+    from dualhead.saving import check_hub_name, checks_of, export_onnx, push_to_hub, require_onnx
     from dualhead.saving import export as export_model
 
     if onnx:  # what cannot be is refused before anything is written
@@ -410,12 +425,15 @@ def export(
     if push is not None:
         check_hub_name(push)
     folder = export_model(run, to, output=output_of)
+    checks = checks_of(folder, run)
     check = export_onnx(folder) if onnx else None
     address = None if push is None else push_to_hub(folder, push)
     if as_json:
         facts = None if check is None else {**asdict(check), "path": str(check.path)}
-        typer.echo(json.dumps({"model": str(folder), "onnx": facts, "hub": address}, indent=2))
-    elif not quiet:
+        typer.echo(json.dumps({"model": str(folder), "checks": checks, "onnx": facts, "hub": address}, indent=2))
+        return
+    print_lights([("", checks)])
+    if not quiet:
         typer.echo(f"model: {folder}")
         if check is not None:
             typer.echo(
@@ -448,7 +466,7 @@ def info(
     run: Annotated[Path, typer.Argument(help="A run, finished or not.")], quiet: Quiet = False, as_json: AsJson = False
 ) -> None:
     """Say where a run stands: stages, epochs, accuracies on held-out and test images, and who works on it."""
-    from dualhead.commands.terminal import accuracy_table, out, stage_table
+    from dualhead.commands.terminal import accuracy_table, out, print_row_lights, stage_table
     from dualhead.report import summary
     from dualhead.system.lock import owner_of
 
@@ -464,6 +482,7 @@ def info(
         else:
             told = state if state == "finished" else f"stopped while {state}; the command that started it goes on"
         out.print(f"{run}: recipe {facts['recipe']}, {told}", soft_wrap=True, markup=False)
+    print_row_lights(facts["rows"])
     out.print(stage_table(facts["stages"]))
     if facts["rows"]:
         out.print(accuracy_table("test images, accuracy in percent, with 95 % intervals", facts["rows"]))

@@ -53,6 +53,7 @@ class Row:
         return {
             "name": self.name,
             "output": self.output,
+            "checks": self.evaluation.checks,
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
