@@ -14,7 +14,7 @@ from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.models.normalize import Normalize
 from dualhead.system.modes import in_eval_mode
-from dualhead.system.outputs import logits_of
+from dualhead.system.outputs import logits_of, two_at_least
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
@@ -122,16 +122,19 @@ class Wrapped(nn.Module):
     Args:
         normalize: applied to the images.
         model: normalised images [B, C, H, W] to anything that `logits_of` reads. Its layers are named `model.LAYER`.
+        one_logit: the model gives one logit z for two classes, which are then read as [0, z].
     """
 
-    def __init__(self, normalize: Normalize, model: nn.Module) -> None:
+    def __init__(self, normalize: Normalize, model: nn.Module, *, one_logit: bool = False) -> None:
         super().__init__()
+        self.one_logit = one_logit
         self.normalize = normalize
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
-        return logits_of(self.model(self.normalize(images)))
+        logits = logits_of(self.model(self.normalize(images)))
+        return two_at_least(logits, len(images)) if self.one_logit else logits
 
 
 def trial_output(model: nn.Module, image_shape: ImageShape) -> Any:
@@ -165,7 +168,8 @@ def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, wh
         shape = tuple(logits_of(output).shape)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if shape != (1, num_classes):
+    one_logit = num_classes == 2 and shape in ((), (1,), (1, 1))  # read as [0, z]
+    if shape != (1, num_classes) and not one_logit:
         raise UserError(
             f"{where}: the model gives logits of shape {shape} for one image; "
             f"the data have {num_classes} classes, so (1, {num_classes}) would be right"

@@ -16,6 +16,8 @@ from dualhead.components import plugins
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
+from dualhead.system.modes import in_eval_mode
+from dualhead.system.outputs import logits_of, without_inference_tensors, writes_to_images
 
 
 def _import(path: str) -> Callable[..., Any]:
@@ -85,9 +87,13 @@ class FactoryBackbone(Backbone):
                 f"model {self.path!r}: its parameters are {', '.join(sorted(map(str, wrong)))}; they must be "
                 f"torch.float32: let the function return model.float()"
             )
+        model = without_inference_tensors(model)
         output = check_logits(model, num_classes, image_shape, f"model {self.path!r}")
+        if logits_of(output).numel() == 1:
+            return Wrapped(normalize, model, one_logit=True)
         bare = normalize.is_identity and isinstance(output, Tensor) and _trains_on_logits(model, image_shape)
-        return model if bare else Wrapped(normalize, model)
+        # A wrapper's normalisation makes new images of those given, which a model may then change in place.
+        return model if bare and not _writes_to_images(model, image_shape) else Wrapped(normalize, model)
 
     def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
         """What the function returns, which loads weights and normalises itself.
@@ -100,6 +106,11 @@ class FactoryBackbone(Backbone):
         if names:
             made.class_names = names  # type: ignore[assignment]  # a plain attribute, which is no tensor
         return made
+
+
+def _writes_to_images(model: nn.Module, image_shape: ImageShape) -> bool:
+    with in_eval_mode(model):
+        return writes_to_images(model, torch.full((1, *image_shape), 0.4))
 
 
 def _trains_on_logits(model: nn.Module, image_shape: ImageShape) -> bool:

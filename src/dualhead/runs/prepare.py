@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, Labels
 from dualhead.recipe import Recipe, Statistics
 from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data
-from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of
+from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of, view
+from dualhead.statistics import mcnemar
 from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
+from dualhead.system.generators import kept_generators
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.threats import Threat
 from dualhead.training import RESET, Passes, Stage, check_choosable, summary_writer
@@ -311,7 +314,7 @@ def _fitting_network(
     recipe: Recipe, folder: RunFolder, device: torch.device, images: Images, image_facts: Mapping[str, Any]
 ) -> Prepared:
     """Make the network for the images, and refuse what does not fit it."""
-    architecture = _architecture(recipe, folder, images.training)
+    architecture = _architecture(recipe, folder, images.training, device)
     torch.manual_seed(recipe.runtime.seed)
     model = architecture.create().to(device)
     built = [attacks.build(spec, "evaluate.attacks") for spec in recipe.evaluate.attacks]
@@ -325,13 +328,81 @@ def _fitting_network(
     return replace(prepared, model=synchronised_batch_norm(model, device)) if synchronises(recipe) else prepared
 
 
-def _architecture(recipe: Recipe, folder: RunFolder, training: Split) -> Architecture:
+def _architecture(recipe: Recipe, folder: RunFolder, training: Split, device: torch.device) -> Architecture:
     """Choose the network; it normalises as the weights do that it starts from, unless the recipe says how."""
     made = architecture_of(recipe, training)
     if recipe.model.normalize is not None or recipe.model.backbone.registered_name == "factory":
         return made
     found = _known_normalisation(recipe, folder)
-    return made if found is None else made.model_copy(update={"mean": found[0], "std": found[1]})
+    if found is not None:
+        return made.model_copy(update={"mean": found[0], "std": found[1]})
+    for index, stage in enumerate(recipe.stages):
+        if stage.init not in (None, RESET):
+            with _under(f"stages.{index}.init"):
+                return _tried(recipe, stage, made, training, device)
+    return made
+
+
+TRIED = 512
+"""Training images on which weights are tried with and without a normalisation."""
+
+
+def _tried(recipe: Recipe, stage: Stage, made: Architecture, training: Split, device: torch.device) -> Architecture:
+    """Find out whether weights that say nothing of normalisation were made with one: try both on training images.
+
+    Raises:
+        UserError: if neither way is clearly better: the weights' accuracy would be a guess.
+    """
+    channels = made.image_shape[0]
+    raw = made.model_copy(update={"mean": (0.0,) * channels, "std": (1.0,) * channels})
+    if raw == made:
+        return made
+    if stage.replace_classifier:
+        if group().first:
+            _log.warning(
+                "%s says nothing of how it normalises images, and its classes are replaced, so it cannot be tried: "
+                "taken is the mean and deviation of the data; model.normalize says it (none: images in [0, 1] as they "
+                "are)", stage.init,
+            )  # fmt: skip
+        return made
+    shown = training.take(torch.linspace(0, len(training) - 1, min(TRIED, len(training))).round().long())
+    if tuple(shown.image_shape) != tuple(made.image_shape):
+        shown = shown.show_middle(*made.image_shape[1:])
+    by_data, as_they_are = (_answers(way, stage, shown, device) for way in (made, raw))
+    paired = mcnemar(as_they_are.numpy(), by_data.numpy())
+    rates = [100 * float(right.float().mean()) for right in (as_they_are, by_data)]
+    largest = 100 * float(shown.labels.bincount().max()) / len(shown)
+    told = (
+        f"{stage.init} says nothing of how it normalises images; of {len(shown)} training images it classifies "
+        f"{rates[0]:.1f} % with values in [0, 1] as they are and {rates[1]:.1f} % normalised by the data's mean and "
+        "deviation"
+    )
+    if paired.p_value >= 1e-3 or max(rates) < 1.5 * largest:
+        raise UserError(
+            f"{told}: neither is clearly right; set model.normalize to what it was trained with: none, data, or "
+            "{mean: [...], std: [...]}"
+        )
+    plain = rates[0] > rates[1]
+    if group().first:
+        _log.warning("%s: taken is the former (model.normalize: none)" if plain else
+                     "%s: taken is the latter (model.normalize: data)", told)  # fmt: skip
+    return raw if plain else made
+
+
+def _answers(architecture: Architecture, stage: Stage, shown: Split, device: torch.device) -> Tensor:
+    """Tell which images the weights of a stage's `init` classify correctly in a network, bool [N]."""
+    with kept_generators(device):
+        model = architecture.create()
+    load_base_weights(model, cast("str", stage.init), architecture)
+    model = model.to(device)
+    if isinstance(model, DualHeadClassifier):
+        model = view(model, "head1")
+    right = []
+    with in_eval_mode(model), torch.no_grad():
+        for rows in torch.split(torch.arange(len(shown)), 64):
+            images = shown.images[rows].to(device).float() / 255
+            right.append(model(images).argmax(1).cpu() == shown.labels[rows].cpu())
+    return torch.cat(right)
 
 
 def _known_normalisation(recipe: Recipe, folder: RunFolder) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
