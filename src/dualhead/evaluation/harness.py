@@ -21,10 +21,12 @@ from dualhead.components.plugins import sources_in
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.diagnostics import (
     PROBES,
+    Finding,
     check_attacks,
     check_black_box,
     check_curve,
     check_model,
+    check_randomness,
     described,
     training_modules,
 )
@@ -59,6 +61,8 @@ def evaluate(
     precision: Precision = "auto",
     device: torch.device | str | None = None,
     class_names: Sequence[str] | None = None,
+    skipped: int = 0,
+    checks: Sequence[Finding] = (),
     heads: LogitsFn | None = None,
     save_adversarial: bool = False,
     output_dir: str | Path | None = None,
@@ -98,6 +102,8 @@ def evaluate(
         precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for bf16 where it is faster here.
         device: None for where the model is; else the model is moved there.
         class_names: for the results; None for numbers.
+        skipped: images that were left out since they cannot be read, for the results (`skipped_images`).
+        checks: what whoever read the images found out about them, to stand among the diagnostics.
         heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
             where there is one.
         save_adversarial: keep the adversarial examples in `samples.npz`.
@@ -148,7 +154,11 @@ def evaluate(
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
-        evaluation = work.run(names, {"command": command, "subject": dict(subject or {})}, diagnostics)
+        origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
+        if skipped:
+            origin["skipped_images"] = skipped
+        evaluation = work.run(names, origin, diagnostics)
+        evaluation.results["diagnostics"] += [asdict(check) for check in checks]
     if output_dir is not None:
         folder = output_dir
         work.group.lead(lambda: evaluation.save(folder))
@@ -321,13 +331,43 @@ class _Work:
         ]
         return len(self.mine) * sum(part.jobs(self.num_classes) * part.max_steps() for part in parts)
 
-    def _diagnose_model(self) -> list[dict[str, str]]:
+    @property
+    def _attack_names(self) -> frozenset[str]:
+        """Registered names of the attacks that are run, and of those that they consist of."""
+        names = {attack.registered_name for attack in self.attacks.values()}
+        for attack in self.attacks.values():
+            names |= {part.label for part in attack.parts(self.num_classes, self.threat, self.num_heads)}
+        return frozenset(names | ({"autoattack"} if "autoattack-plus" in names else set()))
+
+    def _diagnose_model(self, class_names: Sequence[str]) -> list[dict[str, str]]:
         """Checks before the attacks, by the first process."""
 
         def check() -> list[dict[str, str]]:
-            return described(check_model(self.subject, self.samples, self.correct, self.came_training))
+            return described(
+                check_model(
+                    self.subject, self.samples, self.correct, self.came_training, class_names, self._attack_names
+                )
+            )
 
-        return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact("checks before", check)))
+        key = f"checks before {', '.join(sorted(self._attack_names))}"  # advice names no attack that is run
+        return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
+
+    def _diagnose_randomness(self, robust: NDArray[np.bool_]) -> list[dict[str, str]]:
+        """Judge a random model by as many draws as an attack takes, by the first process."""
+        draws = max(
+            sum(
+                part.jobs(self.num_classes) * part.max_steps()
+                for part in attack.parts(self.num_classes, self.threat, self.num_heads)
+            )
+            for attack in self.attacks.values()
+        )
+
+        def check() -> list[dict[str, str]]:
+            names = self._attack_names
+            return described([check_randomness(self.subject, self.samples, self.correct, robust, draws, names)])
+
+        key = f"randomness at eps {self.threat.eps!r} of {', '.join(sorted(self.attacks))}"
+        return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
 
     def _diagnose_attacks(
         self, verdicts: dict[str, Verdicts], records: dict[str, dict[str, Any]], curve: list[dict[str, Any]]
@@ -361,13 +401,13 @@ class _Work:
         if any(gradient_free.values()) and with_gradients:
             findings = findings + described(check_black_box(white, black))
         if len(curve) > 1:
-            findings = findings + described(check_curve(curve, len(self.correct)))
+            findings = findings + described(check_curve(curve, len(self.correct), self._attack_names))
         return cast("list[dict[str, str]]", findings)
 
     def run(self, class_names: list[str], origin: dict[str, Any], diagnostics: bool) -> Evaluation:
         """All attacks at all budgets; `origin` goes into the results as it is."""
         begun = time.perf_counter()
-        findings = self._diagnose_model() if diagnostics else []
+        findings = self._diagnose_model(class_names) if diagnostics else []
         records, verdicts = {}, {}
         for name, attack in self.attacks.items():
             verdicts[name], records[name] = self._attack(attack, self.threat)
@@ -383,7 +423,10 @@ class _Work:
         for radius, threat in sorted(self.threats.items()):
             curve.append({"eps": radius, **self._at(threat, correct)})
         if diagnostics:
-            findings += self._diagnose_attacks(verdicts, records, curve)
+            findings += self._diagnose_randomness(correct["worst"])
+            # Of a model that gives one answer to everything, an attack that finds nothing proves no masked gradients.
+            if not any(one["name"] == "one_class" and one["status"] == "failed" for one in findings):
+                findings += self._diagnose_attacks(verdicts, records, curve)
         code = [source.describe() for source in sources_in([registry.describe(a) for a in self.attacks.values()])]
         evaluation.results = {
             "num_samples": len(self.correct),

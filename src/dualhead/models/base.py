@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,6 +20,23 @@ ImageShape = tuple[int, int, int]
 """Channels, height, width."""
 ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, for images in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images come to the size that published weights were trained with.
+
+    Attributes:
+        size: height and width.
+        crop: the share of the image whose middle is taken; None: all of it is stretched to the size.
+        squash: the middle has the proportions of the image, and is stretched.
+        resample: the filter, by Pillow's name.
+    """
+
+    size: tuple[int, int]
+    crop: float | None = None
+    squash: bool = False
+    resample: str = "bicubic"
 
 
 class Backbone(ABC):
@@ -51,7 +69,10 @@ class Backbone(ABC):
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise UserError(f"image shape must be (channels, height, width), each at least 1, got {tuple(image_shape)}")
         if normalize.channels != image_shape[0]:
-            raise UserError(f"normalisation is for {normalize.channels} channels, but the images have {image_shape[0]}")
+            key = f"; data.channels={normalize.channels} reads them so" if normalize.channels in (1, 3) else ""
+            raise UserError(
+                f"normalisation is for {normalize.channels} channels, but the images have {image_shape[0]}{key}"
+            )
         return self._build(num_classes, image_shape, normalize)
 
     def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
@@ -72,6 +93,18 @@ class Backbone(ABC):
 
     def published_normalisation(self) -> ChannelStatistics | None:
         """Return the normalisation of the published weights that it starts from; None where none is known."""
+        return None
+
+    def published_preprocessing(self) -> Preprocessing | None:
+        """How images come to size for the published weights; None if nobody says."""
+        return None
+
+    def published_class_names(self) -> tuple[str, ...]:
+        """The names of the classes that the published weights tell apart, in order; none if nobody says."""
+        return ()
+
+    def published_channels(self) -> int | None:
+        """Channels of the images that the published weights are for; None if nobody says."""
         return None
 
     def on_its_own(self) -> Self:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, attacks
-from dualhead.data import Augmentation, Split, hold_out, in_turn
+from dualhead.data import Augmentation, Digests, Split, among, are_numbers, digests, hold_out, in_turn, match
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics
@@ -52,6 +52,17 @@ class Images:
     extra: Split | None = None
     held_out: Split | None = None
     further: Mapping[str, Split] = field(default_factory=dict)
+
+    @property
+    def learnt_from(self) -> dict[str, Split | None]:
+        """Return the sets that decide what the model becomes, by the words of `check_duplicates`."""
+        return {"training": self.training, "extra": self.extra, "held-out": self.held_out}
+
+    def digests(self) -> tuple[dict[str, Digests], list[str]]:
+        """Return a number for each image of the sets in memory, and the names of the sets that stay on disk."""
+        known = {name: split for name, split in {**self.learnt_from, "test": self.test}.items() if split is not None}
+        read = {name: digests(split) for name, split in known.items() if not split.is_stored}
+        return read, [name for name in known if name not in read]
 
 
 @dataclass(frozen=True)
@@ -91,8 +102,7 @@ class Prepared:
             "threat": self.recipe.threat.describe(),
             "output": self.output,
             "recipe": self.recipe.name,
-            "image_size": self.recipe.data.image_size,
-            "crop": self.recipe.data.crop,
+            **self.recipe.data.reading(),
         }
 
 
@@ -152,13 +162,13 @@ def load_images(recipe: Recipe, room: int | None = None) -> Images:
     """
     data = recipe.data
     training, test = (data.load(part, room=room, workers=processors()) for part in ("train", "test"))
-    if test.class_names != training.class_names:
-        raise UserError(
-            f"data.source {data.source}: training and test images have different classes "
-            f"({len(training.class_names)} and {len(test.class_names)})"
-        )
+    source = f"data.source {data.source}"
+    test = _among_training(test, training, source, f"{source}: training and test images have different classes")
     if test.image_shape[0] != training.image_shape[0]:
-        raise UserError(f"data.source {data.source}: training and test images differ in channels (grey and colour)")
+        raise UserError(
+            f"{source}: training and test images differ in channels (grey and colour); data.channels=3 reads all as "
+            "colours, 1 as grey"
+        )
     return Images(training, test, _load_extra(recipe, training, room), further=_load_further(recipe, training, room))
 
 
@@ -185,15 +195,27 @@ def _load_extra(recipe: Recipe, training: Split, room: int | None) -> Split | No
         extra = recipe.data.load_extra(room=room, workers=processors())
     if recipe.data.extra is None or extra is None:
         return None
-    for what, theirs, ours in (
-        ("classes", extra.class_names, training.class_names), ("shape", extra.image_shape, training.image_shape),
-    ):  # fmt: skip
-        if theirs != ours:
-            raise UserError(
-                f"data.extra.source {recipe.data.extra.source}: its images have {what} {_listed(theirs)}, those of "
-                f"data.source {_listed(ours)}; both must agree"
-            )
+    ours, name = f"data.source {recipe.data.source}", f"data.extra.source {recipe.data.extra.source}"
+    extra = _among_training(extra, training, ours, f"{name}: its images have other classes than those of {ours}")
+    if extra.image_shape != training.image_shape:
+        raise UserError(
+            f"{name}: its images have shape {_listed(extra.image_shape)}, those of data.source "
+            f"{_listed(training.image_shape)}; both must agree"
+        )
     return extra
+
+
+def _among_training(split: Split, training: Split, source: str, refusal: str) -> Split:
+    """Bring images among the classes of the training images: by name, or in order where one side has numbers alone.
+
+    Raises:
+        UserError: beginning with `refusal`, if the classes are others.
+    """
+    theirs, ours = split.class_names, training.class_names
+    trusted = are_numbers(theirs) != are_numbers(ours) and len(theirs) == len(ours)
+    if match(theirs, ours) is None and not trusted:
+        raise UserError(f"{refusal} ({_listed(theirs)} in place of {_listed(ours)}); the names must agree")
+    return replace(among(split, ours, source), class_names=ours)
 
 
 def _listed(values: Sequence[object]) -> str:
