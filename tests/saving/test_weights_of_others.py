@@ -77,7 +77,7 @@ def test_a_second_copy_that_is_another_network_is_refused(tmp_path):
     state = madry()
     name = next(name for name in state if name.startswith("module.attacker.model.") and state[name].ndim > 1)
     torch.save({"model": state | {name: state[name] + 1}}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="attacker.model.* is not what"):
+    with pytest.raises(UserError, match=r"attacker.model.* is not what"):
         read_state(tmp_path / "w.pt")
 
 
@@ -136,7 +136,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 def test_several_state_dicts_that_differ_need_a_name(tmp_path, caplog):
     other = {name: tensor + 1 for name, tensor in OWN.items()}
     torch.save({"model": OWN, "ema": other}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="differ.*w.pt#model"):
+    with pytest.raises(UserError, match=r"differ.*w.pt#model"):
         read_state(tmp_path / "w.pt")
     name = next(iter(OWN))
     assert torch.equal(read_state(f"{tmp_path}/w.pt#ema")[name], other[name])
@@ -203,7 +203,7 @@ def test_the_way_that_clearly_wins_is_taken_and_told(made, heads, trained, tmp_p
 
 def test_weights_for_which_neither_way_is_right_need_the_key_and_leave_nothing(trained, tmp_path):
     path = recipe_from(trained / "fresh.pt", tmp_path)
-    with pytest.raises(UserError, match="stages.0.init: .*neither is clearly right; set model.normalize"):
+    with pytest.raises(UserError, match=r"stages.0.init: .*neither is clearly right; set model.normalize"):
         prepare(load_recipe(path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     for way in ("none", "data"):

@@ -83,8 +83,8 @@ def _entries(source: Iterable[Any]) -> Iterator[Any]:
         entries = iter(source)
     except TypeError:
         raise UserError(
-            f"images: {type(source).__name__} gives no labelled images; give a tensor with labels, a DataLoader, a data "
-            "set or an iterable of (images, labels)"
+            f"images: {type(source).__name__} gives no labelled images; give a tensor with labels, a DataLoader, a "
+            "data set or an iterable of (images, labels)"
         ) from None
     yield from entries
 

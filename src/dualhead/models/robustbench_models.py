@@ -33,7 +33,7 @@ def _zoo() -> Any:
 @backbones.register("robustbench", text="model")
 @dataclass(frozen=True)
 class RobustBenchModel(Backbone):
-    """A model of RobustBench (Croce et al. 2021): `robustbench:Carmon2019Unlabeled`. Its layers are named `model.LAYER`.
+    """A model of RobustBench (Croce et al. 2021): `robustbench:Carmon2019Unlabeled`; its layers are `model.LAYER`.
 
     The package makes the network, which normalises images by itself; its weights are read here, strictly and without
     running anything. Nothing is fetched: the file must lie where the package puts it,
@@ -90,10 +90,11 @@ def _fill(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load weights into RobustBench's network, whose normalisation many of its files leave to the code."""
     wanted = network.state_dict()
     own = {name for pair in NORMALISED_BY for name in pair if name in wanted}
-    if all(name.startswith("model.") for name in wanted.keys() - own) and not any(n.startswith("model.") for n in state):
+    prefixed, given = (
+        all(name.startswith("model.") for name in names - own) for names in (wanted.keys(), state.keys())
+    )
+    if prefixed and not given:
         state = {name if name in own else f"model.{name}": tensor for name, tensor in state.items()}
-    elif not any(name.startswith("model.") for name in wanted) and all(
-        name.startswith("model.") for name in state.keys() - own
-    ):
+    elif given and not prefixed:
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     load_state(network, {name: wanted[name] for name in own - state.keys()} | state, where)
