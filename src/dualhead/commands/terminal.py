@@ -247,13 +247,16 @@ def print_standings(found: Mapping[str, Any]) -> None:
                 [f"{pair['name']} - {pair['reference']}", pair["accuracy"],
                  f"{pair['difference']:+.1%} {_signed(pair['interval'])}",
                  *(_signed(pair["images_interval"]) if "images_interval" in pair else "-" for _ in over_images),
-                 f"{pair['p_value']:.2g}", pair["verdict"] + ("" if pair.get("believable", True) else " (a check failed)"),
-                 pair["test"]]
+                 f"{pair['p_value']:.2g}", _verdict(pair), pair["test"]]
                 for pair in pairs
             ],
         )  # fmt: skip
         if over_images:
             out.print("over images: of the same difference, were these very runs to face other images")
+
+
+def _verdict(pair: Mapping[str, Any]) -> str:
+    return str(pair["verdict"]) + ("" if pair.get("believable", True) else " (a check failed)")
 
 
 def _mark(row: Mapping[str, Any]) -> str:
