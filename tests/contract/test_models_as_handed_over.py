@@ -195,7 +195,7 @@ def test_what_gives_no_labelled_images_is_refused_in_one_line_and_leaves_nothing
     ("images", "said"),
     [
         (((X - 0.4465) / 0.2010) * 0.2010 + 0.4465 - 3e-8, None),
-        (X + 1e-7 * (X == X.max()), None),
+        (X + 1e-7 * (X.max() == X), None),
         (X.half() * 1.001, None),
         (nn.functional.interpolate(X, size=(12, 12), mode="bicubic").clamp(-0.1, 1.1), "clamp"),
         (torch.where(X > 0.9, torch.nan, X), "not finite"),
