@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -83,8 +83,8 @@ def _entries(source: Iterable[Any]) -> Iterator[Any]:
         entries = iter(source)
     except TypeError:
         raise UserError(
-            f"images: {type(source).__name__} gives no labelled images; give a tensor with labels, a DataLoader, a data "
-            "set or an iterable of (images, labels)"
+            f"images: {type(source).__name__} gives no labelled images; give a tensor with labels, a DataLoader, a "
+            "data set or an iterable of (images, labels)"
         ) from None
     yield from entries
 
