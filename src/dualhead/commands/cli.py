@@ -45,6 +45,15 @@ Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", help="File or module that registers components; it is run. Repeatable.")
 ]
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Of --data, with labels.")]
+Crop = Annotated[
+    str | None, typer.Option("--crop", help="Middle of an image that is taken, e.g. 0.875; none: it is stretched.")
+]
+Resampling = Annotated[str | None, typer.Option("--resample", help="Filter of resizing, e.g. bilinear.")]
+Channels = Annotated[int | None, typer.Option("--channels", help="1: read colours as grey; 3: grey as colours.")]
+Depth = Annotated[
+    int | None, typer.Option("--depth", min=1, max=16, help="Bits of a pixel, if files hold fewer than they could.")
+]
+SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read.")]
 
 
 @app.callback()
@@ -167,6 +176,11 @@ def evaluate(
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    crop: Crop = None,
+    resample: Resampling = None,
+    channels: Channels = None,
+    depth: Depth = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -199,6 +213,11 @@ def evaluate(
         image_size=image_size,
         image_column=image_column,
         label_column=label_column,
+        crop=crop,
+        resample=resample,
+        channels=channels,
+        depth=depth,
+        skip_unreadable=skip_unreadable,
         batch_size=batch_size,
         seed=seed,
         device=device,
@@ -259,6 +278,11 @@ def gallery(
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    crop: Crop = None,
+    resample: Resampling = None,
+    channels: Channels = None,
+    depth: Depth = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -277,7 +301,8 @@ def gallery(
         raise UserError(f"--landscape {landscape}: write numbers of samples, e.g. --landscape 3,17") from None
     request = Request(
         model=model, eps=eps, norm=norm, threat=threat, data=data, limit=limit, output_dir=output_dir,
-        image_size=image_size, image_column=image_column, label_column=label_column, batch_size=batch_size, seed=seed,
+        image_size=image_size, image_column=image_column, label_column=label_column, crop=crop, resample=resample,
+        channels=channels, depth=depth, skip_unreadable=skip_unreadable, batch_size=batch_size, seed=seed,
         device=device,
     )  # fmt: skip
     path, made = exhibit(request, mapped)
@@ -301,6 +326,11 @@ def play(
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    crop: Crop = None,
+    resample: Resampling = None,
+    channels: Channels = None,
+    depth: Depth = None,
+    skip_unreadable: SkipUnreadable = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
     plugin: Plugins = None,
@@ -314,12 +344,13 @@ def play(
     _load_plugins(plugin)
     request = Request(
         model=model, eps=eps, norm=norm, threat=threat, data=data, image_size=image_size, image_column=image_column,
-        label_column=label_column, device=device,
+        label_column=label_column, crop=crop, resample=resample, channels=channels, depth=depth,
+        skip_unreadable=skip_unreadable, device=device,
     )  # fmt: skip
     shown = resolve(request)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
         signal.signal(number, signal.default_int_handler)
-    server = serve(Playground(shown.model, shown.images, shown.threat, shown.crop), port)
+    server = serve(Playground(shown.model, shown.images, shown.threat, shown.framing), port)
     address = f"http://{LOOPBACK}:{server.server_port}/"
     if as_json:
         typer.echo(json.dumps({"address": address}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from dualhead.components.plugins import sources_in
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.diagnostics import (
     PROBES,
+    Finding,
     check_attacks,
     check_black_box,
     check_curve,
@@ -29,6 +30,7 @@ from dualhead.evaluation.diagnostics import (
     described,
     training_modules,
 )
+from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.model import Subject, check_images, differ, frozen
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
@@ -37,6 +39,7 @@ from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import BF16, FLOAT32, Precision
 from dualhead.system.devices import describe_environment, float32_products
+from dualhead.system.outputs import without_inference_tensors
 from dualhead.system.processes import group
 from dualhead.threats import Threat, ThreatModel, build_threat
 
@@ -46,8 +49,8 @@ Spec = str | Mapping[str, Any] | Attack
 @float32_products()  # TF32 is no float32, and verdicts are float32's
 def evaluate(
     model: nn.Module,
-    images: Tensor | NDArray[Any],
-    labels: Tensor | NDArray[Any] | Sequence[int],
+    images: Tensor | NDArray[Any] | Iterable[Any],
+    labels: Tensor | NDArray[Any] | Sequence[int] | None = None,
     *,
     threat: Threat | Mapping[str, Any],
     attacks: Sequence[Spec],
@@ -58,6 +61,8 @@ def evaluate(
     precision: Precision = "auto",
     device: torch.device | str | None = None,
     class_names: Sequence[str] | None = None,
+    skipped: int = 0,
+    checks: Sequence[Finding] = (),
     heads: LogitsFn | None = None,
     save_adversarial: bool = False,
     output_dir: str | Path | None = None,
@@ -81,9 +86,12 @@ def evaluate(
 
     Args:
         model: images float32 [B, C, H, W] in [0, 1] to logits [B, K], or to anything with `.logits`; evaluated in eval
-            mode, and left as it was found.
-        images: uint8, or floating in [0, 1], [N, C, H, W].
-        labels: integers [N] in [0, K).
+            mode, and left as it was found. One logit z per image is read as [0, z], for two classes. It may change the
+            images that it is given: it gets copies then.
+        images: uint8, or floating in [0, 1], [N, C, H, W]; they are left as they are. Or, without `labels`, a
+            `DataLoader`, a data set (torch's or `datasets`'), or any iterable of (images, labels), which is read once
+            into a temporary file and not held in memory.
+        labels: integers [N] in [0, K); None if `images` gives them too.
         threat: what the adversary may do, and the budget: `ThreatModel("Linf", "8/255")`, its fields,
             `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`.
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
@@ -94,6 +102,8 @@ def evaluate(
         precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for bf16 where it is faster here.
         device: None for where the model is; else the model is moved there.
         class_names: for the results; None for numbers.
+        skipped: images that were left out since they cannot be read, for the results (`skipped_images`).
+        checks: what whoever read the images found out about them, to stand among the diagnostics.
         heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
             where there is one.
         save_adversarial: keep the adversarial examples in `samples.npz`.
@@ -109,8 +119,11 @@ def evaluate(
         UserError: for images, labels, a threat or attacks that do not fit, or an output folder of another evaluation.
         Interrupted: when stopped.
     """
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-    check_images(images, labels)
+    if labels is None:
+        if isinstance(images, Tensor | np.ndarray):
+            raise UserError("labels are needed beside a tensor of images; only a DataLoader or data set gives both")
+        images, labels = read_all(images)
+    images, labels = check_images(torch.as_tensor(images), torch.as_tensor(labels))
     index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     if index.shape != labels.shape or len(set(index.tolist())) != len(index):
         raise UserError(f"index must name each of the {len(images)} samples once")
@@ -120,6 +133,7 @@ def evaluate(
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
+    model = without_inference_tensors(model)
     came_training = bool(training_modules(model))
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         work = _Work(
@@ -140,7 +154,11 @@ def evaluate(
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
-        evaluation = work.run(names, {"command": command, "subject": dict(subject or {})}, diagnostics)
+        origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
+        if skipped:
+            origin["skipped_images"] = skipped
+        evaluation = work.run(names, origin, diagnostics)
+        evaluation.results["diagnostics"] += [asdict(check) for check in checks]
     if output_dir is not None:
         folder = output_dir
         work.group.lead(lambda: evaluation.save(folder))
