@@ -92,7 +92,7 @@ class SGD(Optimiser):
     def create(self, parameters: Parameters) -> torch.optim.Optimizer:
         """`torch.optim.SGD`, fused where the device has it."""
         optimiser = torch.optim.SGD(
-            list(parameters),
+            _groups(parameters),
             lr=self.lr,
             momentum=self.momentum,
             nesterov=self.nesterov,
@@ -150,9 +150,9 @@ class AdamW(Optimiser):
 
 
 def _groups(parameters: Parameters) -> list[dict[str, Any]]:
-    given = list(parameters)
+    given: list[Any] = list(parameters)
     if given and isinstance(given[0], dict):
-        return [dict(group) for group in given]  # type: ignore[call-overload]
+        return [dict(group) for group in given]
     return [{"params": given}]
 
 
