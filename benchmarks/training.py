@@ -194,14 +194,16 @@ class Bench:
     def bare(self, parts: tuple[str, ...]) -> Contestant:
         """The least number of passes of a TRADES step and nothing else, in the same arithmetic and lanes."""
         through, lanes = Passes(self.copied(parts, self.arithmetic), parts), self.arithmetic.lanes
-        look = through.look({"": Logits()})
         x, device = self.arithmetic.images(self.batch.x), self.batch.x.device
         in_lanes = [Passes(copied.eval(), parts) for copied in twins(through.model, lanes)] if lanes > 1 else [through]
+
+        looks = {id(each): each.look({"": Logits()}) for each in (through, *in_lanes)}
+        look = looks[id(through)]
 
         def attack(through: Passes, x: Tensor) -> None:
             with self.arithmetic.reuse_casts(device):
                 with torch.no_grad(), self.arithmetic.autocast(device):
-                    through.logits(x)
+                    looks[id(through)]({"clean": through.prefix(x)})
                 for _ in range(STEPS):
                     z = x.detach().requires_grad_()
                     with self.arithmetic.autocast(device):

@@ -79,7 +79,7 @@ def test_images_come_to_size_as_the_saved_model_says(monkeypatch, tmp_path):
     folder = saved(tmp_path / "model", image_size=[24, 20], crop=0.875, threat={"norm": "L2", "eps": 0.5})
     found = resolve(Request(model=str(folder), data="there", device="cpu"))
     assert (asked["source"], asked["part"], asked["image_size"], asked["crop"]) == ("there", "test", [24, 20], 0.875)
-    assert (found.crop, found.threat.norm, found.threat.eps) == (0.875, "L2", 0.5)
+    assert (found.framing.crop, found.threat.norm, found.threat.eps) == (0.875, "L2", 0.5)
     resolve(Request(model=str(folder), data="there", image_size="32x16", device="cpu"))
     assert (asked["image_size"], asked["crop"]) == ((32, 16), 0.875)
 

@@ -84,7 +84,7 @@ def test_a_class_of_every_kind_is_named_by_its_address(folder, monkeypatch, kind
         write(folder / f"outside_{kind}" / "__init__.py", "")
         write(folder / f"outside_{kind}" / "parts.py", derived(kind))
         spec = address = f"outside_{kind}.parts:Own"
-    built = registry.build(spec)
+    built = registry.build({"name": spec, "eps": 0.1} if kind == "threats" else spec)
     assert type(built).__name__ == "Own"
     assert isinstance(built, registry.base)
     described = registry.describe(built)

@@ -367,7 +367,7 @@ def test_columns_missing_or_unclear_are_named(tmp_path):
     refused(["'id' holds numbers up to 1000000000000", "not class"], load_split, str(path), "train", label_column="id")
     write_pngs(path, pixels_of(3), [0, 1, 2], more={"text": pa.array(["a", "b", "c"])})
     refused("there is no column 'x'; there are: image", load_split, str(path), "train", image_column="x")
-    refused("'text' cannot be used", load_split, str(path), "train", label_column="text")
+    assert load_split(str(path), "train", label_column="text").class_names == ("a", "b", "c")
     refused("'label' cannot be used", load_split, str(path), "train", image_column="label")
 
 
@@ -607,8 +607,10 @@ def test_image_folder_ignores_what_is_no_image_and_names_what_is_broken(tmp_path
     write_folder(tmp_path, {"train/cat": 2, "train/dog": 2})
     for junk in ("train/cat/.hidden.png", "train/cat/notes.txt", "train/readme.txt", "train/.DS_Store"):
         (tmp_path / junk).write_bytes(b"junk")
-    (tmp_path / "train" / "empty").mkdir()
     assert load_split(str(tmp_path), "train").class_names == ("cat", "dog")
+    (tmp_path / "train" / "empty").mkdir()
+    refused("class folder train/empty/ holds no image", load_split, str(tmp_path), "train")
+    (tmp_path / "train" / "empty").rmdir()
     (tmp_path / "train" / "dog" / "zzz.jpg").write_bytes(b"junk")
     refused("train/dog/zzz.jpg is not a readable image", load_split, str(tmp_path), "train")
     (tmp_path / "train" / "stray.png").write_bytes(b"junk")
@@ -638,7 +640,7 @@ def test_paths_that_do_not_exist(source):
 
 def test_other_files_parts_and_limits_are_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"")
-    refused("a file must be parquet, got .zip", load_split, str(tmp_path / "a.zip"), "train")
+    refused("a file must be parquet, .npz or .npy, got .zip", load_split, str(tmp_path / "a.zip"), "train")
     refused("part 'val' is not known; use one of train, test", load_split, "digits", "val")
     refused("data.limit must be at least 1, got 0", load_split, "digits", "train", limit=0)
 

@@ -233,7 +233,7 @@ def test_a_run_that_was_stopped_goes_on_from_another_folder(tmp_path):
 @pytest.mark.timeout(1200)
 def test_processes_of_torchrun_run_the_same_file_and_one_tells(tmp_path):
     files_of_the_page(tmp_path)
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     for words in (["train", "half.yaml", *SHORT, "--run-dir", "run"], ["evaluate", "run", "--limit", "8"]):
         ended = subprocess.run(
             [*start, "dualhead", *words, "--quiet"], cwd=tmp_path, env=environment(), capture_output=True, text=True,

@@ -76,12 +76,82 @@ def test_the_card_of_a_naturally_trained_model_does_not_call_it_robust(run):
     assert "attack pgd" not in card
 
 
-def test_classes_in_another_place_are_refused_and_other_names_are_told(run, tmp_path):
+def test_classes_of_which_some_are_others_are_refused(run, tmp_path):
     swapped = photos(tmp_path / "swapped", {"ape": (0, 200, 0), "cat": (200, 30, 30)})
     for model in ("run", "model"):
         ended = dualhead("evaluate", run / model, "--data", swapped, "--attack", "fgsm")
         assert ended.status == 2
         assert "'cat' is class 1 of these images and class 0 of" in ended.error_line
+
+
+def test_classes_in_any_order_are_measured_by_their_names(run, tmp_path):
+    rows = [("dog", k) for k in range(3)] + [("cat", k) for k in range(3)]
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["dog", "cat"]}}
+    table = pa.table({
+        "image": pa.array([{"bytes": (run / f"images/test/{n}/{k}.png").read_bytes(), "path": None} for n, k in rows]),
+        "label": [["dog", "cat"].index(name) for name, _ in rows],
+    })  # fmt: skip
+    (tmp_path / "turned").mkdir()
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "turned" / "test-0.parquet")
+    for model in ("run", "model"):
+        (turned, _), (straight, _) = (measured(run / model, d, tmp_path) for d in (tmp_path / "turned", run / "images"))
+        assert turned["per_class"] == straight["per_class"]
+
+
+def test_a_run_that_is_used_from_elsewhere_keeps_to_its_images(tmp_path, monkeypatch):
+    photos(tmp_path / "here" / "images", CLASSES)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    command = ["train", "digits_natural", *SHORT, "data.source=images", "--run-dir", tmp_path / "run", "--quiet"]
+    assert dualhead(*command).status == 0
+    monkeypatch.chdir(tmp_path / "there")
+    photos(tmp_path / "there" / "images", {"cat": (0, 200, 0), "dog": (0, 0, 0)})  # others of the same name
+    first = dualhead("evaluate", tmp_path / "run", "--attack", "fgsm", "--device", "cpu", "--json", "--output", "a")
+    monkeypatch.chdir(tmp_path / "here")
+    second = dualhead("evaluate", tmp_path / "run", "--attack", "fgsm", "--device", "cpu", "--json", "--output", "b")
+    assert json.loads(first.out)["per_class"] == json.loads(second.out)["per_class"]
+
+
+def test_a_run_says_what_it_left_out_and_what_it_was_shown_before(tmp_path):
+    images = photos(tmp_path / "images", CLASSES)
+    for number in range(3):  # the same pictures in both parts
+        shutil.copy(images / "train" / "cat" / f"{number}.png", images / "test" / "cat" / f"{number}.png")
+    (images / "test" / "dog" / "broken.png").write_bytes(b"broken")
+    command = ["train", "digits_natural", *SHORT, f"data.source={images}", "--run-dir", tmp_path / "run", "--quiet"]
+    assert "test/dog/broken.png is not a readable image" in dualhead(*command).error_line
+    assert dualhead(*command, "data.skip_unreadable=true").status == 0
+    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert results["skipped_images"] == 1
+    (found,) = (check for check in results["diagnostics"] if check["name"] == "duplicates")
+    assert found["status"] == "failed"
+    again, _ = measured(tmp_path / "run", images, tmp_path, "--skip-unreadable")
+    assert "failed" in [check["status"] for check in again["diagnostics"] if check["name"] == "duplicates"]
+
+
+def test_a_factory_may_name_its_classes(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    body = (
+        "import torch\n"
+        "class Red(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return torch.stack([x[:, 2].mean((1, 2)), x[:, 1].mean((1, 2)), x[:, 0].mean((1, 2))], 1)\n"
+    )
+    (tmp_path / "telling.py").write_text(
+        body + "def make():\n    m = Red()\n    m.class_names = ['dog', 'frog', 'cat']\n    return m\n"
+    )
+    named = "def make():\n    return Red()\nmake.class_names = ('dog', 'frog', 'cat')\n"
+    (tmp_path / "naming.py").write_text(body + named)
+    images = photos(tmp_path / "images", CLASSES)
+    for module in ("telling", "naming"):  # images of two of the three classes, in another order
+        found, _ = measured(f"{module}:make", images, tmp_path, "--eps", "1/255", "--image-size", "8x8")
+        assert found["clean_accuracy"] == 1
+        assert [entry["class"] for entry in found["per_class"]] == ["dog", "cat"]
+    (tmp_path / "silent.py").write_text(body.replace("x[:, 1].mean((1, 2)), ", "") + "def make():\n    return Red()\n")
+    with caplog.at_level("WARNING"):
+        found, _ = measured("silent:make", images, tmp_path, "--eps", "1/255", "--image-size", "8x8")
+    assert "silent:make does not name its classes: their order is trusted, so 0 is taken for 'cat'" in caplog.text
+    assert found["clean_accuracy"] == 0
 
 
 def test_images_of_some_of_the_classes_are_measured_by_their_names(run, tmp_path):

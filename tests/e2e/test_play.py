@@ -21,7 +21,7 @@ from PIL import Image
 
 from dualhead.commands.play import Playground, serve
 from dualhead.commands.resolve import Request, resolve
-from dualhead.data import load_split
+from dualhead.data import Framing, load_split
 from dualhead.errors import UserError
 from helpers.e2e import dualhead
 
@@ -90,7 +90,7 @@ def encoded(pixels, kind="PNG"):
 def test_a_picture_of_ones_own_comes_to_size_as_the_images_of_the_data_do(playground, tmp_path, crop):
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, (40, 24), np.uint8), random.integers(0, 256, (9, 30), np.uint8)]
-    own = Playground(playground.model, playground.images, playground.threat, crop)
+    own = Playground(playground.model, playground.images, playground.threat, Framing(crop=crop))
     for pixels in pictures:
         for part in ("a", "b"):
             (tmp_path / "train" / part).mkdir(parents=True, exist_ok=True)

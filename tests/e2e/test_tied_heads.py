@@ -15,8 +15,7 @@ from dualhead.models import Normalize, backbones, count_parameters, load_state, 
 from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.folder import load_stage
 from dualhead.runs.run import train
-from dualhead.saving import export, load
-from dualhead.saving.architecture import Architecture, load_base_weights, read_config
+from dualhead.saving import Architecture, export, load, load_base_weights, read_config
 from helpers.resume import outcome
 
 RECIPE = """

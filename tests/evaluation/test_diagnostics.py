@@ -11,6 +11,8 @@ from torch import nn
 
 from dualhead.evaluation import diagnostics, evaluate
 from dualhead.evaluation.diagnostics import check_black_box, check_curve
+from dualhead.evaluation.model import Subject
+from dualhead.evaluation.scheduler import Samples
 from dualhead.heads import aggregators
 from dualhead.threats.lp import ThreatModel
 from helpers.evaluation import THREAT, patterns, trained
@@ -74,6 +76,106 @@ def test_a_random_model_is_caught():
     _, found = findings(Masked(lambda z: z + 3.0 * torch.randn_like(z)))
     assert found["randomness"]["status"] == "failed"
     assert "autoattack-rand" in found["randomness"]["message"]
+
+
+class Lucky(nn.Module):
+    """The trained network, which every so often answers something else, whatever the image."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.network, self.share = trained(), share
+
+    def forward(self, x):
+        logits = self.network(x)
+        return torch.where(torch.rand(len(x), 1) < self.share, logits.flip(1), logits)
+
+
+def test_what_luck_alone_loses_is_the_line_for_a_random_model():
+    torch.manual_seed(0)
+    model = Lucky(0.2)
+    images, labels = patterns(400)
+    samples = Samples(images, labels, trained()(images.float() / 255).detach(), torch.arange(400))
+    sure = diagnostics.right_under_draws(Subject(trained(), None, 64), samples, 5)
+    assert sure.all()
+    lucky = diagnostics.right_under_draws(Subject(model, None, 64), samples, 5)
+    assert lucky.mean() == pytest.approx((1 - 0.2**2) ** 5, abs=0.06)  # lost are those that are wrong twice in a row
+
+
+def test_a_random_model_is_judged_by_as_many_draws_as_the_attack_takes(monkeypatch):
+    torch.manual_seed(0)
+    asked = []
+    right = diagnostics.right_under_draws
+
+    def counted(subject, samples, draws):
+        asked.append(draws)
+        return right(subject, samples, draws)
+
+    monkeypatch.setattr(diagnostics, "right_under_draws", counted)
+    result, found = findings(Lucky(0.2))
+    assert asked == [10]
+    told = found["randomness"]["message"]
+    assert "Asked 10 times without any attack" in told
+    assert f"robust accuracy {result.robust_accuracy['worst']:.1%}" in told
+    assert found["batch_independence"]["status"] == "ok"
+
+
+def test_the_suite_that_was_run_is_not_the_advice():
+    torch.manual_seed(0)
+    noisy = Masked(lambda z: z + 0.5 * torch.randn_like(z))
+    _, found = findings(noisy, attacks=["autoattack-rand"])
+    assert found["randomness"]["status"] == "warning"
+    assert "autoattack-rand" not in found["randomness"]["message"]
+    assert "seed" in found["randomness"]["message"]
+    _, found = findings(Masked(lambda z: z.detach()), attacks=["square-20"])
+    assert "square" not in found["zero_gradient"]["message"]
+    assert "autoattack" in found["zero_gradient"]["message"]
+
+
+class Constant(nn.Module):
+    """One answer to everything; the gradient is there or not."""
+
+    def __init__(self, *, blind):
+        super().__init__()
+        self.network, self.blind = trained(), blind
+
+    def forward(self, x):
+        logits = 0.0 * self.network(x) if self.blind else 1e-3 * self.network(x)
+        return logits + torch.tensor([0.0, 0.0, 9.0, 0.0])
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_constant_is_called_one_and_not_masked(blind):
+    result, found = findings(Constant(blind=blind))
+    assert result.robust_accuracy["worst"] == result.clean_accuracy > 0
+    assert fired(found) == {"one_class", "clean_accuracy"}
+    assert found["one_class"]["status"] == "failed"
+    assert "one class, 2" in found["one_class"]["message"]
+    assert "masked" not in " ".join(entry["message"] for entry in found.values())
+    assert result.checks[0]["name"] == "one_class"
+
+
+def test_accuracy_is_held_against_the_largest_class():
+    """Three quarters of the images are of class 1; a model that is right about half of them has learned nothing."""
+    images, labels = patterns(400)
+    kept = torch.cat(((labels == 1).nonzero()[:60, 0], (labels != 1).nonzero()[:20, 0]))
+    told = labels[kept].clone()
+    right = evaluate(trained(), images[kept], told, threat=THREAT, attacks=["pgd-2"])
+    assert right.clean_accuracy > 0.75
+    assert "clean_accuracy" not in {check["name"] for check in right.checks}
+    told[60:] = (told[60:] + 1) % 4  # wrong about all of the others, so that the largest class is all it gets
+    told[60:][told[60:] == 1] = 0
+    found = evaluate(trained(), images[kept], told, threat=THREAT, attacks=["pgd-2"])
+    assert 0.5 < found.clean_accuracy <= 0.75 or found.clean_accuracy > 0.75
+    (check,) = [check for check in found.checks if check["name"] == "clean_accuracy"]
+    assert "largest class gives, 75.0%" in check["message"]
+
+
+def test_images_of_one_class_are_told():
+    images, labels = patterns(200)
+    only = (labels == 1).nonzero()[:40, 0]
+    result = evaluate(trained(), images[only], labels[only], threat=THREAT, attacks=["pgd-2"])
+    assert "labels" in {check["name"] for check in result.checks}
+    assert not {"one_class", "clean_accuracy"} & {check["name"] for check in result.checks}
 
 
 def test_dropout_that_ignores_eval_mode_is_caught():

@@ -117,7 +117,37 @@ def test_what_is_robust_is_right_both_without_and_under_attack():
         return torch.ones_like(x)
 
     found = found_by(Validator(split, brighten, 1, THREAT, seed=0), model)
-    assert found == {"validation_clean": 3 / 10, "validation_robust": 1 / 10}
+    assert found == {"validation_clean": 3 / 10, "validation_robust": 1 / 10, "validation_largest_answer": 5 / 10}
+
+
+def test_a_network_that_answers_everything_with_one_class_is_told_of(tmp_path, caplog):
+    answers = iter([0.4, 1.0, 1.0, 0.9])
+
+    class Collapses(Scripted):
+        def __call__(self, *seen):
+            return {**super().__call__(*seen), "validation_largest_answer": next(answers)}
+
+    _, lines, _ = trained(tmp_path, plain_model(), tiny_stage(), Collapses([0.1] * EPOCHS, [0.1] * EPOCHS))
+    assert [line["validation_largest_answer"] for line in lines] == [0.4, 1.0, 1.0, 0.9]
+    (told,) = [record.getMessage() for record in caplog.records if "one class" in record.getMessage()]
+    assert "epoch 2" in told
+    assert "optimiser.lr" in told
+
+
+def test_the_share_of_the_most_frequent_answer_leaves_out_what_is_no_number():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            level = x.mean((1, 2, 3))
+            return self.gain * torch.stack((torch.where(level > 0.9, torch.nan, 0.6), level), 1)
+
+    images = torch.tensor([0, 10, 200, 255, 255]).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
+    split = Split.from_arrays(images, torch.tensor([0, 1, 0, 1, 0]), ["dark", "bright"])
+    found = found_by(Validator(split, PGD(steps=1), 1, THREAT, seed=0), Odd())
+    assert found["validation_largest_answer"] == 2 / 5
 
 
 def test_the_rate_follows_the_schedule_step_by_step(tmp_path):

@@ -45,6 +45,15 @@ Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", help="File or module that registers components; it is run. Repeatable.")
 ]
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Of --data, with labels.")]
+Crop = Annotated[
+    str | None, typer.Option("--crop", help="Middle of an image that is taken, e.g. 0.875; none: it is stretched.")
+]
+Resampling = Annotated[str | None, typer.Option("--resample", help="Filter of resizing, e.g. bilinear.")]
+Channels = Annotated[int | None, typer.Option("--channels", help="1: read colours as grey; 3: grey as colours.")]
+Depth = Annotated[
+    int | None, typer.Option("--depth", min=1, max=16, help="Bits of a pixel, if files hold fewer than they could.")
+]
+SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read.")]
 
 
 @app.callback()
@@ -67,7 +76,14 @@ def _options(
 def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Show on real handwritten digits what adversarial training and a second head do; a few minutes on two cores."""
     from dualhead.commands.demo import run_demo
-    from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
+    from dualhead.commands.terminal import (
+        EvaluationDisplay,
+        TrainingDisplay,
+        accuracy_table,
+        out,
+        print_row_lights,
+        progress_bar,
+    )
 
     with progress_bar(quiet=quiet) as bar, _stop_on_signals() as stop:
         comparison = run_demo(
@@ -80,6 +96,7 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
     if as_json:
         typer.echo(json.dumps({"title": comparison.title, "rows": comparison.rows}, indent=2))
         return
+    print_row_lights(comparison.rows)
     out.print(accuracy_table(comparison.title, comparison.rows))
     if quiet:
         return
@@ -100,7 +117,14 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
-    from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, accuracy_table, out, progress_bar
+    from dualhead.commands.terminal import (
+        EvaluationDisplay,
+        TrainingDisplay,
+        accuracy_table,
+        out,
+        print_row_lights,
+        progress_bar,
+    )
     from dualhead.runs import RunFolder
     from dualhead.runs import train as run_training
     from dualhead.system.processes import joined
@@ -123,6 +147,7 @@ def train(
     if as_json:
         typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
         return
+    print_row_lights(rows)
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
     if not quiet:
         folder = RunFolder(result.run_dir)
@@ -151,6 +176,11 @@ def evaluate(
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    crop: Crop = None,
+    resample: Resampling = None,
+    channels: Channels = None,
+    depth: Depth = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -164,7 +194,7 @@ def evaluate(
     """Measure clean and robust accuracy of a run or a model."""
     from dualhead.commands.evaluate import assess
     from dualhead.commands.resolve import Request
-    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, progress_bar
+    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
@@ -183,6 +213,11 @@ def evaluate(
         image_size=image_size,
         image_column=image_column,
         label_column=label_column,
+        crop=crop,
+        resample=resample,
+        channels=channels,
+        depth=depth,
+        skip_unreadable=skip_unreadable,
         batch_size=batch_size,
         seed=seed,
         device=device,
@@ -200,6 +235,7 @@ def evaluate(
         typer.echo(json.dumps(evaluation.results, indent=2))
         return
     title = _title(evaluation)
+    print_lights([("", evaluation.checks)])
     out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
@@ -207,9 +243,6 @@ def evaluate(
     for name, record in evaluation.results["attacks"].items():
         for note in record["notes"]:
             out.print(f"{name}: {note}", soft_wrap=True, markup=False)
-    for finding in evaluation.results["diagnostics"]:
-        if finding["status"] != "ok":
-            out.print(f"{finding['status']}: {finding['name']}: {finding['message']}", soft_wrap=True, markup=False)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 
@@ -245,6 +278,11 @@ def gallery(
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    crop: Crop = None,
+    resample: Resampling = None,
+    channels: Channels = None,
+    depth: Depth = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
@@ -263,7 +301,8 @@ def gallery(
         raise UserError(f"--landscape {landscape}: write numbers of samples, e.g. --landscape 3,17") from None
     request = Request(
         model=model, eps=eps, norm=norm, threat=threat, data=data, limit=limit, output_dir=output_dir,
-        image_size=image_size, image_column=image_column, label_column=label_column, batch_size=batch_size, seed=seed,
+        image_size=image_size, image_column=image_column, label_column=label_column, crop=crop, resample=resample,
+        channels=channels, depth=depth, skip_unreadable=skip_unreadable, batch_size=batch_size, seed=seed,
         device=device,
     )  # fmt: skip
     path, made = exhibit(request, mapped)
@@ -287,6 +326,11 @@ def play(
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    crop: Crop = None,
+    resample: Resampling = None,
+    channels: Channels = None,
+    depth: Depth = None,
+    skip_unreadable: SkipUnreadable = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
     device: Annotated[str, typer.Option("--device")] = "auto",
     plugin: Plugins = None,
@@ -300,12 +344,13 @@ def play(
     _load_plugins(plugin)
     request = Request(
         model=model, eps=eps, norm=norm, threat=threat, data=data, image_size=image_size, image_column=image_column,
-        label_column=label_column, device=device,
+        label_column=label_column, crop=crop, resample=resample, channels=channels, depth=depth,
+        skip_unreadable=skip_unreadable, device=device,
     )  # fmt: skip
     shown = resolve(request)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
         signal.signal(number, signal.default_int_handler)
-    server = serve(Playground(shown.model, shown.images, shown.threat, shown.crop), port)
+    server = serve(Playground(shown.model, shown.images, shown.threat, shown.framing), port)
     address = f"http://{LOOPBACK}:{server.server_port}/"
     if as_json:
         typer.echo(json.dumps({"address": address}))
@@ -371,7 +416,8 @@ def export(
     """Write weights, configuration and a model card to a folder that `dualhead.load` reads."""
     from dataclasses import asdict
 
-    from dualhead.saving import check_hub_name, export_onnx, push_to_hub, require_onnx
+    from dualhead.commands.terminal import print_lights
+    from dualhead.saving import check_hub_name, checks_of, export_onnx, push_to_hub, require_onnx
     from dualhead.saving import export as export_model
 
     if onnx:  # what cannot be is refused before anything is written
@@ -379,12 +425,15 @@ def export(
     if push is not None:
         check_hub_name(push)
     folder = export_model(run, to, output=output_of)
+    checks = checks_of(folder, run)
     check = export_onnx(folder) if onnx else None
     address = None if push is None else push_to_hub(folder, push)
     if as_json:
         facts = None if check is None else {**asdict(check), "path": str(check.path)}
-        typer.echo(json.dumps({"model": str(folder), "onnx": facts, "hub": address}, indent=2))
-    elif not quiet:
+        typer.echo(json.dumps({"model": str(folder), "checks": checks, "onnx": facts, "hub": address}, indent=2))
+        return
+    print_lights([("", checks)])
+    if not quiet:
         typer.echo(f"model: {folder}")
         if check is not None:
             typer.echo(
@@ -417,7 +466,7 @@ def info(
     run: Annotated[Path, typer.Argument(help="A run, finished or not.")], quiet: Quiet = False, as_json: AsJson = False
 ) -> None:
     """Say where a run stands: stages, epochs, accuracies on held-out and test images, and who works on it."""
-    from dualhead.commands.terminal import accuracy_table, out, stage_table
+    from dualhead.commands.terminal import accuracy_table, out, print_row_lights, stage_table
     from dualhead.report import summary
     from dualhead.system.lock import owner_of
 
@@ -433,6 +482,7 @@ def info(
         else:
             told = state if state == "finished" else f"stopped while {state}; the command that started it goes on"
         out.print(f"{run}: recipe {facts['recipe']}, {told}", soft_wrap=True, markup=False)
+    print_row_lights(facts["rows"])
     out.print(stage_table(facts["stages"]))
     if facts["rows"]:
         out.print(accuracy_table("test images, accuracy in percent, with 95 % intervals", facts["rows"]))

@@ -18,6 +18,7 @@ from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, compare, interval_over_samples, mcnemar, mean_std, wilson
 from dualhead.names import id_of_row
+from dualhead.report import believable, lights
 from dualhead.runs import RunFolder, read_recipe, without_how
 
 _log = logging.getLogger(__name__)
@@ -160,13 +161,14 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
 
     Returns:
         `rows`: for each output of each group of runs the means over seeds, 95 % intervals (Wilson's for one run,
-        Student's over seeds for several), cost in forward passes of one image through the first run's base model, and
-        whether it is on the Pareto front: nothing at most as costly has more of the one accuracy and no less of the
-        other. `worst` is over the attacks that all of them faced and those that only merged heads can face, such as
-        `multihead`, where it was run. `pairs`: for clean accuracy, each common attack and `worst`, each group's result
-        against the first group's: a paired t-test over the seeds that both have, McNemar's exact test for one seed.
-        Over several seeds `interval` is of other seeds on these images, and `images_interval` of these runs on other
-        images. `notes`: what was left out, a sentence each.
+        Student's over seeds for several), cost in forward passes of one image through the first run's base model, the
+        failed and warning `checks` of its runs, and whether it is on the Pareto front: nothing at most as costly has
+        more of the one accuracy and no less of the other. A row with a failed check is not ranked. `worst` is over the
+        attacks that all of them faced and those that only merged heads can face, such as `multihead`, where it was
+        run. `pairs`: for clean accuracy, each common attack and `worst`, each group's result against the first
+        group's: a paired t-test over the seeds that both have, McNemar's exact test for one seed; `believable` unless
+        a check of either has failed. Over several seeds `interval` is of other seeds on these images, and
+        `images_interval` of these runs on other images. `notes`: what was left out, a sentence each.
 
     Raises:
         UserError: if the entries were not measured alike.
@@ -181,13 +183,15 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
     unit = _unit(entries)
     labels = _labels(list(groups.values()))
     rows = [_row(label, members, attacks, unit) for label, members in zip(labels, groups.values(), strict=True)]
+    ranked = [row for row in rows if believable(row["checks"])]
     for row in rows:
-        row["pareto"] = not any(_dominates(other, row) for other in rows)
+        row["pareto"] = row in ranked and not any(_dominates(other, row) for other in ranked)
     results = [(label, m) for label, m in zip(labels, groups.values(), strict=True) if m[0].deployed]
     pairs = []
     for label, members in results[1:]:
         found = _pairs(results[0][1], members, attacks)
-        pairs += [{"reference": results[0][0], "name": label, **pair} for pair in found]
+        sound = all(believable(member.evaluation.checks) for member in (*results[0][1], *members))
+        pairs += [{"reference": results[0][0], "name": label, "believable": sound, **pair} for pair in found]
         if not found:
             notes.append(f"{label} and {results[0][0]} have no seed in common, and are not compared in pairs")
     return {"rows": rows, "pairs": pairs, "notes": notes}
@@ -263,6 +267,7 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
         "name": f"{label}: {first.name}" if first.name else label,
         "seeds": sorted(member.seed for member in members),
         "deployed": first.deployed,
+        "checks": _checks(members),
         "clean_accuracy": means.pop("clean"),
         "robust_accuracy": means,
         "intervals": {
@@ -276,6 +281,20 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
             "seconds": round(float(np.mean(seconds)), 1) if seconds else None,
         },
     }
+
+
+def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:
+    """Return the checks that are not fine in some run, each once; of several seeds the message says which."""
+    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for member in members:
+        for check in member.evaluation.checks:
+            found.setdefault((check["name"], check["status"]), []).append((member.seed, check["message"]))
+    checks = []
+    for (name, status), seen in found.items():
+        seeds = ", ".join(str(seed) for seed, _ in seen)
+        of_seeds = f"seed {seeds}: " if len(members) > 1 else ""
+        checks.append({"name": name, "status": status, "message": of_seeds + seen[0][1]})
+    return lights(checks)
 
 
 def _interval(shares: Sequence[float], images: int) -> list[float]:

@@ -9,11 +9,20 @@ from typing import cast
 import torch
 
 from dualhead.commands.resolve import Request, resolve
+from dualhead.data import Split, digests
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, EvaluationProgress, Gallery, evaluate, make_gallery
+from dualhead.evaluation import (
+    Evaluation,
+    EvaluationProgress,
+    Finding,
+    Gallery,
+    check_duplicates,
+    evaluate,
+    make_gallery,
+)
 from dualhead.heads import LayerInfo, layers
 from dualhead.models import Normalize, backbones
-from dualhead.runs import GALLERY
+from dualhead.runs import GALLERY, RunFolder, read_digests
 from dualhead.saving import Architecture, find_model, read_config
 from dualhead.system.arithmetic import Precision
 from dualhead.system.files import check_folder
@@ -54,6 +63,8 @@ def assess(
         seed=request.seed,
         precision=cast("Precision", request.precision),
         class_names=list(test.class_names),
+        skipped=len(test.skipped),
+        checks=_duplicates(request, test.first(count)),
         save_adversarial=request.save_adversarial,
         output_dir=asked.results,
         resume=not request.overwrite,
@@ -63,6 +74,12 @@ def assess(
         stop=stop,
     )
     return asked.results, evaluation
+
+
+def _duplicates(request: Request, test: Split) -> list[Finding]:
+    """Look for images that a run learnt from among those that it is measured on; nothing tells of other models."""
+    learnt = read_digests(RunFolder(Path(request.model))) if request.is_run else {}
+    return [check_duplicates({**learnt, "test": digests(test)})] if learnt and not test.is_stored else []
 
 
 def exhibit(request: Request, landscapes: Sequence[int] | None = None) -> tuple[Path, Gallery]:

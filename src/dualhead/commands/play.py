@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.data import Split, decode_single
+from dualhead.data import Framing, Split, decode_single
 from dualhead.errors import UserError
 from dualhead.evaluation import make_gallery
 from dualhead.names import name_of
@@ -45,15 +45,15 @@ class Playground:
         model: images [B, C, H, W] in [0, 1] to logits; on its device.
         images: some to choose from, with their labels and class names.
         threat: what the adversary may do, with the eps that the page starts with.
-        crop: as `data.crop` of the recipe: how an image of one's own comes to size.
+        framing: how the images came to their form, and an image of one's own does; None: they were stretched.
         count: how many of the images are offered.
     """
 
     def __init__(
-        self, model: nn.Module, images: Split, threat: Threat, crop: float | None = None, count: int = 60
+        self, model: nn.Module, images: Split, threat: Threat, framing: Framing | None = None, count: int = 60
     ) -> None:
         self.model, self.images, self.threat = model, images, threat
-        self.crop = crop
+        self.framing = framing or Framing()
         self.count = min(count, len(images))
         self._busy = threading.Lock()
 
@@ -83,7 +83,7 @@ class Playground:
         content = asked.get("file")
         if not isinstance(content, str):
             raise UserError("file must be an image in base64")
-        pixels = decode_single(base64.b64decode(content), self.images.image_shape, self.crop)
+        pixels = decode_single(base64.b64decode(content), self.images.image_shape, self.framing)
         return {"pixels": pixels.transpose(1, 2, 0).ravel().tolist()}
 
     def attack(self, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from torch import nn
 
 from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
-from dualhead.data import Split, Storage, load_split
+from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
-from dualhead.models import backbones
+from dualhead.models import Backbone, backbones
 from dualhead.runs import RunFolder, load_stage, read_recipe
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
@@ -48,6 +48,11 @@ class Request:
     image_size: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    crop: str | None = None
+    resample: str | None = None
+    channels: int | None = None
+    depth: int | None = None
+    skip_unreadable: bool = False
     batch_size: int = 256
     seed: int = 0
     device: str = "auto"
@@ -81,6 +86,28 @@ class Request:
             raise UserError(f"--image-size {self.image_size}: write HEIGHTxWIDTH, e.g. 224x224")
         return int(parts[0]), int(parts[1])
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Return how images are to be read, as far as the options say it, by the names of `load_split`.
+
+        Raises:
+            UserError: if an option is impossible.
+        """
+        if self.resample is not None and self.resample not in get_args(Resample):
+            raise UserError(f"--resample {self.resample}: use one of {', '.join(get_args(Resample))}")
+        if self.channels not in (None, 1, 3):
+            raise UserError(f"--channels {self.channels}: use 1 (grey) or 3 (colour)")
+        share = None if self.crop in (None, "none") else parse_real(str(self.crop))
+        if share is not None and not 0 < share <= 1:
+            raise UserError(f"--crop {self.crop}: write a fraction in (0, 1], e.g. 0.875, or none to stretch images")
+        told = {
+            "image_column": self.image_column, "label_column": self.label_column, "image_size": self.size,
+            "resample": self.resample, "channels": self.channels, "depth": self.depth,
+            "skip_unreadable": self.skip_unreadable or None,
+        }  # fmt: skip
+        found = {key: value for key, value in told.items() if value is not None}
+        return found if self.crop is None else {**found, "crop": share}
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -94,7 +121,7 @@ class Resolved:
         attacks: those to measure it by.
         results: where an evaluation of this request goes.
         gallery: the folder where a gallery of it goes.
-        crop: `data.crop` of the recipe, how images come to size; None if nothing tells.
+        framing: how the images came to their form.
     """
 
     model: nn.Module
@@ -104,7 +131,7 @@ class Resolved:
     attacks: tuple[AttackSpec, ...]
     results: Path
     gallery: Path
-    crop: float | None
+    framing: Framing
 
 
 @dataclass(frozen=True)
@@ -117,7 +144,8 @@ class _Source:
         images: loads the images that are asked for.
         model: loads the model that fits given images.
         trained: the folder whose `config.json` tells what it was trained on; None for what fits any images.
-        crop: see `Resolved`.
+        reading: how images come to form for it, by the names of `load_split`.
+        published: the backbone that names classes and channels itself; None for what was trained here.
         results: the folder in which evaluations go, each in its own.
         gallery: the folder of galleries; None for that of the evaluation.
     """
@@ -127,9 +155,10 @@ class _Source:
     images: Callable[[], Split]
     model: Callable[[Split], nn.Module]
     trained: Path | None
-    crop: float | None
+    reading: Mapping[str, Any]
     results: Path
     gallery: Path | None = None
+    published: Backbone | None = None
 
 
 def resolve(request: Request) -> Resolved:
@@ -150,12 +179,24 @@ def resolve(request: Request) -> Resolved:
                 raise UserError(f"{option} is for runs, and {request.model} is none")
         source = _of_factory(request, room) if ":" in request.model else _of_saved(request, room)
     threat, radii = _threat(request, source.threat)
-    images = group().in_turn(lambda: _among_known(request.model, source.trained, source.images()))
+    images = group().in_turn(lambda: _among_known(request.model, source, source.images()))
     model = source.model(images).to(device).eval()  # a factory hands it out in train mode
+    if source.published is not None and not source.published.published_class_names():
+        named: Any = getattr(model, "class_names", ())
+        images = among(images, tuple(named), request.model)
     results = request.output_dir or source.results / _folder_name(request)
     gallery = request.output_dir or source.gallery or results
     chosen = request.attacks or _fitting_attacks(source.attacks, model)
-    return Resolved(model, images, threat, radii, chosen, results, gallery, source.crop)
+    framing = _framing({**source.reading, **request.reading})
+    return Resolved(model, images, threat, radii, chosen, results, gallery, framing)
+
+
+def _framing(reading: Mapping[str, Any]) -> Framing:
+    """Return how images come to form, without the columns that hold them."""
+    return Framing(
+        size=reading.get("image_size"), crop=reading.get("crop"), resample=reading.get("resample") or "bicubic",
+        squash=bool(reading.get("squash")), depth=reading.get("depth"),
+    )  # fmt: skip
 
 
 # ---- three makers
@@ -167,8 +208,7 @@ def _of_run(request: Request, room: int) -> _Source:
     recipe = read_recipe(folder.path)
 
     def images() -> Split:
-        told = {"image_column": request.image_column, "label_column": request.label_column, "image_size": request.size}
-        data = recipe.data.model_copy(update={key: value for key, value in told.items() if value is not None})
+        data = recipe.data.model_copy(update=request.reading)
         return data.load("test", request.data, room=room)
 
     def model(images: Split) -> nn.Module:
@@ -182,7 +222,7 @@ def _of_run(request: Request, room: int) -> _Source:
         model=model,
         # What is missing is said where the run is loaded.
         trained=folder.checkpoints if (folder.checkpoints / CONFIG).is_file() else None,
-        crop=recipe.data.crop,
+        reading=recipe.data.reading(),
         results=folder.path / "evaluations",
         gallery=folder.evaluation,
     )
@@ -192,40 +232,54 @@ def _of_saved(request: Request, room: int) -> _Source:
     """Find a saved model: it tells what it was trained for, and to what size images were brought for it."""
     folder = find_model(request.model)
     config = read_config(folder)
-    crop = config.get("crop")
+    keys = ("image_size", "crop", "resample", "channels", "depth")
+    reading = {key: config[key] for key in keys if config.get(key) is not None}
     return _Source(
         threat=config.get("threat", {}),
         attacks=DEFAULT_ATTACKS,
-        images=lambda: _load_images(request, room, config.get("image_size"), crop),
+        images=lambda: _load_images(request, room, reading),
         model=lambda images: load(folder, request.output),
         trained=folder,
-        crop=None if crop is None else float(crop),
+        reading=reading,
         results=_own_folder(request),
     )
 
 
 def _of_factory(request: Request, room: int) -> _Source:
-    """Find a factory: it makes what fits the images, which it takes as they are."""
+    """Find a factory: it makes what fits the images, which it takes as they are, or as its publisher says."""
     backbone = backbones.build(request.model, where="model")
+    found = backbone.published_preprocessing()
+    reading: dict[str, Any] = {}
+    if found is not None:
+        reading = {"image_size": found.size, "crop": found.crop, "squash": found.squash, "resample": found.resample}
+
+    def images() -> Split:
+        test = _load_images(request, room, reading)
+        if found is not None:
+            _log.warning(
+                "%s: its publisher brings images to %dx%d, %s, %s; --image-size, --crop and --resample override that",
+                request.model, *found.size,
+                "stretched" if found.crop is None else f"the middle {found.crop:.3g} of each", found.resample,
+            )  # fmt: skip
+        return test
+
     return _Source(
         threat={},
         attacks=DEFAULT_ATTACKS,
-        images=lambda: _load_images(request, room),
+        images=images,
         model=lambda images: backbone.published(images.num_classes, images.image_shape),
         trained=None,
-        crop=None,
+        reading=reading,
         results=_own_folder(request),
+        published=backbone,
     )
 
 
-def _load_images(request: Request, room: int, size: tuple[int, int] | None = None, crop: float | None = None) -> Split:
+def _load_images(request: Request, room: int, reading: Mapping[str, Any]) -> Split:
     """Load the images that a request names, for a model that is no run's."""
     if request.data is None:
         raise UserError(f"--data is needed, since {request.model} is not a run; e.g. --data uoft-cs/cifar10")
-    return load_split(
-        request.data, "test", image_column=request.image_column, label_column=request.label_column,
-        image_size=request.size or size, crop=crop, storage=Storage(room=room),
-    )  # fmt: skip
+    return load_split(request.data, "test", storage=Storage(room=room), **{**reading, **request.reading})
 
 
 # ---- what is asked of it
@@ -264,55 +318,43 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
     return max(threats, key=lambda threat: threat.eps), radii if len(radii) > 1 else []
 
 
-def _among_known(name: str, trained: Path | None, test: Split) -> Split:
-    """Return images with labels among the classes that a trained model knows; other sizes are up to the network.
+def _among_known(name: str, source: _Source, test: Split) -> Split:
+    """Return images with labels among the classes that a model knows; other sizes are up to the network.
 
     Args:
         name: of the model.
-        trained: the folder whose `config.json` tells what it was trained on; None for what fits any images.
+        source: where it comes from.
         test: the images.
 
     Raises:
         UserError: if they are of other classes or channels.
     """
-    if trained is None:
+    if source.published is not None:
+        _refuse_other_channels(name, test, source.published.published_channels())
+        known = source.published.published_class_names()
+        return among(test, known, name) if known else test
+    if source.trained is None:
         return test
-    config = read_config(trained)
-    architecture = Architecture.parse(config["architecture"], str(trained / CONFIG))
+    config = read_config(source.trained)
+    architecture = Architecture.parse(config["architecture"], str(source.trained / CONFIG))
     channels = architecture.image_shape[0]
-    known = tuple(map(str, config.get("class_names", ())))
-    names = set(test.class_names)
-    if (
-        test.num_classes < architecture.num_classes == len(known)
-        and names <= set(known)
-        and not all(map(str.isdigit, names))
-    ):
-        test = test.named(known)  # images of some classes only, as a folder of those that came in this week
-    if (test.image_shape[0], test.num_classes) != (channels, architecture.num_classes):
+    _refuse_other_channels(name, test, channels)
+    test = among(test, tuple(map(str, config.get("class_names", ()))), name)
+    if test.num_classes != architecture.num_classes:
         raise UserError(
-            f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {name}, "
+            f"{test.num_classes} classes of {channels}-channel images do not fit {name}, "
             f"which is for {architecture.num_classes} classes of {channels}-channel images; choose other --data"
         )
-    _check_names(name, list(test.class_names), list(known))
     return test
 
 
-def _check_names(name: str, given: list[str], known: list[str]) -> None:
-    """Refuse classes in another order: a label is a number, which says what the model means only in its order."""
-    if given == known or all(name.isdigit() for name in given) or all(name.isdigit() for name in known):
-        return
-    moved = [name for name in given if name in known and given.index(name) != known.index(name)]
-    if moved:
-        place, other = given.index(moved[0]), known.index(moved[0])
+def _refuse_other_channels(name: str, test: Split, channels: int | None) -> None:
+    if channels not in (None, test.image_shape[0]):
+        key = f"--channels {channels} reads them so" if channels in (1, 3) else "choose other --data"
         raise UserError(
-            f"{moved[0]!r} is class {place} of these images and class {other} of {name}, so right answers "
-            "would count as wrong; use images of the classes that it was trained on, in their order"
+            f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {name}, which is for "
+            f"{channels}-channel images; {key}"
         )
-    place = next(place for place, names in enumerate(zip(given, known, strict=False)) if len(set(names)) > 1)
-    _log.warning(
-        "%s: class %d is called %r here and %r where it was trained; it is measured as if they were the same",
-        name, place, given[place], known[place],
-    )  # fmt: skip
 
 
 def _fitting_attacks(attacks: tuple[AttackSpec, ...], model: nn.Module) -> tuple[AttackSpec, ...]:
@@ -340,7 +382,9 @@ def _folder_name(request: Request) -> str:
         f"seed{request.seed}" if request.seed else None,
         None if request.precision == "auto" else request.precision,
     ]
-    words += [request.image_size, request.image_column, request.label_column]
+    words += [request.image_size, request.image_column, request.label_column, request.resample]
+    numbers = (("crop", request.crop), ("channels", request.channels), ("depth", request.depth))
+    words += [None if value is None else f"{name}{value}" for name, value in numbers]
     words += ["adversarial" if request.save_adversarial else None]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return name if request.is_run else name or "default"

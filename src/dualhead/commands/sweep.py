@@ -164,7 +164,7 @@ def refuse_other_runs(jobs: Sequence[Job], folder: Path) -> None:
 
 
 def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
-    """A flat record for each output of each finished run: settings, seed, model, accuracies, parameters and cost."""
+    """Return a record for each output of each finished run: settings, seed, model, checks, accuracies and cost."""
     records = []
     for job in jobs:
         path = RunFolder(folder / job.name).comparison
@@ -175,11 +175,17 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
             records.append(
                 {
                     "run": job.name, **job.settings, "seed": job.seed, "model": row["name"],
+                    "checks": row.get("checks", []),
                     "clean_accuracy": row["clean_accuracy"], **robust, "parameters": row["parameters"],
                     **{f"training_{name}": value for name, value in row["training_cost"].items()},
                 }
             )  # fmt: skip
     return records
+
+
+def _checks_text(checks: Sequence[dict[str, str]]) -> str:
+    """Return failed and warning checks as a cell holds them: `failed zero_gradient; warning curve`."""
+    return "; ".join(f"{check['status']} {check['name']}" for check in checks)
 
 
 def write_table(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
@@ -188,7 +194,7 @@ def write_table(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(k for r in records for k in r)), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({**record, "checks": _checks_text(record["checks"])} for record in records)
     write_text(folder / f"{TABLE}.csv", file.getvalue())
     write_json(folder / f"{TABLE}.json", {"runs": len(jobs), "rows": records})
     return records

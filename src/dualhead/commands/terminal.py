@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
+
+from dualhead.report import believable, light_lines
 
 err = Console(stderr=True, highlight=False, markup=False)  # brackets in names are no markup
 # A file or a pipe has no width to fit into; a table in it must not lose columns.
@@ -57,6 +59,8 @@ class TrainingDisplay:
         if "validation_robust" in metrics:
             clean, robust = metrics["validation_clean"], metrics["validation_robust"]
             self._accuracy = f"  clean {clean:.1%}  robust {robust:.1%}"
+            if metrics.get("validation_largest_answer", 0.0) == 1.0:
+                self._accuracy += "  all answers are one class"
         if self._bar is None:
             err.print(
                 f"stage {self._label}: epoch {metrics['epoch']}/{self._epochs}, loss {metrics['loss']:.3f}"
@@ -115,6 +119,21 @@ def print_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]], title
     out.print(table)
 
 
+def print_lights(models: Iterable[tuple[str, Sequence[Mapping[str, str]]]]) -> None:
+    """Print failed and warning checks, a line each, as they come before every table of numbers.
+
+    Args:
+        models: name and checks of each model, as `dualhead.report.lights` gives them.
+    """
+    for line in light_lines(models):
+        out.print(line, style="red" if line.startswith("failed") else "yellow", soft_wrap=True)
+
+
+def print_row_lights(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the lights of rows as `comparison.json` holds them."""
+    print_lights([(row["name"], row.get("checks", [])) for row in rows])
+
+
 def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of accuracies with their 95 % intervals.
 
@@ -170,8 +189,9 @@ def _percent(share: float, ends: Sequence[float], gap: str) -> str:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of a sweep: a line for each model at each point of the grid, means over seeds."""
-    told = ("run", "seed", "model", "clean_accuracy", "parameters")
+    told = ("run", "seed", "model", "checks", "clean_accuracy", "parameters")
     varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(("robust_", "train"))]
+    print_lights([(f"{row['run']}: {row['model']}", row["checks"]) for row in rows])
     points: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         points.setdefault((*(str(row[key]) for key in varied), row["model"]), []).append(row)
@@ -196,13 +216,14 @@ def _spread(values: Sequence[float]) -> str:
 def print_standings(found: Mapping[str, Any]) -> None:
     """Print what `standings` found."""
     rows = found["rows"]
+    print_row_lights(rows)
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
     lines = []
     for row in rows:
         ends, cost = row["intervals"], row["training_cost"]
         lines.append([
-            ("* " if row["pareto"] else "  ") + row["name"], str(len(row["seeds"])),
+            _mark(row) + row["name"], str(len(row["seeds"])),
             _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
             *(_cell(row, name, " ") for name in shown),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
@@ -212,6 +233,8 @@ def print_standings(found: Mapping[str, Any]) -> None:
     columns = {"model": "left"} | dict.fromkeys(("seeds", "clean", *shown, "parameters", "cost", "seconds"), "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
+    if not all(believable(row["checks"]) for row in rows):
+        out.print("! a check failed, see above: its accuracies are not to be believed, and it is not ranked")
     for note in found["notes"]:
         out.print(note, soft_wrap=True)
     pairs = found["pairs"]
@@ -224,12 +247,17 @@ def print_standings(found: Mapping[str, Any]) -> None:
                 [f"{pair['name']} - {pair['reference']}", pair["accuracy"],
                  f"{pair['difference']:+.1%} {_signed(pair['interval'])}",
                  *(_signed(pair["images_interval"]) if "images_interval" in pair else "-" for _ in over_images),
-                 f"{pair['p_value']:.2g}", pair["verdict"], pair["test"]]
+                 f"{pair['p_value']:.2g}", pair["verdict"] + ("" if pair["believable"] else " (a check failed)"),
+                 pair["test"]]
                 for pair in pairs
             ],
         )  # fmt: skip
         if over_images:
             out.print("over images: of the same difference, were these very runs to face other images")
+
+
+def _mark(row: Mapping[str, Any]) -> str:
+    return "* " if row["pareto"] else "  " if believable(row["checks"]) else "! "
 
 
 def _signed(ends: Sequence[float]) -> str:

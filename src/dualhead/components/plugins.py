@@ -172,8 +172,11 @@ def load(source: str, package: str | None = None) -> ModuleType:
     finally:
         _loading.pop()
     file = getattr(module, "__file__", None) if not is_file(name) else name
-    if file is None:
+    if file is None and hasattr(module, "__path__"):
         raise UserError(f"plugin {name}: is a package without a file of its own; name the module that holds the class")
+    if file is None:  # made in memory, as in a notebook
+        _log.warning("code from outside is run: module %s, which has no file; a change of it will not be noticed", name)
+        return module
     if name not in _loaded:
         _note(name, Path(file), module, package).undo = undo
     return module

@@ -2,9 +2,11 @@
 
 from dualhead.data.augmentations import Augmentation, augmentations
 from dualhead.data.cutmix import CutMix
-from dualhead.data.decode import decode_single
+from dualhead.data.decode import Framing, Resample, decode_single
+from dualhead.data.duplicates import Digests, digests, shared_images
 from dualhead.data.loader import Batch, Loader, batches
-from dualhead.data.source import Storage, load_split
+from dualhead.data.names import among, are_numbers, match, one_form
+from dualhead.data.source import Storage, load_split, resolve
 from dualhead.data.split import Split, hold_out
 from dualhead.data.stored import in_turn
 from dualhead.data.streams import OpenStream, Stream, StreamImages, StreamSetting, streams
@@ -13,18 +15,28 @@ __all__ = [
     "Augmentation",
     "Batch",
     "CutMix",
+    "Digests",
+    "Framing",
     "Loader",
     "OpenStream",
+    "Resample",
     "Split",
     "Storage",
     "Stream",
     "StreamImages",
     "StreamSetting",
+    "among",
+    "are_numbers",
     "augmentations",
     "batches",
     "decode_single",
+    "digests",
     "hold_out",
     "in_turn",
     "load_split",
+    "match",
+    "one_form",
+    "resolve",
+    "shared_images",
     "streams",
 ]

@@ -24,7 +24,7 @@ from dualhead.data.split import Split
 from dualhead.errors import UserError
 
 _log = logging.getLogger(__name__)
-_VERSION = 1  # counts changes of what is stored
+_VERSION = 2  # counts changes of what is stored
 
 
 def folder() -> Path:
@@ -55,7 +55,8 @@ def read(key: str) -> Split | None:
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
         if metadata["checksum"] != _checksum(images, labels):
             raise ValueError("its checksum does not fit")
-        return Split(images, labels, tuple(json.loads(metadata["class_names"])))
+        skipped = tuple(json.loads(metadata["skipped"]))
+        return Split(images, labels, tuple(json.loads(metadata["class_names"])), skipped)
     except (OSError, RuntimeError, SafetensorError, UserError, ValueError, KeyError, TypeError) as error:
         _log.warning("ignored the cached images under %s: %s", key, error)
         return None
@@ -72,6 +73,7 @@ def write(key: str, split: Split) -> None:
         metadata = {
             "checksum": _checksum(images, split.labels),
             "class_names": json.dumps(split.class_names),
+            "skipped": json.dumps(split.skipped),
         }
         save_file({"images": images, "labels": split.labels}, temporary, metadata)
         temporary.replace(folder() / f"{key}.safetensors")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
@@ -16,9 +18,20 @@ import torch
 from numpy.typing import NDArray
 
 from dualhead.data import cache
-from dualhead.data.decode import Encoded, Framing, decode
-from dualhead.data.files import ImageFiles, ParquetFiles, Part, choose_part, find_files, no_part
-from dualhead.data.split import Split
+from dualhead.data.arrays import read_arrays
+from dualhead.data.decode import FULL_DEPTH, Encoded, Framing, Resample, decode, decode_readable, unreadable
+from dualhead.data.files import (
+    LABELS,
+    ArrayFiles,
+    ImageFiles,
+    Part,
+    choose_part,
+    choose_shared,
+    find_files,
+    refuse_several_folders,
+)
+from dualhead.data.names import in_order, one_form
+from dualhead.data.split import Split, held_rows
 from dualhead.data.stored import Encodings, Files, Rows, StoredImages, encoded_row
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -27,10 +40,14 @@ if TYPE_CHECKING:
     from datasets import Features
 
 _IMAGE_NAMES: Final = ("image", "img")
-_LABEL_NAMES: Final = ("label", "labels", "fine_label", "class", "target")
 _ROWS: Final = 1024  # read at once
 _MANY_CLASSES: Final = 10_000  # a few rows may well have large labels, but not larger than this
 _PROBED: Final = 64  # images, evenly spread, that tell whether a set on disk is grey
+_DARK: Final = 64  # a set without a value as large may well hold fewer bits than 8
+_LISTS: Final = frozenset({"List", "LargeList", "Sequence", "list", "Array2D", "Array3D"})
+_ON_THE_HUB: Final = "hf:"
+_LIKE_A_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_TEST_SEED: Final = 0  # the test part is the same whatever the seed of a run
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +89,12 @@ def load_split(
     label_column: str | None = None,
     image_size: Sequence[int] | None = None,
     crop: float | None = None,
+    resample: Resample = "bicubic",
+    squash: bool = False,
+    channels: int | None = None,
+    depth: int | None = None,
+    skip_unreadable: bool = False,
+    test: float | None = None,
     limit: int | None = None,
     choice: Choice = "first",
     storage: Storage = Storage(),
@@ -85,15 +108,26 @@ def load_split(
         source: one of:
             `digits`, 8x8 grey, embedded in the package;
             a folder of parquet files as on the Hub (`train-*.parquet`, `test-*.parquet`, at any depth), or one file;
+            a folder that `datasets` saved (`save_to_disk`);
+            a `.npz` file, or a folder of `.npz` or `.npy` files (see `dualhead.data.arrays`);
             an image folder (`train/CLASS/*.png`, `test/CLASS/*.png`);
-            the name of a data set on the Hugging Face Hub, `uoft-cs/cifar10` or `OWNER/NAME:CONFIG`.
-            What exists as a path is taken as a path (`./digits` for a folder of that name).
-        part: `train`, or `test`, which is the part called test, validation, valid or val, in this order of preference.
-            A file or folder without parts is the train part unless its own name says otherwise.
-        image_column: column of a table that holds the images; None to find it by its type and name.
-        label_column: column that holds the labels, integers; None to find it.
+            the name of a data set on the Hugging Face Hub, `hf:uoft-cs/cifar10` or `hf:OWNER/NAME:CONFIG`.
+            What exists as a path is taken as a path (`./digits` for a folder of that name). `OWNER/NAME` without
+            `hf:` is a name on the Hub if there is neither such a path nor a folder `OWNER`.
+        part: `train`, or `test`, which is the part called test, testing, validation, valid or val, in this order of
+            preference, that has labels. A file or folder without parts is the train part unless its own name says
+            otherwise.
+        image_column: column of a table, or name of an array, that holds the images; None to find it.
+        label_column: that which holds the labels: integers, whole floats, booleans or text; None to find it.
         image_size: height and width to which images are resized; None if they are equally large.
         crop: None to stretch images to `image_size`; else see `Framing`.
+        resample: filter of resizing.
+        squash: see `Framing`.
+        channels: 1 or 3, to read colours as grey or grey as colours; None: as the images are.
+        depth: bits of a pixel, where files hold fewer than they could (see `Framing`).
+        skip_unreadable: leave out images that cannot be read, rather than refuse the set (see `Split.skipped`).
+        test: how much of the train part is the test part where a set has none: a fraction, or a number of images,
+            of all classes in proportion and always the same. The train part is the rest.
         limit: only so many images.
         choice: which: the first (an image folder is read class by class in turn), or a random sample of all, always
             the same, in the order of the set.
@@ -109,12 +143,38 @@ def load_split(
     size = None if image_size is None else tuple(image_size)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise UserError(f"data.image_size must be [height, width], both at least 1, got {list(size)}")
-    options = _Options(part, image_column, label_column, size, crop, limit, choice)
+    if resample not in get_args(Resample):
+        raise UserError(f"data.resample {resample!r} is not known; use one of {', '.join(get_args(Resample))}")
+    if channels not in (None, 1, 3):
+        raise UserError(f"data.channels must be 1 (grey) or 3 (colour), got {channels}")
+    if depth is not None and not 1 <= depth <= FULL_DEPTH:
+        raise UserError(f"data.depth must lie in 1 to {FULL_DEPTH} bits, got {depth}")
+    framing = Framing(size, crop, resample, squash, channels, depth)
+    options = _Options(part, image_column, label_column, framing, skip_unreadable, test, limit, choice)
     try:
-        path = _path(source)
-        return _from_hub(source, options, storage) if path is None else _from_path(path, options, storage)
+        path = path_of(source)
+        split = _from_hub(source, options, storage) if path is None else _from_path(path, options, storage)
     except UserError as error:
         raise UserError(f"data.source {source!r}: {error}") from None
+    _warn_of(split, source, options)
+    return split
+
+
+def _warn_of(split: Split, source: str, options: _Options) -> None:
+    """Words on images that were left out, and on a set that is so dark that it may hold fewer bits."""
+    if split.skipped:
+        more = "; ..." if len(split.skipped) > 3 else ""
+        told = "; ".join(split.skipped[:3]) + more
+        _log.warning("data.source %r: left out %d images that cannot be read: %s", source, len(split.skipped), told)
+    if options.framing.depth is None:
+        sample = torch.linspace(0, len(split) - 1, min(_PROBED, len(split))).round().long()
+        largest = int(split.images[sample].max()) if split.is_stored else int(split.images[:].max())
+        if largest < _DARK:
+            _log.warning(
+                "data.source %r: the largest value of all images is %d of 255, as where pixels have %d bits; if so, "
+                "set data.depth=%d (evaluate, gallery, play: --depth)",
+                source, largest, max(1, largest.bit_length()), max(1, largest.bit_length()),
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,39 +182,85 @@ class _Options:
     part: Part
     image_column: str | None
     label_column: str | None
-    image_size: tuple[int, int] | None
-    crop: float | None
+    framing: Framing
+    skip: bool
+    test: float | None
     limit: int | None
     choice: Choice
 
-    @property
-    def framing(self) -> Framing:
-        return Framing(self.image_size, self.crop)
+    def chosen(self, labels: NDArray[np.int64], names: Sequence[str], *, shared: bool) -> NDArray[np.int64]:
+        """Positions of the images that are used, of all that have these labels, in order.
 
-    def chosen(self, total: int) -> NDArray[np.int64]:
-        """Positions of the images that are used, of so many, in order."""
-        count = total if self.limit is None else min(self.limit, total)
-        if self.choice == "first" or count == total:
-            return np.arange(count)
-        lot = Streams.of(0, torch.arange(total)).fork("train_limit").bits(1)[:, 0]
-        return np.sort(lot.argsort(stable=True)[:count].numpy())
+        Args:
+            labels: of all.
+            names: of the classes.
+            shared: they are the images of both parts.
+        """
+        rows: NDArray[np.int64] = np.arange(len(labels))
+        if shared and self.test is not None:
+            try:
+                held = held_rows(torch.from_numpy(labels), names, self.test, _TEST_SEED, "test_part")
+            except UserError as error:
+                raise UserError(f"data.test: {error}") from None
+            rows = (held if self.part == "test" else ~held).nonzero()[:, 0].numpy()
+        count = len(rows) if self.limit is None else min(self.limit, len(rows))
+        if self.choice == "first" or count == len(rows):
+            return rows[:count]
+        lot = Streams.of(0, torch.arange(len(rows))).fork("train_limit").bits(1)[:, 0]
+        sample: NDArray[np.int64] = rows[np.sort(lot.argsort(stable=True)[:count].numpy())]
+        return sample
+
+    def for_cache(self) -> list[object]:
+        """All that decides what is decoded, as plain values."""
+        return [list(values) if isinstance(values, tuple) else values for values in astuple(self)]
 
 
-def _path(source: str) -> Path | None:
-    """The path that a source names; None for a name on the Hub."""
+def path_of(source: str) -> Path | None:
+    """The path that a source names, absolute; None for a name on the Hub.
+
+    Raises:
+        UserError: if it is neither.
+    """
     if source == "digits":
+        if Path(source).exists():
+            _log.warning("digits is the set that the package brings; write ./digits for the folder of that name")
         return Path(str(importlib.resources.files("dualhead.data") / "digits"))
+    if source.startswith(_ON_THE_HUB):
+        return None
     path = Path(source).expanduser()
     if source and path.exists():
         return path.absolute()
-    like_a_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith((".parquet", "/"))
-    if like_a_path or not source:
-        raise UserError("no such file or folder")
+    like_a_path = source.startswith(("/", ".", "~")) or source.endswith((".parquet", ".npz", ".npy", "/"))
+    if like_a_path or not _LIKE_A_NAME.fullmatch(source):
+        hub = "" if like_a_path or "/" in source or not source else f"; {_ON_THE_HUB}{source} is a name on the Hub"
+        raise UserError(f"no such file or folder{hub}")
+    owner = source.partition("/")[0]
+    if Path(owner).is_dir():
+        raise UserError(
+            f"no such file or folder in {owner}/; {_ON_THE_HUB}{source} is the data set of that name on the Hub"
+        )
     return None
 
 
+def resolve(source: str) -> str:
+    """A source that means the same wherever it is used: that of a file or folder here becomes its absolute path."""
+    if source == "digits" or source.startswith(_ON_THE_HUB) or not source:
+        return source
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
+    if path.is_dir() and _LIKE_A_NAME.fullmatch(source):
+        _tell_folder(source)
+    return str(path.absolute())
+
+
+@functools.cache
+def _tell_folder(source: str) -> None:
+    _log.warning("data.source %s: the folder here; %s%s is that of the Hub", source, _ON_THE_HUB, source)
+
+
 def _cached(files: Sequence[Path], options: _Options, extra: object, make: Callable[[], Split]) -> Split:
-    key = cache.key_of(files, [vars(options), extra])
+    key = cache.key_of(files, [options.for_cache(), extra])
     split = cache.read(key)
     if split is None:
         split = make()
@@ -163,16 +269,19 @@ def _cached(files: Sequence[Path], options: _Options, extra: object, make: Calla
 
 
 def _from_path(path: Path, options: _Options, storage: Storage) -> Split:
-    found = find_files(path, options.part)
+    found = find_files(path, options.part, split_off=options.test is not None, label_column=options.label_column)
     if isinstance(found, ImageFiles):
         return _from_images(path, found, options, storage)
-    tables, others = [_parquet(path) for path in found.part], [_parquet(path) for path in found.other]
-    reader = _TableReader(tables, others, options, lambda column: _arrow(found, column))
-    return reader.read(found.all(), None, storage)
+    if isinstance(found, ArrayFiles):
+        return _from_arrays(found, options, storage)
+    if found.saved:
+        return _from_tables({name: _saved(name, folder) for name, (folder,) in found.parts.items()}, options, storage)
+    root = path.parent if path.is_file() else path
+    return _from_tables({name: _parquet_part(root, name, f) for name, f in found.parts.items()}, options, storage)
 
 
 def _from_images(root: Path, found: ImageFiles, options: _Options, storage: Storage) -> Split:
-    chosen = options.chosen(len(found.files)).tolist()
+    chosen = options.chosen(np.asarray(found.labels), found.class_names, shared=found.shared).tolist()
     paths, labels = [found.files[n] for n in chosen], torch.tensor([found.labels[n] for n in chosen])
 
     def encoded() -> Iterator[Encoded]:
@@ -181,26 +290,67 @@ def _from_images(root: Path, found: ImageFiles, options: _Options, storage: Stor
     if storage.streams(len(paths), lambda: _shape_like(next(encoded()), options)):
         return _stored(Files(root, paths), torch.arange(len(paths)), labels, found.class_names, options, storage)
     return _cached(
-        found.all(), options, found.class_names,
-        lambda: Split(torch.from_numpy(decode(encoded(), options.framing)), labels, found.class_names),
-    )  # fmt: skip
+        found.all(), options, found.class_names, lambda: _in_memory(encoded(), labels, found.class_names, options)
+    )
+
+
+def _from_arrays(found: ArrayFiles, options: _Options, storage: Storage) -> Split:
+    if storage.stream:
+        _log.warning("data.stream: images of numpy files are held in memory")
+    arrays = read_arrays(
+        found, options.part, options.image_column, options.label_column, split_off=options.test is not None
+    )
+    theirs = [] if arrays.others is None else [arrays.others]
+    numbers, names = _classes([arrays.labels], theirs, arrays.class_names, "labels")
+    _check_labels(numbers[0], len(names), lambda row: f"row {row} of its labels")
+    chosen = options.chosen(numbers[0], names, shared=arrays.shared)
+    images = arrays.images(chosen, options.framing)
+    return Split(torch.from_numpy(images), torch.from_numpy(numbers[0][chosen]), tuple(names))
+
+
+def _in_memory(encoded: Iterable[Encoded], labels: torch.Tensor, names: Sequence[str], options: _Options) -> Split:
+    """Decoded images and their labels, without those that cannot be read, if these are to be skipped."""
+    decoded = decode_readable(encoded, options.framing, skip=options.skip)
+    if len(decoded.pixels) + len(decoded.unreadable) != len(labels):
+        raise UserError(f"is damaged: {len(labels)} labels, but {len(decoded.pixels)} images")
+    kept = _without(decoded.unreadable, labels, names)
+    return Split(torch.from_numpy(decoded.pixels), labels[kept], tuple(names), tuple(decoded.unreadable.values()))
+
+
+def _without(unreadable: Mapping[int, str], labels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """Bool [N]: the images that can be read."""
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[list(unreadable)] = False
+    gone = set(labels.tolist()) - set(labels[kept].tolist())
+    if gone:
+        raise UserError(f"class {names[min(gone)]!r} has no image that can be read: {next(iter(unreadable.values()))}")
+    return kept
 
 
 def _shape_like(first: Encoded, options: _Options) -> tuple[int, int, int]:
     """Three channels, and the height and width that images have: the given ones, else those of the first."""
-    height, width = options.image_size or decode([first]).shape[2:]
-    return 3, height, width
+    height, width = options.framing.size or decode([first], Framing(depth=FULL_DEPTH)).shape[2:]
+    return options.framing.channels or 3, height, width
 
 
 def _stored(
     encodings: Encodings, rows: torch.Tensor, labels: torch.Tensor, names: Sequence[str], options: _Options,
     storage: Storage,
 ) -> Split:  # fmt: skip
-    """Images that stay on disk; a sample of them tells channels and size."""
+    """Images that stay on disk; a sample of them tells channels, size and depth."""
+    skipped: dict[int, str] = {}
+    if options.skip:
+        _log.info("reading %d images to find those that cannot be read", len(rows))
+        for first in range(0, len(rows), _ROWS):
+            piece = encodings.read(rows[first : first + _ROWS].numpy())
+            one_size = replace(options.framing, size=(1, 1), depth=options.framing.depth or FULL_DEPTH)
+            skipped |= {first + n: reason for n, reason in unreadable(piece, one_size).items()}
+        kept = _without(skipped, labels, names)
+        rows, labels = rows[kept], labels[kept]
     probed = rows[torch.linspace(0, len(rows) - 1, min(_PROBED, len(rows)), dtype=torch.float64).round().long()]
     _, channels, height, width = decode(encodings.read(probed.numpy()), options.framing).shape
     images = StoredImages(encodings, rows, options.framing, (channels, height, width), storage.workers)
-    return Split(images, labels, tuple(names))
+    return Split(images, labels, tuple(names), tuple(skipped.values()))
 
 
 @dataclass(frozen=True)
@@ -212,28 +362,103 @@ class _Table:
         rows: number of them.
         features: the columns with their types.
         read: the named column in pieces, as pyarrow arrays.
+        folder: to which paths of images may be relative.
     """
 
     name: str
     rows: int
     features: Features
     read: Callable[[str], Iterator[Any]]
+    folder: Path | None = None
 
 
-def _arrow(found: ParquetFiles, column: str) -> Any:  # datasets has no types
+@dataclass(frozen=True)
+class _TablePart:
+    """The tables of a part, opened when they are needed.
+
+    Args:
+        tables: one after the other.
+        files: that hold them.
+        rows_of: an image column of all of them as a `datasets.Dataset` that reads single rows.
+    """
+
+    tables: Callable[[], list[_Table]]
+    files: Sequence[Path]
+    rows_of: Callable[[str], Any]
+
+
+def _from_tables(parts: Mapping[str, _TablePart], options: _Options, storage: Storage, extra: object = None) -> Split:
+    labelled = _without_withheld_labels(parts, options)
+    advice = f"name its files like {options.part}-00000.parquet, and give the folder that holds both"
+    chosen, shared = choose_shared(labelled, options.part, advice, split_off=options.test is not None)
+    other = None if shared else choose_part(labelled, "test" if options.part == "train" else "train")
+    others = [] if other is None else parts[other].tables()
+    reader = _TableReader(parts[chosen].tables(), others, options, shared, parts[chosen].rows_of)
+    files = [*parts[chosen].files, *([] if other is None else parts[other].files)]
+    return reader.read(files, [extra, chosen], storage)
+
+
+def _without_withheld_labels(parts: Mapping[str, _TablePart], options: _Options) -> list[str]:
+    """The parts, without a test part that has no labels, as ImageNet's says -1, if there is another to test on."""
+    left = list(parts)
+    while (test := choose_part(left, "test")) and choose_part(rest := [p for p in left if p != test], "test"):
+        how = _withheld(parts[test].tables(), options)
+        if how is None:
+            break
+        _log.warning("its %s part has no labels%s: the %s part is used", test, how, choose_part(rest, "test"))
+        left = rest
+    return left
+
+
+def _withheld(tables: Sequence[_Table], options: _Options) -> str | None:
+    """How tables say that they have no labels; None if they have some."""
+    try:
+        column = _label_column(tables[0].features, options.label_column)
+    except UserError:
+        return ""
+    pieces = [piece for table in tables for piece in table.read(column)]
+    if all(piece.null_count == len(piece) for piece in pieces):
+        return ""
+    return " (-1)" if all(value == -1 for piece in pieces for value in piece.to_pylist()) else None
+
+
+def _parquet_part(root: Path, name: str, files: tuple[Path, ...]) -> _TablePart:
+    def tables() -> list[_Table]:
+        refuse_several_folders(root, name, files)
+        return [_parquet(path) for path in files]
+
+    return _TablePart(tables, files, lambda column: _arrow(files, column))
+
+
+def _saved(name: str, folder: Path) -> _TablePart:
+    """A part that `datasets` saved to a folder."""
+    import datasets
+
+    @functools.cache
+    def loaded() -> Any:
+        try:
+            return datasets.load_from_disk(str(folder))
+        except Exception as error:  # JSON of any shape and damaged Arrow files fail in as many ways
+            raise UserError(f"{folder.name}/ is not a readable folder of `save_to_disk`: {_one_line(error)}") from None
+
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return _TablePart(lambda: [_dataset_table(name, loaded(), folder)], files, lambda _: loaded())
+
+
+def _arrow(files: tuple[Path, ...], column: str) -> Any:  # datasets has no types
     """The rows of a part as a data set of Arrow files, which are made the first time."""
     import datasets
 
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        paths = [str(path) for path in found.part]
-        place = cache.folder() / "arrow" / cache.key_of(found.part, column)  # other files of the same names are others
+        paths = [str(path) for path in files]
+        place = cache.folder() / "arrow" / cache.key_of(files, column)  # other files of the same names are others
         return datasets.Dataset.from_parquet(paths, columns=[column], cache_dir=str(place))
     except Exception as error:  # of several libraries: a damaged file, a full disk
         cause = error.__cause__ or error
         raise UserError(
-            f"{found.part[0].parent.name}/ cannot be converted for reading single rows: {type(cause).__name__}: "
+            f"{files[0].parent.name}/ cannot be converted for reading single rows: {type(cause).__name__}: "
             f"{_one_line(cause)}"
         ) from None
     finally:
@@ -264,7 +489,7 @@ def _parquet(path: Path) -> _Table:
     except Exception as error:  # JSON of any shape may stand there, and fails in as many ways
         fault = f"{path.name} describes its columns in a way that cannot be read"
         raise UserError(f"{fault} (metadata 'huggingface': {type(error).__name__}: {_one_line(error)})") from None
-    return _Table(path.name, rows, features, read)
+    return _Table(path.name, rows, features, read, path.parent)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -278,41 +503,32 @@ def _one_line(error: BaseException) -> str:
 def _from_hub(source: str, options: _Options, storage: Storage) -> Split:
     from datasets import load_dataset
 
-    name, _, config = source.partition(":")
+    name, _, config = source.removeprefix(_ON_THE_HUB).partition(":")
+    asked = source.startswith(_ON_THE_HUB)
     try:
         loaded = load_dataset(name, config or None)
     except Exception as error:  # the Hub client raises errors of several libraries
-        fault = "no such file or folder, and the Hugging Face Hub does not give it either"
+        fault = "the Hugging Face Hub does not give it"
+        if not asked:
+            fault = "no such file or folder, and the Hugging Face Hub does not give it either"
         raise UserError(f"{fault}: {type(error).__name__}: {_one_line(error)}") from None
-    labelled = _without_withheld_labels(loaded, options)
-    chosen = choose_part(labelled, options.part)
-    if chosen is None:
-        raise no_part(options.part, loaded, "choose a data set that has one")
-    other = choose_part(labelled, "test" if options.part == "train" else "train")
-    tables = [_hub_table(part, loaded[part]) for part in (chosen, other) if part is not None]
-    files = [Path(entry["filename"]) for part in (chosen, other) if part for entry in loaded[part].cache_files]
-    reader = _TableReader(tables[:1], tables[1:], options, lambda _: loaded[chosen])
-    return reader.read(files, [source, chosen], storage)
+    if not asked:
+        _log.warning("data.source %s: no such folder here, taken from the Hugging Face Hub", source)
+
+    def part(name: str, dataset: Any) -> _TablePart:
+        files = [Path(entry["filename"]) for entry in dataset.cache_files]
+        return _TablePart(lambda: [_dataset_table(name, dataset, None)], files, lambda _: dataset)
+
+    parts = {name: part(name, dataset) for name, dataset in loaded.items()}
+    return _from_tables(parts, options, storage, source.removeprefix(_ON_THE_HUB))
 
 
-def _without_withheld_labels(loaded: Any, options: _Options) -> list[str]:
-    """The parts, without a test part that says -1 of all images, as ImageNet's does, if there is another to test on."""
-    parts = list(loaded)
-    while (test := choose_part(parts, "test")) and choose_part(rest := [p for p in parts if p != test], "test"):
-        table = _hub_table(test, loaded[test])
-        if (_labels(table, _label_column(table.features, options.label_column)) != -1).any():
-            break
-        _log.warning("its %s part has no labels (-1): the %s part is used", test, choose_part(rest, "test"))
-        parts = rest
-    return parts
-
-
-def _hub_table(part: str, dataset: Any) -> _Table:  # datasets has no types
+def _dataset_table(part: str, dataset: Any, folder: Path | None) -> _Table:  # datasets has no types
     def read(column: str) -> Iterator[Any]:
         for table in dataset.select_columns([column]).with_format("arrow").iter(_ROWS):
             yield from table.column(0).chunks
 
-    return _Table(f"its {part} part", dataset.num_rows, dataset.features, read)
+    return _Table(f"its {part} part", dataset.num_rows, dataset.features, read, folder)
 
 
 @dataclass(frozen=True)
@@ -323,21 +539,22 @@ class _TableReader:
         tables: of the part, one after the other.
         others: of the other part; its labels count where classes have no names.
         options: which images, and how.
+        shared: the tables are those of both parts.
         rows_of: an image column of the part as a `datasets.Dataset` that reads single rows.
     """
 
     tables: Sequence[_Table]
     others: Sequence[_Table]
     options: _Options
+    shared: bool
     rows_of: Callable[[str], Any]
 
     def read(self, files: Sequence[Path], extra: object, storage: Storage) -> Split:
         """The split; in memory it is cached under the files and what else names it."""
-        total = sum(table.rows for table in self.tables)
-        count = min(self.options.limit or total, total)
-        if count and storage.streams(count, self._shape):
-            return self._stored(storage)
-        return _cached(files, self.options, extra, self._decoded)
+        chosen, numbers, names = self._labelled()
+        if storage.streams(len(chosen), self._shape):
+            return self._stored(chosen, numbers, names, storage)
+        return _cached(files, self.options, [extra, names], lambda: self._decoded(chosen, numbers, names))
 
     def _columns(self) -> tuple[str, str]:
         first = self.tables[0]
@@ -355,77 +572,128 @@ class _TableReader:
     def _labelled(self) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
         """Rows that are used, their labels, and the names of the classes."""
         first, (_, label) = self.tables[0], self._columns()
-        labels = [_labels(table, label) for table in self.tables]
-        names = getattr(first.features[label], "names", None)
-        if names is None:
-            # The numbers that occur in either part, so that both have the same classes.
-            theirs = [_labels(table, label) for table in self.others if label in table.features]
-            names = _numbered_classes(labels + theirs, label)
+        if not sum(table.rows for table in self.tables):
+            raise UserError(f"{first.name} has no rows")
+        found = [_labels(table, label) for table in self.tables]
+        # Where classes have no names, those of either part count, so that both have the same.
+        named = getattr(first.features[label], "names", None)
+        theirs = [] if named else [_labels(table, label) for table in self.others if label in table.features]
+        labels, names = _classes(found, theirs, named, label)
         if len(names) < 2:
             raise UserError(f"column {label!r} has {len(names)} class; a classifier needs at least 2")
         numbers = np.concatenate(labels)
-        if not len(numbers):
-            raise UserError(f"{first.name} has no rows")
-        chosen = self.options.chosen(len(numbers))
-        _check_labels(self.tables, numbers, chosen, len(names))
+        if not self.shared:
+            chosen = self.options.chosen(numbers, names, shared=False)
+            _check_labels(numbers[chosen], len(names), lambda row: _place(self.tables, int(chosen[row])))
+            return chosen, numbers[chosen], names
+        _check_labels(numbers, len(names), lambda row: _place(self.tables, row))
+        chosen = self.options.chosen(numbers, names, shared=True)
         return chosen, numbers[chosen], names
 
-    def _decoded(self) -> Split:
-        chosen, numbers, names = self._labelled()
+    def _decoded(self, chosen: NDArray[np.int64], numbers: NDArray[np.int64], names: list[str]) -> Split:
         image, _ = self._columns()
         used = np.zeros(chosen[-1] + 1, np.bool_)  # what comes after the last one is not even read
         used[chosen] = True
         encoded = (row for table in self.tables for row in _encoded(table, image))
-        images = decode(compress(encoded, used), self.options.framing)
-        if len(images) != len(numbers):
-            name = self.tables[0].name
-            raise UserError(f"{name} is damaged: {len(numbers)} labels, but {len(images)} images")
-        return Split(torch.from_numpy(images), torch.from_numpy(numbers), tuple(names))
+        try:
+            return _in_memory(compress(encoded, used), torch.from_numpy(numbers), names, self.options)
+        except UserError as error:
+            if str(error).startswith("is damaged"):
+                raise UserError(f"{self.tables[0].name} {error}") from None
+            raise
 
-    def _stored(self, storage: Storage) -> Split:
-        chosen, numbers, names = self._labelled()
+    def _stored(
+        self, chosen: NDArray[np.int64], numbers: NDArray[np.int64], names: list[str], storage: Storage
+    ) -> Split:
         image, _ = self._columns()
-        rows = Rows(self.rows_of(image), image, [(table.name, table.rows) for table in self.tables])
-        labels = torch.from_numpy(numbers)
+        tables = [(table.name, table.rows, table.folder) for table in self.tables]
+        rows, labels = Rows(self.rows_of(image), image, tables), torch.from_numpy(numbers)
         return _stored(rows, torch.from_numpy(chosen), labels, names, self.options, storage)
+
+
+def _classes(
+    labels: Sequence[NDArray[Any]], theirs: Sequence[NDArray[Any]], named: Sequence[str] | None, column: str
+) -> tuple[list[NDArray[np.int64]], list[str]]:
+    """Labels as numbers of classes, and the names of these.
+
+    Args:
+        labels: numbers or text of the part.
+        theirs: of the other part; both have the same classes.
+        named: the names, if they are known.
+        column: for messages.
+    """
+    kinds = {values.dtype.kind in "OU" for values in labels}
+    theirs = [values for values in theirs if (values.dtype.kind in "OU") in kinds]
+    if kinds == {False}:
+        numbers = [_whole(values, column) for values in labels]
+        if named is not None:
+            return numbers, list(named)
+        if all(values.dtype.kind == "b" for values in labels):
+            return numbers, ["False", "True"]
+        return numbers, _numbered_classes([*numbers, *(_whole(values, column) for values in theirs)], column)
+    texts = [[one_form(str(value)) for value in values.tolist()] for values in labels]
+    names = in_order({name for part in texts for name in part} | {one_form(str(v)) for p in theirs for v in p.tolist()})
+    number = {name: place for place, name in enumerate(names)}
+    return [np.array([number[name] for name in part], np.int64) for part in texts], names
+
+
+def _whole(values: NDArray[Any], column: str) -> NDArray[np.int64]:
+    if values.dtype.kind == "f" and not bool((values == np.round(values)).all()):
+        strange = values[values != np.round(values)][0]
+        raise UserError(f"column {column!r} holds numbers such as {strange:g}: labels are whole numbers, or text")
+    return values.astype(np.int64)
 
 
 def _numbered_classes(labels: Sequence[NDArray[np.int64]], column: str) -> list[str]:
     largest = max(int(numbers.max(initial=-1)) for numbers in labels)
     if largest >= max(_MANY_CLASSES, sum(map(len, labels))):
         raise UserError(f"column {column!r} holds numbers up to {largest}, more than there are rows: not class labels")
-    if not any((numbers == 0).any() for numbers in labels):
+    seen = np.unique(np.concatenate([numbers[numbers >= 0] for numbers in labels]))
+    missing = sorted(set(range(largest + 1)) - set(seen.tolist()))
+    if missing == [0]:
         _log.warning("column %r: no image has label 0; counted from 0 to %d, class 0 has none", column, largest)
+    elif missing:
+        _log.warning(
+            "column %r: labels go from 0 to %d, and no image has %s: %d classes, of which %d have images; store the "
+            "names of classes as text if there are no others", column, largest, _few_numbers(missing), largest + 1,
+            len(seen),
+        )  # fmt: skip
     return [str(number) for number in range(largest + 1)]
 
 
-def _labels(table: _Table, column: str) -> NDArray[np.int64]:
-    pieces = [np.zeros(0, np.int64)]
+def _few_numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:6])) + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")
+
+
+def _labels(table: _Table, column: str) -> NDArray[Any]:
+    """Numbers, or text as objects."""
+    pieces: list[NDArray[Any]] = []
     for piece in table.read(column):
         if piece.null_count:
             row = sum(map(len, pieces)) + piece.is_null().to_pylist().index(True)
             raise UserError(f"row {row} of {table.name} has no label; every image needs one")
-        pieces.append(piece.to_numpy(zero_copy_only=False).astype(np.int64))
-    return np.concatenate(pieces)
+        whole = piece.dictionary_decode() if hasattr(piece, "dictionary_decode") else piece
+        values = whole.to_numpy(zero_copy_only=False)
+        if values.dtype.kind == "O" and len(values) and not isinstance(values[0], str):
+            raise UserError(f"column {column!r} holds several labels of an image; a classifier needs one of each")
+        pieces.append(values)
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
-def _check_labels(
-    tables: Sequence[_Table], numbers: NDArray[np.int64], chosen: NDArray[np.int64], num_classes: int
-) -> None:
-    used = numbers[chosen]
-    wrong = ((used < 0) | (used >= num_classes)).nonzero()[0]
+def _check_labels(numbers: NDArray[np.int64], num_classes: int, place: Callable[[int], str]) -> None:
+    wrong = ((numbers < 0) | (numbers >= num_classes)).nonzero()[0]
     if len(wrong):
-        number = used[wrong[0]]
+        number = numbers[wrong[0]]
         hint = " (-1 often marks a part without labels)" if number == -1 else ""
-        name, row = _place(tables, int(chosen[wrong[0]]))
-        raise UserError(f"row {row} of {name} has label {number}{hint}; labels must lie in 0..{num_classes - 1}")
+        allowed = f"labels must lie in 0..{num_classes - 1}"
+        raise UserError(f"{place(int(wrong[0]))} has label {number}{hint}; {allowed}")
 
 
-def _place(tables: Iterable[_Table], row: int) -> tuple[str, int]:
-    """Name of the table that a row of all lies in, and its number there."""
+def _place(tables: Iterable[_Table], row: int) -> str:
+    """The table that a row of all lies in, and its number there."""
     for table in tables:
         if row < table.rows:
-            return table.name, row
+            return f"row {row} of {table.name}"
         row -= table.rows
     raise IndexError(row)
 
@@ -434,27 +702,33 @@ def _encoded(table: _Table, column: str) -> Iterator[Encoded]:
     row = 0
     for piece in table.read(column):
         for value in piece.to_pylist():
-            yield encoded_row(value, table.name, row)
+            yield encoded_row(value, table.name, row, table.folder)
             row += 1
 
 
 def _image_column(features: Features, named: str | None) -> str:
     from datasets import Image
 
-    def fits(feature: object) -> bool:
+    def fits(name: str, feature: object) -> bool:
         plain = isinstance(feature, dict) and "bytes" in feature  # an image column whose metadata were lost
-        return isinstance(feature, Image) or plain or getattr(feature, "dtype", None) == "binary"
+        kind = getattr(feature, "dtype", None)
+        paths = name == named and kind in ("string", "large_string")
+        return isinstance(feature, Image) or plain or paths or kind in ("binary", "large_binary")
 
-    candidates = [name for name, feature in features.items() if fits(feature)]
+    candidates = [name for name, feature in features.items() if fits(name, feature)]
     return _choose_column(features, candidates, _IMAGE_NAMES, named, "image")
 
 
 def _label_column(features: Features, named: str | None) -> str:
     from datasets import ClassLabel
 
-    whole = [name for name, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
-    likely = [n for n in whole if n == named or n in _LABEL_NAMES or isinstance(features[n], ClassLabel)]
-    return _choose_column(features, likely, _LABEL_NAMES, named, "label")
+    def fits(name: str, feature: object) -> bool:
+        kind = str(getattr(feature, "dtype", ""))
+        plain = "int" in kind or kind in ("bool", "string", "large_string") or "float" in kind
+        return isinstance(feature, ClassLabel) or (plain and (name == named or name in LABELS))
+
+    likely = [name for name, feature in features.items() if fits(name, feature)]
+    return _choose_column(features, likely, LABELS, named, "label")
 
 
 def _choose_column(
@@ -463,7 +737,7 @@ def _choose_column(
     """The column named; else the one candidate with a usual name; else the only candidate."""
     listed = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
     key = f"data.{what}_column"
-    holds = "encoded images" if what == "image" else "integers from 0 on, one per class"
+    holds = "encoded images" if what == "image" else "labels: integers from 0 on, or text"
     if named is not None:
         if named not in features:
             raise UserError(f"{key}: there is no column {named!r}; there are: {listed}")
@@ -471,6 +745,12 @@ def _choose_column(
             raise UserError(f"{key}: column {named!r} cannot be used, it must hold {holds}; there are: {listed}")
         return named
     known = [name for name in candidates if name in usual] or candidates
+    lists = [name for name in features if name in usual and _type_name(features[name]) in _LISTS]
+    if not known and lists:
+        holds, advice = "several labels of an image", "a classifier needs one of each"
+        if what == "image":
+            holds, advice = "pixels in lists", "store encoded images, or arrays in a .npz file"
+        raise UserError(f"column {lists[0]!r} holds {holds}; {advice}, or set {key}; there are: {listed}")
     if len(known) != 1:
         fault = f"no {what} column was found" if not known else f"the {what} column is not clear ({' or '.join(known)})"
         option = f"(evaluate, gallery, play: --{what}-column)"

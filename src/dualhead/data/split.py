@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Split:
         images: uint8 [N, C, H, W], 0 to 255: a tensor, or images on disk that are decoded when they are indexed.
         labels: int64 [N], each in [0, number of classes).
         class_names: one name per class, in the order of the labels; at least two.
+        skipped: why images of the source are left out that cannot be read, one line for each.
 
     Raises:
         UserError: if shape, type or a label is impossible, or there is no image.
@@ -35,6 +36,7 @@ class Split:
     images: Images
     labels: Tensor
     class_names: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -55,14 +57,15 @@ class Split:
             allowed = f"must lie in 0..{self.num_classes - 1}, as there are {self.num_classes} classes"
             raise UserError(f"label {int(labels[index])} of image {index} {allowed}")
 
-    def named(self, class_names: Sequence[str]) -> Split:
-        """The same images among the classes of a model that knows more, each label by its name.
+    def numbered(self, places: Sequence[int], class_names: Sequence[str]) -> Split:
+        """The same images among the classes of somebody who knows as many or more.
 
         Args:
-            class_names: all of this split's, in any order, and others.
+            places: for each class of this split its position in `class_names`.
+            class_names: of the other.
         """
-        numbers = torch.tensor([list(class_names).index(name) for name in self.class_names])
-        return Split(self.images, numbers[self.labels.cpu()].to(self.labels.device), tuple(class_names))
+        labels = torch.tensor(places)[self.labels.cpu()].to(self.labels.device)
+        return replace(self, labels=labels, class_names=tuple(class_names))
 
     def warn_if_sorted(self, count: int, option: str) -> None:
         """A word where the first so many images leave out classes, as in a set that is sorted by class.
@@ -128,13 +131,13 @@ class Split:
         """The images at the given positions, in that order; those on disk stay there."""
         chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
         images = self.images.select(chosen) if isinstance(self.images, StoredImages) else self.images[chosen]
-        return Split(images, self.labels[chosen], self.class_names)
+        return replace(self, images=images, labels=self.labels[chosen])
 
     def show_middle(self, height: int, width: int) -> Split:
         """The middle of each image, of that height and width."""
         if isinstance(self.images, StoredImages):
-            return Split(self.images.show_middle(height, width), self.labels, self.class_names)
-        return Split(middle(self.images[:], height, width), self.labels, self.class_names)
+            return replace(self, images=self.images.show_middle(height, width))
+        return replace(self, images=middle(self.images[:], height, width))
 
     def first(self, n: int) -> Split:
         """The first n images, or all if there are fewer.
@@ -186,16 +189,36 @@ def hold_out(split: Split, amount: float, seed: int) -> tuple[Split, Split]:
     Raises:
         UserError: if that is impossible.
     """
-    counts = torch.bincount(split.labels.cpu(), minlength=split.num_classes)
-    held = _share_out(counts, _number_held(amount, len(split)), split.class_names)
-    lot = Streams.of(seed, torch.arange(len(split))).fork("hold_out").bits(1)[:, 0]
-    order = lot.argsort(stable=True)
-    order = order[split.labels.cpu()[order].argsort(stable=True)]  # by class, and by lot within a class
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rank = torch.arange(len(split)) - starts  # within its class
-    chosen = torch.zeros(len(split), dtype=torch.bool)
-    chosen[order] = rank < held.repeat_interleave(counts)
+    chosen = held_rows(split.labels.cpu(), split.class_names, amount, seed, "hold_out")
     return split.take((~chosen).nonzero()[:, 0]), split.take(chosen.nonzero()[:, 0])
+
+
+def held_rows(labels: Tensor, class_names: Sequence[str], amount: float, seed: int, purpose: str) -> Tensor:
+    """Choose the images that are held out of a set, as `hold_out` does.
+
+    Args:
+        labels: of the set, int64 [N].
+        class_names: of the classes.
+        amount: how much is held out.
+        seed: names the choice, together with the purpose.
+        purpose: what they are held out for.
+
+    Returns:
+        Bool [N].
+
+    Raises:
+        UserError: if that is impossible.
+    """
+    counts = torch.bincount(labels, minlength=len(class_names))
+    held = _share_out(counts, _number_held(amount, len(labels)), tuple(class_names))
+    lot = Streams.of(seed, torch.arange(len(labels))).fork(purpose).bits(1)[:, 0]
+    order = lot.argsort(stable=True)
+    order = order[labels[order].argsort(stable=True)]  # by class, and by lot within a class
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.arange(len(labels)) - starts  # within its class
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[order] = rank < held.repeat_interleave(counts)
+    return chosen
 
 
 def _number_held(amount: float, total: int) -> int:

@@ -72,13 +72,15 @@ class Rows(Encodings):
     Args:
         dataset: it.
         column: that holds the images.
-        tables: names for messages and numbers of rows of the tables that the data set joins.
+        tables: names for messages, numbers of rows, and folders (for `encoded_row`) of the tables that the data set
+            joins.
     """
 
-    def __init__(self, dataset: Any, column: str, tables: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, dataset: Any, column: str, tables: Sequence[tuple[str, int, Path | None]]) -> None:
         self._dataset = dataset.select_columns([column]).with_format("arrow")
-        self._names = [name for name, _ in tables]
-        self._ends = np.cumsum([rows for _, rows in tables])
+        self._names = [name for name, _, _ in tables]
+        self._ends = np.cumsum([rows for _, rows, _ in tables])
+        self._folders = [folder for _, _, folder in tables]
 
     def read(self, positions: NDArray[np.int64]) -> list[Encoded]:
         """See `Encodings.read`."""
@@ -87,20 +89,25 @@ class Rows(Encodings):
 
     def _encoded(self, value: Any, row: int) -> Encoded:
         table = int(np.searchsorted(self._ends, row, side="right"))
-        return encoded_row(value, self._names[table], row - (int(self._ends[table - 1]) if table else 0))
+        first = int(self._ends[table - 1]) if table else 0
+        return encoded_row(value, self._names[table], row - first, self._folders[table])
 
 
-def encoded_row(value: Any, table: str, row: int) -> Encoded:
-    """What a cell of an image column holds: bytes, or bytes and a path.
+def encoded_row(value: Any, table: str, row: int, folder: Path | None) -> Encoded:
+    """What a cell of an image column holds: bytes, bytes and a path, or a path.
 
-    Raises:
-        UserError: if it holds neither.
+    Args:
+        value: the cell.
+        table: its table's name, for messages.
+        row: its number there.
+        folder: that of the table, to which paths may be relative.
     """
-    content = value if isinstance(value, bytes | None) else value.get("bytes")
-    if content is None:
-        if value is None or not value.get("path"):
-            raise UserError(f"row {row} of {table} has no image")
-        content = Path(value["path"])
+    content = value if isinstance(value, bytes | str | None) else value.get("bytes")
+    if content is None and isinstance(value, dict):
+        content = value.get("path") or None
+    if isinstance(content, str):
+        beside = None if folder is None else folder / content
+        content = beside if beside is not None and beside.exists() else Path(content)
     return Encoded(content, table, row)
 
 

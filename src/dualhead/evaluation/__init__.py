@@ -1,6 +1,7 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
 from dualhead.evaluation.diagnostics import Finding
+from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.paired import compare
@@ -15,6 +16,7 @@ __all__ = [
     "Gallery",
     "Paired",
     "Verdicts",
+    "check_duplicates",
     "compare",
     "evaluate",
     "interval_over_samples",

@@ -6,7 +6,7 @@ adversarial robustness of adaptive test-time defenses): each check says what was
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.attacks import Search, attacks
+from dualhead.attacks import Search, predictions
+from dualhead.attacks import attacks as registry
 from dualhead.attacks.losses import cross_entropy
 from dualhead.evaluation.model import ROWS, Subject, differ
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
@@ -25,6 +26,12 @@ from dualhead.threats import Threat
 
 PROBES = 32
 """Samples that the checks which run attacks look at, and those that tell one model from another."""
+ALMOST_ALL = 0.98
+"""Share of the images from which on a single answer counts as the model's only one."""
+MOST_DRAWS = 1000
+"""How often at most images are asked without an attack, however many steps an attack has."""
+SUITE_FOR_RANDOM = "autoattack-rand"
+"""The attack for models with random answers."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,14 @@ def training_modules(model: nn.Module) -> list[str]:
     return [name or "the model" for name, module in model.named_modules() if module.training]
 
 
-def check_model(subject: Subject, samples: Samples, correct: NDArray[np.bool_], came_training: bool) -> list[Finding]:
+def check_model(
+    subject: Subject,
+    samples: Samples,
+    correct: NDArray[np.bool_],
+    came_training: bool,
+    class_names: Sequence[str],
+    attacks: Set[str],
+) -> list[Finding]:
     """What can be seen before any attack.
 
     Args:
@@ -59,20 +73,25 @@ def check_model(subject: Subject, samples: Samples, correct: NDArray[np.bool_], 
         samples: the data.
         correct: bool [N], what is right on clean images.
         came_training: the model was handed over in train mode.
+        class_names: by label.
+        attacks: registered names of the attacks that are run, which no advice names again.
     """
     rows = torch.arange(min(2 * PROBES, len(samples.labels)))
     x, y = samples.fetch(rows, subject.device), samples.labels[rows].to(subject.device)
     noisy = Streams.of(0, samples.keys[rows].to(subject.device)).fork("diagnostics").uniform(*x.shape[1:])
     logits = subject.verify(x)
+    random = is_random(subject, samples)
+    one_class = _one_class(samples, class_names)
     return [
         _mode(subject, came_training),
         _values(samples.images),
-        _randomness(subject, x, logits),
-        _independence(subject, x, logits),
+        _independence(subject, x, logits, random=random),
         _finite(torch.cat((samples.clean, subject.verify(noisy).cpu()))),
         _probabilities(logits),
-        _accuracy(correct, samples.clean.shape[1]),
-        *_gradients(subject, x, y),
+        one_class,
+        _labels(samples.labels, class_names),
+        _accuracy(correct, samples),
+        *([] if one_class.status == "failed" else _gradients(subject, x, y, attacks)),
     ]
 
 
@@ -93,16 +112,82 @@ def _values(images: Tensor) -> Finding:
     return _finding("value_range", high > 0.1, "images lie in [0, 1]", text, failed=False)
 
 
-def _randomness(subject: Subject, x: Tensor, logits: Tensor) -> Finding:
-    differs = any(differ(logits, subject.verify(x), 1e-4) for _ in range(3))
-    text = (
-        "the same images gave different logits: the model is random, and a single verdict is a matter of luck; use "
-        "autoattack-rand, which averages gradients over many passes, and evaluate with several seeds"
+def is_random(subject: Subject, samples: Samples) -> bool:
+    """Whether the same images in the same batch give other logits from one pass to the next."""
+    x = samples.fetch(torch.arange(min(2 * PROBES, len(samples.labels))), subject.device)
+    logits = subject.verify(x)
+    return any(differ(logits, subject.verify(x), 1e-4) for _ in range(3))
+
+
+def right_under_draws(subject: Subject, samples: Samples, draws: int) -> NDArray[np.bool_]:
+    """Ask a random model about images that nobody attacks as often as an attack does.
+
+    An attack takes an example once it looks misclassified and a second pass confirms that, so luck alone fools a random
+    model. Here clean images meet the same rule: what is lost is luck, what an attack finds beyond it is the attack's.
+
+    Args:
+        subject: the model.
+        samples: the data.
+        draws: steps of the attack, each with a look at the answer.
+
+    Returns:
+        bool [N], images that were never twice in a row misclassified.
+    """
+    left = torch.arange(len(samples.labels))
+    kept = np.ones(len(left), np.bool_)
+    for _ in range(draws):
+        wrong = _misclassified(subject, samples, _misclassified(subject, samples, left))
+        kept[wrong.numpy()] = False
+        left = left[torch.from_numpy(kept)[left]]
+    return kept
+
+
+def _misclassified(subject: Subject, samples: Samples, rows: Tensor) -> Tensor:
+    """Those of some rows [M] that the model misclassifies in one pass."""
+    parts = [
+        part[predictions(subject.verify(samples.fetch(part, subject.device))).cpu() != samples.labels[part]]
+        for part in torch.split(rows, subject.batch_size)
+        if len(part)
+    ]
+    return torch.cat(parts) if parts else rows
+
+
+def check_randomness(
+    subject: Subject,
+    samples: Samples,
+    correct: NDArray[np.bool_],
+    robust: NDArray[np.bool_],
+    draws: int,
+    attacks: Set[str],
+) -> Finding:
+    """Is the model random, and how much of what attacks found is luck?
+
+    Args:
+        subject: the model.
+        samples: the data.
+        correct: bool [N], what was right on clean images, asked once.
+        robust: bool [N], what withstood all attacks.
+        draws: steps that the attack with most steps takes.
+        attacks: registered names of the attacks that were run.
+    """
+    if not is_random(subject, samples):
+        return Finding("randomness", "ok", "the same images give the same logits")
+    draws = min(draws, MOST_DRAWS)
+    lucky = float(right_under_draws(subject, samples, draws).mean())
+    seen = (
+        f"the same images gave different logits: the model is random. Asked {draws} times without any attack, "
+        f"{lucky:.1%} of the images stay right (asked once, {correct.mean():.1%}): compare robust accuracy "
+        f"{robust.mean():.1%} with {lucky:.1%}, since what lies between that and clean accuracy is luck; "
     )
-    return _finding("randomness", not differs, "the same images give the same logits", text)
+    if SUITE_FOR_RANDOM in attacks:  # gradients were means over many passes, as such a model needs
+        return Finding("randomness", "warning", seen + "repeat with other seeds (--seed 1, 2, ...) and tell the spread")
+    further = f"use {SUITE_FOR_RANDOM}, which averages gradients over many passes, and evaluate with several seeds"
+    return Finding("randomness", "failed", seen + further)
 
 
-def _independence(subject: Subject, x: Tensor, logits: Tensor) -> Finding:
+def _independence(subject: Subject, x: Tensor, logits: Tensor, *, random: bool) -> Finding:
+    if random:  # other logits prove nothing then
+        return Finding("batch_independence", "ok", "not judged: the model's logits are random")
     alone = torch.cat([subject.verify(row[None].expand(ROWS, *row.shape))[:1] for row in x[:4]])
     text = (
         "an image's logits depend on the other images in its batch, as with batch statistics: an adversary who fills "
@@ -130,13 +215,51 @@ def _probabilities(logits: Tensor) -> Finding:
     return _finding("logits", not probable, "outputs are logits", text, failed=False)
 
 
-def _accuracy(correct: NDArray[np.bool_], classes: int) -> Finding:
-    share = float(correct.mean())
+def _largest(values: Tensor) -> tuple[int, float]:
+    """The most frequent of class numbers [N], and its share."""
+    counts = values.bincount()
+    return int(counts.argmax()), float(counts.max()) / len(values)
+
+
+def _one_class(samples: Samples, class_names: Sequence[str]) -> Finding:
+    """Does the model answer anything but one class?"""
+    finite = samples.clean.isfinite().all(1)
+    if finite.float().mean() < 0.5:
+        return Finding("one_class", "ok", "not judged: most logits are not finite")
+    answers, labels = samples.clean[finite].argmax(1), samples.labels[finite]
+    (answer, share), (_, most) = _largest(answers), _largest(labels)
     text = (
-        f"clean accuracy {share:.1%} is about that of guessing among {classes} classes; do the labels belong to this "
-        "model, and does it normalise its images itself?"
+        f"{share:.1%} of {len(answers)} images are taken for one class, {class_names[answer]}, which is the label of "
+        f"{float((labels == answer).float().mean()):.1%}: nothing can fool a constant, so its robust accuracy is that "
+        "share and says nothing; training has collapsed (lower the learning rate or eps, or warm up) or the weights or "
+        "the normalisation do not belong to the model"
     )
-    return _finding("clean_accuracy", share > 1.2 / classes, f"clean accuracy {share:.1%}", text, failed=False)
+    good = share < ALMOST_ALL or most >= share
+    fine = f"the most frequent answer, {class_names[answer]}, is given to {share:.1%} of the images"
+    return _finding("one_class", good, fine, text, failed=share == 1.0)
+
+
+def _labels(labels: Tensor, class_names: Sequence[str]) -> Finding:
+    only, share = _largest(labels)
+    text = (
+        f"all {len(labels)} images are labelled {class_names[only]}: a constant would have 100 %; evaluate images of "
+        "all classes, in mixed order where only the first are taken"
+    )
+    return _finding("labels", share < 1.0 or len(labels) < 2 * len(class_names), "labels vary", text, failed=False)
+
+
+def _accuracy(correct: NDArray[np.bool_], samples: Samples) -> Finding:
+    share, classes, (_, largest) = float(correct.mean()), samples.clean.shape[1], _largest(samples.labels)
+    no_better = largest < 1.0 and share <= largest
+    told = (
+        f"clean accuracy {share:.1%} is no more than always answering the largest class gives, {largest:.1%}"
+        if no_better and share > 1.2 / classes
+        else f"clean accuracy {share:.1%} is about that of guessing among {classes} classes"
+    )
+    text = f"{told}; do the labels belong to this model, and does it normalise its images itself?"
+    good = share > 1.2 / classes and not no_better
+    fine = f"clean accuracy {share:.1%}; the largest class has {largest:.1%} of the images"
+    return _finding("clean_accuracy", good, fine, text, failed=False)
 
 
 def _gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
@@ -149,7 +272,12 @@ def _gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
         return torch.autograd.grad(cross_entropy(logits, y).sum(), asked, allow_unused=True)[0]
 
 
-def _gradients(subject: Subject, x: Tensor, y: Tensor) -> list[Finding]:
+def _other_than(attacks: Set[str], known: Sequence[str]) -> str:
+    """Those of some attacks that have not been run, as advice names them; of all that have been run, all."""
+    return ", ".join([name for name in known if name not in attacks] or ["the least of those that were run"])
+
+
+def _gradients(subject: Subject, x: Tensor, y: Tensor, attacks: Set[str]) -> list[Finding]:
     parts = zip(torch.split(x, subject.batch_size), torch.split(y, subject.batch_size), strict=True)
     found = [_gradient(subject, *part) for part in parts]
     reaches = all(part is not None for part in found)
@@ -164,8 +292,8 @@ def _gradients(subject: Subject, x: Tensor, y: Tensor) -> list[Finding]:
     share = float(flat.flatten(1).all(1).float().mean())
     text = (
         f"the gradient of the cross-entropy is exactly zero on {share:.0%} of {len(x)} images, as with saturated or "
-        "quantised outputs: gradient attacks on this loss are blind there; believe square and margin losses "
-        "(autoattack, pgd with loss: margin), and attack a smooth surrogate"
+        "quantised outputs: gradient attacks on this loss are blind there; believe attacks without "
+        f"them and margin losses ({_other_than(attacks, ('square', 'autoattack'))}), and attack a smooth surrogate"
     )
     return [flow, _finding("zero_gradient", share == 0, "no image has gradient zero", text, failed=share >= 0.5)]
 
@@ -187,7 +315,7 @@ def check_attacks(
         return []
 
     def fooled(eps: float, **fields: Any) -> int:
-        search = attacks.build({"name": "pgd", **fields})
+        search = registry.build({"name": "pgd", **fields})
         assert isinstance(search, Search)
         return _fooled(search, threat.within(eps), subject, samples, rows, seed)
 
@@ -233,12 +361,13 @@ def check_black_box(white: NDArray[np.bool_], black: NDArray[np.bool_]) -> list[
     return [_finding("black_box", good, fine, text, failed=only > 0.05 * count)]
 
 
-def check_curve(curve: Sequence[Mapping[str, Any]], count: int) -> list[Finding]:
+def check_curve(curve: Sequence[Mapping[str, Any]], count: int, attacks: Set[str] = frozenset()) -> list[Finding]:
     """Does robust accuracy fall with eps?
 
     Args:
         curve: entries with `eps` and `robust_accuracy`, in order of eps.
         count: number of samples.
+        attacks: registered names of the attacks that were run, which no advice names again.
     """
     rises = []
     for low, high in pairwise(curve):
@@ -247,7 +376,7 @@ def check_curve(curve: Sequence[Mapping[str, Any]], count: int) -> list[Finding]
                 rises.append(f"{name} from eps {low['eps']:.4g} to {high['eps']:.4g}")
     text = (
         f"robust accuracy rises with eps ({'; '.join(rises)}), which a larger ball cannot cause: the attack fails to "
-        "climb; use more steps, restarts, or autoattack"
+        "climb; use more steps or restarts" + ("" if "autoattack" in attacks else ", or autoattack")
     )
     return [_finding("curve", not rises, "robust accuracy falls with eps", text, failed=False)]
 

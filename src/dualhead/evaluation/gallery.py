@@ -20,12 +20,12 @@ from dualhead.attacks import LogitsFn, Query, attacks, predictions
 from dualhead.attacks.losses import margin
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
-from dualhead.evaluation.model import check_images, device_of, frozen, outputs_of, pad_rows
+from dualhead.evaluation.model import check_images, device_of, frozen, outputs_of, pad_rows, read_logits
 from dualhead.evaluation.scheduler import Samples
 from dualhead.names import AGGREGATE, MEAN, MODEL, head_id
 from dualhead.noise import Streams
 from dualhead.system.devices import float32_products
-from dualhead.system.outputs import logits_of
+from dualhead.system.outputs import without_inference_tensors
 from dualhead.threats import Threat, ThreatModel, build_threat
 
 ATTACK = "pgd-20"
@@ -126,7 +126,8 @@ def make_gallery(
         UserError: for images or labels that do not fit, or a landscape of a sample that is not there.
     """
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-    check_images(images, labels)
+    images, labels = check_images(images, labels)
+    model = without_inference_tensors(model)
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     names = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
@@ -161,7 +162,8 @@ class _Visit:
         self.origin = threat.lift(self.x)
         self.y = labels.to(device, torch.int64)
         heads = outputs_of(model, None)
-        self.outputs: LogitsFn = heads or (lambda x: logits_of(model(x))[:, None])
+        ask: LogitsFn = heads or (lambda x: read_logits(model, x)[:, None])
+        self.outputs: LogitsFn = lambda x: ask(x.clone())  # a model may change the images that it is given
         self.streams = Streams.of(seed, names.to(device)).fork("gallery")
         self.clean = self._said(self.x, self.y)
         count = self.clean.margin.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,16 @@ from dualhead.components.plugins import sources_in
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.diagnostics import (
     PROBES,
+    Finding,
     check_attacks,
     check_black_box,
     check_curve,
     check_model,
+    check_randomness,
     described,
     training_modules,
 )
+from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.model import Subject, check_images, differ, frozen
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
@@ -36,6 +39,7 @@ from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import BF16, FLOAT32, Precision
 from dualhead.system.devices import describe_environment, float32_products
+from dualhead.system.outputs import without_inference_tensors
 from dualhead.system.processes import group
 from dualhead.threats import Threat, ThreatModel, build_threat
 
@@ -45,8 +49,8 @@ Spec = str | Mapping[str, Any] | Attack
 @float32_products()  # TF32 is no float32, and verdicts are float32's
 def evaluate(
     model: nn.Module,
-    images: Tensor | NDArray[Any],
-    labels: Tensor | NDArray[Any] | Sequence[int],
+    images: Tensor | NDArray[Any] | Iterable[Any],
+    labels: Tensor | NDArray[Any] | Sequence[int] | None = None,
     *,
     threat: Threat | Mapping[str, Any],
     attacks: Sequence[Spec],
@@ -57,6 +61,8 @@ def evaluate(
     precision: Precision = "auto",
     device: torch.device | str | None = None,
     class_names: Sequence[str] | None = None,
+    skipped: int = 0,
+    checks: Sequence[Finding] = (),
     heads: LogitsFn | None = None,
     save_adversarial: bool = False,
     output_dir: str | Path | None = None,
@@ -80,9 +86,12 @@ def evaluate(
 
     Args:
         model: images float32 [B, C, H, W] in [0, 1] to logits [B, K], or to anything with `.logits`; evaluated in eval
-            mode, and left as it was found.
-        images: uint8, or floating in [0, 1], [N, C, H, W].
-        labels: integers [N] in [0, K).
+            mode, and left as it was found. One logit z per image is read as [0, z], for two classes. It may change the
+            images that it is given: it gets copies then.
+        images: uint8, or floating in [0, 1], [N, C, H, W]; they are left as they are. Or, without `labels`, a
+            `DataLoader`, a data set (torch's or `datasets`'), or any iterable of (images, labels), which is read once
+            into a temporary file and not held in memory.
+        labels: integers [N] in [0, K); None if `images` gives them too.
         threat: what the adversary may do, and the budget: `ThreatModel("Linf", "8/255")`, its fields,
             `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`.
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
@@ -93,6 +102,8 @@ def evaluate(
         precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for bf16 where it is faster here.
         device: None for where the model is; else the model is moved there.
         class_names: for the results; None for numbers.
+        skipped: images that were left out since they cannot be read, for the results (`skipped_images`).
+        checks: what whoever read the images found out about them, to stand among the diagnostics.
         heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
             where there is one.
         save_adversarial: keep the adversarial examples in `samples.npz`.
@@ -108,8 +119,11 @@ def evaluate(
         UserError: for images, labels, a threat or attacks that do not fit, or an output folder of another evaluation.
         Interrupted: when stopped.
     """
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-    check_images(images, labels)
+    if labels is None:
+        if isinstance(images, Tensor | np.ndarray):
+            raise UserError("labels are needed beside a tensor of images; only a DataLoader or data set gives both")
+        images, labels = read_all(images)
+    images, labels = check_images(torch.as_tensor(images), torch.as_tensor(labels))
     index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     if index.shape != labels.shape or len(set(index.tolist())) != len(index):
         raise UserError(f"index must name each of the {len(images)} samples once")
@@ -119,6 +133,7 @@ def evaluate(
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
+    model = without_inference_tensors(model)
     came_training = bool(training_modules(model))
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         work = _Work(
@@ -139,7 +154,11 @@ def evaluate(
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
-        evaluation = work.run(names, {"command": command, "subject": dict(subject or {})}, diagnostics)
+        origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
+        if skipped:
+            origin["skipped_images"] = skipped
+        evaluation = work.run(names, origin, diagnostics)
+        evaluation.results["diagnostics"] += [asdict(check) for check in checks]
     if output_dir is not None:
         folder = output_dir
         work.group.lead(lambda: evaluation.save(folder))
@@ -312,13 +331,43 @@ class _Work:
         ]
         return len(self.mine) * sum(part.jobs(self.num_classes) * part.max_steps() for part in parts)
 
-    def _diagnose_model(self) -> list[dict[str, str]]:
+    @property
+    def _attack_names(self) -> frozenset[str]:
+        """Registered names of the attacks that are run, and of those that they consist of."""
+        names = {attack.registered_name for attack in self.attacks.values()}
+        for attack in self.attacks.values():
+            names |= {part.label for part in attack.parts(self.num_classes, self.threat, self.num_heads)}
+        return frozenset(names | ({"autoattack"} if "autoattack-plus" in names else set()))
+
+    def _diagnose_model(self, class_names: Sequence[str]) -> list[dict[str, str]]:
         """Checks before the attacks, by the first process."""
 
         def check() -> list[dict[str, str]]:
-            return described(check_model(self.subject, self.samples, self.correct, self.came_training))
+            return described(
+                check_model(
+                    self.subject, self.samples, self.correct, self.came_training, class_names, self._attack_names
+                )
+            )
 
-        return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact("checks before", check)))
+        key = f"checks before {', '.join(sorted(self._attack_names))}"  # advice names no attack that is run
+        return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
+
+    def _diagnose_randomness(self, robust: NDArray[np.bool_]) -> list[dict[str, str]]:
+        """Judge a random model by as many draws as an attack takes, by the first process."""
+        draws = max(
+            sum(
+                part.jobs(self.num_classes) * part.max_steps()
+                for part in attack.parts(self.num_classes, self.threat, self.num_heads)
+            )
+            for attack in self.attacks.values()
+        )
+
+        def check() -> list[dict[str, str]]:
+            names = self._attack_names
+            return described([check_randomness(self.subject, self.samples, self.correct, robust, draws, names)])
+
+        key = f"randomness at eps {self.threat.eps!r} of {', '.join(sorted(self.attacks))}"
+        return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
 
     def _diagnose_attacks(
         self, verdicts: dict[str, Verdicts], records: dict[str, dict[str, Any]], curve: list[dict[str, Any]]
@@ -352,13 +401,13 @@ class _Work:
         if any(gradient_free.values()) and with_gradients:
             findings = findings + described(check_black_box(white, black))
         if len(curve) > 1:
-            findings = findings + described(check_curve(curve, len(self.correct)))
+            findings = findings + described(check_curve(curve, len(self.correct), self._attack_names))
         return cast("list[dict[str, str]]", findings)
 
     def run(self, class_names: list[str], origin: dict[str, Any], diagnostics: bool) -> Evaluation:
         """All attacks at all budgets; `origin` goes into the results as it is."""
         begun = time.perf_counter()
-        findings = self._diagnose_model() if diagnostics else []
+        findings = self._diagnose_model(class_names) if diagnostics else []
         records, verdicts = {}, {}
         for name, attack in self.attacks.items():
             verdicts[name], records[name] = self._attack(attack, self.threat)
@@ -374,7 +423,10 @@ class _Work:
         for radius, threat in sorted(self.threats.items()):
             curve.append({"eps": radius, **self._at(threat, correct)})
         if diagnostics:
-            findings += self._diagnose_attacks(verdicts, records, curve)
+            findings += self._diagnose_randomness(correct["worst"])
+            # Of a model that gives one answer to everything, an attack that finds nothing proves no masked gradients.
+            if not any(one["name"] == "one_class" and one["status"] == "failed" for one in findings):
+                findings += self._diagnose_attacks(verdicts, records, curve)
         code = [source.describe() for source in sources_in([registry.describe(a) for a in self.attacks.values()])]
         evaluation.results = {
             "num_samples": len(self.correct),

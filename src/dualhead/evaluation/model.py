@@ -18,7 +18,7 @@ from dualhead.errors import UserError
 from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision, set_layout
 from dualhead.system.devices import synchronize
 from dualhead.system.modes import in_eval_mode
-from dualhead.system.outputs import logits_of
+from dualhead.system.outputs import logits_of, two_at_least, writes_to_images
 
 ROWS = 8
 """Batches are padded to a multiple of this many rows. Matrix kernels treat the last few rows of a batch differently,
@@ -60,6 +60,11 @@ def pad_rows(x: Tensor, unit: int = ROWS) -> Tensor:
     return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing else x
 
 
+def read_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits [B, C] of a model on images; one logit z per image is read as [0, z]."""
+    return two_at_least(logits_of(model(x)), len(x))
+
+
 def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
     """Images to the logits of all heads and, last, of the aggregate, [B, H + 1, C]; None if there are no heads."""
     if heads is None and not hasattr(model, "head_logits"):
@@ -68,8 +73,8 @@ def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
     aggregator = getattr(model, "aggregate", None) if heads is None else None
 
     def outputs(x: Tensor) -> Tensor:
-        each = ask(x)
-        whole = logits_of(model(x)) if aggregator is None else aggregator(each)
+        each = ask(x.clone() if aggregator is None else x)  # it may change its images
+        whole = read_logits(model, x) if aggregator is None else aggregator(each)
         return torch.cat((each, whole[:, None]), 1)  # of the wider type: an aggregate is float32 also beside bf16
 
     return outputs
@@ -101,6 +106,7 @@ class Subject:
         self.arithmetic: Arithmetic = FLOAT32
         self.timings: dict[str, float] = {}
         self._heads = heads
+        self._in_place: bool | None = None  # whether the model changes its images; None: not known yet
         self._search_model, self._layout = model, torch.contiguous_format
 
     @property
@@ -110,7 +116,13 @@ class Subject:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of the float32 model [B, C], which alone decide; with a graph if gradients are enabled."""
-        return _padded_call(lambda images: logits_of(self.model(images)).float(), x)
+        if self._in_place is None:
+            self._in_place = writes_to_images(self.model, pad_rows(x[:ROWS]))
+        return _padded_call(lambda images: read_logits(self.model, self._given(images)).float(), x)
+
+    def _given(self, x: Tensor) -> Tensor:
+        """Images as the model may have them: copies, if it changes what it is given."""
+        return x.clone() if self._in_place else x
 
     def verify(self, x: Tensor) -> Tensor:
         """`logits` in batches of `batch_size`, without a graph."""
@@ -128,7 +140,7 @@ class Subject:
         # Somebody's own function of the images may not take another layout.
         layout = self._layout if self._heads is None else torch.contiguous_format
         return Query(
-            self._searching(lambda x: logits_of(model(x)), self._layout, render),
+            self._searching(lambda x: read_logits(model, x), self._layout, render),
             None if outputs is None else self._searching(outputs, layout, render),
         )
 
@@ -136,7 +148,7 @@ class Subject:
         def ask(point: Tensor) -> Tensor:
             x = render(point)
             with self.arithmetic.autocast(self.device):
-                return function(x.contiguous(memory_format=layout)).float()
+                return function(self._given(x.contiguous(memory_format=layout))).float()
 
         return lambda x: _padded_call(ask, x)
 
@@ -160,7 +172,7 @@ class Subject:
             set_layout(copied, torch.channels_last)
             images = pad_rows(example[:ROWS]).contiguous(memory_format=torch.channels_last)
             images = images.detach().requires_grad_()
-            logits = logits_of(copied(images)).float()
+            logits = read_logits(copied, self._given(images)).float()
             if logits.requires_grad:
                 torch.autograd.grad(logits.sum(), images, allow_unused=True)
         except Exception:  # whatever somebody else's model may raise; the layout in the results says what was used
@@ -249,27 +261,67 @@ class Subject:
         return all(torch.equal(a, b[back]) for a, b in zip(few, many, strict=True))
 
 
-def check_images(images: Tensor, labels: Tensor) -> None:
-    """Refuse what cannot be evaluated.
+def check_images(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Refuse what cannot be evaluated, and clamp what only rounding put outside [0, 1].
+
+    Args:
+        images: uint8 or floating [N, C, H, W].
+        labels: integers [N]; also bool, or floating numbers that are integers, and [N, 1].
+
+    Returns:
+        Images, and labels as integers [N].
 
     Raises:
-        UserError: for wrong shapes or types, or images outside [0, 1].
+        UserError: for wrong shapes or types, or images outside [0, 1], each cause in its own words.
     """
     if images.ndim != 4:
         raise UserError(f"images must have shape [N, C, H, W], got {list(images.shape)}")
     if not len(images):
         raise UserError("there are no images to evaluate on")
-    if labels.shape != images.shape[:1]:
-        raise UserError(f"labels must have shape [{len(images)}], one per image, got {list(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise UserError(f"labels must be integers, got {labels.dtype}")
-    if images.dtype == torch.uint8:
-        return
-    if not images.is_floating_point():
-        raise UserError(f"images must be uint8, or floating point in [0, 1], got {images.dtype}")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0.0 and high <= 1.0):
+    if images.shape[3] in (1, 3) and images.shape[1] == images.shape[2] > 4:
         raise UserError(
-            f"images must lie in [0, 1], got values from {low:g} to {high:g}; divide by 255, leave normalisation to "
-            "the model, and give the raw images"
+            f"images must have shape [N, C, H, W], got {list(images.shape)}, which is [N, H, W, C]; give "
+            "images.permute(0, 3, 1, 2)"
         )
+    return _check_values(images), _check_labels(labels, len(images))
+
+
+def _check_labels(labels: Tensor, count: int) -> Tensor:
+    if labels.shape == (count, 1):
+        labels = labels[:, 0]
+    if labels.shape != (count,):
+        raise UserError(f"labels must have shape [{count}], one per image, got {list(labels.shape)}")
+    whole = labels.is_floating_point() and torch.equal(labels, labels.round())
+    if labels.is_complex() or (labels.is_floating_point() and not whole):
+        raise UserError(f"labels must be integers, got {labels.dtype}")
+    return labels if labels.dtype not in (torch.bool,) and not whole else labels.long()
+
+
+def _check_values(images: Tensor) -> Tensor:
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        fits = not images.is_complex() and images.min() >= 0 and images.max() <= 255
+        hint = "; these values fit images.to(torch.uint8)" if fits else ""
+        raise UserError(f"images must be uint8, or floating point in [0, 1], got {images.dtype}{hint}")
+    low, high = float(images.min()), float(images.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = (~images.isfinite()).flatten(1).any(1).nonzero()[:, 0]
+        raise UserError(
+            f"{len(bad)} of {len(images)} images hold values that are not finite (NaN or infinite), the first is image "
+            f"{int(bad[0])}; leave them out or mend them"
+        )
+    if low >= 0.0 and high <= 1.0:
+        return images
+    rounding = min(16 * torch.finfo(images.dtype).eps, 0.01)
+    if low >= -rounding and high <= 1.0 + rounding:
+        return images.clamp(0.0, 1.0)
+    said = f"images must lie in [0, 1], got values from {low:g} to {high:g}"
+    if low >= -rounding and high > 2.0:
+        raise UserError(f"{said}; divide by {255 if high <= 256 else 65535 if high > 4096 else 'the largest value'}")
+    if -1.0 - rounding <= low < -0.5 and high <= 1.0 + rounding:
+        raise UserError(f"{said}, as if scaled to [-1, 1]; give (images + 1) / 2, and leave scaling to the model")
+    outside = float(((images < 0) | (images > 1)).float().mean())
+    if low > -0.5 and high < 1.5 and outside < 0.25:
+        raise UserError(f"{said}, as bicubic resizing overshoots; give images.clamp(0, 1)")
+    raise UserError(f"{said}, as if normalised; leave normalisation to the model, and give the raw images")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import finite, write_arrays
+from dualhead.report import lights
 from dualhead.statistics import wilson
 from dualhead.system.files import write_json
 
@@ -85,6 +86,11 @@ class Evaluation:
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Wilson 95 % intervals of `clean_accuracy`, of each attack, and of `worst`."""
         return {name: (low, high) for name, (low, high) in self.results["intervals"].items()}
+
+    @property
+    def checks(self) -> list[dict[str, str]]:
+        """Return the checks that are not fine: `name`, `status` (`failed` or `warning`) and `message` of each."""
+        return lights(self.results.get("diagnostics"))
 
     @property
     def correct(self) -> dict[str, NDArray[np.bool_]]:

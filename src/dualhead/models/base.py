@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,12 +14,29 @@ from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.models.normalize import Normalize
 from dualhead.system.modes import in_eval_mode
-from dualhead.system.outputs import logits_of
+from dualhead.system.outputs import logits_of, two_at_least
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
 ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, for images in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images come to the size that published weights were trained with.
+
+    Attributes:
+        size: height and width.
+        crop: the share of the image whose middle is taken; None: all of it is stretched to the size.
+        squash: the middle has the proportions of the image, and is stretched.
+        resample: the filter, by Pillow's name.
+    """
+
+    size: tuple[int, int]
+    crop: float | None = None
+    squash: bool = False
+    resample: str = "bicubic"
 
 
 class Backbone(ABC):
@@ -51,7 +69,10 @@ class Backbone(ABC):
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise UserError(f"image shape must be (channels, height, width), each at least 1, got {tuple(image_shape)}")
         if normalize.channels != image_shape[0]:
-            raise UserError(f"normalisation is for {normalize.channels} channels, but the images have {image_shape[0]}")
+            key = f"; data.channels={normalize.channels} reads them so" if normalize.channels in (1, 3) else ""
+            raise UserError(
+                f"normalisation is for {normalize.channels} channels, but the images have {image_shape[0]}{key}"
+            )
         return self._build(num_classes, image_shape, normalize)
 
     def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
@@ -74,6 +95,18 @@ class Backbone(ABC):
         """Return the normalisation of the published weights that it starts from; None where none is known."""
         return None
 
+    def published_preprocessing(self) -> Preprocessing | None:
+        """How images come to size for the published weights; None if nobody says."""
+        return None
+
+    def published_class_names(self) -> tuple[str, ...]:
+        """The names of the classes that the published weights tell apart, in order; none if nobody says."""
+        return ()
+
+    def published_channels(self) -> int | None:
+        """Channels of the images that the published weights are for; None if nobody says."""
+        return None
+
     def on_its_own(self) -> Self:
         """Return the same network without references to other files, for weights that are saved beside it."""
         return self
@@ -89,16 +122,19 @@ class Wrapped(nn.Module):
     Args:
         normalize: applied to the images.
         model: normalised images [B, C, H, W] to anything that `logits_of` reads. Its layers are named `model.LAYER`.
+        one_logit: the model gives one logit z for two classes, which are then read as [0, z].
     """
 
-    def __init__(self, normalize: Normalize, model: nn.Module) -> None:
+    def __init__(self, normalize: Normalize, model: nn.Module, *, one_logit: bool = False) -> None:
         super().__init__()
+        self.one_logit = one_logit
         self.normalize = normalize
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
-        return logits_of(self.model(self.normalize(images)))
+        logits = logits_of(self.model(self.normalize(images)))
+        return two_at_least(logits, len(images)) if self.one_logit else logits
 
 
 def trial_output(model: nn.Module, image_shape: ImageShape) -> Any:
@@ -132,7 +168,8 @@ def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, wh
         shape = tuple(logits_of(output).shape)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if shape != (1, num_classes):
+    one_logit = num_classes == 2 and shape in ((), (1,), (1, 1))  # read as [0, z]
+    if shape != (1, num_classes) and not one_logit:
         raise UserError(
             f"{where}: the model gives logits of shape {shape} for one image; "
             f"the data have {num_classes} classes, so (1, {num_classes}) would be right"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from dualhead.components import plugins
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
 from dualhead.models.normalize import Normalize
+from dualhead.system.modes import in_eval_mode
+from dualhead.system.outputs import logits_of, without_inference_tensors, writes_to_images
 
 
 def _import(path: str) -> Callable[..., Any]:
@@ -61,6 +64,10 @@ class FactoryBackbone(Backbone):
             object.__setattr__(self, "path", f"{plugins.located(split[0])}:{split[1]}")
 
     def _build(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
+        return self._checked(self._made(num_classes)[0], num_classes, image_shape, normalize)
+
+    def _made(self, num_classes: int) -> tuple[nn.Module, tuple[str, ...]]:
+        """Call the function; return the module, and the names of classes that it, the function or its file has."""
         factory = _import(self.path)
         try:
             model = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
@@ -68,19 +75,42 @@ class FactoryBackbone(Backbone):
             raise UserError(f"model {self.path!r}: the factory failed: {plugins.reason(error)}") from error
         if not isinstance(model, nn.Module):
             raise UserError(f"model {self.path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module")
+        places = (model, factory, sys.modules.get(getattr(factory, "__module__", "")))
+        found = (getattr(place, "class_names", None) for place in places)
+        named = next((names for names in found if isinstance(names, Sequence) and not isinstance(names, str)), ())
+        return model, tuple(map(str, named))
+
+    def _checked(self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         if wrong:
             raise UserError(
                 f"model {self.path!r}: its parameters are {', '.join(sorted(map(str, wrong)))}; they must be "
                 f"torch.float32: let the function return model.float()"
             )
+        model = without_inference_tensors(model)
         output = check_logits(model, num_classes, image_shape, f"model {self.path!r}")
+        if logits_of(output).numel() == 1:
+            return Wrapped(normalize, model, one_logit=True)
         bare = normalize.is_identity and isinstance(output, Tensor) and _trains_on_logits(model, image_shape)
-        return model if bare else Wrapped(normalize, model)
+        # A wrapper's normalisation makes new images of those given, which a model may then change in place.
+        return model if bare and not _writes_to_images(model, image_shape) else Wrapped(normalize, model)
 
     def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
-        """What the function returns, which loads weights and normalises itself."""
-        return self.create(num_classes, image_shape, Normalize.identity(image_shape[0]))
+        """What the function returns, which loads weights and normalises itself.
+
+        It may name its classes: `class_names`, in the order of its logits, of the module that it returns, of the
+        function, or of their Python module. The module that comes out then has them.
+        """
+        model, names = self._made(num_classes)
+        made = self._checked(model, len(names) or num_classes, image_shape, Normalize.identity(image_shape[0]))
+        if names:
+            made.class_names = names  # type: ignore[assignment]  # a plain attribute, which is no tensor
+        return made
+
+
+def _writes_to_images(model: nn.Module, image_shape: ImageShape) -> bool:
+    with in_eval_mode(model):
+        return writes_to_images(model, torch.full((1, *image_shape), 0.4))
 
 
 def _trains_on_logits(model: nn.Module, image_shape: ImageShape) -> bool:

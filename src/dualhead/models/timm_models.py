@@ -9,7 +9,15 @@ from typing import Any, Self
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.models.base import Backbone, ChannelStatistics, ImageShape, Wrapped, backbones, check_logits
+from dualhead.models.base import (
+    Backbone,
+    ChannelStatistics,
+    ImageShape,
+    Preprocessing,
+    Wrapped,
+    backbones,
+    check_logits,
+)
 from dualhead.models.normalize import Normalize
 
 
@@ -55,6 +63,27 @@ class TimmBackbone(Backbone):
         """As timm's configuration of the weights says."""
         config = self._published() if self.pretrained else None
         return None if config is None else (tuple(map(float, config.mean)), tuple(map(float, config.std)))
+
+    def published_preprocessing(self) -> Preprocessing | None:
+        """As timm's configuration of the weights says, for a test image."""
+        config = self._published()
+        if config is None or not getattr(config, "input_size", None):
+            return None
+        size = tuple(getattr(config, "test_input_size", None) or config.input_size)[1:]
+        crop = getattr(config, "test_crop_pct", None) or getattr(config, "crop_pct", None)
+        squash = getattr(config, "crop_mode", "center") == "squash"
+        resample = getattr(config, "interpolation", None) or "bicubic"
+        return Preprocessing((int(size[0]), int(size[1])), None if crop is None else float(crop), squash, str(resample))
+
+    def published_class_names(self) -> tuple[str, ...]:
+        """The names that timm's configuration of the weights has, if any."""
+        names = getattr(self._published(), "label_names", None)
+        return tuple(map(str, names or ()))
+
+    def published_channels(self) -> int | None:
+        """As timm's configuration of the weights says."""
+        size = getattr(self._published(), "input_size", None)
+        return None if size is None else int(size[0])
 
     def on_its_own(self) -> Self:
         """Without weights to fetch."""

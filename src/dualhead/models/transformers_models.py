@@ -5,17 +5,34 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.models.base import Backbone, ChannelStatistics, ImageShape, Wrapped, backbones, check_logits
+from dualhead.models.base import (
+    Backbone,
+    ChannelStatistics,
+    ImageShape,
+    Preprocessing,
+    Wrapped,
+    backbones,
+    check_logits,
+)
 from dualhead.models.normalize import Normalize
 
 logger = logging.getLogger(__name__)
+_PREPROCESSOR: Final = "preprocessor_config.json"
+_ROUNDING: Final = 1e-6
+_FILTERS: Final = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""By Pillow's numbers, which such a file has."""
+_BICUBIC: Final = ("CLIP", "DeiT", "Beit", "Bit", "Levit", "Siglip", "PoolFormer")
+"""Processors that take this filter if their file names none; all others take the bilinear one."""
+_BY_SHORTER_SIDE: Final = ("CLIP", "ConvNext", "Bit", "PoolFormer", "MobileNet", "MobileViT", "Levit")
+"""Processors to which one number means the shorter side, and to the others both."""
 
 
 def _transformers() -> Any:
@@ -87,17 +104,69 @@ class TransformersBackbone(Backbone):
         """What `preprocessor_config.json` says beside the weights; a word in the log if there is none."""
         if not self.pretrained:
             return None
-        transformers, file = _transformers(), "preprocessor_config.json"
-        folder = Path(self.config).parent if Path(self.config).is_file() else Path(self.config)
         try:
-            path = folder / file if folder.is_dir() else transformers.utils.cached_file(self.config, file)
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            told = self._preprocessor()
+            # What is normalised is the bytes times this factor, and images here are the bytes over 255.
+            factor = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
+            scale = 255 * factor
+            if abs(scale - 1) < _ROUNDING:
+                scale = 1.0
             if not told.get("do_normalize", True):
-                return None
-            return tuple(map(float, told["image_mean"])), tuple(map(float, told["image_std"]))
+                channels = self.published_channels()
+                return None if scale == 1 or channels is None else ((0.0,) * channels, (1 / scale,) * channels)
+            return tuple(float(m) / scale for m in told["image_mean"]), tuple(
+                float(s) / scale for s in told["image_std"]
+            )
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            logger.warning("model 'hf:%s': no %s says how its images are normalised", self.config, file)
+            logger.warning("model 'hf:%s': no %s says how its images are normalised", self.config, _PREPROCESSOR)
             return None
+
+    def published_preprocessing(self) -> Preprocessing | None:
+        """How `preprocessor_config.json` brings images to size; None if it does not, or is not there.
+
+        Raises:
+            UserError: if it does what cannot be done here, such as to swap red and blue.
+        """
+        try:
+            told = self._preprocessor()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None  # the normalisation's word tells it
+        where = f"model 'hf:{self.config}': {_PREPROCESSOR}"
+        if told.get("do_flip_channel_order"):
+            raise UserError(f"{where} swaps red and blue (do_flip_channel_order); give it as package.module:factory")
+        try:
+            return _preprocessing(told)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where} brings images to size in a way that is not known ({type(error).__name__}: {error}); "
+                "say it with --image-size, --crop and --resample"
+            ) from None
+
+    def published_class_names(self) -> tuple[str, ...]:
+        """The names that `id2label` has; none where it holds the words that transformers puts there by default."""
+        try:
+            labels = self._configuration(_transformers()).id2label
+        except Exception:  # whoever builds the model is told why
+            return ()
+        names = tuple(str(labels[k]) for k in sorted(labels))
+        return () if names == tuple(f"LABEL_{k}" for k in range(len(names))) else names
+
+    def published_channels(self) -> int | None:
+        """As its configuration says."""
+        try:
+            found = getattr(self._configuration(_transformers()), "num_channels", None)
+        except Exception:  # whoever builds the model is told why
+            return None
+        return None if found is None else int(found)
+
+    def _preprocessor(self) -> dict[str, Any]:
+        transformers = _transformers()
+        folder = Path(self.config).parent if Path(self.config).is_file() else Path(self.config)
+        path = folder / _PREPROCESSOR
+        if not folder.is_dir():
+            path = transformers.utils.cached_file(self.config, _PREPROCESSOR)
+        told: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return told
 
     def on_its_own(self) -> Self:
         """With the configuration itself in place of where it lies."""
@@ -131,6 +200,47 @@ class TransformersBackbone(Backbone):
             raise UserError(f"the published weights do not fit the model in {len(wrong)} tensors: {sorted(wrong)[:3]}")
         module: nn.Module = model
         return module
+
+
+def _preprocessing(told: Mapping[str, Any]) -> Preprocessing | None:
+    """Size, crop and filter in the words of a `preprocessor_config.json`."""
+    kind = str(told.get("image_processor_type", told.get("feature_extractor_type", "")))
+    size, resizes = told.get("size"), told.get("do_resize", "size" in told)
+    cuts = _pair(told["crop_size"]) if told.get("do_center_crop") and told.get("crop_size") else None
+    if not resizes or size is None:
+        if cuts is not None:
+            raise ValueError("do_center_crop without do_resize")
+        return None
+    number = told.get("resample")
+    usual = "bicubic" if kind.startswith(_BICUBIC) else "bilinear"
+    resample = usual if number is None else _FILTERS[number] if isinstance(number, int) else str(number).lower()
+    if isinstance(size, Mapping) and "height" not in size and "shortest_edge" not in size:
+        raise ValueError(f"size {dict(size)}")
+    by_side = "shortest_edge" in size if isinstance(size, Mapping) else kind.startswith(_BY_SHORTER_SIDE)
+    if by_side:
+        side = int(size["shortest_edge"] if isinstance(size, Mapping) else size)
+        if kind.startswith("Levit"):
+            side = side * 256 // 224
+        if kind.startswith("ConvNext"):  # it enlarges first, and cuts its size out, unless that is large
+            return Preprocessing((side, side), float(told.get("crop_pct") or 224 / 256) if side < 384 else None,
+                                 resample=resample)  # fmt: skip
+        if kind.startswith("PoolFormer") and told.get("crop_pct"):
+            return Preprocessing(cuts or (side, side), float(told["crop_pct"]), resample=resample)
+        seen = cuts or (side, side)
+        return Preprocessing(seen, min(seen) / side, resample=resample)
+    whole = _pair(size)
+    if cuts is None or cuts == whole:
+        return Preprocessing(whole, resample=resample)
+    shares = (cuts[0] / whole[0], cuts[1] / whole[1])
+    if abs(shares[0] - shares[1]) > _ROUNDING:
+        raise ValueError(f"crop_size {cuts} of size {whole}")
+    return Preprocessing(cuts, shares[0], squash=True, resample=resample)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    if isinstance(size, Mapping):
+        return (int(size["height"]), int(size["width"])) if "height" in size else _pair(size["shortest_edge"])
+    return (int(size[0]), int(size[1])) if isinstance(size, Sequence) else (int(size), int(size))
 
 
 def _fit(config: Any, image_shape: ImageShape) -> None:

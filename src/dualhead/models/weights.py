@@ -24,17 +24,61 @@ from dualhead.system.files import write_atomically
 logger = logging.getLogger(__name__)
 
 NESTED_UNDER = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
+OTHER_WEIGHTS = (
+    "ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "averaged", "swa", "best", "last",
+    "unaveraged_model_state_dict",
+)  # fmt: skip
+"""Further keys under which checkpoints hold state dicts, of the same network at another moment or averaged."""
 PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
-NORMALISED_BY = (("mu", "sigma"), ("mean", "std"), ("normalize.mean", "normalize.std"))
+NORMALISERS = ("", "normalize.", "normalise.", "normalizer.", "normalization.", "norm.", "preprocess.",
+               "data_preprocessor.", "0.")  # fmt: skip
+"""Modules in which published models hold mean and standard deviation: the model itself, or the first of two."""
+STATISTICS = (("mu", "sigma"), ("mean", "std"), ("new_mean", "new_std"), ("means", "sds"), ("means", "stds"))
+"""Names of these buffers: RobustBench's, torchvision's, MadryLab/robustness', those of randomised smoothing."""
+NORMALISED_BY = tuple((place + mean, place + std) for place in NORMALISERS for mean, std in STATISTICS)
 """Buffers under which published models hold the mean and the standard deviation by which they normalise images."""
 SHOWN = 3
+
+
+class _Inert:
+    """Stands for an object that a checkpoint holds beside its tensors: takes whatever it is made from, does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
+        """Make one, and forget the arguments."""
+        del args, kwargs
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Forget the state."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Forget an entry."""
+
+    def append(self, value: object) -> None:
+        """Forget an entry."""
+
+    def extend(self, values: object) -> None:
+        """Forget entries."""
+
+
+BESIDE_TENSORS = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+    "numpy.dtype", "numpy.ndarray", "argparse.Namespace", "collections.defaultdict",
+    "collections.deque", "datetime.datetime", "datetime.timedelta",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local")
+      for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+)  # fmt: skip
+"""Names that a file of torch may call for beside tensors: accuracies, options and dates, all read as `_Inert`."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file of safetensors or of `torch.save`; no code in it is run.
 
     A state dict that lies within a checkpoint (under `state_dict`, `model`, `net`, ...) is found, and the prefixes of
-    DataParallel and `torch.compile` are taken off where all names have them.
+    DataParallel and `torch.compile` are taken off where all names have them, as is the second copy of the network that
+    MadryLab/robustness keeps under `attacker`. Numbers of numpy, options and dates beside the tensors are passed over;
+    nothing of them is made. `FILE#KEY` takes the state dict under that key.
 
     Args:
         path: the file.
@@ -45,13 +89,27 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: if there is no such file, it can only be read by running code, or it holds no state dict.
     """
-    path = Path(path)
+    path, key = file_and_key(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of weights")
     with path.open("rb") as file:
         start = file.read(9)
     content = _read_safetensors(path) if start[8:9] == b"{" else _read_torch(path)
-    return _without_prefixes(_state_in(content, str(path)))
+    where = str(path)
+    if key is not None:
+        if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
+            inside = (
+                [str(k) for k, v in content.items() if isinstance(v, Mapping)] if isinstance(content, Mapping) else []
+            )
+            raise UserError(f"{path}: holds no state dict under {key!r}; there is {', '.join(inside) or 'none'}")
+        content, where = content[key], f"{path}[{key!r}]"
+    return _without_copy(_without_prefixes(_state_in(content, where)), where)
+
+
+def file_and_key(path: str | Path) -> tuple[Path, str | None]:
+    """Split `FILE#KEY`; a file of that whole name comes first."""
+    name, mark, key = str(path).rpartition("#")
+    return (Path(name), key) if mark and key and not Path(path).exists() else (Path(path), None)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -64,7 +122,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> object:
     _refuse_bomb(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Pairs of an object and its name, which the annotations of torch 2.6 leave out.
+        allowed: list[Any] = [(_Inert, name) for name in BESIDE_TENSORS]
+        with torch.serialization.safe_globals([*allowed, _Inert]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
@@ -100,16 +161,50 @@ def _state_in(content: object, where: str) -> dict[str, Tensor]:
         raise UserError(f"{where}: holds {_kind(content)}, not a state dict (names to tensors)")
     if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         return {key: value.detach() for key, value in content.items()}
-    inside = [key for key in NESTED_UNDER if isinstance(content.get(key), Mapping)]
-    if len(inside) == 1:
-        return _state_in(content[inside[0]], f"{where}[{inside[0]!r}]")
+    inside = [key for key in (*NESTED_UNDER, *OTHER_WEIGHTS) if _is_nested(content.get(key))]
     if inside:
-        raise UserError(f"{where}: holds several state dicts ({', '.join(inside)}); save the one you mean by itself")
+        return _one_of({key: _state_in(content[key], f"{where}[{key!r}]") for key in inside}, where)
     other = next((key for key, value in content.items() if not isinstance(value, Tensor)), None)
     raise UserError(
         f"{where}: not a state dict: entry {other!r} is {_kind(content.get(other))}, and none of "
         f"{', '.join(NESTED_UNDER)} holds one"
     )
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value)
+
+
+def _one_of(found: Mapping[str, dict[str, Tensor]], where: str) -> dict[str, Tensor]:
+    """The state dict that a checkpoint with several means: they are equal, or all but one say that they are not it."""
+    plain = {key: _without_prefixes(state) for key, state in found.items()}
+    first = next(iter(plain))
+    if all(_equal(plain[first], other) for other in plain.values()):
+        return plain[first]
+    if set(found) == {"model_state_dict", "unaveraged_model_state_dict"}:
+        logger.warning("%s: took model_state_dict, the averaged weights; #unaveraged_model_state_dict names the others",
+                       where)  # fmt: skip
+        return plain["model_state_dict"]
+    if "[" in where:
+        raise UserError(f"{where}: holds several state dicts ({', '.join(found)}); save the one you mean by itself")
+    raise UserError(f"{where}: holds several state dicts that differ ({', '.join(found)}); say which: {where}#{first}")
+
+
+def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        tensor is second[name] or torch.equal(tensor, second[name]) for name, tensor in first.items()
+    )
+
+
+def _without_copy(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The state without the network's second copy, which MadryLab/robustness keeps within its attacker."""
+    copy = {name.removeprefix("attacker."): t for name, t in state.items() if name.startswith("attacker.model.")}
+    if not copy:
+        return state
+    for name, tensor in copy.items():
+        if name not in state or not torch.equal(state[name], tensor):
+            raise UserError(f"{where}: attacker.{name} is not what {name} is; save the network that you mean by itself")
+    return {name: tensor for name, tensor in state.items() if not name.startswith("attacker.")}
 
 
 def _kind(value: object) -> str:
@@ -148,28 +243,67 @@ def normalisation_in(state: Mapping[str, Tensor], where: str) -> tuple[tuple[flo
     Raises:
         UserError: if the buffers are not one number per channel.
     """
-    for mean, std in NORMALISED_BY:
-        if mean in state and std in state:
-            for name in (mean, std):
-                # [C], [C, 1, 1] and [1, C, 1, 1] are one number per channel.
-                sizes = list(state[name].shape)
-                if sizes not in ([state[name].numel()], [state[name].numel(), 1, 1], [1, state[name].numel(), 1, 1]):
-                    raise UserError(f"{where}: {name} should hold one number per channel, but has shape {sizes}")
-            found = state[mean].flatten().tolist(), state[std].flatten().tolist()
-            try:
-                Normalize(*found)
-            except UserError as error:
-                raise UserError(f"{where}: {mean} and {std}: {error}") from None
-            return tuple(found[0]), tuple(found[1])
-    return None
+    names = _normalisation_names(state)
+    if names is None:
+        return None
+    for name in names:
+        # [C], [C, 1, 1] and [1, C, 1, 1] are one number per channel.
+        sizes = list(state[name].shape)
+        if sizes not in ([state[name].numel()], [state[name].numel(), 1, 1], [1, state[name].numel(), 1, 1]):
+            raise UserError(f"{where}: {name} should hold one number per channel, but has shape {sizes}")
+    mean, std = (state[name].flatten().tolist() for name in names)
+    if max(mean) > 2.0:  # no mean of images in [0, 1], so one of images from 0 to 255
+        mean, std = [m / 255 for m in mean], [s / 255 for s in std]
+        logger.warning(
+            "%s: %s is of images from 0 to 255, and read as %s", where, names[0], [round(m, 4) for m in mean]
+        )
+    try:
+        Normalize(mean, std)
+    except UserError as error:
+        raise UserError(f"{where}: {names[0]} and {names[1]}: {error}") from None
+    return tuple(mean), tuple(std)
+
+
+def _normalisation_names(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The buffers of a normalisation, also below what all names begin with."""
+    below = ""
+    while True:
+        for mean, std in NORMALISED_BY:
+            place = mean.rpartition(".")[0]
+            alone = {name for name in state if name.startswith(f"{below}{place}.")} <= {below + mean, below + std}
+            if below + mean in state and below + std in state and (not place or alone):
+                return below + mean, below + std
+        common = _common(state, below)
+        if common is None:
+            return None
+        below = common
+
+
+def _common(names: Iterable[str], below: str = "") -> str | None:
+    """The next component that all names begin with after `below`, with its dot; None if they part there."""
+    heads = {name.removeprefix(below).partition(".")[:2] for name in names}
+    if len(heads) != 1:
+        return None
+    head, dot = heads.pop()
+    return f"{below}{head}." if dot else None
+
+
+def _fitting(wanted: AbstractSet[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without what a wrapper put before all names (`model.`, `1.`), as far as the model lacks them all."""
+    given = state
+    while wanted.isdisjoint(given) and (common := _common(given)) is not None:
+        given = {name.removeprefix(common): tensor for name, tensor in given.items()}
+    return state if wanted.isdisjoint(given) else given
 
 
 def _without_normalisation(
     model: nn.Module, wanted: AbstractSet[str], state: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
     """The state without the buffers of a normalisation that is not among the names wanted; the model must have it."""
-    found = None if any(set(names) <= wanted for names in NORMALISED_BY) else normalisation_in(state, where)
-    if found is None:
+    names = _normalisation_names(state)
+    own_buffers = any(set(pair) <= wanted for pair in NORMALISED_BY) or (names is not None and set(names) <= wanted)
+    found = None if own_buffers else normalisation_in(state, where)
+    if found is None or names is None:
         return dict(state)
     own = next((module for module in model.modules() if isinstance(module, Normalize)), None)
     same = own is not None and all(
@@ -181,11 +315,7 @@ def _without_normalisation(
             f"{where}: these weights normalise images by other numbers than the model; set model.normalize: "
             f"{{mean: {[round(x, 6) for x in found[0]]}, std: {[round(x, 6) for x in found[1]]}}}, or leave it out"
         )
-    buffers = {name for names in NORMALISED_BY for name in names}
-    given = {name: tensor for name, tensor in state.items() if name not in buffers}
-    if all(name.startswith("model.") for name in given) and not any(name.startswith("model.") for name in wanted):
-        return {name.removeprefix("model."): tensor for name, tensor in given.items()}
-    return given
+    return {name: tensor for name, tensor in state.items() if name not in names}
 
 
 def load_state(
@@ -222,6 +352,8 @@ def load_state(
     descend = len(inside & state.keys()) > len(wanted.keys() & state.keys())
     # Where the weights are of the model inside, it is its `mean` and `std` that are not taken for a normalisation's.
     state = _without_normalisation(model, inside if descend else wanted.keys(), state, where)
+    state = _fitting(wanted.keys() | inside, state)
+    descend = len(inside & state.keys()) > len(wanted.keys() & state.keys())
     if isinstance(model, Wrapped) and descend:
         inner = None if replaced is None else replaced.removeprefix("model.")
         return load_state(model.model, state, where, replaced=inner)

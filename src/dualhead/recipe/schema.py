@@ -12,7 +12,7 @@ from dualhead.components import plugins as outside
 from dualhead.components.fields import Real, parse_real
 from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
-from dualhead.data import Augmentation, Split, Storage, augmentations, load_split
+from dualhead.data import Augmentation, Resample, Split, Storage, augmentations, load_split, resolve
 from dualhead.errors import UserError
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
@@ -53,16 +53,35 @@ class Extra(Section):
     limit: int | None = Field(None, gt=0)
     """Use only the first so many of its images."""
 
+    @field_validator("source")
+    @classmethod
+    def _absolute(cls, source: str) -> str:
+        return resolve(source)
+
 
 class Data(Section):
     """The images."""
 
     source: str
-    """`digits`, a Hub name, a folder or file of parquet, or an image folder."""
+    """`digits`, a Hub name (`hf:OWNER/NAME`), a folder or file of parquet or numpy, a folder that `datasets` saved, or
+    an image folder. A path that exists becomes absolute, so that it names the same images wherever a run is used."""
     image_column: str | None = None
     label_column: str | None = None
     image_size: tuple[int, int] | None = None
     """[height, width] to resize to; None: all images must have one size."""
+    resample: Resample = "bicubic"
+    """The filter of resizing to `image_size`, by Pillow's name."""
+    channels: Literal[1, 3] | None = None
+    """1: read colours as grey; 3: read grey as colours (a pretrained network for X-rays, a grey test part beside
+    coloured training images); None: as the images are."""
+    depth: Annotated[int, Field(ge=1, le=16)] | None = None
+    """Bits of a pixel where files hold fewer than they could, as 12-bit X-rays in 16-bit files; None: the files' own.
+    16-bit images of which none uses the highest bit are refused until this says which they are."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, with a word and their number in the results, rather than refuse the set."""
+    test: Annotated[int | float, BeforeValidator(_amount)] | None = None
+    """Part of the training images that is the test part where a set has none: a fraction, or a number of images; of all
+    classes in proportion, and the same whatever `runtime.seed`. None: a set without a test part is refused."""
     crop: Annotated[Real, Field(gt=0, le=1)] | None = None
     """None: images are stretched to `image_size`. A fraction: their middle is taken, in the proportions of `image_size`
     and as large as fits into this part of the image; 0.875 is customary for ImageNet."""
@@ -84,6 +103,11 @@ class Data(Section):
 
     extra: Extra | None = None
     """None is held out of it: validation sees images of the first source only."""
+
+    @field_validator("source")
+    @classmethod
+    def _absolute(cls, source: str) -> str:
+        return resolve(source)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -147,10 +171,22 @@ class Data(Section):
             label_column=self.label_column,
             image_size=self.train_size if larger else self.image_size,
             crop=1.0 if larger and self.crop is not None else self.crop,
+            resample=self.resample,
+            channels=self.channels,
+            depth=self.depth,
+            skip_unreadable=self.skip_unreadable,
+            test=self.test if source == self.source else None,
             limit=limit,
             choice=choice,
             storage=storage,
         )
+
+    def reading(self) -> dict[str, Any]:
+        """How images come to the form that the model sees, to be kept with it: what is as by default is left out."""
+        told = {"resample": self.resample, "channels": self.channels, "depth": self.depth}
+        defaults = {key: type(self).model_fields[key].default for key in told}
+        kept = {key: value for key, value in told.items() if value != defaults[key]}
+        return {"image_size": self.image_size, "crop": self.crop, **kept}
 
     def _storage(self, room: int | None, workers: int) -> Storage:
         stream = None if self.stream == "auto" else self.stream

@@ -1,6 +1,7 @@
 """What people read of a run, made from the files it left and from nothing else."""
 
 from dualhead.report.gallery import NO_CLASS, change, picture
+from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
 from dualhead.report.summary import summary
@@ -9,7 +10,10 @@ from dualhead.report.text import threat_text
 __all__ = [
     "NO_CLASS",
     "ONNX_SECTION",
+    "believable",
     "change",
+    "light_lines",
+    "lights",
     "model_card",
     "picture",
     "summary",

@@ -12,6 +12,7 @@ from typing import Any
 
 from dualhead.report.differences import broken_later, comparable, difference, repeats, same_model
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
+from dualhead.report.lights import believable, lights
 from dualhead.report.sources import Estimate, Measured, Source
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text
 from dualhead.report.training import COLOURS, best_line
@@ -77,16 +78,19 @@ def verdict(sources: Sequence[Source]) -> Verdict:
     if not measured:
         return _unmeasured(sources)
     peers = [row for row in measured if _met(row) == _met(measured[0])]
-    best = max(peers, key=_robust)
+    best = max(peers, key=lambda row: (_is_believable(row), _robust(row)))
     sentence = _result(best)
     home = next(source for source in sources if best in source.rows)
     if len(peers) > 1:
-        second = max((row for row in peers if row is not best), key=_robust)
+        second = max((row for row in peers if row is not best), key=lambda row: (_is_believable(row), _robust(row)))
         sentence += _against(best, second, f"the next, {second.title}")
     else:
         base = next((row for row in home.rows if row.role == "base" and row is not best), None)
         sentence += _against(best, base, "its base model") if base else ""
     caveats = [*_doubts(best), *_limits(best, home)]
+    doubted = [row.title for row in peers if not _is_believable(row)]
+    if _is_believable(best) and doubted:
+        caveats.append(f"Not ranked, since a check has failed: {', '.join(doubted)}.")
     if len(peers) < len(measured):
         caveats.append(
             "The runs were measured under different threat models or attacks. Only those that share them are ranked: "
@@ -97,8 +101,12 @@ def verdict(sources: Sequence[Source]) -> Verdict:
     return Verdict(
         sentence,
         caveats,
-        any(_status(finding) == "failed" for finding in findings(best)),
+        not _is_believable(best),
     )
+
+
+def _is_believable(row: Measured) -> bool:
+    return believable(lights(row.results.get("diagnostics")))
 
 
 def _met(row: Measured) -> tuple[str, frozenset[str]]:
@@ -170,18 +178,10 @@ def findings(row: Measured) -> list[Mapping[str, Any]]:
     )
 
 
-def _status(finding: Mapping[str, Any]) -> str:
-    return str(finding.get("status", "unknown"))
-
-
 def _doubts(row: Measured) -> list[str]:
     words = {"failed": "This result cannot be believed", "warning": "Take care"}
-    return [
-        f"{words[status]}: {finding.get('message', finding['name'])}."
-        for status in words
-        for finding in findings(row)
-        if _status(finding) == status
-    ]
+    told = lights(row.results.get("diagnostics"))
+    return [f"{words[check['status']]}: {check['message']}." for check in told if check["status"] in words]
 
 
 def _limits(row: Measured, source: Source) -> list[str]:

@@ -13,27 +13,9 @@ from dualhead.report import figures, training
 from dualhead.report.comparison import Cell, Table, accuracy_table, conditions, findings
 from dualhead.report.figures import Figure
 from dualhead.report.gallery import Album, Gallery
+from dualhead.report.lights import CHECKS
 from dualhead.report.sources import Estimate, Measured, Source
 from dualhead.report.text import duration, large, percent
-
-MEANINGS = {
-    "train_mode": "Dropout and batch statistics must rest while a model is measured.",
-    "value_range": "Eps is meant for images in [0, 1]; images scaled otherwise make it larger or smaller.",
-    "randomness": "A random model's single answer is luck; attacks must then average over its answers.",
-    "batch_independence": "An image's verdict must not depend on the images beside it.",
-    "finite_logits": "Infinite logits or NaN stop gradients, and with them attacks.",
-    "logits": "Probabilities in place of logits flatten the loss that attacks climb.",
-    "clean_accuracy": "A model that guesses has nothing to be robust with.",
-    "gradient_flow": "Attacks need gradients that reach the image.",
-    "zero_gradient": "Where the gradient is exactly zero, a gradient attack stands still: masked gradients.",
-    "more_steps": "If more steps find much more, the attack had not finished.",
-    "large_eps": "A very large perturbation must fool everything; if not, gradients lead nowhere.",
-    "black_box": "If an attack without gradients finds what those with gradients miss, gradients are masked.",
-    "curve": "Robust accuracy must fall with eps, since a larger ball holds the smaller one.",
-}
-"""The purpose of each diagnostic."""
-
-LIGHTS = {"ok": "OK", "warning": "Warning", "failed": "Failed"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +186,7 @@ def _checks(rows: Sequence[Measured]) -> list[Check]:
             if entry and entry.get("status") != "ok":
                 messages.setdefault(str(entry.get("message", "no message")), []).append(model)
         told = [(", ".join(models), message) for message, models in messages.items()]
-        checks.append(Check(name, MEANINGS.get(name, ""), lights, told))
+        checks.append(Check(name, CHECKS.get(name, ""), lights, told))
     return checks
 
 

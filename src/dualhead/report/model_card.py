@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dualhead.names import MODEL, described, head_number
+from dualhead.report.lights import light_lines, lights
 from dualhead.report.text import attack_text, component_text, eps_text, threat_name, threat_text
 
 OWN = {
@@ -133,15 +134,16 @@ def _measured(results: Mapping[str, Any] | None) -> list[str]:
     shown = [name for name in robust if name != "worst" or len(robust) > 2]
     rows += [(name, robust[name], intervals[name]) for name in shown]
     threat = results["threat"]
-    doubts = [entry for entry in results.get("diagnostics", []) if entry["status"] != "ok"]
+    doubts = light_lines([("", lights(results.get("diagnostics")))])
     return [
+        *(f"- {_safe(line)}" for line in doubts),
+        *([""] if doubts else []),
         f"{results['num_samples']} test images, {threat_text(threat)}, Wilson 95 % intervals.",
         "",
         "| accuracy | percent | interval |",
         "|---|---|---|",
         *(f"| {_safe(n)} | {100 * share:.2f} | {100 * e[0]:.2f} to {100 * e[1]:.2f} |" for n, share, e in rows),
         "",
-        *(f"- {_safe(entry['status'])}: {_safe(entry['name'])}: {_safe(entry['message'])}" for entry in doubts),
         f"Command: `{results.get('command') or 'not recorded'}`, seed {results.get('seed')}.",
     ]
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from dualhead.errors import UserError
 from dualhead.report import comparison
-from dualhead.report.details import LIGHTS, details
+from dualhead.report.details import details
 from dualhead.report.differences import difference
 from dualhead.report.gallery import Album
+from dualhead.report.lights import LIGHTS
 from dualhead.report.sources import Measured, Source, read_sources
 from dualhead.report.text import duration, percent, points
 from dualhead.system.files import write_atomically

@@ -336,7 +336,7 @@ def _evaluation(
             num_samples=count if isinstance(count, int) else None,
             clean=clean,
             robust=robust,
-            results=results,
+            results=results or _told_checks(row),
             samples=_samples(folder / "samples.npz", count, source.notes) if results else {},
             gallery=folder / "gallery.npz" if (folder / "gallery.npz").is_file() else None,
             parameters=row.get("parameters"),
@@ -345,6 +345,11 @@ def _evaluation(
             training_seconds=cost.get("seconds"),
         )
     ]
+
+
+def _told_checks(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checks of a row of `comparison.json` as `results.json` holds them: the failed and warning ones."""
+    return {"diagnostics": row["checks"]} if row.get("checks") else {}
 
 
 def _estimates(results: Mapping[str, Any]) -> tuple[Estimate, dict[str, Estimate]]:

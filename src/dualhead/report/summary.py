@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dualhead.errors import UserError
+from dualhead.report.lights import lights
 from dualhead.report.sources import Measured, Source, read_sources
 from dualhead.report.training import best_line
 
@@ -17,7 +18,8 @@ def summary(folder: Path) -> dict[str, Any]:
 
     Returns:
         `run`, `recipe`, `threat`, `state` (`training`, `evaluating` or `finished`), `stages` with their epochs,
-        seconds and accuracies on held-out images, `rows` with accuracies on test images, and `notes`.
+        seconds and accuracies on held-out images, `rows` with failed and warning checks and
+        accuracies on test images, and `notes`.
 
     Raises:
         UserError: for a folder that is no single run.
@@ -66,6 +68,7 @@ def _accuracies(line: Mapping[str, Any]) -> dict[str, float | None]:
 def _row(row: Measured) -> dict[str, Any]:
     return {
         "name": row.name,
+        "checks": lights(row.results.get("diagnostics")),
         "clean_accuracy": row.clean.value,
         "robust_accuracy": {name: estimate.value for name, estimate in row.robust.items()},
         "intervals": {

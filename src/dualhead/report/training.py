@@ -12,8 +12,8 @@ from dualhead.report.sources import Source
 from dualhead.report.text import attack_text, component_text, duration, large, percent
 
 NOT_LOSSES = {
-    "stage", "epoch", "step", "learning_rate", "train_accuracy", "validation_clean", "validation_robust", "seconds",
-    "dropped_steps",
+    "stage", "epoch", "step", "learning_rate", "train_accuracy", "validation_clean", "validation_robust",
+    "validation_largest_answer", "seconds", "dropped_steps",
 }  # fmt: skip
 """Keys of a line of metrics besides the loss and its terms."""
 

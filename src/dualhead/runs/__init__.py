@@ -1,6 +1,6 @@
 """A run, from a recipe to trained weights, their evaluation and a report."""
 
-from dualhead.runs.folder import GALLERY, RunFolder, changes, load_stage, read_recipe, without_how
+from dualhead.runs.folder import GALLERY, RunFolder, changes, load_stage, read_digests, read_recipe, without_how
 from dualhead.runs.run import RunResult, train
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "RunResult",
     "changes",
     "load_stage",
+    "read_digests",
     "read_recipe",
     "train",
     "without_how",

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
 from dualhead.components import plugins
-from dualhead.data import Split
+from dualhead.data import Digests, Split, digests, one_form
 from dualhead.errors import UserError
 from dualhead.models import load_state, read_state
 from dualhead.names import row_folder
@@ -98,6 +100,11 @@ class RunFolder:
     def states(self) -> Path:
         """Return the folder of states that an unfinished run goes on from."""
         return self.checkpoints / "states"
+
+    @property
+    def digests(self) -> Path:
+        """Return the path of a number for each image that the run learns from."""
+        return self.checkpoints / "images.safetensors"
 
     def weights(self, stage: str, which: str) -> Path:
         """Return the path of a stage's weights, `best` or `last`."""
@@ -325,6 +332,33 @@ def data_facts(split: Split) -> dict[str, Any]:
     }
 
 
+def write_digests(folder: RunFolder, sets: Mapping[str, Split | None]) -> None:
+    """Keep a number for each image that a run learns from, to find those that it is measured on later; once.
+
+    Args:
+        folder: of the run.
+        sets: by their purpose; those on disk are left out, since all would have to be decoded.
+    """
+    if folder.digests.is_file():
+        return
+    found = {name: digests(split) for name, split in sets.items() if split is not None and not split.is_stored}
+    write_atomically(folder.digests, lambda aside: save_file(found, aside))
+
+
+def read_digests(folder: RunFolder) -> dict[str, Digests]:
+    """Return the numbers that `write_digests` kept; none for a run of a version that did not.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if not folder.digests.is_file():
+        return {}
+    try:
+        return dict(load_file(folder.digests))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder.digests}: damaged ({error}); remove it to go without this check") from None
+
+
 def _sketch(split: Split) -> torch.Tensor:
     """Return some images, evenly spread, as 2x2 grey pixels: uint8.
 
@@ -356,6 +390,8 @@ def refuse_other_data(folder: Path, now: dict[str, Any], source: str, part: str 
     if not RunFolder(folder).begun or not (checkpoints / CONFIG).is_file():
         return
     before = now | read_config(checkpoints).get(part, {})
+    before["classes"] = [one_form(name) for name in before["classes"]]  # an earlier version took a disk's form
+    now = {**now, "classes": [one_form(name) for name in now["classes"]]}
     different = [key for key in now if before[key] != now[key]]
     if different == ["sketch"] and _alike(before["sketch"], now["sketch"]):
         return

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from dualhead.evaluation import Evaluation, EvaluationProgress, evaluate, make_gallery
+from dualhead.evaluation import Evaluation, EvaluationProgress, Finding, check_duplicates, evaluate, make_gallery
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import count_parameters
 from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
@@ -53,6 +53,7 @@ class Row:
         return {
             "name": self.name,
             "output": self.output,
+            "checks": self.evaluation.checks,
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
@@ -105,12 +106,13 @@ def measure(
         Interrupted: when stopped.
     """
     costs, unit = group().lead(lambda: _costs(prepared, model)), _forward_flops(prepared, model)
+    checks = [check_duplicates(*prepared.images.digests())]
     rows: list[Row] = []
     last: list[Row] = []
     for candidate in _candidates(prepared, model):
         output = candidate.output
         name, deployed = name_of(output, prepared.recipe.name), output == prepared.output
-        evaluation = _evaluate(prepared, candidate.model, name, progress, stop, command, deployed=deployed)
+        evaluation = _evaluate(prepared, candidate.model, name, checks, progress, stop, command, deployed=deployed)
         flops, seconds = costs[output]
         row = Row(name, output, evaluation, _parameters(model, output), flops, flops / unit, seconds)
         (last if deployed else rows).append(row)
@@ -123,6 +125,7 @@ def _evaluate(
     prepared: Prepared,
     model: nn.Module,
     name: str,
+    checks: Sequence[Finding],
     progress: Callable[[str], EvaluationProgress] | None,
     stop: Callable[[], bool],
     command: str | None,
@@ -141,6 +144,8 @@ def _evaluate(
         seed=recipe.runtime.seed,
         precision=precision_of(recipe.runtime),
         class_names=list(test.class_names),
+        skipped=len(test.skipped),
+        checks=checks,
         output_dir=prepared.folder.evaluation if deployed else prepared.folder.row(name),
         progress=progress(name) if progress else None,
         command=command,

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, attacks
-from dualhead.data import Augmentation, Split, hold_out, in_turn
+from dualhead.data import Augmentation, Digests, Split, among, are_numbers, digests, hold_out, in_turn, match
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics
@@ -23,8 +23,11 @@ from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, Labels
 from dualhead.recipe import Recipe, Statistics
 from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data
-from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of
+from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of, view
+from dualhead.statistics import mcnemar
 from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
+from dualhead.system.generators import kept_generators
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.threats import Threat
 from dualhead.training import RESET, Passes, Stage, check_choosable, layer_scales, summary_writer
@@ -49,6 +52,17 @@ class Images:
     extra: Split | None = None
     held_out: Split | None = None
     further: Mapping[str, Split] = field(default_factory=dict)
+
+    @property
+    def learnt_from(self) -> dict[str, Split | None]:
+        """Return the sets that decide what the model becomes, by the words of `check_duplicates`."""
+        return {"training": self.training, "extra": self.extra, "held-out": self.held_out}
+
+    def digests(self) -> tuple[dict[str, Digests], list[str]]:
+        """Return a number for each image of the sets in memory, and the names of the sets that stay on disk."""
+        known = {name: split for name, split in {**self.learnt_from, "test": self.test}.items() if split is not None}
+        read = {name: digests(split) for name, split in known.items() if not split.is_stored}
+        return read, [name for name in known if name not in read]
 
 
 @dataclass(frozen=True)
@@ -88,8 +102,7 @@ class Prepared:
             "threat": self.recipe.threat.describe(),
             "output": self.output,
             "recipe": self.recipe.name,
-            "image_size": self.recipe.data.image_size,
-            "crop": self.recipe.data.crop,
+            **self.recipe.data.reading(),
         }
 
 
@@ -149,13 +162,13 @@ def load_images(recipe: Recipe, room: int | None = None) -> Images:
     """
     data = recipe.data
     training, test = (data.load(part, room=room, workers=processors()) for part in ("train", "test"))
-    if test.class_names != training.class_names:
-        raise UserError(
-            f"data.source {data.source}: training and test images have different classes "
-            f"({len(training.class_names)} and {len(test.class_names)})"
-        )
+    source = f"data.source {data.source}"
+    test = _among_training(test, training, source, f"{source}: training and test images have different classes")
     if test.image_shape[0] != training.image_shape[0]:
-        raise UserError(f"data.source {data.source}: training and test images differ in channels (grey and colour)")
+        raise UserError(
+            f"{source}: training and test images differ in channels (grey and colour); data.channels=3 reads all as "
+            "colours, 1 as grey"
+        )
     return Images(training, test, _load_extra(recipe, training, room), further=_load_further(recipe, training, room))
 
 
@@ -182,15 +195,27 @@ def _load_extra(recipe: Recipe, training: Split, room: int | None) -> Split | No
         extra = recipe.data.load_extra(room=room, workers=processors())
     if recipe.data.extra is None or extra is None:
         return None
-    for what, theirs, ours in (
-        ("classes", extra.class_names, training.class_names), ("shape", extra.image_shape, training.image_shape),
-    ):  # fmt: skip
-        if theirs != ours:
-            raise UserError(
-                f"data.extra.source {recipe.data.extra.source}: its images have {what} {_listed(theirs)}, those of "
-                f"data.source {_listed(ours)}; both must agree"
-            )
+    ours, name = f"data.source {recipe.data.source}", f"data.extra.source {recipe.data.extra.source}"
+    extra = _among_training(extra, training, ours, f"{name}: its images have other classes than those of {ours}")
+    if extra.image_shape != training.image_shape:
+        raise UserError(
+            f"{name}: its images have shape {_listed(extra.image_shape)}, those of data.source "
+            f"{_listed(training.image_shape)}; both must agree"
+        )
     return extra
+
+
+def _among_training(split: Split, training: Split, source: str, refusal: str) -> Split:
+    """Bring images among the classes of the training images: by name, or in order where one side has numbers alone.
+
+    Raises:
+        UserError: beginning with `refusal`, if the classes are others.
+    """
+    theirs, ours = split.class_names, training.class_names
+    trusted = are_numbers(theirs) != are_numbers(ours) and len(theirs) == len(ours)
+    if match(theirs, ours) is None and not trusted:
+        raise UserError(f"{refusal} ({_listed(theirs)} in place of {_listed(ours)}); the names must agree")
+    return replace(among(split, ours, source), class_names=ours)
 
 
 def _listed(values: Sequence[object]) -> str:
@@ -289,7 +314,7 @@ def _fitting_network(
     recipe: Recipe, folder: RunFolder, device: torch.device, images: Images, image_facts: Mapping[str, Any]
 ) -> Prepared:
     """Make the network for the images, and refuse what does not fit it."""
-    architecture = _architecture(recipe, folder, images.training)
+    architecture = _architecture(recipe, folder, images.training, device)
     torch.manual_seed(recipe.runtime.seed)
     model = architecture.create().to(device)
     built = [attacks.build(spec, "evaluate.attacks") for spec in recipe.evaluate.attacks]
@@ -303,13 +328,81 @@ def _fitting_network(
     return replace(prepared, model=synchronised_batch_norm(model, device)) if synchronises(recipe) else prepared
 
 
-def _architecture(recipe: Recipe, folder: RunFolder, training: Split) -> Architecture:
+def _architecture(recipe: Recipe, folder: RunFolder, training: Split, device: torch.device) -> Architecture:
     """Choose the network; it normalises as the weights do that it starts from, unless the recipe says how."""
     made = architecture_of(recipe, training)
     if recipe.model.normalize is not None or recipe.model.backbone.registered_name == "factory":
         return made
     found = _known_normalisation(recipe, folder)
-    return made if found is None else made.model_copy(update={"mean": found[0], "std": found[1]})
+    if found is not None:
+        return made.model_copy(update={"mean": found[0], "std": found[1]})
+    for index, stage in enumerate(recipe.stages):
+        if stage.init not in (None, RESET):
+            with _under(f"stages.{index}.init"):
+                return _tried(recipe, stage, made, training, device)
+    return made
+
+
+TRIED = 512
+"""Training images on which weights are tried with and without a normalisation."""
+
+
+def _tried(recipe: Recipe, stage: Stage, made: Architecture, training: Split, device: torch.device) -> Architecture:
+    """Find out whether weights that say nothing of normalisation were made with one: try both on training images.
+
+    Raises:
+        UserError: if neither way is clearly better: the weights' accuracy would be a guess.
+    """
+    channels = made.image_shape[0]
+    raw = made.model_copy(update={"mean": (0.0,) * channels, "std": (1.0,) * channels})
+    if raw == made:
+        return made
+    if stage.replace_classifier:
+        if group().first:
+            _log.warning(
+                "%s says nothing of how it normalises images, and its classes are replaced, so it cannot be tried: "
+                "taken is the mean and deviation of the data; model.normalize says it (none: images in [0, 1] as they "
+                "are)", stage.init,
+            )  # fmt: skip
+        return made
+    shown = training.take(torch.linspace(0, len(training) - 1, min(TRIED, len(training))).round().long())
+    if tuple(shown.image_shape) != tuple(made.image_shape):
+        shown = shown.show_middle(*made.image_shape[1:])
+    by_data, as_they_are = (_answers(way, stage, shown, device) for way in (made, raw))
+    paired = mcnemar(as_they_are.numpy(), by_data.numpy())
+    rates = [100 * float(right.float().mean()) for right in (as_they_are, by_data)]
+    largest = 100 * float(shown.labels.bincount().max()) / len(shown)
+    told = (
+        f"{stage.init} says nothing of how it normalises images; of {len(shown)} training images it classifies "
+        f"{rates[0]:.1f} % with values in [0, 1] as they are and {rates[1]:.1f} % normalised by the data's mean and "
+        "deviation"
+    )
+    if paired.p_value >= 1e-3 or max(rates) < 1.5 * largest:
+        raise UserError(
+            f"{told}: neither is clearly right; set model.normalize to what it was trained with: none, data, or "
+            "{mean: [...], std: [...]}"
+        )
+    plain = rates[0] > rates[1]
+    if group().first:
+        _log.warning("%s: taken is the former (model.normalize: none)" if plain else
+                     "%s: taken is the latter (model.normalize: data)", told)  # fmt: skip
+    return raw if plain else made
+
+
+def _answers(architecture: Architecture, stage: Stage, shown: Split, device: torch.device) -> Tensor:
+    """Tell which images the weights of a stage's `init` classify correctly in a network, bool [N]."""
+    with kept_generators(device):
+        model = architecture.create()
+    load_base_weights(model, cast("str", stage.init), architecture)
+    model = model.to(device)
+    if isinstance(model, DualHeadClassifier):
+        model = view(model, "head1")
+    right = []
+    with in_eval_mode(model), torch.no_grad():
+        for rows in torch.split(torch.arange(len(shown)), 64):
+            images = shown.images[rows].to(device).float() / 255
+            right.append(model(images).argmax(1).cpu() == shown.labels[rows].cpu())
+    return torch.cat(right)
 
 
 def _known_normalisation(recipe: Recipe, folder: RunFolder) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

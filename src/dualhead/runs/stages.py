@@ -18,7 +18,7 @@ from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state, write_state
 from dualhead.objectives import BEFORE
 from dualhead.recipe import Runtime
-from dualhead.runs.folder import load_kept, open_folder
+from dualhead.runs.folder import load_kept, open_folder, write_digests
 from dualhead.runs.prepare import (
     Prepared,
     augmentations_of,
@@ -124,6 +124,7 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
     processes, model = group(), prepared.model
     facts = {**prepared.facts, **prepared.image_facts}
     processes.lead(lambda: open_folder(prepared.folder, prepared.recipe, prepared.architecture, facts))
+    processes.lead(lambda: write_digests(prepared.folder, prepared.images.learnt_from))
     saved = states.load()
     if saved is not None:
         load_state(model, saved.model, str(states.folder))

@@ -1,7 +1,7 @@
 """Models on disk: save, load, export."""
 
 from dualhead.saving.architecture import CONFIG, Architecture, read_config, write_config
-from dualhead.saving.export import export, export_onnx, write_card
+from dualhead.saving.export import checks_of, export, export_onnx, write_card
 from dualhead.saving.hub import check_hub_name, push_to_hub
 from dualhead.saving.models import find_model, load, load_base_weights, normalisation_of, save_model, view
 from dualhead.saving.onnx import require_onnx
@@ -10,6 +10,7 @@ __all__ = [
     "CONFIG",
     "Architecture",
     "check_hub_name",
+    "checks_of",
     "export",
     "export_onnx",
     "find_model",

@@ -18,7 +18,7 @@ from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import read_state, write_state
 from dualhead.names import name_of, row_folder
-from dualhead.report import ONNX_SECTION, model_card
+from dualhead.report import ONNX_SECTION, lights, model_card
 from dualhead.saving.architecture import (
     CARD,
     CONFIG,
@@ -41,13 +41,23 @@ def write_card(folder: Path, run: Path | None) -> None:
         folder: the model's.
         run: folder of the run that made it; None if there is none.
     """
-    recipe = results = None
+    recipe = None
     config = read_config(folder)
     if run is not None and (run / "config.yaml").is_file():
         recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    if run is not None and (measured := _results_of(run, config)).is_file():
-        results = json.loads(measured.read_text(encoding="utf-8"))
+    results = None if run is None else _measured(run, config)
     write_text(folder / CARD, model_card(config, recipe, results, onnx=(folder / ONNX).is_file()))
+
+
+def checks_of(folder: Path, run: Path) -> list[dict[str, str]]:
+    """Return the failed and warning checks of what a run measured of an exported model: name, status and message."""
+    return lights((_measured(run, read_config(folder)) or {}).get("diagnostics"))
+
+
+def _measured(run: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return `results.json` of a run's own measurement of a model; None if there is none."""
+    path = _results_of(run, config)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _results_of(run: Path, config: Mapping[str, Any]) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from dualhead.errors import UserError
 
@@ -36,3 +38,49 @@ def logits_of(output: Any) -> Tensor:  # whatever a model may return
                 "them first, or an object or dict that names them `logits`"
             )
     return cast("Tensor", found)
+
+
+@fx.wrap  # kept as one call where torch.fx traces a model, since it depends on the shape
+def two_at_least(logits: Tensor, images: int) -> Tensor:
+    """Read one logit z per image as the logits [0, z] of two classes; give back any others as they are.
+
+    Args:
+        logits: [B, C]; or one number per image: [B, 1], [B], or a scalar for one image.
+        images: B.
+    """
+    if logits.numel() == images and (logits.ndim == 0 or logits.shape[0] == images):
+        z = logits.reshape(images, 1)
+        return torch.cat((torch.zeros_like(z), z), 1)
+    return logits
+
+
+def writes_to_images(model: nn.Module, images: Tensor) -> bool:
+    """Tell whether a model changes the images that it is given, as one that normalises in place does.
+
+    Args:
+        model: asked once, without a graph, on a copy.
+        images: [B, C, H, W].
+    """
+    shown = images.clone()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model(shown)
+    return not torch.equal(shown, images)
+
+
+def without_inference_tensors(model: nn.Module) -> nn.Module:
+    """Copy a model that was made under `torch.inference_mode`, so that gradients can go through it.
+
+    Returns:
+        The model itself if none of its tensors is an inference tensor. Else another, which shares all others.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_inference()}
+    if not tensors:
+        return model
+    with torch.inference_mode(False):
+        memo: dict[int, Any] = {}
+        for number, tensor in tensors.items():
+            fresh = torch.empty_like(tensor, requires_grad=False).copy_(tensor)
+            memo[number] = (
+                nn.Parameter(fresh, tensor.is_floating_point()) if isinstance(tensor, nn.Parameter) else fresh
+            )
+        return copy.deepcopy(model, memo)

@@ -156,6 +156,7 @@ class StageRun:
         self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic)
         self._streams = dict(streams or {})
         self._curriculum = Curriculum(stage.objective)
+        self._collapsed = False
         self._average = None if stage.average is None else WeightAverage(passes.model, stage.average)
 
     def restore(self, saved: Saved) -> None:
@@ -351,6 +352,7 @@ class StageRun:
         if self._validator is not None and validates:
             with self._averaged():
                 line |= self._validator(self._passes, self._arithmetic, self._device)
+                self._warn_of_one_class(line)
                 if not position.best or self._rank(line) > self._rank(position.best):
                     position.best = line
                     self._files.write_next(self._passes.model, position.epoch)
@@ -360,6 +362,17 @@ class StageRun:
         position.step, position.streak, position.sums = 0, 0, {}
         self._save()
         self._files.settle(position.best.get("epoch"))
+
+    def _warn_of_one_class(self, line: Mapping[str, Any]) -> None:
+        """Say that a network has come to answer everything with one class, once until it answers otherwise."""
+        collapsed = line.get("validation_largest_answer", 0.0) == 1.0
+        if collapsed and not self._collapsed and group().first:
+            logger.warning(
+                "stage %s, epoch %d: all held-out images are taken for one class; if that lasts, training has "
+                "collapsed: lower optimiser.lr (now %g) or eps, or warm up",
+                self._stage.name, line["epoch"], self._stage.optimiser.lr,
+            )  # fmt: skip
+        self._collapsed = collapsed
 
     def _average_epoch(self, *, used: bool) -> None:
         """Take a finished epoch into the average; estimate its statistics of batch norm if it is to be used now."""

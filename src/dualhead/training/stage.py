@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, Self
+from dataclasses import fields
+from typing import Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -115,8 +116,8 @@ class Stage(Section):
         for attack in [self.attack, *(each.attack for each in inner.values() if each.attack is not None)]:
             if inner and not isinstance(attack, Maximiser):
                 raise UserError(f"attack {attack.registered_name!r} cannot be trained with; use pgd or fgsm")
-        for key in ("loss", "restarts"):
-            if getattr(self.attack, key, None) != getattr(type(self.attack), key, None):
+        for key in {"loss", "restarts"} & {field.name for field in fields(cast("Any", self.attack))}:
+            if getattr(self.attack, key) != getattr(type(self.attack), key):
                 raise UserError(
                     f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
                 )
@@ -147,10 +148,11 @@ class Stage(Section):
         """
         threat = self.threat or (threat if self.eps is None else threat.within(self.eps))
         if self.objective.adversarial and self.fit is None:
-            if self.free is None:
-                self.attack.check(threat)
-            else:
+            if self.free is not None:
                 self.free.check(threat)
+                return threat
+            for inner in self.objective.inner().values():
+                (inner.attack or self.attack).check(inner.threat or threat)
         return threat
 
     @property
