@@ -62,7 +62,7 @@ def lower_bounds() -> list[str]:
 def call(*words: str | Path, cwd: Path = ROOT) -> None:
     """Run a program, show its line, and end with its output if it fails."""
     line = [str(word) for word in words]
-    print("$", " ".join(line if len(" ".join(line)) < 200 else [*line[:3], "..."]), flush=True)
+    print("$", " ".join(word if "\n" not in word else "..." for word in line), flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DUALHEAD_CACHE": str(cwd / "cache")}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
