@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all chaos fuzz browser docs lint types wheel check clean
+.PHONY: demo test test-all chaos fuzz browser docs lint types wheel lowest check clean
 
 # A shell line per package set: torch first and pinned, so that no other package draws in another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -54,6 +54,10 @@ types: $(VENV)/.developer
 # The wheel must work outside the checkout, with data and recipes inside.
 wheel: $(VENV)/.developer
 	$(BIN)/python -m build --wheel --outdir dist
+
+# The lower bounds of pyproject.toml, but for torch, in a fresh environment: they install, train, evaluate and compare.
+lowest:
+	$(PYTHON) tools/lowest.py
 
 check: lint types test
 

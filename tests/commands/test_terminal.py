@@ -14,7 +14,7 @@ from dualhead.commands import terminal
 def shown(monkeypatch):
     """What is printed."""
     text = io.StringIO()
-    monkeypatch.setattr(terminal.out, "file", text)
+    monkeypatch.setattr(terminal.out, "_file", text)  # `file` would be put back as the stdout of this test
     return text
 
 

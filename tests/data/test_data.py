@@ -821,6 +821,46 @@ def test_the_cache_lies_in_the_users_folder_unless_told(monkeypatch, tmp_path):
 # loader
 
 
+def skewed_loader(**options):
+    """20 images of class 0, 7 of class 2, 3 of class 1."""
+    labels = [0] * 20 + [2] * 7 + [1] * 3
+    return torch.tensor(labels), Loader(tiny_split(labels), 6, seed=3, device="cpu", **options)
+
+
+def test_balanced_sampling_shows_each_class_equally_often_and_each_image_as_often_as_its_neighbours():
+    labels, loader = skewed_loader(balanced=True)
+    seen = torch.zeros(30, dtype=torch.int64)
+    for epoch in range(20):
+        order = loader.order(epoch)
+        assert labels[order].bincount().tolist() == [10, 10, 10]
+        counts = order.bincount(minlength=30)
+        for label in range(3):
+            own = counts[labels == label]
+            assert own.max() - own.min() <= 1
+        seen += counts
+        batches = [batch.y for batch in loader.epoch(epoch)]
+        assert len(batches) == len(loader) == 5 and torch.equal(torch.cat(batches), labels[order])
+    assert (seen > 0).all() and not torch.equal(loader.order(0), loader.order(1))
+    rest = [batch.index.tolist() for batch in loader.epoch(2, 3)]
+    assert rest == [batch.index.tolist() for batch in loader.epoch(2)][3:]
+
+
+def test_a_class_without_images_has_no_share_and_the_odd_image_goes_around():
+    labels = [0] * 5 + [2] * 3
+    loader = Loader(tiny_split([*labels, 2]), 3, seed=3, device="cpu", balanced=True)
+    found = [torch.tensor([*labels, 2])[loader.order(epoch)].bincount().tolist() for epoch in range(2)]
+    assert found == [[5, 0, 4], [4, 0, 5]]
+
+
+def test_balanced_sampling_leaves_a_second_source_alone():
+    extra = tiny_split([0] * 9)
+    batches = [
+        torch.cat([batch.index for batch in skewed_loader(balanced=balanced, extra=extra, fraction=0.5)[1].epoch(0)])
+        for balanced in (False, True)
+    ]
+    assert torch.equal(*(index[index >= 30] for index in batches)) and not torch.equal(*batches)
+
+
 def loader_of(count=23, batch=4, **options):
     split = Split.from_arrays(pixels_of(count), [i % 3 for i in range(count)], NAMES)
     augment = [augmentations.build("pad_crop-1"), augmentations.build("flip")]

@@ -51,6 +51,15 @@ IMAGENET = (
     f"data.augment=[{{name: random_resized_crop, size: [{SIDE}, {SIDE}]}}, flip]",
     "model.backbone={name: cnn, width: 8, stages: 2, convolutions: 1}", "model.attach_at=stage1",
 )  # fmt: skip
+VIT = (
+    f"data.image_size=[{SIDE}, {SIDE}]", "data.train_size=[14, 14]",
+    f"data.augment=[{{name: random_resized_crop, size: [{SIDE}, {SIDE}]}}, flip]",
+    "model.backbone=" + json.dumps({"name": "hf", "config": json.dumps({
+        "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "intermediate_size": 32, "patch_size": 4,
+    })}), "model.attach_at=model.vit.layers.1", "stages.*.schedule.warmup_steps=1", "stages.*.micro_batch=null",
+)  # fmt: skip
+"""A transformer with fresh weights in place of the pretrained one."""
 CHANGES: dict[str, tuple[str, ...]] = {
     "cifar10_cpu_mixed": ("stages.main_head.epochs=1", "stages.second_head.epochs=1"),
     "cifar10_resnet18": SMALL_WIDE,
@@ -60,6 +69,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "cifar10_wrn34_mart": SMALL_WIDE,
     "cifar10_wrn34_sat": SMALL_WIDE,
     "imagenet_resnet50": IMAGENET,
+    "vit_finetune": VIT,
     "tiny_imagenet_cpu": (f"data.image_size=[{SIDE}, {SIDE}]",),
 }
 

@@ -18,7 +18,7 @@ from dualhead.objectives import LossTerms
 from dualhead.objectives.trades import TRADES
 from dualhead.training.guard import StepGuard
 from dualhead.training.loop import MAX_RETREATS, PATIENCE
-from dualhead.training.optimisation import SGD
+from dualhead.training.optimisation import SGD, AdamW, TorchOptimiser
 from helpers.resume import outcome, train_until
 from helpers.training import PARTS, batch, dual_model, plain_model, stage_of, step_of, streams_of
 
@@ -49,6 +49,8 @@ OPTIMISERS = {
     "sgd": lambda parameters: SGD(lr=0.1).create(parameters),
     "without a flag on the device": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True),
     "adam": lambda parameters: torch.optim.Adam(parameters, fused=True),
+    "adamw": lambda parameters: AdamW(decay="matrices").create(parameters),
+    "nadam": lambda parameters: TorchOptimiser("NAdam").create(parameters),
 }
 
 
@@ -71,7 +73,7 @@ def test_a_dropped_step_leaves_everything_as_it_was_and_the_next_is_as_if_it_had
         assert taken == [x is good for x in batches]
         assert int(guard.streak) == 0
         results.append(everything(model, optim))
-    if optimiser != "adam":  # which counts its steps
+    if optimiser not in ("adam", "adamw"):  # which count their steps
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

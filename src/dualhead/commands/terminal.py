@@ -191,7 +191,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of a sweep: a line for each model at each point of the grid, means over seeds."""
     told = ("run", "seed", "model", "checks", "clean_accuracy", "parameters")
     varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(("robust_", "train"))]
-    print_lights([(f"{row['run']}: {row['model']}", row["checks"]) for row in rows])
+    print_lights([(f"{row['run']}: {row['model']}", row.get("checks", [])) for row in rows])
     points: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         points.setdefault((*(str(row[key]) for key in varied), row["model"]), []).append(row)
@@ -233,7 +233,7 @@ def print_standings(found: Mapping[str, Any]) -> None:
     columns = {"model": "left"} | dict.fromkeys(("seeds", "clean", *shown, "parameters", "cost", "seconds"), "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
-    if not all(believable(row["checks"]) for row in rows):
+    if not all(believable(row.get("checks", [])) for row in rows):
         out.print("! a check failed, see above: its accuracies are not to be believed, and it is not ranked")
     for note in found["notes"]:
         out.print(note, soft_wrap=True)
@@ -247,8 +247,7 @@ def print_standings(found: Mapping[str, Any]) -> None:
                 [f"{pair['name']} - {pair['reference']}", pair["accuracy"],
                  f"{pair['difference']:+.1%} {_signed(pair['interval'])}",
                  *(_signed(pair["images_interval"]) if "images_interval" in pair else "-" for _ in over_images),
-                 f"{pair['p_value']:.2g}", pair["verdict"] + ("" if pair["believable"] else " (a check failed)"),
-                 pair["test"]]
+                 f"{pair['p_value']:.2g}", _verdict(pair), pair["test"]]
                 for pair in pairs
             ],
         )  # fmt: skip
@@ -256,8 +255,12 @@ def print_standings(found: Mapping[str, Any]) -> None:
             out.print("over images: of the same difference, were these very runs to face other images")
 
 
+def _verdict(pair: Mapping[str, Any]) -> str:
+    return str(pair["verdict"]) + ("" if pair.get("believable", True) else " (a check failed)")
+
+
 def _mark(row: Mapping[str, Any]) -> str:
-    return "* " if row["pareto"] else "  " if believable(row["checks"]) else "! "
+    return "* " if row["pareto"] else "  " if believable(row.get("checks", [])) else "! "
 
 
 def _signed(ends: Sequence[float]) -> str:

@@ -64,6 +64,8 @@ class Loader:
         cutmix: applied after them; labels are then shares.
         extra: the second source, of the same classes and shape.
         fraction: fraction of each batch that comes from it, in [0, 1).
+        balanced: show each class of the split equally often in an epoch, to within one image. An epoch has as many
+            images as before: those of rare classes come several times, of frequent ones a part, another one each time.
         device: where batches are made.
         group: the processes that share each batch, this one among them; shares differ by one image at most.
 
@@ -81,6 +83,7 @@ class Loader:
         cutmix: CutMix | None = None,
         extra: Split | None = None,
         fraction: float = 0.0,
+        balanced: bool = False,
         device: torch.device | str,
         group: Group = ALONE,
     ) -> None:
@@ -101,7 +104,7 @@ class Loader:
         self._images = torch.cat([images.to(device) for images in held]) if len(held) == len(sources) else None
         home = torch.device("cpu") if self._images is None else self._device  # where it is decided what comes next
         self._labels = torch.cat([source.labels.to(home) for source in sources])
-        self._seed, self._augment, self._cutmix = seed, tuple(augment), cutmix
+        self._seed, self._augment, self._cutmix, self._balanced = seed, tuple(augment), cutmix, balanced
         self._classes = len(split.class_names)
         slots = torch.arange(self.global_batch + 1, dtype=torch.float64, device=home)
         slots = (slots * (0.0 if extra is None else fraction)).floor()
@@ -124,9 +127,27 @@ class Loader:
         return self._batches(epoch, first_step)
 
     def order(self, epoch: int) -> Tensor:
-        """Return the permutation of the split in an epoch, int64 [N]; the same on every device."""
+        """Return the positions in the split of an epoch's images, in their order; the same on every device.
+
+        Returns:
+            A permutation, int64 [N]; if the loader is balanced, N positions, each class equally often.
+        """
+        shuffled = self._permutation("order", epoch)
+        if not self._balanced:
+            return shuffled
+        labels = self._labels[: self._own][shuffled]
+        members = [shuffled[labels == label] for label in labels.unique()]
+        first = epoch % len(members)  # whose turn it is to be shown once more, where N is no multiple of the classes
+        slots = torch.arange(self._own, device=labels.device)
+        turn, nth = (slots + first) % len(members), slots // len(members)
+        drawn = torch.empty_like(shuffled)
+        for number, own in enumerate(members):
+            drawn[turn == number] = own[nth[turn == number] % len(own)]
+        return drawn[self._permutation("balanced order", epoch)]
+
+    def _permutation(self, purpose: str, epoch: int) -> Tensor:
         positions = torch.arange(self._own, device=self._labels.device)
-        return Streams.of(self._seed, positions).fork("order", epoch).bits(1)[:, 0].argsort(stable=True)
+        return Streams.of(self._seed, positions).fork(purpose, epoch).bits(1)[:, 0].argsort(stable=True)
 
     def _global_batches(self, epoch: int, first_step: int) -> Iterator[Tensor]:
         """Return positions int64 [global batch] of each step, those of the second source after those of the split."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def _entries(source: Iterable[Any]) -> Iterator[Any]:
             )  # fmt: skip
             return
     if not hasattr(source, "__iter__") and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        yield from (source[place] for place in range(len(source)))  # a map-style data set
+        yield from (source[place] for place in range(len(cast("Any", source))))  # a map-style data set
         return
     try:
         entries = iter(source)

@@ -94,6 +94,9 @@ class Data(Section):
     """Use only so many training images (the held-out ones included)."""
     train_choice: Literal["first", "sample"] = "first"
     """Which: the first ones, or a random sample, always the same, for a set that is sorted by class."""
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """`balanced`: each class is shown equally often, images of rare ones several times an epoch; the length of an epoch
+    stays. Images of `extra` and of an objective's streams are drawn as before."""
     augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] = ()
     stream: Literal["auto"] | bool = "auto"
     """Read images from disk while training, rather than decode all into memory before; the batches are the same.

@@ -30,7 +30,7 @@ from dualhead.system.generators import kept_generators
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.threats import Threat
-from dualhead.training import RESET, Passes, Stage, check_choosable, summary_writer
+from dualhead.training import RESET, Passes, Stage, check_choosable, layer_scales, summary_writer
 
 _log = logging.getLogger(__name__)
 
@@ -503,7 +503,10 @@ def _check_stage(prepared: Prepared, number: int) -> None:
         )
     if stage.fit is None:
         _check_needs(prepared, number)
-    _warn_of_idle(stage)
+    if stage.layer_decay is not None:
+        with _under(f"{key}.layer_decay"):
+            layer_scales(prepared.model, stage.layer_decay)
+    _warn_of_idle(stage, len(prepared.images.training))
     if stage.objective.adversarial and stage.fit is None and stage.free is None and stage.epochs:
         _warn_of_reach(f"{key}.attack", stage.attack, stage.against(prepared.recipe.threat))
     if stage.fit is not None:
@@ -567,12 +570,13 @@ def _check_labels(architecture: Architecture, model: nn.Module, where: str) -> N
         raise UserError(f"{where}: knows {given} classes, the data have {architecture.num_classes}")
 
 
-def _warn_of_idle(stage: Stage) -> None:
+def _warn_of_idle(stage: Stage, images: int) -> None:
     """Warn of settings that begin only after the stage's end, as when it was shortened for a trial."""
+    schedule = stage.schedule.in_epochs(images // min(stage.batch_size, images))
     late = {
         "awp.start": None if stage.awp is None else stage.awp.start,
         "average.start": getattr(stage.average, "start", None),
-        "schedule.warmup": getattr(stage.schedule, "warmup", None),
+        "schedule.warmup": getattr(schedule, "warmup", None),
     }
     for key, start in late.items():
         if start and start >= stage.epochs > 0:

@@ -289,7 +289,7 @@ def _loader(prepared: Prepared, number: int) -> Loader:
         prepared.images.training, stage.batch_size, seed=recipe.runtime.seed + number,
         augment=augmentations_of(recipe, stage), cutmix=stage.cutmix, extra=prepared.images.extra,
         fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
-        device=prepared.device, group=group(),
+        balanced=recipe.data.sampling == "balanced", device=prepared.device, group=group(),
     )  # fmt: skip
 
 

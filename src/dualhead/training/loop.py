@@ -26,7 +26,9 @@ from dualhead.threats import Threat
 from dualhead.training.averaging import WeightAverage
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.curriculum import Curriculum
+from dualhead.training.layer_decay import decayed_groups
 from dualhead.training.metrics import MetricsLog
+from dualhead.training.optimisation import LR_SCALE
 from dualhead.training.passes import Passes
 from dualhead.training.profiler import StepProfiler, labelled
 from dualhead.training.progress import TrainingProgress
@@ -147,7 +149,10 @@ class StageRun:
         self._progress = progress
         self._stop = stop
         self._save_seconds = 60.0 * save_minutes
-        self._optimiser = stage.optimiser.create(passes.parameters())
+        self._schedule = stage.schedule.in_epochs(len(loader))
+        self._optimiser = stage.optimiser.create(
+            passes.parameters() if stage.layer_decay is None else decayed_groups(passes, stage.layer_decay)
+        )
         self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic)
         self._streams = dict(streams or {})
         self._curriculum = Curriculum(stage.objective)
@@ -323,12 +328,12 @@ class StageRun:
         return float(0.5**self._position.retreats)
 
     def _set_rate(self, epoch: float) -> None:
-        rate = self._stage.optimiser.lr * self._stage.schedule.factor(epoch, self._stage.epochs) * self._rate_factor()
+        rate = self._stage.optimiser.lr * self._schedule.factor(epoch, self._stage.epochs) * self._rate_factor()
         for parameters in self._optimiser.param_groups:
-            parameters["lr"] = rate
+            parameters["lr"] = rate * parameters.get(LR_SCALE, 1.0)
 
     def _finish_epoch(self, sums: Mapping[str, float]) -> None:
-        position, stage = self._position, self._stage
+        position, stage, first = self._position, self._stage, self._optimiser.param_groups[0]
         counts = ("images", "correct", "dropped")
         means = {name: value / sums["images"] for name, value in sums.items() if name not in counts}
         position.epoch += 1
@@ -336,7 +341,7 @@ class StageRun:
             "stage": stage.name,
             "epoch": position.epoch,
             "step": position.epoch * len(self._loader),
-            "learning_rate": self._optimiser.param_groups[0]["lr"],
+            "learning_rate": first["lr"] / first.get(LR_SCALE, 1.0),
             **means,
             "train_accuracy": sums["correct"] / sums["images"],
             "dropped_steps": int(sums["dropped"]),

@@ -55,6 +55,9 @@ class Stage(Section):
     """Compute activations twice rather than keep them: less memory for about a third more time; same results."""
     optimiser: Annotated[Optimiser, *component(optimisers)] = Field("sgd", validate_default=True)
     schedule: Annotated[Schedule, *component(schedules)] = Field("step", validate_default=True)
+    layer_decay: Real | None = Field(None, gt=0, le=1)
+    """For transformers: factor of the learning rate from each block to the one before it, towards the images; 0.65 to
+    0.9 are customary in fine-tuning. None: all layers have the same rate."""
     clip_norm: Real | None = Field(None, gt=0)
     """Longest gradient, over all trained parameters together; a longer one is shortened to it."""
     average: Annotated[Averaging, *component(averagings)] | None = None
