@@ -266,7 +266,8 @@ def spec_of(fake_timm, user_module, tmp_path):
     return spec
 
 
-@pytest.mark.parametrize("name", backbones.names())
+# Of RobustBench, the package makes the network and a file of weights must lie there: `test_weights_of_others.py`.
+@pytest.mark.parametrize("name", [name for name in backbones.names() if name != "robustbench"])
 class TestContract:
     """Every registered backbone, including those that files added later bring."""
 
