@@ -801,7 +801,7 @@ def test_progress_falls_to_the_robust_accuracy(reference):
         ({"images": torch.full((4, 3, 8, 8), 3.0)}, r"\[0, 1\].*divide by 255"),
         ({"images": torch.full((4, 3, 8, 8), torch.nan)}, r"\[0, 1\]"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "one per image"),
-        ({"labels": torch.zeros(4)}, "integers"),
+        ({"labels": torch.full((4,), 0.5)}, "integers"),
         ({"labels": torch.full((4,), 4)}, "0 to 3"),
         ({"labels": torch.full((4,), -1)}, "0 to 3"),
         ({"attacks": "pgd-4"}, "list"),

@@ -308,8 +308,8 @@ def _check_values(images: Tensor) -> Tensor:
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = (~images.isfinite()).flatten(1).any(1).nonzero()[:, 0]
         raise UserError(
-            f"{len(bad)} of {len(images)} images hold values that are not finite (NaN or infinite), the first is image "
-            f"{int(bad[0])}; leave them out or mend them"
+            f"{len(bad)} of {len(images)} images hold NaN or infinite values, which are not finite and not in "
+            f"[0, 1]; the first is image {int(bad[0])}; leave them out or mend them"
         )
     if low >= 0.0 and high <= 1.0:
         return images
