@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all chaos fuzz browser docs lint types wheel lowest check clean
+.PHONY: demo test test-all bits chaos fuzz browser docs lint types wheel lowest check clean
 
 # A shell line per package set: torch first and pinned, so that no other package draws in another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,11 @@ test: $(VENV)/.developer
 
 test-all: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# Every recipe that ships, and small ones of every setting, train the weights that they trained, to the bit; and what
+# earlier code left stays of use.
+bits: $(VENV)/.developer
+	$(BIN)/python -m pytest tests/numerics tests/contract/test_old_runs.py -n auto
 
 # The report in a headless Chromium of the system; without one these tests are skipped with a word.
 browser: $(VENV)/.developer

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PINNED = ("torch",)
 """What has the version of constraints.txt."""
 TINY = (
-    "stages.*.epochs=1", "data.train_limit=200", "evaluate.limit=20", "evaluate.attacks=[fgsm]", "runtime.lanes=1",
+    "stages.*.epochs=1", "data.train_limit=200", "data.validation=50", "evaluate.limit=20",
+    "evaluate.attacks=[fgsm]", "runtime.lanes=1",
     "runtime.layout=contiguous", "runtime.precision=float32", "runtime.device=cpu",
 )  # fmt: skip
 PICTURES = """

@@ -54,6 +54,7 @@ def test_logits_of_every_output_are_the_same_to_the_bit():
         assert all(frozen[name].shape == (16, 10) and np.ptp(frozen[name]) > 0.1 for name in frozen)
 
 
+@pytest.mark.slow
 @same_bits
 def test_evaluating_a_run_again_finds_the_verdicts_that_it_holds(run, tmp_path):
     folder = tmp_path / "again"
@@ -64,6 +65,7 @@ def test_evaluating_a_run_again_finds_the_verdicts_that_it_holds(run, tmp_path):
             assert now[name].tolist() == then[name][:32].tolist()
 
 
+@pytest.mark.slow
 @same_bits
 def test_evaluating_a_published_model_finds_the_same_verdicts(tmp_path):
     assert evaluate_published(tmp_path) == json.loads(VERDICTS.read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ def alone(tmp_path_factory):
     ("world", "words"),
     [
         (2, [network("plain")]),
-        (
+        pytest.param(
             2,
             [
                 network("frozen"),
@@ -75,8 +75,9 @@ def alone(tmp_path_factory):
                 "model.own=[affine]",
                 "evaluate.gallery=0",
             ],
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             2,
             [
                 network("plain"),
@@ -84,6 +85,7 @@ def alone(tmp_path_factory):
                 "stages.second_head.objective={name: test_lwf}",
                 "evaluate.gallery=0",
             ],
+            marks=pytest.mark.slow,
         ),
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
         pytest.param(

@@ -25,7 +25,7 @@ def test_the_base_model_is_what_the_stages_before_the_second_head_left(tmp_path)
     assert ended.status == 0, ended.err
     rows = {row["name"]: row for row in json.loads(ended.out)["rows"]}
     base, head1 = rows["base model"], rows["head 1"]
-    assert base == {**head1, "name": "base model"}
+    assert base == {**head1, "name": "base model", "output": "base"}
     summaries = [
         json.loads((tmp_path / "run" / "checkpoints" / stage / "summary.json").read_text())
         for stage in ("warm_up", "main_head", "second_head")

@@ -25,7 +25,7 @@ def undisturbed(tmp_path_factory):
 def test_the_undisturbed_run_leaves_all_that_is_compared(undisturbed):
     stages = ("main_head", "second_head", "aggregator")
     expected = {f"checkpoints/{stage}/{which}.safetensors" for stage in stages for which in ("best", "last")}
-    assert set(undisturbed["weights"]) == expected | {"model/model.safetensors"}
+    assert set(undisturbed["weights"]) == expected | {"model/model.safetensors", "checkpoints/images.safetensors"}
     assert [(line["stage"], line["epoch"]) for line in undisturbed["metrics"]] == [
         (s, e) for s in stages for e in (1, 2)
     ]

@@ -136,7 +136,7 @@ class Loader:
         if not self._balanced:
             return shuffled
         labels = self._labels[: self._own][shuffled]
-        members = [shuffled[labels == label] for label in labels.unique()]
+        members = [shuffled[labels == label] for label in torch.unique(labels)]
         first = epoch % len(members)  # whose turn it is to be shown once more, where N is no multiple of the classes
         slots = torch.arange(self._own, device=labels.device)
         turn, nth = (slots + first) % len(members), slots // len(members)

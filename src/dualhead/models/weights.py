@@ -141,9 +141,9 @@ def _read_torch(path: Path) -> object:
 
 def _refuse_bomb(path: Path) -> None:
     """Torch packs tensors without compressing them; what unpacks to far more than the file is not of its making."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):  # which raises for an archive that says it spans several disks
+            return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
