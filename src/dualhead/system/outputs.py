@@ -73,7 +73,8 @@ def without_inference_tensors(model: nn.Module) -> nn.Module:
     Returns:
         The model itself if none of its tensors is an inference tensor. Else another, which shares all others.
     """
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_inference()}
+    made = (*model.parameters(), *model.buffers())
+    tensors = {id(t): t for t in made if not nn.parameter.is_lazy(t) and t.is_inference()}
     if not tensors:
         return model
     with torch.inference_mode(False):
