@@ -43,6 +43,7 @@ def shown(*arguments):
     return json.loads(ended.out)
 
 
+@pytest.mark.slow
 @same_bits
 def test_logits_of_every_output_are_the_same_to_the_bit():
     found = logits_apart()

@@ -43,6 +43,7 @@ def run(recipe, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, recipe, tmp_path):
     ended = dualhead("train", recipe, *SHORT, "--run-dir", tmp_path / "whole", "--quiet")
     assert ended.status == 0, ended.err

@@ -19,8 +19,6 @@ from helpers.frozen_recipes import DIGESTS, FAST, SMALL, groups, measure_apart, 
 pytestmark = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="the digests are those of x86-64 processors"
 )
-QUICK = ("small, in short",)
-"""What `make test` runs; `make bits` runs all."""
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +44,8 @@ def differences(name, found, frozen):
                 yield f"{name}: stage {stage} runs {now} {direction} kernels, and ran {before}"
 
 
-@pytest.mark.parametrize(
-    "group", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in groups()]
-)
+@pytest.mark.slow  # `make bits` runs them
+@pytest.mark.parametrize("group", groups())
 def test_weights_are_the_same_to_the_bit_and_kernels_are_no_more(group, frozen):
     names = groups()[group]
     found = measure_apart(names)

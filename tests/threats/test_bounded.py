@@ -10,21 +10,20 @@ from dualhead.attacks import attacks
 from dualhead.evaluation import evaluate
 from dualhead.threats import build_threat, threats
 from helpers.attacks import images, network, streams
+from helpers.plugins import nothing_from_outside
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "extend.md"
 
 
 @pytest.fixture
 def light():
-    """`light`, as the page registers it; gone again for other tests."""
-    threats.names()  # those of the package first
-    before = dict(threats._classes)
+    """The page's `Light`, under a name; gone again for other tests."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    text = next(block for block in blocks if "Bounded" in block)
-    exec(compile(text, str(PAGE), "exec"), {"__name__": "light"})
-    yield build_threat({"name": "light", "eps": 0.2})
-    threats._classes.clear()
-    threats._classes.update(before)
+    text, known = next(block for block in blocks if "Bounded" in block), {"__name__": "light"}
+    with nothing_from_outside():
+        exec(compile(text, str(PAGE), "exec"), known)
+        threats.register("light")(known["Light"])
+        yield build_threat({"name": "light", "eps": 0.2})
 
 
 def test_a_threat_of_ones_own_changes_what_it_says(light):
