@@ -66,6 +66,7 @@ def test_the_device_is_as_strict_as_others_and_counts():
     }  # fmt: skip
 
 
+@pytest.mark.slow  # run by `make bits`
 def test_a_run_from_training_to_export(tmp_path):
     tiny = (
         *TINY, *SHORT, "model.backbone={name: cnn, width: 4, stages: 2, convolutions: 1}", "stages.*.attack.steps=2",
