@@ -28,9 +28,10 @@ test-all: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # Every recipe that ships, and small ones of every setting, train the weights that they trained, to the bit; and what
-# earlier code left stays of use.
+# earlier code left stays of use; runs of methods of one's own resume, and a run goes on a pretend accelerator.
 bits: $(VENV)/.developer
-	$(BIN)/python -m pytest tests/numerics tests/contract/test_old_runs.py -n auto
+	$(BIN)/python -m pytest -n auto tests/numerics tests/contract/test_old_runs.py tests/runs/test_new_methods.py \
+		tests/contract/test_every_device.py::test_a_run_from_training_to_export
 
 # The report in a headless Chromium of the system; without one these tests are skipped with a word.
 browser: $(VENV)/.developer

@@ -71,7 +71,8 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["energy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("align", "lwf"))])
+@pytest.mark.slow  # run by `make bits`
+@pytest.mark.parametrize("name", METHODS)
 def test_a_run_that_was_stopped_in_the_middle_ends_as_one_that_was_not(name, tmp_path, whole):
     steps = 0
 
