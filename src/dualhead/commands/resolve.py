@@ -136,7 +136,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class _Source:
-    """What the name of a model leads to, before anything large is loaded.
+    """Target of a model's name, before anything large is loaded.
 
     Args:
         threat: `norm` and `eps` that it was trained for; empty if nothing tells.

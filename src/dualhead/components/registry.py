@@ -311,7 +311,7 @@ def _mark(cls: type, name: str, numbers: tuple[str, ...], text: str | None, addr
 
 
 def _unreadable_field(cls: type) -> str | None:
-    """What is wrong with the first field whose type no value can be checked against; None if all are fine."""
+    """Describe the first field whose type no value can be checked against; return None if all are fine."""
     module = sys.modules.get(cls.__module__)
     names = dict(vars(module)) if module is not None else {}
     for field in dataclasses.fields(cast("Any", cls)):

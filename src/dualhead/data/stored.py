@@ -94,7 +94,7 @@ class Rows(Encodings):
 
 
 def encoded_row(value: Any, table: str, row: int, folder: Path | None) -> Encoded:
-    """What a cell of an image column holds: bytes, bytes and a path, or a path.
+    """Content of a cell of an image column: bytes, bytes and a path, or a path.
 
     Args:
         value: the cell.

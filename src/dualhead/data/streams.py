@@ -35,7 +35,7 @@ class StreamImages:
 
 @dataclass(frozen=True)
 class StreamSetting:
-    """What a stream is opened with.
+    """Settings with which a stream is opened.
 
     Args:
         training: the training images of the run.
