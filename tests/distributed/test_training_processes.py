@@ -87,6 +87,16 @@ def alone(tmp_path_factory):
             ],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            2,
+            [
+                network("plain"),
+                "stages.main_head.objective={name: energy, every: 2, max_steps: 2, auc: 0.5}",
+                "stages.main_head.batch_norm=frozen",
+                "evaluate.gallery=0",
+            ],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
         pytest.param(
             3,
@@ -98,6 +108,7 @@ def alone(tmp_path_factory):
         "two",
         "two, tied heads",
         "two, streams and a curriculum, and a teacher from before",
+        "two, an energy and its curriculum, statistics of batch norm held",
         "two, frozen batch norm, micro-batches",
         "three, unequal shares, with all that a stage can add",
     ],

@@ -43,9 +43,11 @@ def recipe(objective, parts, **settings):
 
 METHODS = {
     "energy": ({"name": "test_energy", "every": 3, "longest": 3}, ["trunk", "head1"]),
+    "dat": ({"name": "energy", "auc": 0.5, "every": 3, "max_steps": 3}, ["trunk", "head1"]),
     "align": ({"name": "test_align"}, ["trunk", "head1", "head2"]),
     "lwf": ({"name": "test_lwf"}, ["trunk", "head1"]),
 }
+SETTINGS = {"dat": {"batch_norm": "frozen", "average": {"name": "ema", "decay": 0.9}}}
 
 
 def weights(folder):
@@ -65,7 +67,7 @@ def whole(tmp_path_factory):
     def folder(name):
         if name not in done:
             done[name] = tmp_path_factory.mktemp(name) / "run"
-            train(recipe(*METHODS[name]), run_dir=done[name])
+            train(recipe(*METHODS[name], **SETTINGS.get(name, {})), run_dir=done[name])
         return done[name]
 
     return folder
@@ -83,7 +85,7 @@ def test_a_run_that_was_stopped_in_the_middle_ends_as_one_that_was_not(name, tmp
 
     while True:
         try:
-            train(recipe(*METHODS[name]), run_dir=tmp_path / "stopped", stop=stop)
+            train(recipe(*METHODS[name], **SETTINGS.get(name, {})), run_dir=tmp_path / "stopped", stop=stop)
             break
         except Interrupted:
             continue
@@ -114,3 +116,13 @@ def test_own_heads_are_left_out_of_what_is_saved(whole):
     assert not any("predictor" in key for key in weights(whole("align")))
     config = yaml.safe_load((whole("align") / "config.yaml").read_text(encoding="utf-8"))
     assert config["stages"][1]["objective"]["name"] == "test_align"
+
+
+@pytest.mark.slow
+def test_the_steps_of_an_energy_rise_and_statistics_of_batch_norm_stay(whole):
+    folder = whole("dat")
+    assert {line["steps"] for line in lines(folder) if line["stage"] == "second"} != {0.0}
+    first, second = read_state(folder / "checkpoints" / "first" / "last.safetensors"), weights(folder)
+    statistics = [name for name in first if "running_" in name]
+    assert statistics
+    assert all(torch.equal(first[name], second[name]) for name in statistics if "aggregator" not in name)

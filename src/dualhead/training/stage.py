@@ -44,6 +44,8 @@ class Stage(Section):
     """Replays of each batch in place of `attack`, one backward pass for weights and images (Free AT)."""
     attack_mode: Literal["eval", "train"] = "eval"
     """Mode of the trained parts while the attack runs."""
+    batch_norm: Literal["train", "frozen"] = "train"
+    """`frozen`: batch norm keeps its running statistics and uses them in training; scale and shift still learn."""
     forward: Literal["separate", "joint"] = "separate"
     """Clean and attacked images in two forwards, as published, or in one: joint batch-norm statistics, and faster."""
     epochs: int = Field(ge=0)
@@ -138,6 +140,15 @@ class Stage(Section):
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
         self._losses_fit_parts()
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_stay(self) -> Self:
+        if self.batch_norm == "frozen" and self.average is not None and self.average.batch_norm == "reestimate":
+            raise UserError(
+                f"batch_norm: frozen keeps the statistics, and average {self.average.registered_name!r} would estimate "
+                "them anew; set average.batch_norm=average"
+            )
         return self
 
     def against(self, threat: Threat) -> Threat:

@@ -18,7 +18,7 @@ from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.objectives import ATTACKED, CLEAN, Inner, Labels, Logits, Need, Objective
 from dualhead.system.arithmetic import Arithmetic, compiled
-from dualhead.system.modes import in_eval_mode
+from dualhead.system.modes import hold_statistics, in_eval_mode
 from dualhead.system.processes import group
 from dualhead.system.replicas import LEAST_ROWS, pool, twins
 from dualhead.threats import Threat
@@ -171,6 +171,8 @@ class TrainingStep:
         self._counted = one_thread
         images = batch.total or len(batch)
         self._passes.learners.train()
+        if self._stage.batch_norm == "frozen":
+            hold_statistics(self._passes.model)
         self.guard.remember()
         attacked = None if self.carried is None else self.carried.attacked(batch.x)
         with recomputed(self._forgetful):
