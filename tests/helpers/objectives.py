@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dualhead.objectives import ATTACKED, Objective, objectives
 
-REQUIRED = {"hat": {"weights": "standard"}}
-"""Fields without a default, by objective."""
+REQUIRED = {"hat": {"weights": "standard"}, "energy": {"start_steps": 1}}
+"""Fields without a default, by objective; or without which it does not show all that it does."""
 
 
 def shipped() -> list[str]:

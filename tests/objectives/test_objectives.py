@@ -202,8 +202,8 @@ VARIANTS = {
     "joint with ties": {"name": "joint", "attack": "sum", "distillation": 1, "diversity": 1, "head2": "natural"},
     "joint with guidance": {"name": "joint", "attack": "head1", "head2": "natural", "aggregate": None, "guidance": 1},
 }
-PAIRED = ("logit_pairing", "hat around logit_pairing", "joint with guidance")
-"""Those that pair logits and not predictions, as published."""
+PAIRED = ("logit_pairing", "hat around logit_pairing", "joint with guidance", "energy")
+"""Those whose loss is of logits and not of predictions, as published."""
 ORDER = torch.tensor([3, 1, 5, 0, 4, 2])
 
 
@@ -228,7 +228,9 @@ def seen_for(objective, seed, scale=3.0, batch=6, classes=5):
     """Logits for each need, equal ones for equal needs and unlike ones for others; labels."""
     generator = torch.Generator().manual_seed(seed)
     made = {
-        need: scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+        need: torch.randint(classes, (batch,), generator=generator)
+        if isinstance(need, Labels)
+        else scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
         for need in dict.fromkeys(objective.needs().values())
     }
     y = torch.randint(classes, (batch,), generator=generator)
@@ -242,7 +244,8 @@ def moved(seen, move):
 def changed(objective, seen, need):
     """The same but for what one need gives, under whatever names it goes."""
     names = [name for name, other in objective.needs().items() if other == need]
-    return {**seen, **{name: seen[name].roll(1, 1) + torch.arange(5) for name in names}}
+    other = (lambda t: (t + 1) % 5) if isinstance(need, Labels) else (lambda t: t.roll(1, 1) + torch.arange(5))
+    return {**seen, **{name: other(seen[name]) for name in names}}
 
 
 def test_contract_terms_add_up_to_a_finite_scalar(objective):
@@ -286,7 +289,8 @@ def test_contract_order_of_images_and_names_of_classes_do_not_matter(objective):
     before = objective.loss(y, seen).total
     assert torch.allclose(before, objective.loss(y[ORDER], moved(seen, lambda t: t[ORDER])).total)
     classes = torch.tensor([4, 2, 0, 3, 1])
-    renamed = objective.loss(classes.argsort()[y], moved(seen, lambda t: t[:, classes])).total
+    order = classes.argsort()
+    renamed = objective.loss(order[y], moved(seen, lambda t: order[t] if t.dim() == 1 else t[:, classes])).total
     assert torch.allclose(before, renamed)
 
 
@@ -316,8 +320,9 @@ def test_contract_what_is_asked_for_is_used(objective):
 
 def test_contract_gradients_reach_whatever_the_loss_uses_but_what_is_taught_by(objective):
     seen, y = seen_for(objective, 5)
-    points = {need: seen[name].clone().requires_grad_() for name, need in objective.needs().items()}
-    asked = {name: points[need] for name, need in objective.needs().items()}
+    logits_of = {name: need for name, need in objective.needs().items() if not isinstance(need, Labels)}
+    points = {need: seen[name].clone().requires_grad_() for name, need in logits_of.items()}
+    asked = {**seen, **{name: points[need] for name, need in logits_of.items()}}
     loss = objective.loss(y, asked).total
     loss.backward()
     for need, point in points.items():
@@ -362,7 +367,7 @@ def test_contract_a_description_builds_the_same(objective):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e2, 1e4])
 def test_contract_losses_and_gradients_stay_finite_for_large_logits(objective, scale):
     seen, y = seen_for(objective, 6, scale=scale)
-    points = moved(seen, lambda t: t.float().requires_grad_())
+    points = moved(seen, lambda t: t.float().requires_grad_() if t.is_floating_point() else t)
     total = objective.loss(y, points).total
     assert total.isfinite()
     total.backward()

@@ -99,8 +99,8 @@ class Energy(Around):
             raise UserError(f"every must be at least 1, got {self.every}; 8 is as published for batches of 128")
         if not self.base.per_image:
             raise UserError(
-                f"energy adds a mean over images, and the loss of {self.base.registered_name!r} is none; use sat, trades "
-                "or hybrid"
+                f"energy adds a mean over images, and the loss of {self.base.registered_name!r} is none; use sat, "
+                "trades or hybrid"
             )
         if self.real.registered_name != "images":
             raise UserError(f"real must be a stream of images with labels, got {self.real.registered_name}; use images")
