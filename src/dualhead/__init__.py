@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dualhead.attacks import attacks
     from dualhead.data import augmentations
     from dualhead.errors import Interrupted, RunError, UserError
-    from dualhead.evaluation import Evaluation, evaluate
+    from dualhead.evaluation import Evaluation, counterfactual, energy, evaluate, noise_seeds, ood_score, sample
     from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head, split_model
     from dualhead.models import backbones
     from dualhead.objectives import objectives
@@ -41,9 +41,14 @@ __all__ = [
     "attacks",
     "augmentations",
     "backbones",
+    "counterfactual",
+    "energy",
     "evaluate",
     "load",
+    "noise_seeds",
     "objectives",
+    "ood_score",
+    "sample",
     "split_model",
     "threats",
     "train",
@@ -54,7 +59,15 @@ _HOMES = {
     "dualhead.attacks": ("attacks",),
     "dualhead.data": ("augmentations",),
     "dualhead.errors": ("Interrupted", "RunError", "UserError"),
-    "dualhead.evaluation": ("Evaluation", "evaluate"),
+    "dualhead.evaluation": (
+        "Evaluation",
+        "counterfactual",
+        "energy",
+        "evaluate",
+        "noise_seeds",
+        "ood_score",
+        "sample",
+    ),
     "dualhead.heads": ("DualHeadClassifier", "aggregators", "attach_second_head", "split_model"),
     "dualhead.saving": ("load",),
     "dualhead.models": ("backbones",),

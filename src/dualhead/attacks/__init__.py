@@ -13,6 +13,7 @@ from dualhead.attacks.base import (
     attacks,
     maximise_within,
     predictions,
+    slope,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "attacks",
     "maximise_within",
     "predictions",
+    "slope",
 ]

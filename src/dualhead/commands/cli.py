@@ -605,6 +605,67 @@ def list_components(
         typer.echo(f"{name}: {', '.join(f'{n} ({places[n]})' if n in places else n for n in names)}")
 
 
+@app.command("sample")
+def sample_images(
+    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    classes: Annotated[str | None, typer.Option("--classes", help="0-3,7 or names; default: all.")] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Samples of each class.")] = 16,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Of the ascent; 0 gives the seeds.")] = 16,
+    step_size: Annotated[float, typer.Option("--step-size", help="L2 length of a step, pixels in [0, 1].")] = 0.2,
+    seeds: Annotated[str, typer.Option("--seeds", help="gaussian (fitted to the images) or uniform.")] = "gaussian",
+    data: Data = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: samples in the run.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let noise climb the logits of classes: samples.npz, and sheets of samples and of the way to them."""
+    from dualhead.commands.generate import draw_samples
+    from dualhead.commands.resolve import Request
+
+    _load_plugins(plugin)
+    # Sampling has no ball of its own, and a model that says nothing of one is still to be resolved.
+    request = Request(model=model, data=data, norm="L2", eps="1", output_dir=output_dir, seed=seed, device=device)
+    facts = draw_samples(request, classes, count, steps, step_size, seeds)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    elif not quiet:
+        typer.echo(f"samples: {facts['output']} ({facts['samples']} images, {steps} steps each)")
+
+
+@app.command("counterfactual")
+def counterfactual_images(
+    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    to: Annotated[str | None, typer.Option("--to", help="Target classes, 0-3,7 or names; default: all.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The first so many test images.")] = 10,
+    radius: Annotated[float, typer.Option("--radius", help="L2 radius of the ball, pixels in [0, 1].")] = 4.0,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = 40,
+    step_size: Annotated[float | None, typer.Option("--step-size", help="Default: 2.5 radius / steps.")] = None,
+    data: Data = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: in the run.")] = None,
+    device: Annotated[str, typer.Option("--device")] = "auto",
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn test images into other classes within an L2 ball: images, paths, distances, probabilities and a sheet."""
+    from dualhead.commands.generate import draw_counterfactuals
+    from dualhead.commands.resolve import Request
+
+    _load_plugins(plugin)
+    request = Request(model=model, data=data, norm="L2", eps=str(radius), output_dir=output_dir, device=device)
+    facts = draw_counterfactuals(request, to, limit, radius, steps, step_size)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    elif not quiet:
+        typer.echo(
+            f"counterfactuals: {facts['output']} ({facts['images']} images to {len(facts['targets'])} classes; mean "
+            f"probability of the target {facts['target_probability']:.2f} at mean L2 distance {facts['distance']:.2f})"
+        )
+
+
 def _load_plugins(sources: list[str] | None) -> None:
     """Run the files and modules that `--plugin` names."""
     from dualhead.components.plugins import load

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.system.processes import ALONE, Group
+
+MOST_VALUES: Final = 12_288
+"""Of an image whose covariance is fitted: those of 64x64 pixels in colour."""
 
 
 @dataclass(frozen=True)
@@ -176,14 +180,45 @@ class Uniform(Stream):
 @streams.register("gaussian")
 @dataclass(frozen=True)
 class Gaussian(Stream):
-    """Pixels drawn from a normal distribution with each channel's mean and deviation over the training images.
+    """Pixels drawn from a normal distribution that is fitted to the training images.
 
     They are clipped to [0, 1]. Where there are many training images, the first 4,096 are fitted.
+
+    Args:
+        covariance: `channel`, each channel's mean and deviation, so that pixels are independent; or `full`, mean and
+            covariance of all values of an image, so that seeds are as smooth as images (Santurkar et al. 2019, arXiv
+            1906.09453, without the classes). The latter takes a matrix of d x d numbers for images of d values, at most
+            12,288 of them.
     """
+
+    covariance: Literal["channel", "full"] = "channel"
 
     def open(self, setting: StreamSetting) -> OpenStream:
         """See `Stream.open`."""
         pixels = setting.training.images[torch.arange(min(4096, len(setting.training)))]
+        if self.covariance == "full":
+            return _OpenNoise(setting.seed, _correlated(pixels, setting.device))
         values = pixels.to(torch.float64).div(255.0).transpose(0, 1).flatten(1)
         mean, deviation = (v.float().to(setting.device)[:, None, None] for v in (values.mean(1), values.std(1)))
         return _OpenNoise(setting.seed, lambda noise, shape: (mean + deviation * noise.normal(*shape)).clamp_(0.0, 1.0))
+
+
+def _correlated(pixels: Tensor, device: torch.device) -> Callable[[Streams, Sequence[int]], Tensor]:
+    """Draw images with mean and covariance of the given ones, uint8 [N, C, H, W]."""
+    values = pixels.to(torch.float64).div(255.0).flatten(1)
+    if values.shape[1] > MOST_VALUES:
+        raise UserError(
+            f"stream gaussian: a full covariance of images of {values.shape[1]:,} values takes too much memory; use "
+            "covariance=channel"
+        )
+    spread, axes = torch.linalg.eigh(values.T.cov())
+    root = (axes * spread.clamp_min(0.0).sqrt() @ axes.T).float().to(device)
+    mean = values.mean(0).float().to(device)
+
+    def draw(noise: Streams, shape: Sequence[int]) -> Tensor:
+        z = noise.normal(math.prod(shape))
+        # A sum of products row by row: that of a matrix product would be rounded otherwise for other numbers of rows.
+        rows = [root @ row for row in z]
+        return (mean + torch.stack(rows)).clamp_(0.0, 1.0).reshape(-1, *shape)
+
+    return draw

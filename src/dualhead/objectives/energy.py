@@ -121,7 +121,11 @@ class Energy(Around):
     def needs(self) -> Mapping[str, Need]:
         """What the base method needs, logits of real images and contrastive samples, and the labels of the former."""
         made = "contrast" if self.start_steps else "seeds"
-        own = {"real": Logits(self.output, "real"), "real_y": Labels("real"), "made": Logits(self.output, made)}
+        own: dict[str, Need] = {
+            "real": Logits(self.output, "real"),
+            "real_y": Labels("real"),
+            "made": Logits(self.output, made),
+        }
         return {**self.base.needs(), **own}
 
     def inner(self) -> Mapping[str, Inner]:

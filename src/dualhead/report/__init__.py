@@ -1,6 +1,6 @@
 """What people read of a run, made from the files it left and from nothing else."""
 
-from dualhead.report.gallery import NO_CLASS, change, picture
+from dualhead.report.gallery import NO_CLASS, change, picture, save_sheet
 from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
@@ -16,6 +16,7 @@ __all__ = [
     "lights",
     "model_card",
     "picture",
+    "save_sheet",
     "summary",
     "threat_text",
     "write_report",

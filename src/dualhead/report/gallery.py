@@ -20,6 +20,7 @@ from dualhead.report.comparison import Cell, Table
 from dualhead.report.figures import Figure
 from dualhead.report.sources import Measured, role_of
 from dualhead.report.text import eps_texts, percent
+from dualhead.system.files import write_atomically
 
 MOST_EXAMPLES = 500
 MOST_BYTES = 3_600_000
@@ -339,3 +340,21 @@ def change(clean: Bytes, attacked: Bytes) -> tuple[str, int]:
         return "", 1
     scale = 127 // largest
     return picture((128 + levels.clip(-127, 127) * scale).astype(np.uint8)), scale
+
+
+def save_sheet(images: Bytes, path: Path) -> None:
+    """Write a PNG of images uint8 [rows, columns, C, H, W], enlarged by whole pixels, with gutters between them."""
+    from PIL import Image
+
+    rows, columns, channels, height, width = images.shape
+    scale = max(1, -(-64 // max(height, width)))
+    large = images.repeat(scale, 3).repeat(scale, 4)
+    gutter = 4
+    high, wide = height * scale + gutter, width * scale + gutter
+    page = np.full((channels, rows * high + gutter, columns * wide + gutter), 255, np.uint8)
+    for row in range(rows):
+        for column in range(columns):
+            top, left = gutter + row * high, gutter + column * wide
+            page[:, top : top + height * scale, left : left + width * scale] = large[row, column]
+    plain = Image.fromarray(page[0] if channels == 1 else page.transpose(1, 2, 0))
+    write_atomically(path, lambda aside: plain.save(aside, "PNG"))

@@ -1,0 +1,158 @@
+"""Do what `dualhead sample` and `dualhead counterfactual` are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualhead.commands.resolve import Request, Resolved, resolve
+from dualhead.data import Split
+from dualhead.errors import UserError
+from dualhead.evaluation import counterfactual, noise_seeds, sample
+from dualhead.report import save_sheet
+from dualhead.runs import read_recipe
+from dualhead.system.files import check_folder, write_atomically
+from dualhead.threats import ThreatModel
+
+MOST_SAMPLES = 1_000_000
+"""Of one class: samples are numbered by class and place."""
+
+
+def draw_samples(
+    request: Request, classes: str | None, count: int, steps: int, step_size: float, seeds: str
+) -> dict[str, Any]:
+    """Draw samples of some classes and write `samples.npz`, a sheet and a strip from seeds to samples.
+
+    Args:
+        request: model, images, seed and the folder.
+        classes: as `chosen` reads it.
+        count: of each class.
+        steps: of the ascent.
+        step_size: L2 length of a step.
+        seeds: `gaussian` or `uniform`.
+
+    Returns:
+        Facts of what was written.
+
+    Raises:
+        UserError: for values that do not fit.
+    """
+    if not 1 <= count <= MOST_SAMPLES:
+        raise UserError(f"--count {count}: must be from 1 to {MOST_SAMPLES:,}")
+    folder = _folder(request, "samples")
+    asked = resolve(request)
+    known = asked.images
+    labels = torch.tensor(chosen(classes, known.class_names), dtype=torch.int64).repeat_interleave(count)
+    # The number of a sample is its class and place, so a picture stays the same whatever else is asked for.
+    numbers = labels * MOST_SAMPLES + torch.arange(count).repeat(len(labels) // count)
+    device = next(asked.model.parameters()).device
+    labels, numbers = labels.to(device), numbers.to(device)
+    started = noise_seeds(_training(request, asked), numbers, seeds, seed=request.seed)
+    path = sample(asked.model, labels, started, steps=steps, step_size=step_size)
+    images = _bytes(path)
+    _write(folder / "samples.npz", image=images, label=labels.cpu().numpy(), class_names=np.array(known.class_names))
+    rows = images.reshape(-1, count, *images.shape[1:])
+    save_sheet(rows[:, :16], folder / "sheet.png")
+    first = torch.arange(0, len(labels), count, device=device)
+    strip = sample(asked.model, labels[first], started[first], steps=steps, step_size=step_size, trajectory=True)
+    shown = np.unique(np.linspace(0, steps, min(9, steps + 1)).round().astype(int))
+    save_sheet(_bytes(strip)[shown].swapaxes(0, 1), folder / "strip.png")
+    passes = {"forward": steps, "backward": steps}
+    return {"output": str(folder), "samples": len(labels), "steps": steps, "step_size": step_size, "passes": passes}
+
+
+def draw_counterfactuals(
+    request: Request, to: str | None, count: int, radius: float, steps: int, step_size: float | None
+) -> dict[str, Any]:
+    """Turn the first test images into some classes within an L2 ball; write `counterfactuals.npz` and a sheet.
+
+    Args:
+        request: model, images and the folder.
+        to: target classes, as `chosen` reads them.
+        count: how many images.
+        radius: of the ball, in units of pixels in [0, 1].
+        steps: of the ascent, at least 1.
+        step_size: None for 2.5 times the radius over the steps.
+
+    Returns:
+        Facts of what was written, with mean distance and mean probability of the target.
+
+    Raises:
+        UserError: for values that do not fit.
+    """
+    folder = _folder(request, "counterfactuals")
+    asked = resolve(request)
+    targets = chosen(to, asked.images.class_names)
+    device = next(asked.model.parameters()).device
+    count = min(count, len(asked.images))
+    x = asked.images.images[torch.arange(count)].to(device).float().div(255.0)
+    target = torch.tensor(targets, device=device).repeat(count)
+    origin = x.repeat_interleave(len(targets), 0)
+    found = counterfactual(asked.model, origin, target, ThreatModel("L2", radius), steps=steps, step_size=step_size)
+    told = found.probabilities.gather(1, target[:, None])[:, 0]
+    index = torch.arange(count).repeat_interleave(len(targets))
+    _write(
+        folder / "counterfactuals.npz", image=_bytes(found.image), path=_bytes(found.path), index=index.numpy(),
+        label=asked.images.labels[index].numpy(), target=target.cpu().numpy(), distance=found.distance.cpu().numpy(),
+        probabilities=found.probabilities.cpu().numpy(), class_names=np.array(asked.images.class_names),
+    )  # fmt: skip
+    moved = _bytes(found.image).reshape(count, len(targets), *x.shape[1:])
+    save_sheet(np.concatenate((_bytes(x)[:, None], moved), 1)[:24], folder / "sheet.png")
+    mean = {"distance": float(found.distance.mean()), "target_probability": float(told.mean())}
+    return {"output": str(folder), "images": count, "targets": targets, "radius": radius, "steps": steps, **mean}
+
+
+def chosen(words: str | None, names: Sequence[str]) -> list[int]:
+    """Read classes by number, range or name, with commas: `0-3,7` or `cat,dog`; None for all.
+
+    Raises:
+        UserError: for one that there is not.
+    """
+    if words is None:
+        return list(range(len(names)))
+    found: list[int] = []
+    for word in filter(None, (part.strip() for part in words.split(","))):
+        first, dash, last = word.partition("-")
+        if word in names:
+            found.append(list(names).index(word))
+        elif word.isdigit() and int(word) < len(names):
+            found.append(int(word))
+        elif dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < len(names):
+            found += range(int(first), int(last) + 1)
+        else:
+            raise UserError(f"class {word}: there is none; write numbers from 0 to {len(names) - 1}, ranges or names")
+    if not found:
+        raise UserError("no class is named; write e.g. 0-3,7 or leave the option out for all")
+    return list(dict.fromkeys(found))
+
+
+def _training(request: Request, asked: Resolved) -> Split:
+    """Return what seeds are fitted to: a run's training images; for other models, the images that are given."""
+    if not request.is_run:
+        return asked.images
+    return read_recipe(Path(request.model)).data.load("train", request.data)
+
+
+def _folder(request: Request, name: str) -> Path:
+    if request.output_dir is None and not request.is_run:
+        raise UserError(f"--output is needed, since {request.model} is not a run")
+    folder = request.output_dir or Path(request.model) / name
+    check_folder(folder, "--output")
+    return folder
+
+
+def _bytes(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return (images * 255.0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def _write(to: Path, /, **arrays: np.ndarray[Any, Any]) -> None:
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes `allow_pickle` for one
+
+    write_atomically(to, write)
