@@ -64,6 +64,12 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
             raise UserError(told or _as_named(str(error), overrides, content)) from None
 
 
+def _covers(place: str, key: str) -> bool:
+    """Whether a dotted key, with numbers or names of stages, is a place as `places_of` writes it."""
+    pattern = "".join("[^.]+" if part == "*" else re.escape(part) for part in re.split(r"(\*)", place))
+    return re.fullmatch(pattern, key) is not None
+
+
 def _as_named(message: str, overrides: Sequence[str], content: Mapping[str, Any]) -> str:
     """Return a message in which stages that overrides name are called by these names, not by their numbers."""
     named = {
@@ -92,7 +98,7 @@ def _where_they_live(overrides: Sequence[str], before: dict[str, Any], where: st
             parse_recipe(content, where)
         except UserError as error:
             places = places_of(key.rpartition(".")[2], recipe) if "unknown key" in str(error) else []
-            if places:
+            if places and not any(_covers(place, key) for place in places):
                 return f"{override}: unknown key; write {' or '.join(f'{p}={value}' for p in places[:3])}"
     return ""
 
@@ -142,12 +148,13 @@ def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[d
 
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
-    path = Path(name)
+    path, shipping = Path(name), known_recipe(name)
     if path.suffix in (".yaml", ".yml") or _is_file(path):
         if not _is_file(path):
             raise UserError(f"recipe {name}: no such file")
         text, label = _text_of(path, f"recipe {name}"), re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
-    elif (label := known_recipe(name)) is not None:
+    elif shipping is not None:
+        label = shipping
         text = (resources.files("dualhead.recipe.shipped") / f"{label}.yaml").read_text(encoding="utf-8")
     else:
         near = get_close_matches(name.lower(), shipped_recipes(), n=1)
