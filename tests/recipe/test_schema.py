@@ -277,7 +277,7 @@ def test_an_override_of_one_stage_leaves_those_that_share_a_yaml_anchor():
         (["stages.one=1"], "name the key to change inside 'one'"),
         (["threat.eps.x=1"], "'eps' holds 0.1, which has no keys"),
         (["evaluate.attacks=[3]", "evaluate.attacks.0.steps=2"], "'0' holds 3, which has no keys"),
-        (["thread.eps=1"], "thread: unknown key; did you mean 'threat'"),
+        (["thread.eps=1"], "thread.eps=1: unknown key; write threat.eps=1"),
     ],
 )
 def test_overrides_that_are_not_understood(write, overrides, words):
