@@ -185,6 +185,12 @@ def report(*runs, at):
     return Page(write_report(runs, at / "report.html"))
 
 
+def light_of(page):
+    """The verdict's colour."""
+    found = next(section["class"] for section in page.all("section") if section.get("aria-label") == "Verdict")
+    return found.removeprefix("verdict ")
+
+
 # ---- what it says
 
 
@@ -303,7 +309,7 @@ def test_a_failed_diagnostic_comes_before_everything(tmp_path):
     doubt = [{"name": "zero_gradient", "status": "failed", "message": "gradients are masked"}]
     page = report(make_run(tmp_path / "run", diagnostics=doubt), at=tmp_path)
     assert "This result cannot be believed: gradients are masked" in page.text
-    assert any("doubted" in section.get("class", "") for section in page.all("section"))
+    assert light_of(page) == "failed"
     assert "This result cannot be believed" not in report(make_run(tmp_path / "fine"), at=tmp_path).text
 
 
@@ -311,6 +317,66 @@ def coin(gained, lost):
     """Chance that a fair coin falls as unevenly as this, or more so, to either side."""
     tosses, fewer = gained + lost, min(gained, lost)
     return min(1.0, 2 * sum(math.comb(tosses, heads) for heads in range(fewer + 1)) / 2**tosses)
+
+
+FINE = {"name": "randomness", "status": "ok", "message": "the same logits"}
+
+
+@pytest.mark.parametrize(
+    ("checks", "light"),
+    [
+        ([FINE], "ok"),
+        ([], "none"),
+        ([FINE, {"name": "labels", "status": "warning", "message": "few"}], "warning"),
+        ([{"name": "labels", "status": "warning", "message": "few"}, {**FINE, "status": "failed"}], "failed"),
+    ],
+)
+def test_the_verdict_has_the_colour_of_its_worst_check(tmp_path, checks, light):
+    assert light_of(report(make_run(tmp_path / "run", diagnostics=checks), at=tmp_path)) == light
+
+
+def test_a_model_that_guesses_under_attack_is_never_green(tmp_path):
+    evaluation(tmp_path / "found", 0, classes=2, diagnostics=[FINE])  # about half of two classes
+    page = report(tmp_path / "found", at=tmp_path)
+    assert light_of(page) == "failed" and "no more often than a guess" in page.text
+
+
+def test_a_later_attack_that_finds_more_takes_the_green_away(tmp_path):
+    run = make_run(tmp_path / "run", count=400)
+    held = evaluation(run / "evaluations" / "harder", 0, count=400, attacks=("pgd-100",))
+    deployed = dict(np.load(run / "evaluation" / "samples.npz"))
+    held.verdicts["pgd-100"].robust[:] = deployed["robust_pgd-40"] & (np.arange(400) % 20 > 0)
+    held.clean_prediction[:] = deployed["clean_prediction"]
+    held.save(run / "evaluations" / "harder")
+    assert light_of(report(run, at=tmp_path)) == "warning"
+
+
+def test_checks_stand_between_the_verdict_and_the_numbers(tmp_path):
+    page = report(make_run(tmp_path / "run"), at=tmp_path)
+    assert [tag.get("id") for tag in page.all("section")][1:3] == ["diagnostics-1", "accuracy"]
+
+
+def test_a_model_of_two_names_has_one_row(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = run / "evaluation" / "rows"
+    stored = dict(np.load(rows / "base_model" / "samples.npz"))
+    stored["margin_pgd-40"] = stored["margin_pgd-40"] * (1 + 1e-6)  # computed beside the other head
+    np.savez(rows / "head_1" / "samples.npz", **stored)
+    compared = json.loads((run / "comparison.json").read_text())
+    compared["rows"][1]["parameters"] = compared["rows"][0]["parameters"]
+    (run / "comparison.json").write_text(json.dumps(compared))
+    heads = re.findall(r"<th scope=row>([^<]*)</th>", report(run, at=tmp_path).source)
+    assert "base model = head 1" in heads and not {"base model", "head 1"} & set(heads) and "head 2" in heads
+
+
+def test_one_point_far_off_leaves_room_for_the_others(tmp_path):
+    (source,) = read_sources([make_run(tmp_path / "run")])
+    near = [replace(row, clean=Estimate(0.9 + n / 100, 0.89, 0.95)) for n, row in enumerate(source.rows)]
+    far = replace(near[0], title="far", clean=Estimate(0.9, 0.89, 0.95), robust={"pgd-40": Estimate(0.0, 0.0, 0.01)})
+    (alone,), (beside,) = (trade_offs([replace(source, rows=rows)]) for rows in (near, [*near, far]))
+    places = [re.findall(r'<circle cx="[^"]*" cy="([^"]*)" r="2.5"', figure.svg) for figure in (alone, beside)]
+    assert places[0] == places[1][: len(near)] and "beyond the axes" in beside.caption
+    assert "beyond the axes" not in alone.caption
 
 
 def test_differences_are_those_of_the_paired_test(tmp_path):
@@ -477,7 +543,7 @@ def test_further_evaluations_say_under_what_they_were_made(tmp_path):
     run = make_run(tmp_path / "run")
     evaluation(run / "evaluations" / "harder", 4, count=40, eps=0.3)
     write_report([run], tmp_path / "report.html")
-    section = (tmp_path / "report.html").read_text().partition("Further evaluations</")[2].partition("</section>")[0]
+    section = (tmp_path / "report.html").read_text().partition("Further evaluations</h")[2].partition("</section>")[0]
     assert "Linf eps 0.3, 40 test images" in section
 
 
