@@ -189,7 +189,7 @@ def test_outcomes_say_how_many_there_are(opened, report):
     page = opened(report)
     told = page.locator("[data-filter=outcome] option").all_inner_texts()
     assert "all (12)" in told
-    assert f"head 1 fails, DH-AT holds ({(~right[:, 0] & right[:, 2]).sum()})" in told
+    assert f"head 1 fails, aggregate of heads holds ({(~right[:, 0] & right[:, 2]).sum()})" in told
     page.locator("[data-filter=label]").select_option("class 1")
     assert "all (3)" in page.locator("[data-filter=outcome] option").all_inner_texts()
 
@@ -313,7 +313,7 @@ def test_it_prints_whole(opened, report, tmp_path):
 
 def test_without_scripts_the_page_still_speaks(opened, report):
     page = opened(report, java_script_enabled=False)
-    assert "DH-AT still gets" in page.locator(".sentence").inner_text()
+    assert "aggregate of heads still gets" in page.locator(".sentence").inner_text()
     assert page.locator(".card .clean").count() == 12
     assert "need JavaScript" in page.locator("noscript").inner_text()
     assert page.locator(".filters:visible").count() == 0

@@ -25,7 +25,7 @@ GLOSSARY = (
     ("robust", "right before and after the attack"),
     ("base model", "trunk and head 1 before any other part was trained"),
     ("mean of heads", "the mean of their logits"),
-    ("aggregate", "what the aggregator makes of the heads' logits"),
+    ("aggregate of heads", "what the aggregator makes of the heads' logits"),
     ("interval", "where the accuracy on all images of this kind lies, with 95 % certainty"),
 )
 """Words of the tables, for who sees them first."""
