@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from dualhead.data import Framing, Split, decode_single
 from dualhead.errors import UserError
-from dualhead.evaluation import Gallery, make_gallery
-from dualhead.evaluation.model import outputs_of, read_logits
+from dualhead.evaluation import Gallery, make_gallery, outputs_of, read_logits
 from dualhead.names import name_of
 from dualhead.report import NO_CLASS, change, picture
 from dualhead.threats import Threat
