@@ -147,7 +147,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
-    from dualhead.commands.overrides import Shortcuts, with_shortcuts
+    from dualhead.commands.overrides import Shortcuts, naming_stages, with_shortcuts
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         TrainingDisplay,
@@ -169,19 +169,21 @@ def train(
             err.print(note, soft_wrap=True)
     if dry_run:
         changes(folder.path, read)  # refuses a folder that holds something else
-        _tell_recipe(read, as_json=as_json, quiet=quiet, cost=True, strict=True)
+        with naming_stages(read, overrides or []):
+            _tell_recipe(read, as_json=as_json, quiet=quiet, cost=True, strict=True)
         return
     done_before = folder.report.is_file()
     with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
-        result = run_training(
-            read,
-            run_dir=folder.path,
-            progress=None if quiet else TrainingDisplay(bar, read),
-            evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
-            stop=stop,
-            command=_command(),
-            profile=profile,
-        )
+        with naming_stages(read, overrides or []):
+            result = run_training(
+                read,
+                run_dir=folder.path,
+                progress=None if quiet else TrainingDisplay(bar, read),
+                evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
+                stop=stop,
+                command=_command(),
+                profile=profile,
+            )
     if not group.first:
         return
     if done_before and not quiet:

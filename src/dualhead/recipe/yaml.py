@@ -61,7 +61,9 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
             return parse_recipe(content, f"recipe {name}")
         except UserError as error:
             told = _where_they_live(overrides, before, f"recipe {name}") if "unknown key" in str(error) else ""
-            raise UserError(told or _as_named(str(error), overrides, content)) from None
+            stages = before.get("stages")
+            names = [x.get("name") for x in stages if isinstance(x, dict)] if isinstance(stages, list) else []
+            raise UserError(told or stages_as_named(str(error), overrides, names)) from None
 
 
 def _covers(place: str, key: str) -> bool:
@@ -70,15 +72,19 @@ def _covers(place: str, key: str) -> bool:
     return re.fullmatch(pattern, key) is not None
 
 
-def _as_named(message: str, overrides: Sequence[str], content: Mapping[str, Any]) -> str:
-    """Return a message in which stages that overrides name are called by these names, not by their numbers."""
-    named = {
-        words[1] for words in (o.partition("=")[0].split(".") for o in overrides) if words[0] == "stages" and words[1:]
-    }
-    stages = content.get("stages")
-    for number, stage in enumerate(stages if isinstance(stages, list) else []):
-        if isinstance(stage, dict) and stage.get("name") in named:
-            message = re.sub(rf"\bstages\.{number}\b", f"stages.{stage['name']}", message)
+def stages_as_named(message: str, overrides: Sequence[str], names: Sequence[object]) -> str:
+    """Return a message in which stages that overrides name are called by these names, not by their numbers.
+
+    Args:
+        message: with `stages.0.epochs`.
+        overrides: as for `load_recipe`.
+        names: of all stages, in order, before the overrides.
+    """
+    keys = [override.partition("=")[0].split(".") for override in overrides]
+    named = {words[1] for words in keys if words[0] == "stages" and words[1:]}
+    for number, name in enumerate(names):
+        if name in named:
+            message = re.sub(rf"\bstages\.{number}\b", f"stages.{name}", message)
     return message
 
 
