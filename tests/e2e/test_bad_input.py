@@ -411,7 +411,7 @@ BAD = [
     ("NEW stages.main_head.init=nowhere.pt", "stages.main_head.init: nowhere.pt: there is no such file of weights"),
     (
         "NEW stages.second_head.init=models/other.pt",
-        "stages.1.init: models/other.pt: these weights are not for this CNN: 31 missing",
+        "stages.second_head.init: models/other.pt: these weights are not for this CNN: 31 missing",
     ),
     (
         "NEW stages.main_head.init=models/code.pt",

@@ -173,17 +173,21 @@ def train(
             _tell_recipe(read, as_json=as_json, quiet=quiet, cost=True, strict=True)
         return
     done_before = folder.report.is_file()
-    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
-        with naming_stages(read, overrides or []):
-            result = run_training(
-                read,
-                run_dir=folder.path,
-                progress=None if quiet else TrainingDisplay(bar, read),
-                evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
-                stop=stop,
-                command=_command(),
-                profile=profile,
-            )
+    with (
+        _stop_on_signals() as stop,
+        joined() as group,
+        progress_bar(quiet=quiet or not group.first) as bar,
+        naming_stages(read, overrides or []),
+    ):
+        result = run_training(
+            read,
+            run_dir=folder.path,
+            progress=None if quiet else TrainingDisplay(bar, read),
+            evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
+            stop=stop,
+            command=_command(),
+            profile=profile,
+        )
     if not group.first:
         return
     if done_before and not quiet:
