@@ -63,6 +63,7 @@ VIT = (
 CHANGES: dict[str, tuple[str, ...]] = {
     "cifar10_cpu_mixed": ("stages.main_head.epochs=1", "stages.second_head.epochs=1"),
     "cifar10_resnet18": SMALL_WIDE,
+    "cifar10_resnet18_guided_distillation": SMALL_WIDE[:1],
     "cifar10_resnet18_mart": SMALL_WIDE,
     "cifar10_resnet18_sat": SMALL_WIDE,
     "cifar10_wrn34": SMALL_WIDE,
