@@ -120,7 +120,8 @@ def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
         lines += ["| key | default | |", "|---|---|---|"]
         for key, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            default = "required" if required else f"`{_written(field.default)}`"
+            value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = "required" if required else f"`{_written(value)}`"
             words = " ".join(keys.get(key, "").split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {default} | {words} |")
         lines.append("")
