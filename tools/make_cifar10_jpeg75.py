@@ -2,9 +2,9 @@
 
     python tools/make_cifar10_jpeg75.py path/to/cifar10 path/to/cifar10-jpeg75
 
-The first folder holds the Hub's parquet files (`uoft-cs/cifar10`: `plain_text/train-*.parquet`, `test-*.parquet`, images
-as PNG). Each image is encoded anew as JPEG of quality 75; rows keep their order, columns and labels. What lies in the
-second folder afterwards is read by `data.source` and `--data`.
+The first folder holds the Hub's parquet files (`uoft-cs/cifar10`: `plain_text/train-*.parquet`, `test-*.parquet`, PNG
+images). Each image is encoded anew as JPEG of quality 75; rows keep their order, columns and labels. `data.source` and
+`--data` read the second folder.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def test_the_tutorial_from_an_empty_folder(tmp_path, monkeypatch):
         "stages.*.epochs=1", "stages.*.attack.steps=1", "validation.attack.steps=1", "data.train_limit=200",
         "model.backbone={name: cnn, width: 4, stages: 2, convolutions: 1}", "evaluate.limit=20", "evaluate.gallery=0",
     )  # fmt: skip
-    printed, compared = "", 0
+    printed, compared = "", 0  # by the last commands, and blocks of what they print
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
         if language == "python":
             exec(compile(block, "block", "exec"), {"__name__": "__main__"})
@@ -234,6 +234,20 @@ def test_the_tutorial_from_an_empty_folder(tmp_path, monkeypatch):
             assert not missing, f"{block}\nprints no {missing}, but\n{printed}"
             compared += 1
     assert compared == 7
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_readme_from_an_empty_folder(tmp_path, monkeypatch):
+    """Photos and nothing else: its commands in turn leave a run, a stronger evaluation and a report."""
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "photos", ("cat", "dog"), np.random.default_rng(0), side=8)
+    readme = (ROOT / "README.md").read_text().partition("## The same from the command line")[2]
+    quick = ("stages.*.epochs=1", "data.validation=4", *TINY[:1], *TINY[4:])
+    for command in map(shlex.split, re.search(r"```sh\n(.*?)```", readme, re.S)[1].splitlines()):
+        ended = dualhead(*command[1:], *(quick if command[1] == "train" else ()))
+        assert ended.status == 0, ended.err
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "runs", "report.html"}
+    assert (tmp_path / "runs" / "photos" / "evaluations").is_dir()
 
 
 def words_of(text):

@@ -1,4 +1,4 @@
-"""README and results are short, their numbers are those measured, their pictures are made from these, and links lead on."""
+"""README and results are short, their numbers and pictures are those measured, and links lead on."""
 
 from __future__ import annotations
 
@@ -184,8 +184,8 @@ def test_the_answer_table_is_what_was_measured():
         ends = [difference(name, reference, accuracy)["interval"] for accuracy in ("clean", FAST)]
         gains, losses = [low > 0 for low, _ in ends], [high < 0 for _, high in ends]
         expected = {
-            (True, True, False): "gain shown", (False, True, False): "robust gain shown", (False, True, True): "a trade",
-            (False, False, True): "clean lost", (False, False, False): "no gain shown",
+            (True, True, False): "gain shown", (False, True, False): "robust gain shown",
+            (False, True, True): "a trade", (False, False, True): "clean lost", (False, False, False): "no gain shown",
         }  # fmt: skip
         assert verdict == expected[(*gains, losses[0])], label
 
