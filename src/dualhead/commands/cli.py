@@ -74,7 +74,7 @@ def _options(
 
 @app.command()
 def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Compare guided distillation with its base method on real handwritten digits; about 90 seconds on two cores."""
+    """Compare guided distillation with its base method on real handwritten digits; about two minutes on two cores."""
     from dualhead.commands.demo import run_demo
     from dualhead.commands.terminal import (
         EvaluationDisplay,
