@@ -5,13 +5,14 @@ from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
 from dualhead.report.summary import summary
-from dualhead.report.text import threat_text
+from dualhead.report.text import duration, threat_text
 
 __all__ = [
     "NO_CLASS",
     "ONNX_SECTION",
     "believable",
     "change",
+    "duration",
     "light_lines",
     "lights",
     "model_card",

@@ -105,7 +105,7 @@ def measure(
     Raises:
         Interrupted: when stopped.
     """
-    costs, unit = group().lead(lambda: _costs(prepared, model)), _forward_flops(prepared, model)
+    costs, unit = group().lead(lambda: _costs(prepared, model)), forward_flops(prepared, model)
     checks = [check_duplicates(*prepared.images.digests())]
     rows: list[Row] = []
     last: list[Row] = []
@@ -235,7 +235,7 @@ def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]
     return {**costs, BASE: up_to(len(_base_stages(prepared)))}
 
 
-def _forward_flops(prepared: Prepared, model: nn.Module) -> int:
+def forward_flops(prepared: Prepared, model: nn.Module) -> int:
     """Count the floating-point operations of a forward pass of one image through the base model."""
     base = view(model, head_id(1)) if isinstance(model, DualHeadClassifier) else model
     example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)
