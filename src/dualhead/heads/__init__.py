@@ -3,6 +3,7 @@
 from dualhead.heads.aggregators import Aggregator, Chosen, aggregators, default_aggregator
 from dualhead.heads.attach import attach_second_head
 from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_on, is_head, mean_of
+from dualhead.heads.joint_pass import Rows, joint_pass, refuse_unroutable
 from dualhead.heads.layers import LayerInfo, layers
 from dualhead.heads.splitting import Cut, split_model
 from dualhead.heads.tied import DEFAULT_OWN
@@ -16,12 +17,15 @@ __all__ = [
     "LayerInfo",
     "Output",
     "Part",
+    "Rows",
     "aggregators",
     "attach_second_head",
     "default_aggregator",
     "depends_on",
     "is_head",
+    "joint_pass",
     "layers",
     "mean_of",
+    "refuse_unroutable",
     "split_model",
 ]
