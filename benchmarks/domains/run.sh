@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Clean and attacked images as two domains: what is shared between them, what is kept apart, at equal cost.
+#
+#     benchmarks/domains/run.sh DATA OUT [KEY=VALUE...]
+#
+# From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol.
+# Variants that decide the hypotheses run first, all seeds of one before the next. The same command goes on where it was
+# stopped, and collects what is finished into OUT/domains.json. In the environment: STUDIES, a pattern of variants
+# (`dual*`); SEEDS, how many (3); IMAGES, test images of each attack (2000); ONLY=train or ONLY=measure for one half.
+# KEY=VALUE goes to all recipes, e.g. runtime.precision=float32 on a CPU without bf16.
+set -euo pipefail
+data=$1 out=$2
+extra=("${@:3}")
+here=$(dirname "$0")
+: "${STUDIES:=*}" "${SEEDS:=3}" "${IMAGES:=2000}" "${ONLY:=}"
+known=
+
+# study NAME RECIPE [KEY=VALUE...]: runs of a recipe of this folder, trained and then attacked.
+study() {
+  local name=$1 recipe=$here/$2.yaml routes=() run seed
+  [[ $name == $STUDIES ]] || return 0
+  known=1
+  [[ $2 == single ]] || routes=(--routes)
+  shift 2
+  echo "$name"
+  if [[ $ONLY != measure ]]; then
+    dualhead sweep "$recipe" "data.source=$data" "$@" "${extra[@]}" --seeds "$SEEDS" --out "$out/$name" --quiet
+  fi
+  [[ $ONLY != train ]] || return 0
+  for ((seed = 0; seed < SEEDS; seed++)); do
+    run=$out/$name/seed=$seed
+    [[ ! -f $run/model/config.json || -f $run/evaluations/domains/done ]] && continue
+    dualhead evaluate "$run" --data "$data" "${routes[@]}" --attack apgd-ce --attack apgd-t --limit "$IMAGES" \
+      --output "$run/evaluations/domains" --quiet
+    touch "$run/evaluations/domains/done"
+  done
+  python "$here/collect.py" "$out" > /dev/null
+}
+
+network='{name: wideresnet, depth: 10, width: 1, stem_stride: 2}'
+with_norm() { echo "model.backbone={name: with_norm, norm: $1, backbone: $network}"; }
+own() { echo "model.own=[$1]"; }
+routes='clean: head1, robust: head2'
+
+# H1 and H2: statistics or affine parameters?
+study single-separate single
+study dual dual
+study dual-affine dual "$(own affine)" stages.base.forward=joint
+study dual-statistics dual "$(own statistics)"
+study single-joint single stages.base.forward=joint
+# H3: without batch norm.
+study group-dual dual "$(with_norm group)" "$(own affine)"
+study group-single single "$(with_norm group)"
+# The other base methods. A step of TRADES costs 17 forward equivalents and one of SAT 13, where hybrid training costs 16.
+study trades-single single 'stages.base.objective={name: trades, beta: 6}' stages.base.attack.start=gaussian \
+  stages.base.epochs=38
+study trades-dual dual "stages.base.objective={name: trades, beta: 6, $routes}" stages.base.attack.start=gaussian \
+  stages.base.epochs=38
+study mart-single single 'stages.base.objective={name: mart, beta: 5}'
+study mart-dual dual "stages.base.objective={name: mart, beta: 5, $routes}"
+study sat single stages.base.objective=sat stages.base.epochs=49
+# Other ways to share, and the depth at which routes part.
+study single-clean single stages.base.forward=joint_clean
+study dual-affine-clean dual "$(own affine)" stages.base.forward=joint_clean
+study sandwich dual "$(with_norm sandwich)" "$(own sandwich)"
+study dual-first dual "$(own batch_norm@block1)"
+study dual-last dual model.attach_at=block2
+study none-single single "$(with_norm none)" stages.base.optimiser.lr=0.02
+
+[[ -n $known ]] || { echo "STUDIES=$STUDIES: no variant is called so" >&2; exit 2; }
