@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualhead.errors import UserError
-
-_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+from dualhead.heads.tied import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def _forward(path: str, layers: Sequence[nn.Module], rows: Rows, own: Collection
     layer = layers[0]
     has_statistics = isinstance(layer, _BatchNorm)
     if has_statistics and not all(rows.counted):
-        if names & _STATISTICS:
+        if names & STATISTICS:
             raise UserError(
                 f"forward: joint_clean: the heads have statistics of their own in {path}; tie them (own: affine)"
             )
@@ -95,7 +94,7 @@ def _forward(path: str, layers: Sequence[nn.Module], rows: Rows, own: Collection
             f"forward: joint: {sorted(own)[0]} lies beside layers of its own module, so it cannot be told whose its "
             "rows are; use forward: separate"
         )
-    if isinstance(layer, _BatchNorm) and not names & _STATISTICS:
+    if isinstance(layer, _BatchNorm) and not names & STATISTICS:
         if not names and all(rows.counted):
             return None
         norms = cast("Sequence[_BatchNorm]", layers)

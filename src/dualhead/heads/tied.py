@@ -21,7 +21,8 @@ DEFAULT_OWN: Final = ("batch_norm",)
 """What a tied head has of its own where nobody says otherwise: dual batch norm."""
 
 _AFFINE: Final = frozenset({"weight", "bias"})
-_STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+"""Names of the buffers of batch norm."""
 _SHOWN = 4
 
 
@@ -44,11 +45,11 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 WORDS: Final[Mapping[str, Callable[[nn.Module, str], bool]]] = {
-    "batch_norm": lambda module, name: _is_batch_norm(module) and name in _AFFINE | _STATISTICS,
+    "batch_norm": lambda module, name: _is_batch_norm(module) and name in _AFFINE | STATISTICS,
     "affine": lambda module, name: _is_norm(module) and name in _AFFINE,
-    "statistics": lambda module, name: _is_norm(module) and name in _STATISTICS,
+    "statistics": lambda module, name: _is_norm(module) and name in STATISTICS,
     "sandwich": lambda module, name: (
-        "route_weight" in module._parameters and name in _STATISTICS | {"route_weight", "route_bias"}
+        "route_weight" in module._parameters and name in STATISTICS | {"route_weight", "route_bias"}
     ),
 }
 """Words for what a head may own, each a rule over a layer and the name of a tensor that lies directly in it."""
