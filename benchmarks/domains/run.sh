@@ -22,7 +22,11 @@ study() {
   local name=$1 recipe=$here/$2.yaml routes=() run seed
   [[ $name == $STUDIES ]] || return 0
   known=1
-  [[ $2 == single ]] || routes=(--routes)
+  if [[ $name == dual ]]; then
+    routes=(--routes all)
+  elif [[ $2 != single ]]; then
+    routes=(--routes own,crossed,merged,transfer,gaps)
+  fi
   shift 2
   echo "$name"
   if [[ $ONLY != measure ]]; then
@@ -37,7 +41,7 @@ study() {
       --output "$run/evaluations/domains" --quiet
     touch "$run/evaluations/domains/done"
   done
-  python "$here/collect.py" "$out" > /dev/null
+  python "$here/collect.py" "$out" "$out/domains.json" > "$out/answers"
 }
 
 network='{name: wideresnet, depth: 10, width: 1, stem_stride: 2}'
