@@ -283,6 +283,12 @@ def evaluate(
     ] = None,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
     output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, ..., mean or aggregate.")] = None,
+    routes: Annotated[
+        str | None,
+        typer.Option(
+            "--routes", help="Of tied heads: all, or some of own, crossed, merged, curve, transfer, gaps, with commas."
+        ),
+    ] = None,
     output_dir: OutputDir = None,
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
@@ -320,6 +326,7 @@ def evaluate(
         stage=stage,
         checkpoint=checkpoint,
         output=output,
+        routes=routes,
         output_dir=output_dir,
         image_size=image_size,
         image_column=image_column,
@@ -337,6 +344,9 @@ def evaluate(
         overwrite=overwrite,
         command=_command(),
     )
+    if routes is not None:
+        _evaluate_routes(request, quiet=quiet, as_json=as_json)
+        return
     with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
         quiet = quiet or not group.first
         folder, evaluation = assess(request, None if quiet else EvaluationDisplay(bar, request.label), stop)
@@ -354,6 +364,31 @@ def evaluate(
     for name, record in evaluation.results["attacks"].items():
         for note in record["notes"]:
             out.print(f"{name}: {note}", soft_wrap=True, markup=False)
+    if not quiet:
+        out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
+    """Measure routes of tied heads, and print each as the classifier that it is."""
+    from dualhead.commands.evaluate import assess_routes
+    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
+    from dualhead.report import route_rows
+    from dualhead.system.processes import joined
+
+    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
+        quiet = quiet or not group.first
+        display = None if quiet else lambda name: EvaluationDisplay(bar, name)
+        folder, found = assess_routes(request, display, stop)
+    if not group.first:
+        return
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = route_rows(found)
+    if rows:
+        print_lights([(row["name"], row["checks"]) for row in rows])
+        out.print(accuracy_table(f"routes, in percent, of {found['num_samples']} test images", rows))
+    out.print(found["warning"], soft_wrap=True)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 
