@@ -17,6 +17,7 @@ from dualhead.system.modes import in_eval_mode
 from dualhead.training import Passes
 from dualhead.training.curriculum import Curriculum
 from dualhead.training.step import TrainingStep
+from helpers.resume import outcome, train_until
 from helpers.training import THREAT, batch, dual_model, plain_model, stage_of, streams_of
 
 LN = math.log
@@ -227,3 +228,20 @@ def test_what_knows_the_batch_is_refused_in_pieces():
         with pytest.raises(Exception, match="micro_batch: the loss of 'align'"):
             stage_of({"name": "align", **change}, EVERY, micro_batch=8)
     stage_of({"name": "align"}, ("trunk", "head2"), micro_batch=8)
+
+
+def test_ar_at_within_a_run_resumes_bit_for_bit(tmp_path):
+    words = ("data.source=digits", "model.attach_at=input", "validation.every=2", "stages.*.attack.steps=1")
+    assert train_until(tmp_path / "whole", lambda: False, *words, base="cifar10_cpu_ar_at")
+    log = outcome(tmp_path / "whole")["metrics"]
+    assert log[0]["adversarial_weight"] == pytest.approx(0.1)
+    assert log[1]["adversarial_weight"] == pytest.approx(log[0]["clean_accuracy"])
+    asked = []
+
+    def every_other():
+        asked.append(None)
+        return len(asked) % 2 == 0
+
+    while not train_until(tmp_path / "stopped", every_other, *words, base="cifar10_cpu_ar_at"):
+        pass
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")

@@ -379,13 +379,13 @@ class _Reversal(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch types it loosely
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return -ctx.factor * gradient, None
 
 
 def _reversed(value: Tensor, factor: float) -> Tensor:
     """A value whose gradient is multiplied by -factor on its way back."""
-    made: Tensor = _Reversal.apply(value, factor)
+    made: Tensor = _Reversal.apply(value, factor)  # type: ignore[no-untyped-call]
     return made
 
 
