@@ -446,8 +446,29 @@ class Look:
         if need.through is None:
             return value
         head: nn.Module = self._passes.heads.get_submodule(need.through)
+        if need.reversal is not None:
+            value = _reversed(value, need.reversal)
         made: Tensor = head(value)
         return made
+
+
+class _Reversal(torch.autograd.Function):
+    """The identity, with a gradient of the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return -ctx.factor * gradient, None
+
+
+def _reversed(value: Tensor, factor: float) -> Tensor:
+    """A value whose gradient is multiplied by -factor on its way back."""
+    made: Tensor = _Reversal.apply(value, factor)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _gives(output: str, need: Need) -> bool:
