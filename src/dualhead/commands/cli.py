@@ -163,7 +163,7 @@ def evaluate(
         list[str] | None, typer.Option("--attack", help="Repeatable; default: the run's, else pgd-40.")
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
-    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")] = None,
     threat: ThreatName = None,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
@@ -271,7 +271,7 @@ def gallery(
         str | None, typer.Option("--landscape", help="Samples to map, by number, with commas; default: some.")
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="The largest radius, 8/255; default: the run's.")] = None,
-    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")] = None,
     threat: ThreatName = None,
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="Where it goes; default: the run.")] = None,
@@ -320,7 +320,7 @@ def gallery(
 def play(
     model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
     eps: Annotated[str | None, typer.Option("--eps", help="Where the slider starts; default: the run's.")] = None,
-    norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
+    norm: Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")] = None,
     threat: ThreatName = None,
     data: Data = None,
     image_size: ImageSize = None,
