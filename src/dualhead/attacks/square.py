@@ -25,7 +25,7 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 def sides(p_init: float, height: int, width: int, norm: Norm) -> list[int]:
-    """The side of a square after no, one, two, ... halvings; odd, 3 or more except under Linf, if the image is not less."""
+    """The side of a square after no, one, two, ... halvings; except under Linf odd, and 3 or more where that fits."""
     lengths = [round(math.sqrt(p_init * 2.0**-halvings * height * width)) for halvings in range(len(_HALVINGS) + 1)]
     if norm != "Linf":
         lengths = [max(length, 3) | 1 for length in lengths]

@@ -7,6 +7,7 @@ from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts
+from dualhead.evaluation.union import against_specialists
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Gallery",
     "Paired",
     "Verdicts",
+    "against_specialists",
     "check_duplicates",
     "compare",
     "evaluate",
