@@ -51,7 +51,7 @@ RunBatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="O
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
-Norm = Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")]
+Norm = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")]
 OutputDir = Annotated[Path | None, typer.Option("--output", help="Where results go; default: the run.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at once.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of the attacks.")]
@@ -275,7 +275,10 @@ def evaluate(
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
     norm: Norm = None,
-    threat: ThreatName = None,
+    threat: Annotated[
+        list[str] | None,
+        typer.Option("--threat", help="KIND:EPS, as L1:12; repeatable: a column each. Or a name, with --eps."),
+    ] = None,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
     stage: Annotated[
@@ -315,12 +318,14 @@ def evaluate(
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
+    named = threat is not None and len(threat) == 1 and ":" not in threat[0]
     request = Request(
         model=model,
         attacks=tuple(name.strip() for given in attack or () for name in given.split(",") if name.strip()),
         eps=eps,
         norm=norm,
-        threat=threat,
+        threat=threat[0] if threat and named else None,
+        threats=() if named else tuple(threat or ()),
         data=data,
         limit=limit,
         stage=stage,
@@ -358,6 +363,8 @@ def evaluate(
     title = _title(evaluation)
     print_lights([("", evaluation.checks)])
     out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
+    for line in _under_each(evaluation.results):
+        out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
         out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
@@ -391,6 +398,17 @@ def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
     out.print(found["warning"], soft_wrap=True)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _under_each(results: Any) -> list[str]:
+    """What stands under each of several threats, under one on average, and what was left out."""
+    if "threats" not in results:
+        return []
+    lines = [
+        f"{label}: {told['robust_accuracy']:.1%} [{told['interval'][0]:.1%}, {told['interval'][1]:.1%}]"
+        for label, told in results["threats"].items()
+    ]
+    return [*lines, f"average: {results['average']:.1%}", *results["left_out"]]
 
 
 def _title(evaluation: Any) -> str:
@@ -712,22 +730,35 @@ def sweep(
 def compare(
     places: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    specialist: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--specialist", help="A run made for one of several threats; repeatable. Accuracies as its share."
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Set runs side by side: accuracy over seeds, cost, Pareto front at equal cost, and paired tests with the first."""
     del quiet  # there are results only
-    from dualhead.commands.compare import read_entries, standings
-    from dualhead.commands.terminal import print_standings
+    from dualhead.commands.compare import normalised, read_entries, standings
+    from dualhead.commands.terminal import out, print_standings
     from dualhead.system.files import write_json
 
-    found = standings(read_entries(places))
+    entries = read_entries(places)
+    found = standings(entries)
+    if specialist:
+        found["against_specialists"] = normalised(entries, read_entries(specialist))
     if output is not None:
         write_json(output, found)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     print_standings(found)
+    for row in found.get("against_specialists", []):
+        shares = ", ".join(f"{label} {share:.1%}" for label, share in row["shares"].items())
+        name = f"{row['label']}, {row['name']}" if row["name"] else row["label"]
+        out.print(f"share of specialists, {name}, seed {row['seed']}: {shares}", soft_wrap=True, markup=False)
 
 
 @app.command("list", epilog=examples_of("list"))

@@ -9,6 +9,7 @@ from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
+from dualhead.evaluation.union import against_specialists
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Paired",
     "RouteSetting",
     "Verdicts",
+    "against_specialists",
     "check_duplicates",
     "compare",
     "evaluate",
