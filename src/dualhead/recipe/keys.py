@@ -14,7 +14,7 @@ _ALSO_CALLED: Final = {
     "learning_rate": "lr", "bs": "batch_size", "batchsize": "batch_size", "batch": "batch_size", "epoch": "epochs",
     "epsilon": "eps", "dataset": "source", "data": "source", "wd": "weight_decay", "opt": "optimiser",
     "optimizer": "optimiser", "arch": "backbone", "architecture": "backbone", "loss": "objective",
-    "method": "objective", "num_epochs": "epochs", "max_epochs": "epochs", "gpu": "device", "cuda": "device",
+    "method": "objective", "num_epochs": "epochs", "max_epochs": "epochs", "gpu": "device",
     "scheduler": "schedule", "augmentation": "augment", "augmentations": "augment",
 }  # fmt: skip
 """What other programs call a key."""
