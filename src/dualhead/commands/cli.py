@@ -51,7 +51,7 @@ RunBatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="O
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
-Norm = Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")]
+Norm = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")]
 OutputDir = Annotated[Path | None, typer.Option("--output", help="Where results go; default: the run.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at once.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of the attacks.")]
@@ -96,7 +96,7 @@ def _options(
 
 @app.command(epilog=examples_of("demo"))
 def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Show on real handwritten digits what adversarial training and a second head do; a few minutes on two cores."""
+    """Compare guided distillation with its base method on real handwritten digits; about two minutes on two cores."""
     from dualhead.commands.demo import run_demo
     from dualhead.commands.terminal import (
         EvaluationDisplay,
@@ -282,7 +282,10 @@ def evaluate(
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
     norm: Norm = None,
-    threat: ThreatName = None,
+    threat: Annotated[
+        list[str] | None,
+        typer.Option("--threat", help="KIND:EPS, as L1:12; repeatable: a column each. Or a name, with --eps."),
+    ] = None,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
     stage: Annotated[
@@ -290,6 +293,12 @@ def evaluate(
     ] = None,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
     output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, ..., mean or aggregate.")] = None,
+    routes: Annotated[
+        str | None,
+        typer.Option(
+            "--routes", help="Of tied heads: all, or some of own, crossed, merged, curve, transfer, gaps, with commas."
+        ),
+    ] = None,
     output_dir: OutputDir = None,
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
@@ -316,17 +325,20 @@ def evaluate(
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
+    named = threat is not None and len(threat) == 1 and ":" not in threat[0]
     request = Request(
         model=model,
         attacks=tuple(name.strip() for given in attack or () for name in given.split(",") if name.strip()),
         eps=eps,
         norm=norm,
-        threat=threat,
+        threat=threat[0] if threat and named else None,
+        threats=() if named else tuple(threat or ()),
         data=data,
         limit=limit,
         stage=stage,
         checkpoint=checkpoint,
         output=output,
+        routes=routes,
         output_dir=output_dir,
         image_size=image_size,
         image_column=image_column,
@@ -344,6 +356,9 @@ def evaluate(
         overwrite=overwrite,
         command=_command(),
     )
+    if routes is not None:
+        _evaluate_routes(request, quiet=quiet, as_json=as_json)
+        return
     with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
         quiet = quiet or not group.first
         folder, evaluation = assess(request, None if quiet else EvaluationDisplay(bar, request.label), stop)
@@ -355,6 +370,8 @@ def evaluate(
     title = _title(evaluation)
     print_lights([("", evaluation.checks)])
     out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
+    for line in _under_each(evaluation.results):
+        out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
         out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
@@ -363,6 +380,42 @@ def evaluate(
             out.print(f"{name}: {note}", soft_wrap=True, markup=False)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
+    """Measure routes of tied heads, and print each as the classifier that it is."""
+    from dualhead.commands.evaluate import assess_routes
+    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
+    from dualhead.report import route_rows
+    from dualhead.system.processes import joined
+
+    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
+        quiet = quiet or not group.first
+        display = None if quiet else lambda name: EvaluationDisplay(bar, name)
+        folder, found = assess_routes(request, display, stop)
+    if not group.first:
+        return
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = route_rows(found)
+    if rows:
+        print_lights([(row["name"], row["checks"]) for row in rows])
+        out.print(accuracy_table(f"routes, in percent, of {found['num_samples']} test images", rows))
+    out.print(found["warning"], soft_wrap=True)
+    if not quiet:
+        out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _under_each(results: Any) -> list[str]:
+    """What stands under each of several threats, under one on average, and what was left out."""
+    if "threats" not in results:
+        return []
+    lines = [
+        f"{label}: {told['robust_accuracy']:.1%} [{told['interval'][0]:.1%}, {told['interval'][1]:.1%}]"
+        for label, told in results["threats"].items()
+    ]
+    return [*lines, f"average: {results['average']:.1%}", *results["left_out"]]
 
 
 def _title(evaluation: Any) -> str:
@@ -684,22 +737,35 @@ def sweep(
 def compare(
     places: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    specialist: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--specialist", help="A run made for one of several threats; repeatable. Accuracies as its share."
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Set runs side by side: accuracy over seeds, cost, Pareto front at equal cost, and paired tests with the first."""
     del quiet  # there are results only
-    from dualhead.commands.compare import read_entries, standings
-    from dualhead.commands.terminal import print_standings
+    from dualhead.commands.compare import normalised, read_entries, standings
+    from dualhead.commands.terminal import out, print_standings
     from dualhead.system.files import write_json
 
-    found = standings(read_entries(places))
+    entries = read_entries(places)
+    found = standings(entries)
+    if specialist:
+        found["against_specialists"] = normalised(entries, read_entries(specialist))
     if output is not None:
         write_json(output, found)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     print_standings(found)
+    for row in found.get("against_specialists", []):
+        shares = ", ".join(f"{label} {share:.1%}" for label, share in row["shares"].items())
+        name = f"{row['label']}, {row['name']}" if row["name"] else row["label"]
+        out.print(f"share of specialists, {name}, seed {row['seed']}: {shares}", soft_wrap=True, markup=False)
 
 
 @app.command("list", epilog=examples_of("list"))

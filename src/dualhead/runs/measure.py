@@ -138,7 +138,7 @@ def _evaluate(
         model.eval(),
         test.images[:count],
         test.labels[:count],
-        threat=recipe.threat,
+        threat=recipe.evaluate.threats or recipe.threat,
         attacks=[a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
         batch_size=recipe.evaluate.batch_size,
         seed=recipe.runtime.seed,
