@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dualhead.commands.play import HALVINGS, Playground, serve
+from dualhead.commands.play import HALVINGS, Playground, check_beside, serve
 from dualhead.commands.resolve import Request, resolve
 from dualhead.data import Framing, Split, load_split
 from dualhead.errors import UserError
@@ -282,3 +282,17 @@ def test_what_stands_beside_is_attacked_for_itself(playground):
 def test_an_output_that_is_not_there_is_refused(server, target):
     status, body = ask(server, "POST", "/smallest", {"sample": 1, "target": target})
     assert status == 400 and "target" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Split(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("b", "a")), "classes"),
+        (Split(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a", "b")), "images"),
+    ],
+)
+def test_a_model_of_other_images_or_classes_is_not_put_beside(other, message):
+    shown = Split(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a", "b"))
+    with pytest.raises(UserError, match=f"--beside other: .*{message}"):
+        check_beside("other", other, "mine", shown)
+    check_beside("other", shown, "mine", shown)

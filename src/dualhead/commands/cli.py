@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -502,6 +503,9 @@ def play(
     channels: Channels = None,
     depth: Depth = None,
     skip_unreadable: SkipUnreadable = False,
+    beside: Annotated[
+        str | None, typer.Option("--beside", help="Another model of the same images, such as an undefended one.")
+    ] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
     open_page: Open = False,
     device: Device = "auto",
@@ -510,7 +514,7 @@ def play(
     as_json: AsJson = False,
 ) -> None:
     """Serve a page, to this machine only, on which to choose an image, move eps and watch the heads under attack."""
-    from dualhead.commands.play import LOOPBACK, Playground, serve
+    from dualhead.commands.play import LOOPBACK, Playground, check_beside, serve
     from dualhead.commands.resolve import Request, resolve
 
     _load_plugins(plugin)
@@ -520,9 +524,14 @@ def play(
         skip_unreadable=skip_unreadable, device=device,
     )  # fmt: skip
     shown = resolve(request)
+    other = None
+    if beside is not None:
+        found = resolve(replace(request, model=beside))
+        check_beside(beside, found.images, model, shown.images)
+        other = beside, found.model
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
         signal.signal(number, signal.default_int_handler)
-    server = serve(Playground(shown.model, shown.images, shown.threat, shown.framing), port)
+    server = serve(Playground(shown.model, shown.images, shown.threat, shown.framing, beside=other), port)
     address = f"http://{LOOPBACK}:{server.server_port}/"
     if as_json:
         typer.echo(json.dumps({"address": address}))

@@ -23,7 +23,11 @@ EXAMPLES: Final[dict[str, tuple[str, str, str]]] = {
         "gallery runs/digits --limit 16 --eps 16/255",
         "gallery runs/digits --landscape 3,17",
     ),
-    "play": ("play runs/digits", "play runs/digits --open", "play runs/digits --port 8000 --eps 0.1"),
+    "play": (
+        "play runs/digits --open",
+        "play runs/digits --beside runs/digits_natural",
+        "play runs/digits --port 8000 --eps 0.1",
+    ),
     "layers": (
         "layers resnet-18",
         "layers wideresnet-34-10 --classes 100",

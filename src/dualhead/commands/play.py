@@ -228,6 +228,20 @@ class Playground:
         return levels.to(torch.uint8).reshape(height, width, channels).permute(2, 0, 1), label
 
 
+def check_beside(name: str, images: Split, model: str, shown: Split) -> None:
+    """Refuse a model beside another that is not of the same images and classes.
+
+    Raises:
+        UserError: saying what differs.
+    """
+    if images.image_shape != shown.image_shape:
+        raise UserError(
+            f"--beside {name}: takes images {list(images.image_shape)}, and {model} {list(shown.image_shape)}"
+        )
+    if images.class_names != shown.class_names:
+        raise UserError(f"--beside {name}: its classes are not those of {model}, in the same order")
+
+
 def _number(value: object, name: str, above: float) -> float:
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
