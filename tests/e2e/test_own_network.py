@@ -191,8 +191,8 @@ def test_guided_distillation_takes_any_network(deployed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     ended = dualhead(
-        "train", "guided_distillation", "data.source=digits", "model.backbone=own_net:make", "threat.eps=0.1", *TINY[1:],
-        f"stages.distilled.deploy={deployed}", "data.augment=[]", "--run-dir", "run", "--quiet",
+        "train", "guided_distillation", "data.source=digits", "model.backbone=own_net:make", *TINY[1:],
+        "threat.eps=0.1", f"stages.distilled.deploy={deployed}", "data.augment=[]", "--run-dir", "run", "--quiet",
     )  # fmt: skip
     assert ended.status == 0, ended.err
     assert load("run")(torch.rand(2, 1, 8, 8)).shape == (2, 10)
