@@ -80,6 +80,7 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
         EvaluationDisplay,
         TrainingDisplay,
         accuracy_table,
+        corruption_table,
         out,
         print_row_lights,
         progress_bar,
@@ -98,6 +99,8 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
         return
     print_row_lights(comparison.rows)
     out.print(accuracy_table(comparison.title, comparison.rows))
+    if by_kind := corruption_table(comparison.rows):
+        out.print(by_kind)
     if quiet:
         return
     for line in comparison.remarks:
@@ -160,7 +163,8 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
     attack: Annotated[
-        list[str] | None, typer.Option("--attack", help="Repeatable; default: the run's, else pgd-40.")
+        list[str] | None,
+        typer.Option("--attack", help="Repeatable; default: the run's, else pgd-40."),
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
     norm: Annotated[str | None, typer.Option("--norm", help="Linf or L2; default: the run's.")] = None,
@@ -194,7 +198,14 @@ def evaluate(
     """Measure clean and robust accuracy of a run or a model."""
     from dualhead.commands.evaluate import assess
     from dualhead.commands.resolve import Request
-    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
+    from dualhead.commands.terminal import (
+        EvaluationDisplay,
+        accuracy_table,
+        corruption_table,
+        out,
+        print_lights,
+        progress_bar,
+    )
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
@@ -236,7 +247,10 @@ def evaluate(
         return
     title = _title(evaluation)
     print_lights([("", evaluation.checks)])
-    out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
+    rows = [_as_row(request.label, evaluation)]
+    out.print(accuracy_table(title, rows))
+    if by_kind := corruption_table(rows):
+        out.print(by_kind)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
         out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
@@ -260,6 +274,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "clean_accuracy": evaluation.clean_accuracy,
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
+        "corruptions": evaluation.results.get("corruptions"),
     }
 
 

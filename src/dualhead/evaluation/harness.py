@@ -18,7 +18,9 @@ from dualhead.attacks import Attack, LogitsFn, Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.components.plugins import sources_in
+from dualhead.data.corruptions import KINDS, SEVERITIES, check_corruptible
 from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation.corruptions import WORD, asks_for_corruptions, corrupted_right, summary
 from dualhead.evaluation.diagnostics import (
     PROBES,
     Finding,
@@ -95,6 +97,8 @@ def evaluate(
         threat: what the adversary may do, and the budget: `ThreatModel("Linf", "8/255")`, its fields,
             `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`.
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
+            `corruptions`, alone or among them, measures accuracy on the 15 common corruptions of Hendrycks and
+            Dietterich in 5 severities, on all images and apart from the attacks.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
         batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.
@@ -129,7 +133,14 @@ def evaluate(
         raise UserError(f"index must name each of the {len(images)} samples once")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    built = _build(attacks)
+    built = _build(
+        attacks if isinstance(attacks, str | Mapping) else [a for a in attacks if not asks_for_corruptions(a)]
+    )
+    corrupts = any(map(asks_for_corruptions, attacks))
+    if corrupts:
+        check_corruptible(*images.shape[1:])
+        if eps and not built:
+            raise UserError(f"eps: {WORD} have no budget; leave it out, or name an attack too")
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
@@ -157,7 +168,7 @@ def evaluate(
         origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
         if skipped:
             origin["skipped_images"] = skipped
-        evaluation = work.run(names, origin, diagnostics)
+        evaluation = work.run(names, origin, diagnostics, corrupts=corrupts)
         evaluation.results["diagnostics"] += [asdict(check) for check in checks]
     if output_dir is not None:
         folder = output_dir
@@ -404,8 +415,37 @@ class _Work:
             findings = findings + described(check_curve(curve, len(self.correct), self._attack_names))
         return cast("list[dict[str, str]]", findings)
 
-    def run(self, class_names: list[str], origin: dict[str, Any], diagnostics: bool) -> Evaluation:
-        """All attacks at all budgets; `origin` goes into the results as it is."""
+    def _corruptions(self) -> dict[str, Any]:
+        """Accuracy on corrupted images, each process on its own."""
+        samples, subject = self.samples, self.subject
+        right: dict[str, NDArray[np.bool_]] = {}
+        mine = torch.from_numpy(self.mine)
+
+        def answer(images: Tensor) -> Tensor:
+            return predictions(subject.verify(images.to(subject.device))).cpu()
+
+        for done, kind in enumerate(KINDS):
+            self.progress.update(WORD, done, len(KINDS), float(np.mean([of.mean() for of in right.values()] or [1.0])))
+            if any(self.group.any(self.stop())):
+                raise Interrupted(f"stopped in {WORD}; the same command goes on from there")
+            key = f"{WORD}: {kind}"
+            found = np.zeros((len(self.correct), SEVERITIES), bool)
+            if not self.group.lead(partial(self.journal.facts.__contains__, key)):
+                own = corrupted_right(
+                    answer, samples.images[mine], samples.labels[mine], samples.keys[mine], kind, self.seed,
+                    subject.batch_size,
+                )  # fmt: skip
+                for rank, part in enumerate(self.group.gather(own)):
+                    found[rank :: self.world] = part
+            told = self.group.lead(partial(self.journal.fact, key, found.tolist))
+            right[kind] = np.array(told, bool)
+        self.progress.update(WORD, len(KINDS), len(KINDS), float(np.mean([of.mean() for of in right.values()])))
+        return summary(right, samples.images.shape[1:])
+
+    def run(
+        self, class_names: list[str], origin: dict[str, Any], diagnostics: bool, *, corrupts: bool = False
+    ) -> Evaluation:
+        """All attacks at all budgets, and the corruptions if asked; `origin` goes into the results as it is."""
         begun = time.perf_counter()
         findings = self._diagnose_model(class_names) if diagnostics else []
         records, verdicts = {}, {}
@@ -422,7 +462,7 @@ class _Work:
         curve = []
         for radius, threat in sorted(self.threats.items()):
             curve.append({"eps": radius, **self._at(threat, correct)})
-        if diagnostics:
+        if diagnostics and self.attacks:
             findings += self._diagnose_randomness(correct["worst"])
             # Of a model that gives one answer to everything, an attack that finds nothing proves no masked gradients.
             if not any(one["name"] == "one_class" and one["status"] == "failed" for one in findings):
@@ -433,6 +473,7 @@ class _Work:
             "threat": self.threat.describe(),
             **accuracies(correct),
             "attacks": records,
+            **({WORD: self._corruptions()} if corrupts else {}),
             "curve": curve,
             "per_class": per_class(correct, evaluation.labels, class_names),
             "diagnostics": findings,
