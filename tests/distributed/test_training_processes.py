@@ -65,7 +65,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("world", "words"),
     [
-        (2, [network("plain")]),
+        pytest.param(2, [network("plain")], marks=pytest.mark.slow),  # with `make bits`
         pytest.param(
             2,
             [

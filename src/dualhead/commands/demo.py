@@ -24,7 +24,7 @@ class Demonstration:
 
     Args:
         title: of the table.
-        rows: as `comparison.json` holds them: natural training, base model, heads, their mean, DH-AT.
+        rows: as `comparison.json` holds them: natural training, base model, heads, their mean and aggregate.
         remarks: lines to read below the table.
     """
 

@@ -5,6 +5,7 @@ from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.harness import evaluate
+from dualhead.evaluation.model import outputs_of, read_logits
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts
@@ -25,5 +26,7 @@ __all__ = [
     "make_gallery",
     "mcnemar",
     "mean_std",
+    "outputs_of",
+    "read_logits",
     "wilson",
 ]

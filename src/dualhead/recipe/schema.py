@@ -389,6 +389,11 @@ class Recipe(Section):
                     f".stages.{index}.train: head1 must not be trained: {changed}, which is tied to it and the "
                     "teacher, would change"
                 )
+            if self.model.attach_at:
+                try:
+                    stage.check_parts(tied=self.model.tied is not None)
+                except UserError as error:
+                    raise UserError(f".stages.{index}: {error}") from None
             known = (*heads, "mean", "aggregate")
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:

@@ -314,9 +314,9 @@ def _read_rows(source: Source) -> None:
             source.notes.append("The evaluation was stopped before the final output was measured.")
         return
     for number, row in enumerate(listed):
-        name, deployed = str(row.get("name")), number == len(listed) - 1
+        name, output, deployed = str(row.get("name")), id_of_row(row), number == len(listed) - 1
         place = folder if deployed else _inside(folder / "rows", row_folder(name))
-        source.rows += _evaluation(source, place, name, id_of_row(row), deployed=deployed, row=row)
+        source.rows += _evaluation(source, place, name_of(output, name), output, deployed=deployed, row=row)
 
 
 def _evaluation(
