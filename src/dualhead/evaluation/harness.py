@@ -18,7 +18,7 @@ from dualhead.attacks import Attack, LogitsFn, Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.components.plugins import sources_in
-from dualhead.data.corruptions import KINDS, SEVERITIES, check_corruptible
+from dualhead.data import corruptions as rendering
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation.corruptions import WORD, asks_for_corruptions, corrupted_right, summary
 from dualhead.evaluation.diagnostics import (
@@ -138,7 +138,7 @@ def evaluate(
     )
     corrupts = any(map(asks_for_corruptions, attacks))
     if corrupts:
-        check_corruptible(*images.shape[1:])
+        rendering.check_corruptible(*images.shape[1:])
         if eps and not built:
             raise UserError(f"eps: {WORD} have no budget; leave it out, or name an attack too")
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
@@ -424,12 +424,14 @@ class _Work:
         def answer(images: Tensor) -> Tensor:
             return predictions(subject.verify(images.to(subject.device))).cpu()
 
-        for done, kind in enumerate(KINDS):
-            self.progress.update(WORD, done, len(KINDS), float(np.mean([of.mean() for of in right.values()] or [1.0])))
+        for done, kind in enumerate(rendering.KINDS):
+            self.progress.update(
+                WORD, done, len(rendering.KINDS), float(np.mean([of.mean() for of in right.values()] or [1.0]))
+            )
             if any(self.group.any(self.stop())):
                 raise Interrupted(f"stopped in {WORD}; the same command goes on from there")
             key = f"{WORD}: {kind}"
-            found = np.zeros((len(self.correct), SEVERITIES), bool)
+            found = np.zeros((len(self.correct), rendering.SEVERITIES), bool)
             if not self.group.lead(partial(self.journal.facts.__contains__, key)):
                 own = corrupted_right(
                     answer, samples.images[mine], samples.labels[mine], samples.keys[mine], kind, self.seed,
@@ -439,7 +441,9 @@ class _Work:
                     found[rank :: self.world] = part
             told = self.group.lead(partial(self.journal.fact, key, found.tolist))
             right[kind] = np.array(told, bool)
-        self.progress.update(WORD, len(KINDS), len(KINDS), float(np.mean([of.mean() for of in right.values()])))
+        self.progress.update(
+            WORD, len(rendering.KINDS), len(rendering.KINDS), float(np.mean([of.mean() for of in right.values()]))
+        )
         return summary(right, samples.images.shape[1:])
 
     def run(
