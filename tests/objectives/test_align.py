@@ -233,7 +233,10 @@ def test_what_knows_the_batch_is_refused_in_pieces():
 
 
 def test_ar_at_within_a_run_resumes_bit_for_bit(tmp_path):
-    words = ("data.source=digits", "model.attach_at=input", "validation.every=2", "stages.*.attack.steps=1")
+    words = (
+        "data.source=digits", "model.attach_at=input", "validation.every=2", "stages.*.attack.steps=1",
+        "runtime.precision=float32", "runtime.layout=contiguous", "runtime.lanes=1",  # and not what is measured
+    )  # fmt: skip
     assert train_until(tmp_path / "whole", lambda: False, *words, base="cifar10_cpu_ar_at")
     log = outcome(tmp_path / "whole")["metrics"]
     assert log[0]["adversarial_weight"] == pytest.approx(0.1)
