@@ -63,6 +63,7 @@ VIT = (
 CHANGES: dict[str, tuple[str, ...]] = {
     "cifar10_cpu_mixed": ("stages.main_head.epochs=1", "stages.second_head.epochs=1"),
     "cifar10_resnet18": SMALL_WIDE,
+    "cifar10_resnet18_guided_distillation": SMALL_WIDE[:1],
     "cifar10_resnet18_aligned": ("model.backbone=wideresnet-10-1", "model.attach_at=block3"),
     "cifar10_resnet18_ar_at": (
         "model.backbone=wideresnet-10-1",

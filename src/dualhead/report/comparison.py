@@ -459,7 +459,7 @@ def as_records(rows: Sequence[Measured]) -> list[dict[str, Any]]:
     for row in rows:
         record: dict[str, Any] = {
             "run": row.run, "model": row.name, "norm": threat_name(row.threat) if row.threat else None,
-            "eps": row.threat["eps"] if row.threat else None, "num_samples": row.num_samples,
+            "eps": row.threat.get("eps") if row.threat else None, "num_samples": row.num_samples,
         }  # fmt: skip
         for name, value in {"clean": row.clean, **row.robust}.items():
             record |= {name: value.value, f"{name} low": value.low, f"{name} high": value.high}

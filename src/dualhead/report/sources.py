@@ -47,7 +47,7 @@ class Measured:
         output: its id, see `dualhead.names`; `model` for what is no row of a run.
         title: its name on the page: with the run's, where there are several runs.
         deployed: it is the run's final output.
-        threat: norm or name, and eps; None if not recorded.
+        threat: norm or name, and eps, or a `union` of such; None if not recorded.
         num_samples: None if not recorded.
         clean: clean accuracy.
         robust: by attack, with `worst`.
@@ -343,7 +343,9 @@ def _evaluation(
     if not results:
         source.notes.append(f"{name}: {where}/results.json is missing; what comparison.json holds is shown.")
     threat = results.get("threat") if results else source.recipe.get("threat")
-    known_threat = isinstance(threat, Mapping) and "eps" in threat and ("norm" in threat or "name" in threat)
+    known_threat = isinstance(threat, Mapping) and (
+        "union" in threat or ("eps" in threat and ("norm" in threat or "name" in threat))
+    )
     cost = row.get("training_cost")
     cost = cost if isinstance(cost, Mapping) else {}
     count = results.get("num_samples")

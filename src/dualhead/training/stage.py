@@ -44,8 +44,10 @@ class Stage(Section):
     """Replays of each batch in place of `attack`, one backward pass for weights and images (Free AT)."""
     attack_mode: Literal["eval", "train"] = "eval"
     """Mode of the trained parts while the attack runs."""
-    forward: Literal["separate", "joint"] = "separate"
-    """Clean and attacked images in two forwards, as published, or in one: joint batch-norm statistics, and faster."""
+    forward: Literal["separate", "joint", "joint_clean"] = "separate"
+    """Clean and attacked images in two forwards, as published, or in one: joint batch-norm statistics, and faster;
+    `joint_clean`: in one, all rows normalised by the statistics of the clean images. Of tied heads, a batch norm whose
+    statistics are shared sees the rows of both."""
     epochs: int = Field(ge=0)
     batch_size: int = Field(128, ge=1)
     micro_batch: int | None = Field(None, ge=1)
