@@ -290,7 +290,7 @@ OBJECTIVE_COSTS = {
     "sat": f"{ATTACK}and {ONE} for the loss.",
     "distilled": f"{ATTACK}{TWO}es for the loss, and a forward pass of the teacher.",
     "hat": f"{ATTACK}{TARGET}{THREE}es for the loss, and a forward pass of the teacher.",
-    **dict.fromkeys(("mart", "hybrid"), f"{ATTACK}and {TWO}es for the loss."),
+    **dict.fromkeys(("mart", "hybrid", "balanced", "align"), f"{ATTACK}and {TWO}es for the loss."),
     **dict.fromkeys(
         ("trades", "ikl", "joint", "logit_pairing", "reverse_smoothing"), f"{ATTACK}{TARGET}and {TWO}es for the loss."
     ),
