@@ -12,8 +12,10 @@ from dualhead.heads import attach_second_head
 from dualhead.noise import Streams
 from dualhead.objectives import objectives
 from dualhead.objectives.align import DomainHead, Predictor, cosine_distance, kl, mmd, pooled, squared_l2
+from dualhead.recipe.yaml import load_recipe
 from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.modes import in_eval_mode
+from dualhead.threats import ThreatModel
 from dualhead.training import Passes
 from dualhead.training.curriculum import Curriculum
 from dualhead.training.step import TrainingStep
@@ -231,7 +233,10 @@ def test_what_knows_the_batch_is_refused_in_pieces():
 
 
 def test_ar_at_within_a_run_resumes_bit_for_bit(tmp_path):
-    words = ("data.source=digits", "model.attach_at=input", "validation.every=2", "stages.*.attack.steps=1")
+    words = (
+        "data.source=digits", "model.attach_at=input", "validation.every=2", "stages.*.attack.steps=1",
+        "runtime.precision=float32", "runtime.layout=contiguous", "runtime.lanes=1",  # and not what is measured
+    )  # fmt: skip
     assert train_until(tmp_path / "whole", lambda: False, *words, base="cifar10_cpu_ar_at")
     log = outcome(tmp_path / "whole")["metrics"]
     assert log[0]["adversarial_weight"] == pytest.approx(0.1)
@@ -245,3 +250,19 @@ def test_ar_at_within_a_run_resumes_bit_for_bit(tmp_path):
     while not train_until(tmp_path / "stopped", every_other, *words, base="cifar10_cpu_ar_at"):
         pass
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_the_published_settings_of_ar_at():
+    recipe = load_recipe("cifar10_resnet18_ar_at")
+    (stage,) = recipe.stages
+    align = stage.objective
+    assert align.layers == ("layer4.0.bn1", "layer4.0.bn2", "layer4.1.bn1", "layer4.1.bn2")
+    assert (align.distance, align.weight, align.predictor, align.rectify, align.stop_gradient) == (
+        "cosine", 30, True, True, True,
+    )  # fmt: skip
+    assert (align.base.registered_name, align.clean, align.robust, stage.output) == (
+        "balanced", "head1", "head2", "head2",
+    )  # fmt: skip
+    assert (stage.epochs, stage.batch_size, stage.optimiser.lr, stage.optimiser.weight_decay) == (100, 128, 0.1, 5e-4)
+    assert (stage.attack.steps, stage.attack.step_size) == (10, pytest.approx(2 / 255))
+    assert recipe.threat == ThreatModel("Linf", 8 / 255)

@@ -103,6 +103,7 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
         EvaluationDisplay,
         TrainingDisplay,
         accuracy_table,
+        corruption_table,
         out,
         print_row_lights,
         progress_bar,
@@ -121,6 +122,8 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
         return
     print_row_lights(comparison.rows)
     out.print(accuracy_table(comparison.title, comparison.rows))
+    if by_kind := corruption_table(comparison.rows):
+        out.print(by_kind)
     if quiet:
         return
     for line in comparison.remarks:
@@ -322,7 +325,14 @@ def evaluate(
     """Measure clean and robust accuracy of a run or a model."""
     from dualhead.commands.evaluate import assess
     from dualhead.commands.resolve import Request
-    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
+    from dualhead.commands.terminal import (
+        EvaluationDisplay,
+        accuracy_table,
+        corruption_table,
+        out,
+        print_lights,
+        progress_bar,
+    )
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
@@ -370,7 +380,10 @@ def evaluate(
         return
     title = _title(evaluation)
     print_lights([("", evaluation.checks)])
-    out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
+    rows = [_as_row(request.label, evaluation)]
+    out.print(accuracy_table(title, rows))
+    if by_kind := corruption_table(rows):
+        out.print(by_kind)
     for line in _under_each(evaluation.results):
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
@@ -432,6 +445,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "clean_accuracy": evaluation.clean_accuracy,
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
+        "corruptions": evaluation.results.get("corruptions"),
     }
 
 

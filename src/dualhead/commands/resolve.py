@@ -14,6 +14,7 @@ from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
+from dualhead.evaluation import asks_for_corruptions
 from dualhead.models import Backbone, backbones
 from dualhead.runs import RunFolder, load_stage, read_recipe
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
@@ -387,10 +388,11 @@ def _refuse_other_channels(name: str, test: Split, channels: int | None) -> None
 
 def _fitting_attacks(attacks: tuple[AttackSpec, ...], model: nn.Module) -> tuple[AttackSpec, ...]:
     """Return those attacks that a model can face; one that merges heads also faces the attack that knows of them."""
-    for_heads = [attack for attack in attacks if registry.build(attack).needs_heads]
+    searching = [attack for attack in attacks if not asks_for_corruptions(attack)]
+    for_heads = [attack for attack in searching if registry.build(attack).needs_heads]
     if not hasattr(model, "head_logits"):
         return tuple(attack for attack in attacks if attack not in for_heads)
-    return attacks if for_heads else (*attacks, "multihead")
+    return attacks if for_heads or not searching else (*attacks, "multihead")
 
 
 # ---- where results go

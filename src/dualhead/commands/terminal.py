@@ -221,12 +221,47 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable
     """
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    table = NumberTable({"model": "left"} | dict.fromkeys(("clean", *shown), "right"), title)
+    worn = _worn_columns(rows)
+    table = NumberTable({"model": "left"} | dict.fromkeys(("clean", *shown, *worn), "right"), title)
     gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
     for row in rows:
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
         cells += [_cell(row, name, gap) for name in shown]
+        cells += [_worn_cell(row, gap) for _ in worn]
         table.add_row(row["name"], *cells)
+    return table
+
+
+def _worn_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the column of accuracies on corrupted images, if any were measured."""
+    return ["corruptions"] if any(row.get("corruptions") for row in rows) else []
+
+
+def _worn_cell(row: Mapping[str, Any], gap: str) -> str:
+    told = row.get("corruptions")
+    return _percent(told["accuracy"], told["interval"], gap) if told else "-"
+
+
+def corruption_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Return a table of accuracies on corrupted images by kind; None where none were measured.
+
+    Args:
+        rows: as `comparison.json` holds them, with `corruptions` as `results.json` does.
+    """
+    told = {row["name"]: row["corruptions"] for row in rows if row.get("corruptions")}
+    if not told:
+        return None
+    first = next(iter(told.values()))
+    title = f"{first['name']}, constants of {first['constants']}; percent, means over 5 severities, 95 % intervals"
+    table = Table(title=title, title_justify="left")
+    table.add_column("kind")
+    for name in told:
+        table.add_column(name, justify="right", overflow="fold")
+    for kind in first["kinds"]:
+        cells = [
+            _percent(each["kinds"][kind]["accuracy"], each["kinds"][kind]["interval"], " ") for each in told.values()
+        ]
+        table.add_row(kind.replace("_", " "), *cells)
     return table
 
 
@@ -293,19 +328,23 @@ def print_standings(found: Mapping[str, Any]) -> None:
     print_row_lights(rows)
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    lines = []
+    worn, lines = _worn_columns(rows), []
     for row in rows:
         ends, cost = row["intervals"], row["training_cost"]
         lines.append([
             _mark(row) + row["name"], str(len(row["seeds"])),
             _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
             *(_cell(row, name, " ") for name in shown),
+            *(_worn_cell(row, " ") for _ in worn),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",
             "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
         ])  # fmt: skip
-    columns = {"model": "left"} | dict.fromkeys(("seeds", "clean", *shown, "parameters", "cost", "seconds"), "right")
+    numbers = ("seeds", "clean", *shown, *worn, "parameters", "cost", "seconds")
+    columns = {"model": "left"} | dict.fromkeys(numbers, "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
+    if by_kind := corruption_table(rows):
+        out.print(by_kind)
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
     if not all(believable(row.get("checks", [])) for row in rows):
         out.print("! a check failed, see above: its accuracies are not to be believed, and it is not ranked")

@@ -1,5 +1,6 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
+from dualhead.evaluation.corruptions import asks_for_corruptions
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
@@ -23,6 +24,7 @@ __all__ = [
     "RouteSetting",
     "Verdicts",
     "against_specialists",
+    "asks_for_corruptions",
     "check_duplicates",
     "compare",
     "evaluate",

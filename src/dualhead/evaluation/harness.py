@@ -18,7 +18,9 @@ from dualhead.attacks import Attack, LogitsFn, Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.components.plugins import sources_in
+from dualhead.data import corruptions as rendering
 from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation.corruptions import WORD, asks_for_corruptions, corrupted_right, summary
 from dualhead.evaluation.diagnostics import (
     PROBES,
     Finding,
@@ -98,6 +100,8 @@ def evaluate(
             text, `"L2:0.5"`. Several, in a list, make a column each, as `pgd-40@L2`, and `worst` is under all of them;
             an attack that is not defined for one of them runs under the others, which the results tell.
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
+            `corruptions`, alone or among them, measures accuracy on the 15 common corruptions of Hendrycks and
+            Dietterich in 5 severities, on all images and apart from the attacks.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
         batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.
@@ -141,8 +145,10 @@ def evaluate(
         }  # fmt: skip
         if eps:
             raise UserError("eps: a curve over eps is of one threat; leave it out, or name one threat")
+        if any(map(asks_for_corruptions, attacks)):
+            raise UserError(f"{WORD} are of no threat; measure them apart, or name one threat")
         return _evaluate_each(model, images, labels, threat, attacks, output_dir, options)
-    built = _build(attacks)
+    built, corrupts = _asked(attacks, images, eps)
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
@@ -170,7 +176,7 @@ def evaluate(
         origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
         if skipped:
             origin["skipped_images"] = skipped
-        evaluation = work.run(names, origin, diagnostics)
+        evaluation = work.run(names, origin, diagnostics, corrupts=corrupts)
         evaluation.results["diagnostics"] += [asdict(check) for check in checks]
     if output_dir is not None:
         folder = output_dir
@@ -220,6 +226,19 @@ def _file_name(label: str) -> str:
 def check_interval(device: torch.device) -> int:
     """Steps between looks at what a search found: on an accelerator each look waits for it, on the CPU none does."""
     return 1 if device.type == "cpu" else 5
+
+
+def _asked(attacks: Sequence[Spec], images: Tensor, eps: Sequence[float | str]) -> tuple[dict[str, Attack], bool]:
+    """Attacks by label, and whether the corruptions are asked for too."""
+    if isinstance(attacks, str | Mapping):
+        return _build(attacks), False
+    built = _build([attack for attack in attacks if not asks_for_corruptions(attack)])
+    corrupts = any(map(asks_for_corruptions, attacks))
+    if corrupts:
+        rendering.check_corruptible(*images.shape[1:])
+        if eps and not built:
+            raise UserError(f"eps: {WORD} have no budget; leave it out, or name an attack too")
+    return built, corrupts
 
 
 def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
@@ -456,8 +475,41 @@ class _Work:
             findings = findings + described(check_curve(curve, len(self.correct), self._attack_names))
         return cast("list[dict[str, str]]", findings)
 
-    def run(self, class_names: list[str], origin: dict[str, Any], diagnostics: bool) -> Evaluation:
-        """All attacks at all budgets; `origin` goes into the results as it is."""
+    def _corruptions(self) -> dict[str, Any]:
+        """Accuracy on corrupted images, each process on its own."""
+        samples, subject = self.samples, self.subject
+        right: dict[str, NDArray[np.bool_]] = {}
+        mine = torch.from_numpy(self.mine)
+
+        def answer(images: Tensor) -> Tensor:
+            return predictions(subject.verify(images.to(subject.device))).cpu()
+
+        for done, kind in enumerate(rendering.KINDS):
+            self.progress.update(
+                WORD, done, len(rendering.KINDS), float(np.mean([of.mean() for of in right.values()] or [1.0]))
+            )
+            if any(self.group.any(self.stop())):
+                raise Interrupted(f"stopped in {WORD}; the same command goes on from there")
+            key = f"{WORD}: {kind}"
+            found = np.zeros((len(self.correct), rendering.SEVERITIES), bool)
+            if not self.group.lead(partial(self.journal.facts.__contains__, key)):
+                own = corrupted_right(
+                    answer, samples.images[mine], samples.labels[mine], samples.keys[mine], kind, self.seed,
+                    subject.batch_size,
+                )  # fmt: skip
+                for rank, part in enumerate(self.group.gather(own)):
+                    found[rank :: self.world] = part
+            told = self.group.lead(partial(self.journal.fact, key, found.tolist))
+            right[kind] = np.array(told, bool)
+        self.progress.update(
+            WORD, len(rendering.KINDS), len(rendering.KINDS), float(np.mean([of.mean() for of in right.values()]))
+        )
+        return summary(right, samples.images.shape[1:])
+
+    def run(
+        self, class_names: list[str], origin: dict[str, Any], diagnostics: bool, *, corrupts: bool = False
+    ) -> Evaluation:
+        """All attacks at all budgets, and the corruptions if asked; `origin` goes into the results as it is."""
         begun = time.perf_counter()
         findings = self._diagnose_model(class_names) if diagnostics else []
         records, verdicts = {}, {}
@@ -474,7 +526,7 @@ class _Work:
         curve = []
         for radius, threat in sorted(self.threats.items()):
             curve.append({"eps": radius, **self._at(threat, correct)})
-        if diagnostics:
+        if diagnostics and self.attacks:
             findings += self._diagnose_randomness(correct["worst"])
             # Of a model that gives one answer to everything, an attack that finds nothing proves no masked gradients.
             if not any(one["name"] == "one_class" and one["status"] == "failed" for one in findings):
@@ -485,6 +537,7 @@ class _Work:
             "threat": self.threat.describe(),
             **accuracies(correct),
             "attacks": records,
+            **({WORD: self._corruptions()} if corrupts else {}),
             "curve": curve,
             "per_class": per_class(correct, evaluation.labels, class_names),
             "diagnostics": findings,

@@ -94,10 +94,10 @@ class Evaluation:
 
     @property
     def correct(self) -> dict[str, NDArray[np.bool_]]:
-        """Return which samples are right, bool [N], by `clean`, each attack, and `worst`."""
+        """Return which samples are right, bool [N], by `clean`, each attack and, if there was one, `worst`."""
         clean = self.clean_prediction == self.labels
         columns = {"clean": clean, **{name: verdict.robust for name, verdict in self.verdicts.items()}}
-        return {**columns, "worst": np.logical_and.reduce(list(columns.values()))}
+        return {**columns, "worst": np.logical_and.reduce(list(columns.values()))} if self.verdicts else columns
 
     def save(self, folder: str | Path) -> None:
         """Write `samples.npz` and then `results.json`, each atomically."""

@@ -366,13 +366,25 @@ def accuracy_table(rows: Sequence[Measured]) -> Table:
     """Every number of the comparison; what is the same for all of them is left to `conditions`."""
     attacks = list(dict.fromkeys(attack for row in rows for attack in row.attacks))
     shown = [*attacks, *(["worst"] if any(len(row.attacks) > 1 for row in rows) else [])]
+    worn = ["corruptions"] if any(row.worn for row in rows) else []
     told = [] if conditions(rows) else ["threat model", "images"]
     cells = []
     for row in rows:
         met = [Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)] if told else []
         robust = [_accuracy_cell(row.robust.get(name)) for name in shown]
+        robust += [_accuracy_cell(row.worn) for _ in worn]
         cells.append([Cell(row.title), *met, _accuracy_cell(row.clean), *robust])
-    return Table(["model", *told, "clean %", *(f"{name} %" for name in shown)], cells)
+    return Table(["model", *told, "clean %", *(f"{name} %" for name in (*shown, *worn))], cells)
+
+
+def corruption_table(rows: Sequence[Measured]) -> Table | None:
+    """Accuracy on corrupted images by kind, the mean over severities; None where none were measured."""
+    known = [row for row in rows if row.worn is not None]
+    kinds = list(dict.fromkeys(kind for row in known for kind in row.worn_kinds))
+    cells = [
+        [Cell(kind.replace("_", " ")), *(_accuracy_cell(row.worn_kinds.get(kind)) for row in known)] for kind in kinds
+    ]
+    return Table(["kind", *(f"{row.title} %" for row in known)], cells) if known else None
 
 
 def conditions(rows: Sequence[Measured]) -> str:

@@ -89,6 +89,7 @@ def _view(found: Sequence[Source]) -> dict[str, Any]:
         "accuracy": comparison.accuracy_figures(sources),
         "numbers": comparison.accuracy_table(rows) if rows else None,
         "conditions": comparison.conditions(rows),
+        "corruptions": comparison.corruption_table([*rows, *(row for source in sources for row in source.further)]),
         "downloads": comparison.downloads(rows) if rows else {},
         "differences": comparison.difference_table(sources),
         "trade_offs": comparison.trade_offs(sources),

@@ -99,6 +99,19 @@ class Measured:
         """Robust accuracy under all attacks together; None if there was none."""
         return self.robust.get("worst") or next(iter(self.robust.values()), None)
 
+    @property
+    def worn(self) -> Estimate | None:
+        """Accuracy on images under common corruptions, over all kinds and severities; None if not measured."""
+        return _worn(self.results.get("corruptions"))
+
+    @property
+    def worn_kinds(self) -> dict[str, Estimate]:
+        """The same by kind."""
+        told = self.results.get("corruptions")
+        kinds = told.get("kinds") if isinstance(told, Mapping) else None
+        found = {str(kind): _worn(of) for kind, of in kinds.items()} if isinstance(kinds, Mapping) else {}
+        return {kind: estimate for kind, estimate in found.items() if estimate is not None}
+
     def correct(self, what: str) -> NDArray[np.bool_] | None:
         """What is right, bool [N], by `clean`, an attack, or `worst`; None if it is not stored."""
         if "label" not in self.samples:
@@ -110,6 +123,15 @@ class Measured:
             return self.samples.get(f"robust_{what}")
         columns = [self.samples.get(f"robust_{name}") for name in self.attacks]
         return np.logical_and.reduce([clean, *columns]) if all(c is not None for c in columns) else None
+
+
+def _worn(told: Any) -> Estimate | None:
+    """An accuracy on corrupted images as `results.json` holds it; None where it is none."""
+    try:
+        found = Estimate(float(told["accuracy"]), *(float(end) for end in told["interval"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return found if all(math.isfinite(number) for number in (found.value, found.low, found.high)) else None
 
 
 def _needs_heads(record: object) -> bool:
