@@ -27,6 +27,7 @@ NETWORKS = {
         "model.backbone.depth=18", "model.normalize=data", "data.image_size=[16, 16]", "data.train_size=[20, 20]",
         "data.augment.random_resized_crop.size=[16, 16]",
     ],
+    "resnet18_guided": ["model.backbone=wideresnet-10-1"],
     "vit": VIT,
     "resnet18_dual_bn": ["model.backbone={name: wideresnet, depth: 10, width: 1}"],
     "resnet18_advprop": ["model.backbone={name: wideresnet, depth: 10, width: 1}"],

@@ -14,6 +14,7 @@ from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, Rows, attach_second_head
 from dualhead.heads.tied import tensors_by_name
 from dualhead.models import count_parameters
+from dualhead.recipe import load_recipe, parse_recipe
 from dualhead.system.replicas import twins as lanes_of
 from dualhead.training.averaging import EMA, SWA, WeightAverage
 from helpers.training import batch, plain_model, stage_of, step_of, streams_of
@@ -389,6 +390,18 @@ def test_own_that_cannot_be_is_one_line(own, words):
     with pytest.raises(UserError, match=words) as caught:
         attach_second_head(net(), "input", example=X, init="tied", own=own)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_1_learns_by_a_loss_on_head_2_alone_if_they_are_tied(tied):
+    content = load_recipe("digits").resolved()
+    content["model"] |= {"attach_at": "input", "second_head": "tied" if tied else "clone"}
+    content["stages"] = [{**content["stages"][0], "train": ["trunk", "head1", "head2"], "objective": "sat"}]
+    if tied:
+        assert parse_recipe(content).stages[0].output == "head2"
+        return
+    with pytest.raises(UserError, match="head1 would learn nothing, since the loss is on head2 alone"):
+        parse_recipe(content)
 
 
 def test_own_without_tied_heads_is_refused():

@@ -63,7 +63,7 @@ def assess(
         asked.model,
         test.images[:count],
         test.labels[:count],
-        threat=asked.threat,
+        threat=asked.threats or asked.threat,
         attacks=asked.attacks,
         eps=asked.radii,
         batch_size=request.batch_size,

@@ -7,7 +7,7 @@ from dualhead.report.page import write_report
 from dualhead.report.routes import WARNING as ROUTES_WARNING
 from dualhead.report.routes import route_rows
 from dualhead.report.summary import summary
-from dualhead.report.text import threat_text
+from dualhead.report.text import duration, threat_text
 
 __all__ = [
     "NO_CLASS",
@@ -15,6 +15,7 @@ __all__ = [
     "ROUTES_WARNING",
     "believable",
     "change",
+    "duration",
     "light_lines",
     "lights",
     "model_card",

@@ -446,8 +446,29 @@ class Look:
         if need.through is None:
             return value
         head: nn.Module = self._passes.heads.get_submodule(need.through)
+        if need.reversal is not None:
+            value = _reversed(value, need.reversal)
         made: Tensor = head(value)
         return made
+
+
+class _Reversal(torch.autograd.Function):
+    """The identity, with a gradient of the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return -ctx.factor * gradient, None
+
+
+def _reversed(value: Tensor, factor: float) -> Tensor:
+    """A value whose gradient is multiplied by -factor on its way back."""
+    made: Tensor = _Reversal.apply(value, factor)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _gives(output: str, need: Need) -> bool:
@@ -481,12 +502,22 @@ def _split(whole: Crossing, like: Mapping[str, Crossing], images: Sequence[str])
     return {on: tree_unflatten(list(piece), form) for on, piece in zip(images, pieces, strict=True)}
 
 
-def refuse_unmet(objective: Objective, parts: Sequence[str]) -> None:
+def refuse_unmet(objective: Objective, parts: Sequence[str], *, tied: bool = True) -> None:
     """Refuse an objective that the parts which learn do not fit.
+
+    Args:
+        objective: what they learn.
+        parts: those that learn.
+        tied: heads are tied to head 1, or may be, so that head 1 has a share in the outputs of all.
 
     Raises:
         UserError: if a loss is on what does not learn, what must not learn would, or a part would learn nothing.
     """
+
+    def shares(part: str, need: Need) -> bool:
+        by_tie = tied and part == "head1" and isinstance(need, Logits) and need.output != "model"
+        return by_tie or feeds(part, need)
+
     own = trained_output(parts)
     needs = [need.of(own) for need in objective.needs().values()]
     needs = [need for need in needs if not (isinstance(need, Logits) and need.output in objective.teachers())]
@@ -497,9 +528,9 @@ def refuse_unmet(objective: Objective, parts: Sequence[str]) -> None:
             raise UserError(f"{part} must not be trained: it would change {taught}, which is the teacher")
     for need in needs:
         output = need.output if isinstance(need, Logits) else None
-        if output is not None and output not in frozen and not any(feeds(part, need) for part in parts):
+        if output is not None and output not in frozen and not any(shares(part, need) for part in parts):
             raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")
-    idle = [part for part in parts if not any(feeds(part, need) for need in needs)]
+    idle = [part for part in parts if not any(shares(part, need) for need in needs)]
     if idle:
         on = ", ".join(dict.fromkeys(n.output for n in needs if isinstance(n, Logits) and n.output not in frozen))
         raise UserError(

@@ -139,7 +139,7 @@ class Stage(Section):
             raise UserError("eps and threat both say how far the attack may go; leave eps out, and write threat.eps")
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
-        self._losses_fit_parts()
+        self.check_parts()
         return self
 
     def against(self, threat: Threat) -> Threat:
@@ -165,11 +165,19 @@ class Stage(Section):
         output = self.objective.judged_output
         return trained_output(self.train) if output == OWN else output
 
-    def _losses_fit_parts(self) -> None:
+    def check_parts(self, *, tied: bool = True) -> None:
+        """Refuse a loss that the parts which learn do not fit.
+
+        Args:
+            tied: heads are tied to head 1, or may be.
+
+        Raises:
+            UserError: see `refuse_unmet`; and if the model has no second head, which the objective or `deploy` needs.
+        """
         if "model" in self.train:
             if self.objective.outputs:
                 raise UserError(f"objective {self.objective.registered_name!r} needs a model with two heads")
             if self.deploy is not None:
                 raise UserError(f"deploy: {self.deploy} is an output of a model with two heads")
             return
-        refuse_unmet(self.objective, self.train)
+        refuse_unmet(self.objective, self.train, tied=tied)
