@@ -29,6 +29,8 @@ NETWORKS = {
     ],
     "resnet18_guided": ["model.backbone=wideresnet-10-1"],
     "vit": VIT,
+    "resnet18_dual_bn": ["model.backbone={name: wideresnet, depth: 10, width: 1}"],
+    "resnet18_advprop": ["model.backbone={name: wideresnet, depth: 10, width: 1}"],
 }  # fmt: skip
 """What else makes recipes small whose names hold these words."""
 WAITS = {"training/loop.py:_check_streak: a number"}

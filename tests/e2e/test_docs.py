@@ -37,6 +37,8 @@ CANNOT = {
     "srun torchrun": "a Slurm cluster; tests/distributed runs several processes",
     "torchrun --nproc-per-node 8 -m dualhead train imagenet": "ImageNet, 8 GPUs; tests/distributed runs the recipe",
     "dualhead train mine.yaml data.source=path/to/my_images": "weights that only the reader has",
+    "dualhead train digits_dual_bn": "a minute of training; tests/e2e/test_two_routes.py trains it",
+    "dualhead evaluate runs/dual": "of what that leaves; tests/e2e/test_tied_heads.py measures routes",
     "dualhead sweep": "trains many networks; its own tests run small ones",
     "dualhead train half.yaml": "tests/e2e/test_own_components.py runs that page from an empty folder",
     "dualhead evaluate runs/half": "likewise",

@@ -496,3 +496,15 @@ def test_tensors_beside_layers_of_their_module_cannot_be_told_whose_rows_they_se
     dual = attach_second_head(Beside(), "input", example=X, init="tied", own=["scale"], aggregator="mean")
     with pytest.raises(UserError, match="scale lies beside layers of its own module"):
         dual.heads_together(("head1", "head2"), dual.features(X), Rows((2, 4), (True, True)))
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_cannot_be_told_whose_rows_it_sees():
+    class Odd(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = net()
+    model.stem[1] = Odd(6)
+    dual = attach_second_head(model, "input", example=X, init="tied", own=["affine"], aggregator="mean")
+    with pytest.raises(UserError, match=r"stem.1 is a batch norm whose forward is its own \(Odd\)"):
+        dual.heads_together(("head1", "head2"), dual.features(X), Rows((2, 4), (True, True)))

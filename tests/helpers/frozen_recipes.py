@@ -71,6 +71,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     ),
     "cifar10_resnet18_mart": SMALL_WIDE,
     "cifar10_resnet18_sat": SMALL_WIDE,
+    "cifar10_resnet18_dual_bn": SMALL_WIDE[:1],
+    "cifar10_resnet18_advprop": SMALL_WIDE[:1],
     "cifar10_wrn34": SMALL_WIDE,
     "cifar10_wrn34_mart": SMALL_WIDE,
     "cifar10_wrn34_sat": SMALL_WIDE,

@@ -97,10 +97,24 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+TWO_ROUTES = {"cifar10_resnet18_dual_bn", "cifar10_resnet18_advprop"}
+"""Recipes of one stage with two routes; see below."""
+
+
 def test_the_table_names_every_recipe_with_published_settings():
     ours = ("guided_distillation", "aligned", "ar_at", "dual_bn", "advprop", "dat", "union")
     published = [n for n in shipped_recipes() if not n.endswith(ours)]  # of others there is nothing to be held to here
     assert set(PUBLISHED) == {n for n in published if n.startswith(("cifar10_wrn34", "cifar10_resnet18"))}
+
+
+@pytest.mark.parametrize("name", sorted(TWO_ROUTES))
+def test_routes_are_told_apart_by_batch_norm_alone(name):
+    recipe = load_recipe(name)
+    (stage,) = recipe.stages
+    assert recipe.model.tied == ("batch_norm",)
+    assert (stage.objective.clean, stage.objective.robust, stage.objective.alpha) == ("head1", "head2", 0.5)
+    assert stage.output == ("head1" if "advprop" in name else "head2")
+    assert stage.keep == "last"  # robust accuracy alone would choose another epoch for the clean route
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -33,6 +33,7 @@ from dualhead.heads import (
     through,
 )
 from dualhead.noise import Streams
+from dualhead.report import ROUTES_WARNING
 from dualhead.system.files import write_json
 from dualhead.system.processes import group
 from dualhead.threats import Threat
@@ -50,10 +51,6 @@ ADAPTIVE: Final = "multihead-20"
 """Attack on merged routes where none that knows of heads is asked for."""
 ESTIMATE: Final = 1024
 """Training images of which statistics between two heads are estimated, at most."""
-WARNING: Final = (
-    "Clean accuracy of one route beside robust accuracy of another is a pair of classifiers, and no defence: whoever "
-    "knows which images are attacked needs no robust one. A claim is one route, or a merging rule attacked as a whole."
-)
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def evaluate_routes(
     folder, kinds = Path(output_dir), setting.kinds
     found: dict[str, Any] = {
         "clean": setting.clean, "robust": setting.robust, "threat": setting.threat.describe(),
-        "num_samples": len(labels), "weights": weights_fingerprint(classifier), "warning": WARNING,
+        "num_samples": len(labels), "weights": weights_fingerprint(classifier), "warning": ROUTES_WARNING,
     }  # fmt: skip
 
     def measured(name: str, model: nn.Module) -> dict[str, Any]:

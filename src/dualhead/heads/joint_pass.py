@@ -19,6 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dualhead.errors import UserError
 from dualhead.heads.tied import STATISTICS
 
+_KNOWN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -97,6 +99,11 @@ def _forward(path: str, layers: Sequence[nn.Module], rows: Rows, own: Collection
     if isinstance(layer, _BatchNorm) and not names & STATISTICS:
         if not names and all(rows.counted):
             return None
+        if type(layer).forward not in _KNOWN and not hasattr(layer, "after"):
+            raise UserError(
+                f"forward: joint: {path} is a batch norm whose forward is its own ({type(layer).__name__}), so its "
+                "affine map cannot be told apart; use forward: separate"
+            )
         norms = cast("Sequence[_BatchNorm]", layers)
         return lambda x: _map_by_route(_normalised(norms[0], x, rows), norms, rows)
     if not names:

@@ -4,6 +4,7 @@ from dualhead.report.gallery import NO_CLASS, change, picture
 from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
+from dualhead.report.routes import WARNING as ROUTES_WARNING
 from dualhead.report.routes import route_rows
 from dualhead.report.summary import summary
 from dualhead.report.text import duration, threat_text
@@ -11,6 +12,7 @@ from dualhead.report.text import duration, threat_text
 __all__ = [
     "NO_CLASS",
     "ONNX_SECTION",
+    "ROUTES_WARNING",
     "believable",
     "change",
     "duration",

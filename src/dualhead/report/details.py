@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dualhead.report import figures, training
+from dualhead.report import figures, routes, training
 from dualhead.report.comparison import Cell, Table, accuracy_table, conditions, findings
 from dualhead.report.figures import Figure
 from dualhead.report.gallery import Album, Gallery
@@ -53,6 +53,7 @@ class Details:
     attacks: Table
     further: Table | None
     further_conditions: str
+    routes: list[routes.Routes]
     galleries: list[Gallery]
     gallery_command: str
     recipe: str
@@ -92,6 +93,7 @@ def details(source: Source, album: Album) -> Details:
         attacks=_attack_table(everything),
         further=accuracy_table(source.further) if source.further else None,
         further_conditions=conditions(source.further),
+        routes=routes.sections(source, notes),
         galleries=galleries,
         gallery_command="" if galleries else _gallery_command(source),
         recipe=source.recipe_text,

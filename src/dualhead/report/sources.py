@@ -155,6 +155,7 @@ class Source:
         images: training images, the held-out ones included; None if not recorded.
         rows: what was measured when training was over, the deployed output last.
         further: what `dualhead evaluate` measured later.
+        routes: by the names of their folders, what `dualhead evaluate --routes` measured.
         notes: what is missing or cannot be read.
     """
 
@@ -170,6 +171,7 @@ class Source:
     images: int | None = None
     rows: list[Measured] = field(default_factory=list)
     further: list[Measured] = field(default_factory=list)
+    routes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -247,6 +249,9 @@ def _read(source: Source) -> Source:
         _read_rows(source)
         for results in sorted((folder / "evaluations").glob("*/results.json")):
             source.further += _evaluation(source, results.parent, results.parent.name, deployed=False)
+        for told in sorted((folder / "evaluations").glob("*/routes.json")):
+            if found := _json_object(told, source.notes):
+                source.routes[told.parent.name] = found
         if not source.rows:
             source.notes.append("This run has not been evaluated on test images.")
     else:
