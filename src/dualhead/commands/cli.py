@@ -260,6 +260,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "clean_accuracy": evaluation.clean_accuracy,
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
+        **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
     }
 
 

@@ -13,13 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from torch import Tensor
 
-from dualhead.report import believable, light_lines
+from dualhead.report import believable, light_lines, unequal
 
 err = Console(stderr=True, highlight=False, markup=False)  # brackets in names are no markup
 # A file or a pipe has no width to fit into; a table in it must not lose columns.
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 REFRESH_SECONDS = 0.5
+DOUBTED = "! a check failed, see above: its accuracies are not to be believed"
 
 
 class TrainingDisplay:
@@ -145,14 +146,31 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
     table.add_column("model", overflow="fold")  # the numbers stay whole on a narrow terminal
-    for column in ("clean", *shown):
+    even = shows_balanced(rows)
+    for column in ("clean", *shown, *even):
         table.add_column(column, justify="right", overflow="fold")
     gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
     for row in rows:
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
         cells += [_cell(row, name, gap) for name in shown]
+        cells += [_balanced_cell(row, name) for name in even.values()]
         table.add_row(row["name"], *cells)
     return table
+
+
+def shows_balanced(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the further columns of a table in which some row's classes are unequal, and the accuracies they show.
+
+    Args:
+        rows: as `comparison.json` holds them; those of earlier versions know nothing of it.
+    """
+    if not any(unequal(row.get("class_sizes")) for row in rows):
+        return {}
+    return {"balanced clean": "clean", "balanced robust": "worst"}
+
+
+def _balanced_cell(row: Mapping[str, Any], name: str) -> str:
+    return _share(row.get("balanced_accuracy", {}).get(name))
 
 
 def _cell(row: Mapping[str, Any], name: str, gap: str) -> str:
@@ -189,20 +207,26 @@ def _percent(share: float, ends: Sequence[float], gap: str) -> str:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of a sweep: a line for each model at each point of the grid, means over seeds."""
-    told = ("run", "seed", "model", "checks", "clean_accuracy", "parameters")
-    varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(("robust_", "train"))]
+    told = ("run", "seed", "model", "checks", "clean_accuracy", "class_sizes", "parameters")
+    found = ("robust_", "balanced_", "train")
+    varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(found)]
     print_lights([(f"{row['run']}: {row['model']}", row.get("checks", [])) for row in rows])
     points: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         points.setdefault((*(str(row[key]) for key in varied), row["model"]), []).append(row)
-    columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", "clean", "worst", "cost"), "right")
+    keys = {"clean": "clean_accuracy", "worst": "robust_worst"}
+    keys |= {column: f"balanced_{name}" for column, name in shows_balanced(rows).items()}
+    columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", *keys, "cost"), "right")
     lines = []
     for point, members in points.items():
-        shares = [_spread([row[key] for row in members if key in row]) for key in ("clean_accuracy", "robust_worst")]
+        shares = [_spread([row[key] for row in members if key in row]) for key in keys.values()]
         costs = [row["training_flops"] for row in members if row["training_flops"] is not None]
         cost = f"{sum(costs) / len(costs):.3g}" if costs else "-"
-        lines.append([*point, str(len(members)), *shares, cost])
+        believed = all(believable(row.get("checks", [])) for row in members)
+        lines.append([*point[:-1], point[-1] if believed else f"! {point[-1]}", str(len(members)), *shares, cost])
     print_table(columns, lines, "accuracy in percent, mean and deviation over seeds; cost in floating-point operations")
+    if not all(believable(row.get("checks", [])) for row in rows):
+        out.print(DOUBTED)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -219,6 +243,7 @@ def print_standings(found: Mapping[str, Any]) -> None:
     print_row_lights(rows)
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
+    even = shows_balanced(rows)
     lines = []
     for row in rows:
         ends, cost = row["intervals"], row["training_cost"]
@@ -226,15 +251,17 @@ def print_standings(found: Mapping[str, Any]) -> None:
             _mark(row) + row["name"], str(len(row["seeds"])),
             _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
             *(_cell(row, name, " ") for name in shown),
+            *(_balanced_cell(row, name) for name in even.values()),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",
             "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
         ])  # fmt: skip
-    columns = {"model": "left"} | dict.fromkeys(("seeds", "clean", *shown, "parameters", "cost", "seconds"), "right")
+    told = ("seeds", "clean", *shown, *even, "parameters", "cost", "seconds")
+    columns = {"model": "left"} | dict.fromkeys(told, "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
     if not all(believable(row.get("checks", [])) for row in rows):
-        out.print("! a check failed, see above: its accuracies are not to be believed, and it is not ranked")
+        out.print(f"{DOUBTED}, and it is not ranked")
     for note in found["notes"]:
         out.print(note, soft_wrap=True)
     pairs = found["pairs"]

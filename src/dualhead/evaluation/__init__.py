@@ -6,7 +6,7 @@ from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
-from dualhead.evaluation.results import Evaluation, Verdicts
+from dualhead.evaluation.results import Evaluation, Verdicts, balanced
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Gallery",
     "Paired",
     "Verdicts",
+    "balanced",
     "check_duplicates",
     "compare",
     "evaluate",

@@ -34,7 +34,7 @@ from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.model import Subject, check_images, differ, frozen
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
-from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
+from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import BF16, FLOAT32, Precision
@@ -432,6 +432,7 @@ class _Work:
             "num_samples": len(self.correct),
             "threat": self.threat.describe(),
             **accuracies(correct),
+            **balanced(correct, evaluation.labels),
             "attacks": records,
             "curve": curve,
             "per_class": per_class(correct, evaluation.labels, class_names),
@@ -459,7 +460,8 @@ class _Work:
             columns = {"clean": self.correct, **found}
             columns["worst"] = cast("NDArray[np.bool_]", np.logical_and.reduce(list(columns.values())))
         both = accuracies(columns)
-        return {key: both[key] for key in ("robust_accuracy", "intervals")}
+        even = balanced(columns, self.samples.labels.numpy())["balanced_accuracy"]
+        return {**{key: both[key] for key in ("robust_accuracy", "intervals")}, "balanced_accuracy": even}
 
     def _attack(self, attack: Attack, threat: Threat) -> tuple[Verdicts, dict[str, Any]]:
         """One attack on all samples: what each process found, put together."""

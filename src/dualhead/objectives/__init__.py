@@ -14,7 +14,9 @@ from dualhead.objectives.base import (
     Need,
     Objective,
     Seen,
+    check_weighable,
     objectives,
+    weighted,
 )
 
 __all__ = [
@@ -31,5 +33,7 @@ __all__ = [
     "Need",
     "Objective",
     "Seen",
+    "check_weighable",
     "objectives",
+    "weighted",
 ]

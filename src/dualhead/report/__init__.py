@@ -5,7 +5,7 @@ from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
 from dualhead.report.summary import summary
-from dualhead.report.text import threat_text
+from dualhead.report.text import threat_text, unequal
 
 __all__ = [
     "NO_CLASS",
@@ -18,5 +18,6 @@ __all__ = [
     "picture",
     "summary",
     "threat_text",
+    "unequal",
     "write_report",
 ]

@@ -115,6 +115,7 @@ class StageRun:
         save_minutes: longest time between two saved positions.
         profiler: looks at a few steps; None: nobody does.
         streams: the objective's own streams of the data, by name.
+        class_weights: float32 [C] on the device, of images' losses; None for equal ones.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class StageRun:
         save_minutes: float,
         profiler: StepProfiler | None = None,
         streams: Mapping[str, OpenStream] | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         self._stage = stage
         self._profiler = profiler
@@ -153,7 +155,7 @@ class StageRun:
         self._optimiser = stage.optimiser.create(
             passes.parameters() if stage.layer_decay is None else decayed_groups(passes, stage.layer_decay)
         )
-        self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic)
+        self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic, class_weights)
         self._streams = dict(streams or {})
         self._curriculum = Curriculum(stage.objective)
         self._collapsed = False
