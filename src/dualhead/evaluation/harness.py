@@ -364,7 +364,8 @@ class _Work:
 
         def check() -> list[dict[str, str]]:
             names = self._attack_names
-            return described([check_randomness(self.subject, self.samples, self.correct, robust, draws, names)])
+            found = check_randomness(self.subject, self.samples, self.correct, robust, draws, names, self.stop)
+            return described([found])
 
         key = f"randomness at eps {self.threat.eps!r} of {', '.join(sorted(self.attacks))}"
         return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))

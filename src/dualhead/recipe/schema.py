@@ -409,6 +409,10 @@ class Recipe(Section):
                     raise UserError(
                         f".stages.{index}.train: the model {why}, so its parts are {', '.join(parts)}; got {part!r}"
                     )
+            try:
+                stage.refuse_unmet(tied=self.model.tied is not None)
+            except UserError as error:
+                raise UserError(f".stages.{index}: {error}") from None
             changed = next((teacher for teacher in stage.objective.frozen() if teacher != "head1"), None)
             if self.model.tied and "head1" in stage.train and changed is not None:
                 raise UserError(

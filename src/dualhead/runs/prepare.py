@@ -227,6 +227,8 @@ def _image_facts(recipe: Recipe, folder: RunFolder, images: Images) -> dict[str,
     sources = {"data": (images.training, recipe.data.source)}
     if images.extra is not None and recipe.data.extra is not None:
         sources["data.extra"] = (images.extra, recipe.data.extra.source)
+    if recipe.data.test is not None:  # split off the training images: others would be among those trained on
+        sources["data.test"] = (images.test, recipe.data.source)
     sources |= {f"stream {source}": (split, source) for source, split in images.further.items()}
     facts = {part: data_facts(split) for part, (split, _) in sources.items()}
     for part, (_, source) in sources.items():
@@ -521,13 +523,14 @@ def _check_attacks(prepared: Prepared) -> None:
 def _check_stage(prepared: Prepared, number: int) -> None:
     """Refuse a stage that cannot be trained now, not after the hours before it."""
     stage, key = prepared.recipe.stages[number], f"stages.{number}"
-    if stage.fit is None and stage.epochs and not passes_of(prepared, stage).parameters():
+    passes = None if stage.fit is not None else passes_of(prepared, stage)
+    if passes is not None and stage.epochs and not passes.parameters():
         raise UserError(
             f"{key}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
             "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
         )
-    if stage.fit is None:
-        _check_needs(prepared, number)
+    if passes is not None:
+        _check_needs(stage, passes, f"{key}.objective")
     if stage.layer_decay is not None:
         with _under(f"{key}.layer_decay"):
             layer_scales(prepared.model, stage.layer_decay)
@@ -557,13 +560,12 @@ def passes_of(prepared: Prepared, stage: Stage, teachers: Mapping[str, nn.Module
     return Passes.of(prepared.model, stage, teachers=teachers, example=example, seed=prepared.recipe.runtime.seed)
 
 
-def _check_needs(prepared: Prepared, number: int) -> None:
+def _check_needs(stage: Stage, passes: Passes, key: str) -> None:
     """Refuse an objective that needs what this network does not have; warn where several processes change it."""
-    stage = prepared.recipe.stages[number]
     teachers = stage.objective.teachers()
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
-    with _under(f"stages.{number}.objective"):
-        passes_of(prepared, stage).look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
+    with _under(key):
+        passes.look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
     if group().world > 1 and not stage.objective.per_image:
         _log.warning(
             "stage %s: the loss of %s is taken over each process's share of the batch: it is another one than on one "

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from dualhead.attacks import predictions
 from dualhead.data import Batch, Loader, OpenStream, StreamImages
 from dualhead.errors import Interrupted, RunError
 from dualhead.models import write_state
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.threats import Threat
 from dualhead.training.averaging import WeightAverage
@@ -94,6 +96,10 @@ class StageFiles:
         """Keep the model's weights as those of the last epoch."""
         if group().first:
             write_state(model.state_dict(), self.last)
+
+
+FEWEST_ANSWERS = 16
+"""Of so few images all may be of one class by chance."""
 
 
 class StageRun:
@@ -216,6 +222,7 @@ class StageRun:
         self._step.guard.set_streak(position.streak)
         if self._step.begin(epoch, self._curriculum.state):
             position.step_cost = 0
+        batch = None
         for batch, further in labelled("load images", self._batches(epoch, position.step)):
             self._set_rate(epoch + position.step / len(self._loader))
             noise = self._noise(batch, epoch)
@@ -239,6 +246,8 @@ class StageRun:
                 self._profiler.step()
         with record_function("end of epoch"):
             self._check_epoch(sums)
+            if self._validator is None and batch is not None:
+                self._warn_of_one_class(self._answers(batch.x), "training", epoch + 1)
             self._finish_epoch({name: float(value) for name, value in sums.items()})
         if self._profiler is not None:
             self._profiler.step()
@@ -354,7 +363,7 @@ class StageRun:
         if self._validator is not None and validates:
             with self._averaged():
                 line |= self._validator(self._passes, self._arithmetic, self._device)
-                self._warn_of_one_class(line)
+                self._warn_of_one_class(line.get("validation_largest_answer", 0.0), "held-out", line["epoch"])
                 if not position.best or self._rank(line) > self._rank(position.best):
                     position.best = line
                     self._files.write_next(self._passes.model, position.epoch)
@@ -365,14 +374,22 @@ class StageRun:
         self._save()
         self._files.settle(position.best.get("epoch"))
 
-    def _warn_of_one_class(self, line: Mapping[str, Any]) -> None:
+    def _answers(self, x: Tensor) -> float:
+        """The share of some training images that gets the most frequent answer; 0 if they are too few to tell."""
+        if len(x) < FEWEST_ANSWERS or not group().first:
+            return 0.0
+        with in_eval_mode(self._passes.model), torch.no_grad():
+            answered = predictions(self._arithmetic.wrap(self._passes.logits)(x))
+        return float((answered == answered.mode().values).float().mean())
+
+    def _warn_of_one_class(self, largest: float, images: str, epoch: int) -> None:
         """Say that a network has come to answer everything with one class, once until it answers otherwise."""
-        collapsed = line.get("validation_largest_answer", 0.0) == 1.0
+        collapsed = largest == 1.0
         if collapsed and not self._collapsed and group().first:
             logger.warning(
-                "stage %s, epoch %d: all held-out images are taken for one class; if that lasts, training has "
+                "stage %s, epoch %d: all %s images are taken for one class; if that lasts, training has "
                 "collapsed: lower optimiser.lr (now %g) or eps, or warm up",
-                self._stage.name, line["epoch"], self._stage.optimiser.lr,
+                self._stage.name, epoch, images, self._stage.optimiser.lr,
             )  # fmt: skip
         self._collapsed = collapsed
 

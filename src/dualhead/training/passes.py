@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, depends_on, is_head, mean_of
+from dualhead.names import head_id
 from dualhead.objectives import Features, Labels, Logits, Need, Objective
 from dualhead.system.modes import in_eval_mode
 
@@ -399,13 +400,22 @@ def _split(whole: Crossing, like: Mapping[str, Crossing], images: Sequence[str])
     return {on: tree_unflatten(list(piece), form) for on, piece in zip(images, pieces, strict=True)}
 
 
-def refuse_unmet(objective: Objective, parts: Sequence[str]) -> None:
+def refuse_unmet(objective: Objective, parts: Sequence[str], *, tied: bool = False) -> None:
     """Refuse an objective that the parts which learn do not fit.
+
+    Args:
+        objective: of a stage.
+        parts: those that learn.
+        tied: whether heads share head 1's tensors, so that it has a share in what they give.
 
     Raises:
         UserError: if a loss is on what does not learn, what must not learn would, or a part would learn nothing.
     """
     own = trained_output(parts)
+
+    def shapes(part: str, need: Need) -> bool:
+        return feeds(part, need) or (tied and part == head_id(1) and _of_a_head(need))
+
     needs = [need.of(own) for need in objective.needs().values()]
     needs = [need for need in needs if not (isinstance(need, Logits) and need.output in objective.teachers())]
     frozen = objective.frozen()
@@ -415,12 +425,19 @@ def refuse_unmet(objective: Objective, parts: Sequence[str]) -> None:
             raise UserError(f"{part} must not be trained: it would change {taught}, which is the teacher")
     for need in needs:
         output = need.output if isinstance(need, Logits) else None
-        if output is not None and output not in frozen and not any(feeds(part, need) for part in parts):
+        if output is not None and output not in frozen and not any(shapes(part, need) for part in parts):
             raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")
-    idle = [part for part in parts if not any(feeds(part, need) for need in needs)]
+    idle = [part for part in parts if not any(shapes(part, need) for need in needs)]
     if idle:
         on = ", ".join(dict.fromkeys(n.output for n in needs if isinstance(n, Logits) and n.output not in frozen))
         raise UserError(
             f"{idle[0]} would learn nothing, since the loss is on {on} alone; leave it out of train, or use objective "
             "joint"
         )
+
+
+def _of_a_head(need: Need) -> bool:
+    """Whether some head has a share in it."""
+    if isinstance(need, Features):
+        return is_head(need.part)
+    return isinstance(need, Logits)

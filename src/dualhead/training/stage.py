@@ -137,7 +137,7 @@ class Stage(Section):
             raise UserError("eps and threat both say how far the attack may go; leave eps out, and write threat.eps")
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
-        self._losses_fit_parts()
+        self._plain_model_suffices()
         return self
 
     def against(self, threat: Threat) -> Threat:
@@ -163,11 +163,17 @@ class Stage(Section):
         output = self.objective.judged_output
         return trained_output(self.train) if output == OWN else output
 
-    def _losses_fit_parts(self) -> None:
-        if "model" in self.train:
-            if self.objective.outputs:
-                raise UserError(f"objective {self.objective.registered_name!r} needs a model with two heads")
-            if self.deploy is not None:
-                raise UserError(f"deploy: {self.deploy} is an output of a model with two heads")
-            return
-        refuse_unmet(self.objective, self.train)
+    def _plain_model_suffices(self) -> None:
+        if "model" in self.train and self.objective.outputs:
+            raise UserError(f"objective {self.objective.registered_name!r} needs a model with two heads")
+        if "model" in self.train and self.deploy is not None:
+            raise UserError(f"deploy: {self.deploy} is an output of a model with two heads")
+
+    def refuse_unmet(self, *, tied: bool) -> None:
+        """Refuse an objective that does not fit the parts that learn; `tied`: heads share the first one's tensors.
+
+        Raises:
+            UserError: if a loss is on what does not learn, what must not learn would, or a part would learn nothing.
+        """
+        if "model" not in self.train:
+            refuse_unmet(self.objective, self.train, tied=tied)
