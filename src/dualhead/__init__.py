@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from dualhead.system.waiting import wait_shortly
+
 if TYPE_CHECKING:
     from dualhead.attacks import attacks
     from dualhead.data import augmentations
@@ -48,6 +50,8 @@ __all__ = [
     "threats",
     "train",
 ]
+
+wait_shortly()  # before anything loads torch, and with it the runtime that reads the variables
 
 # Loaded when asked for: torch takes seconds to import, and `dualhead --help` needs none of it.
 _HOMES = {

@@ -12,11 +12,14 @@ from dualhead.runs.folder import (
     without_how,
 )
 from dualhead.runs.run import RunResult, train
+from dualhead.runs.trial import StageCost, Trial, trial
 
 __all__ = [
     "GALLERY",
     "RunFolder",
     "RunResult",
+    "StageCost",
+    "Trial",
     "changes",
     "data_facts",
     "load_stage",
@@ -24,5 +27,6 @@ __all__ = [
     "read_recipe",
     "refuse_other_data",
     "train",
+    "trial",
     "without_how",
 ]

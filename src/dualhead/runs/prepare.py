@@ -523,14 +523,14 @@ def _check_attacks(prepared: Prepared) -> None:
 def _check_stage(prepared: Prepared, number: int) -> None:
     """Refuse a stage that cannot be trained now, not after the hours before it."""
     stage, key = prepared.recipe.stages[number], f"stages.{number}"
-    passes = None if stage.fit is not None else passes_of(prepared, stage)
-    if passes is not None and stage.epochs and not passes.parameters():
-        raise UserError(
-            f"{key}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
-            "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
-        )
-    if passes is not None:
-        _check_needs(stage, passes, f"{key}.objective")
+    if stage.fit is None:
+        passes = passes_of(prepared, stage)
+        if stage.epochs and not passes.parameters():
+            raise UserError(
+                f"{key}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
+                "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
+            )
+        _check_needs(prepared, number, passes)
     if stage.layer_decay is not None:
         with _under(f"{key}.layer_decay"):
             layer_scales(prepared.model, stage.layer_decay)
@@ -560,11 +560,12 @@ def passes_of(prepared: Prepared, stage: Stage, teachers: Mapping[str, nn.Module
     return Passes.of(prepared.model, stage, teachers=teachers, example=example, seed=prepared.recipe.runtime.seed)
 
 
-def _check_needs(stage: Stage, passes: Passes, key: str) -> None:
+def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     """Refuse an objective that needs what this network does not have; warn where several processes change it."""
+    stage = prepared.recipe.stages[number]
     teachers = stage.objective.teachers()
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
-    with _under(key):
+    with _under(f"stages.{number}.objective"):
         passes.look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
     if group().world > 1 and not stage.objective.per_image:
         _log.warning(
