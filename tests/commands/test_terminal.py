@@ -67,3 +67,22 @@ def test_a_sweep_of_which_nothing_is_known_has_dashes(shown):
         [{"run": "r", "seed": 0, "model": "m", "clean_accuracy": 0.5, "parameters": 1, "training_flops": None}]
     )
     assert shown.getvalue().count(" - ") == 2
+
+
+@pytest.mark.parametrize(("sizes", "shown_there"), [([10, 10], False), ([10, 14], False), ([10, 40], True)])
+def test_balanced_accuracy_has_columns_where_classes_differ_in_size(shown, sizes, shown_there):
+    even = {"balanced_accuracy": {"clean": 0.123, "pgd": 0.045, "worst": 0.045}, "class_sizes": sizes}
+    old = row("of an earlier version", pgd=0.3, worst=0.3)
+    terminal.out.print(terminal.accuracy_table("accuracy", [row("m", pgd=0.3, worst=0.3) | even, old]))
+    text = shown.getvalue()
+    assert ("12.3" in text and "4.5" in text and "balanced" in text) == shown_there
+
+
+def test_a_row_of_a_sweep_in_which_a_check_failed_is_marked(shown):
+    fine = {"run": "a", "lr": 1, "seed": 0, "model": "m", "clean_accuracy": 0.5, "robust_worst": 0.2,
+            "checks": [], "parameters": 3, "training_flops": None}  # fmt: skip
+    bad = fine | {"run": "b", "lr": 2, "checks": [{"name": "one_class", "status": "failed", "message": "said"}]}
+    terminal.sweep_table([fine, bad])
+    rows = [line for line in shown.getvalue().splitlines() if "50.0" in line]
+    assert ["! m" in line for line in rows] == [False, True]
+    assert terminal.DOUBTED in shown.getvalue()

@@ -333,3 +333,30 @@ def test_a_layer_may_be_named_by_number_as_in_a_sequential():
         load_recipe("digits", ["model.attach_at=1.0"])
     with pytest.raises(UserError, match=r"model.attach_at"):
         load_recipe("digits", ["model.attach_at=true"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "objective", "message"),
+    [
+        ("even", "sat", "data.class_weights: must be balanced, or weights by the classes' names"),
+        ({"cat": 0}, "sat", "data.class_weights.cat: a weight must be greater than 0, got 0"),
+        ({3: -1}, "sat", "data.class_weights.3: a weight must be greater than 0, got -1"),
+        ("balanced", "ikl", "stages.0.objective: the loss of 'ikl' is no mean over images, whose weights there could"),
+    ],
+)
+def test_class_weights_that_cannot_be_are_refused(weights, objective, message):
+    content = {"name": "weighted", **yaml.safe_load(MINIMAL)}
+    content["data"]["class_weights"] = weights
+    content["stages"][0]["objective"] = objective
+    with pytest.raises(UserError) as refused:
+        parse_recipe(content)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_classes_are_evened_out_once():
+    content = {"name": "weighted", **yaml.safe_load(MINIMAL)}
+    content["data"] |= {"class_weights": "balanced", "sampling": "balanced"}
+    with pytest.raises(UserError, match="choose one of them"):
+        parse_recipe(content)
+    content["data"]["class_weights"] = {7: "1/2"}
+    assert parse_recipe(content).data.class_weights == {"7": 0.5}

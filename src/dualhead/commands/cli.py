@@ -446,6 +446,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
         "corruptions": evaluation.results.get("corruptions"),
+        **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
     }
 
 

@@ -19,6 +19,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation import (
     Evaluation,
     against_specialists,
+    balanced,
     compare,
     interval_over_samples,
     mcnemar,
@@ -301,6 +302,7 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
         "checks": _checks(members),
         "clean_accuracy": means.pop("clean"),
         "robust_accuracy": means,
+        **_balanced(members, measured, of_all),
         "intervals": {
             "clean_accuracy" if name == "clean" else name: _interval(shares, len(measured[0][name]))
             for name, shares in values.items()
@@ -313,6 +315,19 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
             "seconds": round(float(np.mean(seconds)), 1) if seconds else None,
         },
     }
+
+
+def _balanced(
+    members: Sequence[Entry], measured: Sequence[dict[str, NDArray[np.bool_]]], names: Sequence[str]
+) -> dict[str, Any]:
+    """Balanced accuracies, means over seeds, and the sizes of the smallest and the largest class."""
+    orders = [np.argsort(member.evaluation.index) for member in members]
+    found = [
+        balanced({name: correct[name] for name in names}, member.evaluation.labels[order])
+        for member, correct, order in zip(members, measured, orders, strict=True)
+    ]
+    means = {name: mean_std([each["balanced_accuracy"][name] for each in found])[0] for name in names}
+    return {"balanced_accuracy": means, "class_sizes": found[0]["class_sizes"]}
 
 
 def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:

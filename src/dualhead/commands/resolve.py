@@ -16,7 +16,7 @@ from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import asks_for_corruptions
 from dualhead.models import Backbone, backbones
-from dualhead.runs import RunFolder, load_stage, read_recipe
+from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
 from dualhead.system.processes import group
@@ -219,7 +219,10 @@ def _of_run(request: Request, room: int) -> _Source:
 
     def images() -> Split:
         data = recipe.data.model_copy(update=request.reading)
-        return data.load("test", request.data, room=room)
+        found = data.load("test", request.data, room=room)
+        if request.data is None and not request.reading and data.test is not None:
+            refuse_other_data(folder.path, data_facts(found), data.source, "data.test")
+        return found
 
     def model(images: Split) -> nn.Module:
         network, trained = load_stage(folder.path, request.stage, request.checkpoint)

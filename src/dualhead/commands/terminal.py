@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualhead.commands.left import TimeLeft
 from dualhead.recipe import Recipe
-from dualhead.report import believable, duration, light_lines
+from dualhead.report import believable, duration, light_lines, unequal
 from dualhead.runs import Trial
 
 err = Console(stderr=True, highlight=False, markup=False)  # brackets in names are no markup
@@ -24,6 +24,7 @@ err = Console(stderr=True, highlight=False, markup=False)  # brackets in names a
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 REFRESH_SECONDS = 0.5
+DOUBTED = "! a check failed, see above: its accuracies are not to be believed"
 
 
 LEAST_TEXT = 8
@@ -221,13 +222,14 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable
     """
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    worn = _worn_columns(rows)
-    table = NumberTable({"model": "left"} | dict.fromkeys(("clean", *shown, *worn), "right"), title)
+    worn, even = _worn_columns(rows), shows_balanced(rows)
+    table = NumberTable({"model": "left"} | dict.fromkeys(("clean", *shown, *worn, *even), "right"), title)
     gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
     for row in rows:
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
         cells += [_cell(row, name, gap) for name in shown]
         cells += [_worn_cell(row, gap) for _ in worn]
+        cells += [_balanced_cell(row, name) for name in even.values()]
         table.add_row(row["name"], *cells)
     return table
 
@@ -265,6 +267,21 @@ def corruption_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     return table
 
 
+def shows_balanced(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the further columns of a table in which some row's classes are unequal, and the accuracies they show.
+
+    Args:
+        rows: as `comparison.json` holds them; those of earlier versions know nothing of it.
+    """
+    if not any(unequal(row.get("class_sizes")) for row in rows):
+        return {}
+    return {"balanced clean": "clean", "balanced robust": "worst"}
+
+
+def _balanced_cell(row: Mapping[str, Any], name: str) -> str:
+    return _share(row.get("balanced_accuracy", {}).get(name))
+
+
 def _cell(row: Mapping[str, Any], name: str, gap: str) -> str:
     """Return robust accuracy under an attack, or `worst`; a dash where it was not run."""
     share = row["robust_accuracy"].get(name)
@@ -298,20 +315,26 @@ def _percent(share: float, ends: Sequence[float], gap: str) -> str:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of a sweep: a line for each model at each point of the grid, means over seeds."""
-    told = ("run", "seed", "model", "checks", "clean_accuracy", "parameters")
-    varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(("robust_", "train"))]
+    told = ("run", "seed", "model", "checks", "clean_accuracy", "class_sizes", "parameters")
+    found = ("robust_", "balanced_", "train")
+    varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(found)]
     print_lights([(f"{row['run']}: {row['model']}", row.get("checks", [])) for row in rows])
     points: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         points.setdefault((*(str(row[key]) for key in varied), row["model"]), []).append(row)
-    columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", "clean", "worst", "cost"), "right")
+    keys = {"clean": "clean_accuracy", "worst": "robust_worst"}
+    keys |= {column: f"balanced_{name}" for column, name in shows_balanced(rows).items()}
+    columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", *keys, "cost"), "right")
     lines = []
     for point, members in points.items():
-        shares = [_spread([row[key] for row in members if key in row]) for key in ("clean_accuracy", "robust_worst")]
+        shares = [_spread([row[key] for row in members if key in row]) for key in keys.values()]
         costs = [row["training_flops"] for row in members if row["training_flops"] is not None]
         cost = f"{sum(costs) / len(costs):.3g}" if costs else "-"
-        lines.append([*point, str(len(members)), *shares, cost])
+        believed = all(believable(row.get("checks", [])) for row in members)
+        lines.append([*point[:-1], point[-1] if believed else f"! {point[-1]}", str(len(members)), *shares, cost])
     print_table(columns, lines, "accuracy in percent, mean and deviation over seeds; cost in floating-point operations")
+    if not all(believable(row.get("checks", [])) for row in rows):
+        out.print(DOUBTED)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -328,7 +351,8 @@ def print_standings(found: Mapping[str, Any]) -> None:
     print_row_lights(rows)
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    worn, lines = _worn_columns(rows), []
+    worn, even = _worn_columns(rows), shows_balanced(rows)
+    lines = []
     for row in rows:
         ends, cost = row["intervals"], row["training_cost"]
         lines.append([
@@ -336,18 +360,19 @@ def print_standings(found: Mapping[str, Any]) -> None:
             _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
             *(_cell(row, name, " ") for name in shown),
             *(_worn_cell(row, " ") for _ in worn),
+            *(_balanced_cell(row, name) for name in even.values()),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",
             "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
         ])  # fmt: skip
-    numbers = ("seeds", "clean", *shown, *worn, "parameters", "cost", "seconds")
+    numbers = ("seeds", "clean", *shown, *worn, *even, "parameters", "cost", "seconds")
     columns = {"model": "left"} | dict.fromkeys(numbers, "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
     if by_kind := corruption_table(rows):
         out.print(by_kind)
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
     if not all(believable(row.get("checks", [])) for row in rows):
-        out.print("! a check failed, see above: its accuracies are not to be believed, and it is not ranked")
+        out.print(f"{DOUBTED}, and it is not ranked")
     for note in found["notes"]:
         out.print(note, soft_wrap=True)
     pairs = found["pairs"]

@@ -8,7 +8,7 @@ from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.model import outputs_of, read_logits
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
-from dualhead.evaluation.results import Evaluation, Verdicts
+from dualhead.evaluation.results import Evaluation, Verdicts, balanced
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
 from dualhead.evaluation.union import against_specialists
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
@@ -25,6 +25,7 @@ __all__ = [
     "Verdicts",
     "against_specialists",
     "asks_for_corruptions",
+    "balanced",
     "check_duplicates",
     "compare",
     "evaluate",

@@ -36,7 +36,7 @@ from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.model import Subject, check_images, differ, frozen
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
-from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
+from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.evaluation.union import merged, threat_labels
 from dualhead.noise import Streams
@@ -435,7 +435,8 @@ class _Work:
 
         def check() -> list[dict[str, str]]:
             names = self._attack_names
-            return described([check_randomness(self.subject, self.samples, self.correct, robust, draws, names)])
+            found = check_randomness(self.subject, self.samples, self.correct, robust, draws, names, self.stop)
+            return described([found])
 
         key = f"randomness at eps {self.threat.eps!r} of {', '.join(sorted(self.attacks))}"
         return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
@@ -536,6 +537,7 @@ class _Work:
             "num_samples": len(self.correct),
             "threat": self.threat.describe(),
             **accuracies(correct),
+            **balanced(correct, evaluation.labels),
             "attacks": records,
             **({WORD: self._corruptions()} if corrupts else {}),
             "curve": curve,
@@ -564,7 +566,8 @@ class _Work:
             columns = {"clean": self.correct, **found}
             columns["worst"] = cast("NDArray[np.bool_]", np.logical_and.reduce(list(columns.values())))
         both = accuracies(columns)
-        return {key: both[key] for key in ("robust_accuracy", "intervals")}
+        even = balanced(columns, self.samples.labels.numpy())["balanced_accuracy"]
+        return {**{key: both[key] for key in ("robust_accuracy", "intervals")}, "balanced_accuracy": even}
 
     def _attack(self, attack: Attack, threat: Threat) -> tuple[Verdicts, dict[str, Any]]:
         """One attack on all samples: what each process found, put together."""

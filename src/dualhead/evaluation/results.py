@@ -83,6 +83,11 @@ class Evaluation:
         return dict(self.results["robust_accuracy"])
 
     @property
+    def balanced_accuracy(self) -> dict[str, float]:
+        """Mean over the classes of the share that is right, by `clean`, each attack, and `worst`, in [0, 1]."""
+        return dict(balanced(self.correct, self.labels)["balanced_accuracy"])
+
+    @property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Wilson 95 % intervals of `clean_accuracy`, of each attack, and of `worst`."""
         return {name: (low, high) for name, (low, high) in self.results["intervals"].items()}
@@ -170,6 +175,23 @@ def accuracies(correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
             **{name: interval(column) for name, column in attacked.items()},
         },
     }
+
+
+def balanced(correct: dict[str, NDArray[np.bool_]], labels: NDArray[np.int64]) -> dict[str, Any]:
+    """Return what does not depend on how many images each class has.
+
+    Args:
+        correct: bool [N] each, named as in `Evaluation.correct`.
+        labels: int64 [N].
+
+    Returns:
+        `balanced_accuracy`: by the same names, in [0, 1], the mean over the classes that occur of the share of their
+        images that are right (Brodersen et al. 2010); `class_sizes`: images of the smallest of these classes and of
+        the largest.
+    """
+    _, place, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    means = {name: float((np.bincount(place, column, len(sizes)) / sizes).mean()) for name, column in correct.items()}
+    return {"balanced_accuracy": means, "class_sizes": [int(sizes.min()), int(sizes.max())]}
 
 
 def per_class(

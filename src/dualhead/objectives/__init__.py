@@ -15,7 +15,9 @@ from dualhead.objectives.base import (
     Need,
     Objective,
     Seen,
+    check_weighable,
     objectives,
+    weighted,
 )
 
 __all__ = [
@@ -33,5 +35,7 @@ __all__ = [
     "Need",
     "Objective",
     "Seen",
+    "check_weighable",
     "objectives",
+    "weighted",
 ]

@@ -7,7 +7,7 @@ from dualhead.report.page import write_report
 from dualhead.report.routes import WARNING as ROUTES_WARNING
 from dualhead.report.routes import route_rows
 from dualhead.report.summary import summary
-from dualhead.report.text import duration, threat_text
+from dualhead.report.text import duration, threat_text, unequal
 
 __all__ = [
     "NO_CLASS",
@@ -23,5 +23,6 @@ __all__ = [
     "route_rows",
     "summary",
     "threat_text",
+    "unequal",
     "write_report",
 ]

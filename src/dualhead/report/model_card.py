@@ -9,7 +9,7 @@ from typing import Any
 from dualhead.names import MODEL, described, head_number
 from dualhead.report.lights import light_lines, lights
 from dualhead.report.routes import WARNING
-from dualhead.report.text import attack_text, component_text, eps_text, threat_name, threat_text
+from dualhead.report.text import attack_text, component_text, eps_text, threat_name, threat_text, unequal
 
 OWN = {
     "batch_norm": "batch norm",
@@ -155,12 +155,26 @@ def _measured(results: Mapping[str, Any] | None) -> list[str]:
         *(f"- {_safe(line)}" for line in doubts),
         *([""] if doubts else []),
         f"{results['num_samples']} test images, {threat_text(threat)}, Wilson 95 % intervals.",
+        *_unequal(results),
         "",
         "| accuracy | percent | interval |",
         "|---|---|---|",
         *(f"| {_safe(n)} | {100 * share:.2f} | {100 * e[0]:.2f} to {100 * e[1]:.2f} |" for n, share, e in rows),
         "",
         f"Command: `{results.get('command') or 'not recorded'}`, seed {results.get('seed')}.",
+    ]
+
+
+def _unequal(results: Mapping[str, Any]) -> list[str]:
+    """Say what the accuracies are with every class of equal weight, where classes are not of equal size."""
+    if not unequal(results.get("class_sizes")):
+        return []
+    clean, robust = (100 * results["balanced_accuracy"][name] for name in ("clean", "worst"))
+    least, most = results["class_sizes"]
+    return [
+        "",
+        f"Classes have {least} to {most} images; balanced accuracy, the mean over classes: clean {clean:.2f} %, "
+        f"robust {robust:.2f} %.",
     ]
 
 

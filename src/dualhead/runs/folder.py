@@ -396,9 +396,10 @@ def refuse_other_data(folder: Path, now: dict[str, Any], source: str, part: str 
     if different == ["sketch"] and _alike(before["sketch"], now["sketch"]):
         return
     if different:
+        kind = "test" if part == "data.test" else "training"
         told = {
             "classes": f"the classes {_listed(now['classes'])} in place of {_listed(before['classes'])}",
-            "images": f"{now['images']:,} training images in place of {before['images']:,}",
+            "images": f"{now['images']:,} {kind} images in place of {before['images']:,}",
             "labels": "other labels than those",
             "sketch": "other images than those",
         }[different[0]]

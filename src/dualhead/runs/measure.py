@@ -11,7 +11,15 @@ import torch
 import yaml
 from torch import nn
 
-from dualhead.evaluation import Evaluation, EvaluationProgress, Finding, check_duplicates, evaluate, make_gallery
+from dualhead.evaluation import (
+    Evaluation,
+    EvaluationProgress,
+    Finding,
+    balanced,
+    check_duplicates,
+    evaluate,
+    make_gallery,
+)
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import count_parameters
 from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
@@ -56,6 +64,7 @@ class Row:
             "checks": self.evaluation.checks,
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
+            **balanced(self.evaluation.correct, self.evaluation.labels),
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
             "training_cost": {

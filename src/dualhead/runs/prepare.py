@@ -227,6 +227,8 @@ def _image_facts(recipe: Recipe, folder: RunFolder, images: Images) -> dict[str,
     sources = {"data": (images.training, recipe.data.source)}
     if images.extra is not None and recipe.data.extra is not None:
         sources["data.extra"] = (images.extra, recipe.data.extra.source)
+    if recipe.data.test is not None:  # split off the training images: others would be among those trained on
+        sources["data.test"] = (images.test, recipe.data.source)
     sources |= {f"stream {source}": (split, source) for source, split in images.further.items()}
     facts = {part: data_facts(split) for part, (split, _) in sources.items()}
     for part, (_, source) in sources.items():
@@ -241,6 +243,7 @@ def _fitting_images(recipe: Recipe, loaded: Images, device: torch.device, room: 
     if recipe.runtime.tensorboard:
         summary_writer()
     images = _hold_out(recipe, loaded)
+    class_weights(recipe, images.training)
     _check_validation(recipe, images)
     _check_augmented(recipe, images.training)
     _check_evaluation(recipe, images.test, room)
@@ -256,6 +259,30 @@ def _hold_out(recipe: Recipe, loaded: Images) -> Images:
     if data.train_size and data.image_size:
         held_out = held_out.show_middle(*data.image_size)
     return replace(loaded, training=training, held_out=held_out)
+
+
+def class_weights(recipe: Recipe, training: Split) -> Tensor | None:
+    """Return the weight of each class in the loss, float32 [C]; None if all are equal.
+
+    Args:
+        recipe: says them in `data.class_weights`.
+        training: the images that are trained on.
+
+    Raises:
+        UserError: if a name is no class of the images.
+    """
+    given, names = recipe.data.class_weights, list(training.class_names)
+    if given is None:
+        return None
+    if given == "balanced":
+        counts = training.labels.bincount(minlength=training.num_classes).float()
+        shown = counts > 0
+        return torch.where(shown, counts.sum() / (shown.sum() * counts.clamp(min=1)), 1.0)
+    named = cast("Mapping[str, float]", given)
+    if unknown := [name for name in named if name not in names]:
+        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise UserError(f"data.class_weights: {unknown[0]!r} is no class of these images; they are {known}")
+    return torch.tensor([named.get(name, 1.0) for name in names])
 
 
 def _check_validation(recipe: Recipe, images: Images) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from dualhead.data import Loader, OpenStream, StreamSetting
 from dualhead.errors import Interrupted, UserError
@@ -23,6 +23,7 @@ from dualhead.runs.folder import load_kept, open_folder, write_digests
 from dualhead.runs.prepare import (
     Prepared,
     augmentations_of,
+    class_weights,
     earlier_stage,
     fresh_model,
     passes_of,
@@ -266,6 +267,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         save_minutes=recipe.runtime.save_minutes,
         profiler=StepProfiler(prepared.folder.profile, stage.name, prepared.device) if training.profile else None,
         streams=_streams(prepared, stage, loader),
+        class_weights=_class_weights(prepared),
     )
     if saved is not None:
         run.restore(saved)
@@ -312,6 +314,11 @@ def _loader(prepared: Prepared, number: int) -> Loader:
         fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
         balanced=recipe.data.sampling == "balanced", device=prepared.device, group=group(),
     )  # fmt: skip
+
+
+def _class_weights(prepared: Prepared) -> Tensor | None:
+    weights = class_weights(prepared.recipe, prepared.images.training)
+    return None if weights is None else weights.to(prepared.device)
 
 
 def _validator(prepared: Prepared) -> Validator | None:

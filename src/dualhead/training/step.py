@@ -16,7 +16,7 @@ from dualhead.attacks import Attack, Maximiser, maximise_within
 from dualhead.data import Batch, StreamImages
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.objectives import ATTACKED, CLEAN, Inner, Labels, Logits, Need, Objective
+from dualhead.objectives import ATTACKED, CLEAN, Inner, Labels, Logits, LossTerms, Need, Objective, weighted
 from dualhead.system.arithmetic import Arithmetic, compiled
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
@@ -72,6 +72,7 @@ class TrainingStep:
         threat: what the adversary may do.
         optimiser: over `passes.parameters()`.
         arithmetic: number format of the passes.
+        class_weights: float32 [C], by which an image's loss is multiplied; None: by nothing.
 
     Attributes:
         guard: drops updates that are not finite, and counts them.
@@ -85,8 +86,10 @@ class TrainingStep:
         threat: Threat,
         optimiser: torch.optim.Optimizer,
         arithmetic: Arithmetic,
+        class_weights: Tensor | None = None,
     ) -> None:
         self._passes = passes
+        self._class_weights = class_weights
         self._stage = stage
         self._threat = threat
         self._arithmetic = arithmetic
@@ -306,7 +309,7 @@ class TrainingStep:
             with record_function("loss: forward"):
                 with self._arithmetic.autocast(piece.y.device):
                     seen = {**piece.known, **(self._look if self._counted else self._fast_look)(piece.crossing)}
-                loss = self._objective.loss(piece.y, seen)
+                loss = self._loss(piece.y, seen)
             with record_function("loss: backward"):
                 torch.autograd.backward(loss.total * share)
             for name, term in {"loss": loss.total, **loss.terms, **loss.figures}.items():
@@ -314,6 +317,12 @@ class TrainingStep:
             labels = piece.y if piece.y.dim() == 1 else piece.y.argmax(1)
             correct += (seen[self._judged].argmax(1) == labels).sum()
         return sums, correct
+
+    def _loss(self, y: Tensor, seen: Mapping[str, Tensor]) -> LossTerms:
+        """The loss of a piece, with each image's share weighted by its class."""
+        if self._class_weights is None:
+            return self._objective.loss(y, seen)
+        return weighted(self._objective, self._class_weights, y, seen)
 
     @contextmanager
     def _perturbed(self, pieces: Sequence[_Piece], images: int) -> Iterator[None]:
