@@ -3,7 +3,9 @@
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
+from dualhead.evaluation.given import read_all
 from dualhead.evaluation.harness import evaluate
+from dualhead.evaluation.once import attack
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts
@@ -16,6 +18,7 @@ __all__ = [
     "Gallery",
     "Paired",
     "Verdicts",
+    "attack",
     "check_duplicates",
     "compare",
     "evaluate",
@@ -23,5 +26,6 @@ __all__ = [
     "make_gallery",
     "mcnemar",
     "mean_std",
+    "read_all",
     "wilson",
 ]

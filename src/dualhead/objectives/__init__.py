@@ -17,6 +17,9 @@ from dualhead.objectives.base import (
     objectives,
 )
 
+build = objectives.build
+names = objectives.names
+
 __all__ = [
     "ATTACKED",
     "BEFORE",
@@ -31,5 +34,7 @@ __all__ = [
     "Need",
     "Objective",
     "Seen",
+    "build",
+    "names",
     "objectives",
 ]

@@ -4,6 +4,7 @@ from dualhead.report.gallery import NO_CLASS, change, picture
 from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
+from dualhead.report.rows import rows_html, rows_text
 from dualhead.report.summary import summary
 from dualhead.report.text import threat_text
 
@@ -16,6 +17,8 @@ __all__ = [
     "lights",
     "model_card",
     "picture",
+    "rows_html",
+    "rows_text",
     "summary",
     "threat_text",
     "write_report",

@@ -134,6 +134,8 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
     if saved is None:
         if not processes.first:  # dropout of its own for each share
             torch.manual_seed(prepared.recipe.runtime.seed + processes.rank)
+        if prepared.given_weights:  # whoever goes on may not hold them
+            states.save(Position(), model, None)
         return Position(), None, arithmetic
     if saved.optimiser is None:  # between stages: what comes next draws from here
         saved.restore_generators(prepared.device)
