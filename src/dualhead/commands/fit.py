@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -109,10 +110,7 @@ def _overrides(
     given: Mapping[str, Any] | Sequence[str], source: Any, eps: float | str | None, seed: int | None, device: str | None
 ) -> list[tuple[str, Any]]:
     """Return keys and values; what has a name of its own in the call comes last."""
-    if isinstance(given, Mapping):
-        found = list(given.items())
-    else:
-        found = [parse_override(text) for text in given]
+    found = list(given.items()) if isinstance(given, Mapping) else [parse_override(text) for text in given]
     own = {"data.source": source, "threat.eps": eps, "runtime.seed": seed, "runtime.device": device}
     return found + [(key, value) for key, value in own.items() if value is not None]
 
@@ -269,8 +267,6 @@ def _settle_model(
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(model).cpu()
 
 

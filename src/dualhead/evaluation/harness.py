@@ -96,8 +96,8 @@ def evaluate(
         labels: integers [N] in [0, K); None if `images` gives them too.
         threat: what the adversary may do, and the budget: `ThreatModel("Linf", "8/255")`, its fields,
             `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`.
-        attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), attacks, or functions of
-            (model, images, labels) to images, called by their names.
+        attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), attacks,
+            or functions of (model, images, labels) to images, which results call by their names and never resume.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
         batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def as_attack(spec: Any) -> str | Mapping[str, Any] | Attack:
     """Return the spec, or for a function the attack that calls it."""
     if isinstance(spec, str | Mapping | Attack) or not callable(spec):
         return spec  # type: ignore[no-any-return]  # what is none of these is refused by whoever builds it
-    return FunctionAttack(spec)
+    return FunctionAttack.of(spec)
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,30 @@ class FunctionAttack(Search):
     The function sees images in batches of any size and order, and draws random numbers of its own.
 
     Args:
-        function: see `OwnAttack`.
+        name: the function's.
+        call: of this evaluation alone, since nothing tells whether the function is the same another time.
     """
 
     registered_name: ClassVar[str] = "function"
     short_numbers: ClassVar[tuple[str, ...]] = ()
     norms: ClassVar[tuple[str, ...] | None] = ("Linf", "L2")
 
-    function: OwnAttack = dataclasses.field(repr=False)
+    name: str
+    call: str
+    function: OwnAttack = dataclasses.field(init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, function: OwnAttack) -> Self:
+        """Return the attack that calls a function."""
+        name = str(getattr(function, "__name__", type(function).__name__))
+        made = cls("function" if name == "<lambda>" else name, uuid.uuid4().hex)
+        object.__setattr__(made, "function", function)
+        return made
 
     @property
     def label(self) -> str:
         """Return the function's name."""
-        name = getattr(self.function, "__name__", type(self.function).__name__)
-        return "function" if name == "<lambda>" else str(name)
+        return self.name
 
     def max_steps(self) -> int:
         """One."""

@@ -92,8 +92,8 @@ def address_of(
         UserError: if a factory makes another network.
     """
     source: Any = type(model) if factory is None else factory
-    module, name = getattr(source, "__module__", None), getattr(source, "__qualname__", "<>")
-    importable = isinstance(module, str) and module not in ("__main__", "builtins") and "<" not in name
+    module, name = str(getattr(source, "__module__", "__main__")), getattr(source, "__qualname__", "<>")
+    importable = module not in ("__main__", "builtins") and "<" not in name
     if factory is None and (not importable or module.startswith("torch.nn.")):
         return None
     with kept_generators(torch.device("cpu")):
@@ -121,4 +121,4 @@ def _same(made: nn.Module, model: nn.Module, image_shape: ImageShape) -> bool:
         device = next((p.device for p in one.parameters()), torch.device("cpu"))
         with in_eval_mode(one), torch.no_grad():
             logits.append(logits_of(one(image.to(device))).cpu())
-    return torch.allclose(*logits, rtol=1e-3, atol=1e-4)
+    return torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)

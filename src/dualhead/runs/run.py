@@ -89,7 +89,7 @@ def train(
         stop: asked after every step; when true the run saves itself and raises `Interrupted`.
         command: what the user typed, kept with the results.
         profile: look at a few steps of each stage, and leave what takes how long in the run's folder, in `profile`.
-        begin_with: a network whose weights the run begins with, as `dualhead.fit` passes its model; None for fresh ones.
+        begin_with: a network whose weights the run begins with, as `dualhead.fit` has it; None for fresh ones.
 
     Raises:
         UserError: for a bad recipe, bad data, or a folder that holds another run or where another process works;
