@@ -112,9 +112,8 @@ def given_arrays(
     """
     advice = "give test= too, or set data.test to the share of the training images that is kept for it"
     chosen, shared = choose_shared(set(given), part, advice, split_off=split_off)
-    images, labels = (
-        _in_memory(f"{chosen} {kind}", chosen, a) for kind, a in zip(("images", "labels"), given[chosen], strict=True)
-    )
+    images = _in_memory(f"{chosen} images", chosen, given[chosen][0])
+    labels = _in_memory(f"{chosen} labels", chosen, given[chosen][1])
     if len(images.shape) < 3 or not labels.shape or images.shape[0] != labels.shape[0]:
         raise UserError(
             f"array {images.key!r} has shape {list(images.shape)}, and {labels.key!r} {list(labels.shape)}; right are "
