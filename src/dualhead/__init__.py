@@ -18,6 +18,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from dualhead.system.waiting import wait_shortly
+
 if TYPE_CHECKING:
     from dualhead import attacks, objectives, threats
     from dualhead.commands.fit import fit
@@ -61,6 +63,8 @@ __all__ = [
     "threats",
     "train",
 ]
+
+wait_shortly()  # before anything loads torch, and with it the runtime that reads the variables
 
 # Loaded when asked for: torch takes seconds to import, and `dualhead --help` needs none of it.
 _HOMES = {

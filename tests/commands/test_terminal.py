@@ -26,7 +26,7 @@ def row(name, **robust):
 
 
 def test_an_attack_that_one_row_met_has_a_column(shown):
-    rows = [row("base model", pgd=0.3, worst=0.3), row("DH-AT", pgd=0.3, multihead=0.2, worst=0.2)]
+    rows = [row("base model", pgd=0.3, worst=0.3), row("aggregate of heads", pgd=0.3, multihead=0.2, worst=0.2)]
     terminal.out.print(terminal.accuracy_table("accuracy", rows))
     text = shown.getvalue()
     assert all(column in text for column in ("pgd", "multihead", "worst"))

@@ -27,6 +27,7 @@ NETWORKS = {
         "model.backbone.depth=18", "model.normalize=data", "data.image_size=[16, 16]", "data.train_size=[20, 20]",
         "data.augment.random_resized_crop.size=[16, 16]",
     ],
+    "resnet18_guided": ["model.backbone=wideresnet-10-1"],
     "vit": VIT,
 }  # fmt: skip
 """What else makes recipes small whose names hold these words."""

@@ -65,7 +65,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("world", "words"),
     [
-        (2, [network("plain")]),
+        pytest.param(2, [network("plain")], marks=pytest.mark.slow),  # with `make bits`
         pytest.param(
             2,
             [
@@ -87,6 +87,20 @@ def alone(tmp_path_factory):
             ],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            2,
+            [
+                network("frozen"),
+                "model.attach_at=input",
+                "model.second_head=tied",
+                "model.own=[affine]",
+                "stages.main_head.train=[trunk, head1, head2]",
+                "stages.main_head.objective={name: align, base: {name: balanced, clean: head1, robust: head2}, "
+                "layers: [norm2], clean: head1, robust: head2, rectify: true}",
+                "evaluate.gallery=0",
+            ],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
         pytest.param(
             3,
@@ -98,6 +112,7 @@ def alone(tmp_path_factory):
         "two",
         "two, tied heads",
         "two, streams and a curriculum, and a teacher from before",
+        "two, aligned features and their balance",
         "two, frozen batch norm, micro-batches",
         "three, unequal shares, with all that a stage can add",
     ],

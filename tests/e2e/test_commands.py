@@ -23,7 +23,7 @@ from dualhead.recipe.yaml import load_recipe, shipped_recipes
 from dualhead.system.lock import FolderLock
 from helpers.e2e import TINY, dualhead
 
-ROWS = ["base model", "head 1", "head 2", "mean of heads", "DH-AT"]
+ROWS = ["base model", "head 1", "head 2", "mean of heads", "aggregate of heads"]
 STAGES = ["main_head", "second_head", "aggregator"]
 COUNT = 48  # images that TINY evaluates
 
@@ -139,7 +139,7 @@ def test_info_tells_where_a_finished_run_stands(finished_run):
     assert facts["rows"][-1]["robust_accuracy"] == results["robust_accuracy"]
     text = dualhead("info", finished_run).out
     assert "finished" in text
-    assert "DH-AT" in text
+    assert "aggregate of heads" in text
 
 
 def test_info_tells_where_an_unfinished_run_stands(finished_run, tmp_path):
@@ -237,7 +237,9 @@ def test_what_merges_heads_is_attacked_by_one_who_knows_them(tmp_path):
         row["name"]: set(row["robust_accuracy"]) for row in json.loads((run / "comparison.json").read_text())["rows"]
     }
     of_heads = {"pgd-3", "multihead-2", "worst"}
-    assert attacked == {name: of_heads if name in ("mean of heads", "DH-AT") else {"pgd-3", "worst"} for name in ROWS}
+    assert attacked == {
+        name: of_heads if name in ("mean of heads", "aggregate of heads") else {"pgd-3", "worst"} for name in ROWS
+    }
     for options, attacks in (([], {"pgd-3", "multihead-2"}), (["--output-of", "head2"], {"pgd-3"})):
         output = tmp_path / f"results{len(options)}"
         ended = dualhead("evaluate", run, *options, "--limit", 4, "--output", output, "--precision", "float32")
@@ -255,7 +257,7 @@ def test_a_run_is_evaluated_and_compared(finished_run):
         assert row["parameters"] > 0
         assert set(row["training_cost"]) == {"flops", "forward_equivalents", "seconds"}
         folder = finished_run / "evaluation" / "rows" / row["name"].replace(" ", "_")
-        held = deployed if row["name"] == "DH-AT" else check_results(folder, ["pgd-3"])
+        held = deployed if row["name"] == "aggregate of heads" else check_results(folder, ["pgd-3"])
         assert outcome(held) == outcome(row)
     base, head1, head2, mean, whole = comparison["rows"]
     assert outcome(base) == outcome(head1), "later stages must leave the base model as it was"
@@ -313,12 +315,12 @@ def rows(finished_run):
     [
         (["--stage", "main_head"], "base model"),
         (["--stage", "second_head"], "head 2"),
-        (["--stage", "aggregator"], "DH-AT"),
+        (["--stage", "aggregator"], "aggregate of heads"),
         (["--output-of", "head1"], "head 1"),
         (["--output-of", "head2"], "head 2"),
         (["--output-of", "mean"], "mean of heads"),
-        (["--output-of", "aggregate"], "DH-AT"),
-        ([], "DH-AT"),
+        (["--output-of", "aggregate"], "aggregate of heads"),
+        ([], "aggregate of heads"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -409,7 +411,7 @@ def test_an_exported_model_is_evaluated_to_the_same(finished_run, rows, tmp_path
         "--output", tmp_path / "results", "--device", "cpu", "--precision", "float32", "--json",
     )  # fmt: skip
     assert ended.status == 0, ended.err
-    assert outcome(check_results(tmp_path / "results", ["pgd-3"])) == outcome(rows["DH-AT"])
+    assert outcome(check_results(tmp_path / "results", ["pgd-3"])) == outcome(rows["aggregate of heads"])
 
 
 # ---- stopping and going on

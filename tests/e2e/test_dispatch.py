@@ -50,6 +50,7 @@ def test_stopped_while_waiting_it_cancels_and_goes_on(tmp_path):
     assert len(json.loads(ended.out)["rows"]) == 2
 
 
+@pytest.mark.slow  # with `make bits`
 def test_a_job_that_fails_is_told_and_the_others_are_done(tmp_path):
     jobs = plan("digits_natural", SHORT)
     (tmp_path / jobs[0].name).mkdir(parents=True)

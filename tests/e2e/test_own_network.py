@@ -82,7 +82,7 @@ def trained(folder):
 
 
 def test_it_is_trained_and_evaluated(folder, trained):
-    assert trained == ["base model", "head 1", "head 2", "mean of heads", "DH-AT"]
+    assert trained == ["base model", "head 1", "head 2", "mean of heads", "aggregate of heads"]
     ended = dualhead("evaluate", folder / "run", "--attack", "pgd-2", "--limit", "16", "--device", "cpu", "--json")
     assert ended.status == 0, ended.err
     assert json.loads(ended.out)["num_samples"] == 16

@@ -61,6 +61,7 @@ SHORT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow  # with `make bits`
 def test_killed_and_begun_again_a_sweep_ends_as_one_that_was_not(tmp_path):
     sweep_in_process(tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")

@@ -239,9 +239,9 @@ def test_a_run_keeps_what_was_chosen_and_says_so(tmp_path):
     for name in ("scale", "power", "shift", "temperature"):
         assert float(getattr(module, name)) == pytest.approx(line[name])
     assert float(module.log_odds.sigmoid()) == pytest.approx(line["alpha"])
-    assert [row.name for row in run.rows][-1] == "DH-AT"
+    assert [row.name for row in run.rows][-1] == "aggregate of heads"
     costs = {row.name: row.flops for row in run.rows}
-    assert costs["DH-AT"] > costs["mean of heads"]  # the attacks of the choice count
+    assert costs["aggregate of heads"] > costs["mean of heads"]  # the attacks of the choice count
     assert "Chosen on the held-out images: alpha" in (tmp_path / "run" / "report.html").read_text()
 
 

@@ -98,7 +98,9 @@ PUBLISHED = {
 
 
 def test_the_table_names_every_recipe_with_published_settings():
-    assert set(PUBLISHED) == {n for n in shipped_recipes() if n.startswith(("cifar10_wrn34", "cifar10_resnet18"))}
+    ours = ("guided_distillation", "aligned", "ar_at", "dual_bn", "advprop", "dat", "union")
+    published = [n for n in shipped_recipes() if not n.endswith(ours)]  # of others there is nothing to be held to here
+    assert set(PUBLISHED) == {n for n in published if n.startswith(("cifar10_wrn34", "cifar10_resnet18"))}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -277,7 +279,7 @@ def test_an_override_of_one_stage_leaves_those_that_share_a_yaml_anchor():
         (["stages.one=1"], "name the key to change inside 'one'"),
         (["threat.eps.x=1"], "'eps' holds 0.1, which has no keys"),
         (["evaluate.attacks=[3]", "evaluate.attacks.0.steps=2"], "'0' holds 3, which has no keys"),
-        (["thread.eps=1"], "thread: unknown key; did you mean 'threat'"),
+        (["thread.eps=1"], "thread.eps=1: unknown key; write threat.eps=1 or stages"),
     ],
 )
 def test_overrides_that_are_not_understood(write, overrides, words):

@@ -171,6 +171,7 @@ def chaos(tmp_path, epochs, kills, seed):
     assert not (disturbed / ".lock").exists()
 
 
+@pytest.mark.slow  # with `make bits`
 def test_killed_at_random_moments(tmp_path):
     chaos(tmp_path, epochs=3, kills=4, seed=0)
 

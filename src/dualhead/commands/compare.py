@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, compare, interval_over_samples, mcnemar, mean_std, wilson
+from dualhead.evaluation import (
+    Evaluation,
+    against_specialists,
+    compare,
+    interval_over_samples,
+    mcnemar,
+    mean_std,
+    wilson,
+)
 from dualhead.names import id_of_row
 from dualhead.report import believable, lights
 from dualhead.runs import RunFolder, read_recipe, without_how
@@ -197,6 +205,28 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
     return {"rows": rows, "pairs": pairs, "notes": notes}
 
 
+def normalised(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The accuracies of each output as shares of specialists'.
+
+    Args:
+        entries: outputs of runs.
+        specialists: results of runs that were each made for one of the threats.
+
+    Raises:
+        UserError: if they were not measured alike, under several threats.
+    """
+    made_for_one = [entry.evaluation for entry in specialists if entry.deployed]
+    return [
+        {
+            "label": entry.label,
+            "name": entry.name,
+            "seed": entry.seed,
+            "shares": against_specialists(entry.evaluation, made_for_one),
+        }
+        for entry in entries
+    ]
+
+
 def _labels(groups: Sequence[Sequence[Entry]]) -> list[str]:
     """What tables call each group: its label, after as many folders as tell it from others of that label."""
 
@@ -214,6 +244,7 @@ def _labels(groups: Sequence[Sequence[Entry]]) -> list[str]:
 
 def _for_heads(attack: str) -> bool:
     """Whether an attack of this label can be run on merged heads alone."""
+    attack = attack.partition("@")[0]
     return any(
         registry.get(name).needs_heads and (attack == name or attack.startswith((f"{name}-", f"{name}(")))
         for name in registry.names()

@@ -52,6 +52,13 @@ _TEST_SEED: Final = 0  # the test part is the same whatever the seed of a run
 
 _log = logging.getLogger(__name__)
 
+_SPOKEN: Final = {
+    "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "mnist": "ylecun/mnist",
+    "fashionmnist": "zalando-datasets/fashion_mnist", "svhn": "ufldl-stanford/svhn:cropped_digits",
+    "tinyimagenet": "zh-plus/tiny-imagenet",
+}  # fmt: skip
+"""Names of data sets as people say them, without - and _, and their names on the Hub."""
+
 Choice = Literal["first", "sample"]
 
 
@@ -153,6 +160,7 @@ def load_split(
         raise UserError(f"data.depth must lie in 1 to {FULL_DEPTH} bits, got {depth}")
     framing = Framing(size, crop, resample, squash, channels, depth)
     options = _Options(part, image_column, label_column, framing, skip_unreadable, test, limit, choice)
+    source = source if Path(source).exists() else name_on_hub(source) or source
     try:
         split = _from_source(source, options, storage)
     except UserError as error:
@@ -216,6 +224,12 @@ class _Options:
         return [list(values) if isinstance(values, tuple) else values for values in astuple(self)]
 
 
+def name_on_hub(source: str) -> str | None:
+    """The Hub's name, with `hf:`, of a data set as people say it (`cifar10`, `CIFAR-10`); None for what is none."""
+    found = _SPOKEN.get(re.sub("[-_ ]", "", source).lower())
+    return None if found is None else f"{_ON_THE_HUB}{found}"
+
+
 def path_of(source: str) -> Path | None:
     """The path that a source names, absolute; None for a name on the Hub.
 
@@ -249,7 +263,7 @@ def resolve(source: str) -> str:
         return source
     path = Path(source).expanduser()
     if not path.exists():
-        return source
+        return name_on_hub(source) or source
     if path.is_dir() and _LIKE_A_NAME.fullmatch(source):
         _tell_folder(source)
     return str(path.absolute())

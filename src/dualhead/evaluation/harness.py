@@ -37,6 +37,7 @@ from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
+from dualhead.evaluation.union import merged, threat_labels
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import BF16, FLOAT32, Precision
 from dualhead.system.devices import describe_environment, float32_products
@@ -53,7 +54,7 @@ def evaluate(
     images: Tensor | NDArray[Any] | Iterable[Any],
     labels: Tensor | NDArray[Any] | Sequence[int] | None = None,
     *,
-    threat: Threat | Mapping[str, Any],
+    threat: Threat | str | Mapping[str, Any] | Sequence[Threat | str | Mapping[str, Any]],
     attacks: Sequence[Spec],
     eps: Sequence[float | str] = (),
     index: Tensor | NDArray[Any] | Sequence[int] | None = None,
@@ -95,7 +96,9 @@ def evaluate(
             into a temporary file and not held in memory.
         labels: integers [N] in [0, K); None if `images` gives them too.
         threat: what the adversary may do, and the budget: `ThreatModel("Linf", "8/255")`, its fields,
-            `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`.
+            `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`; or as
+            text, `"L2:0.5"`. Several, in a list, make a column each, as `pgd-40@L2`, and `worst` is under all of them;
+            an attack that is not defined for one of them runs under the others, which the results tell.
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), attacks,
             or functions of (model, images, labels) to images, which results call by their names and never resume.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
@@ -133,6 +136,16 @@ def evaluate(
         raise UserError(f"index must name each of the {len(images)} samples once")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(threat, Sequence) and not isinstance(threat, str):
+        options = {
+            "index": index, "batch_size": batch_size, "seed": seed, "precision": precision, "device": device,
+            "class_names": class_names, "skipped": skipped, "checks": checks, "heads": heads,
+            "save_adversarial": save_adversarial, "resume": resume, "diagnostics": diagnostics, "progress": progress,
+            "command": command, "subject": subject, "stop": stop,
+        }  # fmt: skip
+        if eps:
+            raise UserError("eps: a curve over eps is of one threat; leave it out, or name one threat")
+        return _evaluate_each(model, images, labels, threat, attacks, output_dir, options)
     built = _build(attacks)
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
@@ -169,6 +182,45 @@ def evaluate(
         folder = output_dir
         work.group.lead(lambda: evaluation.save(folder))
     return evaluation
+
+
+def _evaluate_each(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threats: Sequence[Threat | str | Mapping[str, Any]],
+    attacks: Sequence[Spec],
+    output_dir: str | Path | None,
+    options: dict[str, Any],
+) -> Evaluation:
+    """`evaluate` under several threats: an evaluation of each, in a folder of its own, and what they say together."""
+    built = [build_threat(spec, f"threat.{place}") for place, spec in enumerate(threats)]
+    labelled = dict(zip(threat_labels(built), built, strict=True))
+    if len(labelled) < 2:
+        raise UserError("threat: a list names two threats or more; write one threat alone, without a list")
+    named, chosen, left_out = _build(attacks), {}, []
+    for label, threat in labelled.items():
+        chosen[label] = [attack for attack in named.values() if attack.norms is None or threat.kind in attack.norms]
+        fitting = {attack.label for attack in chosen[label]}
+        left_out += [f"{name} is not defined for {label} and was not run under it" for name in named.keys() - fitting]
+        if not fitting:
+            next(iter(named.values())).check(threat)
+    parts = {}
+    for label, threat in labelled.items():
+        folder = None if output_dir is None else Path(output_dir) / "threats" / _file_name(label)
+        parts[label] = evaluate(
+            model, images, labels, threat=threat, attacks=chosen[label], output_dir=folder, **options
+        )
+    names = options["class_names"]
+    count = max(int(entry["label"]) for part in parts.values() for entry in part.results["per_class"]) + 1
+    evaluation = merged(parts, list(names) if names is not None else [str(k) for k in range(count)], sorted(left_out))
+    if output_dir is not None:
+        group().lead(lambda: evaluation.save(output_dir))
+    return evaluation
+
+
+def _file_name(label: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in label)
 
 
 def check_interval(device: torch.device) -> int:

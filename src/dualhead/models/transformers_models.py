@@ -161,6 +161,8 @@ class TransformersBackbone(Backbone):
 
     def _preprocessor(self) -> dict[str, Any]:
         transformers = _transformers()
+        if self._is_only_a_type(transformers):  # no name on the Hub, where it would be asked for again and again
+            raise UserError(f"model 'hf:{self.config}': {self._no_weights()}")
         folder = Path(self.config).parent if Path(self.config).is_file() else Path(self.config)
         path = folder / _PREPROCESSOR
         if not folder.is_dir():
@@ -170,10 +172,16 @@ class TransformersBackbone(Backbone):
 
     def on_its_own(self) -> Self:
         """With the configuration itself in place of where it lies."""
-        if self.config in _transformers().CONFIG_MAPPING and not Path(self.config).exists():
+        if self._is_only_a_type(_transformers()):
             return self
         config = self._configuration(_transformers())
         return replace(self, config=config.to_json_string(), pretrained=False)
+
+    def _is_only_a_type(self, transformers: Any) -> bool:
+        return self.config in transformers.CONFIG_MAPPING and not Path(self.config).exists()
+
+    def _no_weights(self) -> str:
+        return f"{self.config!r} is a type of model and has no weights; name a folder or a Hub model"
 
     def _configuration(self, transformers: Any) -> Any:
         if self.config.lstrip().startswith("{"):
@@ -183,7 +191,7 @@ class TransformersBackbone(Backbone):
         if is_local or self.config not in transformers.CONFIG_MAPPING:
             return transformers.AutoConfig.from_pretrained(self.config)
         if self.pretrained:
-            raise UserError(f"{self.config!r} is a type of model and has no weights; name a folder or a Hub model")
+            raise UserError(self._no_weights())
         return transformers.AutoConfig.for_model(self.config)
 
     def _pretrained(self, transformers: Any, config: Any, published_classes: int) -> nn.Module:

@@ -22,6 +22,9 @@ CLEAN: Final = "clean"
 ATTACKED: Final = "attacked"
 """The usual names of images: those of the batch, and what the attack makes of them."""
 
+EPOCH: Final = -1
+"""The window that is an epoch."""
+
 BEFORE: Final = "before"
 """The teacher that is the network as the stage began."""
 
@@ -55,12 +58,15 @@ class Features:
         on: the images, as for `Logits`.
         layer: name of a module inside the part; None for the trunk's features, which cross the cut.
         through: one of the objective's own heads, applied to the features.
+        reversal: factor of the gradient that comes back through that head, which then has the other sign, as for a
+            domain head (Ganin and Lempitsky 2015, arXiv 1409.7495); the head itself descends. None: as it is.
     """
 
     part: str = "trunk"
     on: str = CLEAN
     layer: str | None = None
     through: str | None = None
+    reversal: float | None = None
 
     def of(self, output: str) -> Features:
         """Return the need itself."""
@@ -201,7 +207,7 @@ class Objective(ABC):
         return ()
 
     def window(self) -> int:
-        """Return the number of steps between two calls of `advance`; 0: it is never called."""
+        """Return the number of steps between two calls of `advance`, or `EPOCH`; 0: it is never called."""
         return 0
 
     def begin(self) -> Mapping[str, float]:

@@ -293,6 +293,8 @@ class Evaluate(Section):
     """Measurements on the test images when training is over."""
 
     attacks: tuple[str | dict[str, Any], ...] = ("pgd-40",)
+    threats: tuple[Annotated[Threat, *THREAT], ...] = ()
+    """Several threats, `[Linf:8/255, L2:0.5]`, each with columns of its own; empty: the recipe's threat."""
     limit: int | None = Field(None, gt=0)
     """Use only the first so many test images."""
     batch_size: int = Field(256, ge=1)
@@ -314,6 +316,12 @@ class Evaluate(Section):
             if label in labels:
                 raise UserError(f".attacks.{index}: {label} is named twice")
             labels.append(label)
+        if len(self.threats) == 1:
+            raise UserError(".threats: names one; write it as the recipe's threat, or name two or more here")
+        kinds = [threat.describe() for threat in self.threats]
+        for index, kind in enumerate(kinds):
+            if kind in kinds[:index]:
+                raise UserError(f".threats.{index}: is named twice")
         return self
 
 
@@ -401,6 +409,11 @@ class Recipe(Section):
                     f".stages.{index}.train: head1 must not be trained: {changed}, which is tied to it and the "
                     "teacher, would change"
                 )
+            if self.model.attach_at:
+                try:
+                    stage.check_parts(tied=self.model.tied is not None)
+                except UserError as error:
+                    raise UserError(f".stages.{index}: {error}") from None
             known = (*heads, "mean", "aggregate")
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:
@@ -411,7 +424,9 @@ class Recipe(Section):
     def _attacks_fit_threats(self) -> Self:
         uses: list[tuple[str, Callable[[Threat], object]]]
         uses = [(f"stages.{index}", stage.against) for index, stage in enumerate(self.stages)]
-        uses += [(f"evaluate.attacks.{n}", attacks.build(spec).check) for n, spec in enumerate(self.evaluate.attacks)]
+        if not self.evaluate.threats:
+            measured = enumerate(self.evaluate.attacks)
+            uses += [(f"evaluate.attacks.{n}", attacks.build(spec).check) for n, spec in measured]
         if self.data.validation:
             uses.append(("validation.attack", self.validation.attack.check))
         for place, check in uses:
@@ -419,6 +434,12 @@ class Recipe(Section):
                 check(self.threat)
             except UserError as error:
                 raise UserError(f".{place}: {error}") from None
+        for index, threat in enumerate(self.evaluate.threats):
+            norms = [attacks.build(spec).norms for spec in self.evaluate.attacks]
+            if all(defined is not None and threat.kind not in defined for defined in norms):
+                raise UserError(
+                    f".evaluate.threats.{index}: no attack of evaluate.attacks is defined for {threat.kind}"
+                )
         return self
 
     def resolved(self) -> dict[str, Any]:

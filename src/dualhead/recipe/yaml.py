@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from dualhead.components import plugins as outside
+from dualhead.components.registry import folded
 from dualhead.errors import UserError
 from dualhead.recipe.schema import Recipe, parse_recipe
 
@@ -59,7 +60,7 @@ def override(content: dict[str, Any], key: str, value: Any) -> None:
     """
     if not all(key.split(".")):
         raise UserError(f"override {key!r} is not understood; write dotted keys, e.g. data.source")
-    _assign(content, key.split("."), _plain(value), key)
+    _assign(content, _words(key), _plain(value), key)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Recipe:
@@ -80,9 +81,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
     folders: list[Path] = []
     content, label = _extended(name, (), folders)
     content.setdefault("name", label)
+    before = copy.deepcopy(content) if overrides else content
     for text in overrides:
         key, value = parse_override(text)
-        _assign(content, key.split("."), value, text)
+        _assign(content, _words(key), value, text)
     if plugins:
         try:
             given = [outside.located(source) for source in plugins]  # these stand on the command line: relative to here
@@ -91,7 +93,44 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
         named = content.get("plugins") or []
         content["plugins"] = [*named, *given] if isinstance(named, list) else named
     with outside.searched_in(folders):
-        return parse_recipe(content, f"recipe {name}")
+        try:
+            return parse_recipe(content, f"recipe {name}")
+        except UserError as error:
+            told = _where_they_live(overrides, before, f"recipe {name}") if "unknown key" in str(error) else ""
+            raise UserError(told or _as_named(str(error), overrides, content)) from None
+
+
+def _as_named(message: str, overrides: Sequence[str], content: Mapping[str, Any]) -> str:
+    """Return a message in which stages that overrides name are called by these names, not by their numbers."""
+    named = {
+        words[1] for words in (o.partition("=")[0].split(".") for o in overrides) if words[0] == "stages" and words[1:]
+    }
+    stages = content.get("stages")
+    for number, stage in enumerate(stages if isinstance(stages, list) else []):
+        if isinstance(stage, dict) and stage.get("name") in named:
+            message = re.sub(rf"\bstages\.{number}\b", f"stages.{stage['name']}", message)
+    return message
+
+
+def _where_they_live(overrides: Sequence[str], before: dict[str, Any], where: str) -> str:
+    """Say of the first override that the recipe does not take where keys of its name live; empty if nowhere."""
+    from dualhead.recipe.keys import places_of
+
+    try:
+        recipe = parse_recipe(before, where)
+    except UserError:  # it is wrong without them already
+        return ""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        content = copy.deepcopy(before)
+        _assign(content, key.split("."), _parse_yaml(value, override), override)
+        try:
+            parse_recipe(content, where)
+        except UserError as error:
+            places = places_of(key.rpartition(".")[2], recipe) if "unknown key" in str(error) else []
+            if places:
+                return f"{override}: unknown key; write {' or '.join(f'{p}={value}' for p in places[:3])}"
+    return ""
 
 
 def read_recipe_file(path: Path) -> Recipe:
@@ -108,6 +147,11 @@ def shipped_recipes() -> list[str]:
     """Return the names of the recipes inside the package."""
     folder = resources.files("dualhead.recipe.shipped")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def known_recipe(name: str) -> str | None:
+    """Return the shipped recipe that a name means, in any case and with - or _; None if it is none."""
+    return next((known for known in shipped_recipes() if folded(known) == folded(name)), None)
 
 
 def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[dict[str, Any], str]:
@@ -139,16 +183,28 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         if not _is_file(path):
             raise UserError(f"recipe {name}: no such file")
         text, label = _text_of(path, f"recipe {name}"), re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
-    elif name in shipped_recipes():
-        text, label = (resources.files("dualhead.recipe.shipped") / f"{name}.yaml").read_text(encoding="utf-8"), name
+    elif (label := known_recipe(name)) is not None:
+        text = (resources.files("dualhead.recipe.shipped") / f"{label}.yaml").read_text(encoding="utf-8")
     else:
-        near = get_close_matches(name, shipped_recipes(), n=1)
+        near = get_close_matches(name.lower(), shipped_recipes(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"recipe {name!r} is neither a file nor shipped; {hint}shipped: {', '.join(shipped_recipes())}")
     content = _parse_yaml(text, f"recipe {name}")
     if not isinstance(content, dict):
         raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
+    for stage in content.get("stages") or [] if isinstance(content.get("stages"), list) else []:
+        if isinstance(stage, dict) and "optimizer" in stage:
+            if "optimiser" in stage:
+                raise UserError(
+                    f"recipe {name}: a stage has both optimiser and optimizer, which are one key; remove one"
+                )
+            stage["optimiser"] = stage.pop("optimizer")
     return content, label
+
+
+def _words(key: str) -> list[str]:
+    """Return the words of a dotted key, in the tree's spelling."""
+    return ["optimiser" if word == "optimizer" else word for word in key.split(".")]
 
 
 def parse_override(text: str) -> tuple[str, Any]:

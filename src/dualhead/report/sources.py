@@ -47,7 +47,7 @@ class Measured:
         output: its id, see `dualhead.names`; `model` for what is no row of a run.
         title: its name on the page: with the run's, where there are several runs.
         deployed: it is the run's final output.
-        threat: norm or name, and eps; None if not recorded.
+        threat: norm or name, and eps, or a `union` of such; None if not recorded.
         num_samples: None if not recorded.
         clean: clean accuracy.
         robust: by attack, with `worst`.
@@ -292,9 +292,9 @@ def _read_rows(source: Source) -> None:
             source.notes.append("The evaluation was stopped before the final output was measured.")
         return
     for number, row in enumerate(listed):
-        name, deployed = str(row.get("name")), number == len(listed) - 1
+        name, output, deployed = str(row.get("name")), id_of_row(row), number == len(listed) - 1
         place = folder if deployed else _inside(folder / "rows", row_folder(name))
-        source.rows += _evaluation(source, place, name, id_of_row(row), deployed=deployed, row=row)
+        source.rows += _evaluation(source, place, name_of(output, name), output, deployed=deployed, row=row)
 
 
 def _evaluation(
@@ -321,7 +321,9 @@ def _evaluation(
     if not results:
         source.notes.append(f"{name}: {where}/results.json is missing; what comparison.json holds is shown.")
     threat = results.get("threat") if results else source.recipe.get("threat")
-    known_threat = isinstance(threat, Mapping) and "eps" in threat and ("norm" in threat or "name" in threat)
+    known_threat = isinstance(threat, Mapping) and (
+        "union" in threat or ("eps" in threat and ("norm" in threat or "name" in threat))
+    )
     cost = row.get("training_cost")
     cost = cost if isinstance(cost, Mapping) else {}
     count = results.get("num_samples")

@@ -20,14 +20,18 @@ def eps_texts(radii: Sequence[float]) -> list[str]:
 
 
 def threat_name(threat: Mapping[str, Any]) -> str:
-    """The norm of a threat, or its name with what was set but eps."""
+    """The norm of a threat, or its name with what was set but eps; of several those of each."""
+    if "union" in threat:
+        return " and ".join(threat_name(each) for each in threat["union"])
     return str(threat["norm"]) if "norm" in threat else component_text({**threat, "eps": None})
 
 
 def threat_text(threat: Mapping[str, Any] | None) -> str:
-    """Norm and radius of a threat, or name and budget: `Linf eps 8/255`, `flow 0.05`."""
+    """Norm and radius of a threat, or name and budget: `Linf eps 8/255`, `flow 0.05`; of several, each in turn."""
     if not threat:
         return "threat model not recorded"
+    if "union" in threat:
+        return ", ".join(threat_text(each) for each in threat["union"])
     budget = f"eps {eps_text(threat['eps'])}" if "norm" in threat else f"{threat['eps']:g}"
     return f"{threat_name(threat)} {budget}"
 

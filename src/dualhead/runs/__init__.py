@@ -2,15 +2,19 @@
 
 from dualhead.runs.folder import GALLERY, RunFolder, changes, load_stage, read_digests, read_recipe, without_how
 from dualhead.runs.run import RunResult, train
+from dualhead.runs.trial import StageCost, Trial, trial
 
 __all__ = [
     "GALLERY",
     "RunFolder",
     "RunResult",
+    "StageCost",
+    "Trial",
     "changes",
     "load_stage",
     "read_digests",
     "read_recipe",
     "train",
+    "trial",
     "without_how",
 ]

@@ -105,7 +105,7 @@ def measure(
     Raises:
         Interrupted: when stopped.
     """
-    costs, unit = group().lead(lambda: _costs(prepared, model)), _forward_flops(prepared, model)
+    costs, unit = group().lead(lambda: _costs(prepared, model)), forward_flops(prepared, model)
     checks = [check_duplicates(*prepared.images.digests())]
     rows: list[Row] = []
     last: list[Row] = []
@@ -138,7 +138,7 @@ def _evaluate(
         model.eval(),
         test.images[:count],
         test.labels[:count],
-        threat=recipe.threat,
+        threat=recipe.evaluate.threats or recipe.threat,
         attacks=[a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
         batch_size=recipe.evaluate.batch_size,
         seed=recipe.runtime.seed,
@@ -235,7 +235,7 @@ def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]
     return {**costs, BASE: up_to(len(_base_stages(prepared)))}
 
 
-def _forward_flops(prepared: Prepared, model: nn.Module) -> int:
+def forward_flops(prepared: Prepared, model: nn.Module) -> int:
     """Count the floating-point operations of a forward pass of one image through the base model."""
     base = view(model, head_id(1)) if isinstance(model, DualHeadClassifier) else model
     example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)

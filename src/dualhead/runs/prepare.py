@@ -520,13 +520,14 @@ def _check_attacks(prepared: Prepared) -> None:
 def _check_stage(prepared: Prepared, number: int) -> None:
     """Refuse a stage that cannot be trained now, not after the hours before it."""
     stage, key = prepared.recipe.stages[number], f"stages.{number}"
-    if stage.fit is None and stage.epochs and not passes_of(prepared, stage).parameters():
-        raise UserError(
-            f"{key}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
-            "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
-        )
     if stage.fit is None:
-        _check_needs(prepared, number)
+        passes = passes_of(prepared, stage)
+        if stage.epochs and not passes.parameters():
+            raise UserError(
+                f"{key}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
+                "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
+            )
+        _check_needs(prepared, number, passes)
     if stage.layer_decay is not None:
         with _under(f"{key}.layer_decay"):
             layer_scales(prepared.model, stage.layer_decay)
@@ -556,13 +557,13 @@ def passes_of(prepared: Prepared, stage: Stage, teachers: Mapping[str, nn.Module
     return Passes.of(prepared.model, stage, teachers=teachers, example=example, seed=prepared.recipe.runtime.seed)
 
 
-def _check_needs(prepared: Prepared, number: int) -> None:
+def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     """Refuse an objective that needs what this network does not have; warn where several processes change it."""
     stage = prepared.recipe.stages[number]
     teachers = stage.objective.teachers()
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
     with _under(f"stages.{number}.objective"):
-        passes_of(prepared, stage).look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
+        passes.look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
     if group().world > 1 and not stage.objective.per_image:
         _log.warning(
             "stage %s: the loss of %s is taken over each process's share of the batch: it is another one than on one "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from torch import nn
 
 from dualhead.data import Loader, OpenStream, StreamSetting
-from dualhead.errors import UserError
+from dualhead.errors import Interrupted, UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state, write_state
 from dualhead.objectives import BEFORE
@@ -110,6 +111,26 @@ def train_stages(
         model = _of_architecture(prepared, arithmetic)
         group().lead(lambda: save_model(prepared.folder.model, model, prepared.architecture, prepared.facts))
     return model
+
+
+def train_one(prepared: Prepared, number: int, progress: TrainingProgress, stop: Callable[[], bool]) -> float:
+    """Train one stage, from the network as it is, until `stop`; write into the run's folder what training writes.
+
+    Returns:
+        Floating-point operations of a step.
+    """
+    recipe, states = prepared.recipe, CheckpointStore(prepared.folder.states)
+    with float32_products(tf32=recipe.runtime.precision == "tf32"):
+        arithmetic = _open(prepared, states)[2]
+        training = _Training(
+            prepared, arithmetic, states, _open_log(prepared, Position()), progress, stop, profile=False
+        )
+        with suppress(Interrupted):
+            _train_stage(training, Position(stage=number), None)
+        saved = states.load()
+        assert saved is not None  # whoever is stopped has saved itself
+        free = recipe.stages[number].free
+        return float(saved.position.step_cost * (1 if free is None else free.replays))
 
 
 # ---- where the run stands

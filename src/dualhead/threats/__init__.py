@@ -3,7 +3,7 @@
 from dualhead.threats.base import Threat, Where, threats
 from dualhead.threats.bounded import Bounded
 from dualhead.threats.build import build_threat
-from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of
+from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of, project_l1, steepest
 
 build = build_threat
 names = threats.names
@@ -19,5 +19,7 @@ __all__ = [
     "finite",
     "names",
     "norm_of",
+    "project_l1",
+    "steepest",
     "threats",
 ]

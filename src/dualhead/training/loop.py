@@ -155,7 +155,7 @@ class StageRun:
         )
         self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic)
         self._streams = dict(streams or {})
-        self._curriculum = Curriculum(stage.objective)
+        self._curriculum = Curriculum(stage.objective, len(loader) * (1 if stage.free is None else stage.free.replays))
         self._collapsed = False
         self._average = None if stage.average is None else WeightAverage(passes.model, stage.average)
 

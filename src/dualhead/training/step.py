@@ -118,14 +118,32 @@ class TrainingStep:
             n: need for n, need in self._needs.items() if n not in self._constant and not isinstance(need, Labels)
         }
         together = [CLEAN, *(made for made, inner in self._inner.items() if inner.start == CLEAN)]
-        self._look = passes.look(learning, together if self._stage.forward == "joint" else ())
-        self._estimates = passes.look(_estimated(learning))
+        forward = self._stage.forward
+        if forward == "separate":
+            together = []
+        counted = (CLEAN,) if forward == "joint_clean" else None
+        self._look = passes.look(learning, together, counted=counted)
+        if self._look.tells_rows and self._forgetful:
+            raise UserError(
+                f"checkpoint_activations: not with forward: {forward}, whose layers are told whose their rows are; use "
+                "micro_batch"
+            )
+        # Statistics that routes have in common are estimated as they are trained: of the rows of all.
+        routed = self._look.tells_rows
+        self._estimates = passes.look(
+            _estimated(learning), together if routed else (), counted=counted if routed else None
+        )
         # A count of operations sees nothing of a compiled pass, so both forms stay.
         self._fast_look: Callable[[Mapping[str, Crossing]], dict[str, Tensor]] = self._look
         if self._arithmetic.compiled:
             if self._look.has_layers:
                 raise UserError(
                     "objective: looks inside parts of the model, which cannot be compiled; set runtime.compile=false"
+                )
+            if self._look.tells_rows:
+                raise UserError(
+                    f"forward: {forward}: layers are told whose their rows are, which cannot be compiled; set "
+                    "runtime.compile=false"
                 )
             self._fast_look = compiled(self._look, "the passes of the loss")
         self._climbs = {made: _Climb(self._passes, self._needs, made, inner) for made, inner in self._inner.items()}
