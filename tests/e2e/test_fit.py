@@ -75,7 +75,10 @@ def test_equals_the_command_line_to_the_bit(digits, whole, tmp_path):
     assert weights(tmp_path / "run") == weights(whole.run_dir)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 8])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("steps", [4, pytest.param(1, marks=SLOW), pytest.param(8, marks=SLOW)])
 def test_stopped_and_gone_on_with_equals_the_whole(digits, whole, tmp_path, steps):
     asked = iter(range(steps))
     with pytest.raises(dualhead.Interrupted):
@@ -107,6 +110,7 @@ def test_begins_with_the_weights_that_are_given(digits, tmp_path):
         torch.testing.assert_close(run.model(x), model.eval()(x))
 
 
+@pytest.mark.slow
 def test_every_form_of_the_same_images_is_the_same_run(digits, tmp_path):
     (x, y), (x_test, y_test) = digits
     forms = [

@@ -183,8 +183,8 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         if not _is_file(path):
             raise UserError(f"recipe {name}: no such file")
         text, label = _text_of(path, f"recipe {name}"), re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
-    elif (label := known_recipe(name)) is not None:
-        text = (resources.files("dualhead.recipe.shipped") / f"{label}.yaml").read_text(encoding="utf-8")
+    elif (known := known_recipe(name)) is not None:
+        label, text = known, (resources.files("dualhead.recipe.shipped") / f"{known}.yaml").read_text(encoding="utf-8")
     else:
         near = get_close_matches(name.lower(), shipped_recipes(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
