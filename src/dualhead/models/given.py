@@ -19,7 +19,7 @@ from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of
 
 
-@backbones.register("given", text="kind")
+@backbones.register("given", text="path")
 @dataclass(frozen=True)
 class GivenBackbone(FactoryBackbone):
     """A network that was given in Python, from a class that cannot be imported or made without arguments.
