@@ -1,6 +1,7 @@
 """`dualhead.fit`: runs from Python are those of the command line, and what does not fit is refused in one line."""
 
 import copy
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -85,6 +86,16 @@ def test_stopped_and_gone_on_with_equals_the_whole(digits, whole, tmp_path, step
         fitted(net(), digits, tmp_path / "run", stop=lambda: next(asked, None) is None)
     fitted(net(seed=9), digits, tmp_path / "run")  # the run's weights count, not those given again
     assert weights(tmp_path / "run") == weights(whole.run_dir)
+
+
+def test_fresh_weights_do_not_take_the_place_of_lost_ones(digits, tmp_path):
+    (x, y), (x_test, y_test) = digits
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    with pytest.raises(dualhead.Interrupted):
+        fitted(net(), (tmp_path / "mine.npz", None), tmp_path / "run", PLAIN, stop=lambda: True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "states")
+    with pytest.raises(dualhead.UserError, match="began with"):
+        dualhead.train(str(tmp_path / "run" / "config.yaml"), run_dir=tmp_path / "run")
 
 
 def test_other_images_do_not_go_on(digits, whole):

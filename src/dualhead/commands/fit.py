@@ -88,7 +88,8 @@ def fit(
     folders: list[Path] = []
     content = recipe_content(recipe, folders)
     images = _images(train, test, class_names)
-    for key, value in _overrides(overrides, train if images is None else images.source, eps, seed, device):
+    source = images.source if images is not None else None if train is None else str(train)
+    for key, value in _overrides(overrides, source, eps, seed, device):
         override(content, key, value)
     if epochs is not None:
         _set_epochs(content, epochs)
@@ -107,7 +108,11 @@ train_run = train  # inside `fit`, `train` is the training images
 
 
 def _overrides(
-    given: Mapping[str, Any] | Sequence[str], source: Any, eps: float | str | None, seed: int | None, device: str | None
+    given: Mapping[str, Any] | Sequence[str],
+    source: str | None,
+    eps: float | str | None,
+    seed: int | None,
+    device: str | None,
 ) -> list[tuple[str, Any]]:
     """Return keys and values; what has a name of its own in the call comes last."""
     found = list(given.items()) if isinstance(given, Mapping) else [parse_override(text) for text in given]

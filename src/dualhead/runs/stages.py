@@ -29,7 +29,7 @@ from dualhead.runs.prepare import (
     start_from,
     synchronises,
 )
-from dualhead.saving import load, save_model, view
+from dualhead.saving import load, read_config, save_model, view
 from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic, slowdown_by_bf16, with_lanes
 from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.files import write_json
@@ -49,6 +49,9 @@ from dualhead.training import (
 )
 
 _log = logging.getLogger(__name__)
+
+GIVEN_WEIGHTS = "given_weights"
+"""Key of `checkpoints/config.json` of a run that began with weights from a program."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +146,13 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
         The position, the state of an unfinished stage (None between stages), and the arithmetic.
     """
     processes, model = group(), prepared.model
-    facts = {**prepared.facts, **prepared.image_facts}
+    facts = {**prepared.facts, **prepared.image_facts, **({GIVEN_WEIGHTS: True} if prepared.given_weights else {})}
     processes.lead(lambda: open_folder(prepared.folder, prepared.recipe, prepared.architecture, facts))
     processes.lead(lambda: write_digests(prepared.folder, prepared.images.learnt_from))
     saved = states.load()
-    if saved is not None:
+    if saved is None:
+        _refuse_lost_weights(prepared)
+    else:
         load_state(model, saved.model, str(states.folder))
     arithmetic = processes.lead(lambda: _arithmetic(prepared, begun=saved is not None))
     arithmetic.lay_out(model)
@@ -162,6 +167,19 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
         saved.restore_generators(prepared.device)
         return saved.position, None, arithmetic
     return saved.position, saved, arithmetic
+
+
+def _refuse_lost_weights(prepared: Prepared) -> None:
+    """Refuse fresh weights for a run that was killed before its first state, which would have held those it was given.
+
+    Raises:
+        UserError: saying who has them.
+    """
+    if not prepared.given_weights and read_config(prepared.folder.checkpoints).get(GIVEN_WEIGHTS):
+        raise UserError(
+            f"{prepared.folder.path}: was stopped before the weights were saved that it began with; go on with "
+            "dualhead.fit and the network, or choose another --run-dir"
+        )
 
 
 def _open_log(prepared: Prepared, position: Position) -> MetricsLog:
