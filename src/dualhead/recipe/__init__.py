@@ -8,6 +8,7 @@ from dualhead.recipe.yaml import (
     read_recipe_file,
     recipe_content,
     shipped_recipes,
+    stages_as_named,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "read_recipe_file",
     "recipe_content",
     "shipped_recipes",
+    "stages_as_named",
 ]
