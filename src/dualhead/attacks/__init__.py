@@ -15,6 +15,9 @@ from dualhead.attacks.base import (
     predictions,
 )
 
+build = attacks.build
+names = attacks.names
+
 __all__ = [
     "Attack",
     "Climb",
@@ -26,6 +29,8 @@ __all__ = [
     "Search",
     "State",
     "attacks",
+    "build",
     "maximise_within",
+    "names",
     "predictions",
 ]

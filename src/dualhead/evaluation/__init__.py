@@ -4,8 +4,10 @@ from dualhead.evaluation.corruptions import asks_for_corruptions
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
+from dualhead.evaluation.given import read_all
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.model import outputs_of, read_logits
+from dualhead.evaluation.once import attack
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts, balanced
@@ -25,6 +27,7 @@ __all__ = [
     "Verdicts",
     "against_specialists",
     "asks_for_corruptions",
+    "attack",
     "balanced",
     "check_duplicates",
     "compare",
@@ -36,6 +39,7 @@ __all__ = [
     "mean_std",
     "outputs_of",
     "parse_kinds",
+    "read_all",
     "read_logits",
     "wilson",
 ]

@@ -35,6 +35,7 @@ from dualhead.evaluation.diagnostics import (
 from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.model import Subject, check_images, differ, frozen
+from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
@@ -46,7 +47,7 @@ from dualhead.system.outputs import without_inference_tensors
 from dualhead.system.processes import group
 from dualhead.threats import Threat, ThreatModel, build_threat
 
-Spec = str | Mapping[str, Any] | Attack
+Spec = str | Mapping[str, Any] | Attack | OwnAttack
 
 
 @float32_products()  # TF32 is no float32, and verdicts are float32's
@@ -67,6 +68,7 @@ def evaluate(
     skipped: int = 0,
     checks: Sequence[Finding] = (),
     heads: LogitsFn | None = None,
+    return_adversarial: bool = False,
     save_adversarial: bool = False,
     output_dir: str | Path | None = None,
     resume: bool = True,
@@ -99,7 +101,8 @@ def evaluate(
             `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`; or as
             text, `"L2:0.5"`. Several, in a list, make a column each, as `pgd-40@L2`, and `worst` is under all of them;
             an attack that is not defined for one of them runs under the others, which the results tell.
-        attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
+        attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), attacks,
+            or functions of (model, images, labels) to images, which results call by their names and never resume.
             `corruptions`, alone or among them, measures accuracy on the 15 common corruptions of Hendrycks and
             Dietterich in 5 severities, on all images and apart from the attacks.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
@@ -113,6 +116,7 @@ def evaluate(
         checks: what whoever read the images found out about them, to stand among the diagnostics.
         heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
             where there is one.
+        return_adversarial: keep the adversarial examples in the result: `Evaluation.adversarial(attack)`.
         save_adversarial: keep the adversarial examples in `samples.npz`.
         output_dir: where to write `results.json` and `samples.npz`, and to keep what is found out on the way.
         resume: go on with what lies there; False begins anew.
@@ -165,7 +169,7 @@ def evaluate(
             [parse_real(value) for value in eps],
             seed,
             progress or Silent(),
-            save_adversarial,
+            save_adversarial or return_adversarial,
             came_training,
             stop,
         )
@@ -177,6 +181,8 @@ def evaluate(
         if skipped:
             origin["skipped_images"] = skipped
         evaluation = work.run(names, origin, diagnostics, corrupts=corrupts)
+        if return_adversarial:
+            evaluation.keep_clean(images)
         evaluation.results["diagnostics"] += [asdict(check) for check in checks]
     if output_dir is not None:
         folder = output_dir
@@ -247,7 +253,7 @@ def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
         raise UserError(f"attacks must be a list, as in attacks=[{specs!r}]")
     built: dict[str, Attack] = {}
     for place, spec in enumerate(specs):
-        attack = registry.build(spec, f"attacks.{place}")
+        attack = registry.build(as_attack(spec), f"attacks.{place}")
         if attack.label in (*built, "worst", "clean"):
             raise UserError(f"attacks.{place}: {attack.label} is named twice")
         built[attack.label] = attack

@@ -9,7 +9,9 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import finite, write_arrays
@@ -49,7 +51,7 @@ class Verdicts:
     adversarial_rows: NDArray[np.int64] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """Robustness of a model on samples.
 
@@ -66,6 +68,39 @@ class Evaluation:
     clean_prediction: NDArray[np.int64]
     verdicts: dict[str, Verdicts]
     results: dict[str, Any] = field(repr=False)
+    _clean: Tensor | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        robust = ", ".join(f"{name} {share:.1%}" for name, share in self.robust_accuracy.items())
+        return f"Evaluation({self.num_samples} samples, clean {self.clean_accuracy:.1%}, {robust})"
+
+    def keep_clean(self, images: Tensor) -> None:
+        """Keep the images, for `adversarial`."""
+        self._clean = images
+
+    def adversarial(self, attack: str | None = None) -> Tensor:
+        """Return the images as an attack left them: the clean one where it did not fool the model.
+
+        Args:
+            attack: its name; None for the only one.
+
+        Returns:
+            Float32 [N, C, H, W] in [0, 1].
+
+        Raises:
+            UserError: without `return_adversarial=True`, or for an attack that was not run.
+        """
+        if self._clean is None:
+            raise UserError("adversarial images are kept by evaluate(..., return_adversarial=True)")
+        known = ", ".join(self.verdicts)
+        name = next(iter(self.verdicts)) if attack is None and len(self.verdicts) == 1 else attack
+        if name not in self.verdicts:
+            raise UserError(f"attack {attack!r}: name one of {known}")
+        clean, verdict = self._clean.cpu(), self.verdicts[name]
+        images = clean.float() / 255 if clean.dtype == torch.uint8 else clean.float().clone()
+        if verdict.adversarial is not None and verdict.adversarial_rows is not None:
+            images[torch.from_numpy(verdict.adversarial_rows)] = torch.from_numpy(verdict.adversarial)
+        return images
 
     @property
     def num_samples(self) -> int:

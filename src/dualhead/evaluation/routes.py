@@ -19,6 +19,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation.harness import Spec, evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint
 from dualhead.evaluation.model import device_of, frozen
+from dualhead.evaluation.own import as_attack
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, interval, share
 from dualhead.heads import (
@@ -138,9 +139,9 @@ def evaluate_routes(
     }  # fmt: skip
 
     def measured(name: str, model: nn.Module) -> dict[str, Any]:
-        specs = [spec for spec in setting.attacks if not registry.build(spec).needs_heads]
+        specs = [spec for spec in setting.attacks if not registry.build(as_attack(spec)).needs_heads]
         if hasattr(model, "head_logits"):
-            knowing = [spec for spec in setting.attacks if registry.build(spec).needs_heads]
+            knowing = [spec for spec in setting.attacks if registry.build(as_attack(spec)).needs_heads]
             specs += knowing or [ADAPTIVE]
         evaluation = evaluate(
             model.eval(), images, labels, threat=setting.threat, attacks=specs, batch_size=setting.batch_size,

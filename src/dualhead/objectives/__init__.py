@@ -20,6 +20,9 @@ from dualhead.objectives.base import (
     weighted,
 )
 
+build = objectives.build
+names = objectives.names
+
 __all__ = [
     "ATTACKED",
     "BEFORE",
@@ -35,7 +38,9 @@ __all__ = [
     "Need",
     "Objective",
     "Seen",
+    "build",
     "check_weighable",
+    "names",
     "objectives",
     "weighted",
 ]

@@ -148,6 +148,18 @@ class Data(Section):
             raise UserError(f".train_size: must be at least image_size {list(self.image_size or ())}")
         return self
 
+    @classmethod
+    def read(cls, content: Any) -> Self:
+        """Validate the section alone, given as plain data.
+
+        Raises:
+            UserError: naming the key that is wrong.
+        """
+        try:
+            return cls.model_validate(content if content is not None else {})
+        except ValidationError as error:
+            raise UserError(first_error(error, "data")) from None
+
     def load(
         self, split: Literal["train", "test"], source: str | None = None, *, room: int | None = None, workers: int = 0
     ) -> Split:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,45 @@ LARGEST_RECIPE = 2**20
 LARGEST_CONTENT = 100_000
 """Values in a recipe, each use of an anchor counted."""
 _TOO_MUCH = f"holds more than {LARGEST_CONTENT:,} values, each use of an anchor counted, so it is no recipe"
+
+
+def recipe_content(recipe: Recipe | Mapping[str, Any] | str | Path, folders: list[Path]) -> dict[str, Any]:
+    """Return a recipe as plain data that may be changed and then parsed, with those that it extends.
+
+    Args:
+        recipe: the name of a shipped one, a path to a YAML file, a mapping as such a file holds it, or a recipe.
+        folders: those of the files are appended, where components are looked for.
+
+    Raises:
+        UserError: if there is no such recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe.resolved()
+    if isinstance(recipe, Mapping):
+        content = _unshared(_plain(recipe), [0])
+        parent = content.pop("extends", None)
+        base = {} if parent is None else _extended(str(parent), (), folders)[0]
+        base.pop("name", None)
+        return {"name": "recipe", **_merge(base, content)}
+    content, label = _extended(str(recipe), (), folders)
+    return {"name": label, **content}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def override(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a recipe as plain data; `*` stands for all items of a list.
+
+    Raises:
+        UserError: if there is no such place.
+    """
+    if not all(key.split(".")):
+        raise UserError(f"override {key!r} is not understood; write dotted keys, e.g. data.source")
+    _assign(content, _words(key), _plain(value), key)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Recipe:
@@ -43,12 +82,9 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
     content, label = _extended(name, (), folders)
     content.setdefault("name", label)
     before = copy.deepcopy(content) if overrides else content
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"override {override!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
-        words = ["optimiser" if word == "optimizer" else word for word in key.split(".")]
-        _assign(content, words, _parse_yaml(text, f"override {override!r}"), override)
+    for text in overrides:
+        key, value = parse_override(text)
+        _assign(content, _words(key), value, text)
     if plugins:
         try:
             given = [outside.located(source) for source in plugins]  # these stand on the command line: relative to here
@@ -177,6 +213,23 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
                 )
             stage["optimiser"] = stage.pop("optimizer")
     return content, label
+
+
+def _words(key: str) -> list[str]:
+    """Return the words of a dotted key, in the tree's spelling."""
+    return ["optimiser" if word == "optimizer" else word for word in key.split(".")]
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return key and value of `KEY=VALUE`, the value read as YAML.
+
+    Raises:
+        UserError: if it is not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {text!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
+    return key, _parse_yaml(value, f"override {text!r}")
 
 
 def _is_file(path: Path) -> bool:

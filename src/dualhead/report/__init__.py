@@ -6,6 +6,7 @@ from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
 from dualhead.report.routes import WARNING as ROUTES_WARNING
 from dualhead.report.routes import route_rows
+from dualhead.report.rows import rows_html, rows_text
 from dualhead.report.summary import summary
 from dualhead.report.text import duration, threat_text, unequal
 
@@ -21,6 +22,8 @@ __all__ = [
     "model_card",
     "picture",
     "route_rows",
+    "rows_html",
+    "rows_text",
     "summary",
     "threat_text",
     "unequal",

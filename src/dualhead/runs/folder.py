@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from dualhead.components import plugins
-from dualhead.data import Digests, Split, digests, one_form
+from dualhead.data import GIVEN, Digests, Split, digests, one_form
 from dualhead.errors import UserError
 from dualhead.models import load_state, read_state
 from dualhead.names import row_folder
@@ -288,6 +288,11 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
     found = dict(_differences(read_recipe(folder).resolved(), recipe.resolved()))
     different = sorted(key for key in found if not _MAY_CHANGE.fullmatch(key))
     if different:
+        if different == ["data.source"] and recipe.data.source.startswith(GIVEN):
+            raise UserError(
+                f"{folder}: holds a run that began with other images or labels; give equal ones, or choose another "
+                f"{option}"
+            )
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""
         raise UserError(
             f"{folder}: holds a run of another recipe, which differs in {', '.join(different[:4])}{more}; "

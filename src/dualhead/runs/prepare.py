@@ -18,7 +18,7 @@ from dualhead.attacks import Attack, attacks
 from dualhead.data import Augmentation, Digests, Split, among, are_numbers, digests, hold_out, in_turn, match
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
-from dualhead.models import backbones, channel_statistics
+from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, Labels
 from dualhead.recipe import Recipe, Statistics
@@ -33,6 +33,9 @@ from dualhead.threats import Threat
 from dualhead.training import RESET, Passes, Stage, check_choosable, layer_scales, summary_writer
 
 _log = logging.getLogger(__name__)
+
+OWN = ("factory", "given")
+"""Backbones whose networks take images in [0, 1] as they are."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Prepared:
         model: the network, on the device, with the weights that the run begins with; training changes it.
         attacks: those of the final evaluation, by label.
         image_facts: what tells these images from others, by the key that names their source.
+        given_weights: the run begins with weights that only a program holds.
     """
 
     recipe: Recipe
@@ -88,6 +92,7 @@ class Prepared:
     model: nn.Module
     attacks: Mapping[str, Attack]
     image_facts: Mapping[str, Any]
+    given_weights: bool = False
 
     @property
     def output(self) -> str:
@@ -106,7 +111,7 @@ class Prepared:
         }
 
 
-def prepare(recipe: Recipe, path: Path) -> Prepared:
+def prepare(recipe: Recipe, path: Path, begin_with: nn.Module | None = None) -> Prepared:
     """Read a run's images and make its network; write nothing.
 
     In a group of processes each calls this; what fails in one fails in all.
@@ -114,6 +119,7 @@ def prepare(recipe: Recipe, path: Path) -> Prepared:
     Args:
         recipe: in full.
         path: the run's folder.
+        begin_with: a network whose weights the run begins with; None for fresh ones.
 
     Raises:
         UserError: for bad data, a network that does not fit them, a stage that cannot be trained, or a folder that
@@ -128,7 +134,7 @@ def prepare(recipe: Recipe, path: Path) -> Prepared:
 
     def fitted() -> Prepared:
         images = _fitting_images(recipe, loaded, device, room)
-        return _fitting_network(recipe, folder, device, images, facts)
+        return _fitting_network(recipe, folder, device, images, facts, begin_with)
 
     return processes.agreed(fitted)
 
@@ -338,15 +344,21 @@ def _check_evaluation(recipe: Recipe, test: Split, room: int) -> None:
 
 
 def _fitting_network(
-    recipe: Recipe, folder: RunFolder, device: torch.device, images: Images, image_facts: Mapping[str, Any]
-) -> Prepared:
+    recipe: Recipe, folder: RunFolder, device: torch.device, images: Images, image_facts: Mapping[str, Any],
+    begin_with: nn.Module | None,
+) -> Prepared:  # fmt: skip
     """Make the network for the images, and refuse what does not fit it."""
     architecture = _architecture(recipe, folder, images.training, device)
     torch.manual_seed(recipe.runtime.seed)
-    model = architecture.create().to(device)
+    model = architecture.create()
+    if begin_with is not None:
+        _fill(model, begin_with, architecture)
+    model = model.to(device)
     built = [attacks.build(spec, "evaluate.attacks") for spec in recipe.evaluate.attacks]
     measured_by = {attack.label: attack for attack in built}
-    prepared = Prepared(recipe, folder, device, images, architecture, model, measured_by, image_facts)
+    prepared = Prepared(
+        recipe, folder, device, images, architecture, model, measured_by, image_facts, begin_with is not None
+    )
     _check_attacks(prepared)
     for number in range(len(recipe.stages)):
         _check_stage(prepared, number)
@@ -355,10 +367,22 @@ def _fitting_network(
     return replace(prepared, model=synchronised_batch_norm(model, device)) if synchronises(recipe) else prepared
 
 
+def _fill(model: nn.Module, given: nn.Module, architecture: Architecture) -> None:
+    """Put somebody's weights into the network: into trunk and head 1, if theirs has no second head."""
+    state = {name: tensor.detach().cpu() for name, tensor in given.state_dict().items()}
+    where = f"model ({type(given).__name__})"
+    if isinstance(model, DualHeadClassifier) and not isinstance(given, DualHeadClassifier):
+        plain = architecture.plain()
+        load_state(plain, state, where)
+        model.load_base_state_dict(plain.state_dict())
+    else:
+        load_state(model, state, where)
+
+
 def _architecture(recipe: Recipe, folder: RunFolder, training: Split, device: torch.device) -> Architecture:
     """Choose the network; it normalises as the weights do that it starts from, unless the recipe says how."""
     made = architecture_of(recipe, training)
-    if recipe.model.normalize is not None or recipe.model.backbone.registered_name == "factory":
+    if recipe.model.normalize is not None or recipe.model.backbone.registered_name in OWN:
         return made
     found = _known_normalisation(recipe, folder)
     if found is not None:
@@ -447,7 +471,7 @@ def _known_normalisation(recipe: Recipe, folder: RunFolder) -> tuple[tuple[float
 def architecture_of(recipe: Recipe, training: Split) -> Architecture:
     """Return the network that a recipe means for its data."""
     channels, classes = training.image_shape[0], len(training.class_names)
-    imported = recipe.model.backbone.registered_name == "factory"
+    imported = recipe.model.backbone.registered_name in OWN
     normalize = recipe.model.normalize or ("none" if imported else "data")
     if normalize == "data":
         mean, std = channel_statistics(_pieces(training))

@@ -30,7 +30,7 @@ from dualhead.runs.prepare import (
     start_from,
     synchronises,
 )
-from dualhead.saving import load, save_model, view
+from dualhead.saving import load, read_config, save_model, view
 from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic, slowdown_by_bf16, with_lanes
 from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.files import write_json
@@ -50,6 +50,9 @@ from dualhead.training import (
 )
 
 _log = logging.getLogger(__name__)
+
+GIVEN_WEIGHTS = "given_weights"
+"""Key of `checkpoints/config.json` of a run that began with weights from a program."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,13 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
         The position, the state of an unfinished stage (None between stages), and the arithmetic.
     """
     processes, model = group(), prepared.model
-    facts = {**prepared.facts, **prepared.image_facts}
+    facts = {**prepared.facts, **prepared.image_facts, **({GIVEN_WEIGHTS: True} if prepared.given_weights else {})}
     processes.lead(lambda: open_folder(prepared.folder, prepared.recipe, prepared.architecture, facts))
     processes.lead(lambda: write_digests(prepared.folder, prepared.images.learnt_from))
     saved = states.load()
-    if saved is not None:
+    if saved is None:
+        _refuse_lost_weights(prepared)
+    else:
         load_state(model, saved.model, str(states.folder))
     arithmetic = processes.lead(lambda: _arithmetic(prepared, begun=saved is not None))
     arithmetic.lay_out(model)
@@ -156,11 +161,26 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
     if saved is None:
         if not processes.first:  # dropout of its own for each share
             torch.manual_seed(prepared.recipe.runtime.seed + processes.rank)
+        if prepared.given_weights:  # whoever goes on may not hold them
+            states.save(Position(), model, None)
         return Position(), None, arithmetic
     if saved.optimiser is None:  # between stages: what comes next draws from here
         saved.restore_generators(prepared.device)
         return saved.position, None, arithmetic
     return saved.position, saved, arithmetic
+
+
+def _refuse_lost_weights(prepared: Prepared) -> None:
+    """Refuse fresh weights for a run that was killed before its first state, which would have held those it was given.
+
+    Raises:
+        UserError: saying who has them.
+    """
+    if not prepared.given_weights and read_config(prepared.folder.checkpoints).get(GIVEN_WEIGHTS):
+        raise UserError(
+            f"{prepared.folder.path}: was stopped before the weights were saved that it began with; go on with "
+            "dualhead.fit and the network, or choose another --run-dir"
+        )
 
 
 def _open_log(prepared: Prepared, position: Position) -> MetricsLog:
