@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import dualhead as package
+from dualhead.commands.catalogue import shipped
 from dualhead.data import load_split
 from dualhead.recipe.schema import REGISTRIES
 from dualhead.recipe.yaml import load_recipe, shipped_recipes
@@ -99,6 +100,9 @@ def outcome(results):
                 "compare",
                 "report",
                 "sweep",
+                "show",
+                "runs",
+                "play",
             )
         ),
     ],
@@ -114,16 +118,25 @@ def test_bare_and_version():
     assert dualhead("--version").out.strip()[0].isdigit()
 
 
-def test_list_names_what_is_registered():
-    lines = dict(line.split(": ", 1) for line in dualhead("list").out.splitlines())
-    ours = {kind: ", ".join(name for name in names.split(", ") if " (" not in name) for kind, names in lines.items()}
+def test_list_names_and_describes_what_ships():
+    """Names and first lines that are read from the files are those of the registries."""
     expected = {
-        kind: ", ".join(name for name in registry.names() if registry.get(name).__module__.startswith("dualhead."))
+        kind: {
+            name: (registry.get(name).__doc__ or "").partition("\n")[0]
+            for name in registry.names()
+            if registry.get(name).__module__.startswith("dualhead.")
+        }
         for kind, registry in REGISTRIES.items()
     }  # other tests may have registered some
-    assert ours == {**expected, "recipes": ", ".join(shipped_recipes())}
-    for kind, names in lines.items():
-        assert dualhead("list", kind).out == f"{kind}: {names}\n"
+    found = shipped()
+    assert list(found.pop("recipes")) == shipped_recipes()
+    assert found == {kind: expected[kind] for kind in sorted(expected)}
+    whole = dualhead("list").out
+    for kind, names in shipped().items():
+        assert all(names.values()), f"one of the {kind} has no description"
+        lines = dualhead("list", kind).out.splitlines()
+        assert [line.split(maxsplit=1) for line in lines] == [[name, text] for name, text in names.items()]
+        assert f"{kind}:\n" + "".join(f"  {line}\n" for line in lines) in whole
 
 
 # ---- info, --quiet and --json
@@ -177,6 +190,8 @@ def test_every_command_can_be_quiet_and_speak_json():
         "compare",
         "report",
         "sweep",
+        "show",
+        "runs",
     ):
         words = dualhead(command, "--help").out
         assert "--quiet" in words, command

@@ -270,10 +270,10 @@ STAGES = [
     [
         (["model.aggregator=mean"], "stages.2.fit: fit is for an aggregator whose parameters are chosen"),
         (["data.validation=0", "stages.*.keep=last"], "stages.2.fit: needs held-out images"),
-        (["stages.mix.epochs=3"], r"stages.2: a stage with fit trains nothing: write train: \[aggregator\]"),
-        (["stages.mix.train=[head2]"], r"stages.2: a stage with fit trains nothing: write train: \[aggregator\]"),
-        (["stages.mix.objective=sat"], "stages.2: a stage with fit trains nothing; leave its objective out"),
-        (["stages.mix.fit.rounds=0"], "stages.2.fit.rounds"),
+        (["stages.mix.epochs=3"], r"stages.mix: a stage with fit trains nothing: write train: \[aggregator\]"),
+        (["stages.mix.train=[head2]"], r"stages.mix: a stage with fit trains nothing: write train: \[aggregator\]"),
+        (["stages.mix.objective=sat"], "stages.mix: a stage with fit trains nothing; leave its objective out"),
+        (["stages.mix.fit.rounds=0"], "stages.mix.fit.rounds"),
     ],
 )
 def test_a_fit_that_cannot_be_is_refused_before_anything_is_written(settings, message, tmp_path):

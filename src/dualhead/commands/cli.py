@@ -24,8 +24,8 @@ from dualhead.system.memory import keep_freed_blocks
 # What computes is imported by the commands that compute, so that `--help` and a wrong option answer at once.
 
 app = typer.Typer(
-    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Dual Head Adversarial Training: more robust image classifiers, and honest measures of how robust they are.",
 )  # fmt: skip
 
@@ -147,7 +147,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
-    from dualhead.commands.overrides import Shortcuts, with_shortcuts
+    from dualhead.commands.overrides import Shortcuts, naming_stages, with_shortcuts
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         TrainingDisplay,
@@ -169,12 +169,16 @@ def train(
             err.print(note, soft_wrap=True)
     if dry_run:
         changes(folder.path, read)  # refuses a folder that holds something else
-        _tell_recipe(read, as_json=as_json, quiet=quiet, cost=True, strict=True)
+        with naming_stages(read, overrides or []):
+            _tell_recipe(read, as_json=as_json, quiet=quiet, cost=True, strict=True)
         return
-    if folder.report.is_file() and not changes(folder.path, read) and not quiet and _speaks():
-        told = "is finished already, and nothing is trained again; for another run choose another --run-dir or --seed"
-        err.print(f"{folder.path}: {told}", soft_wrap=True)
-    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
+    done_before = folder.report.is_file()
+    with (
+        _stop_on_signals() as stop,
+        joined() as group,
+        progress_bar(quiet=quiet or not group.first) as bar,
+        naming_stages(read, overrides or []),
+    ):
         result = run_training(
             read,
             run_dir=folder.path,
@@ -186,6 +190,9 @@ def train(
         )
     if not group.first:
         return
+    if done_before and not quiet:
+        told = "was finished already, nothing is trained again; for another run choose another --run-dir"
+        err.print(f"{folder.path}: {told}", soft_wrap=True)
     rows = [row.describe() for row in result.rows]
     if as_json:
         typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))

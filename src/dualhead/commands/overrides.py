@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dualhead.errors import UserError
-from dualhead.recipe import Recipe, load_recipe
+from dualhead.recipe import Recipe, load_recipe, stages_as_named
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,12 @@ def _refuse_twice(option: str, key: str, given: Sequence[str]) -> None:
         same = [g for g in given if g == key]
     if same:
         raise UserError(f"{option} and {same[0]} say the same; leave one of them out")
+
+
+@contextmanager
+def naming_stages(recipe: Recipe, overrides: Sequence[str]) -> Iterator[None]:
+    """Call stages in a `UserError` by the names that overrides use."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(stages_as_named(str(error), overrides, [stage.name for stage in recipe.stages])) from None

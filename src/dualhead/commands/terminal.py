@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from dualhead.commands.left import TimeLeft
@@ -75,14 +76,14 @@ class NumberTable:
             table.add_row(*row)
         yield table
 
-    def _lists(self) -> Iterator[str]:
+    def _lists(self) -> Iterator[Text]:
         if self._title:
-            yield self._title
+            yield Text(self._title)
         first, *others = self._columns
         for name, *cells in self._rows:
-            yield f"{first}: {name}"
+            yield Text(f"{first}: {name}")
             for column, cell in zip(others, cells, strict=True):
-                yield f"  {column}: {cell}".replace("\n", " ")
+                yield Text(f"  {column}: {cell}".replace("\n", " "))
 
 
 class TrainingDisplay:

@@ -152,7 +152,7 @@ class Registry(Generic[T]):
         return plugins.origin(self.get(name))
 
     def known_as(self, name: str) -> str:
-        """The registered name that is meant by one in other letters (`TRADES`, `pairwise-cnn`); else the name itself."""
+        """The registered name that one in other letters means (`TRADES`, `pairwise-cnn`); else the name itself."""
         self._load()
         if name in self._classes:
             return name

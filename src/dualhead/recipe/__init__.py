@@ -1,7 +1,7 @@
 """The recipe: what a run is, as data."""
 
 from dualhead.recipe.schema import REGISTRIES, Recipe, Runtime, Statistics, parse_recipe
-from dualhead.recipe.yaml import load_recipe, read_recipe_file, shipped_recipes
+from dualhead.recipe.yaml import load_recipe, read_recipe_file, shipped_recipes, stages_as_named
 
 __all__ = [
     "REGISTRIES",
@@ -12,4 +12,5 @@ __all__ = [
     "parse_recipe",
     "read_recipe_file",
     "shipped_recipes",
+    "stages_as_named",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -61,18 +61,30 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
             return parse_recipe(content, f"recipe {name}")
         except UserError as error:
             told = _where_they_live(overrides, before, f"recipe {name}") if "unknown key" in str(error) else ""
-            raise UserError(told or _as_named(str(error), overrides, content)) from None
+            stages = before.get("stages")
+            names = [x.get("name") for x in stages if isinstance(x, dict)] if isinstance(stages, list) else []
+            raise UserError(told or stages_as_named(str(error), overrides, names)) from None
 
 
-def _as_named(message: str, overrides: Sequence[str], content: Mapping[str, Any]) -> str:
-    """Return a message in which stages that overrides name are called by these names, not by their numbers."""
-    named = {
-        words[1] for words in (o.partition("=")[0].split(".") for o in overrides) if words[0] == "stages" and words[1:]
-    }
-    stages = content.get("stages")
-    for number, stage in enumerate(stages if isinstance(stages, list) else []):
-        if isinstance(stage, dict) and stage.get("name") in named:
-            message = re.sub(rf"\bstages\.{number}\b", f"stages.{stage['name']}", message)
+def _covers(place: str, key: str) -> bool:
+    """Whether a dotted key, with numbers or names of stages, is a place as `places_of` writes it."""
+    pattern = "".join("[^.]+" if part == "*" else re.escape(part) for part in re.split(r"(\*)", place))
+    return re.fullmatch(pattern, key) is not None
+
+
+def stages_as_named(message: str, overrides: Sequence[str], names: Sequence[object]) -> str:
+    """Return a message in which stages that overrides name are called by these names, not by their numbers.
+
+    Args:
+        message: with `stages.0.epochs`.
+        overrides: as for `load_recipe`.
+        names: of all stages, in order, before the overrides.
+    """
+    keys = [override.partition("=")[0].split(".") for override in overrides]
+    named = {words[1] for words in keys if words[0] == "stages" and words[1:]}
+    for number, name in enumerate(names):
+        if name in named:
+            message = re.sub(rf"\bstages\.{number}\b", f"stages.{name}", message)
     return message
 
 
@@ -92,7 +104,7 @@ def _where_they_live(overrides: Sequence[str], before: dict[str, Any], where: st
             parse_recipe(content, where)
         except UserError as error:
             places = places_of(key.rpartition(".")[2], recipe) if "unknown key" in str(error) else []
-            if places:
+            if places and not any(_covers(place, key) for place in places):
                 return f"{override}: unknown key; write {' or '.join(f'{p}={value}' for p in places[:3])}"
     return ""
 
@@ -142,12 +154,13 @@ def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[d
 
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
-    path = Path(name)
+    path, shipping = Path(name), known_recipe(name)
     if path.suffix in (".yaml", ".yml") or _is_file(path):
         if not _is_file(path):
             raise UserError(f"recipe {name}: no such file")
         text, label = _text_of(path, f"recipe {name}"), re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
-    elif (label := known_recipe(name)) is not None:
+    elif shipping is not None:
+        label = shipping
         text = (resources.files("dualhead.recipe.shipped") / f"{label}.yaml").read_text(encoding="utf-8")
     else:
         near = get_close_matches(name.lower(), shipped_recipes(), n=1)
