@@ -24,7 +24,7 @@ study() {
   known=1
   if [[ $name == dual ]]; then
     routes=(--routes all)
-  elif [[ $2 != single ]]; then
+  elif [[ $2 != single && $2 != aligned_* ]]; then
     routes=(--routes own,crossed,merged,transfer,gaps)
   fi
   shift 2
@@ -39,6 +39,8 @@ study() {
     [[ ! -f $run/model/config.json || -f $run/evaluations/domains/done ]] && continue
     dualhead evaluate "$run" --data "$data" "${routes[@]}" --attack apgd-ce --attack apgd-t --limit "$IMAGES" \
       --output "$run/evaluations/domains" --quiet
+    dualhead evaluate "$run" --data "$data" --attack corruptions --limit "$IMAGES" \
+      --output "$run/evaluations/corruptions" --quiet
     touch "$run/evaluations/domains/done"
   done
   python "$here/collect.py" "$out" "$out/domains.json" > "$out/answers"
@@ -77,5 +79,11 @@ study sandwich dual "$(with_norm sandwich)" "$(own sandwich)"
 study dual-first dual "$(own batch_norm@block1)"
 study dual-last dual model.attach_at=block2
 study none-single single "$(with_norm none)" stages.base.optimiser.lr=0.02
+
+# Aligned heads after THAT, and AR-AT; the third reading costs 17 passes for each image.
+for each in aligned_one_head aligned_r1 aligned_r2 aligned_r4 ar_at ar_at_plain; do study "$each" "$each"; done
+epochs=$(((EPOCHS * 16 + 8) / 17))
+study aligned_r3 aligned_r3 "stages.base.objective.ramp=$epochs"
+epochs=$EPOCHS
 
 [[ -n $known ]] || { echo "STUDIES=$STUDIES: no variant is called so" >&2; exit 2; }
