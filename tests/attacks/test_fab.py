@@ -17,8 +17,8 @@ from dualhead.threats.lp import ThreatModel
 from helpers.attacks import Recorder, drawn, images, linear_problem, network, run, run_staggered, streams
 
 BATCH = 6
-LINF, L2 = ThreatModel("Linf", 8 / 255), ThreatModel("L2", 0.25)
-BOTH = pytest.mark.parametrize("threat", [LINF, L2], ids=["Linf", "L2"])
+LINF, L2, L1 = ThreatModel("Linf", 8 / 255), ThreatModel("L2", 0.25), ThreatModel("L1", 2.0)
+ALL = pytest.mark.parametrize("threat", [LINF, L2, L1], ids=["Linf", "L2", "L1"])
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def reference(model, threat, *, targeted, steps=100):
     size=st.sampled_from([1, 2, 7, 192]),
     share=st.floats(0.0, 0.95),
     power=st.sampled_from([1, 3, 5]),
-    norm=st.sampled_from(["Linf", "L2"]),
+    norm=st.sampled_from(["Linf", "L2", "L1"]),
 )
 def test_projection_is_the_shortest_way_to_the_hyperplane(seed, size, share, power, norm):
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +51,8 @@ def test_projection_is_the_shortest_way_to_the_hyperplane(seed, size, share, pow
     room = torch.where(normal * sign[:, None] > 0, point, 1 - point)
     excess = sign * share * (normal.abs() * room).sum(1)
     way = to_hyperplane(point, normal, excess, norm)
-    length = (lambda d: d.abs().amax(1)) if norm == "Linf" else (lambda d: d.norm(dim=1))
+    order = {"Linf": torch.inf, "L2": 2, "L1": 1}[norm]
+    length = lambda d: d.norm(p=order, dim=1)  # noqa: E731
     # Rounding what is to be gained in its sixth digit moves the end far where only small weights are left to move.
     least, most = (
         length(by_bisection(point.double(), normal.double(), excess.double() * (1 + rounding), norm))
@@ -66,10 +67,21 @@ def test_projection_is_the_shortest_way_to_the_hyperplane(seed, size, share, pow
 
 
 def by_bisection(point, normal, excess, norm):
-    """The same in float64, by halving an interval that holds the multiplier, on a scale of logarithms."""
+    """The same in float64, by halving an interval that holds the multiplier, on a scale of logarithms.
+
+    Under L1 the multiplier is the least weight that moves; the last value moves in part.
+    """
     slope = normal.abs()
     direction = -(normal * torch.where(excess < 0, -1.0, 1.0)[:, None]).sign()
     room = torch.where(direction > 0, 1 - point, point)
+    if norm == "L1":
+        moved = torch.zeros_like(point)
+        for row in range(len(point)):
+            left = excess[row].abs()
+            for place in slope[row].argsort(descending=True):
+                moved[row, place] = torch.minimum(room[row, place], left / slope[row, place].clamp_min(1e-300))
+                left = (left - moved[row, place] * slope[row, place]).clamp_min(0.0)
+        return direction * moved
     speed = slope if norm == "L2" else torch.ones_like(slope)
     low, high = torch.full((len(point), 1), -80.0).double(), torch.full((len(point), 1), 80.0).double()
     for _ in range(200):
@@ -79,7 +91,7 @@ def by_bisection(point, normal, excess, norm):
     return direction * torch.minimum(low.exp() * speed, room)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_projection_goes_to_the_corner_where_the_box_ends_before_the_hyperplane(norm):
     point, normal = torch.tensor([[0.25, 0.5, 1.0]]), torch.tensor([[1.0, -2.0, 0.0]])
     way = to_hyperplane(point, normal, torch.tensor([100.0]), norm)
@@ -87,7 +99,7 @@ def test_projection_goes_to_the_corner_where_the_box_ends_before_the_hyperplane(
     assert torch.equal(to_hyperplane(point, normal * 0, torch.tensor([1.0]), norm), torch.zeros(1, 3))
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("job", [0, 1])
 def test_fab_t_follows_the_reference(threat, job, double, monkeypatch):
     model, x = network().double(), images(BATCH).double()
@@ -102,7 +114,7 @@ def test_fab_t_follows_the_reference(threat, job, double, monkeypatch):
     assert (query.forward_passes, query.backward_passes) == (200 * BATCH, 100 * BATCH)
 
 
-@BOTH
+@pytest.mark.parametrize("threat", [LINF, L2, ThreatModel("L1", 1.2)], ids=["Linf", "L2", "L1"])
 def test_fab_follows_the_reference(threat, double, monkeypatch):
     model, x = network(classes=4).double(), images(BATCH).double()
     y = model(x).argmax(1)
@@ -113,7 +125,7 @@ def test_fab_follows_the_reference(threat, double, monkeypatch):
     assert (query.forward_passes, query.backward_passes) == (2 * 40 * BATCH, 3 * 40 * BATCH)
 
 
-@BOTH
+@pytest.mark.parametrize("threat", [LINF, L2, ThreatModel("L1", 1.2)], ids=["Linf", "L2", "L1"])
 def test_random_restarts_follow_the_reference(threat, double, monkeypatch):
     model, x = network(classes=4).double(), images(BATCH).double()
     y = model(x).argmax(1)
@@ -141,7 +153,7 @@ def compare(theirs, ours, state, adversarial, x, threat):
     assert 0 < state["found"].sum() < len(x), "all samples alike: too weak a test"
 
 
-@BOTH
+@ALL
 def test_distances_in_float32_are_the_references(threat):
     model, x = network(), images(BATCH)
     y = model(x).argmax(1)
@@ -152,7 +164,7 @@ def test_distances_in_float32_are_the_references(threat):
     torch.testing.assert_close(state["distance"].double(), expected, rtol=1e-3, atol=1e-5)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("name", ["fab", "fab-t"])
 def test_on_linear_models_finds_the_exact_distance(name, classes, threat):
@@ -164,7 +176,7 @@ def test_on_linear_models_finds_the_exact_distance(name, classes, threat):
     assert (state["distance"] >= margin * (1 - 1e-4)).all()
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 @pytest.mark.parametrize("name", ["fab", "fab-t"])
 def test_on_linear_models_fools_just_outside_the_margin_and_not_inside(name, norm):
     model, x, y, margin = linear_problem(norm, 4, near=4)
@@ -176,7 +188,7 @@ def test_on_linear_models_fools_just_outside_the_margin_and_not_inside(name, nor
             assert (model(x_adv).argmax(1) != y[one]).item() == fooled
 
 
-@BOTH
+@ALL
 def test_minimise_keeps_the_smallest_distance_over_targets_and_restarts(threat):
     model, x = network(classes=5), images(4)
     y, draws = model(x).argmax(1), streams(4)
@@ -192,7 +204,7 @@ def test_minimise_keeps_the_smallest_distance_over_targets_and_restarts(threat):
     torch.testing.assert_close(threat.distance(state["adversarial"], x).float(), state["distance"])
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("search", [FABT(steps=12), FAB(steps=6, restarts=2), FABT(steps=3, targets=3, minimise=True)])
 def test_a_samples_result_does_not_depend_on_when_it_starts_or_on_its_neighbours(search, threat):
     model, x = network(classes=5), images(7)

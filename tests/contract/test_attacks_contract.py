@@ -16,7 +16,7 @@ from dualhead.threats.lp import ThreatModel
 from helpers.attacks import images, network, streams
 
 NAMES = attacks.names()
-THREATS = {"Linf": ThreatModel("Linf", 8 / 255), "L2": ThreatModel("L2", 0.3)}
+THREATS = {"Linf": ThreatModel("Linf", 8 / 255), "L2": ThreatModel("L2", 0.3), "L1": ThreatModel("L1", 2.0)}
 SHORT = {"steps": 2, "queries": 4, "searches": 2, "targets": 2, "eot": 1}
 """Numbers that make attacks quick where their length does not matter."""
 SUITES = {
@@ -74,9 +74,11 @@ def attack_once(name, model, x, y, threat, draws, *, query=None):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("classes", "channels"), [(2, 1), (3, 3), (10, 3)])
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_attacks_small_networks_within_the_budget(name, classes, channels, norm):
     model, x, threat = TwoHeads(classes, channels), images(4, channels), THREATS[norm]
+    if refuse(name, threat):
+        return
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.requires_grad_(True)
     y, kept = model(x).argmax(1), x.clone()
@@ -112,11 +114,23 @@ def test_samples_that_are_wrong_already_are_left_alone(name):
     assert query.backward_passes == 0
 
 
+def refuse(name: str, threat: ThreatModel) -> bool:
+    """Whether the attack is not defined for a norm, which it then says."""
+    attack = attacks.build(name)
+    if attack.norms is None or threat.kind in attack.norms:
+        return False
+    with pytest.raises(UserError, match=f"not for threat {threat.kind}"):
+        attack.check(threat)
+    return True
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_a_search_is_a_program_over_rows(name, norm):
     """One row per slot in every tensor, no shared memory, no state outside, and the keys that a scheduler uses."""
     model, x, threat = TwoHeads(5, 3), images(3), THREATS[norm]
+    if refuse(name, threat):
+        return
     clean = model(x)
     y = clean.argmax(1)
     for part in quick_parts(name, 5, threat):
@@ -160,6 +174,15 @@ def test_suites_are_the_published_ones(name, norm):
     assert list(parts) == [attacks.build(member) for member in SUITES[name]]
 
 
+def test_under_l1_the_standard_suite_is_the_one_published_for_it():
+    """5 restarts of APGD-CE and 5 targets of APGD-T, each through three radii; 9 targets of FAB-T; 5,000 squares."""
+    ce, targeted, fab, square = attacks.build("autoattack").parts(10, THREATS["L1"])
+    assert [part.label for part in (ce, targeted, fab, square)] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert (ce.jobs(10), targeted.jobs(10), fab.jobs(10), square.max_steps()) == (5, 5, 9, 5001)
+    assert ce.max_steps() == targeted.max_steps() == 103
+    assert list(attacks.build("autoattack-fast").parts(10, THREATS["L1"])) == [ce, targeted]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_class_is_refused(name):
     with pytest.raises(UserError, match="2 classes"):
@@ -179,7 +202,7 @@ def test_a_model_without_gradients_is_searched_all_the_same(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if issubclass(attacks.get(name), Maximiser)])
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 def test_what_trains_climbs_any_loss_within_the_budget(name, norm):
     model, x, threat = network(), images(6), THREATS[norm]
 
@@ -195,7 +218,7 @@ def test_what_trains_climbs_any_loss_within_the_budget(name, norm):
 @settings(max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
-    norm=st.sampled_from(["Linf", "L2"]),
+    norm=st.sampled_from(["Linf", "L2", "L1"]),
     eps=st.floats(1e-4, 1.0),
     shape=st.tuples(st.sampled_from([1, 2, 3]), st.integers(2, 9), st.integers(2, 9)),
     classes=st.integers(2, 6),
@@ -203,6 +226,8 @@ def test_what_trains_climbs_any_loss_within_the_budget(name, norm):
 )
 def test_every_example_lies_in_ball_and_box_whatever_eps_shape_and_classes(name, norm, eps, shape, classes, seed):
     threat, x = ThreatModel(norm, eps), images(3, *shape, seed=seed)
+    if refuse(name, threat):
+        return
     weight = torch.randn(3, classes, x[0].numel(), generator=torch.Generator().manual_seed(seed))
 
     class Linear(nn.Module):

@@ -15,6 +15,7 @@ from helpers.attacks import images, network, streams
 THREATS = {
     "Linf": ThreatModel("Linf", "8/255"),
     "L2": ThreatModel("L2", 0.3),
+    "L1": ThreatModel("L1", 2.0),
     **{name: threats.build({"name": name, "eps": 0.1}) for name in threats.names()},
 }
 SHORT = {"steps": 2, "queries": 4, "searches": 2, "targets": 2}
@@ -32,8 +33,8 @@ def shortened(name: str) -> Attack:
         return short(built)
 
     class Short(type(built)):
-        def members(self):
-            return [short(member).labelled(member.label) for member in super().members()]
+        def members(self, norm):
+            return [short(member).labelled(member.label) for member in super().members(norm)]
 
     return Short()
 

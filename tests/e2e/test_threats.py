@@ -97,7 +97,7 @@ def test_a_model_of_a_norm_is_measured_under_flow(finished_run, tmp_path):
         (("--norm", "L2"), "--norm L2: --eps is needed, since the model's is of flow; e.g. --eps 0.5"),
         (("--threat", "flow", "--norm", "L2"), "--threat and --norm: give one of them"),
         (("--threat", "flo", "--eps", "0.1"), "unknown threat 'flo'; did you mean 'flow'?"),
-        (("--attack", "square"), "attack square is defined for norms (Linf, L2), not for threat flow; use"),
+        (("--attack", "square"), "attack square is defined for norms (Linf, L2, L1), not for threat flow; use"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(run, options, told):
@@ -110,3 +110,19 @@ def test_a_gallery_and_a_comparison_are_made(run, tmp_path):
     assert dualhead("gallery", run, "--limit", 3, "--output", tmp_path / "out", "--device", "cpu").status == 0
     compared = dualhead("compare", run, "--json")
     assert compared.status == 0, compared.err
+
+
+def test_several_threats_in_one_evaluation_are_told_and_compared(finished_run, tmp_path):
+    options = ("--threat", "Linf:8/255", "--threat", "L1:3", "--attack", "pgd-2", "--limit", 24, "--device", "cpu")
+    ended = dualhead("evaluate", finished_run, *options, "--output", tmp_path / "union")
+    assert ended.status == 0, ended.err
+    assert "Linf eps 8/255, L1 eps 3" in ended.out
+    assert "average: " in ended.out
+    ended = dualhead("compare", tmp_path / "union", "--specialist", tmp_path / "union")
+    assert ended.status == 0, ended.err
+    assert "worst 100.0%" in ended.out
+    assert dualhead("evaluate", finished_run, "--threat", "L2").error_line.endswith("as in --threat L2:0.5")
+    assert "leave --norm and --eps out" in dualhead("evaluate", finished_run, *options, "--eps", "1").error_line
+    ended = dualhead("report", tmp_path / "union", "--output", tmp_path / "page.html")
+    assert ended.status == 0, ended.err
+    assert "pgd-2@L1" in (tmp_path / "page.html").read_text()

@@ -8,8 +8,12 @@ from torch import Tensor
 
 from dualhead.objectives import ATTACKED, Objective, objectives
 
-REQUIRED = {"hat": {"weights": "standard"}, "energy": {"start_steps": 1}}
-"""Fields without a default, by objective; or without which it does not show all that it does."""
+REQUIRED = {
+    "energy": {"start_steps": 1},
+    "hat": {"weights": "standard"},
+    "align": {"distance": "kl", "output": "own", "stop_gradient": False},
+}
+"""Fields without a default, by objective, and those that let it show all that it does, or see logits alone."""
 
 
 def shipped() -> list[str]:

@@ -2,17 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 
 from dualhead.components.fields import parse_real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats.lp import ThreatModel, finite
+from dualhead.threats.lp import ThreatModel, finite, project_l1
 
-NORMS = ["Linf", "L2"]
+NORMS = ["Linf", "L2", "L1"]
 SHAPES = [(1, 8, 8), (3, 4, 5), (2,), (1, 1, 1), (3, 16, 16)]
 RADII = ["8/255", 0.031, 1e-6, 0.15, 1.0, 1 / 3]
 
@@ -32,9 +34,10 @@ def cases(draw):
     return threat, x, x + reach * torch.randn(x.shape, generator=generator)
 
 
-def within_rounding(threat, point, x):
-    """In the ball up to what storing the sum x + delta in float32 moves each value by."""
-    slack = 2.0**-24 * (math.sqrt(x[0].numel()) if threat.norm == "L2" else 1) + 1e-6 * threat.eps
+def within_rounding(threat, point, x, far=1.0):
+    """In the ball up to what storing the sum x + delta in float32 moves each value by, if values are up to `far`."""
+    values = {"Linf": 1, "L2": math.sqrt(x[0].numel()), "L1": x[0].numel()}[threat.norm]
+    slack = 2.0**-24 * values * far + 1e-6 * threat.eps
     return bool((threat.distance(point, x) <= threat.eps + slack).all())
 
 
@@ -49,10 +52,12 @@ def test_project_and_confine_keep_to_ball_and_box(case):
     projected, confined = threat.project(point, x), threat.confine(point, x)
     assert in_box(projected)
     assert in_box(confined)
-    assert within_rounding(threat, projected, x)
+    # Under L1 what a value loses is as large as it is far away, and the difference keeps that rounding.
+    far = max(1.0, float((point - x).abs().max())) if threat.norm == "L1" else 1.0
+    assert within_rounding(threat, projected, x, far)
     assert (threat.distance(confined, x) <= threat.eps).all()
     assert confined.dtype == torch.float32
-    assert (confined - projected).abs().max() <= 2e-6
+    assert (confined - projected).abs().max() <= 2e-6 * far
 
 
 @settings(max_examples=60)
@@ -93,6 +98,37 @@ def test_projection_onto_l2_is_the_nearest_point_of_the_ball(case, seed):
     assert (nearest <= (other - target).flatten(1).norm(dim=1) + 1e-12).all()
 
 
+@settings(max_examples=25)
+@given(size=st.integers(1, 6), radius=st.sampled_from([0.01, 0.3, 1.0, 2.5]), seed=st.integers(0, 10**6))
+def test_projection_onto_l1_and_box_solves_the_quadratic_program(size, radius, seed):
+    """The nearest point, as a solver finds it that knows nothing of sorting: z = rise - fall, both 0 or more."""
+    generator = np.random.default_rng(seed)
+    x = (generator.random(size) * 1.4 - 0.2).clip(0, 1)
+    delta = generator.normal(size=size) * generator.choice([0.1, 1.0, 3.0])
+    start = np.zeros(2 * size)
+    solved = minimize(
+        lambda z: ((z[:size] - z[size:] - delta) ** 2).sum(),
+        start,
+        jac=lambda z: np.concatenate([2 * (z[:size] - z[size:] - delta), -2 * (z[:size] - z[size:] - delta)]),
+        bounds=[(0, 1 - v) for v in x] + [(0, v) for v in x],
+        constraints={"type": "ineq", "fun": lambda z: radius - z.sum(), "jac": lambda z: -np.ones(2 * size)},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    found = project_l1(torch.tensor(delta)[None], torch.tensor(x)[None], radius)[0].numpy()
+    assert np.abs(found).sum() <= radius + 1e-12
+    assert ((x + found >= -1e-15) & (x + found <= 1 + 1e-15)).all()
+    np.testing.assert_allclose(found, solved.x[:size] - solved.x[size:], atol=2e-5)
+    assert ((found - delta) ** 2).sum() <= solved.fun + 1e-9
+
+
+def test_projection_onto_l1_takes_a_radius_for_each_image():
+    x, delta = torch.rand(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    together = project_l1(delta, x, torch.tensor([0.1, 1.0, 50.0]))
+    for row, radius in enumerate([0.1, 1.0, 50.0]):
+        assert torch.allclose(together[row], project_l1(delta[row : row + 1], x[row : row + 1], radius)[0], atol=1e-6)
+
+
 @settings(max_examples=60)
 @given(cases(), st.integers(0, 1000))
 def test_starting_points_keep_to_ball_and_box(case, seed):
@@ -131,7 +167,7 @@ def test_ball_points_fill_the_ball_evenly(norm):
         assert abs((distance <= 0.1 * share).double().mean() - expected) < 5 * math.sqrt(expected / len(x))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), step=st.sampled_from([0.003, 0.1, 1.0]))
 def test_ascend_is_the_steepest_step_of_its_length(norm, seed, step):
@@ -149,6 +185,18 @@ def test_ascend_is_the_steepest_step_of_its_length(norm, seed, step):
     scale = step / threat.distance(x + other, x)
     rival = (other * scale.reshape(-1, 1, 1, 1) * gradient).flatten(1).sum(1)
     assert (rival <= gain + 1e-12).all()
+
+
+def test_under_l1_a_step_is_shared_by_the_steepest_hundredth_that_can_still_move():
+    x, gradient = torch.full((2, 1, 20, 20), 0.5), torch.zeros(2, 1, 20, 20)
+    x[0, 0, 0, 0] = 1.0
+    gradient[0, 0, 0] = torch.arange(20.0, 0.0, -1.0)
+    gradient[1, 0, 3] = -torch.arange(20.0)
+    moved = ThreatModel("L1", 1.0).ascend(x, gradient, 0.2) - x
+    expected = torch.zeros_like(x)
+    expected[0, 0, 0, 1:5], expected[1, 0, 3, 16:] = 0.05, -0.05  # the steepest of the first has reached the box
+    torch.testing.assert_close(moved, expected)
+    assert torch.allclose(ThreatModel("L1", 1.0).distance(x + moved, x), torch.tensor(0.2).double(), atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -175,6 +223,7 @@ def test_distance_by_hand():
     moved = torch.tensor([[0.3, 0.0, -0.4, 0.0], [0.1, 0.1, 0.1, -0.1]]).reshape(2, 1, 2, 2)
     assert ThreatModel("Linf", 1).distance(moved, x).tolist() == pytest.approx([0.4, 0.1])
     assert ThreatModel("L2", 1).distance(moved, x).tolist() == pytest.approx([0.5, 0.2])
+    assert ThreatModel("L1", 1).distance(moved, x).tolist() == pytest.approx([0.7, 0.4])
     assert ThreatModel("L2", 1).distance(moved, x).dtype == torch.float64
 
 
@@ -217,7 +266,7 @@ def test_parse_real_refuses_what_is_not_finite_without_long_thought(value):
 @pytest.mark.parametrize(
     ("norm", "eps", "words"),
     [
-        ("L1", 1, "norm 'L1' is not known; use one of Linf, L2"),
+        ("L3", 1, "norm 'L3' is not known; use one of Linf, L2, L1"),
         ("linf", 1, "use one of Linf, L2"),
         ("Linf", 0, "greater than 0"),
         ("L2", "-1/255", "greater than 0"),
@@ -230,6 +279,7 @@ def test_impossible_threat_models_are_refused(norm, eps, words):
         ThreatModel(norm, eps)
 
 
-def test_l2_may_exceed_one_and_text_equals_numbers():
+def test_l2_and_l1_may_exceed_one_and_text_equals_numbers():
     assert ThreatModel("L2", 3).eps == 3
+    assert ThreatModel("L1", 12).eps == 12
     assert ThreatModel("Linf", "8/255") == ThreatModel("Linf", 8 / 255)

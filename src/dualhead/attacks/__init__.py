@@ -16,6 +16,9 @@ from dualhead.attacks.base import (
     slope,
 )
 
+build = attacks.build
+names = attacks.names
+
 __all__ = [
     "Attack",
     "Climb",
@@ -27,7 +30,9 @@ __all__ = [
     "Search",
     "State",
     "attacks",
+    "build",
     "maximise_within",
+    "names",
     "predictions",
     "slope",
 ]

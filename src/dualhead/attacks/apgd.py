@@ -2,13 +2,16 @@
 
 Croce and Hein 2020, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks,
 algorithm 1. Where their published code departs from the paper, this follows the code, since published numbers come from
-it: see `APGD._checkpoint`.
+it: see `APGD._checkpoint`. Under L1 each form is the one of Croce and Hein 2021, Mind the box: see `_Sparse`.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -28,7 +31,7 @@ from dualhead.attacks.base import (
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import Threat
+from dualhead.threats import Threat, ThreatModel, finite, project_l1, steepest
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,13 @@ class APGD(Search):
         require_at_least_one(self, "steps", "restarts", "eot")
         if not 0 < self.rho <= 1:
             raise UserError(f"rho must lie in (0, 1], got {self.rho:g}; the published value is 0.75")
+
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
+        """Itself; under L1 the sparse form of it."""
+        (search,) = super().parts(num_classes, threat, num_heads)
+        if not (isinstance(threat, ThreatModel) and threat.norm == "L1"):
+            return (search,)
+        return (_Sparse(self.steps, self.rho, self.restarts, self.eot, self).labelled(self.label),)
 
     def jobs(self, num_classes: int) -> int:
         """One per restart."""
@@ -274,3 +284,121 @@ class APGDT(APGD):
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         """Targeted DLR or the targeted margin."""
         return (losses.targeted_dlr if logits.shape[1] >= 4 else losses.targeted_margin)(logits, y, target)
+
+
+_RADII = (3.0, 2.0, 1.0)
+"""Under L1 three ascents follow one another, within balls of these multiples of eps."""
+
+
+@functools.cache
+def _ascents(steps: int) -> tuple[tuple[float, int], ...]:
+    """Radius, in units of eps, and gradient steps of each ascent under L1; one alone where there are less than 3."""
+    if steps < 3:
+        return ((1.0, steps),)
+    share = math.ceil(0.3 * steps)
+    lengths = (share, share, max(steps - 2 * share, 0))
+    return tuple(zip(_RADII, lengths, strict=True))
+
+
+@dataclass(frozen=True)
+class _Sparse(APGD):
+    """Auto-PGD under L1: steps along the steepest values alone, whose number follows what the best point has changed.
+
+    Croce and Hein 2021, Mind the box: l1-APGD for sparse adversarial attacks, arXiv 2103.01208, algorithm 1, with the
+    three radii of AutoAttack's L1 version: each ascent begins at the best point of the one before, and the last alone
+    offers examples. There is no momentum, and rho has no part in it. A value counts as changed if it differs from the
+    image's; the published code counts some that it has moved there and back, since its sums round.
+    """
+
+    form: APGD = field(kw_only=False, default=None)  # type: ignore[assignment]
+
+    def notes(self, num_classes: int) -> list[str]:
+        """Those of the form that it is of."""
+        return self.form.notes(num_classes)
+
+    def jobs(self, num_classes: int) -> int:
+        """As many as the form has."""
+        return self.form.jobs(num_classes)
+
+    def target(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+        """The form's."""
+        return self.form.target(clean, y, job)
+
+    def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        """The form's."""
+        return self.form.loss(logits, y, target)
+
+    def max_steps(self) -> int:
+        """The gradient steps, and a look at the start of each ascent."""
+        return sum(steps + 1 for _, steps in _ascents(self.steps))
+
+    def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
+        """See `Search.begin`. The start is normal noise, brought to the first ball and the box."""
+        noise = streams.fork(job).normal(*x.shape[1:]).to(x.dtype)
+        start = (x + project_l1(noise, x, _ascents(self.steps)[0][0] * threat.eps)).clamp_(0.0, 1.0)
+        unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
+        return {
+            "x": x,
+            "y": y,
+            "target": self.target(clean, y, job).clone(),
+            "iterate": start,
+            "best": x.clone(),
+            "best_gradient": torch.zeros_like(x),
+            "best_loss": unseen,
+            "step_size": torch.full_like(unseen, threat.eps),
+            "changed": torch.ones_like(unseen),
+            "adversarial": x.clone(),
+            "found": torch.zeros_like(y, dtype=torch.bool),
+            "iteration": torch.zeros_like(y),
+        }
+
+    def step(self, state: State, query: Query, threat: Threat) -> State:
+        """Look at the iterate, keep what is best, and move the steepest values."""
+        x, iterate = state["x"], state["iterate"]
+        ascents = _ascents(self.steps)
+        starts = [sum(steps + 1 for _, steps in ascents[:k]) for k in range(len(ascents))]
+        number = sum((state["iteration"] >= start).to(torch.int64) for start in starts[1:]) + torch.zeros_like(
+            state["y"]
+        )
+        of_ascent = functools.partial(torch.tensor, device=x.device)
+        radii = of_ascent([threat.eps * radius for radius, _ in ascents], dtype=x.dtype)
+        radius, age = radii[number], state["iteration"] - of_ascent(starts)[number]
+        length = of_ascent([steps for _, steps in ascents])[number]
+        period = of_ascent([max(int(0.04 * steps), 1) for _, steps in ascents])[number]
+
+        logits, loss, gradient = self._query(state, query)
+        gradient = finite(gradient)
+        first, last = age == 0, number == len(ascents) - 1
+        fooled = last & (predictions(logits) != state["y"])
+        better = first | (loss > state["best_loss"])
+        shown = fooled | (last & better & ~state["found"])
+        best = torch.where(per_slot(better, x), iterate, state["best"])
+        best_gradient = torch.where(per_slot(better, x), gradient, state["best_gradient"])
+
+        check = ~first & (age % period == 0)
+        count = (best != x).flatten(1).sum(1).to(x.dtype)
+        fewer = check & (count / state["changed"] < 0.95)
+        shorter = (state["step_size"] / 1.5).clamp(min=radius / 10.0, max=radius)
+        step_size = torch.where(first | fewer, radius, torch.where(check, shorter, state["step_size"]))
+        changed = torch.where(first | check, count, state["changed"])
+
+        origin = torch.where(per_slot(fewer, x), best, iterate)
+        uphill = torch.where(per_slot(fewer, x), best_gradient, gradient)
+        size = x[0].numel()
+        place = ((1.0 - changed / size / 1.5) * size).clamp(0, size - 1).to(torch.int64)
+        moved = origin - x + per_slot(step_size, x) * steepest(uphill, size - place)
+        over = age >= length
+        moved = torch.where(per_slot(over, x), best - x, moved)
+        radius = torch.where(over, radii[(number + 1).clamp_max(len(ascents) - 1)], radius)
+        return {
+            **state,
+            "iterate": (x + project_l1(moved, x, radius)).clamp_(0.0, 1.0),
+            "best": best,
+            "best_gradient": best_gradient,
+            "best_loss": torch.where(better, loss, state["best_loss"]),
+            "step_size": step_size,
+            "changed": changed,
+            "adversarial": torch.where(per_slot(shown, x), iterate, state["adversarial"]),
+            "found": state["found"] | fooled,
+            "iteration": state["iteration"] + 1,
+        }

@@ -9,30 +9,40 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dualhead.attacks.apgd import APGDCE, APGDDLR, APGDT
 from dualhead.attacks.base import Attack, Search, attacks
 from dualhead.attacks.fab import FAB, FABT
 from dualhead.attacks.square import Square
-from dualhead.threats import Threat
+from dualhead.threats import Norm, Threat, norm_of
 
 
 class _Suite(Attack):
     """Several searches in turn. Published for norms, so no number for another threat is called AutoAttack."""
 
-    norms = ("Linf", "L2")
+    norms: ClassVar[tuple[str, ...]] = ("Linf", "L2")
 
     @abstractmethod
-    def members(self) -> Sequence[Search]:
-        """The searches, in order."""
+    def members(self, norm: Norm = "Linf") -> Sequence[Search]:
+        """The searches under a norm, in order."""
 
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """The members."""
-        return [part for member in self.members() for part in member.parts(num_classes, threat, num_heads)]
+        return [
+            part for member in self.members(norm_of(threat)) for part in member.parts(num_classes, threat, num_heads)
+        ]
 
     def notes(self, num_classes: int) -> list[str]:
         """Those of the members."""
         return [note for member in self.members() for note in member.notes(num_classes)]
+
+
+def _gradient_members(norm: Norm) -> tuple[Search, Search]:
+    """The two forms of APGD in the standard version: under L1 with more restarts and fewer targets."""
+    if norm == "L1":
+        return APGDCE(restarts=5).labelled("apgd-ce"), APGDT(targets=5).labelled("apgd-t")
+    return APGDCE(), APGDT()
 
 
 @attacks.register("autoattack")
@@ -40,14 +50,19 @@ class _Suite(Attack):
 class AutoAttack(_Suite):
     """The standard version: APGD-CE, targeted APGD-DLR, targeted FAB, Square.
 
+    Under L1 as published for it (Croce and Hein 2021, Mind the box, arXiv 2103.01208): APGD-CE from 5 starts, and 5
+    targets for APGD-DLR.
+
     When: for a number to publish, or to compare with RobustBench.
 
     Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
     """
 
-    def members(self) -> Sequence[Search]:
+    norms: ClassVar[tuple[str, ...]] = ("Linf", "L2", "L1")
+
+    def members(self, norm: Norm = "Linf") -> Sequence[Search]:
         """See the class."""
-        return (APGDCE(), APGDT(), FABT(), Square())
+        return (*_gradient_members(norm), FABT(), Square())
 
 
 @attacks.register("autoattack-plus")
@@ -60,8 +75,9 @@ class AutoAttackPlus(_Suite):
     Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
     """
 
-    def members(self) -> Sequence[Search]:
+    def members(self, norm: Norm = "Linf") -> Sequence[Search]:
         """See the class."""
+        del norm
         return (
             APGDCE(restarts=5).labelled("apgd-ce"),
             APGDDLR(restarts=5).labelled("apgd-dlr"),
@@ -82,8 +98,9 @@ class AutoAttackRand(_Suite):
     Paper: Croce and Hein 2020, Reliable evaluation of adversarial robustness, arXiv 2003.01690.
     """
 
-    def members(self) -> Sequence[Search]:
+    def members(self, norm: Norm = "Linf") -> Sequence[Search]:
         """See the class."""
+        del norm
         return (APGDCE(eot=20).labelled("apgd-ce"), APGDDLR(eot=20).labelled("apgd-dlr"))
 
 
@@ -98,9 +115,11 @@ class AutoAttackFast(_Suite):
     these are.
     """
 
-    def members(self) -> Sequence[Search]:
+    norms: ClassVar[tuple[str, ...]] = ("Linf", "L2", "L1")
+
+    def members(self, norm: Norm = "Linf") -> Sequence[Search]:
         """See the class."""
-        return (APGDCE(), APGDT())
+        return _gradient_members(norm)
 
     def notes(self, num_classes: int) -> list[str]:
         """That the result is a bound."""

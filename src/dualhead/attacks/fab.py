@@ -29,7 +29,7 @@ from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Norm, Threat, finite, norm_of
 
-_NEWTON_STEPS = {"Linf": 8, "L2": 12}
+_NEWTON_STEPS: dict[Norm, int] = {"Linf": 8, "L2": 12}
 """Enough for float32's last digits where up to 0.95 of what the box allows is needed; images need far less."""
 
 
@@ -38,7 +38,8 @@ def to_hyperplane(point: Tensor, normal: Tensor, excess: Tensor, norm: Norm) -> 
 
     Each value moves as far as the common multiplier asks, or as far as the box lets it, so that what is gained is a
     concave, piecewise linear function of the multiplier; Newton's method climbs it from below without sorting and
-    without overshooting. Where the box ends before the hyperplane, all values go to its faces.
+    without overshooting. Under L1 values go to their faces in the order of their weights until enough is gained. Where
+    the box ends before the hyperplane, all values go to its faces.
 
     Args:
         point: [B, n] in [0, 1].
@@ -54,6 +55,8 @@ def to_hyperplane(point: Tensor, normal: Tensor, excess: Tensor, norm: Norm) -> 
     weight = (normal / scale).abs_()
     direction = normal.sign().mul_(torch.where(excess[:, None] < 0, 1.0, -1.0))
     limit = (direction * (0.5 - point)).add_(0.5)  # 1 - t upwards, t downwards
+    if norm == "L1":
+        return direction * _steepest_first(weight, limit, needed)
     reachable = torch.linalg.vecdot(weight, limit)[:, None] > needed
     if norm == "L2":  # a value moves by its weight for each unit of the multiplier; under Linf all move alike
         direction.mul_(weight)
@@ -68,11 +71,24 @@ def to_hyperplane(point: Tensor, normal: Tensor, excess: Tensor, norm: Norm) -> 
     return direction * torch.minimum(limit, multiplier)
 
 
+def _steepest_first(weight: Tensor, limit: Tensor, needed: Tensor) -> Tensor:
+    """How far values move [B, n], those of large weight first, until their weighted sum is `needed` [B, 1]."""
+    weights, order = weight.sort(dim=1, descending=True, stable=True)
+    gains = weights * limit.gather(1, order)
+    left = needed - (gains.cumsum(1) - gains)  # before each value
+    moved = torch.minimum(limit.gather(1, order), (left / weights.clamp_min(1e-30)).clamp_min(0.0))
+    return torch.zeros_like(limit).scatter_(1, order, moved * (weights > 0))
+
+
 def _length(delta: Tensor, norm: Norm) -> Tensor:
+    if norm == "L1":
+        return delta.abs().sum(1)
     return delta.abs().amax(1) if norm == "Linf" else torch.linalg.vector_norm(delta, dim=1)
 
 
 def _dual_length(gradient: Tensor, norm: Norm) -> Tensor:
+    if norm == "L1":
+        return gradient.abs().amax(1)
     return gradient.abs().sum(1) if norm == "Linf" else torch.linalg.vector_norm(gradient, dim=1)
 
 
@@ -90,7 +106,7 @@ class _FAB(Search):
             `distance`, instead of stopping at the first example within eps.
     """
 
-    norms = ("Linf", "L2")
+    norms = ("Linf", "L2", "L1")
 
     steps: int = 100
     restarts: int = 1

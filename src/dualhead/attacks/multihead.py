@@ -102,6 +102,10 @@ class _Chain(APGD):
 
     num_heads: int = 2
 
+    def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
+        """Itself under every threat: it has no sparse form."""
+        return Search.parts(self, num_classes, threat, num_heads)
+
     def max_steps(self) -> int:
         """Those of all ascents, each with the look at its start."""
         return (self.num_heads + 5) * (self.steps + 1)

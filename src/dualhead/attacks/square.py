@@ -18,33 +18,37 @@ from dualhead.attacks.base import Query, Search, State, attacks, per_slot, predi
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import Norm, Threat, norm_of
+from dualhead.threats import Norm, Threat, norm_of, project_l1
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """The share of the image that a square covers is halved after these numbers of squares."""
 
 
 def sides(p_init: float, height: int, width: int, norm: Norm) -> list[int]:
-    """The side of a square after no, one, two, ... halvings; odd and at least 3 under L2, unless the image is less."""
+    """The side of a square after no, one, two, ... halvings; except under Linf odd, and 3 or more where that fits."""
     lengths = [round(math.sqrt(p_init * 2.0**-halvings * height * width)) for halvings in range(len(_HALVINGS) + 1)]
-    if norm == "L2":
+    if norm != "Linf":
         lengths = [max(length, 3) | 1 for length in lengths]
     return [min(max(length, 1), height, width) for length in lengths]
 
 
-def bump(side: int) -> Tensor:
-    """The L2 window [side, side] of norm 1: a hill above a pit, each made of nested rectangles (section 3.4)."""
+def bump(side: int, norm: Norm = "L2") -> Tensor:
+    """The window [side, side] of norm 1: a hill above a pit, each made of nested rectangles (section 3.4).
+
+    Under L1 the rectangles fade with the fourth power of their number, under L2 with the second.
+    """
+    power, order = (-2.0, 2) if norm == "L2" else (-4.0, 1)
 
     def hill(height: int) -> Tensor:
         rows = (torch.arange(height) - height // 2).abs()[:, None]
         columns = (torch.arange(side) - side // 2).abs()[None]
-        rings = torch.arange(1, max(height, side) // 2 + 2, dtype=torch.float64) ** -2.0
+        rings = torch.arange(1, max(height, side) // 2 + 2, dtype=torch.float64) ** power
         above = rings.flip(0).cumsum(0).flip(0)  # a ring also carries all that lie outside it
         shape = above[torch.maximum(rows, columns)]
-        return shape / _norm(shape, (0, 1)).clamp_min(1e-12)
+        return shape / _norm(shape, (0, 1), order).clamp_min(1e-12)
 
     whole = torch.cat((hill(side // 2), -hill(side - side // 2)))
-    return whole / _norm(whole, (0, 1))
+    return whole / _norm(whole, (0, 1), order)
 
 
 @functools.cache
@@ -54,13 +58,13 @@ def _schedule(p_init: float, height: int, width: int, norm: Norm, device: torch.
 
 
 @functools.cache
-def _bump_table(p_init: float, height: int, width: int, device: torch.device) -> Tensor:
+def _bump_table(p_init: float, height: int, width: int, norm: Norm, device: torch.device) -> Tensor:
     """float32 [halvings, 2, S, S]: for each side the window and its transpose, in the upper left corner of S by S."""
-    lengths = sides(p_init, height, width, "L2")
+    lengths = sides(p_init, height, width, norm)
     table = torch.zeros(len(lengths), 2, max(lengths), max(lengths))
     for k, side in enumerate(lengths):
-        table[k, 0, :side, :side] = bump(side).float()
-        table[k, 1, :side, :side] = bump(side).T.float()
+        table[k, 0, :side, :side] = bump(side, norm).float()
+        table[k, 1, :side, :side] = bump(side, norm).T.float()
     return table.to(device)
 
 
@@ -69,8 +73,8 @@ def _sign(uniform: Tensor) -> Tensor:
     return torch.where(uniform < 0.5, -1.0, 1.0)
 
 
-def _norm(delta: Tensor, dims: tuple[int, ...]) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(delta, dim=dims, keepdim=True)
+def _norm(delta: Tensor, dims: tuple[int, ...], order: int = 2) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(delta, order, dim=dims, keepdim=True)
     return length
 
 
@@ -90,7 +94,7 @@ class Square(Search):
         restarts: independent searches, at least 1.
     """
 
-    norms = ("Linf", "L2")
+    norms = ("Linf", "L2", "L1")
 
     queries: int = 5000
     p_init: Real = 0.8
@@ -177,11 +181,12 @@ class Square(Search):
         if norm_of(threat) == "Linf":
             inside = _inside(corners[:, :2], side, height, width)
             return torch.where(inside, (x + threat.eps * signs).clamp_(0.0, 1.0), best)
-        table = _bump_table(self.p_init, height, width, x.device)
+        table = _bump_table(self.p_init, height, width, norm_of(threat), x.device)
         first = _inside(corners[:, :2], side, height, width)
         second = _inside(corners[:, 2:], side, height, width)
         window = _placed(table, halvings * 2 + (drawn[:, 4] > 0.5), corners[:, :2], first)
-        return _moved_mass(x, best, window * signs, first, second, threat.eps)
+        moved = _moved_mass if norm_of(threat) == "L2" else _moved_mass_l1
+        return moved(x, best, window * signs, first, second, threat.eps)
 
 
 def _inside(corner: Tensor, side: Tensor, height: int, width: int) -> Tensor:
@@ -214,6 +219,24 @@ def _moved_mass(x: Tensor, best: Tensor, window: Tensor, first: Tensor, second: 
     return (x + changed * (eps / (1e-12 + _norm(changed, (1, 2, 3))))).clamp_(0.0, 1.0)
 
 
+def _moved_mass_l1(x: Tensor, best: Tensor, window: Tensor, first: Tensor, second: Tensor, eps: float) -> Tensor:
+    """The L1 proposal, as in the published code: like that under L2, and then brought to ball and box.
+
+    What the windows hold counts once for each channel, which asks for more than the budget; the projection sees to it.
+    """
+    delta = best - x
+    in_first = delta * first
+    windows = _norm(delta * (first | second), (2, 3), 1)
+    shape = (window + in_first / (1e-12 + _norm(in_first, (2, 3), 1))) * first
+    unspent = (eps - _norm(delta, (1, 2, 3), 1)).clamp_min(0.0) / x.shape[1]
+    bumped = shape / (1e-12 + _norm(shape, (2, 3), 1)) * (unspent + windows) * x.shape[1]
+    return _within_l1(x, torch.where(first, bumped, delta * ~second), eps)
+
+
+def _within_l1(x: Tensor, delta: Tensor, eps: float) -> Tensor:
+    return (x + project_l1(delta, x, eps * (1.0 - 1e-6))).clamp_(0.0, 1.0)
+
+
 def _stripes(x: Tensor, threat: Threat, streams: Streams) -> Tensor:
     """The Linf start: vertical stripes, one pixel wide, of -eps or eps in each channel."""
     signs = _sign(streams.fork("stripes").uniform(x.shape[1], x.shape[3])).to(x.dtype)
@@ -221,7 +244,7 @@ def _stripes(x: Tensor, threat: Threat, streams: Streams) -> Tensor:
 
 
 def _tiles(x: Tensor, threat: Threat, streams: Streams) -> Tensor:
-    """The L2 start: bumps on a grid of 5 rows, signs drawn for each channel and whether to transpose for each tile."""
+    """The start under L2 and L1: bumps on a grid of 5 rows; signs drawn for each channel, transposing for each tile."""
     batch, channels, height, width = x.shape
     side = min(max(height // 5, 1), width)
     top = max(height - side * 5, 0) // 2
@@ -229,7 +252,7 @@ def _tiles(x: Tensor, threat: Threat, streams: Streams) -> Tensor:
     rows, columns = min((height - top) // side, height // side), min((width - left) // side, width // side)
     drawn = streams.fork("tiles").uniform(rows * columns, 1 + channels)
     signs = _sign(drawn[:, :, 1:]).to(x.dtype)
-    tile = bump(side).to(x.device, x.dtype)
+    tile = bump(side, norm_of(threat)).to(x.device, x.dtype)
     turned = torch.where(drawn[:, :, :1, None] > 0.5, tile.T, tile)  # [B, tiles, side, side]
     tiles = turned[:, :, None] * signs[..., None, None]  # [B, tiles, C, side, side]
     grid = tiles.reshape(batch, rows, columns, channels, side, side).permute(0, 3, 1, 4, 2, 5)
@@ -237,4 +260,6 @@ def _tiles(x: Tensor, threat: Threat, streams: Streams) -> Tensor:
     delta[:, :, top : top + rows * side, left : left + columns * side] = grid.reshape(
         batch, channels, rows * side, columns * side
     )
+    if norm_of(threat) == "L1":
+        return _within_l1(x, delta, threat.eps)
     return (x + delta * (threat.eps / (1e-12 + _norm(delta, (1, 2, 3))))).clamp_(0.0, 1.0)

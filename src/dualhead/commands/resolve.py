@@ -14,8 +14,9 @@ from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
+from dualhead.evaluation import asks_for_corruptions
 from dualhead.models import Backbone, backbones
-from dualhead.runs import RunFolder, load_stage, read_recipe
+from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
 from dualhead.system.processes import group
@@ -39,11 +40,13 @@ class Request:
     eps: str | None = None
     norm: str | None = None
     threat: str | None = None
+    threats: tuple[str, ...] = ()
     data: str | None = None
     limit: int | None = None
     stage: str | None = None
     checkpoint: str | None = None
     output: str | None = None
+    routes: str | None = None
     output_dir: Path | None = None
     image_size: str | None = None
     image_column: str | None = None
@@ -116,7 +119,8 @@ class Resolved:
     Args:
         model: images [B, C, H, W] in [0, 1] to logits [B, num_classes]; on its device, in eval mode.
         images: test images, with labels among the classes that the model knows.
-        threat: the threat model.
+        threat: the threat model; of several, the first.
+        threats: all of them where there are several, else empty.
         radii: of a curve over eps, as they were asked for; empty for none. The largest is the threat's.
         attacks: those to measure it by.
         results: where an evaluation of this request goes.
@@ -127,6 +131,7 @@ class Resolved:
     model: nn.Module
     images: Split
     threat: Threat
+    threats: Sequence[Threat]
     radii: Sequence[str]
     attacks: tuple[AttackSpec, ...]
     results: Path
@@ -148,6 +153,7 @@ class _Source:
         published: the backbone that names classes and channels itself; None for what was trained here.
         results: the folder in which evaluations go, each in its own.
         gallery: the folder of galleries; None for that of the evaluation.
+        threats: those to measure it under if none are asked for; empty for `threat` alone.
     """
 
     threat: Mapping[str, Any]
@@ -158,6 +164,7 @@ class _Source:
     reading: Mapping[str, Any]
     results: Path
     gallery: Path | None = None
+    threats: tuple[Threat, ...] = ()
     published: Backbone | None = None
 
 
@@ -178,7 +185,8 @@ def resolve(request: Request) -> Resolved:
             if value is not None:
                 raise UserError(f"{option} is for runs, and {request.model} is none")
         source = _of_factory(request, room) if ":" in request.model else _of_saved(request, room)
-    threat, radii = _threat(request, source.threat)
+    threats = _several(request, source)
+    threat, radii = (threats[0], []) if threats else _threat(request, source.threat)
     images = group().in_turn(lambda: _among_known(request.model, source, source.images()))
     model = source.model(images).to(device).eval()  # a factory hands it out in train mode
     if source.published is not None and not source.published.published_class_names():
@@ -188,7 +196,9 @@ def resolve(request: Request) -> Resolved:
     gallery = request.output_dir or source.gallery or results
     chosen = request.attacks or _fitting_attacks(source.attacks, model)
     framing = _framing({**source.reading, **request.reading})
-    return Resolved(model, images, threat, radii, chosen, results, gallery, framing)
+    return Resolved(
+        model, images, threat, threats if len(threats) > 1 else (), radii, chosen, results, gallery, framing
+    )
 
 
 def _framing(reading: Mapping[str, Any]) -> Framing:
@@ -209,7 +219,10 @@ def _of_run(request: Request, room: int) -> _Source:
 
     def images() -> Split:
         data = recipe.data.model_copy(update=request.reading)
-        return data.load("test", request.data, room=room)
+        found = data.load("test", request.data, room=room)
+        if request.data is None and not request.reading and data.test is not None:
+            refuse_other_data(folder.path, data_facts(found), data.source, "data.test")
+        return found
 
     def model(images: Split) -> nn.Module:
         network, trained = load_stage(folder.path, request.stage, request.checkpoint)
@@ -225,6 +238,7 @@ def _of_run(request: Request, room: int) -> _Source:
         reading=recipe.data.reading(),
         results=folder.path / "evaluations",
         gallery=folder.evaluation,
+        threats=recipe.evaluate.threats,
     )
 
 
@@ -285,6 +299,22 @@ def _load_images(request: Request, room: int, reading: Mapping[str, Any]) -> Spl
 # ---- what is asked of it
 
 
+def _several(request: Request, source: _Source) -> tuple[Threat, ...]:
+    """Return the threats of `--threat KIND:EPS`, given once or more, or those of the run; empty for neither."""
+    if not request.threats:
+        asked = (request.threat, request.norm, request.eps)
+        return source.threats if asked == (None, None, None) else ()
+    if request.norm is not None or request.eps is not None:
+        raise UserError("--threat KIND:EPS says norm and budget itself; leave --norm and --eps out")
+    for text in request.threats:
+        if not text.rpartition(":")[0]:
+            raise UserError(f"--threat {text}: write its budget too, as in --threat Linf:8/255 --threat L2:0.5")
+    try:
+        return tuple(build_threat(text) for text in request.threats)
+    except UserError as error:
+        raise UserError(f"--threat: {error}") from None
+
+
 def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[str]]:
     """Return the threat, and the radii of a curve over eps, if several were given: the largest is the threat's.
 
@@ -294,6 +324,8 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
     """
     if "name" not in known:
         known = {"norm": "Linf", **{key: value for key, value in known.items() if key in ("norm", "eps")}}
+    if request.threat in get_args(Norm):
+        raise UserError(f"--threat {request.threat}: write its budget too, as in --threat {request.threat}:0.5")
     if request.threat is not None and request.norm is not None:
         raise UserError("--threat and --norm: give one of them, since a norm is a threat")
     own = {key: value for key, value in known.items() if key != "eps"}
@@ -305,7 +337,7 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
     if request.eps is None and "eps" in known and chosen != own:
         ((key, kind),) = chosen.items()
         if kind in (*get_args(Norm), *registered.names()):
-            radius = {"Linf": "8/255", "L2": "0.5"}.get(kind, "0.05")
+            radius = {"Linf": "8/255", "L2": "0.5", "L1": "12"}.get(kind, "0.05")
             of = known.get("norm") or known.get("name")
             option = "--norm" if key == "norm" else "--threat"
             raise UserError(f"{option} {kind}: --eps is needed, since the model's is of {of}; e.g. --eps {radius}")
@@ -359,10 +391,11 @@ def _refuse_other_channels(name: str, test: Split, channels: int | None) -> None
 
 def _fitting_attacks(attacks: tuple[AttackSpec, ...], model: nn.Module) -> tuple[AttackSpec, ...]:
     """Return those attacks that a model can face; one that merges heads also faces the attack that knows of them."""
-    for_heads = [attack for attack in attacks if registry.build(attack).needs_heads]
+    searching = [attack for attack in attacks if not asks_for_corruptions(attack)]
+    for_heads = [attack for attack in searching if registry.build(attack).needs_heads]
     if not hasattr(model, "head_logits"):
         return tuple(attack for attack in attacks if attack not in for_heads)
-    return attacks if for_heads else (*attacks, "multihead")
+    return attacks if for_heads or not searching else (*attacks, "multihead")
 
 
 # ---- where results go
@@ -375,8 +408,8 @@ def _own_folder(request: Request) -> Path:
 
 def _folder_name(request: Request) -> str:
     """Return a name made of the options: another question is another folder."""
-    words = [request.stage, request.checkpoint, request.output, *request.attacks]
-    words += [request.norm, request.threat, request.eps]
+    words = [request.stage, request.checkpoint, "routes" if request.routes else request.output, *request.attacks]
+    words += [request.norm, request.threat, *request.threats, request.eps]
     words += [None if request.limit is None else f"first{request.limit}", (request.data or "")[-60:]]
     words += [
         f"seed{request.seed}" if request.seed else None,

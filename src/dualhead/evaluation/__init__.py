@@ -1,5 +1,6 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
+from dualhead.evaluation.corruptions import asks_for_corruptions
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
@@ -16,27 +17,40 @@ from dualhead.evaluation.generation import (
     precision_recall,
     sample,
 )
+from dualhead.evaluation.given import read_all
 from dualhead.evaluation.harness import evaluate
+from dualhead.evaluation.model import outputs_of, read_logits
+from dualhead.evaluation.once import attack
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
-from dualhead.evaluation.results import Evaluation, Verdicts
+from dualhead.evaluation.results import Evaluation, Verdicts, balanced
+from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
+from dualhead.evaluation.union import against_specialists
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
+    "ESTIMATE",
+    "KINDS",
     "Counterfactual",
     "Evaluation",
     "EvaluationProgress",
     "Finding",
     "Gallery",
     "Paired",
+    "RouteSetting",
     "Verdicts",
+    "against_specialists",
+    "asks_for_corruptions",
+    "attack",
     "auroc",
+    "balanced",
     "calibration_error",
     "check_duplicates",
     "compare",
     "counterfactual",
     "energy",
     "evaluate",
+    "evaluate_routes",
     "frechet_distance",
     "interval_over_samples",
     "make_gallery",
@@ -45,7 +59,11 @@ __all__ = [
     "nearest_distance",
     "noise_seeds",
     "ood_score",
+    "outputs_of",
+    "parse_kinds",
     "precision_recall",
+    "read_all",
+    "read_logits",
     "sample",
     "wilson",
 ]

@@ -255,7 +255,7 @@ class _Visit:
 
     def _aside(self, origin: Tensor, streams: Streams) -> Tensor:
         """A random direction of length eps, shaped like one origin."""
-        if not isinstance(self.threat, ThreatModel):
+        if not isinstance(self.threat, ThreatModel) or self.threat.norm == "L1":
             return (self.threat.start(origin[None], streams, "sphere") - origin)[0]
         if self.threat.norm == "Linf":
             return self.threat.eps * (2.0 * (streams.uniform(*origin.shape)[0] > 0.5) - 1.0)

@@ -7,6 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def unequal(class_sizes: object) -> bool:
+    """Tell whether classes differ so much in size that accuracy and balanced accuracy are two things.
+
+    Args:
+        class_sizes: images of the smallest class and of the largest, as results hold them; anything else, as what
+            earlier versions wrote, says nothing.
+
+    Returns:
+        Whether the largest has more than one and a half times as many as the smallest.
+    """
+    if not isinstance(class_sizes, Sequence) or len(class_sizes) != 2:
+        return False
+    return bool(class_sizes[1] > 1.5 * class_sizes[0])
+
+
 def eps_text(eps: float) -> str:
     """A radius, in steps of 1/255 where it is a whole number of them, and less than 1."""
     levels = eps * 255
@@ -20,14 +35,18 @@ def eps_texts(radii: Sequence[float]) -> list[str]:
 
 
 def threat_name(threat: Mapping[str, Any]) -> str:
-    """The norm of a threat, or its name with what was set but eps."""
+    """The norm of a threat, or its name with what was set but eps; of several those of each."""
+    if "union" in threat:
+        return " and ".join(threat_name(each) for each in threat["union"])
     return str(threat["norm"]) if "norm" in threat else component_text({**threat, "eps": None})
 
 
 def threat_text(threat: Mapping[str, Any] | None) -> str:
-    """Norm and radius of a threat, or name and budget: `Linf eps 8/255`, `flow 0.05`."""
+    """Norm and radius of a threat, or name and budget: `Linf eps 8/255`, `flow 0.05`; of several, each in turn."""
     if not threat:
         return "threat model not recorded"
+    if "union" in threat:
+        return ", ".join(threat_text(each) for each in threat["union"])
     budget = f"eps {eps_text(threat['eps'])}" if "norm" in threat else f"{threat['eps']:g}"
     return f"{threat_name(threat)} {budget}"
 

@@ -3,6 +3,23 @@
 from dualhead.threats.base import Threat, Where, threats
 from dualhead.threats.bounded import Bounded
 from dualhead.threats.build import build_threat
-from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of
+from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of, project_l1, steepest
 
-__all__ = ["Bounded", "Norm", "Threat", "ThreatModel", "Where", "build_threat", "finite", "norm_of", "threats"]
+build = build_threat
+names = threats.names
+
+__all__ = [
+    "Bounded",
+    "Norm",
+    "Threat",
+    "ThreatModel",
+    "Where",
+    "build",
+    "build_threat",
+    "finite",
+    "names",
+    "norm_of",
+    "project_l1",
+    "steepest",
+    "threats",
+]

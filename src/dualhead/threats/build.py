@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from dualhead.errors import UserError
 from dualhead.threats.base import Threat, threats
-from dualhead.threats.lp import ThreatModel
+from dualhead.threats.lp import Norm, ThreatModel
 
 
-def build_threat(spec: Mapping[str, Any] | Threat, where: str = "") -> Threat:
+def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Threat:
     """Build a threat from its fields, or return it as it is.
 
     Args:
-        spec: `{"norm": "L2", "eps": 0.5}`, where the norm may be left out for Linf; or `{"name": "flow", "eps": 0.05}`.
+        spec: `{"norm": "L2", "eps": 0.5}`, where the norm may be left out for Linf; or `{"name": "flow", "eps": 0.05}`;
+            or the short form of either, `"L2:0.5"`.
         where: the key of the recipe that holds it, for messages; `"."` where the caller knows it.
 
     Raises:
@@ -23,8 +24,13 @@ def build_threat(spec: Mapping[str, Any] | Threat, where: str = "") -> Threat:
     if isinstance(spec, Threat):
         return spec
     place = where.removesuffix(".")
+    if isinstance(spec, str) and spec.rpartition(":")[0]:
+        kind, _, eps = spec.rpartition(":")
+        spec = {"norm" if kind in get_args(Norm) else "name": kind, "eps": eps}
     if not isinstance(spec, Mapping):
-        raise UserError(f"{place}: must be {{norm: ..., eps: ...}} or {{name: ..., eps: ...}}; got {spec!r}")
+        raise UserError(
+            f"{place}: must be {{norm: ..., eps: ...}}, {{name: ..., eps: ...}} or short, as L2:0.5; got {spec!r}"
+        )
     if "eps" not in spec:
         raise UserError(f"{place}.eps: missing; this key is required, e.g. 8/255")
     if "name" in spec and "norm" in spec:
