@@ -271,6 +271,10 @@ def test_contract_weights_of_classes_multiply_each_images_loss_or_are_refused(ob
         with pytest.raises(UserError, match="'ikl' is no mean over images"):
             check_weighable(objective)
         return
+    if objective.streams():
+        with pytest.raises(UserError, match="draws images of its own, whose classes the weights do not know"):
+            check_weighable(objective)
+        return
     check_weighable(objective)
     seen, y = seen_for(objective, 1)
     seen = moved(seen, lambda t: t.requires_grad_())

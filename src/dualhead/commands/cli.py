@@ -853,7 +853,7 @@ def _open(address: str) -> None:
         typer.echo(f"no browser found here; open {address} yourself", err=True)
 
 
-@app.command("sample")
+@app.command("sample", epilog=examples_of("sample"))
 def sample_images(
     model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
     classes: Annotated[str | None, typer.Option("--classes", help="0-3,7 or names; default: all.")] = None,
@@ -883,7 +883,7 @@ def sample_images(
         typer.echo(f"samples: {facts['output']} ({facts['samples']} images, {steps} steps each)")
 
 
-@app.command("counterfactual")
+@app.command("counterfactual", epilog=examples_of("counterfactual"))
 def counterfactual_images(
     model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
     to: Annotated[str | None, typer.Option("--to", help="Target classes, 0-3,7 or names; default: all.")] = None,

@@ -46,6 +46,16 @@ EXAMPLES: Final[dict[str, tuple[str, str, str]]] = {
         "sweep digits --seeds 4 --shard 0/2",
     ),
     "compare": ("compare runs/a runs/b", "compare runs/sweep-digits", "compare runs -o standings.json"),
+    "sample": (
+        "sample runs/dat",
+        "sample runs/dat --classes 0-9 --count 64 --output samples",
+        "sample runs/dat --classes 3 --steps 32 --step-size 0.1 --seed 1",
+    ),
+    "counterfactual": (
+        "counterfactual runs/dat --to 3",
+        "counterfactual runs/dat --to 3,8 --radius 2 --limit 5",
+        "counterfactual runs/dat --steps 80 --output changed",
+    ),
     "list": ("list", "list recipes", "list attacks --json"),
 }
 """By command, what follows `dualhead`."""
