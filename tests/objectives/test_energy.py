@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from dualhead.data import StreamImages
+from dualhead.data import StreamImages, load_split
 from dualhead.errors import UserError
+from dualhead.evaluation import noise_seeds
 from dualhead.objectives import objectives
 from dualhead.system.arithmetic import FLOAT32
 from dualhead.training import Passes
@@ -157,3 +158,14 @@ def test_what_does_not_fit_is_refused(settings, words):
 def test_frozen_statistics_are_not_estimated_anew():
     with pytest.raises(ValueError, match="would estimate them anew"):
         stage_of(build(), ("model",), batch_norm="frozen", average="swa")
+
+
+def test_seeds_with_a_full_covariance_have_that_of_the_images_and_belong_to_their_numbers():
+    training, numbers = load_split("digits", "train"), torch.arange(3000)
+    drawn = noise_seeds(training, numbers)
+    pixels = training.images[torch.arange(len(training))].double().div(255).flatten(1)
+    assert torch.allclose(drawn.double().flatten(1).mean(0), pixels.mean(0), atol=0.06)  # clipped to [0, 1]
+    found, expected = drawn.double().flatten(1).T.corrcoef(), pixels.T.corrcoef()
+    known = expected.isfinite() & (pixels.std(0)[:, None] > 0.2) & (pixels.std(0) > 0.2)
+    assert (found - expected)[known].abs().max() < 0.2
+    assert torch.equal(noise_seeds(training, numbers[17:20]), drawn[17:20])
