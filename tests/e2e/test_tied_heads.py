@@ -198,7 +198,7 @@ def test_init_with_a_whole_tied_model_keeps_head_2_and_reset_resets_its_own_alon
         (["model.attach_at=null"], "model.second_head: tied needs attach_at"),
         (
             ["stages.base.train=[head1]", "stages.base.objective={name: distilled, teacher: head2, student: head1}"],
-            "stages.0.train: head1 must not be trained: head2, which is tied to it",
+            "stages.base.train: head1 must not be trained: head2, which is tied to it",
         ),
     ],
 )

@@ -119,7 +119,7 @@ def stages_as_named(message: str, overrides: Sequence[str], names: Sequence[obje
     keys = [override.partition("=")[0].split(".") for override in overrides]
     named = {words[1] for words in keys if words[0] == "stages" and words[1:]}
     for number, name in enumerate(names):
-        if name in named:
+        if isinstance(name, str) and name in named:
             message = re.sub(rf"\bstages\.{number}\b", f"stages.{name}", message)
     return message
 
