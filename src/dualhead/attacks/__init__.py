@@ -14,6 +14,7 @@ from dualhead.attacks.base import (
     maximise_within,
     predictions,
 )
+from dualhead.attacks.msd import SteepestOfSeveral
 
 __all__ = [
     "Attack",
@@ -25,6 +26,7 @@ __all__ = [
     "Query",
     "Search",
     "State",
+    "SteepestOfSeveral",
     "attacks",
     "maximise_within",
     "predictions",
