@@ -1,7 +1,10 @@
 """Pages of the documentation that are made from the code and from files beside it, so that nothing is said twice.
 
-A hook of mkdocs: the README is the first page, each registered component has a card from its own docstring, and the
-package's public names make the API reference.
+    python tools/docs_pages.py    # docs/components/*.md anew, after a component or its docstring changed
+
+Each registered component has a card from its own docstring; these pages are committed, so that links to them work on
+GitHub too. As a hook of mkdocs the rest is made: the README is the first page, the package's public names make the API
+reference, and links out of `docs` lead to where the site has the file.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+_OUTSIDE = "(?:CITATION|LICENSE|examples|src|benchmarks|tools)"
 PAGES = {
     "objectives": ["objectives"],
     "attacks": ["attacks"],
@@ -23,6 +27,7 @@ PAGES = {
     "backbones": ["backbones"],
     "training": ["augmentations", "averages", "optimisers", "schedules"],
 }
+MADE = "<!-- Made by tools/docs_pages.py from docstrings; change these. -->"
 INTRODUCTIONS = {
     "objectives": "Base methods: what training descends, and what its attack climbs. `objective: {name: NAME, ...}` in "
     "a stage.",
@@ -39,20 +44,33 @@ INTRODUCTIONS = {
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made."""
-    for name, text in made().items():
-        files.append(File.generated(config, name, content=text))
-    return files
-
-
-def made() -> dict[str, str]:
-    """Paths in the site and Markdown of all pages that are made."""
     pages = {
         "index.md": _from_root("README.md"),
         "contributing.md": _from_root("CONTRIBUTING.md"),
         "changelog.md": _from_root("CHANGELOG.md"),
         "api.md": _api(),
     }
-    return pages | {f"components/{page}.md": _components(page, kinds) for page, kinds in PAGES.items()}
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turn links to files outside `docs`, which GitHub follows, into links within the site, or into plain names."""
+    up = "../" * page.file.src_uri.count("/")
+    for file, made_page in (("CONTRIBUTING.md", "contributing.md"), ("CHANGELOG.md", "changelog.md")):
+        markdown = markdown.replace(f"]({up}../{file}", f"]({up}{made_page}")
+    return re.sub(rf"\[([^\]]+)\]\({re.escape(up)}\.\./({_OUTSIDE}[^)]*)\)", _named, markdown)
+
+
+def _named(link: re.Match[str]) -> str:
+    words, path = link.groups()
+    return words if words.strip("`") == path else f"{words} (`{path}`)"
+
+
+def component_pages() -> dict[str, str]:
+    """Paths in `docs` and Markdown of the pages of components."""
+    return {f"components/{page}.md": _components(page, kinds) for page, kinds in PAGES.items()}
 
 
 def _from_root(name: str) -> str:
@@ -61,19 +79,19 @@ def _from_root(name: str) -> str:
     text = re.sub(r"\]\(docs/", "](", text).replace('src="docs/', 'src="')
     for file, page in (("CONTRIBUTING.md", "contributing.md"), ("CHANGELOG.md", "changelog.md")):
         text = text.replace(f"]({file})", f"]({page})")
-    return re.sub(r"\[([^\]]+)\]\(((?:CITATION|LICENSE|examples|src|benchmarks)[^)]*)\)", r"\1 (`\2`)", text)
+    return re.sub(rf"\[([^\]]+)\]\(({_OUTSIDE}[^)]*)\)", _named, text)
 
 
 def _components(page: str, kinds: list[str]) -> str:
     from dualhead.recipe.schema import REGISTRIES
 
-    lines = [f"# {page.capitalize()}", "", INTRODUCTIONS[page], ""]
+    lines = [f"# {page.capitalize()}", "", MADE, "", INTRODUCTIONS[page], ""]
     for kind in kinds:
         if len(kinds) > 1:
             lines += [f"## {kind.capitalize()}", ""]
         for name in shipped(kind):
             lines += _card(kind, name, REGISTRIES[kind].get(name), "###" if len(kinds) > 1 else "##")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def shipped(kind: str) -> list[str]:
@@ -102,7 +120,8 @@ def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
         lines += ["| key | default | |", "|---|---|---|"]
         for key, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            default = "required" if required else f"`{_written(field.default)}`"
+            value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = "required" if required else f"`{_written(value)}`"
             words = " ".join(keys.get(key, "").split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {default} | {words} |")
         lines.append("")
@@ -204,3 +223,15 @@ def _api() -> str:
         if inspect.isclass(value) or inspect.isfunction(value):
             lines += [f"::: {value.__module__}.{value.__qualname__}", ""]
     return "\n".join(lines)
+
+
+def main() -> None:
+    for name, text in component_pages().items():
+        path = ROOT / "docs" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,15 @@
 
     import dualhead
 
-    result = dualhead.train("digits", run_dir="runs/digits")
-    model = dualhead.load("runs/digits")
-    dualhead.evaluate(model, images, labels, threat=dualhead.ThreatModel("Linf", "8/255"), attacks=["pgd-40"])
+    run = dualhead.fit(model, train=(images, labels), test=(test_images, test_labels), recipe="digits", eps="8/255")
+    print(run)
+    x_adv = dualhead.attack(run.model, x, y, "pgd-40", eps="8/255")
+    dualhead.evaluate(run.model, x, y, threat=dualhead.ThreatModel("Linf", "8/255"), attacks=["pgd-40"])
+    dualhead.save(run.model, "mine")
+    model = dualhead.load("mine")
 
-`attach_second_head` makes a `DualHeadClassifier` of any classifier. What recipes can name lies in the registries
-`aggregators`, `attacks`, `augmentations`, `backbones` and `objectives`.
+`attach_second_head` makes a `DualHeadClassifier` of any classifier. `attacks`, `objectives` and `threats`
+are modules, whose `build` makes one by name; `aggregators`, `augmentations` and `backbones` are registries.
 """
 
 from __future__ import annotations
@@ -15,56 +18,78 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from dualhead.system.waiting import wait_shortly
+
 if TYPE_CHECKING:
-    from dualhead.attacks import attacks
+    from dualhead import attacks, objectives, threats
+    from dualhead.commands.fit import fit
     from dualhead.data import augmentations
     from dualhead.errors import Interrupted, RunError, UserError
-    from dualhead.evaluation import Evaluation, evaluate
-    from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head, split_model
+    from dualhead.evaluation import Evaluation, attack, evaluate
+    from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head, layers, split_model
     from dualhead.models import backbones
-    from dualhead.objectives import objectives
+    from dualhead.recipe import Recipe, load_recipe
     from dualhead.runs import RunResult, train
-    from dualhead.saving import load
-    from dualhead.threats import Threat, ThreatModel, threats
+    from dualhead.saving import load, save
+    from dualhead.threats import Threat, ThreatModel
+
+    __version__: str
 
 __all__ = [
     "DualHeadClassifier",
     "Evaluation",
     "Interrupted",
+    "Recipe",
     "RunError",
     "RunResult",
     "Threat",
     "ThreatModel",
     "UserError",
+    "__version__",
     "aggregators",
     "attach_second_head",
+    "attack",
     "attacks",
     "augmentations",
     "backbones",
     "evaluate",
+    "fit",
+    "layers",
     "load",
+    "load_recipe",
     "objectives",
+    "save",
     "split_model",
     "threats",
     "train",
 ]
 
+wait_shortly()  # before anything loads torch, and with it the runtime that reads the variables
+
 # Loaded when asked for: torch takes seconds to import, and `dualhead --help` needs none of it.
 _HOMES = {
-    "dualhead.attacks": ("attacks",),
+    "dualhead.commands.fit": ("fit",),
     "dualhead.data": ("augmentations",),
     "dualhead.errors": ("Interrupted", "RunError", "UserError"),
-    "dualhead.evaluation": ("Evaluation", "evaluate"),
-    "dualhead.heads": ("DualHeadClassifier", "aggregators", "attach_second_head", "split_model"),
-    "dualhead.saving": ("load",),
+    "dualhead.evaluation": ("Evaluation", "attack", "evaluate"),
+    "dualhead.heads": ("DualHeadClassifier", "aggregators", "attach_second_head", "layers", "split_model"),
     "dualhead.models": ("backbones",),
-    "dualhead.objectives": ("objectives",),
+    "dualhead.recipe": ("Recipe", "load_recipe"),
     "dualhead.runs": ("RunResult", "train"),
-    "dualhead.threats": ("Threat", "ThreatModel", "threats"),
+    "dualhead.saving": ("load", "save"),
+    "dualhead.threats": ("Threat", "ThreatModel"),
 }
+_MODULES = ("attacks", "objectives", "threats")
+"""Names of modules: importing one sets it here, so that no registry may have the name."""
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dualhead")
+    if name in _MODULES:
+        return importlib.import_module(f"dualhead.{name}")
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(module), name)

@@ -15,7 +15,8 @@ AGGREGATE: Final = "aggregate"
 BASE: Final = "base"
 """The base model: trunk and head 1 as they were before any other part was trained."""
 
-_CALLED = {BASE: "base model", MEAN: "mean of heads", AGGREGATE: "DH-AT"}
+_CALLED = {BASE: "base model", MEAN: "mean of heads", AGGREGATE: "aggregate of heads"}
+_CALLED_EARLIER = {"DH-AT": AGGREGATE}
 _DESCRIBED = {
     MODEL: "A single-head classifier",
     MEAN: "The mean of {heads} heads",
@@ -49,7 +50,7 @@ def name_of(output: str, model: str = MODEL) -> str:
 
 def id_of(name: str) -> str:
     """Return the id of the output that tables call by a name; `model` for any other name."""
-    by_name = {called: output for output, called in _CALLED.items()}
+    by_name = {called: output for output, called in _CALLED.items()} | _CALLED_EARLIER
     found = re.fullmatch(r"head ([1-9]\d*)", name)
     return f"head{found[1]}" if found else by_name.get(name, MODEL)
 

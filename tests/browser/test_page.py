@@ -189,7 +189,7 @@ def test_outcomes_say_how_many_there_are(opened, report):
     page = opened(report)
     told = page.locator("[data-filter=outcome] option").all_inner_texts()
     assert "all (12)" in told
-    assert f"head 1 fails, DH-AT holds ({(~right[:, 0] & right[:, 2]).sum()})" in told
+    assert f"head 1 fails, aggregate of heads holds ({(~right[:, 0] & right[:, 2]).sum()})" in told
     page.locator("[data-filter=label]").select_option("class 1")
     assert "all (3)" in page.locator("[data-filter=outcome] option").all_inner_texts()
 
@@ -215,6 +215,28 @@ def test_one_image_can_be_looked_at_closely_and_the_next_one_too(opened, report)
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
     assert page.evaluate("document.activeElement.className") == "closer"  # where the reader was
+
+
+def test_tables_are_copied_as_they_stand(opened, report):
+    page = opened(report, permissions=["clipboard-read", "clipboard-write"])
+    table = page.locator("#accuracy .scroll table").first
+    cells = table.evaluate("t => [...t.rows].map(r => [...r.cells].map(c => c.innerText.replace(/[\u2195]/g, '')))")
+    names = [row[0].strip() for row in cells[1:]]
+    for kind, first in (("Markdown", "| model |"), ("LaTeX", "\\begin{tabular}{lr")):
+        page.get_by_role("button", name=f"Copy {kind}").first.click()
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied.startswith(first) and all(name in copied for name in names)
+        counts = {
+            line.count("&" if kind == "LaTeX" else "|") for line in copied.splitlines() if "%" in line or "[" in line
+        }
+        assert len(counts) == 1
+
+
+def test_tables_say_that_they_scroll_on_a_phone_alone(opened, report):
+    wide, narrow = (opened(report, viewport=viewport) for viewport in (DESKTOP, {**PHONE, "width": 320}))
+    for page, hints in ((wide, 0), (narrow, 1)):
+        page.wait_for_timeout(200)
+        assert (page.locator("#accuracy .scroll-hint:visible").count() >= 1) == bool(hints)
 
 
 def test_figures_and_numbers_are_saved_as_files(opened, report, tmp_path):
@@ -249,7 +271,7 @@ def test_runs_stand_side_by_side_and_apart(opened, tmp_path, viewport):
     page = opened(write_report(runs, tmp_path / "report.html"), viewport=viewport)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.locator("#accuracy table").first.locator("tbody tr").count() == 15
-    assert page.locator("nav a").all_inner_texts()[2:5] == ["a", "b", "c"]
+    assert page.locator("nav a").all_inner_texts()[3:6] == ["a", "b", "c"]
     galleries = page.locator(".gallery")
     assert galleries.count() == 3
     galleries.nth(1).locator("[data-filter=step]").fill("0")  # what one gallery shows is no matter of the others
@@ -291,7 +313,7 @@ def test_it_prints_whole(opened, report, tmp_path):
 
 def test_without_scripts_the_page_still_speaks(opened, report):
     page = opened(report, java_script_enabled=False)
-    assert "DH-AT still gets" in page.locator(".sentence").inner_text()
+    assert "aggregate of heads still gets" in page.locator(".sentence").inner_text()
     assert page.locator(".card .clean").count() == 12
     assert "need JavaScript" in page.locator("noscript").inner_text()
     assert page.locator(".filters:visible").count() == 0

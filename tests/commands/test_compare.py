@@ -154,7 +154,10 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     make_run(tmp_path / "x" / "digits", 0, 100)
     make_run(tmp_path / "y" / "digits", 0, 120, lambda recipe: recipe["threat"].update(eps=0.2))
     found = standings(read_entries([tmp_path / "x/digits", tmp_path / "y/digits"]))
-    assert [row["name"] for row in found["rows"] if row["deployed"]] == ["x/digits: DH-AT", "y/digits: DH-AT"]
+    assert [row["name"] for row in found["rows"] if row["deployed"]] == [
+        "x/digits: aggregate of heads",
+        "y/digits: aggregate of heads",
+    ]
     assert {(pair["reference"], pair["name"]) for pair in found["pairs"]} == {("x/digits", "y/digits")}
 
 
@@ -174,7 +177,7 @@ def make_run(folder, seed, clean, change=lambda recipe: None):
     change(recipe)
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     cost = {"flops": 8.0, "forward_equivalents": 2.0, "seconds": 1.0}
-    rows = [{"name": name, "parameters": 10, "training_cost": cost} for name in ("head 1", "DH-AT")]
+    rows = [{"name": name, "parameters": 10, "training_cost": cost} for name in ("head 1", "aggregate of heads")]
     for row in rows if seed else ():  # earlier versions wrote names alone
         row["output"] = id_of(row["name"])
     (folder / "comparison.json").write_text(json.dumps({"rows": rows}))
@@ -193,12 +196,20 @@ def test_an_evaluation_in_a_run_stands_for_what_the_run_made(tmp_path):
     runs = sorted((tmp_path / "guided").iterdir())
     whole = read_entries([tmp_path / "guided"])
     assert [(e.label, e.name, e.deployed, e.seed) for e in whole] == [
-        ("guided", name, name == "DH-AT", seed) for seed in (0, 1) for name in ("head 1", "DH-AT")
+        ("guided", name, name == "aggregate of heads", seed)
+        for seed in (0, 1)
+        for name in ("head 1", "aggregate of heads")
     ]
     strong = read_entries([run / "evaluations" / "strong" for run in runs])
-    assert [(e.label, e.name, e.seed, e.flops) for e in strong] == [("guided", "DH-AT", s, 8.0) for s in (0, 1)]
+    assert [(e.label, e.name, e.seed, e.flops) for e in strong] == [
+        ("guided", "aggregate of heads", s, 8.0) for s in (0, 1)
+    ]
     (row,) = standings(strong)["rows"]
-    assert (row["name"], row["seeds"], row["clean_accuracy"]) == ("guided: DH-AT", [0, 1], pytest.approx(105 / 200))
+    assert (row["name"], row["seeds"], row["clean_accuracy"]) == (
+        "guided: aggregate of heads",
+        [0, 1],
+        pytest.approx(105 / 200),
+    )
 
 
 def test_an_evaluation_of_another_output_stands_for_that_output(tmp_path):
@@ -208,7 +219,7 @@ def test_an_evaluation_of_another_output_stands_for_that_output(tmp_path):
     places = [run / "evaluations" / name for name in ("strong", "strong_head1") for run in runs]
     found = standings(read_entries(places))
     assert [(row["name"], row["seeds"]) for row in found["rows"]] == [
-        ("guided: DH-AT", [0, 1]), ("guided, head 1", [0, 1]),
+        ("guided: aggregate of heads", [0, 1]), ("guided, head 1", [0, 1]),
     ]  # fmt: skip
     assert all(row["training_cost"]["flops"] == 8.0 for row in found["rows"])
     assert {(pair["reference"], pair["name"], pair["test"]) for pair in found["pairs"]} == {

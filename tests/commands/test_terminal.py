@@ -26,7 +26,7 @@ def row(name, **robust):
 
 
 def test_an_attack_that_one_row_met_has_a_column(shown):
-    rows = [row("base model", pgd=0.3, worst=0.3), row("DH-AT", pgd=0.3, multihead=0.2, worst=0.2)]
+    rows = [row("base model", pgd=0.3, worst=0.3), row("aggregate of heads", pgd=0.3, multihead=0.2, worst=0.2)]
     terminal.out.print(terminal.accuracy_table("accuracy", rows))
     text = shown.getvalue()
     assert all(column in text for column in ("pgd", "multihead", "worst"))
@@ -45,7 +45,7 @@ def test_brackets_in_names_are_no_markup(shown):
     assert all(point in shown.getvalue() for point in points)
 
 
-@pytest.mark.parametrize("width", [80, 60, 50])
+@pytest.mark.parametrize("width", [80, 60, 50, 40])
 def test_numbers_and_names_are_whole_on_a_narrow_terminal(width):
     measures = ("pgd-40", "autoattack-fast", "multihead", "worst")
     wide = row("cifar10_cpu_distilled", **dict.fromkeys(measures, 0.534))
@@ -55,6 +55,9 @@ def test_numbers_and_names_are_whole_on_a_narrow_terminal(width):
     bar, said = "\N{BOX DRAWINGS LIGHT VERTICAL}", console.file.getvalue()
     assert "\N{HORIZONTAL ELLIPSIS}" not in said
     assert (said.count("53.4"), said.count("95.6]")) == (4, 5)
+    if bar not in said:  # a list for each row
+        assert "model: cifar10_cpu_distilled" in said
+        return
     name = "".join(line.split(bar)[1].strip() for line in said.splitlines() if bar in line)
     assert name == "cifar10_cpu_distilled"
 
@@ -64,3 +67,22 @@ def test_a_sweep_of_which_nothing_is_known_has_dashes(shown):
         [{"run": "r", "seed": 0, "model": "m", "clean_accuracy": 0.5, "parameters": 1, "training_flops": None}]
     )
     assert shown.getvalue().count(" - ") == 2
+
+
+@pytest.mark.parametrize(("sizes", "shown_there"), [([10, 10], False), ([10, 14], False), ([10, 40], True)])
+def test_balanced_accuracy_has_columns_where_classes_differ_in_size(shown, sizes, shown_there):
+    even = {"balanced_accuracy": {"clean": 0.123, "pgd": 0.045, "worst": 0.045}, "class_sizes": sizes}
+    old = row("of an earlier version", pgd=0.3, worst=0.3)
+    terminal.out.print(terminal.accuracy_table("accuracy", [row("m", pgd=0.3, worst=0.3) | even, old]))
+    text = shown.getvalue()
+    assert ("12.3" in text and "4.5" in text and "balanced" in text) == shown_there
+
+
+def test_a_row_of_a_sweep_in_which_a_check_failed_is_marked(shown):
+    fine = {"run": "a", "lr": 1, "seed": 0, "model": "m", "clean_accuracy": 0.5, "robust_worst": 0.2,
+            "checks": [], "parameters": 3, "training_flops": None}  # fmt: skip
+    bad = fine | {"run": "b", "lr": 2, "checks": [{"name": "one_class", "status": "failed", "message": "said"}]}
+    terminal.sweep_table([fine, bad])
+    rows = [line for line in shown.getvalue().splitlines() if "50.0" in line]
+    assert ["! m" in line for line in rows] == [False, True]
+    assert terminal.DOUBTED in shown.getvalue()

@@ -27,7 +27,10 @@ NETWORKS = {
         "model.backbone.depth=18", "model.normalize=data", "data.image_size=[16, 16]", "data.train_size=[20, 20]",
         "data.augment.random_resized_crop.size=[16, 16]",
     ],
+    "resnet18_guided": ["model.backbone=wideresnet-10-1"],
     "vit": VIT,
+    "resnet18_dual_bn": ["model.backbone={name: wideresnet, depth: 10, width: 1}"],
+    "resnet18_advprop": ["model.backbone={name: wideresnet, depth: 10, width: 1}"],
 }  # fmt: skip
 """What else makes recipes small whose names hold these words."""
 WAITS = {"training/loop.py:_check_streak: a number"}

@@ -156,7 +156,15 @@ def imported_by(*arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
-    [(["--help"], 0), (["train", "--help"], 0), (["--version"], 0), ([], 0), (["trian"], 2), (["train"], 2)],
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["--version"], 0),
+        ([], 0),
+        (["trian"], 2),
+        (["train"], 2),
+        (["list"], 0),
+    ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_help_and_wrong_words_answer_without_torch(arguments, status):

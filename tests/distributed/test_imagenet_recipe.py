@@ -39,10 +39,10 @@ def folder(tmp_path_factory):
     return root
 
 
-def train(run, *words):
+def train(run, *words, recipe="imagenet_resnet50", small=SMALL):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "dualhead", "train", "imagenet_resnet50", *SMALL, *words, "--run-dir", str(run), "--quiet",
+        "-m", "dualhead", "train", recipe, *small, *words, "--run-dir", str(run), "--quiet",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
@@ -65,3 +65,21 @@ def test_it_trains_on_images_from_disk_as_on_images_in_memory(folder, tmp_path):
     architecture = json.loads((disk / "model" / "config.json").read_text())["architecture"]
     assert architecture["image_shape"] == [3, 32, 32]
     assert architecture["backbone"]["stem"] == "imagenet"
+
+
+@pytest.mark.slow
+def test_aligned_heads_train_for_free(folder, tmp_path):
+    small = [word for word in SMALL if not word.startswith("stages.*.attack")]
+    run = train(
+        tmp_path / "run",
+        f"data.source={folder}",
+        "stages.*.epochs=2",
+        recipe="imagenet_resnet50_aligned_free",
+        small=small,
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all({"clean", "adversarial", "alignment"} <= line.keys() for line in lines)
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    assert results["environment"]["processes"] == 2
+    assert json.loads((run / "model" / "config.json").read_text())["architecture"]["backbone"]["stem"] == "imagenet"

@@ -20,6 +20,12 @@ from dualhead.evaluation import Evaluation
 from dualhead.models import read_state
 
 STAGES = ("main_head", "second_head", "aggregator")
+ROUTED = (
+    "model.attach_at=input", "model.second_head=tied", "model.own=[affine]",
+    "stages.main_head.train=[trunk, head1, head2]",
+    "stages.main_head.objective={name: hybrid, clean: head1, robust: head2}", "stages.main_head.forward=joint",
+)  # fmt: skip
+"""Two routes in one forward, with statistics of the union."""
 
 
 def network(name):
@@ -65,7 +71,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("world", "words"),
     [
-        (2, [network("plain")]),
+        pytest.param(2, [network("plain")], marks=pytest.mark.slow),  # with `make bits`
         pytest.param(
             2,
             [
@@ -80,9 +86,32 @@ def alone(tmp_path_factory):
         pytest.param(
             2,
             [
+                network("frozen"),
+                *ROUTED,
+                "evaluate.gallery=0",
+            ],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
+            [
                 network("plain"),
                 "stages.main_head.objective={name: test_energy, every: 2, longest: 2}",
                 "stages.second_head.objective={name: test_lwf}",
+                "evaluate.gallery=0",
+            ],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
+            [
+                network("frozen"),
+                "model.attach_at=input",
+                "model.second_head=tied",
+                "model.own=[affine]",
+                "stages.main_head.train=[trunk, head1, head2]",
+                "stages.main_head.objective={name: align, base: {name: balanced, clean: head1, robust: head2}, "
+                "layers: [norm2], clean: head1, robust: head2, rectify: true}",
                 "evaluate.gallery=0",
             ],
             marks=pytest.mark.slow,
@@ -97,7 +126,9 @@ def alone(tmp_path_factory):
     ids=[
         "two",
         "two, tied heads",
+        "two, tied heads in one forward",
         "two, streams and a curriculum, and a teacher from before",
+        "two, aligned features and their balance",
         "two, frozen batch norm, micro-batches",
         "three, unequal shares, with all that a stage can add",
     ],
@@ -112,8 +143,9 @@ def test_an_equal_global_batch_gives_the_same_training(alone, tmp_path, world, w
 
 
 @pytest.mark.slow
-def test_all_processes_hold_the_same_statistics_of_batch_norm_and_attack_the_same_network(tmp_path):
-    words = [network("normed"), "stages.*.average={name: ema, batch_norm: reestimate, batches: 2}"]
+@pytest.mark.parametrize("more", [(), ROUTED], ids=["one head after another", "two routes in one forward"])
+def test_all_processes_hold_the_same_statistics_of_batch_norm_and_attack_the_same_network(tmp_path, more):
+    words = [network("normed"), *more, "stages.*.average={name: ema, batch_norm: reestimate, batches: 2}"]
     assert run_group(2, tmp_path / "a", *words) == [0, 0]
     assert run_group(2, tmp_path / "b", *words) == [0, 0]
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")

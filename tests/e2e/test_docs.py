@@ -23,8 +23,8 @@ from helpers.plugins import nothing_from_outside
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CANNOT = {
-    "source .venv/bin/activate": "these tests run inside an environment",
-    "make ": "sets up a virtual environment; CI runs it",
+    "benchmarks/strongest/run.sh": "hours of training; what it asks for is tested in test_benchmark_strongest",
+    "dualhead demo": "trains for minutes; tests/commands/test_demo.py runs it in short",
     "python benchmarks/": "a measurement of its own; its arguments are tested beside it",
     "'STUDIES=": "hours of training; what benchmarks/strongest/run.sh asks for is tested in test_benchmark_strongest",
     "dualhead compare 'runs/strongest/": "of what those hours leave",
@@ -32,11 +32,13 @@ CANNOT = {
     "python tools/": "makes files of the repository anew",
     "pip install": "installs",
     "dualhead train cifar10_cpu": "downloads CIFAR-10; the same recipe runs below from parquet",
-    "dualhead train cifar10_wrn34": "a network for an accelerator, and weights that are not ours to ship",
     "dualhead export runs/mine --to model --push": "uploads to the Hub",
+    "dualhead train cifar10_wrn34": "a network for an accelerator, and weights that are not ours to ship",
     "srun torchrun": "a Slurm cluster; tests/distributed runs several processes",
     "torchrun --nproc-per-node 8 -m dualhead train imagenet": "ImageNet, 8 GPUs; tests/distributed runs the recipe",
     "dualhead train mine.yaml data.source=path/to/my_images": "weights that only the reader has",
+    "dualhead train digits_dual_bn": "a minute of training; tests/e2e/test_two_routes.py trains it",
+    "dualhead evaluate runs/dual": "of what that leaves; tests/e2e/test_tied_heads.py measures routes",
     "dualhead sweep": "trains many networks; its own tests run small ones",
     "dualhead train half.yaml": "tests/e2e/test_own_components.py runs that page from an empty folder",
     "dualhead evaluate runs/half": "likewise",
@@ -44,8 +46,8 @@ CANNOT = {
     "dualhead list attacks --plugin mine.py": "likewise",
     "dualhead play": "serves until it is stopped; tests/e2e/test_play.py starts and stops it",
 }
-"""Beginnings of commands that are not run here. The longest that fits a command counts."""
-CAN = ("dualhead train cifar10_cpu data.source=",)
+"""Beginnings of commands that are not run here, unless one of `CAN` fits."""
+CAN = ("dualhead train cifar10_cpu data.source=", "dualhead train cifar10_cpu_guided_distillation data.source=")
 
 
 def blocks(language):
@@ -101,7 +103,7 @@ def parquet(folder, random):
 def place(tmp_path_factory, finished_run):
     """A folder that holds everything the documents speak of."""
     folder, random = tmp_path_factory.mktemp("docs"), np.random.default_rng(0)
-    for name in ("a", "b", "mine", "cifar10_cpu", "photos", "digits"):
+    for name in ("a", "b", "mine", "cifar10_cpu", "photos", "digits", "guided"):
         shutil.copytree(finished_run, folder / "runs" / name)
     other = folder / "runs" / "b" / "config.yaml"  # two runs that are compared differ in their seed
     other.write_text(other.read_text().replace("seed: 0", "seed: 1"))
@@ -142,6 +144,8 @@ def shortened(words, folder):
         fresh = folder / "fresh" / str(len(list((folder / "fresh").glob("*"))) if (folder / "fresh").is_dir() else 0)
         where = [] if "--run-dir" not in words else words[words.index("--run-dir") : words.index("--run-dir") + 2]
         rest = [word for word in words if word not in where and not word.startswith("stages.")]
+        if "--epochs" in rest:
+            del rest[rest.index("--epochs") : rest.index("--epochs") + 2]
         fixed = [
             f"runtime.{pair}" for pair in ("precision=float32", "layout=contiguous", "lanes=1")
         ]  # nothing to measure
@@ -181,6 +185,81 @@ def test_every_reason_is_still_needed():
         assert start in ("pip install", "python tools/") or any(text.startswith(start) for text in texts), start
 
 
+def readers_own():
+    """A network and images, as the README's Python block expects them of its reader."""
+    import torch
+
+    def make_net():
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 3)
+        )
+
+    def some(count):
+        labels = torch.arange(count) % 3
+        return (torch.rand(count, 3, 8, 8) + labels[:, None, None, None]) / 3, labels
+
+    (images, labels), (test_images, test_labels) = some(60), some(12)
+    x, y = test_images[:4], test_labels[:4]
+    return {
+        "model": make_net(), "make_net": make_net, "images": images, "labels": labels, "test_images": test_images,
+        "test_labels": test_labels, "x": x, "y": y,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_tutorial_from_an_empty_folder(tmp_path, monkeypatch):
+    """Its blocks in turn, in short; what it says that a command prints has the words that the command prints."""
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    quick = (
+        "stages.*.epochs=1", "stages.*.attack.steps=1", "validation.attack.steps=1", "data.train_limit=200",
+        "model.backbone={name: cnn, width: 4, stages: 2, convolutions: 1}", "evaluate.limit=20", "evaluate.gallery=0",
+    )  # fmt: skip
+    printed, compared = "", 0  # by the last commands, and blocks of what they print
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
+        if language == "python":
+            exec(compile(block, "block", "exec"), {"__name__": "__main__"})
+        elif language == "yaml":
+            Path("photos.yaml").write_text(block)
+        elif language == "sh":
+            printed = ""
+            for command in map(shlex.split, block.splitlines()):
+                if command[1] == "play":  # serves until it is stopped
+                    continue
+                if "--limit" in command:
+                    command[command.index("--limit") + 1] = "4"
+                ended = dualhead(*command[1:], *(quick if command[1] == "train" else ()))
+                assert ended.status == 0, ended.err
+                printed += ended.out
+        elif printed:
+            lines = [line for line in block.splitlines() if not line.startswith("play:")]
+            missing = words_of("\n".join(lines)) - words_of(printed)
+            assert not missing, f"{block}\nprints no {missing}, but\n{printed}"
+            compared += 1
+    assert compared == 7
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_readme_from_an_empty_folder(tmp_path, monkeypatch):
+    """Photos and nothing else: its commands in turn leave a run, a stronger evaluation and a report."""
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "photos", ("cat", "dog"), np.random.default_rng(0), side=8)
+    readme = (ROOT / "README.md").read_text().partition("## The same from the command line")[2]
+    quick = ("data.validation=4", *TINY[:1], *TINY[4:])
+    text = re.search(r"```sh\n(.*?)```", readme, re.S)[1].replace("--epochs 30", "--epochs 1")
+    for command in map(shlex.split, text.splitlines()):
+        ended = dualhead(*command[1:], *(quick if command[1] == "train" else ()))
+        assert ended.status == 0, ended.err
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "runs", "report.html"}
+    assert (tmp_path / "runs" / "photos" / "evaluations").is_dir()
+
+
+def words_of(text):
+    """Words, without numbers and the lines of tables."""
+    return {word for word in re.split(r"[^\w.:/-]+", text) if not re.search(r"\d", word) and re.search(r"\w", word)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", list(blocks("python")))
 def test_python_block_runs(text, place, monkeypatch, tmp_path):
@@ -189,11 +268,15 @@ def test_python_block_runs(text, place, monkeypatch, tmp_path):
     import dualhead as package
 
     monkeypatch.chdir(place)
+    monkeypatch.setattr("webbrowser.open", lambda *_: True)
     known = {
         "my_model": torch.nn.Sequential(),
         "images": torch.rand(8, 1, 8, 8),
         "labels": torch.arange(8),
     }
+    if "dualhead.fit(" in text:  # the README's block: all that it leaves to the reader
+        monkeypatch.chdir(tmp_path)
+        known = readers_own()
     if "my_model" in text:  # a block that leaves the network to the reader
         known["my_model"] = package.load("runs/digits").view("head1")
         text = text.replace('attach_second_head(my_model, "layer1"', 'attach_second_head(my_model, "trunk"')
@@ -212,7 +295,7 @@ OBJECTIVE_COSTS = {
     "sat": f"{ATTACK}and {ONE} for the loss.",
     "distilled": f"{ATTACK}{TWO}es for the loss, and a forward pass of the teacher.",
     "hat": f"{ATTACK}{TARGET}{THREE}es for the loss, and a forward pass of the teacher.",
-    **dict.fromkeys(("mart", "hybrid"), f"{ATTACK}and {TWO}es for the loss."),
+    **dict.fromkeys(("mart", "hybrid", "align", "balanced"), f"{ATTACK}and {TWO}es for the loss."),
     **dict.fromkeys(
         ("trades", "ikl", "joint", "logit_pairing", "reverse_smoothing"), f"{ATTACK}{TARGET}and {TWO}es for the loss."
     ),
@@ -224,7 +307,10 @@ def test_every_card_says_when_at_what_cost_and_where_published():
     spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
     pages = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pages)
-    made = pages.made()
+    made = pages.component_pages()
+    for name, text in made.items():
+        stored = (ROOT / "docs" / name).read_text()
+        assert stored == text, f"docs/{name} is not what the docstrings say: run `python tools/docs_pages.py`"
     for kind in ("objectives", "attacks", "aggregators", "threats"):
         cards = re.split(r"^## ", made[f"components/{kind}.md"], flags=re.MULTILINE)[1:]
         own = [n for n in REGISTRIES[kind].names() if REGISTRIES[kind].get(n).__module__.startswith("dualhead.")]

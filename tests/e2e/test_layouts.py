@@ -274,3 +274,25 @@ def test_another_layout_is_one_line_with_what_would_read_it(run, tmp_path, layou
     assert ended.status == 2
     assert words in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err
+
+
+def test_a_test_part_that_was_split_off_stays_the_run_s(tmp_path):
+    """Other images under the same name would mix those that were trained on with those that are measured."""
+    source, words = tmp_path / "set.npz", ["--run-dir", tmp_path / "run", "--quiet"]
+    x = np.random.default_rng(0).integers(0, 256, (120, 8, 8), np.uint8)
+    y = np.arange(120) % 3
+    np.savez(source, image=x, label=y)
+    overrides = [
+        f"data.source={source}", "data.test=0.25", "data.train_limit=null", "data.validation=0", "stages.*.keep=last",
+        "stages.*.epochs=1", "model.backbone=cnn-2", "evaluate.attacks=[fgsm]", "evaluate.gallery=0",
+        "runtime.device=cpu", "runtime.lanes=1",
+    ]  # fmt: skip
+    ended = dualhead("train", "digits_natural", *overrides, *words)
+    assert ended.status == 0, ended.err
+    evaluate = ("evaluate", tmp_path / "run", "--attack", "fgsm", "--quiet")
+    assert dualhead(*evaluate).status == 0
+    np.savez(source, image=255 - x, label=y)
+    for again in (evaluate, ("train", "digits_natural", *overrides, *words)):
+        ended = dualhead(*again)
+        assert ended.status == 2
+        assert "has other images than those with which the run in" in ended.error_line

@@ -149,7 +149,7 @@ def test_an_evaluation_is_not_mixed_with_another_version_of_an_attack(project, f
 def test_list_says_where_components_come_from(project):
     ended = dualhead("list", "attacks", "--plugin", "mine.py")
     assert ended.status == 0
-    assert f"square, two_starts ({project / 'mine.py'})" in ended.out
+    assert f"\ntwo_starts ({project / 'mine.py'})  " in ended.out
     ended = dualhead("list", "attacks", "--plugin", "mine.py", "--json")
     found = json.loads(ended.out)
     assert "two_starts" in found["attacks"]

@@ -82,7 +82,7 @@ def trained(folder):
 
 
 def test_it_is_trained_and_evaluated(folder, trained):
-    assert trained == ["base model", "head 1", "head 2", "mean of heads", "DH-AT"]
+    assert trained == ["base model", "head 1", "head 2", "mean of heads", "aggregate of heads"]
     ended = dualhead("evaluate", folder / "run", "--attack", "pgd-2", "--limit", "16", "--device", "cpu", "--json")
     assert ended.status == 0, ended.err
     assert json.loads(ended.out)["num_samples"] == 16
@@ -181,3 +181,18 @@ def test_a_classifier_is_replaced_only_in_weights(tmp_path):
     ended = dualhead("train", "digits", *TINY, "stages.main_head.replace_classifier=true", "--run-dir", tmp_path / "r")
     assert ended.status == 2
     assert "replace_classifier is for weights that init names" in ended.error_line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deployed", ["mean", "head2"])
+def test_guided_distillation_takes_any_network(deployed, tmp_path, monkeypatch):
+    """Also one that has no layer of its own for normalisation: its heads begin at the images."""
+    (tmp_path / "own_net.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ended = dualhead(
+        "train", "guided_distillation", "data.source=digits", "model.backbone=own_net:make", *TINY[1:],
+        "threat.eps=0.1", f"stages.distilled.deploy={deployed}", "data.augment=[]", "--run-dir", "run", "--quiet",
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    assert load("run")(torch.rand(2, 1, 8, 8)).shape == (2, 10)

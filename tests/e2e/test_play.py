@@ -19,10 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dualhead.commands.play import Playground, serve
+from dualhead.commands.play import HALVINGS, Playground, check_beside, serve
 from dualhead.commands.resolve import Request, resolve
-from dualhead.data import Framing, load_split
+from dualhead.data import Framing, Split, load_split
 from dualhead.errors import UserError
+from dualhead.threats import ThreatModel
 from helpers.e2e import dualhead
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -57,7 +58,11 @@ def test_an_attack_says_what_every_output_makes_of_it(server, playground):
     status, body = ask(server, "POST", "/attack", {"sample": 3, "eps": 0.2})
     assert status == 200
     found = json.loads(body)
-    assert found["outputs"] == ["head 1", "head 2", "DH-AT"] == [target["name"] for target in found["targets"]]
+    assert (
+        found["outputs"]
+        == ["head 1", "head 2", "aggregate of heads"]
+        == [target["name"] for target in found["targets"]]
+    )
     x = playground.images.images[3:4].float() / 255
     with torch.no_grad():
         expected = [*playground.model.head_logits(x)[0], playground.model(x)[0]]
@@ -220,3 +225,74 @@ def test_the_page_plays_in_a_browser(server, playground):
         assert "400" in refused
         browser.close()
     assert not complaints
+
+
+class Linear(torch.nn.Module):
+    """Two classes, divided by the sign of w . x + b."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x):
+        score = x.flatten(1) @ self.weight.flatten() + self.bias
+        return torch.stack((-score, score), 1)
+
+
+@pytest.fixture
+def digits_pair():
+    """A linear classifier and images of two classes, of which it knows most; far from the ends of the pixels' range."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 4, 4, generator=random)
+    images = torch.randint(100, 156, (4, 1, 4, 4), generator=random, dtype=torch.uint8)
+    linear = Linear(weight, torch.zeros(()))
+    labels = linear(images.float() / 255).argmax(1)
+    labels[3] = 1 - labels[3]
+    return linear, Split(images, labels, ("no", "yes"))
+
+
+def test_the_smallest_eps_is_the_distance_of_a_linear_model(digits_pair):
+    linear, images = digits_pair
+    playground = Playground(linear, images, ThreatModel("Linf", 0.1), beside=("plain", linear))
+    score = linear(images.images.float() / 255)[:, 1]
+    for sample in range(4):
+        exact = float(score[sample].abs() / linear.weight.abs().sum())
+        for target in (0, None):
+            found = playground.smallest({"sample": sample, "target": target})
+            step = found["most"] / 2**HALVINGS
+            if (score[sample] > 0) != bool(images.labels[sample]):
+                assert found["eps"] == 0
+            else:
+                assert exact <= found["eps"] + 1e-6 <= exact + 2 * step + 1 / 255
+
+
+def test_what_stands_beside_is_attacked_for_itself(playground):
+    alone = playground.attack({"sample": 2, "eps": 0.15})
+    assert alone["beside"] is None
+    both = Playground(
+        playground.model, playground.images, playground.threat, count=48, beside=("same", playground.model)
+    )
+    found = both.attack({"sample": 2, "eps": 0.15})
+    assert found["targets"] == alone["targets"]
+    # The model beside is known by its last output alone, which is then the first to draw a start.
+    assert found["beside"]["name"] == "same" and found["beside"]["clean"] == [alone["says"][-1]]
+
+
+@pytest.mark.parametrize("target", [None, "0", 7, True])
+def test_an_output_that_is_not_there_is_refused(server, target):
+    status, body = ask(server, "POST", "/smallest", {"sample": 1, "target": target})
+    assert status == 400 and "target" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Split(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("b", "a")), "classes"),
+        (Split(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a", "b")), "images"),
+    ],
+)
+def test_a_model_of_other_images_or_classes_is_not_put_beside(other, message):
+    shown = Split(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a", "b"))
+    with pytest.raises(UserError, match=f"--beside other: .*{message}"):
+        check_beside("other", other, "mine", shown)
+    check_beside("other", shown, "mine", shown)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from dualhead.commands.demo import Demonstration
 from helpers.e2e import dualhead
 
 NETWORK = """
@@ -118,8 +119,21 @@ def test_the_card_tells_before_the_numbers(masked):
 def test_a_sweep_tells(masked):
     folder, _ = masked
     command = ("sweep", "steps.yaml", "stages.one.epochs=1", "--out", "sweep")
-    assert red(told(*command)) == EXPECTED
+    printed = told(*command)
+    assert red(printed) == EXPECTED
+    assert "! steps" in printed
+    assert "! a check failed" in printed
     (row,) = json.loads(told(*command, "--json"))["rows"]
     assert failed(row["checks"]) == EXPECTED
     (line,) = csv.DictReader((folder / "sweep" / "sweep.csv").open())
     assert line["checks"] == "failed zero_gradient; failed large_eps"
+
+
+def test_the_demonstration_tells(masked, monkeypatch):
+    """With this run in place of its own, which takes minutes."""
+    folder, _ = masked
+    rows = json.loads((folder / "run" / "comparison.json").read_text())["rows"]
+    monkeypatch.setattr("dualhead.commands.demo.run_demo", lambda *_, **__: Demonstration("digits", rows, []))
+    assert red(told("demo", "--quiet")) == EXPECTED
+    (row,) = json.loads(told("demo", "--json", "--quiet"))["rows"]
+    assert failed(row["checks"]) == EXPECTED

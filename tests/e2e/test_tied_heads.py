@@ -151,6 +151,7 @@ def test_a_head_is_exported_as_a_plain_classifier(made, tmp_path, head):
     (row,) = (row for row in _rows(made) if row["name"] == f"head {number}")
     assert f"| clean | {100 * row['clean_accuracy']:.2f} |" in card
     export(made / "run", tmp_path / "m", output=head)  # the very same, again
+    assert "This model is one of several routes. Clean accuracy of one route" in card
     with pytest.raises(UserError, match="holds something already"):
         export(made / "run", tmp_path / "m", output="head1" if head == "head2" else "head2")
     with pytest.raises(UserError, match="--output-of mean: must be a head, one of head1, head2"):
@@ -197,7 +198,7 @@ def test_init_with_a_whole_tied_model_keeps_head_2_and_reset_resets_its_own_alon
         (["model.attach_at=null"], "model.second_head: tied needs attach_at"),
         (
             ["stages.base.train=[head1]", "stages.base.objective={name: distilled, teacher: head2, student: head1}"],
-            "stages.0.train: head1 must not be trained: head2, which is tied to it",
+            "stages.base.train: head1 must not be trained: head2, which is tied to it",
         ),
     ],
 )
@@ -213,3 +214,45 @@ def test_own_that_matches_nothing_is_refused_before_anything_is_written(made, tm
     with pytest.raises(UserError, match=r"own: 'layer9\.\*' matches nothing in the second head; it has batch_norm"):
         train(recipe, run_dir=tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_two_routes_in_one_forward_go_on_bit_for_bit_and_are_loaded_and_exported(made, tmp_path):
+    changes = ["model.own=[affine]", "stages.both.forward=joint",
+               "stages.both.objective={name: hybrid, clean: head1, robust: head2}"]  # fmt: skip
+    recipe, asked = load_recipe(str(made / "tied.yaml"), changes), []
+    train(recipe, run_dir=tmp_path / "whole")
+
+    def every_fourth():
+        asked.append(None)
+        return len(asked) % 4 == 0
+
+    for _ in range(20):
+        try:
+            train(recipe, run_dir=tmp_path / "stopped", stop=every_fourth)
+            break
+        except Interrupted:
+            continue
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    again = load(tmp_path / "whole", "mean")
+    assert again.head2.stage1[1].running_mean is again.head1.stage1[1].running_mean
+    export(tmp_path / "whole", tmp_path / "plain", output="head2")
+    assert torch.equal(load(tmp_path / "plain")(IMAGES), again.head_logits(IMAGES)[:, 1])
+
+
+@pytest.mark.slow
+def test_routes_are_measured_by_a_command_and_shown_in_the_report(made):
+    words = ["evaluate", str(made / "run"), "--routes", "all", "--attack", "pgd-1", "--limit", "16", "--quiet"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "Clean accuracy of one route beside robust accuracy of another is a pair of classifiers" in said
+    told = json.loads(next((made / "run" / "evaluations").glob("*/routes.json")).read_text())
+    assert (told["clean"], told["robust"], len(told["routes"])) == ("head1", "head2", 4)
+    result = CliRunner().invoke(app, ["report", str(made / "run"), "-o", str(made / "report.html")])
+    assert result.exit_code == 0, result.output
+    page = (made / "report.html").read_text()
+    assert "clean statistics, robust affine" in page and "Transfer between routes" in page
+    assert "A claim is one route, or a merging rule attacked as a whole." in page
+    refused = CliRunner().invoke(app, [*words, "--output-of", "head1"])
+    assert "leave --output-of out" in str(refused.exception)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from dualhead.errors import Interrupted
 from dualhead.evaluation import diagnostics, evaluate
 from dualhead.evaluation.diagnostics import check_black_box, check_curve
 from dualhead.evaluation.model import Subject
@@ -101,14 +102,23 @@ def test_what_luck_alone_loses_is_the_line_for_a_random_model():
     assert lucky.mean() == pytest.approx((1 - 0.2**2) ** 5, abs=0.06)  # lost are those that are wrong twice in a row
 
 
+def test_between_draws_it_is_asked_whether_to_stop():
+    images, labels = patterns(20)
+    samples = Samples(images, labels, trained()(images.float() / 255).detach(), torch.arange(20))
+    answers = iter([False, False, True])
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        diagnostics.right_under_draws(Subject(Lucky(0.2), None, 64), samples, 5, lambda: next(answers))
+    assert not list(answers)
+
+
 def test_a_random_model_is_judged_by_as_many_draws_as_the_attack_takes(monkeypatch):
     torch.manual_seed(0)
     asked = []
     right = diagnostics.right_under_draws
 
-    def counted(subject, samples, draws):
+    def counted(subject, samples, draws, stop):
         asked.append(draws)
-        return right(subject, samples, draws)
+        return right(subject, samples, draws, stop)
 
     monkeypatch.setattr(diagnostics, "right_under_draws", counted)
     result, found = findings(Lucky(0.2).eval())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, compare, evaluate, wilson
+from dualhead.evaluation import Evaluation, balanced, compare, evaluate, wilson
 from helpers.evaluation import THREAT, assert_same, evaluation_of, patterns, trained
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -75,6 +75,27 @@ def test_numbers_follow_from_the_samples(written):
         assert entry["num_samples"] == rows.sum()
         assert entry["clean_accuracy"] == clean[rows].mean()
         assert entry["robust_accuracy"]["pgd-5"] == robust["pgd-5"][rows].mean()
+
+
+def test_balanced_accuracy_is_the_mean_over_the_classes_that_occur():
+    labels = np.array([0] * 6 + [3] * 2 + [5])
+    right = np.array([1, 1, 1, 1, 1, 0, 1, 0, 0], bool)
+    found = balanced({"clean": right, "worst": np.zeros(9, bool)}, labels)
+    assert found["balanced_accuracy"] == {"clean": pytest.approx((5 / 6 + 1 / 2 + 0) / 3), "worst": 0}
+    assert found["class_sizes"] == [1, 6]
+
+
+def test_results_hold_balanced_accuracies_as_their_classes_have_them(written):
+    folder, result, labels = written
+    results = json.loads((folder / "results.json").read_text())
+    classes = results["per_class"]
+    assert set(results["balanced_accuracy"]) == {"clean", "pgd-5", "fgsm", "worst"}
+    by_class = [entry["robust_accuracy"]["pgd-5"] for entry in classes]
+    assert results["balanced_accuracy"]["pgd-5"] == pytest.approx(sum(by_class) / len(by_class))
+    assert result.balanced_accuracy == results["balanced_accuracy"]
+    sizes = np.bincount(labels)
+    assert results["class_sizes"] == [sizes[sizes > 0].min(), sizes.max()]
+    assert all(set(point["balanced_accuracy"]) == {"clean", "pgd-5", "fgsm", "worst"} for point in results["curve"])
 
 
 def test_what_is_loaded_is_what_was_saved(written):

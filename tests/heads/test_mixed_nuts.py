@@ -239,9 +239,9 @@ def test_a_run_keeps_what_was_chosen_and_says_so(tmp_path):
     for name in ("scale", "power", "shift", "temperature"):
         assert float(getattr(module, name)) == pytest.approx(line[name])
     assert float(module.log_odds.sigmoid()) == pytest.approx(line["alpha"])
-    assert [row.name for row in run.rows][-1] == "DH-AT"
+    assert [row.name for row in run.rows][-1] == "aggregate of heads"
     costs = {row.name: row.flops for row in run.rows}
-    assert costs["DH-AT"] > costs["mean of heads"]  # the attacks of the choice count
+    assert costs["aggregate of heads"] > costs["mean of heads"]  # the attacks of the choice count
     assert "Chosen on the held-out images: alpha" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -270,10 +270,10 @@ STAGES = [
     [
         (["model.aggregator=mean"], "stages.2.fit: fit is for an aggregator whose parameters are chosen"),
         (["data.validation=0", "stages.*.keep=last"], "stages.2.fit: needs held-out images"),
-        (["stages.mix.epochs=3"], r"stages.2: a stage with fit trains nothing: write train: \[aggregator\]"),
-        (["stages.mix.train=[head2]"], r"stages.2: a stage with fit trains nothing: write train: \[aggregator\]"),
-        (["stages.mix.objective=sat"], "stages.2: a stage with fit trains nothing; leave its objective out"),
-        (["stages.mix.fit.rounds=0"], "stages.2.fit.rounds"),
+        (["stages.mix.epochs=3"], r"stages.mix: a stage with fit trains nothing: write train: \[aggregator\]"),
+        (["stages.mix.train=[head2]"], r"stages.mix: a stage with fit trains nothing: write train: \[aggregator\]"),
+        (["stages.mix.objective=sat"], "stages.mix: a stage with fit trains nothing; leave its objective out"),
+        (["stages.mix.fit.rounds=0"], "stages.mix.fit.rounds"),
     ],
 )
 def test_a_fit_that_cannot_be_is_refused_before_anything_is_written(settings, message, tmp_path):

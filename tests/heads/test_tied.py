@@ -11,9 +11,10 @@ from torch import nn
 from torch.func import functional_call
 
 from dualhead.errors import UserError
-from dualhead.heads import DualHeadClassifier, attach_second_head
+from dualhead.heads import DualHeadClassifier, Rows, attach_second_head
 from dualhead.heads.tied import tensors_by_name
 from dualhead.models import count_parameters
+from dualhead.recipe import load_recipe, parse_recipe
 from dualhead.system.replicas import twins as lanes_of
 from dualhead.training.averaging import EMA, SWA, WeightAverage
 from helpers.training import batch, plain_model, stage_of, step_of, streams_of
@@ -391,6 +392,18 @@ def test_own_that_cannot_be_is_one_line(own, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_1_learns_by_a_loss_on_head_2_alone_if_they_are_tied(tied):
+    content = load_recipe("digits").resolved()
+    content["model"] |= {"attach_at": "input", "second_head": "tied" if tied else "clone"}
+    content["stages"] = [{**content["stages"][0], "train": ["trunk", "head1", "head2"], "objective": "sat"}]
+    if tied:
+        assert parse_recipe(content).stages[0].output == "head2"
+        return
+    with pytest.raises(UserError, match="head1 would learn nothing, since the loss is on head2 alone"):
+        parse_recipe(content)
+
+
 def test_own_without_tied_heads_is_refused():
     for init in ("reset", "clone", nn.Linear(3, 4)):
         with pytest.raises(UserError, match="own says what tied heads do not share"):
@@ -435,3 +448,63 @@ def test_a_layer_called_input_is_taken_at_its_word():
     dual = attach_second_head(model, "input", example=X, init="tied", aggregator="mean")
     assert dual.split_how == "sequential"
     assert set(dual.trunk.state_dict()) == {"input.weight", "input.bias"}
+
+
+def test_words_within_some_layers_alone():
+    assert own_of(tied(own=("batch_norm@body",))) == {f"body.1.{kind}" for kind in AFFINE | STATISTICS}
+    assert own_of(tied(own=("affine@body", "statistics@stem"))) == {
+        *(f"body.{layer}.{kind}" for layer in (1, 3) for kind in AFFINE),
+        *(f"stem.1.{kind}" for kind in STATISTICS),
+    }
+    with pytest.raises(UserError, match="'batch_norm@nowhere' matches nothing"):
+        tied(own=("batch_norm@nowhere",))
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_joint_pass_runs_each_row_with_its_routes_tensors(branch):
+    """In eval mode statistics are constants, so a joint pass gives each row what its own head gives it."""
+    dual = tied(own=("affine", "fc"), branch=branch).eval()
+    with torch.no_grad():
+        for name in dual.own_of_tied:
+            tensors_by_name(dual.head2)[name].add_(0.3)
+    expected = torch.cat([dual.view("head1")(X[:2]), dual.view("head2")(X[2:])])
+    features = dual.features(X)
+    found = dual.heads_together(("head1", "head2"), features, Rows((2, 4), (True, True)))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(dual.view("head1")(X), dual.view("head2")(X), atol=1e-2)
+    assert not any("forward" in module.__dict__ for module in dual.head1.modules() if isinstance(module, nn.Linear))
+
+
+def test_a_joint_pass_moves_shared_statistics_once_by_those_of_the_union():
+    dual = tied(own=("affine",)).train()
+    alone = copy.deepcopy(dual)
+    dual.heads_together(("head1", "head2"), dual.features(X), Rows((2, 4), (True, True)))
+    alone.head1(X)
+    assert torch.equal(dual.head1.stem[1].running_var, alone.head1.stem[1].running_var)
+    assert dual.head1.stem[1].num_batches_tracked == alone.head1.stem[1].num_batches_tracked
+
+
+def test_tensors_beside_layers_of_their_module_cannot_be_told_whose_rows_they_see():
+    class Beside(Net):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    dual = attach_second_head(Beside(), "input", example=X, init="tied", own=["scale"], aggregator="mean")
+    with pytest.raises(UserError, match="scale lies beside layers of its own module"):
+        dual.heads_together(("head1", "head2"), dual.features(X), Rows((2, 4), (True, True)))
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_cannot_be_told_whose_rows_it_sees():
+    class Odd(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = net()
+    model.stem[1] = Odd(6)
+    dual = attach_second_head(model, "input", example=X, init="tied", own=["affine"], aggregator="mean")
+    with pytest.raises(UserError, match=r"stem.1 is a batch norm whose forward is its own \(Odd\)"):
+        dual.heads_together(("head1", "head2"), dual.features(X), Rows((2, 4), (True, True)))

@@ -63,12 +63,21 @@ VIT = (
 CHANGES: dict[str, tuple[str, ...]] = {
     "cifar10_cpu_mixed": ("stages.main_head.epochs=1", "stages.second_head.epochs=1"),
     "cifar10_resnet18": SMALL_WIDE,
+    "cifar10_resnet18_guided_distillation": SMALL_WIDE[:1],
+    "cifar10_resnet18_aligned": ("model.backbone=wideresnet-10-1", "model.attach_at=block3"),
+    "cifar10_resnet18_ar_at": (
+        "model.backbone=wideresnet-10-1",
+        "stages.ar_at.objective.layers=[block3.layer.0.bn2, bn1]",
+    ),
     "cifar10_resnet18_mart": SMALL_WIDE,
     "cifar10_resnet18_sat": SMALL_WIDE,
+    "cifar10_resnet18_dual_bn": SMALL_WIDE[:1],
+    "cifar10_resnet18_advprop": SMALL_WIDE[:1],
     "cifar10_wrn34": SMALL_WIDE,
     "cifar10_wrn34_mart": SMALL_WIDE,
     "cifar10_wrn34_sat": SMALL_WIDE,
     "imagenet_resnet50": IMAGENET,
+    "imagenet_resnet50_aligned_free": IMAGENET,
     "vit_finetune": VIT,
     "tiny_imagenet_cpu": (f"data.image_size=[{SIDE}, {SIDE}]",),
 }

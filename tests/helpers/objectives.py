@@ -8,8 +8,11 @@ from torch import Tensor
 
 from dualhead.objectives import ATTACKED, Objective, objectives
 
-REQUIRED = {"hat": {"weights": "standard"}}
-"""Fields without a default, by objective."""
+REQUIRED = {
+    "hat": {"weights": "standard"},
+    "align": {"distance": "kl", "output": "own", "stop_gradient": False},
+}
+"""Fields without a default, by objective, and those that let it see logits alone."""
 
 
 def shipped() -> list[str]:

@@ -27,14 +27,14 @@ STEPS = 3 * 2 * 3
 """96 images in batches of 32, 2 epochs, 3 stages."""
 
 
-def recipe(*more: str) -> Recipe:
-    return load_recipe("digits", [*OVERRIDES, *more])
+def recipe(*more: str, base: str = "digits") -> Recipe:
+    return load_recipe(base, [*OVERRIDES, *more])
 
 
-def train_until(folder: Path, stop: Callable[[], bool], *more: str) -> bool:
+def train_until(folder: Path, stop: Callable[[], bool], *more: str, base: str = "digits") -> bool:
     """Train in a folder until done (True) or stopped (False)."""
     try:
-        prepared = prepare(recipe(*more), folder)
+        prepared = prepare(recipe(*more, base=base), folder)
         with taken(prepared.folder):
             train_stages(prepared, Silent(), stop)
     except Interrupted:

@@ -267,7 +267,7 @@ def spec_of(fake_timm, user_module, tmp_path):
 
 
 # Of RobustBench, the package makes the network and a file of weights must lie there: `test_weights_of_others.py`.
-@pytest.mark.parametrize("name", [name for name in backbones.names() if name != "robustbench"])
+@pytest.mark.parametrize("name", [name for name in backbones.names() if name not in ("robustbench", "given")])
 class TestContract:
     """Every registered backbone, including those that files added later bring."""
 
@@ -320,7 +320,7 @@ class TestContract:
         backbone = backbones.build(spec_of(name))
         model = backbone.create(5, (3, 16, 16), Normalize.identity(3))
         if backbone.attach_at is None:
-            assert name in ("factory", "timm", "hf")
+            assert name in ("factory", "given", "timm", "hf")
             return
         trunk = model.get_submodule(backbone.attach_at)
         assert 0 < count_parameters(trunk) < count_parameters(model) / 2

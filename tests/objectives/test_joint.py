@@ -318,6 +318,7 @@ def test_passes_give_the_deployed_output_and_call_the_trained_one_the_stage_s_ow
 
 
 JOINT = [
+    "stages.*.epochs=1",
     "stages.main_head.train=[trunk, head1, head2, aggregator]",
     "stages.main_head.objective={name: joint, distillation: 0.5, diversity: 0.1}",
 ]
@@ -334,6 +335,19 @@ def test_a_joint_stage_within_a_run_resumes_bit_for_bit(tmp_path):
     while not train_until(tmp_path / "stopped", every_fourth, *JOINT):
         pass
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_head1_learns_from_a_loss_on_a_head_that_is_tied_to_it():
+    content = load_recipe("digits").resolved()
+    content["stages"] = [{**content["stages"][0], "train": ["trunk", "head1", "head2"], "objective": "sat"}]
+    content["model"] |= {"second_head": "tied", "aggregator": "mean"}
+    assert parse_recipe(content).stages[0].output == "head2"
+    content["stages"][0]["train"] = ["head1"]
+    content["stages"][0]["objective"] = {"name": "trades", "clean": "head1", "robust": "head2"}
+    parse_recipe(content)
+    content["model"]["second_head"] = "clone"
+    with pytest.raises(UserError, match="a loss on head2 changes nothing"):
+        parse_recipe(content)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualhead.errors import UserError
-from dualhead.objectives import Labels, Logits, Objective, objectives
+from dualhead.objectives import Labels, Logits, Objective, check_weighable, objectives, weighted
 from helpers.objectives import REQUIRED, climbed, see, shipped
 from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
 
@@ -261,6 +261,33 @@ def test_contract_loss_is_the_mean_over_the_batch(objective):
     seen, y = seen_for(objective, 1)
     each = [objective.loss(y[i : i + 1], moved(seen, lambda t, i=i: t[i : i + 1])).total for i in range(len(y))]
     assert torch.allclose(objective.loss(y, seen).total, torch.stack(each).mean())
+
+
+def test_contract_weights_of_classes_multiply_each_images_loss_or_are_refused(objective):
+    if not objective.per_image:
+        with pytest.raises(UserError, match="'ikl' is no mean over images"):
+            check_weighable(objective)
+        return
+    check_weighable(objective)
+    seen, y = seen_for(objective, 1)
+    seen = moved(seen, lambda t: t.requires_grad_())
+    weights = torch.tensor([0.5, 3.0, 1.0, 0.25, 2.0], dtype=torch.float64)
+    each = [objective.loss(y[i : i + 1], moved(seen, lambda t, i=i: t[i : i + 1])).total for i in range(len(y))]
+    expected = (torch.stack(each) * weights[y]).mean()
+    found = weighted(objective, weights, y, seen)
+    assert torch.allclose(found.total, expected)
+    assert torch.allclose(sum(found.terms.values()), expected)
+    asked = list(dict.fromkeys(seen.values()))
+    both = [torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True) for loss in (found.total, expected)]
+    for a, b in zip(*both, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b)
+
+
+def test_a_mixed_image_has_the_mean_weight_of_its_classes():
+    objective, weights = objectives.build("sat"), torch.tensor([1.0, 3.0, 10.0])
+    logits, shares = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.25, 0.75, 0.0]])
+    plain, found = objective.loss(shares, {"q": logits}), weighted(objective, weights, shares, {"q": logits})
+    assert float(found.total / plain.total) == pytest.approx(0.25 * 1 + 0.75 * 3)
 
 
 def test_only_what_says_so_depends_on_the_other_images_of_a_batch():

@@ -97,8 +97,24 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+TWO_ROUTES = {"cifar10_resnet18_dual_bn", "cifar10_resnet18_advprop"}
+"""Recipes of one stage with two routes; see below."""
+
+
 def test_the_table_names_every_recipe_with_published_settings():
-    assert set(PUBLISHED) == {n for n in shipped_recipes() if n.startswith(("cifar10_wrn34", "cifar10_resnet18"))}
+    ours = ("guided_distillation", "aligned", "ar_at", "dual_bn", "advprop", "dat", "union")
+    published = [n for n in shipped_recipes() if not n.endswith(ours)]  # of others there is nothing to be held to here
+    assert set(PUBLISHED) == {n for n in published if n.startswith(("cifar10_wrn34", "cifar10_resnet18"))}
+
+
+@pytest.mark.parametrize("name", sorted(TWO_ROUTES))
+def test_routes_are_told_apart_by_batch_norm_alone(name):
+    recipe = load_recipe(name)
+    (stage,) = recipe.stages
+    assert recipe.model.tied == ("batch_norm",)
+    assert (stage.objective.clean, stage.objective.robust, stage.objective.alpha) == ("head1", "head2", 0.5)
+    assert stage.output == ("head1" if "advprop" in name else "head2")
+    assert stage.keep == "last"  # robust accuracy alone would choose another epoch for the clean route
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -277,7 +293,7 @@ def test_an_override_of_one_stage_leaves_those_that_share_a_yaml_anchor():
         (["stages.one=1"], "name the key to change inside 'one'"),
         (["threat.eps.x=1"], "'eps' holds 0.1, which has no keys"),
         (["evaluate.attacks=[3]", "evaluate.attacks.0.steps=2"], "'0' holds 3, which has no keys"),
-        (["thread.eps=1"], "thread: unknown key; did you mean 'threat'"),
+        (["thread.eps=1"], "thread.eps=1: unknown key; write threat.eps=1 or stages"),
     ],
 )
 def test_overrides_that_are_not_understood(write, overrides, words):
@@ -317,3 +333,30 @@ def test_a_layer_may_be_named_by_number_as_in_a_sequential():
         load_recipe("digits", ["model.attach_at=1.0"])
     with pytest.raises(UserError, match=r"model.attach_at"):
         load_recipe("digits", ["model.attach_at=true"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "objective", "message"),
+    [
+        ("even", "sat", "data.class_weights: must be balanced, or weights by the classes' names"),
+        ({"cat": 0}, "sat", "data.class_weights.cat: a weight must be greater than 0, got 0"),
+        ({3: -1}, "sat", "data.class_weights.3: a weight must be greater than 0, got -1"),
+        ("balanced", "ikl", "stages.0.objective: the loss of 'ikl' is no mean over images, whose weights there could"),
+    ],
+)
+def test_class_weights_that_cannot_be_are_refused(weights, objective, message):
+    content = {"name": "weighted", **yaml.safe_load(MINIMAL)}
+    content["data"]["class_weights"] = weights
+    content["stages"][0]["objective"] = objective
+    with pytest.raises(UserError) as refused:
+        parse_recipe(content)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_classes_are_evened_out_once():
+    content = {"name": "weighted", **yaml.safe_load(MINIMAL)}
+    content["data"] |= {"class_weights": "balanced", "sampling": "balanced"}
+    with pytest.raises(UserError, match="choose one of them"):
+        parse_recipe(content)
+    content["data"]["class_weights"] = {7: "1/2"}
+    assert parse_recipe(content).data.class_weights == {"7": 0.5}

@@ -37,7 +37,7 @@ from dualhead.report.text import eps_text, eps_texts, large
 from dualhead.statistics import mcnemar
 
 ROLE_CLASSES = (["head1"], ["head2"], ["aggregate"])
-ROWS = ("base model", "head 1", "head 2", "mean of heads", "DH-AT")
+ROWS = ("base model", "head 1", "head 2", "mean of heads", "aggregate of heads")
 HOSTILE = ["<script>alert(1)</script>", "\N{OWL} & \"quoted\" 'x'", "n" * 200, "</title><img src=x onerror=alert(2)>"]
 
 
@@ -185,6 +185,12 @@ def report(*runs, at):
     return Page(write_report(runs, at / "report.html"))
 
 
+def light_of(page):
+    """The verdict's colour."""
+    found = next(section["class"] for section in page.all("section") if section.get("aria-label") == "Verdict")
+    return found.removeprefix("verdict ")
+
+
 # ---- what it says
 
 
@@ -194,7 +200,9 @@ def test_verdict_names_accuracy_interval_and_difference(tmp_path):
     stored = json.loads((run / "evaluation" / "results.json").read_text())
     low, high = stored["intervals"]["worst"]
     robust = stored["robust_accuracy"]["worst"]
-    expected = f"Under pgd-40 (Linf eps 0.1), DH-AT still gets {100 * robust:.1f} % of 400 test images right"
+    expected = (
+        f"Under pgd-40 (Linf eps 0.1), aggregate of heads still gets {100 * robust:.1f} % of 400 test images right"
+    )
     assert f"{expected} (95 % interval {100 * low:.1f} to {100 * high:.1f})" in page.text
     assert f"and {100 * stored['clean_accuracy']:.1f} % without attack" in page.text
     assert "its base model (interval" in page.text
@@ -303,7 +311,7 @@ def test_a_failed_diagnostic_comes_before_everything(tmp_path):
     doubt = [{"name": "zero_gradient", "status": "failed", "message": "gradients are masked"}]
     page = report(make_run(tmp_path / "run", diagnostics=doubt), at=tmp_path)
     assert "This result cannot be believed: gradients are masked" in page.text
-    assert any("doubted" in section.get("class", "") for section in page.all("section"))
+    assert light_of(page) == "failed"
     assert "This result cannot be believed" not in report(make_run(tmp_path / "fine"), at=tmp_path).text
 
 
@@ -311,6 +319,66 @@ def coin(gained, lost):
     """Chance that a fair coin falls as unevenly as this, or more so, to either side."""
     tosses, fewer = gained + lost, min(gained, lost)
     return min(1.0, 2 * sum(math.comb(tosses, heads) for heads in range(fewer + 1)) / 2**tosses)
+
+
+FINE = {"name": "randomness", "status": "ok", "message": "the same logits"}
+
+
+@pytest.mark.parametrize(
+    ("checks", "light"),
+    [
+        ([FINE], "ok"),
+        ([], "none"),
+        ([FINE, {"name": "labels", "status": "warning", "message": "few"}], "warning"),
+        ([{"name": "labels", "status": "warning", "message": "few"}, {**FINE, "status": "failed"}], "failed"),
+    ],
+)
+def test_the_verdict_has_the_colour_of_its_worst_check(tmp_path, checks, light):
+    assert light_of(report(make_run(tmp_path / "run", diagnostics=checks), at=tmp_path)) == light
+
+
+def test_a_model_that_guesses_under_attack_is_never_green(tmp_path):
+    evaluation(tmp_path / "found", 0, classes=2, diagnostics=[FINE])  # about half of two classes
+    page = report(tmp_path / "found", at=tmp_path)
+    assert light_of(page) == "failed" and "no more often than a guess" in page.text
+
+
+def test_a_later_attack_that_finds_more_takes_the_green_away(tmp_path):
+    run = make_run(tmp_path / "run", count=400)
+    held = evaluation(run / "evaluations" / "harder", 0, count=400, attacks=("pgd-100",))
+    deployed = dict(np.load(run / "evaluation" / "samples.npz"))
+    held.verdicts["pgd-100"].robust[:] = deployed["robust_pgd-40"] & (np.arange(400) % 20 > 0)
+    held.clean_prediction[:] = deployed["clean_prediction"]
+    held.save(run / "evaluations" / "harder")
+    assert light_of(report(run, at=tmp_path)) == "warning"
+
+
+def test_checks_stand_between_the_verdict_and_the_numbers(tmp_path):
+    page = report(make_run(tmp_path / "run"), at=tmp_path)
+    assert [tag.get("id") for tag in page.all("section")][1:3] == ["diagnostics-1", "accuracy"]
+
+
+def test_a_model_of_two_names_has_one_row(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = run / "evaluation" / "rows"
+    stored = dict(np.load(rows / "base_model" / "samples.npz"))
+    stored["margin_pgd-40"] = stored["margin_pgd-40"] * (1 + 1e-6)  # computed beside the other head
+    np.savez(rows / "head_1" / "samples.npz", **stored)
+    compared = json.loads((run / "comparison.json").read_text())
+    compared["rows"][1]["parameters"] = compared["rows"][0]["parameters"]
+    (run / "comparison.json").write_text(json.dumps(compared))
+    heads = re.findall(r"<th scope=row>([^<]*)</th>", report(run, at=tmp_path).source)
+    assert "base model = head 1" in heads and not {"base model", "head 1"} & set(heads) and "head 2" in heads
+
+
+def test_one_point_far_off_leaves_room_for_the_others(tmp_path):
+    (source,) = read_sources([make_run(tmp_path / "run")])
+    near = [replace(row, clean=Estimate(0.9 + n / 100, 0.89, 0.95)) for n, row in enumerate(source.rows)]
+    far = replace(near[0], title="far", clean=Estimate(0.9, 0.89, 0.95), robust={"pgd-40": Estimate(0.0, 0.0, 0.01)})
+    (alone,), (beside,) = (trade_offs([replace(source, rows=rows)]) for rows in (near, [*near, far]))
+    places = [re.findall(r'<circle cx="[^"]*" cy="([^"]*)" r="2.5"', figure.svg) for figure in (alone, beside)]
+    assert places[0] == places[1][: len(near)] and "beyond the axes" in beside.caption
+    assert "beyond the axes" not in alone.caption
 
 
 def test_differences_are_those_of_the_paired_test(tmp_path):
@@ -477,7 +545,7 @@ def test_further_evaluations_say_under_what_they_were_made(tmp_path):
     run = make_run(tmp_path / "run")
     evaluation(run / "evaluations" / "harder", 4, count=40, eps=0.3)
     write_report([run], tmp_path / "report.html")
-    section = (tmp_path / "report.html").read_text().partition("Further evaluations</")[2].partition("</section>")[0]
+    section = (tmp_path / "report.html").read_text().partition("Further evaluations</h")[2].partition("</section>")[0]
     assert "Linf eps 0.3, 40 test images" in section
 
 
@@ -585,8 +653,8 @@ def test_an_interrupted_evaluation_shows_the_rows_that_are_done(tmp_path):
     (run / "evaluation" / "results.json").unlink()
     page = report(run, at=tmp_path)
     assert "stopped before the final output was measured" in page.text
-    assert "mean of heads" in page.text
-    assert "DH-AT" not in page.text
+    names = re.findall(r"<th scope=row>([^<]*)</th>", page.source)
+    assert "mean of heads" in names and "aggregate of heads" not in names
 
 
 def test_metrics_that_are_no_numbers_leave_a_gap_and_a_note(tmp_path):
@@ -645,11 +713,13 @@ def test_rows_are_known_by_their_ids_and_those_of_earlier_versions_by_their_name
     run = make_run(tmp_path / "run")
     assert [row.output for row in read_sources([run])[0].rows] == [id_of(name) for name in ROWS]
     comparison = json.loads((run / "comparison.json").read_text())
-    for row, output in zip(comparison["rows"], ids, strict=False):
+    comparison["rows"][-1]["name"] = "DH-AT"  # what the aggregate was called
+    (run / "comparison.json").write_text(json.dumps(comparison))
+    assert [row.name for row in read_sources([run])[0].rows] == list(ROWS)
+    for row, output in zip(comparison["rows"], ids, strict=True):
         row.update(name=f"renamed {output}", output=output)
     (run / "comparison.json").write_text(json.dumps(comparison))
-    found = read_sources([run])[0].rows
-    assert [(row.name, row.output) for row in found] == [(f"renamed {o}", o) for o in ids[: len(ROWS)]]
+    assert [(row.name, row.output) for row in read_sources([run])[0].rows] == list(zip(ROWS, ids, strict=True))
 
 
 def test_names_that_lead_out_of_the_run_are_not_followed(tmp_path):
@@ -671,7 +741,7 @@ def test_a_folder_of_runs_and_an_evaluation_stand_side_by_side(tmp_path):
     make_run(tmp_path / "demo" / "a", seed=2)
     evaluation(tmp_path / "alone", 7)
     page = report(tmp_path / "demo", tmp_path / "alone", at=tmp_path)
-    for name in ("a: DH-AT", "b: DH-AT", "a: base model", "alone"):
+    for name in ("a: aggregate of heads", "b: aggregate of heads", "a: base model", "alone"):
         assert name in page.text
     same = read_sources([tmp_path / "demo", tmp_path / "demo" / "a"])
     assert [source.label for source in same] == ["a", "b"]
@@ -700,7 +770,7 @@ def test_robustness_over_eps_is_drawn_from_later_evaluations(tmp_path):
     evaluation(run / "evaluations" / "other", 99, curve=curve)
     page = report(run, at=tmp_path)
     drawn = next(svg["aria-label"] for svg in page.all("svg") if "0 90.0, 0.1 50.0, 0.2 10.0" in svg["aria-label"])
-    assert "DH-AT, pgd-40: 0 90.0" in drawn
+    assert "aggregate of heads, pgd-40: 0 90.0" in drawn
     assert "other, pgd-40: 0 90.0" in drawn  # whose folder is all that is known of it
     assert "Further evaluations" in page.text
 
@@ -827,7 +897,7 @@ def test_command_writes_the_page(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     app(["report", str(run), "-o", str(tmp_path / "page.html")], standalone_mode=False)
     assert "page.html" in capsys.readouterr().out
-    assert "DH-AT" in Page(tmp_path / "page.html").text
+    assert "aggregate of heads" in Page(tmp_path / "page.html").text
 
 
 @pytest.mark.parametrize(

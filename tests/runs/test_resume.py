@@ -40,7 +40,7 @@ def test_stopped_after_every_single_step(undisturbed, tmp_path):
     assert outcome(tmp_path / "run") == undisturbed
 
 
-@pytest.mark.parametrize("step", [5, 12])
+@pytest.mark.parametrize("step", [5, pytest.param(12, marks=pytest.mark.slow)])
 def test_stopped_once(undisturbed, tmp_path, step):
     asked = []
 
@@ -171,8 +171,9 @@ def chaos(tmp_path, epochs, kills, seed):
     assert not (disturbed / ".lock").exists()
 
 
+@pytest.mark.slow  # with `make bits`
 def test_killed_at_random_moments(tmp_path):
-    chaos(tmp_path, epochs=3, kills=4, seed=0)
+    chaos(tmp_path, epochs=2, kills=2, seed=0)
 
 
 @pytest.mark.slow

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from dualhead.data import Split
+from dualhead.errors import UserError
 from dualhead.recipe import load_recipe
 from dualhead.runs import measure, prepare, run, stages
 from helpers.e2e import TINY
@@ -61,3 +65,37 @@ def test_nothing_is_written_before_training_begins(tmp_path):
     prepared = prepare.prepare(load_recipe("digits", TINY), tmp_path / "run")
     assert not prepared.folder.path.exists()
     assert (prepared.output, len(prepared.images.test)) == ("aggregate", len(prepared.images.test.labels))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("balanced", [0.5, 10 / 6, 1.0, 2.5]), ({"1": 4, "3": 0.5}, [1, 4, 1, 0.5]), (None, None)],
+)
+def test_weights_of_classes(given, expected):
+    recipe = load_recipe("digits", [] if given is None else [f"data.class_weights={given}"])
+    labels = torch.tensor([0] * 20 + [1] * 6 + [3] * 4)
+    split = Split(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), labels, ("0", "1", "2", "3"))
+    found = prepare.class_weights(recipe, split)
+    assert expected is None or found.tolist() == pytest.approx(expected)
+    assert (found is None) == (expected is None)
+
+
+def test_a_weight_for_no_class_is_refused():
+    split = Split(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), ("cat", "dog"))
+    with pytest.raises(UserError, match="'bee' is no class of these images; they are cat, dog"):
+        prepare.class_weights(load_recipe("digits", ["data.class_weights={bee: 2}"]), split)
+
+
+def test_weights_of_classes_reach_the_loss(tmp_path):
+    """Nine digits of a weight of 1/1000 leave little of the loss."""
+    light = ", ".join(f"{digit}: 0.001" for digit in range(1, 10))
+    short = [
+        *TINY[:4], "data.train_limit=100", "stages.*.objective=natural", "data.validation=0", "stages.*.keep=last",
+        "evaluate.gallery=0", "evaluate.limit=8", "evaluate.attacks=[fgsm]", "runtime.device=cpu", "runtime.lanes=1",
+    ]  # fmt: skip
+    losses = []
+    for name, weights in (("equal", "null"), ("unequal", f"{{{light}}}")):
+        run.train("digits_sat", [*short, f"data.class_weights={weights}"], run_dir=tmp_path / name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(lines[0])["loss"])
+    assert 0 < losses[1] < losses[0] / 3

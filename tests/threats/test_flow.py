@@ -161,7 +161,7 @@ def test_what_cannot_be_bent_is_refused():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("flow", r"must be \{norm: ..., eps: ...\} or \{name: ..., eps: ...\}; got 'flow'"),
+        ("flow", r"must be \{norm: ..., eps: ...\}, \{name: ..., eps: ...\} or short, as L2:0.5; got 'flow'"),
         ({"name": "flow"}, "eps: missing"),
         ({"name": "flo", "eps": 1}, "unknown threat 'flo'; did you mean 'flow'"),
         ({"name": "flow", "eps": 1, "norm": "L2"}, "has both name"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
 from dualhead.errors import RunError, UserError
+from dualhead.objectives import ATTACKED, Features, Inner, Logits, LossTerms, Objective
+from dualhead.objectives.base import cross_entropies
 from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.prepare import prepare
 from dualhead.system.arithmetic import Arithmetic, compiled
@@ -29,7 +33,10 @@ def test_compiled_steps_train_the_same():
         torch.testing.assert_close(fast.state_dict()[name], value, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("parts", [("model",), *PARTS.values()])
+@pytest.mark.parametrize(
+    "parts",
+    [("model",), PARTS[2], *(pytest.param(PARTS[stage], marks=pytest.mark.slow) for stage in (1, 3))],  # seconds each
+)
 def test_steps_of_every_stage_are_whole_graphs_of_the_same_results(monkeypatch, parts):
     # Without the code generator, whose sums have an order of their own.
     compile_whole = torch.compile
@@ -72,3 +79,26 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path):
     both = ["runtime.compile=true", "stages.*.checkpoint_activations=true"]
     with pytest.raises(UserError, match=r"stages\.0\.checkpoint_activations: not with runtime\.compile"):
         prepare(load_recipe("digits", [*TINY, *both]), tmp_path / "run")
+
+
+@dataclass(frozen=True)
+class Inside(Objective):
+    """Climbs what a layer inside the model gives."""
+
+    registered_name = "inside"
+
+    def needs(self):
+        return {"logits": Logits(on=ATTACKED), "layer": Features("model", ATTACKED, layer="block1")}
+
+    def inner(self):
+        return {ATTACKED: Inner(lambda y, seen: seen["layer"].flatten(1).norm(dim=1), uses=("layer",))}
+
+    def loss(self, y, seen):
+        return LossTerms.sum_of(adversarial=cross_entropies(seen["logits"], y).mean())
+
+
+def test_an_attack_that_looks_at_layers_is_not_compiled():
+    stage = stage_of("sat", ("model",)).model_copy(update={"objective": Inside()})
+    assert step_of(plain_model(), stage)(batch(0, 4), streams_of(batch(0, 4))).terms["loss"].isfinite()
+    with pytest.raises(UserError, match=r"looks inside parts of the model, .* runtime\.compile=false"):
+        step_of(plain_model(), stage, COMPILED)

@@ -120,6 +120,20 @@ def test_what_is_robust_is_right_both_without_and_under_attack():
     assert found == {"validation_clean": 3 / 10, "validation_robust": 1 / 10, "validation_largest_answer": 5 / 10}
 
 
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_without_held_out_images_those_of_training_tell_of_one_class(tmp_path, caplog, monkeypatch, collapsed):
+    monkeypatch.setattr("dualhead.training.loop.FEWEST_ANSWERS", 2)
+    model = plain_model()
+    if collapsed:
+        with torch.no_grad():
+            model.fc.bias[1] = 1e4
+    _, lines, _ = trained(tmp_path, model, tiny_stage())
+    told = [record.getMessage() for record in caplog.records if "one class" in record.getMessage()]
+    assert len(told) == collapsed
+    assert all("epoch 1: all training images are taken for one class" in line for line in told)
+    assert len(lines) == EPOCHS
+
+
 def test_a_network_that_answers_everything_with_one_class_is_told_of(tmp_path, caplog):
     answers = iter([0.4, 1.0, 1.0, 0.9])
 

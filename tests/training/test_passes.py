@@ -216,10 +216,24 @@ def routed(state, route, head):
 DUAL_NORM = {
     "trades": {"name": "trades", "beta": 6, "clean": "head1", "robust": "head2"},
     "hybrid": {"name": "hybrid", "alpha": 0.5, "clean": "head1", "robust": "head2"},
+    "mart": {"name": "mart", "beta": 5, "clean": "head1", "robust": "head2"},
 }
 
 
-@pytest.mark.parametrize("method", ["trades", "hybrid"])
+def loss_by_hand(method, p, q, y):
+    """The loss of a method from logits of clean and of attacked images."""
+    if method == "trades":
+        return F.cross_entropy(p, y) + 6.0 * kl_divergence(p, q).mean()
+    if method == "hybrid":
+        return 0.5 * F.cross_entropy(p, y) + 0.5 * F.cross_entropy(q, y)
+    right = F.one_hot(y, q.shape[1]).bool()
+    wrong = q.softmax(1).masked_fill(right, 0.0).amax(1)
+    boosted = F.cross_entropy(q, y) - torch.log(1.0001 - wrong).mean()
+    doubt = 1.0 - (p.softmax(1) * right).sum(1)
+    return boosted + 5.0 * (kl_divergence(p, q) * doubt).mean()
+
+
+@pytest.mark.parametrize("method", ["trades", "hybrid", "mart"])
 def test_tied_heads_are_training_with_dual_batch_norm(method):
     base, data = plain_model(), batch(0)
     tied = attach_second_head(base, "input", example=data.x[:2], init="tied", own=["batch_norm"])
@@ -238,12 +252,7 @@ def test_tied_heads_are_training_with_dual_batch_norm(method):
         return cross_entropies(through(1, x), data.y)
 
     x_adv = hand.attack(climb, data.x, streams=streams_of(data))
-    p, q = through(0, data.x), through(1, x_adv)
-    if method == "trades":
-        loss = F.cross_entropy(p, data.y) + 6.0 * kl_divergence(p, q).mean()
-    else:
-        loss = 0.5 * F.cross_entropy(p, data.y) + 0.5 * F.cross_entropy(q, data.y)
-    hand.descend(loss)
+    hand.descend(loss_by_hand(method, through(0, data.x), through(1, x_adv), data.y))
     state = found.state_dict()
     expected = {**routed(net.state_dict(), 0, "head1"), **routed(net.state_dict(), 1, "head2")}
     assert {key for key in state if not key.startswith("aggregator.")} == set(expected)
@@ -251,6 +260,111 @@ def test_tied_heads_are_training_with_dual_batch_norm(method):
         assert torch.equal(state[key], value), key
     apart = [key for key in state if key.startswith("head2.") and not torch.equal(state[key], state["head1" + key[5:]])]
     assert {key.rpartition(".")[2] for key in apart} >= {"weight", "bias", "running_mean", "running_var"}
+
+
+class UnionNorm(torch.nn.Module):
+    """Batch norm by hand whose statistics are of all rows, or of the clean ones, and whose affine map is the route's.
+
+    In training the first half of the rows is clean and of route 0, the rest attacked and of route 1; in eval mode
+    `route` says which.
+    """
+
+    def __init__(self, norm, clean_only, own_affine):
+        super().__init__()
+        self.norm, self.clean_only, self.route = copy.deepcopy(norm), clean_only, 0
+        self.weight = torch.nn.ParameterList([norm.weight.detach().clone() for _ in range(1 + own_affine)])
+        self.bias = torch.nn.ParameterList([norm.bias.detach().clone() for _ in range(1 + own_affine)])
+        self.norm.weight = self.norm.bias = None
+
+    def affine(self, x, route):
+        route = min(route, len(self.weight) - 1)
+        return x * self.weight[route].view(1, -1, 1, 1) + self.bias[route].view(1, -1, 1, 1)
+
+    def forward(self, x):
+        if not self.training:
+            return self.affine(self.norm(x), self.route)
+        clean, attacked = x.chunk(2)
+        if self.clean_only:
+            variance, mean = torch.var_mean(clean, (0, 2, 3), correction=0, keepdim=True)
+            done = self.norm(clean), (attacked - mean) * torch.rsqrt(variance + self.norm.eps)
+        else:
+            done = self.norm(x).chunk(2)
+        return torch.cat([self.affine(part, route) for route, part in enumerate(done)])
+
+
+def with_union_norms(model, clean_only, own_affine):
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, UnionNorm(module, clean_only, own_affine))
+    return model
+
+
+@pytest.mark.parametrize("forward", ["joint", "joint_clean"])
+@pytest.mark.parametrize("method", ["trades", "hybrid", "mart"])
+@pytest.mark.parametrize("own_affine", [True, False])
+def test_statistics_of_the_union_and_of_the_clean_images_for_all_rows(method, forward, own_affine):
+    """Setup 2 of dual batch norm, and a single batch norm that sees the clean rows alone, in one forward."""
+    base, data = plain_model(), batch(0)
+    objective = DUAL_NORM[method]
+    if own_affine:
+        model = attach_second_head(base, "input", example=data.x[:2], init="tied", own=["affine"])
+        stage = stage_of(objective, ("trunk", "head1", "head2"), forward=forward)
+    else:
+        model = copy.deepcopy(base)
+        objective = {key: value for key, value in objective.items() if key not in ("clean", "robust")}
+        stage = stage_of(objective, ("model",), forward=forward)
+    found, _, _, _ = ours(model, stage, data)
+    net = with_union_norms(base, forward == "joint_clean", own_affine)
+    norms = [module for module in net.modules() if isinstance(module, UnionNorm)]
+    hand = Hand(net, stage)
+    hand.model = net.train()
+
+    def through(route, x):
+        for norm in norms:
+            norm.route = route
+        return net(x)
+
+    if method == "trades":
+        with in_eval_mode(net), torch.no_grad():
+            target = through(0, data.x)
+
+    def climb(x):
+        if method == "trades":
+            return kl_divergence(target, through(1, x))
+        return cross_entropies(through(1, x), data.y)
+
+    x_adv = hand.attack(climb, data.x, streams=streams_of(data))
+    p, q = net(torch.cat([data.x, x_adv])).chunk(2)
+    hand.descend(loss_by_hand(method, p, q, data.y))
+    for route, part in enumerate(("head1.", "head2.") if own_affine else ("",)):
+        state = {key.removeprefix(part): value for key, value in found.state_dict().items() if key.startswith(part)}
+        for name, module in net.named_modules():
+            if isinstance(module, UnionNorm):
+                same = own_affine or forward == "joint_clean"
+                expected = {"weight": module.weight[route], "bias": module.bias[route], **module.norm.state_dict()}
+                for key, value in expected.items():
+                    if same:
+                        assert torch.equal(state[f"{name}.{key}"], value), (name, key)
+                    else:  # torch applies the affine map in the same kernel
+                        assert torch.allclose(state[f"{name}.{key}"], value, atol=1e-5), (name, key)
+
+
+def test_own_statistics_and_heads_without_clean_images_are_refused_with_clean_statistics():
+    base, data = plain_model(), batch(0)
+    tied = attach_second_head(base, "input", example=data.x[:2], init="tied", own=["batch_norm"])
+    stage = stage_of(DUAL_NORM["hybrid"], EVERY, forward="joint_clean")
+    with pytest.raises(UserError, match="head2 sees no clean image and has statistics of its own"):
+        ours(tied, stage, data)
+
+
+def test_layers_that_are_told_whose_rows_they_see_are_not_computed_again():
+    base, data = plain_model(), batch(0)
+    tied = attach_second_head(base, "input", example=data.x[:2], init="tied", own=["affine"])
+    stage = stage_of(DUAL_NORM["hybrid"], EVERY, forward="joint", checkpoint_activations=True)
+    with pytest.raises(UserError, match="checkpoint_activations: not with forward: joint"):
+        ours(tied, stage, data)
 
 
 def test_equal_needs_are_one_and_no_part_runs_twice_on_the_same_images():

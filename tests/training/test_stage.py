@@ -131,7 +131,7 @@ def test_a_stage_may_have_its_own_threat(monkeypatch, tmp_path):
     [
         (["stages.0.threat={norm: L2, eps: 0.5}", "stages.0.eps=0.1"], "stages.0: eps and threat both"),
         (["stages.0.threat={name: flow, eps: 0.5}", "stages.0.free={}"], "stages.0: free carries a change of pixels"),
-        ([*FLOW, "stages.aggregator.free={}"], "stages.2: free carries a change of pixels, and threat flow has none"),
+        ([*FLOW, "stages.aggregator.free={}"], "stages.aggregator: free carries a change of pixels, and threat flow"),
         (["stages.0.threat={name: flow, eps: 0}"], "stages.0.threat: eps must be greater than 0"),
         (["stages.0.threat={norm: L3, eps: 1}"], "stages.0.threat: norm 'L3' is not known"),
         ([*FLOW, "evaluate.attacks=[pgd-1, square]"], "evaluate.attacks.1: attack square is defined for norms"),

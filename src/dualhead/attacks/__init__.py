@@ -16,6 +16,9 @@ from dualhead.attacks.base import (
 )
 from dualhead.attacks.msd import SteepestOfSeveral
 
+build = attacks.build
+names = attacks.names
+
 __all__ = [
     "Attack",
     "Climb",
@@ -28,6 +31,8 @@ __all__ = [
     "State",
     "SteepestOfSeveral",
     "attacks",
+    "build",
     "maximise_within",
+    "names",
     "predictions",
 ]

@@ -145,6 +145,13 @@ class Query:
         with torch.no_grad():
             return self._outputs_fn(x[:1]).shape[1] - 1
 
+    def ask(self, x: Tensor) -> Tensor:
+        """Logits [B, C] with a graph, for code that takes its gradients itself; counted as a pass each way."""
+        self.forward_passes += x.shape[0]
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.backward_passes += x.shape[0]
+        return _full_precision(self._logits_fn(x))
+
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] without a graph: one forward pass."""
         self.forward_passes += x.shape[0]

@@ -11,18 +11,22 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
+from dualhead.commands.catalogue import first_line, kind_of, recipes, shipped
+from dualhead.commands.examples import examples_of
 from dualhead.errors import Interrupted, RunError, UserError
 from dualhead.system.memory import keep_freed_blocks
 
 # What computes is imported by the commands that compute, so that `--help` and a wrong option answer at once.
 
 app = typer.Typer(
-    add_completion=False, invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Dual Head Adversarial Training: more robust image classifiers, and honest measures of how robust they are.",
 )  # fmt: skip
 
@@ -32,9 +36,28 @@ STOPPED = 75  # EX_TEMPFAIL: try again later
 _UsageError, _ClickError = cast("tuple[type[Any], type[Any]]", typer.BadParameter.__mro__[1:3])
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE with dotted keys, e.g. threat.eps=4/255")]
+ModelName = Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")]
+Recipes = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a shipped recipe (`dualhead list recipes`), or a YAML file.",
+        autocompletion=lambda incomplete: [name for name in recipes() if name.startswith(incomplete)],
+    ),
+]
+Epochs = Annotated[int | None, typer.Option("--epochs", min=0, help="Of every stage; default: the recipe's.")]
+RunSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**62, help="runtime.seed; default: the recipe's.")]
+RunDevice = Annotated[str | None, typer.Option("--device", help="runtime.device; default: the recipe's.")]
+Rate = Annotated[str | None, typer.Option("--lr", help="Learning rate of every stage; default: the recipe's.")]
+RunBatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Of every stage; default: the recipe's.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
+Norm = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")]
+OutputDir = Annotated[Path | None, typer.Option("--output", help="Where results go; default: the run.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at once.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of the attacks.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, or an accelerator by torch's name.")]
+Open = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
 Data = Annotated[str | None, typer.Option("--data", help="As data.source; default: the run's.")]
 ThreatName = Annotated[
     str | None, typer.Option("--threat", help="A threat that is no norm, such as flow; default: the run's.")
@@ -72,14 +95,15 @@ def _options(
         typer.echo(ctx.get_help())
 
 
-@app.command()
+@app.command(epilog=examples_of("demo"))
 def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Show on real handwritten digits what adversarial training and a second head do; a few minutes on two cores."""
+    """Compare guided distillation with its base method on real handwritten digits; about two minutes on two cores."""
     from dualhead.commands.demo import run_demo
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         TrainingDisplay,
         accuracy_table,
+        corruption_table,
         out,
         print_row_lights,
         progress_bar,
@@ -98,17 +122,27 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
         return
     print_row_lights(comparison.rows)
     out.print(accuracy_table(comparison.title, comparison.rows))
+    if by_kind := corruption_table(comparison.rows):
+        out.print(by_kind)
     if quiet:
         return
     for line in comparison.remarks:
         out.print(line, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=examples_of("train"))
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe (`dualhead list recipes`), or a YAML file.")],
+    recipe: Recipes,
     overrides: Overrides = None,
+    epochs: Epochs = None,
+    seed: RunSeed = None,
+    device: RunDevice = None,
+    lr: Rate = None,
+    batch_size: RunBatchSize = None,
     run_dir: RunDir = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data and network, tell the cost, and begin nothing.")
+    ] = False,
     plugin: Plugins = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Leave in RUN/profile where the time of steps goes.")
@@ -117,25 +151,42 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train as a recipe says, evaluate the result; the same command goes on with a run that was stopped."""
+    from dualhead.commands.overrides import Shortcuts, naming_stages, with_shortcuts
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         TrainingDisplay,
         accuracy_table,
+        err,
         out,
         print_row_lights,
         progress_bar,
     )
-    from dualhead.runs import RunFolder
+    from dualhead.runs import RunFolder, changes
     from dualhead.runs import train as run_training
     from dualhead.system.processes import joined
 
-    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
+    chosen = Shortcuts(epochs, seed, device, lr, batch_size)
+    read, notes = with_shortcuts(recipe, overrides or [], plugin or [], chosen)
+    folder = RunFolder(run_dir or Path("runs") / read.name)
+    if not quiet and _speaks():
+        for note in notes:
+            err.print(note, soft_wrap=True)
+    if dry_run:
+        changes(folder.path, read)  # refuses a folder that holds something else
+        with naming_stages(read, overrides or []):
+            _tell_recipe(read, as_json=as_json, quiet=quiet, cost=True, strict=True)
+        return
+    done_before = folder.report.is_file()
+    with (
+        _stop_on_signals() as stop,
+        joined() as group,
+        progress_bar(quiet=quiet or not group.first) as bar,
+        naming_stages(read, overrides or []),
+    ):
         result = run_training(
-            recipe,
-            overrides or [],
-            plugins=plugin or [],
-            run_dir=run_dir,
-            progress=None if quiet else TrainingDisplay(bar),
+            read,
+            run_dir=folder.path,
+            progress=None if quiet else TrainingDisplay(bar, read),
             evaluation_progress=None if quiet else lambda row: EvaluationDisplay(bar, row),
             stop=stop,
             command=_command(),
@@ -143,6 +194,9 @@ def train(
         )
     if not group.first:
         return
+    if done_before and not quiet:
+        told = "was finished already, nothing is trained again; for another run choose another --run-dir"
+        err.print(f"{folder.path}: {told}", soft_wrap=True)
     rows = [row.describe() for row in result.rows]
     if as_json:
         typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
@@ -150,20 +204,88 @@ def train(
     print_row_lights(rows)
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
     if not quiet:
-        folder = RunFolder(result.run_dir)
         if profile:
             out.print(f"profile: {folder.profile}, a table and a trace for each stage", soft_wrap=True)
         out.print(f"run: {folder.path}, report: {folder.report}", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=examples_of("show"))
+def show(
+    recipe: Recipes,
+    overrides: Overrides = None,
+    epochs: Epochs = None,
+    seed: RunSeed = None,
+    device: RunDevice = None,
+    lr: Rate = None,
+    batch_size: RunBatchSize = None,
+    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Try a few steps of each stage, and tell.")] = True,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print a recipe in full, with what training by it costs and how long it takes on this machine."""
+    from dualhead.commands.overrides import Shortcuts, with_shortcuts
+
+    chosen = Shortcuts(epochs, seed, device, lr, batch_size)
+    read, notes = with_shortcuts(recipe, overrides or [], plugin or [], chosen)
+    for note in [] if quiet else notes:
+        typer.echo(note, err=True)
+    _tell_recipe(read, as_json=as_json, quiet=quiet, cost=cost, strict=False)
+
+
+def _tell_recipe(recipe: Any, *, as_json: bool, quiet: bool, cost: bool, strict: bool) -> None:
+    """Print a recipe and its cost; where that cannot be measured, fail if `strict`, else say why."""
+    from dualhead.commands.terminal import print_costs
+    from dualhead.runs import trial
+
+    measured, why = None, None
+    if cost:
+        try:
+            measured = trial(recipe)
+        except UserError as error:
+            if strict:
+                raise
+            why = str(error)
+    if as_json:
+        costs = None if measured is None else measured.describe()
+        typer.echo(json.dumps({"recipe": recipe.resolved(), "cost": costs, "cost_unknown": why}, indent=2))
+        return
+    if not quiet:
+        import yaml
+
+        typer.echo(yaml.safe_dump(recipe.resolved(), sort_keys=False).rstrip())
+    if measured is not None:
+        print_costs(measured)
+    elif why is not None:
+        typer.echo(f"cost: not known, since a few steps cannot be tried: {why}")
+
+
+@app.command("runs", epilog=examples_of("runs"))
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="A folder with runs in it, at any depth.")] = Path("runs"),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the runs under a folder: state, recipe, clean and robust accuracy, and what is wrong with them."""
+    del quiet  # there are results only
+    from dualhead.commands.runs import list_of
+    from dualhead.commands.terminal import print_runs
+
+    found = list_of(folder)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    print_runs(found)
+
+
+@app.command(epilog=examples_of("evaluate"))
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    model: ModelName,
     attack: Annotated[
-        list[str] | None, typer.Option("--attack", help="Repeatable; default: the run's, else pgd-40.")
+        list[str] | None, typer.Option("--attack", help="Repeatable, or with commas; default: the run's, else pgd-40.")
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="Radius, 8/255; with commas, robustness over eps.")] = None,
-    norm: Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")] = None,
+    norm: Norm = None,
     threat: Annotated[
         list[str] | None,
         typer.Option("--threat", help="KIND:EPS, as L1:12; repeatable: a column each. Or a name, with --eps."),
@@ -175,7 +297,13 @@ def evaluate(
     ] = None,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
     output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, ..., mean or aggregate.")] = None,
-    output_dir: Annotated[Path | None, typer.Option("--output", help="Where results go.")] = None,
+    routes: Annotated[
+        str | None,
+        typer.Option(
+            "--routes", help="Of tied heads: all, or some of own, crossed, merged, curve, transfer, gaps, with commas."
+        ),
+    ] = None,
+    output_dir: OutputDir = None,
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -184,9 +312,9 @@ def evaluate(
     channels: Channels = None,
     depth: Depth = None,
     skip_unreadable: SkipUnreadable = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
-    device: Annotated[str, typer.Option("--device")] = "auto",
+    batch_size: BatchSize = 256,
+    seed: Seed = 0,
+    device: Device = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, float32 or bf16, of the search.")] = "auto",
     save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
@@ -197,14 +325,21 @@ def evaluate(
     """Measure clean and robust accuracy of a run or a model."""
     from dualhead.commands.evaluate import assess
     from dualhead.commands.resolve import Request
-    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
+    from dualhead.commands.terminal import (
+        EvaluationDisplay,
+        accuracy_table,
+        corruption_table,
+        out,
+        print_lights,
+        progress_bar,
+    )
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
     named = threat is not None and len(threat) == 1 and ":" not in threat[0]
     request = Request(
         model=model,
-        attacks=tuple(attack or ()),
+        attacks=tuple(name.strip() for given in attack or () for name in given.split(",") if name.strip()),
         eps=eps,
         norm=norm,
         threat=threat[0] if threat and named else None,
@@ -214,6 +349,7 @@ def evaluate(
         stage=stage,
         checkpoint=checkpoint,
         output=output,
+        routes=routes,
         output_dir=output_dir,
         image_size=image_size,
         image_column=image_column,
@@ -231,6 +367,9 @@ def evaluate(
         overwrite=overwrite,
         command=_command(),
     )
+    if routes is not None:
+        _evaluate_routes(request, quiet=quiet, as_json=as_json)
+        return
     with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
         quiet = quiet or not group.first
         folder, evaluation = assess(request, None if quiet else EvaluationDisplay(bar, request.label), stop)
@@ -241,7 +380,10 @@ def evaluate(
         return
     title = _title(evaluation)
     print_lights([("", evaluation.checks)])
-    out.print(accuracy_table(title, [_as_row(request.label, evaluation)]))
+    rows = [_as_row(request.label, evaluation)]
+    out.print(accuracy_table(title, rows))
+    if by_kind := corruption_table(rows):
+        out.print(by_kind)
     for line in _under_each(evaluation.results):
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
@@ -250,6 +392,31 @@ def evaluate(
     for name, record in evaluation.results["attacks"].items():
         for note in record["notes"]:
             out.print(f"{name}: {note}", soft_wrap=True, markup=False)
+    if not quiet:
+        out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
+    """Measure routes of tied heads, and print each as the classifier that it is."""
+    from dualhead.commands.evaluate import assess_routes
+    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
+    from dualhead.report import route_rows
+    from dualhead.system.processes import joined
+
+    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
+        quiet = quiet or not group.first
+        display = None if quiet else lambda name: EvaluationDisplay(bar, name)
+        folder, found = assess_routes(request, display, stop)
+    if not group.first:
+        return
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = route_rows(found)
+    if rows:
+        print_lights([(row["name"], row["checks"]) for row in rows])
+        out.print(accuracy_table(f"routes, in percent, of {found['num_samples']} test images", rows))
+    out.print(found["warning"], soft_wrap=True)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 
@@ -278,21 +445,23 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "clean_accuracy": evaluation.clean_accuracy,
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
+        "corruptions": evaluation.results.get("corruptions"),
+        **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
     }
 
 
-@app.command()
+@app.command(epilog=examples_of("gallery"))
 def gallery(
-    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    model: ModelName,
     limit: Annotated[int, typer.Option("--limit", min=1, help="The first so many test images.")] = 48,
     landscape: Annotated[
         str | None, typer.Option("--landscape", help="Samples to map, by number, with commas; default: some.")
     ] = None,
     eps: Annotated[str | None, typer.Option("--eps", help="The largest radius, 8/255; default: the run's.")] = None,
-    norm: Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")] = None,
+    norm: Norm = None,
     threat: ThreatName = None,
     data: Data = None,
-    output_dir: Annotated[Path | None, typer.Option("--output", help="Where it goes; default: the run.")] = None,
+    output_dir: OutputDir = None,
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -301,9 +470,9 @@ def gallery(
     channels: Channels = None,
     depth: Depth = None,
     skip_unreadable: SkipUnreadable = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
-    device: Annotated[str, typer.Option("--device")] = "auto",
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    device: Device = "auto",
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -334,11 +503,11 @@ def gallery(
         typer.echo(f"gallery: {path}; `dualhead report` shows it{where}")
 
 
-@app.command()
+@app.command(epilog=examples_of("play"))
 def play(
-    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    model: ModelName,
     eps: Annotated[str | None, typer.Option("--eps", help="Where the slider starts; default: the run's.")] = None,
-    norm: Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")] = None,
+    norm: Norm = None,
     threat: ThreatName = None,
     data: Data = None,
     image_size: ImageSize = None,
@@ -349,14 +518,18 @@ def play(
     channels: Channels = None,
     depth: Depth = None,
     skip_unreadable: SkipUnreadable = False,
+    beside: Annotated[
+        str | None, typer.Option("--beside", help="Another model of the same images, such as an undefended one.")
+    ] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
-    device: Annotated[str, typer.Option("--device")] = "auto",
+    open_page: Open = False,
+    device: Device = "auto",
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve a page, to this machine only, on which to choose an image, move eps and watch the heads under attack."""
-    from dualhead.commands.play import LOOPBACK, Playground, serve
+    from dualhead.commands.play import LOOPBACK, Playground, check_beside, serve
     from dualhead.commands.resolve import Request, resolve
 
     _load_plugins(plugin)
@@ -366,14 +539,21 @@ def play(
         skip_unreadable=skip_unreadable, device=device,
     )  # fmt: skip
     shown = resolve(request)
+    other = None
+    if beside is not None:
+        found = resolve(replace(request, model=beside))
+        check_beside(beside, found.images, model, shown.images)
+        other = beside, found.model
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring them
         signal.signal(number, signal.default_int_handler)
-    server = serve(Playground(shown.model, shown.images, shown.threat, shown.framing), port)
+    server = serve(Playground(shown.model, shown.images, shown.threat, shown.framing, beside=other), port)
     address = f"http://{LOOPBACK}:{server.server_port}/"
     if as_json:
         typer.echo(json.dumps({"address": address}))
     else:
         typer.echo(address if quiet else f"play: {address} (Ctrl-C ends it)")
+    if open_page:
+        _open(address)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -382,7 +562,7 @@ def play(
         server.server_close()
 
 
-@app.command()
+@app.command(epilog=examples_of("layers"))
 def layers(
     model: Annotated[str, typer.Argument(help="A backbone (wideresnet-34-10), package.module:factory, run or model.")],
     image_shape: Annotated[str, typer.Option("--image-shape", help="CHANNELSxHEIGHTxWIDTH")] = "3x32x32",
@@ -419,7 +599,7 @@ def layers(
         typer.echo("* recommended: about 30 % of the forward cost lies before it")
 
 
-@app.command()
+@app.command(epilog=examples_of("export"))
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
@@ -462,24 +642,31 @@ def export(
             typer.echo(f"Hub: {address}")
 
 
-@app.command()
+@app.command(epilog=examples_of("report"))
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    open_page: Open = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write one self-contained page about runs, side by side: verdict, accuracies, curves, diagnostics, examples."""
     from dualhead.report import write_report
 
+    if output.suffix.lower() not in (".html", ".htm"):
+        kind = f"a {output.suffix} file" if output.suffix else "a name without an ending"
+        advice = "; the browser prints the page to PDF" if output.suffix.lower() == ".pdf" else ""
+        raise UserError(f"--output {output}: the report is an HTML page, not {kind}; write {output.stem}.html{advice}")
     path = write_report(runs, output)
+    if open_page:
+        _open(path.absolute().as_uri())
     if as_json:
         typer.echo(json.dumps({"report": str(path)}, indent=2))
     elif not quiet:
         typer.echo(f"report: {path}")
 
 
-@app.command()
+@app.command(epilog=examples_of("info"))
 def info(
     run: Annotated[Path, typer.Argument(help="A run, finished or not.")], quiet: Quiet = False, as_json: AsJson = False
 ) -> None:
@@ -508,7 +695,7 @@ def info(
         out.print(note, soft_wrap=True, markup=False)
 
 
-@app.command()
+@app.command(epilog=examples_of("sweep"))
 def sweep(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="KEY=A,B,C for each axis, KEY=A for all runs.")] = None,
@@ -570,7 +757,7 @@ def sweep(
     typer.echo(f"table: {folder / 'sweep.csv'}, {folder / 'sweep.json'}; compare: dualhead compare {folder}")
 
 
-@app.command()
+@app.command(epilog=examples_of("compare"))
 def compare(
     places: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations, or folders of runs.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
@@ -605,35 +792,65 @@ def compare(
         out.print(f"share of specialists, {name}, seed {row['seed']}: {shares}", soft_wrap=True, markup=False)
 
 
-@app.command("list")
+@app.command("list", epilog=examples_of("list"))
 def list_components(
     kind: Annotated[str | None, typer.Argument(help="objectives, attacks, ..., recipes; default: all")] = None,
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Name what is registered, and say where it comes from if it does not ship."""
-    del quiet  # there are results only
+    """Name what ships or is registered, a line each, and say where it comes from if it does not ship."""
+    from importlib.metadata import entry_points
+
+    from dualhead.components.plugins import ENTRY_POINTS
+
+    chosen = kind_of(kind) if kind is not None else None
+    if kind is not None and chosen is None:
+        raise UserError(f"list {kind}: unknown kind; known: {', '.join(shipped())}")
+    found, origins = shipped(), {}
+    if plugin or entry_points(group=ENTRY_POINTS):  # only code from outside has to be run to be known
+        origins = _add_registered(found, plugin)
+    kinds = {name: found[name] for name in ([chosen] if chosen else found)}
+    if as_json:
+        outside = {name: origins[name] for name in kinds if origins.get(name)}
+        names: dict[str, Any] = {name: list(known) for name, known in kinds.items()}
+        typer.echo(json.dumps({**names, **({"from": outside} if outside else {})}, indent=2))
+        return
+    for name, known in kinds.items():
+        places = origins.get(name, {})
+        if not chosen:
+            typer.echo(f"{name}:")
+        shown = {n: f"{n} ({places[n]})" if n in places else n for n in known}
+        width = max((len(text) for n, text in shown.items() if n not in places), default=0)
+        for n, text in shown.items():
+            typer.echo((text if quiet else f"{text:{width}}  {known[n]}").rstrip() if chosen else
+                       (f"  {text}" if quiet else f"  {text:{width}}  {known[n]}").rstrip())  # fmt: skip
+
+
+def _add_registered(found: dict[str, dict[str, str]], plugin: list[str] | None) -> dict[str, dict[str, str]]:
+    """Add components from outside to those that ship; return by kind where each comes from."""
     from dualhead.components.plugins import load_installed
-    from dualhead.recipe import REGISTRIES, shipped_recipes
+    from dualhead.recipe import REGISTRIES
 
     _load_plugins(plugin)
     load_installed()
-    kinds = {name: registry.names() for name, registry in REGISTRIES.items()} | {"recipes": shipped_recipes()}
-    if kind is not None and kind not in kinds:
-        raise UserError(f"list {kind}: unknown kind; known: {', '.join(sorted(kinds))}")
-    chosen = {name: kinds[name] for name in ([kind] if kind else sorted(kinds))}
-    origins = {
-        name: {known: place for known in names if (place := REGISTRIES[name].origin(known)) is not None}
-        for name, names in chosen.items() if name in REGISTRIES
-    }  # fmt: skip
-    if as_json:
-        outside = {name: places for name, places in origins.items() if places}
-        typer.echo(json.dumps({**chosen, **({"from": outside} if outside else {})}, indent=2))
-        return
-    for name, names in chosen.items():
-        places = origins.get(name, {})
-        typer.echo(f"{name}: {', '.join(f'{n} ({places[n]})' if n in places else n for n in names)}")
+    origins: dict[str, dict[str, str]] = {}
+    for kind, registry in REGISTRIES.items():
+        for name in registry.names():
+            place = registry.origin(name)
+            if place is not None:
+                origins.setdefault(kind, {})[name] = place
+                found[kind][name] = first_line(registry.get(name).__doc__)
+        found[kind] = dict(sorted(found[kind].items()))
+    return origins
+
+
+def _open(address: str) -> None:
+    """Show a page in the browser; where there is none, say so."""
+    import webbrowser
+
+    if not webbrowser.open(address):
+        typer.echo(f"no browser found here; open {address} yourself", err=True)
 
 
 def _load_plugins(sources: list[str] | None) -> None:

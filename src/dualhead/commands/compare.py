@@ -19,6 +19,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation import (
     Evaluation,
     against_specialists,
+    balanced,
     compare,
     interval_over_samples,
     mcnemar,
@@ -257,7 +258,7 @@ def _common_attacks(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
     for entry in entries[1:]:
         compare(first, entry.evaluation)  # refuses other samples and other threat models
     common = [name for name in first.verdicts if all(name in entry.evaluation.verdicts for entry in entries)]
-    if not common:
+    if not common and not all("corruptions" in entry.evaluation.results for entry in entries):
         raise UserError("no attack was run on all of them; `dualhead evaluate` each with the same --attack")
     faced = dict.fromkeys(name for entry in entries for name in entry.evaluation.verdicts if name not in common)
     notes = []
@@ -274,7 +275,7 @@ def _correct(entry: Entry, common: Sequence[str]) -> dict[str, NDArray[np.bool_]
     order, faced = np.argsort(entry.evaluation.index), entry.evaluation.verdicts
     names = ("clean", *common, *(name for name in faced if name not in common and _for_heads(name)))
     correct = {name: entry.evaluation.correct[name][order] for name in names}
-    return {**correct, "worst": np.logical_and.reduce([correct[name] for name in correct])}
+    return {**correct, "worst": np.logical_and.reduce([correct[name] for name in correct])} if names[1:] else correct
 
 
 def _unit(entries: Sequence[Entry]) -> float | None:
@@ -301,10 +302,12 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
         "checks": _checks(members),
         "clean_accuracy": means.pop("clean"),
         "robust_accuracy": means,
+        **_balanced(members, measured, of_all),
         "intervals": {
             "clean_accuracy" if name == "clean" else name: _interval(shares, len(measured[0][name]))
             for name, shares in values.items()
         },
+        **_corruptions(members),
         "parameters": first.parameters,
         "training_cost": {
             "flops": total,
@@ -312,6 +315,19 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
             "seconds": round(float(np.mean(seconds)), 1) if seconds else None,
         },
     }
+
+
+def _balanced(
+    members: Sequence[Entry], measured: Sequence[dict[str, NDArray[np.bool_]]], names: Sequence[str]
+) -> dict[str, Any]:
+    """Balanced accuracies, means over seeds, and the sizes of the smallest and the largest class."""
+    orders = [np.argsort(member.evaluation.index) for member in members]
+    found = [
+        balanced({name: correct[name] for name in names}, member.evaluation.labels[order])
+        for member, correct, order in zip(members, measured, orders, strict=True)
+    ]
+    means = {name: mean_std([each["balanced_accuracy"][name] for each in found])[0] for name in names}
+    return {"balanced_accuracy": means, "class_sizes": found[0]["class_sizes"]}
 
 
 def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:
@@ -326,6 +342,30 @@ def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:
         of_seeds = f"seed {seeds}: " if len(members) > 1 else ""
         checks.append({"name": name, "status": status, "message": of_seeds + seen[0][1]})
     return lights(checks)
+
+
+def _corruptions(members: Sequence[Entry]) -> dict[str, Any]:
+    """What `results.json` says of corruptions, as the mean over seeds; empty where it was not measured for all."""
+    told = [
+        member.evaluation.results["corruptions"] for member in members if "corruptions" in member.evaluation.results
+    ]
+    if len(told) < len(members):
+        return {}
+    if len(told) == 1:
+        return {"corruptions": told[0]}
+    count = members[0].evaluation.num_samples
+
+    def over_seeds(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        shares = [float(entry["accuracy"]) for entry in entries]
+        return {"accuracy": mean_std(shares)[0], "interval": _interval(shares, count)}
+
+    kinds = {kind: over_seeds([each["kinds"][kind] for each in told]) for kind in told[0]["kinds"]}
+    return {"corruptions": {**{key: told[0][key] for key in ("name", "constants")}, **over_seeds(told), "kinds": kinds}}
+
+
+def _robust(row: dict[str, Any]) -> float:
+    """Robust accuracy under all attacks; where there was none, that on corrupted images."""
+    return float(row["robust_accuracy"].get("worst", row.get("corruptions", {}).get("accuracy", 0.0)))
 
 
 def _interval(shares: Sequence[float], images: int) -> list[float]:
@@ -350,8 +390,8 @@ def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
         return False
     if mine is not None and theirs is not None and mine > SAME_COST * theirs:
         return False
-    a = (row["clean_accuracy"], row["robust_accuracy"]["worst"])
-    b = (other["clean_accuracy"], other["robust_accuracy"]["worst"])
+    a = (row["clean_accuracy"], _robust(row))
+    b = (other["clean_accuracy"], _robust(other))
     return a != b and a[0] >= b[0] and a[1] >= b[1]
 
 
@@ -362,7 +402,7 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[st
         both, a, b = [0], {0: next(iter(a.values()))}, {0: next(iter(b.values()))}
     if not both:
         return []
-    measures = ("clean", *attacks, "worst")
+    measures = ("clean", *attacks, "worst") if attacks else ("clean",)
     if len(both) == 1:
         found = {name: mcnemar(a[both[0]][name], b[both[0]][name]) for name in measures}
         test = "McNemar, exact" + ("" if len(first) == len(second) == 1 else f", seed {both[0]}")

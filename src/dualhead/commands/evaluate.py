@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor
 
 from dualhead.commands.resolve import Request, resolve
 from dualhead.data import Split, digests
 from dualhead.errors import UserError
 from dualhead.evaluation import (
+    ESTIMATE,
     Evaluation,
     EvaluationProgress,
     Finding,
     Gallery,
+    RouteSetting,
     check_duplicates,
     evaluate,
+    evaluate_routes,
     make_gallery,
+    parse_kinds,
 )
-from dualhead.heads import LayerInfo, layers
+from dualhead.heads import DualHeadClassifier, LayerInfo, layers
 from dualhead.models import Normalize, backbones
-from dualhead.runs import GALLERY, RunFolder, read_digests
+from dualhead.objectives import ATTACKED, CLEAN, Logits
+from dualhead.runs import GALLERY, RunFolder, read_digests, read_recipe
 from dualhead.saving import Architecture, find_model, read_config
 from dualhead.system.arithmetic import Precision
 from dualhead.system.files import check_folder
@@ -74,6 +81,89 @@ def assess(
         stop=stop,
     )
     return asked.results, evaluation
+
+
+def assess_routes(
+    request: Request,
+    progress: Callable[[str], EvaluationProgress] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[Path, dict[str, Any]]:
+    """Evaluate the routes of tied heads.
+
+    Args:
+        request: the options; `routes` says what is asked.
+        progress: gives, for the name of a classifier, who is told how far its evaluation is.
+        stop: as in `evaluate`.
+
+    Returns:
+        The folder with the results, and the content of `routes.json`.
+
+    Raises:
+        UserError: for a model without tied heads, and as `assess`.
+    """
+    kinds = parse_kinds(request.routes or "all")
+    if request.output is not None:
+        raise UserError("--routes measures all routes; leave --output-of out")
+    if request.save_adversarial:
+        raise UserError("--save-adversarial: not with --routes; evaluate one head with --output-of")
+    if request.precision not in get_args(Precision):
+        raise UserError(f"--precision {request.precision}: use {', '.join(get_args(Precision))}")
+    asked = resolve(replace(request, output="aggregate"))
+    if asked.radii:
+        raise UserError("--eps: --routes measures at one radius")
+    classifier = asked.model
+    if not isinstance(classifier, DualHeadClassifier) or not classifier.tied:
+        raise UserError(f"--routes: {request.model} has no tied heads (model.second_head: tied)")
+    clean, robust = _roles(request, classifier)
+    test, count = asked.images, min(request.limit or len(asked.images), len(asked.images))
+    if group().first:
+        test.warn_if_sorted(count, "--limit")
+    check_folder(asked.results, "--output")
+    options = {
+        "precision": request.precision, "class_names": list(test.class_names), "skipped": len(test.skipped),
+        "resume": not request.overwrite, "command": request.command, "checks": _duplicates(request, test.first(count)),
+    }  # fmt: skip
+    setting = RouteSetting(
+        threat=asked.threat, attacks=asked.attacks, clean=clean, robust=robust, kinds=kinds,
+        batch_size=request.batch_size, seed=request.seed, options=options,
+    )  # fmt: skip
+    found = evaluate_routes(
+        classifier,
+        torch.as_tensor(test.images[:count]),
+        test.labels[:count],
+        setting,
+        output_dir=asked.results,
+        estimate_on=_training_images(request) if request.is_run else None,
+        progress=progress,
+        stop=stop,
+    )
+    return asked.results, found
+
+
+def _roles(request: Request, classifier: DualHeadClassifier) -> tuple[str, str]:
+    """Return the heads that saw clean and attacked images in training; the first and the last where nothing tells."""
+    stages = read_recipe(Path(request.model)).stages if request.is_run else ()
+    for stage in reversed(stages):
+        logits = [need for need in stage.objective.needs().values() if isinstance(need, Logits)]
+        seen = {
+            on: {n.output for n in logits if n.on == on and n.output in classifier.heads} for on in (CLEAN, ATTACKED)
+        }
+        clean, robust = seen[CLEAN] - seen[ATTACKED], seen[ATTACKED] - seen[CLEAN]
+        if clean and robust:
+            return min(clean), min(robust)
+    return classifier.heads[0], classifier.heads[-1]
+
+
+def _training_images(request: Request) -> Callable[[], Tensor]:
+    """Give the first training images of a run, as the network sees them without augmentation."""
+
+    def read() -> Tensor:
+        recipe = read_recipe(Path(request.model))
+        limit = min(recipe.data.train_limit or ESTIMATE, ESTIMATE)
+        split = recipe.data.model_copy(update={"train_limit": limit, "train_size": None}).load("train")
+        return torch.as_tensor(split.images[:ESTIMATE])
+
+    return read
 
 
 def _duplicates(request: Request, test: Split) -> list[Finding]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dualhead.data import Framing, Split, decode_single
 from dualhead.errors import UserError
-from dualhead.evaluation import make_gallery
+from dualhead.evaluation import Gallery, make_gallery, outputs_of, read_logits
 from dualhead.names import name_of
 from dualhead.report import NO_CLASS, change, picture
 from dualhead.threats import Threat
@@ -33,9 +33,32 @@ from dualhead.threats import Threat
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 64_000_000
 """Of what a page may send: a large photograph, in base64."""
+MOST_EPS = 4.0
+"""Largest eps at which a fooled output is searched for, as a share of the model's own."""
+HALVINGS = 7
+"""Of the interval in which the smallest eps lies: to a part in 128."""
 HTTP_PORT = 80
 """Of which a browser says nothing."""
 PAGE = Path(__file__).with_name("play.html")
+
+
+class _Last(nn.Module):
+    """One output of a model, the last unless told, as a classifier of its own."""
+
+    def __init__(self, model: nn.Module, output: int = -1) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+        self._outputs = outputs_of(model, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._outputs is None:
+            if self.output not in (0, -1):
+                raise UserError(f"target must be 0, since the model has one output, got {self.output}")
+            return read_logits(self.model, x)
+        each = self._outputs(x)
+        if not -each.shape[1] <= self.output < each.shape[1]:
+            raise UserError(f"target must lie in 0 to {each.shape[1] - 1}, got {self.output}")
+        return each[:, self.output]
 
 
 class Playground:
@@ -47,13 +70,17 @@ class Playground:
         threat: what the adversary may do, with the eps that the page starts with.
         framing: how the images came to their form, and an image of one's own does; None: they were stretched.
         count: how many of the images are offered.
+        beside: another model of the same images and classes, such as one that is not defended, and its name; it is
+            attacked for itself.
     """
 
     def __init__(
-        self, model: nn.Module, images: Split, threat: Threat, framing: Framing | None = None, count: int = 60
-    ) -> None:
+        self, model: nn.Module, images: Split, threat: Threat, framing: Framing | None = None, count: int = 60,
+        beside: tuple[str, nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.images, self.threat = model, images, threat
         self.framing = framing or Framing()
+        self.beside = beside
         self.count = min(count, len(images))
         self._busy = threading.Lock()
 
@@ -106,24 +133,71 @@ class Playground:
                 if label < 0:
                     raise UserError("the model's logits for this image are not numbers; say what the image shows")
             made = make_gallery(self.model, image[None], [label], threat=threat, landscapes=(), shares=(1.0,))
+            other = self.beside and make_gallery(_Last(self.beside[1]), image[None], [label], threat=threat,
+                                                 landscapes=(), shares=(1.0,))  # fmt: skip
         outputs = [name_of(str(output)) for output in made.outputs]
-        targets = []
-        for target, name in enumerate(outputs):
-            altered = made.adversarial[target, 0, 0]
-            difference, scale = change(made.original[0], altered)
-            said = made.prediction[target, 0, 0], made.probability[target, 0, 0]
-            targets.append({
-                "name": name, "attacked": picture(altered), "change": difference, "scale": scale,
-                "says": self._says(*said, label),
-            })  # fmt: skip
         return {
             "label": label,
             "class": self.images.class_names[label],
             "clean": picture(made.original[0]),
             "says": self._says(made.clean_prediction[0], made.clean_probability[0], label),
             "outputs": outputs,
-            "targets": targets,
-        }
+            "targets": [self._target(made, target, name, label) for target, name in enumerate(outputs)],
+            "beside": other and self.beside and {
+                **self._target(other, 0, self.beside[0], label),
+                "clean": self._says(other.clean_prediction[0], other.clean_probability[0], label),
+            },
+        }  # fmt: skip
+
+    def smallest(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Search the smallest eps at which PGD-20 fools an output, by bisection.
+
+        What it finds is an upper bound: another attack may need less.
+
+        Args:
+            asked: the image, as for `attack`; `target`, the position of an output, or null for the model beside.
+
+        Returns:
+            `eps`, null if nothing up to `most` fools it; 0 where it is wrong without an attack.
+
+        Raises:
+            UserError: for anything that does not fit.
+        """
+        image, label = self._image(asked)
+        target = asked.get("target")
+        with self._busy:
+            if target is None and self.beside is not None:
+                model: nn.Module = _Last(self.beside[1])
+            elif isinstance(target, int) and not isinstance(target, bool):
+                model = _Last(self.model, target)
+            else:
+                raise UserError("target must be the position of an output")
+            if label is None:
+                label = int(make_gallery(_Last(self.model), image[None], [0], threat=self.threat, landscapes=(),
+                                         shares=()).clean_prediction[0, -1])  # fmt: skip
+            low, high = 0.0, MOST_EPS * self.threat.eps
+
+            def fooled(eps: float) -> bool:
+                made = make_gallery(model, image[None], [label], threat=self.threat.within(eps), landscapes=(),
+                                    shares=(1.0,))  # fmt: skip
+                return bool(made.clean_prediction[0, 0] != label or made.prediction[0, 0, 0, 0] != label)
+
+            clean = make_gallery(model, image[None], [label], threat=self.threat, landscapes=(), shares=())
+            if clean.clean_prediction[0, 0] != label:
+                return {"eps": 0.0, "most": high}
+            if not fooled(high):
+                return {"eps": None, "most": high}
+            most = high
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                low, high = (low, middle) if fooled(middle) else (middle, high)
+        return {"eps": high, "most": most}
+
+    def _target(self, made: Gallery, target: int, name: str, label: int) -> dict[str, Any]:
+        altered = made.adversarial[target, 0, 0]
+        difference, scale = change(made.original[0], altered)
+        says = self._says(made.prediction[target, 0, 0], made.probability[target, 0, 0], label)
+        return {"name": name, "attacked": picture(altered), "change": difference, "scale": scale, "says": says}
 
     def _says(self, predicted: NDArray[Any], shares: NDArray[Any], label: int) -> list[dict[str, Any]]:
         return [
@@ -152,6 +226,20 @@ class Playground:
         if label is not None and (not isinstance(label, int) or not 0 <= label < len(self.images.class_names)):
             raise UserError(f"label must be null or lie in 0 to {len(self.images.class_names) - 1}, got {label}")
         return levels.to(torch.uint8).reshape(height, width, channels).permute(2, 0, 1), label
+
+
+def check_beside(name: str, images: Split, model: str, shown: Split) -> None:
+    """Refuse a model beside another that is not of the same images and classes.
+
+    Raises:
+        UserError: saying what differs.
+    """
+    if images.image_shape != shown.image_shape:
+        raise UserError(
+            f"--beside {name}: takes images {list(images.image_shape)}, and {model} {list(shown.image_shape)}"
+        )
+    if images.class_names != shown.class_names:
+        raise UserError(f"--beside {name}: its classes are not those of {model}, in the same order")
 
 
 def _number(value: object, name: str, above: float) -> float:
@@ -204,7 +292,9 @@ def serve(playground: Playground, port: int = 0) -> ThreadingHTTPServer:
             if not self._welcome():
                 return
             short = length.isdecimal() and len(length) < 10 and int(length) <= MOST_BYTES
-            answers = {"/attack": playground.attack, "/picture": playground.picture}
+            answers = {
+                "/attack": playground.attack, "/picture": playground.picture, "/smallest": playground.smallest,
+            }  # fmt: skip
             if self.path not in answers or not plain or not short:
                 self.send_error(HTTPStatus.BAD_REQUEST)
                 return

@@ -14,8 +14,9 @@ from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
+from dualhead.evaluation import asks_for_corruptions
 from dualhead.models import Backbone, backbones
-from dualhead.runs import RunFolder, load_stage, read_recipe
+from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
 from dualhead.system.processes import group
@@ -45,6 +46,7 @@ class Request:
     stage: str | None = None
     checkpoint: str | None = None
     output: str | None = None
+    routes: str | None = None
     output_dir: Path | None = None
     image_size: str | None = None
     image_column: str | None = None
@@ -217,7 +219,10 @@ def _of_run(request: Request, room: int) -> _Source:
 
     def images() -> Split:
         data = recipe.data.model_copy(update=request.reading)
-        return data.load("test", request.data, room=room)
+        found = data.load("test", request.data, room=room)
+        if request.data is None and not request.reading and data.test is not None:
+            refuse_other_data(folder.path, data_facts(found), data.source, "data.test")
+        return found
 
     def model(images: Split) -> nn.Module:
         network, trained = load_stage(folder.path, request.stage, request.checkpoint)
@@ -386,10 +391,11 @@ def _refuse_other_channels(name: str, test: Split, channels: int | None) -> None
 
 def _fitting_attacks(attacks: tuple[AttackSpec, ...], model: nn.Module) -> tuple[AttackSpec, ...]:
     """Return those attacks that a model can face; one that merges heads also faces the attack that knows of them."""
-    for_heads = [attack for attack in attacks if registry.build(attack).needs_heads]
+    searching = [attack for attack in attacks if not asks_for_corruptions(attack)]
+    for_heads = [attack for attack in searching if registry.build(attack).needs_heads]
     if not hasattr(model, "head_logits"):
         return tuple(attack for attack in attacks if attack not in for_heads)
-    return attacks if for_heads else (*attacks, "multihead")
+    return attacks if for_heads or not searching else (*attacks, "multihead")
 
 
 # ---- where results go
@@ -402,7 +408,7 @@ def _own_folder(request: Request) -> Path:
 
 def _folder_name(request: Request) -> str:
     """Return a name made of the options: another question is another folder."""
-    words = [request.stage, request.checkpoint, request.output, *request.attacks]
+    words = [request.stage, request.checkpoint, "routes" if request.routes else request.output, *request.attacks]
     words += [request.norm, request.threat, *request.threats, request.eps]
     words += [None if request.limit is None else f"first{request.limit}", (request.data or "")[-60:]]
     words += [

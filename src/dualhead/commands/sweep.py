@@ -171,12 +171,14 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
         if not path.is_file():
             continue
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            even = {f"balanced_{name}": value for name, value in row.get("balanced_accuracy", {}).items()}
             robust = {f"robust_{name}": value for name, value in row["robust_accuracy"].items()}
             records.append(
                 {
                     "run": job.name, **job.settings, "seed": job.seed, "model": row["name"],
                     "checks": row.get("checks", []),
-                    "clean_accuracy": row["clean_accuracy"], **robust, "parameters": row["parameters"],
+                    "clean_accuracy": row["clean_accuracy"], **robust, **even,
+                    **({"class_sizes": row["class_sizes"]} if even else {}), "parameters": row["parameters"],
                     **{f"training_{name}": value for name, value in row["training_cost"].items()},
                 }
             )  # fmt: skip

@@ -8,25 +8,96 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from dualhead.report import believable, light_lines
+from dualhead.commands.left import TimeLeft
+from dualhead.recipe import Recipe
+from dualhead.report import believable, duration, light_lines, unequal
+from dualhead.runs import Trial
 
 err = Console(stderr=True, highlight=False, markup=False)  # brackets in names are no markup
 # A file or a pipe has no width to fit into; a table in it must not lose columns.
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 REFRESH_SECONDS = 0.5
+DOUBTED = "! a check failed, see above: its accuracies are not to be believed"
+
+
+LEAST_TEXT = 8
+"""Columns that a name gets at least; where there are fewer, rows are printed as lists."""
+
+
+class NumberTable:
+    """A table whose numbers stay whole at any width: names fold, and where that is not enough each row is a list.
+
+    Args:
+        columns: name of each, and how it is justified; those to the left hold words, which may fold.
+        title: above it.
+    """
+
+    def __init__(self, columns: Mapping[str, Any], title: str | None = None) -> None:
+        self._columns = dict(columns)
+        self._title = title
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """Add a row, of a cell for each column."""
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table, or the lists."""
+        frame = 3 * len(self._columns) + 1
+        cells = list(zip(*self._rows, strict=True)) or [()] * len(self._columns)
+        whole = [
+            max(len(line) for text in (name, *column) for line in text.split("\n"))
+            for name, column in zip(self._columns, cells, strict=True)
+        ]
+        least = [
+            max(len(word) for text in (name, *column) for word in text.split() or [""])
+            for name, column in zip(self._columns, cells, strict=True)
+        ]
+        words = [justify == "left" for justify in self._columns.values()]
+        widths = whole
+        if sum(whole) + frame > options.max_width:
+            room = options.max_width - frame - sum(size for size, word in zip(least, words, strict=True) if not word)
+            share = room // max(1, sum(words))
+            if share < LEAST_TEXT:
+                yield from self._lists()
+                return
+            widths = [min(full, share) if word else size
+                      for full, size, word in zip(whole, least, words, strict=True)]  # fmt: skip
+        table = Table(title=self._title, title_justify="left")
+        for (name, justify), width in zip(self._columns.items(), widths, strict=True):
+            table.add_column(name, justify=justify, overflow="fold", width=width)
+        for row in self._rows:
+            table.add_row(*row)
+        yield table
+
+    def _lists(self) -> Iterator[Text]:
+        if self._title:
+            yield Text(self._title)
+        first, *others = self._columns
+        for name, *cells in self._rows:
+            yield Text(f"{first}: {name}")
+            for column, cell in zip(others, cells, strict=True):
+                yield Text(f"  {column}: {cell}".replace("\n", " "))
 
 
 class TrainingDisplay:
-    """Draws training: stage, epoch, loss, clean and robust validation accuracy, time left."""
+    """Draws training: stage, epoch, loss, clean and robust validation accuracy, time left of stage and run.
 
-    def __init__(self, bar: Progress | None) -> None:
+    Args:
+        bar: to draw in; None: lines are printed.
+        recipe: of the run, by which the time of what is still to come is judged; None: it is not told.
+    """
+
+    def __init__(self, bar: Progress | None, recipe: Recipe | None = None) -> None:
         self._bar = bar
+        self._left = None if recipe is None else TimeLeft(recipe)
         self._task: TaskID | None = None
         self._label = ""
         self._accuracy = ""
@@ -38,6 +109,8 @@ class TrainingDisplay:
         """See `TrainingProgress.stage`."""
         self._label = f"{name} ({number}/{stages})"
         self._epochs, self._accuracy, self._pending = epochs, "", 0
+        if self._left is not None:
+            self._left.stage(number - 1, steps, done)
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -48,9 +121,13 @@ class TrainingDisplay:
     def step(self, epoch: int, loss: Tensor) -> None:
         """See `TrainingProgress.step`. The loss is read twice a second, not at every step."""
         self._pending += 1
+        if self._left is not None:
+            self._left.step()
         if self._bar is None or self._task is None or time.monotonic() - self._drawn < REFRESH_SECONDS:
             return
-        text = f"{self._label}  epoch {epoch}/{self._epochs}  loss {float(loss):.3f}{self._accuracy}"
+        text = (
+            f"{self._label}  epoch {epoch}/{self._epochs}  loss {float(loss):.3f}{self._accuracy}{self._in_all('  ')}"
+        )
         self._bar.update(self._task, description=text, advance=self._pending)
         self._drawn, self._pending = time.monotonic(), 0
 
@@ -64,12 +141,16 @@ class TrainingDisplay:
         if self._bar is None:
             err.print(
                 f"stage {self._label}: epoch {metrics['epoch']}/{self._epochs}, loss {metrics['loss']:.3f}"
-                f"{self._accuracy.replace('  ', ', ')}, {metrics['seconds']:.0f} s",
+                f"{self._accuracy.replace('  ', ', ')}, {metrics['seconds']:.0f} s{self._in_all(', ')}",
                 soft_wrap=True,
             )
         elif self._task is not None:
             self._bar.update(self._task, advance=self._pending)
             self._pending = 0
+
+    def _in_all(self, gap: str) -> str:
+        seconds = None if self._left is None else self._left.seconds()
+        return "" if seconds is None else f"{gap}about {duration(seconds)} left in all"
 
 
 class EvaluationDisplay:
@@ -111,9 +192,7 @@ def progress_bar(*, quiet: bool) -> Iterator[Progress | None]:
 
 def print_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """Print a table; the columns say how each is justified."""
-    table = Table(title=title, title_justify="left")
-    for name, justify in columns.items():
-        table.add_column(name, justify=justify)
+    table = NumberTable(columns, title)
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -134,25 +213,73 @@ def print_row_lights(rows: Sequence[Mapping[str, Any]]) -> None:
     print_lights([(row["name"], row.get("checks", [])) for row in rows])
 
 
-def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable:
     """Return a table of accuracies with their 95 % intervals.
 
     Args:
         title: above it.
         rows: as `comparison.json` holds them.
     """
-    table = Table(title=title, title_justify="left")
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    table.add_column("model", overflow="fold")  # the numbers stay whole on a narrow terminal
-    for column in ("clean", *shown):
-        table.add_column(column, justify="right", overflow="fold")
+    worn, even = _worn_columns(rows), shows_balanced(rows)
+    table = NumberTable({"model": "left"} | dict.fromkeys(("clean", *shown, *worn, *even), "right"), title)
     gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
     for row in rows:
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
         cells += [_cell(row, name, gap) for name in shown]
+        cells += [_worn_cell(row, gap) for _ in worn]
+        cells += [_balanced_cell(row, name) for name in even.values()]
         table.add_row(row["name"], *cells)
     return table
+
+
+def _worn_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the column of accuracies on corrupted images, if any were measured."""
+    return ["corruptions"] if any(row.get("corruptions") for row in rows) else []
+
+
+def _worn_cell(row: Mapping[str, Any], gap: str) -> str:
+    told = row.get("corruptions")
+    return _percent(told["accuracy"], told["interval"], gap) if told else "-"
+
+
+def corruption_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Return a table of accuracies on corrupted images by kind; None where none were measured.
+
+    Args:
+        rows: as `comparison.json` holds them, with `corruptions` as `results.json` does.
+    """
+    told = {row["name"]: row["corruptions"] for row in rows if row.get("corruptions")}
+    if not told:
+        return None
+    first = next(iter(told.values()))
+    title = f"{first['name']}, constants of {first['constants']}; percent, means over 5 severities, 95 % intervals"
+    table = Table(title=title, title_justify="left")
+    table.add_column("kind")
+    for name in told:
+        table.add_column(name, justify="right", overflow="fold")
+    for kind in first["kinds"]:
+        cells = [
+            _percent(each["kinds"][kind]["accuracy"], each["kinds"][kind]["interval"], " ") for each in told.values()
+        ]
+        table.add_row(kind.replace("_", " "), *cells)
+    return table
+
+
+def shows_balanced(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the further columns of a table in which some row's classes are unequal, and the accuracies they show.
+
+    Args:
+        rows: as `comparison.json` holds them; those of earlier versions know nothing of it.
+    """
+    if not any(unequal(row.get("class_sizes")) for row in rows):
+        return {}
+    return {"balanced clean": "clean", "balanced robust": "worst"}
+
+
+def _balanced_cell(row: Mapping[str, Any], name: str) -> str:
+    return _share(row.get("balanced_accuracy", {}).get(name))
 
 
 def _cell(row: Mapping[str, Any], name: str, gap: str) -> str:
@@ -161,14 +288,13 @@ def _cell(row: Mapping[str, Any], name: str, gap: str) -> str:
     return "-" if share is None else _percent(share, row["intervals"][name], gap)
 
 
-def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> NumberTable:
     """Return a table of the stages of a run, as `report.summary` tells them."""
-    table = Table(title="stages, accuracy in percent on held-out training images", title_justify="left")
-    for column, justify in (
-        ("stage", "left"), ("state", "left"), ("epoch", "right"), ("time", "right"), ("clean", "right"),
-        ("robust", "right"), ("best robust", "right"),
-    ):  # fmt: skip
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a literal that the tuple widens
+    table = NumberTable(
+        {"stage": "left", "state": "left"}
+        | dict.fromkeys(("epoch", "time", "clean", "robust", "best robust"), "right"),
+        "stages, accuracy in percent on held-out training images",
+    )
     for stage in stages:
         best, last, seconds = stage["best"], stage["last"], stage["seconds"]
         table.add_row(
@@ -189,20 +315,26 @@ def _percent(share: float, ends: Sequence[float], gap: str) -> str:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of a sweep: a line for each model at each point of the grid, means over seeds."""
-    told = ("run", "seed", "model", "checks", "clean_accuracy", "parameters")
-    varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(("robust_", "train"))]
+    told = ("run", "seed", "model", "checks", "clean_accuracy", "class_sizes", "parameters")
+    found = ("robust_", "balanced_", "train")
+    varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(found)]
     print_lights([(f"{row['run']}: {row['model']}", row.get("checks", [])) for row in rows])
     points: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         points.setdefault((*(str(row[key]) for key in varied), row["model"]), []).append(row)
-    columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", "clean", "worst", "cost"), "right")
+    keys = {"clean": "clean_accuracy", "worst": "robust_worst"}
+    keys |= {column: f"balanced_{name}" for column, name in shows_balanced(rows).items()}
+    columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", *keys, "cost"), "right")
     lines = []
     for point, members in points.items():
-        shares = [_spread([row[key] for row in members if key in row]) for key in ("clean_accuracy", "robust_worst")]
+        shares = [_spread([row[key] for row in members if key in row]) for key in keys.values()]
         costs = [row["training_flops"] for row in members if row["training_flops"] is not None]
         cost = f"{sum(costs) / len(costs):.3g}" if costs else "-"
-        lines.append([*point, str(len(members)), *shares, cost])
+        believed = all(believable(row.get("checks", [])) for row in members)
+        lines.append([*point[:-1], point[-1] if believed else f"! {point[-1]}", str(len(members)), *shares, cost])
     print_table(columns, lines, "accuracy in percent, mean and deviation over seeds; cost in floating-point operations")
+    if not all(believable(row.get("checks", [])) for row in rows):
+        out.print(DOUBTED)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -219,6 +351,7 @@ def print_standings(found: Mapping[str, Any]) -> None:
     print_row_lights(rows)
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
+    worn, even = _worn_columns(rows), shows_balanced(rows)
     lines = []
     for row in rows:
         ends, cost = row["intervals"], row["training_cost"]
@@ -226,15 +359,20 @@ def print_standings(found: Mapping[str, Any]) -> None:
             _mark(row) + row["name"], str(len(row["seeds"])),
             _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
             *(_cell(row, name, " ") for name in shown),
+            *(_worn_cell(row, " ") for _ in worn),
+            *(_balanced_cell(row, name) for name in even.values()),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",
             "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
         ])  # fmt: skip
-    columns = {"model": "left"} | dict.fromkeys(("seeds", "clean", *shown, "parameters", "cost", "seconds"), "right")
+    numbers = ("seeds", "clean", *shown, *worn, *even, "parameters", "cost", "seconds")
+    columns = {"model": "left"} | dict.fromkeys(numbers, "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
+    if by_kind := corruption_table(rows):
+        out.print(by_kind)
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
     if not all(believable(row.get("checks", [])) for row in rows):
-        out.print("! a check failed, see above: its accuracies are not to be believed, and it is not ranked")
+        out.print(f"{DOUBTED}, and it is not ranked")
     for note in found["notes"]:
         out.print(note, soft_wrap=True)
     pairs = found["pairs"]
@@ -265,3 +403,36 @@ def _mark(row: Mapping[str, Any]) -> str:
 
 def _signed(ends: Sequence[float]) -> str:
     return f"[{ends[0]:+.1%}, {ends[1]:+.1%}]"
+
+
+def print_costs(trial: Trial) -> None:
+    """Print what a trial of a few steps says of the cost of training."""
+    columns = {"stage": "left"} | dict.fromkeys(("epochs", "steps", "forward passes", "time"), "right")
+    rows = [
+        [stage.name, str(stage.epochs), f"{stage.steps * stage.epochs:,}", f"{stage.forward_equivalents:,.0f}",
+         duration(stage.seconds)]
+        for stage in trial.stages
+    ]  # fmt: skip
+    rows.append(["all", "", "", f"{trial.forward_equivalents:,.0f}", duration(trial.seconds)])
+    print_table(columns, rows, "cost in forward passes of one image, time on this machine as busy as it is")
+    out.print("validation and the evaluation come on top", soft_wrap=True)
+
+
+def print_runs(found: Sequence[Mapping[str, Any]]) -> None:
+    """Print runs as `list_of` gives them."""
+    print_lights([(run["run"], run["checks"]) for run in found])
+    columns = {"run": "left", "recipe": "left", "state": "left"} | dict.fromkeys(("epochs", "clean", "worst"), "right")
+    rows = []
+    for run in found:
+        robust, ends = run["robust_accuracy"] or {}, run["intervals"] or {}
+        worst = "-" if "worst" not in robust else _percent(robust["worst"], ends["worst"], " ")
+        clean = run["clean_accuracy"]
+        state = f"{run['state']}, at work" if run["at_work"] else run["state"]
+        rows.append([
+            run["run"], str(run["recipe"] or "-"), state, f"{run['epoch']}/{run['epochs']}",
+            "-" if clean is None else _percent(clean, ends["clean_accuracy"], " "), worst,
+        ])  # fmt: skip
+    print_table(columns, rows, "deployed models on test images, percent, 95 % intervals")
+    for run in found:
+        for note in run["notes"]:
+            out.print(f"{run['run']}: {note}", soft_wrap=True, markup=False)

@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -150,13 +151,20 @@ class Registry(Generic[T]):
         """Where a registered component comes from: a package, file or module; None if it ships."""
         return plugins.origin(self.get(name))
 
+    def known_as(self, name: str) -> str:
+        """The registered name that one in other letters means (`TRADES`, `pairwise-cnn`); else the name itself."""
+        self._load()
+        if name in self._classes:
+            return name
+        return next((known for known in self._classes if folded(known) == folded(name)), name)
+
     def get(self, name: str) -> type[T]:
-        """The class registered under a name, or at an address.
+        """The class registered under a name, in any case and with - or _, or at an address.
 
         Raises:
             UserError: naming the nearest known names, if there is none; or if an address holds none.
         """
-        self._load()
+        name = self.known_as(name)
         if name not in self._classes and plugins.split_address(name):
             return self._addressed(name)[1]
         if name not in self._classes:
@@ -211,21 +219,23 @@ class Registry(Generic[T]):
         return spec if isinstance(spec, str) else dict(spec)
 
     def _expanded(self, spec: str) -> dict[str, Any]:
-        if spec in self._classes:
-            return {"name": spec}
+        if self.known_as(spec) in self._classes:
+            return {"name": self.known_as(spec)}
         head, colon, tail = spec.partition(":")
         if colon:
+            head = head if head in self._classes or "." in head or "/" in head else self.known_as(head)
             field = getattr(self._classes.get(head), "short_text", None)
             if field is not None:
                 return {"name": head, field: tail}
             if head not in self._classes and (self._imported_as is not None or plugins.split_address(spec)):
                 return self._from_outside(spec)
-        words = spec.split("-")
-        prefixes = ["-".join(words[:count]) for count in range(len(words), 0, -1)]
-        name = next(
-            (prefix for prefix in prefixes if prefix in self._classes), spec
+        told = re.sub(r"(?<=[A-Za-z])(?=\d)", "-", spec) if self._is_run_together(spec) else spec
+        words = re.split("[-_]", told)
+        prefixes = {len(words[:count]): self.known_as("-".join(words[:count])) for count in range(len(words), 0, -1)}
+        count, name = next(
+            ((count, prefix) for count, prefix in prefixes.items() if prefix in self._classes), (len(words), spec)
         )  # `fab-t-50` is no short form of `fab`
-        given = words[len(name.split("-")) :]
+        given = words[count:]
         fields: tuple[str, ...] = getattr(self._classes.get(name), "short_numbers", ())
         if given and fields and len(given) <= len(fields) and all(number.isdigit() for number in given):
             return {"name": name, **dict(zip(fields, map(int, given), strict=False))}
@@ -234,6 +244,11 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {spec!r} is not understood; write {form!r}" + ("" if fields else " alone"))
         self.get(spec)
         raise AssertionError  # get has raised: spec is not a registered name
+
+    def _is_run_together(self, spec: str) -> bool:
+        """Whether a spec is a name with its first number right behind it, as people write it: `resnet18`, `pgd40`."""
+        found = re.match(r"([A-Za-z]+)\d", spec)
+        return found is not None and bool(getattr(self._classes.get(self.known_as(found[1])), "short_numbers", ()))
 
     def _from_outside(self, spec: str) -> dict[str, Any]:
         """The long form of an address: of a class of this kind or, where the kind has that, of a function."""
@@ -298,6 +313,11 @@ class Registry(Generic[T]):
                 inside[key] = [one.describe() for one in value]
         cls = type(component)
         return {"name": cls.__dict__.get("address", cast("Any", component).registered_name), **values, **inside}
+
+
+def folded(name: str) -> str:
+    """A name without what people vary when they type it: case, and - or _."""
+    return name.lower().replace("_", "-")
 
 
 def _ships(cls: type) -> bool:

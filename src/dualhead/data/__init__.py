@@ -4,6 +4,7 @@ from dualhead.data.augmentations import Augmentation, augmentations
 from dualhead.data.cutmix import CutMix
 from dualhead.data.decode import Framing, Resample, decode_single
 from dualhead.data.duplicates import Digests, digests, shared_images
+from dualhead.data.given import GIVEN, GivenImages, Labelled, holding
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.names import among, are_numbers, match, one_form
 from dualhead.data.source import Storage, load_split, resolve
@@ -12,11 +13,14 @@ from dualhead.data.stored import in_turn
 from dualhead.data.streams import OpenStream, Stream, StreamImages, StreamSetting, streams
 
 __all__ = [
+    "GIVEN",
     "Augmentation",
     "Batch",
     "CutMix",
     "Digests",
     "Framing",
+    "GivenImages",
+    "Labelled",
     "Loader",
     "OpenStream",
     "Resample",
@@ -32,6 +36,7 @@ __all__ = [
     "decode_single",
     "digests",
     "hold_out",
+    "holding",
     "in_turn",
     "load_split",
     "match",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -90,6 +90,45 @@ def read_arrays(
     return LabelledArrays(
         shared, _flat(labels), others, class_names, lambda rows, framing: _framed(images, rows, framing)
     )
+
+
+def given_arrays(
+    given: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
+    class_names: Sequence[str] | None,
+    part: Part,
+    *,
+    split_off: bool,
+) -> LabelledArrays:
+    """Treat arrays in memory as `read_arrays` does those of a file, so that both give the same images.
+
+    Args:
+        given: images and labels of each part.
+        class_names: in the order of the labels; None for numbers.
+        part: which.
+        split_off: the test part is a share of the train part.
+
+    Raises:
+        UserError: if they are no labelled images.
+    """
+    advice = "give test= too, or set data.test to the share of the training images that is kept for it"
+    chosen, shared = choose_shared(set(given), part, advice, split_off=split_off)
+    images = _in_memory(f"{chosen} images", chosen, given[chosen][0])
+    labels = _in_memory(f"{chosen} labels", chosen, given[chosen][1])
+    if len(images.shape) < 3 or not labels.shape or images.shape[0] != labels.shape[0]:
+        raise UserError(
+            f"array {images.key!r} has shape {list(images.shape)}, and {labels.key!r} {list(labels.shape)}; right are "
+            "images [N, C, H, W] and labels [N]"
+        )
+    others = [_flat(_in_memory(f"{name} labels", name, given[name][1])) for name in sorted(given) if name != chosen]
+    names = None if class_names is None else [one_form(name) for name in class_names]
+    return LabelledArrays(
+        shared, _flat(labels), others[0] if others and not shared else None, names,
+        lambda rows, framing: _framed(images, rows, framing),
+    )  # fmt: skip
+
+
+def _in_memory(key: str, part: str, values: NDArray[Any]) -> _Array:
+    return _Array(key, part, values.shape, values.dtype, lambda rows: values[:rows] if values.ndim else values)
 
 
 def _arrays_in(file: Path, own: str) -> Iterable[_Array]:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from dualhead.data import cache
-from dualhead.data.arrays import read_arrays
+from dualhead.data.arrays import LabelledArrays, given_arrays, read_arrays
 from dualhead.data.decode import FULL_DEPTH, Encoded, Framing, Resample, decode, decode_readable, unreadable
 from dualhead.data.files import (
     LABELS,
@@ -30,6 +30,7 @@ from dualhead.data.files import (
     find_files,
     refuse_several_folders,
 )
+from dualhead.data.given import GIVEN, held
 from dualhead.data.names import in_order, one_form
 from dualhead.data.split import Split, held_rows
 from dualhead.data.stored import Encodings, Files, Rows, StoredImages, encoded_row
@@ -50,6 +51,13 @@ _LIKE_A_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _TEST_SEED: Final = 0  # the test part is the same whatever the seed of a run
 
 _log = logging.getLogger(__name__)
+
+_SPOKEN: Final = {
+    "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "mnist": "ylecun/mnist",
+    "fashionmnist": "zalando-datasets/fashion_mnist", "svhn": "ufldl-stanford/svhn:cropped_digits",
+    "tinyimagenet": "zh-plus/tiny-imagenet",
+}  # fmt: skip
+"""Names of data sets as people say them, without - and _, and their names on the Hub."""
 
 Choice = Literal["first", "sample"]
 
@@ -111,6 +119,7 @@ def load_split(
             a folder that `datasets` saved (`save_to_disk`);
             a `.npz` file, or a folder of `.npz` or `.npy` files (see `dualhead.data.arrays`);
             an image folder (`train/CLASS/*.png`, `test/CLASS/*.png`);
+            `given:DIGEST`, images that a program holds (see `dualhead.data.given`);
             the name of a data set on the Hugging Face Hub, `hf:uoft-cs/cifar10` or `hf:OWNER/NAME:CONFIG`.
             What exists as a path is taken as a path (`./digits` for a folder of that name). `OWNER/NAME` without
             `hf:` is a name on the Hub if there is neither such a path nor a folder `OWNER`.
@@ -151,9 +160,9 @@ def load_split(
         raise UserError(f"data.depth must lie in 1 to {FULL_DEPTH} bits, got {depth}")
     framing = Framing(size, crop, resample, squash, channels, depth)
     options = _Options(part, image_column, label_column, framing, skip_unreadable, test, limit, choice)
+    source = source if Path(source).exists() else name_on_hub(source) or source
     try:
-        path = path_of(source)
-        split = _from_hub(source, options, storage) if path is None else _from_path(path, options, storage)
+        split = _from_source(source, options, storage)
     except UserError as error:
         raise UserError(f"data.source {source!r}: {error}") from None
     _warn_of(split, source, options)
@@ -215,6 +224,12 @@ class _Options:
         return [list(values) if isinstance(values, tuple) else values for values in astuple(self)]
 
 
+def name_on_hub(source: str) -> str | None:
+    """The Hub's name, with `hf:`, of a data set as people say it (`cifar10`, `CIFAR-10`); None for what is none."""
+    found = _SPOKEN.get(re.sub("[-_ ]", "", source).lower())
+    return None if found is None else f"{_ON_THE_HUB}{found}"
+
+
 def path_of(source: str) -> Path | None:
     """The path that a source names, absolute; None for a name on the Hub.
 
@@ -248,7 +263,7 @@ def resolve(source: str) -> str:
         return source
     path = Path(source).expanduser()
     if not path.exists():
-        return source
+        return name_on_hub(source) or source
     if path.is_dir() and _LIKE_A_NAME.fullmatch(source):
         _tell_folder(source)
     return str(path.absolute())
@@ -266,6 +281,24 @@ def _cached(files: Sequence[Path], options: _Options, extra: object, make: Calla
         split = make()
         cache.write(key, split)
     return split
+
+
+def _from_source(source: str, options: _Options, storage: Storage) -> Split:
+    if source.startswith(GIVEN):
+        return _from_given(source, options, storage)
+    path = path_of(source)
+    return _from_hub(source, options, storage) if path is None else _from_path(path, options, storage)
+
+
+def _from_given(source: str, options: _Options, storage: Storage) -> Split:
+    given = held(source)
+    named = given.parts.get(options.part)
+    if isinstance(named, str):
+        return _from_source(named, options, storage)
+    arrays = {part: content for part, content in given.parts.items() if not isinstance(content, str)}
+    return _of_arrays(
+        given_arrays(arrays, given.class_names, options.part, split_off=options.test is not None), options
+    )
 
 
 def _from_path(path: Path, options: _Options, storage: Storage) -> Split:
@@ -300,6 +333,10 @@ def _from_arrays(found: ArrayFiles, options: _Options, storage: Storage) -> Spli
     arrays = read_arrays(
         found, options.part, options.image_column, options.label_column, split_off=options.test is not None
     )
+    return _of_arrays(arrays, options)
+
+
+def _of_arrays(arrays: LabelledArrays, options: _Options) -> Split:
     theirs = [] if arrays.others is None else [arrays.others]
     numbers, names = _classes([arrays.labels], theirs, arrays.class_names, "labels")
     _check_labels(numbers[0], len(names), lambda row: f"row {row} of its labels")

@@ -1,29 +1,45 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
+from dualhead.evaluation.corruptions import asks_for_corruptions
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
+from dualhead.evaluation.given import read_all
 from dualhead.evaluation.harness import evaluate
+from dualhead.evaluation.model import outputs_of, read_logits
+from dualhead.evaluation.once import attack
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
-from dualhead.evaluation.results import Evaluation, Verdicts
+from dualhead.evaluation.results import Evaluation, Verdicts, balanced
+from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
 from dualhead.evaluation.union import against_specialists
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
+    "ESTIMATE",
+    "KINDS",
     "Evaluation",
     "EvaluationProgress",
     "Finding",
     "Gallery",
     "Paired",
+    "RouteSetting",
     "Verdicts",
     "against_specialists",
+    "asks_for_corruptions",
+    "attack",
+    "balanced",
     "check_duplicates",
     "compare",
     "evaluate",
+    "evaluate_routes",
     "interval_over_samples",
     "make_gallery",
     "mcnemar",
     "mean_std",
+    "outputs_of",
+    "parse_kinds",
+    "read_all",
+    "read_logits",
     "wilson",
 ]

@@ -6,7 +6,7 @@ adversarial robustness of adaptive test-time defenses): each check says what was
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dualhead.attacks import Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.attacks.losses import cross_entropy
+from dualhead.errors import Interrupted
 from dualhead.evaluation.model import ROWS, Subject, differ
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
 from dualhead.noise import Streams
@@ -119,7 +120,9 @@ def is_random(subject: Subject, samples: Samples) -> bool:
     return any(differ(logits, subject.verify(x), 1e-4) for _ in range(3))
 
 
-def right_under_draws(subject: Subject, samples: Samples, draws: int) -> NDArray[np.bool_]:
+def right_under_draws(
+    subject: Subject, samples: Samples, draws: int, stop: Callable[[], bool] = lambda: False
+) -> NDArray[np.bool_]:
     """Ask a random model about images that nobody attacks as often as an attack does.
 
     An attack takes an example once it looks misclassified and a second pass confirms that, so luck alone fools a random
@@ -129,13 +132,19 @@ def right_under_draws(subject: Subject, samples: Samples, draws: int) -> NDArray
         subject: the model.
         samples: the data.
         draws: steps of the attack, each with a look at the answer.
+        stop: asked before each draw.
 
     Returns:
         bool [N], images that were never twice in a row misclassified.
+
+    Raises:
+        Interrupted: when stopped; the draws are made anew next time.
     """
     left = torch.arange(len(samples.labels))
     kept = np.ones(len(left), np.bool_)
     for _ in range(draws):
+        if stop():
+            raise Interrupted("stopped while a random model was asked again; the same command goes on from there")
         wrong = _misclassified(subject, samples, _misclassified(subject, samples, left))
         kept[wrong.numpy()] = False
         left = left[torch.from_numpy(kept)[left]]
@@ -159,6 +168,7 @@ def check_randomness(
     robust: NDArray[np.bool_],
     draws: int,
     attacks: Set[str],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Finding:
     """Is the model random, and how much of what attacks found is luck?
 
@@ -169,11 +179,15 @@ def check_randomness(
         robust: bool [N], what withstood all attacks.
         draws: steps that the attack with most steps takes.
         attacks: registered names of the attacks that were run.
+        stop: asked before each draw.
+
+    Raises:
+        Interrupted: when stopped.
     """
     if not is_random(subject, samples):
         return Finding("randomness", "ok", "the same images give the same logits")
     draws = min(draws, MOST_DRAWS)
-    lucky = float(right_under_draws(subject, samples, draws).mean())
+    lucky = float(right_under_draws(subject, samples, draws, stop).mean())
     seen = (
         f"the same images gave different logits: the model is random. Asked {draws} times without any attack, "
         f"{lucky:.1%} of the images stay right (asked once, {correct.mean():.1%}): compare robust accuracy "

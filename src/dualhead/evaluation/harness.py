@@ -18,7 +18,9 @@ from dualhead.attacks import Attack, LogitsFn, Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.components.plugins import sources_in
+from dualhead.data import corruptions as rendering
 from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation.corruptions import WORD, asks_for_corruptions, corrupted_right, summary
 from dualhead.evaluation.diagnostics import (
     PROBES,
     Finding,
@@ -33,8 +35,9 @@ from dualhead.evaluation.diagnostics import (
 from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.model import Subject, check_images, differ, frozen
+from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
-from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
+from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.evaluation.union import merged, threat_labels
 from dualhead.noise import Streams
@@ -44,7 +47,7 @@ from dualhead.system.outputs import without_inference_tensors
 from dualhead.system.processes import group
 from dualhead.threats import Threat, ThreatModel, build_threat
 
-Spec = str | Mapping[str, Any] | Attack
+Spec = str | Mapping[str, Any] | Attack | OwnAttack
 
 
 @float32_products()  # TF32 is no float32, and verdicts are float32's
@@ -65,6 +68,7 @@ def evaluate(
     skipped: int = 0,
     checks: Sequence[Finding] = (),
     heads: LogitsFn | None = None,
+    return_adversarial: bool = False,
     save_adversarial: bool = False,
     output_dir: str | Path | None = None,
     resume: bool = True,
@@ -97,7 +101,10 @@ def evaluate(
             `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`; or as
             text, `"L2:0.5"`. Several, in a list, make a column each, as `pgd-40@L2`, and `worst` is under all of them;
             an attack that is not defined for one of them runs under the others, which the results tell.
-        attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), or attacks.
+        attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), attacks,
+            or functions of (model, images, labels) to images, which results call by their names and never resume.
+            `corruptions`, alone or among them, measures accuracy on the 15 common corruptions of Hendrycks and
+            Dietterich in 5 severities, on all images and apart from the attacks.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
         batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.
@@ -109,6 +116,7 @@ def evaluate(
         checks: what whoever read the images found out about them, to stand among the diagnostics.
         heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
             where there is one.
+        return_adversarial: keep the adversarial examples in the result: `Evaluation.adversarial(attack)`.
         save_adversarial: keep the adversarial examples in `samples.npz`.
         output_dir: where to write `results.json` and `samples.npz`, and to keep what is found out on the way.
         resume: go on with what lies there; False begins anew.
@@ -141,8 +149,10 @@ def evaluate(
         }  # fmt: skip
         if eps:
             raise UserError("eps: a curve over eps is of one threat; leave it out, or name one threat")
+        if any(map(asks_for_corruptions, attacks)):
+            raise UserError(f"{WORD} are of no threat; measure them apart, or name one threat")
         return _evaluate_each(model, images, labels, threat, attacks, output_dir, options)
-    built = _build(attacks)
+    built, corrupts = _asked(attacks, images, eps)
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
@@ -159,7 +169,7 @@ def evaluate(
             [parse_real(value) for value in eps],
             seed,
             progress or Silent(),
-            save_adversarial,
+            save_adversarial or return_adversarial,
             came_training,
             stop,
         )
@@ -170,7 +180,9 @@ def evaluate(
         origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
         if skipped:
             origin["skipped_images"] = skipped
-        evaluation = work.run(names, origin, diagnostics)
+        evaluation = work.run(names, origin, diagnostics, corrupts=corrupts)
+        if return_adversarial:
+            evaluation.keep_clean(images)
         evaluation.results["diagnostics"] += [asdict(check) for check in checks]
     if output_dir is not None:
         folder = output_dir
@@ -222,13 +234,26 @@ def check_interval(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 5
 
 
+def _asked(attacks: Sequence[Spec], images: Tensor, eps: Sequence[float | str]) -> tuple[dict[str, Attack], bool]:
+    """Attacks by label, and whether the corruptions are asked for too."""
+    if isinstance(attacks, str | Mapping):
+        return _build(attacks), False
+    built = _build([attack for attack in attacks if not asks_for_corruptions(attack)])
+    corrupts = any(map(asks_for_corruptions, attacks))
+    if corrupts:
+        rendering.check_corruptible(*images.shape[1:])
+        if eps and not built:
+            raise UserError(f"eps: {WORD} have no budget; leave it out, or name an attack too")
+    return built, corrupts
+
+
 def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
     """Attacks by label."""
     if isinstance(specs, str | Mapping):
         raise UserError(f"attacks must be a list, as in attacks=[{specs!r}]")
     built: dict[str, Attack] = {}
     for place, spec in enumerate(specs):
-        attack = registry.build(spec, f"attacks.{place}")
+        attack = registry.build(as_attack(spec), f"attacks.{place}")
         if attack.label in (*built, "worst", "clean"):
             raise UserError(f"attacks.{place}: {attack.label} is named twice")
         built[attack.label] = attack
@@ -416,7 +441,8 @@ class _Work:
 
         def check() -> list[dict[str, str]]:
             names = self._attack_names
-            return described([check_randomness(self.subject, self.samples, self.correct, robust, draws, names)])
+            found = check_randomness(self.subject, self.samples, self.correct, robust, draws, names, self.stop)
+            return described([found])
 
         key = f"randomness at eps {self.threat.eps!r} of {', '.join(sorted(self.attacks))}"
         return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
@@ -456,8 +482,41 @@ class _Work:
             findings = findings + described(check_curve(curve, len(self.correct), self._attack_names))
         return cast("list[dict[str, str]]", findings)
 
-    def run(self, class_names: list[str], origin: dict[str, Any], diagnostics: bool) -> Evaluation:
-        """All attacks at all budgets; `origin` goes into the results as it is."""
+    def _corruptions(self) -> dict[str, Any]:
+        """Accuracy on corrupted images, each process on its own."""
+        samples, subject = self.samples, self.subject
+        right: dict[str, NDArray[np.bool_]] = {}
+        mine = torch.from_numpy(self.mine)
+
+        def answer(images: Tensor) -> Tensor:
+            return predictions(subject.verify(images.to(subject.device))).cpu()
+
+        for done, kind in enumerate(rendering.KINDS):
+            self.progress.update(
+                WORD, done, len(rendering.KINDS), float(np.mean([of.mean() for of in right.values()] or [1.0]))
+            )
+            if any(self.group.any(self.stop())):
+                raise Interrupted(f"stopped in {WORD}; the same command goes on from there")
+            key = f"{WORD}: {kind}"
+            found = np.zeros((len(self.correct), rendering.SEVERITIES), bool)
+            if not self.group.lead(partial(self.journal.facts.__contains__, key)):
+                own = corrupted_right(
+                    answer, samples.images[mine], samples.labels[mine], samples.keys[mine], kind, self.seed,
+                    subject.batch_size,
+                )  # fmt: skip
+                for rank, part in enumerate(self.group.gather(own)):
+                    found[rank :: self.world] = part
+            told = self.group.lead(partial(self.journal.fact, key, found.tolist))
+            right[kind] = np.array(told, bool)
+        self.progress.update(
+            WORD, len(rendering.KINDS), len(rendering.KINDS), float(np.mean([of.mean() for of in right.values()]))
+        )
+        return summary(right, samples.images.shape[1:])
+
+    def run(
+        self, class_names: list[str], origin: dict[str, Any], diagnostics: bool, *, corrupts: bool = False
+    ) -> Evaluation:
+        """All attacks at all budgets, and the corruptions if asked; `origin` goes into the results as it is."""
         begun = time.perf_counter()
         findings = self._diagnose_model(class_names) if diagnostics else []
         records, verdicts = {}, {}
@@ -474,7 +533,7 @@ class _Work:
         curve = []
         for radius, threat in sorted(self.threats.items()):
             curve.append({"eps": radius, **self._at(threat, correct)})
-        if diagnostics:
+        if diagnostics and self.attacks:
             findings += self._diagnose_randomness(correct["worst"])
             # Of a model that gives one answer to everything, an attack that finds nothing proves no masked gradients.
             if not any(one["name"] == "one_class" and one["status"] == "failed" for one in findings):
@@ -484,7 +543,9 @@ class _Work:
             "num_samples": len(self.correct),
             "threat": self.threat.describe(),
             **accuracies(correct),
+            **balanced(correct, evaluation.labels),
             "attacks": records,
+            **({WORD: self._corruptions()} if corrupts else {}),
             "curve": curve,
             "per_class": per_class(correct, evaluation.labels, class_names),
             "diagnostics": findings,
@@ -511,7 +572,8 @@ class _Work:
             columns = {"clean": self.correct, **found}
             columns["worst"] = cast("NDArray[np.bool_]", np.logical_and.reduce(list(columns.values())))
         both = accuracies(columns)
-        return {key: both[key] for key in ("robust_accuracy", "intervals")}
+        even = balanced(columns, self.samples.labels.numpy())["balanced_accuracy"]
+        return {**{key: both[key] for key in ("robust_accuracy", "intervals")}, "balanced_accuracy": even}
 
     def _attack(self, attack: Attack, threat: Threat) -> tuple[Verdicts, dict[str, Any]]:
         """One attack on all samples: what each process found, put together."""

@@ -38,7 +38,7 @@ def compare(first: Evaluation | str | Path, second: Evaluation | str | Path) -> 
     if not np.array_equal(a.labels[by_a], b.labels[by_b]):
         raise UserError("the labels of the samples differ; these are different data")
     both = ["clean", *(name for name in a.verdicts if name in b.verdicts)]
-    if a.verdicts.keys() == b.verdicts.keys():
+    if a.verdicts and a.verdicts.keys() == b.verdicts.keys():
         both.append("worst")
     left, right = a.correct, b.correct
     return {name: mcnemar(left[name][by_a], right[name][by_b]) for name in both}

@@ -9,7 +9,9 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import finite, write_arrays
@@ -49,7 +51,7 @@ class Verdicts:
     adversarial_rows: NDArray[np.int64] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """Robustness of a model on samples.
 
@@ -66,6 +68,39 @@ class Evaluation:
     clean_prediction: NDArray[np.int64]
     verdicts: dict[str, Verdicts]
     results: dict[str, Any] = field(repr=False)
+    _clean: Tensor | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        robust = ", ".join(f"{name} {share:.1%}" for name, share in self.robust_accuracy.items())
+        return f"Evaluation({self.num_samples} samples, clean {self.clean_accuracy:.1%}, {robust})"
+
+    def keep_clean(self, images: Tensor) -> None:
+        """Keep the images, for `adversarial`."""
+        self._clean = images
+
+    def adversarial(self, attack: str | None = None) -> Tensor:
+        """Return the images as an attack left them: the clean one where it did not fool the model.
+
+        Args:
+            attack: its name; None for the only one.
+
+        Returns:
+            Float32 [N, C, H, W] in [0, 1].
+
+        Raises:
+            UserError: without `return_adversarial=True`, or for an attack that was not run.
+        """
+        if self._clean is None:
+            raise UserError("adversarial images are kept by evaluate(..., return_adversarial=True)")
+        known = ", ".join(self.verdicts)
+        name = next(iter(self.verdicts)) if attack is None and len(self.verdicts) == 1 else attack
+        if name not in self.verdicts:
+            raise UserError(f"attack {attack!r}: name one of {known}")
+        clean, verdict = self._clean.cpu(), self.verdicts[name]
+        images = clean.float() / 255 if clean.dtype == torch.uint8 else clean.float().clone()
+        if verdict.adversarial is not None and verdict.adversarial_rows is not None:
+            images[torch.from_numpy(verdict.adversarial_rows)] = torch.from_numpy(verdict.adversarial)
+        return images
 
     @property
     def num_samples(self) -> int:
@@ -83,6 +118,11 @@ class Evaluation:
         return dict(self.results["robust_accuracy"])
 
     @property
+    def balanced_accuracy(self) -> dict[str, float]:
+        """Mean over the classes of the share that is right, by `clean`, each attack, and `worst`, in [0, 1]."""
+        return dict(balanced(self.correct, self.labels)["balanced_accuracy"])
+
+    @property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Wilson 95 % intervals of `clean_accuracy`, of each attack, and of `worst`."""
         return {name: (low, high) for name, (low, high) in self.results["intervals"].items()}
@@ -94,10 +134,10 @@ class Evaluation:
 
     @property
     def correct(self) -> dict[str, NDArray[np.bool_]]:
-        """Return which samples are right, bool [N], by `clean`, each attack, and `worst`."""
+        """Return which samples are right, bool [N], by `clean`, each attack and, if there was one, `worst`."""
         clean = self.clean_prediction == self.labels
         columns = {"clean": clean, **{name: verdict.robust for name, verdict in self.verdicts.items()}}
-        return {**columns, "worst": np.logical_and.reduce(list(columns.values()))}
+        return {**columns, "worst": np.logical_and.reduce(list(columns.values()))} if self.verdicts else columns
 
     def save(self, folder: str | Path) -> None:
         """Write `samples.npz` and then `results.json`, each atomically."""
@@ -170,6 +210,23 @@ def accuracies(correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
             **{name: interval(column) for name, column in attacked.items()},
         },
     }
+
+
+def balanced(correct: dict[str, NDArray[np.bool_]], labels: NDArray[np.int64]) -> dict[str, Any]:
+    """Return what does not depend on how many images each class has.
+
+    Args:
+        correct: bool [N] each, named as in `Evaluation.correct`.
+        labels: int64 [N].
+
+    Returns:
+        `balanced_accuracy`: by the same names, in [0, 1], the mean over the classes that occur of the share of their
+        images that are right (Brodersen et al. 2010); `class_sizes`: images of the smallest of these classes and of
+        the largest.
+    """
+    _, place, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    means = {name: float((np.bincount(place, column, len(sizes)) / sizes).mean()) for name, column in correct.items()}
+    return {"balanced_accuracy": means, "class_sizes": [int(sizes.min()), int(sizes.max())]}
 
 
 def per_class(

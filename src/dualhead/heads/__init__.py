@@ -3,7 +3,18 @@
 from dualhead.heads.aggregators import Aggregator, Chosen, aggregators, default_aggregator
 from dualhead.heads.attach import attach_second_head
 from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_on, is_head, mean_of
+from dualhead.heads.joint_pass import Rows, joint_pass, refuse_unroutable
 from dualhead.heads.layers import LayerInfo, layers
+from dualhead.heads.routes import (
+    Gap,
+    MergedRoutes,
+    Route,
+    between,
+    image_gaps,
+    routes_of,
+    stored_gaps,
+    through,
+)
 from dualhead.heads.splitting import Cut, split_model
 from dualhead.heads.tied import DEFAULT_OWN
 
@@ -13,15 +24,26 @@ __all__ = [
     "Chosen",
     "Cut",
     "DualHeadClassifier",
+    "Gap",
     "LayerInfo",
+    "MergedRoutes",
     "Output",
     "Part",
+    "Route",
+    "Rows",
     "aggregators",
     "attach_second_head",
+    "between",
     "default_aggregator",
     "depends_on",
+    "image_gaps",
     "is_head",
+    "joint_pass",
     "layers",
     "mean_of",
+    "refuse_unroutable",
+    "routes_of",
     "split_model",
+    "stored_gaps",
+    "through",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.mean import MeanOfHeads
+from dualhead.heads.joint_pass import Rows, joint_pass
 from dualhead.heads.splitting import Cut, Features, How
 from dualhead.heads.tied import moving_modules, share_tensors, tensors_by_name
 
@@ -155,6 +156,28 @@ class DualHeadClassifier(nn.Module):
     def head(self, name: str, features: Features) -> Tensor:
         """Logits [B, C] of a head, `head1`, `head2`, ..., from what crosses the cut."""
         logits: Tensor = self.get_submodule(name)(features)
+        return logits
+
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether tied heads have running statistics in common, so that in a joint pass they are of all rows."""
+        return any(name.rpartition(".")[2] == "running_mean" for name in self.tied)
+
+    @property
+    def own_of_tied(self) -> frozenset[str]:
+        """Names of the tensors that each tied head has of its own."""
+        return frozenset(tensors_by_name(self.head1)) - self.tied
+
+    def heads_together(self, heads: Sequence[str], features: Features, rows: Rows) -> Tensor:
+        """Logits [B, C] of tied heads in one pass, each on the rows of its set of images (see `joint_pass`).
+
+        Args:
+            heads: the head of each set.
+            features: what crosses the cut, the sets one after another.
+            rows: how many are of each set, and which sets batch norm takes its statistics from.
+        """
+        with joint_pass([self.get_submodule(head) for head in heads], rows, self.own_of_tied) as first:
+            logits: Tensor = first(features)
         return logits
 
     def aggregate(self, head_logits: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ DEFAULT_OWN: Final = ("batch_norm",)
 """What a tied head has of its own where nobody says otherwise: dual batch norm."""
 
 _AFFINE: Final = frozenset({"weight", "bias"})
-_STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+"""Names of the buffers of batch norm."""
 _SHOWN = 4
 
 
@@ -44,9 +45,12 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 WORDS: Final[Mapping[str, Callable[[nn.Module, str], bool]]] = {
-    "batch_norm": lambda module, name: _is_batch_norm(module) and name in _AFFINE | _STATISTICS,
+    "batch_norm": lambda module, name: _is_batch_norm(module) and name in _AFFINE | STATISTICS,
     "affine": lambda module, name: _is_norm(module) and name in _AFFINE,
-    "statistics": lambda module, name: _is_norm(module) and name in _STATISTICS,
+    "statistics": lambda module, name: _is_norm(module) and name in STATISTICS,
+    "sandwich": lambda module, name: (
+        "route_weight" in module._parameters and name in STATISTICS | {"route_weight", "route_bias"}
+    ),
 }
 """Words for what a head may own, each a rule over a layer and the name of a tensor that lies directly in it."""
 
@@ -63,8 +67,10 @@ def own_names(head: nn.Module, own: Sequence[str]) -> frozenset[str]:
     Args:
         head: the head.
         own: words (`batch_norm`: weight, bias and statistics of batch norm; `affine`: weight and bias of all layers
-            that normalise; `statistics`: running mean, variance and counter) or patterns with the wildcards of
-            `fnmatch` over the names of parameters, buffers and layers; of a layer, all tensors in it are meant.
+            that normalise; `statistics`: running mean, variance and counter; `sandwich`: statistics and the second
+            affine map of sandwich batch norm), each also within some layers alone (`batch_norm@block1`), or patterns
+            with the wildcards of `fnmatch` over the names of parameters, buffers and layers; of a layer, all tensors
+            in it are meant.
 
     Raises:
         UserError: if one of them matches nothing, or nothing is left to share.
@@ -88,8 +94,9 @@ def own_names(head: nn.Module, own: Sequence[str]) -> frozenset[str]:
 
 def _matches(head: nn.Module, name: str, pattern: str) -> bool:
     path = name.split(".")
-    if pattern in WORDS:
-        return WORDS[pattern](head.get_submodule(".".join(path[:-1])), path[-1])
+    word, at, where = pattern.partition("@")
+    if word in WORDS and (not at or _matches(head, name, where)):
+        return WORDS[word](head.get_submodule(".".join(path[:-1])), path[-1])
     return any(fnmatchcase(".".join(path[:depth]), pattern) for depth in range(1, len(path) + 1))
 
 

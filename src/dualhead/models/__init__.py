@@ -1,6 +1,7 @@
 """Backbones, one a file: each makes an ordinary classifier of images in [0, 1], which normalises them itself."""
 
 from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, last_layer
+from dualhead.models.given import address_of, at_hand, describe_given
 from dualhead.models.normalize import Normalize, channel_statistics
 from dualhead.models.weights import load_state, normalisation_in, read_state, with_tied, write_state
 from dualhead.system.outputs import logits_of
@@ -9,9 +10,12 @@ __all__ = [
     "Backbone",
     "Normalize",
     "Wrapped",
+    "address_of",
+    "at_hand",
     "backbones",
     "channel_statistics",
     "count_parameters",
+    "describe_given",
     "last_layer",
     "load_state",
     "logits_of",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,52 @@ def _takes_num_classes(factory: Callable[..., Any]) -> bool:
     return any_name or (named is not None and named.kind is not named.POSITIONAL_ONLY)
 
 
+class _Maker:
+    """The function that makes networks in place of the address that a recipe names; None for none."""
+
+    def __init__(self) -> None:
+        self._now: Callable[..., Any] | None = None
+
+    def __call__(self) -> Callable[..., Any] | None:
+        """Return the function."""
+        return self._now
+
+    @contextmanager
+    def replaced(self, factory: Callable[..., Any] | None) -> Iterator[None]:
+        """Take another one while inside; None leaves it."""
+        before, self._now = self._now, factory or self._now
+        try:
+            yield
+        finally:
+            self._now = before
+
+
+maker = _Maker()
+
+
+def made_by(factory: Callable[..., Any], path: str, num_classes: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """Call a factory; return the module, and the names of classes that it, the function or its file has.
+
+    Args:
+        factory: called with `num_classes=...` if it takes that argument.
+        path: its name in messages.
+        num_classes: logits per image.
+
+    Raises:
+        UserError: if it fails, or returns something else than a module.
+    """
+    try:
+        model = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
+    except Exception as error:  # whatever somebody else's function may raise
+        raise UserError(f"model {path!r}: the factory failed: {plugins.reason(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module")
+    places = (model, factory, sys.modules.get(getattr(factory, "__module__", "")))
+    found = (getattr(place, "class_names", None) for place in places)
+    named = next((names for names in found if isinstance(names, Sequence) and not isinstance(names, str)), ())
+    return model, tuple(map(str, named))
+
+
 @backbones.register("factory", text="path")
 @dataclass(frozen=True)
 class FactoryBackbone(Backbone):
@@ -68,17 +115,7 @@ class FactoryBackbone(Backbone):
 
     def _made(self, num_classes: int) -> tuple[nn.Module, tuple[str, ...]]:
         """Call the function; return the module, and the names of classes that it, the function or its file has."""
-        factory = _import(self.path)
-        try:
-            model = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
-        except Exception as error:  # whatever somebody else's function may raise
-            raise UserError(f"model {self.path!r}: the factory failed: {plugins.reason(error)}") from error
-        if not isinstance(model, nn.Module):
-            raise UserError(f"model {self.path!r}: the factory returned {type(model).__name__}, not a torch.nn.Module")
-        places = (model, factory, sys.modules.get(getattr(factory, "__module__", "")))
-        found = (getattr(place, "class_names", None) for place in places)
-        named = next((names for names in found if isinstance(names, Sequence) and not isinstance(names, str)), ())
-        return model, tuple(map(str, named))
+        return made_by(maker() or _import(self.path), self.path, num_classes)
 
     def _checked(self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}

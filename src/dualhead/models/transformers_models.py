@@ -166,6 +166,8 @@ class TransformersBackbone(Backbone):
         folder = Path(self.config).parent if Path(self.config).is_file() else Path(self.config)
         path = folder / _PREPROCESSOR
         if not folder.is_dir():
+            if self.config in transformers.CONFIG_MAPPING:  # a type of model is no name at the Hub
+                raise LookupError(f"{self.config} is a type of model, and has no {_PREPROCESSOR}")
             path = transformers.utils.cached_file(self.config, _PREPROCESSOR)
         told: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         return told

@@ -4,6 +4,7 @@ from dualhead.objectives.base import (
     ATTACKED,
     BEFORE,
     CLEAN,
+    EPOCH,
     OWN,
     Around,
     Features,
@@ -14,13 +15,19 @@ from dualhead.objectives.base import (
     Need,
     Objective,
     Seen,
+    check_weighable,
     objectives,
+    weighted,
 )
+
+build = objectives.build
+names = objectives.names
 
 __all__ = [
     "ATTACKED",
     "BEFORE",
     "CLEAN",
+    "EPOCH",
     "OWN",
     "Around",
     "Features",
@@ -31,5 +38,9 @@ __all__ = [
     "Need",
     "Objective",
     "Seen",
+    "build",
+    "check_weighable",
+    "names",
     "objectives",
+    "weighted",
 ]

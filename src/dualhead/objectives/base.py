@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final, cast
 
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
-from torch import Size, Tensor, nn
+from torch import Size, Tensor, nn, vmap
 
 from dualhead.attacks import Attack
 from dualhead.components.registry import Registry
@@ -21,6 +21,9 @@ OWN: Final = ""
 CLEAN: Final = "clean"
 ATTACKED: Final = "attacked"
 """The usual names of images: those of the batch, and what the attack makes of them."""
+
+EPOCH: Final = -1
+"""The window that is an epoch."""
 
 BEFORE: Final = "before"
 """The teacher that is the network as the stage began."""
@@ -55,12 +58,15 @@ class Features:
         on: the images, as for `Logits`.
         layer: name of a module inside the part; None for the trunk's features, which cross the cut.
         through: one of the objective's own heads, applied to the features.
+        reversal: factor of the gradient that comes back through that head, which then has the other sign, as for a
+            domain head (Ganin and Lempitsky 2015, arXiv 1409.7495); the head itself descends. None: as it is.
     """
 
     part: str = "trunk"
     on: str = CLEAN
     layer: str | None = None
     through: str | None = None
+    reversal: float | None = None
 
     def of(self, output: str) -> Features:
         """Return the need itself."""
@@ -201,7 +207,7 @@ class Objective(ABC):
         return ()
 
     def window(self) -> int:
-        """Return the number of steps between two calls of `advance`; 0: it is never called."""
+        """Return the number of steps between two calls of `advance`, or `EPOCH`; 0: it is never called."""
         return 0
 
     def begin(self) -> Mapping[str, float]:
@@ -320,7 +326,8 @@ def check_label_smoothing(value: float) -> None:
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(softmax(p) || softmax(q)) for each image [B], from logits [B, C]."""
-    return F.kl_div(q_logits.log_softmax(1), p_logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+    log_p, log_q = p_logits.log_softmax(1), q_logits.log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)  # not F.kl_div, the same to the bit, which vmap takes row by row
 
 
 def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
@@ -331,6 +338,45 @@ def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
 def under(name: str, seen: Seen) -> dict[str, Tensor]:
     """What is seen under `NAME.` as an objective inside another one names it."""
     return {key.removeprefix(f"{name}."): value for key, value in seen.items() if key.startswith(f"{name}.")}
+
+
+def check_weighable(objective: Objective) -> None:
+    """Refuse an objective whose loss weights of classes do not fit.
+
+    Raises:
+        UserError: if its loss is no mean over images, or sees images of streams, which have labels of their own.
+    """
+    name = objective.registered_name
+    if not objective.per_image:
+        raise UserError(f"the loss of {name!r} is no mean over images, whose weights there could be")
+    if objective.streams():
+        raise UserError(f"{name!r} draws images of its own, whose classes the weights do not know")
+
+
+def weighted(objective: Objective, weights: Tensor, y: Tensor, seen: Seen) -> LossTerms:
+    """Compute an objective's loss with the loss of each image multiplied by the weight of its class.
+
+    Args:
+        objective: whose loss is a mean over images, see `check_weighable`.
+        weights: float32 [C].
+        y: labels, int64 [B], or shares of the classes [B, C], whose weight is the mean by share.
+        seen: as `Objective.loss` takes it.
+
+    Returns:
+        Mean over the batch of weight times loss, and its terms likewise; figures are means without weights.
+    """
+
+    def of_one(label: Tensor, one: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        loss = objective.loss(label[None], {name: value[None] for name, value in one.items()})
+        return loss.total, loss.terms, loss.figures
+
+    totals, terms, figures = cast("Any", vmap(of_one))(y, dict(seen))
+    each = weights[y] if y.dim() == 1 else y.to(weights.dtype) @ weights
+    return LossTerms(
+        (each * totals).mean(),
+        {name: (each * term).mean() for name, term in terms.items()},
+        {name: figure.mean() for name, figure in figures.items()},
+    )
 
 
 objectives: Registry[Objective] = Registry("objective", "dualhead.objectives", Objective)

@@ -1,15 +1,28 @@
 """The recipe: what a run is, as data."""
 
-from dualhead.recipe.schema import REGISTRIES, Recipe, Runtime, Statistics, parse_recipe
-from dualhead.recipe.yaml import load_recipe, read_recipe_file, shipped_recipes
+from dualhead.recipe.schema import REGISTRIES, Data, Recipe, Runtime, Statistics, parse_recipe
+from dualhead.recipe.yaml import (
+    load_recipe,
+    override,
+    parse_override,
+    read_recipe_file,
+    recipe_content,
+    shipped_recipes,
+    stages_as_named,
+)
 
 __all__ = [
     "REGISTRIES",
+    "Data",
     "Recipe",
     "Runtime",
     "Statistics",
     "load_recipe",
+    "override",
+    "parse_override",
     "parse_recipe",
     "read_recipe_file",
+    "recipe_content",
     "shipped_recipes",
+    "stages_as_named",
 ]

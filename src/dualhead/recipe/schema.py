@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +17,7 @@ from dualhead.data import Augmentation, Resample, Split, Storage, augmentations,
 from dualhead.errors import UserError
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
-from dualhead.objectives import objectives
+from dualhead.objectives import check_weighable, objectives
 from dualhead.threats import Threat, threats
 from dualhead.training.averaging import averagings
 from dualhead.training.optimisation import optimisers, schedules
@@ -97,6 +98,10 @@ class Data(Section):
     sampling: Literal["shuffled", "balanced"] = "shuffled"
     """`balanced`: each class is shown equally often, images of rare ones several times an epoch; the length of an epoch
     stays. Images of `extra` and of an objective's streams are drawn as before."""
+    class_weights: Literal["balanced"] | dict[str, Real] | None = None
+    """By which the loss of an image is multiplied in training: `balanced`, N / (K n) for a class with n of the N images
+    and K classes; or by the name of the class, e.g. {rare: 5}, 1 for those that are not named. None: all are equal.
+    What attacks climb is of one image, so that it does not change."""
     augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] = ()
     stream: Literal["auto"] | bool = "auto"
     """Read images from disk while training, rather than decode all into memory before; the batches are the same.
@@ -112,6 +117,27 @@ class Data(Section):
     def _absolute(cls, source: str) -> str:
         return resolve(source)
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weights_are_by_name(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            found = {str(name): parse_real(weight) for name, weight in value.items()}
+            bad = next((name for name, weight in found.items() if not 0 < weight < math.inf), None)
+            if bad is not None:
+                raise UserError(f".{bad}: a weight must be greater than 0, got {value.get(bad, found[bad])}")
+            return found
+        if value is not None and value != "balanced":
+            raise UserError(f": must be balanced, or weights by the classes' names, e.g. {{rare: 5}}; got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _corrected_once(self) -> Self:
+        if self.sampling == "balanced" and self.class_weights == "balanced":
+            raise UserError(
+                ".class_weights: balanced evens out what sampling: balanced has evened out already; choose one of them"
+            )
+        return self
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         if self.image_size is None and (self.crop is not None or self.train_size is not None):
@@ -121,6 +147,18 @@ class Data(Section):
         if any(kept < seen for kept, seen in sizes):
             raise UserError(f".train_size: must be at least image_size {list(self.image_size or ())}")
         return self
+
+    @classmethod
+    def read(cls, content: Any) -> Self:
+        """Validate the section alone, given as plain data.
+
+        Raises:
+            UserError: naming the key that is wrong.
+        """
+        try:
+            return cls.model_validate(content if content is not None else {})
+        except ValidationError as error:
+            raise UserError(first_error(error, "data")) from None
 
     def load(
         self, split: Literal["train", "test"], source: str | None = None, *, room: int | None = None, workers: int = 0
@@ -397,10 +435,24 @@ class Recipe(Section):
                     f".stages.{index}.train: head1 must not be trained: {changed}, which is tied to it and the "
                     "teacher, would change"
                 )
+            if self.model.attach_at:
+                try:
+                    stage.check_parts(tied=self.model.tied is not None)
+                except UserError as error:
+                    raise UserError(f".stages.{index}: {error}") from None
             known = (*heads, "mean", "aggregate")
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:
                     raise UserError(f".stages.{index}: {output!r} is no output of the model; it has {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit_losses(self) -> Self:
+        for index, stage in enumerate(self.stages if self.data.class_weights is not None else ()):
+            try:
+                check_weighable(stage.objective)
+            except UserError as error:
+                raise UserError(f".stages.{index}.objective: {error}; leave data.class_weights out") from None
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from dualhead.components import plugins as outside
+from dualhead.components.registry import folded
 from dualhead.errors import UserError
 from dualhead.recipe.schema import Recipe, parse_recipe
 
@@ -21,6 +22,45 @@ LARGEST_RECIPE = 2**20
 LARGEST_CONTENT = 100_000
 """Values in a recipe, each use of an anchor counted."""
 _TOO_MUCH = f"holds more than {LARGEST_CONTENT:,} values, each use of an anchor counted, so it is no recipe"
+
+
+def recipe_content(recipe: Recipe | Mapping[str, Any] | str | Path, folders: list[Path]) -> dict[str, Any]:
+    """Return a recipe as plain data that may be changed and then parsed, with those that it extends.
+
+    Args:
+        recipe: the name of a shipped one, a path to a YAML file, a mapping as such a file holds it, or a recipe.
+        folders: those of the files are appended, where components are looked for.
+
+    Raises:
+        UserError: if there is no such recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe.resolved()
+    if isinstance(recipe, Mapping):
+        content = _unshared(_plain(recipe), [0])
+        parent = content.pop("extends", None)
+        base = {} if parent is None else _extended(str(parent), (), folders)[0]
+        base.pop("name", None)
+        return {"name": "recipe", **_merge(base, content)}
+    content, label = _extended(str(recipe), (), folders)
+    return {"name": label, **content}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def override(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a recipe as plain data; `*` stands for all items of a list.
+
+    Raises:
+        UserError: if there is no such place.
+    """
+    if not all(key.split(".")):
+        raise UserError(f"override {key!r} is not understood; write dotted keys, e.g. data.source")
+    _assign(content, _words(key), _plain(value), key)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Recipe:
@@ -41,11 +81,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
     folders: list[Path] = []
     content, label = _extended(name, (), folders)
     content.setdefault("name", label)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"override {override!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
-        _assign(content, key.split("."), _parse_yaml(text, f"override {override!r}"), override)
+    before = copy.deepcopy(content) if overrides else content
+    for text in overrides:
+        key, value = parse_override(text)
+        _assign(content, _words(key), value, text)
     if plugins:
         try:
             given = [outside.located(source) for source in plugins]  # these stand on the command line: relative to here
@@ -54,7 +93,56 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
         named = content.get("plugins") or []
         content["plugins"] = [*named, *given] if isinstance(named, list) else named
     with outside.searched_in(folders):
-        return parse_recipe(content, f"recipe {name}")
+        try:
+            return parse_recipe(content, f"recipe {name}")
+        except UserError as error:
+            told = _where_they_live(overrides, before, f"recipe {name}") if "unknown key" in str(error) else ""
+            stages = before.get("stages")
+            names = [x.get("name") for x in stages if isinstance(x, dict)] if isinstance(stages, list) else []
+            raise UserError(told or stages_as_named(str(error), overrides, names)) from None
+
+
+def _covers(place: str, key: str) -> bool:
+    """Whether a dotted key, with numbers or names of stages, is a place as `places_of` writes it."""
+    pattern = "".join("[^.]+" if part == "*" else re.escape(part) for part in re.split(r"(\*)", place))
+    return re.fullmatch(pattern, key) is not None
+
+
+def stages_as_named(message: str, overrides: Sequence[str], names: Sequence[object]) -> str:
+    """Return a message in which stages that overrides name are called by these names, not by their numbers.
+
+    Args:
+        message: with `stages.0.epochs`.
+        overrides: as for `load_recipe`.
+        names: of all stages, in order, before the overrides.
+    """
+    keys = [override.partition("=")[0].split(".") for override in overrides]
+    named = {words[1] for words in keys if words[0] == "stages" and words[1:]}
+    for number, name in enumerate(names):
+        if isinstance(name, str) and name in named:
+            message = re.sub(rf"\bstages\.{number}\b", f"stages.{name}", message)
+    return message
+
+
+def _where_they_live(overrides: Sequence[str], before: dict[str, Any], where: str) -> str:
+    """Say of the first override that the recipe does not take where keys of its name live; empty if nowhere."""
+    from dualhead.recipe.keys import places_of
+
+    try:
+        recipe = parse_recipe(before, where)
+    except UserError:  # it is wrong without them already
+        return ""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        content = copy.deepcopy(before)
+        _assign(content, key.split("."), _parse_yaml(value, override), override)
+        try:
+            parse_recipe(content, where)
+        except UserError as error:
+            places = places_of(key.rpartition(".")[2], recipe) if "unknown key" in str(error) else []
+            if places and not any(_covers(place, key) for place in places):
+                return f"{override}: unknown key; write {' or '.join(f'{p}={value}' for p in places[:3])}"
+    return ""
 
 
 def read_recipe_file(path: Path) -> Recipe:
@@ -71,6 +159,11 @@ def shipped_recipes() -> list[str]:
     """Return the names of the recipes inside the package."""
     folder = resources.files("dualhead.recipe.shipped")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def known_recipe(name: str) -> str | None:
+    """Return the shipped recipe that a name means, in any case and with - or _; None if it is none."""
+    return next((known for known in shipped_recipes() if folded(known) == folded(name)), None)
 
 
 def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[dict[str, Any], str]:
@@ -97,21 +190,46 @@ def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[d
 
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
-    path = Path(name)
+    path, shipping = Path(name), known_recipe(name)
     if path.suffix in (".yaml", ".yml") or _is_file(path):
         if not _is_file(path):
             raise UserError(f"recipe {name}: no such file")
         text, label = _text_of(path, f"recipe {name}"), re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
-    elif name in shipped_recipes():
-        text, label = (resources.files("dualhead.recipe.shipped") / f"{name}.yaml").read_text(encoding="utf-8"), name
+    elif shipping is not None:
+        label = shipping
+        text = (resources.files("dualhead.recipe.shipped") / f"{label}.yaml").read_text(encoding="utf-8")
     else:
-        near = get_close_matches(name, shipped_recipes(), n=1)
+        near = get_close_matches(name.lower(), shipped_recipes(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"recipe {name!r} is neither a file nor shipped; {hint}shipped: {', '.join(shipped_recipes())}")
     content = _parse_yaml(text, f"recipe {name}")
     if not isinstance(content, dict):
         raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
+    for stage in content.get("stages") or [] if isinstance(content.get("stages"), list) else []:
+        if isinstance(stage, dict) and "optimizer" in stage:
+            if "optimiser" in stage:
+                raise UserError(
+                    f"recipe {name}: a stage has both optimiser and optimizer, which are one key; remove one"
+                )
+            stage["optimiser"] = stage.pop("optimizer")
     return content, label
+
+
+def _words(key: str) -> list[str]:
+    """Return the words of a dotted key, in the tree's spelling."""
+    return ["optimiser" if word == "optimizer" else word for word in key.split(".")]
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return key and value of `KEY=VALUE`, the value read as YAML.
+
+    Raises:
+        UserError: if it is not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {text!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
+    return key, _parse_yaml(value, f"override {text!r}")
 
 
 def _is_file(path: Path) -> bool:

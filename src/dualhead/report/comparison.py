@@ -7,8 +7,11 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dualhead.report.differences import broken_later, comparable, difference, repeats, same_model
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
@@ -21,6 +24,8 @@ from dualhead.statistics import Paired
 MOST_DIFFERENCES = 60
 """Lines in the table of what differs between recipes."""
 
+ROUNDING = 1e-3
+"""By which margins and distances of one model may differ where it is computed beside another head."""
 
 STANDARD = {"autoattack", "autoattack-plus", "autoattack-rand"}
 """Attacks after which the verdict need not ask for stronger ones."""
@@ -33,12 +38,14 @@ class Verdict:
     Args:
         sentence: the result with its interval.
         caveats: what limits it.
-        doubted: a diagnostic says that it cannot be believed.
+        light: `ok` if all checks are fine and the model is right under attack more often than a guess is; `warning`
+            or `failed` as its checks say, and where an attack that was run later found more, or the model only
+            guesses; `none` where nothing was measured or checked.
     """
 
     sentence: str
     caveats: list[str]
-    doubted: bool = False
+    light: str = "none"
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,30 @@ def verdict(sources: Sequence[Source]) -> Verdict:
         )  # fmt: skip
     elif any(not comparable(best, row) for row in peers):
         caveats.append("The runs were not measured on the same samples: compare intervals, not images.")
-    return Verdict(
-        sentence,
-        caveats,
-        not _is_believable(best),
-    )
+    if _guesses(best):
+        caveats.insert(0, "Under attack the model is right no more often than a guess among its classes would be.")
+    return Verdict(sentence, caveats, _light(best, home))
+
+
+def _light(row: Measured, source: Source) -> str:
+    statuses = {check["status"] for check in lights(row.results.get("diagnostics"))}
+    if "failed" in statuses or _guesses(row):
+        return "failed"
+    broken = broken_later(row, later) if (later := _later(row, source)) else None
+    if statuses or broken:
+        return "warning"
+    return "ok" if findings(row) else "none"
+
+
+def _guesses(row: Measured) -> bool:
+    """Whether its robust accuracy cannot be told from guessing; a single class cannot be guessed wrongly."""
+    classes = row.results.get("per_class")
+    count = len(classes) if isinstance(classes, list) else 0
+    return row.worst is not None and row.worst.low <= (1 / count if count > 1 else 0.0)
+
+
+def _later(row: Measured, source: Source) -> list[Measured]:
+    return [other for other in source.further if row.deployed and repeats(row, other)]
 
 
 def _is_believable(row: Measured) -> bool:
@@ -186,7 +212,7 @@ def _doubts(row: Measured) -> list[str]:
 
 def _limits(row: Measured, source: Source) -> list[str]:
     """What keeps the number from being the last word: what was measured later, and attacks that were not tried."""
-    later = [other for other in source.further if row.deployed and repeats(row, other)]
+    later = _later(row, source)
     breaking = [other for other in later if broken_later(row, [other])]
     told = []
     found = breaking and (broken_later(row, breaking) or broken_later(row, breaking := breaking[:1]))
@@ -205,6 +231,41 @@ def _limits(row: Measured, source: Source) -> list[str]:
             "AutoAttack, finds as many adversarial examples or more."
         )
     return told
+
+
+# ---- rows that are one model
+
+
+def once(source: Source) -> Source:
+    """A source with each model in one row, such as head 1 that later stages leave as the base model was.
+
+    Two rows are one model if they cost the same to train and all that is stored of their images is equal, margins but
+    for rounding; what is deployed stays, and the names of both stand in its row.
+    """
+    kept: list[Measured] = []
+    for row in source.rows:
+        twin = next((number for number, other in enumerate(kept) if _one_model(other, row)), None)
+        if twin is None:
+            kept.append(row)
+            continue
+        stays, goes = (row, kept[twin]) if row.deployed else (kept[twin], row)
+        kept[twin] = replace(stays, name=f"{stays.name} = {goes.name}", title=f"{stays.title} = {goes.name}")
+    return replace(source, rows=sorted(kept, key=lambda row: row.deployed))
+
+
+def _one_model(first: Measured, second: Measured) -> bool:
+    a, b = first.samples, second.samples
+    told = any(name.startswith("margin_") for name in a)
+    return (
+        told
+        and (first.threat, first.parameters, first.flops) == (second.threat, second.parameters, second.flops)
+        and a.keys() == b.keys()
+        and all(a[key].shape == b[key].shape and bool(np.all(_same(a[key], b[key]))) for key in a)
+    )
+
+
+def _same(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.isclose(a, b, ROUNDING, ROUNDING, equal_nan=True) if a.dtype.kind == "f" else np.asarray(a == b)
 
 
 # ---- figures and tables
@@ -305,13 +366,25 @@ def accuracy_table(rows: Sequence[Measured]) -> Table:
     """Every number of the comparison; what is the same for all of them is left to `conditions`."""
     attacks = list(dict.fromkeys(attack for row in rows for attack in row.attacks))
     shown = [*attacks, *(["worst"] if any(len(row.attacks) > 1 for row in rows) else [])]
+    worn = ["corruptions"] if any(row.worn for row in rows) else []
     told = [] if conditions(rows) else ["threat model", "images"]
     cells = []
     for row in rows:
         met = [Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)] if told else []
         robust = [_accuracy_cell(row.robust.get(name)) for name in shown]
+        robust += [_accuracy_cell(row.worn) for _ in worn]
         cells.append([Cell(row.title), *met, _accuracy_cell(row.clean), *robust])
-    return Table(["model", *told, "clean %", *(f"{name} %" for name in shown)], cells)
+    return Table(["model", *told, "clean %", *(f"{name} %" for name in (*shown, *worn))], cells)
+
+
+def corruption_table(rows: Sequence[Measured]) -> Table | None:
+    """Accuracy on corrupted images by kind, the mean over severities; None where none were measured."""
+    known = [row for row in rows if row.worn is not None]
+    kinds = list(dict.fromkeys(kind for row in known for kind in row.worn_kinds))
+    cells = [
+        [Cell(kind.replace("_", " ")), *(_accuracy_cell(row.worn_kinds.get(kind)) for row in known)] for kind in kinds
+    ]
+    return Table(["kind", *(f"{row.title} %" for row in known)], cells) if known else None
 
 
 def conditions(rows: Sequence[Measured]) -> str:

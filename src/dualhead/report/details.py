@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from dualhead.report import figures, training
+from dualhead.report import figures, routes, training
 from dualhead.report.comparison import Cell, Table, accuracy_table, conditions, findings
 from dualhead.report.figures import Figure
 from dualhead.report.gallery import Album, Gallery
 from dualhead.report.lights import CHECKS
 from dualhead.report.sources import Estimate, Measured, Source
-from dualhead.report.text import duration, large, percent
+from dualhead.report.text import duration, large, percent, unequal
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Details:
     attacks: Table
     further: Table | None
     further_conditions: str
+    routes: list[routes.Routes]
     galleries: list[Gallery]
     gallery_command: str
     recipe: str
@@ -92,6 +93,7 @@ def details(source: Source, album: Album) -> Details:
         attacks=_attack_table(everything),
         further=accuracy_table(source.further) if source.further else None,
         further_conditions=conditions(source.further),
+        routes=routes.sections(source, notes),
         galleries=galleries,
         gallery_command="" if galleries else _gallery_command(source),
         recipe=source.recipe_text,
@@ -127,6 +129,14 @@ def _class_figure(row: Measured, entries: Sequence[ClassEntry]) -> Figure:
     drawn = worst_first[: figures.MOST_CLASSES]
     title = f"Classes, {row.name}"
     caption = "The class that withstands attacks least comes first."
+    sizes = [count for _, _, count, _, _ in entries]
+    if unequal([min(sizes), max(sizes)]):
+        clean = sum(entry[3].value for entry in entries) / len(entries)
+        robust = sum(entry[4].value for entry in entries) / len(entries)
+        caption += (
+            f" They have {min(sizes):,} to {max(sizes):,} images; with equal weight for each (balanced accuracy) clean "
+            f"accuracy is {clean:.1%}, robust accuracy {robust:.1%}."
+        )
     if len(drawn) < len(entries):
         title = f"The {len(drawn)} least robust of {len(entries):,} classes, {row.name}"
         caption += " The table below holds all of them."

@@ -301,9 +301,10 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
     told = "; ".join(f"{r.title}: clean {percent(r.clean.value)}, robust {percent(e.value)}" for r, e in rows)
     best = ", ".join(rows[number][0].title for number in front)
     drawing = Drawing(WIDTH, legend + 19 * len(rows), f"{title} in percent. {told}. Pareto front: {best}")
-    x_range = _around([end for row, _ in rows for end in (row.clean.low, row.clean.high)])
-    y_range = _around([end for _, robust in rows for end in (robust.low, robust.high)])
-    at_x, at_y = scale(x_range, (left, right)), scale(y_range, (bottom, top))
+    x_range = _around(_that_matter([row.clean for row, _ in rows]))
+    y_range = _around(_that_matter([robust for _, robust in rows]))
+    at_x = _within(scale(x_range, (left, right)), (left, right))
+    at_y = _within(scale(y_range, (bottom, top)), (bottom, top))
     horizontal_grid(drawing, ticks(*y_range, 5), at_y, left, right, lambda value: f"{100 * value:g}")
     for x in ticks(*x_range, 5):
         drawing.line(at_x(x), top, at_x(x), bottom, "grid")
@@ -324,6 +325,10 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
         tip = f"{name}: clean {_with_interval(row.clean)}, robust {_with_interval(robust)}"
         drawing.circle(x, y, 9, f"fill {row.role} edged", tip)
         drawing.text(x, y + 4, str(number), "inside", "middle")
+        if robust.value < y_range[0]:
+            drawing.text(x + 12, y + 4, "\N{DOWNWARDS ARROW}", "axis")
+        if row.clean.value < x_range[0]:
+            drawing.text(x + 12, y - 6, "\N{LEFTWARDS ARROW}", "axis")
         place = legend + 19 * (number - 1)
         drawing.circle(16, place - 4, 8, f"fill {row.role}")
         drawing.text(16, place, str(number), "inside", "middle")
@@ -334,6 +339,8 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
         "dashed line is the Pareto front; models on it, in bold, are beaten by no other "
         "in both accuracies. Points whose intervals overlap may change places on other images."
     )
+    if any(row.clean.value < x_range[0] or robust.value < y_range[0] for row, robust in rows):
+        caption += " An arrow marks what lies far beyond the axes."
     return Figure(slug(title), title, drawing.markup(), caption)
 
 
@@ -356,6 +363,18 @@ def pareto(values: Sequence[tuple[float, float]]) -> list[int]:
         if not any(a >= x and b >= y and (a > x or b > y) for a, b in values)
     ]
     return sorted(kept, key=lambda number: values[number])
+
+
+def _that_matter(values: Sequence[Estimate]) -> list[float]:
+    """Ends of the intervals of values that reach half the best; others would leave no room for their differences."""
+    half = max(value.value for value in values) / 2
+    return [end for value in values if value.value >= half for end in (value.low, value.high)]
+
+
+def _within(at: Callable[[float], float], places: tuple[float, float]) -> Callable[[float], float]:
+    """The same, but for what lies beyond two places: it stands at the nearer one."""
+    low, high = sorted(places)
+    return lambda value: min(max(at(value), low), high)
 
 
 def _around(ends: Sequence[float]) -> tuple[float, float]:

@@ -8,12 +8,14 @@ from typing import Any
 
 from dualhead.names import MODEL, described, head_number
 from dualhead.report.lights import light_lines, lights
-from dualhead.report.text import attack_text, component_text, eps_text, threat_name, threat_text
+from dualhead.report.routes import WARNING
+from dualhead.report.text import attack_text, component_text, eps_text, threat_name, threat_text, unequal
 
 OWN = {
     "batch_norm": "batch norm",
     "affine": "weight and bias of normalisation",
     "statistics": "statistics of normalisation",
+    "sandwich": "statistics and second affine map of normalisation",
 }
 """What a card calls the words for what tied heads do not share; patterns stand as they are."""
 
@@ -81,6 +83,7 @@ def model_card(
         "Robust accuracy is what the named attacks left: an upper bound on what a stronger attack would leave. "
         "It holds for the threat model above and for images like the test images; other norms, larger budgets, "
         "corruptions and unrelated images are outside it.",
+        *(["", f"This model is one of several routes. {WARNING}"] if _is_route(config) else []),
     ]
     return "\n".join(lines) + "\n" + (ONNX_SECTION if onnx else "")
 
@@ -116,8 +119,21 @@ def _output(config: Mapping[str, Any]) -> str:
     return told
 
 
+def _is_route(config: Mapping[str, Any]) -> bool:
+    """Whether it is one head of tied ones, or was exported from them."""
+    tied = config["architecture"].get("own") or config.get("exported_own")
+    return bool(tied) and head_number(config.get("exported_output") or config.get("output", MODEL)) is not None
+
+
 def _own(own: Sequence[str]) -> str:
-    return " and ".join(_safe(OWN.get(word, f"`{word}`")) for word in own)
+    return " and ".join(map(_own_word, own))
+
+
+def _own_word(word: str) -> str:
+    rule, at, where = word.partition("@")
+    if rule not in OWN:
+        return _safe(f"`{word}`")
+    return _safe(OWN[rule]) + (f" within {_safe(f'`{where}`')}" if at else "")
 
 
 def _added(config: Mapping[str, Any]) -> str:
@@ -139,12 +155,26 @@ def _measured(results: Mapping[str, Any] | None) -> list[str]:
         *(f"- {_safe(line)}" for line in doubts),
         *([""] if doubts else []),
         f"{results['num_samples']} test images, {threat_text(threat)}, Wilson 95 % intervals.",
+        *_unequal(results),
         "",
         "| accuracy | percent | interval |",
         "|---|---|---|",
         *(f"| {_safe(n)} | {100 * share:.2f} | {100 * e[0]:.2f} to {100 * e[1]:.2f} |" for n, share, e in rows),
         "",
         f"Command: `{results.get('command') or 'not recorded'}`, seed {results.get('seed')}.",
+    ]
+
+
+def _unequal(results: Mapping[str, Any]) -> list[str]:
+    """Say what the accuracies are with every class of equal weight, where classes are not of equal size."""
+    if not unequal(results.get("class_sizes")):
+        return []
+    clean, robust = (100 * results["balanced_accuracy"][name] for name in ("clean", "worst"))
+    least, most = results["class_sizes"]
+    return [
+        "",
+        f"Classes have {least} to {most} images; balanced accuracy, the mean over classes: clean {clean:.2f} %, "
+        f"robust {robust:.2f} %.",
     ]
 
 

@@ -19,6 +19,16 @@ from dualhead.report.text import duration, percent, points
 from dualhead.system.files import write_atomically
 
 TEMPLATES = Path(__file__).with_name("templates")
+GLOSSARY = (
+    ("clean", "images as they are"),
+    ("eps", "how far an attack may change an image, in the norm that is named"),
+    ("robust", "right before and after the attack"),
+    ("base model", "trunk and head 1 before any other part was trained"),
+    ("mean of heads", "the mean of their logits"),
+    ("aggregate of heads", "what the aggregator makes of the heads' logits"),
+    ("interval", "where the accuracy on all images of this kind lies, with 95 % certainty"),
+)
+"""Words of the tables, for who sees them first."""
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
@@ -63,11 +73,13 @@ def _render(sources: Sequence[Source]) -> str:
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         lights=LIGHTS,
+        glossary=GLOSSARY,
         **_view(sources),
     )
 
 
-def _view(sources: Sequence[Source]) -> dict[str, Any]:
+def _view(found: Sequence[Source]) -> dict[str, Any]:
+    sources = [comparison.once(source) for source in found]
     rows = [row for source in sources for row in source.rows]
     album = Album()
     return {
@@ -77,6 +89,7 @@ def _view(sources: Sequence[Source]) -> dict[str, Any]:
         "accuracy": comparison.accuracy_figures(sources),
         "numbers": comparison.accuracy_table(rows) if rows else None,
         "conditions": comparison.conditions(rows),
+        "corruptions": comparison.corruption_table([*rows, *(row for source in sources for row in source.further)]),
         "downloads": comparison.downloads(rows) if rows else {},
         "differences": comparison.difference_table(sources),
         "trade_offs": comparison.trade_offs(sources),

@@ -99,6 +99,19 @@ class Measured:
         """Robust accuracy under all attacks together; None if there was none."""
         return self.robust.get("worst") or next(iter(self.robust.values()), None)
 
+    @property
+    def worn(self) -> Estimate | None:
+        """Accuracy on images under common corruptions, over all kinds and severities; None if not measured."""
+        return _worn(self.results.get("corruptions"))
+
+    @property
+    def worn_kinds(self) -> dict[str, Estimate]:
+        """The same by kind."""
+        told = self.results.get("corruptions")
+        kinds = told.get("kinds") if isinstance(told, Mapping) else None
+        found = {str(kind): _worn(of) for kind, of in kinds.items()} if isinstance(kinds, Mapping) else {}
+        return {kind: estimate for kind, estimate in found.items() if estimate is not None}
+
     def correct(self, what: str) -> NDArray[np.bool_] | None:
         """What is right, bool [N], by `clean`, an attack, or `worst`; None if it is not stored."""
         if "label" not in self.samples:
@@ -110,6 +123,15 @@ class Measured:
             return self.samples.get(f"robust_{what}")
         columns = [self.samples.get(f"robust_{name}") for name in self.attacks]
         return np.logical_and.reduce([clean, *columns]) if all(c is not None for c in columns) else None
+
+
+def _worn(told: Any) -> Estimate | None:
+    """An accuracy on corrupted images as `results.json` holds it; None where it is none."""
+    try:
+        found = Estimate(float(told["accuracy"]), *(float(end) for end in told["interval"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return found if all(math.isfinite(number) for number in (found.value, found.low, found.high)) else None
 
 
 def _needs_heads(record: object) -> bool:
@@ -133,6 +155,7 @@ class Source:
         images: training images, the held-out ones included; None if not recorded.
         rows: what was measured when training was over, the deployed output last.
         further: what `dualhead evaluate` measured later.
+        routes: by the names of their folders, what `dualhead evaluate --routes` measured.
         notes: what is missing or cannot be read.
     """
 
@@ -148,6 +171,7 @@ class Source:
     images: int | None = None
     rows: list[Measured] = field(default_factory=list)
     further: list[Measured] = field(default_factory=list)
+    routes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -225,6 +249,9 @@ def _read(source: Source) -> Source:
         _read_rows(source)
         for results in sorted((folder / "evaluations").glob("*/results.json")):
             source.further += _evaluation(source, results.parent, results.parent.name, deployed=False)
+        for told in sorted((folder / "evaluations").glob("*/routes.json")):
+            if found := _json_object(told, source.notes):
+                source.routes[told.parent.name] = found
         if not source.rows:
             source.notes.append("This run has not been evaluated on test images.")
     else:
@@ -292,9 +319,9 @@ def _read_rows(source: Source) -> None:
             source.notes.append("The evaluation was stopped before the final output was measured.")
         return
     for number, row in enumerate(listed):
-        name, deployed = str(row.get("name")), number == len(listed) - 1
+        name, output, deployed = str(row.get("name")), id_of_row(row), number == len(listed) - 1
         place = folder if deployed else _inside(folder / "rows", row_folder(name))
-        source.rows += _evaluation(source, place, name, id_of_row(row), deployed=deployed, row=row)
+        source.rows += _evaluation(source, place, name_of(output, name), output, deployed=deployed, row=row)
 
 
 def _evaluation(

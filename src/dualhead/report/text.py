@@ -7,6 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def unequal(class_sizes: object) -> bool:
+    """Tell whether classes differ so much in size that accuracy and balanced accuracy are two things.
+
+    Args:
+        class_sizes: images of the smallest class and of the largest, as results hold them; anything else, as what
+            earlier versions wrote, says nothing.
+
+    Returns:
+        Whether the largest has more than one and a half times as many as the smallest.
+    """
+    if not isinstance(class_sizes, Sequence) or len(class_sizes) != 2:
+        return False
+    return bool(class_sizes[1] > 1.5 * class_sizes[0])
+
+
 def eps_text(eps: float) -> str:
     """A radius, in steps of 1/255 where it is a whole number of them, and less than 1."""
     levels = eps * 255

@@ -1,16 +1,32 @@
 """A run, from a recipe to trained weights, their evaluation and a report."""
 
-from dualhead.runs.folder import GALLERY, RunFolder, changes, load_stage, read_digests, read_recipe, without_how
+from dualhead.runs.folder import (
+    GALLERY,
+    RunFolder,
+    changes,
+    data_facts,
+    load_stage,
+    read_digests,
+    read_recipe,
+    refuse_other_data,
+    without_how,
+)
 from dualhead.runs.run import RunResult, train
+from dualhead.runs.trial import StageCost, Trial, trial
 
 __all__ = [
     "GALLERY",
     "RunFolder",
     "RunResult",
+    "StageCost",
+    "Trial",
     "changes",
+    "data_facts",
     "load_stage",
     "read_digests",
     "read_recipe",
+    "refuse_other_data",
     "train",
+    "trial",
     "without_how",
 ]

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from dualhead.components import plugins
-from dualhead.data import Digests, Split, digests, one_form
+from dualhead.data import GIVEN, Digests, Split, digests, one_form
 from dualhead.errors import UserError
 from dualhead.models import load_state, read_state
 from dualhead.names import row_folder
@@ -288,6 +288,11 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
     found = dict(_differences(read_recipe(folder).resolved(), recipe.resolved()))
     different = sorted(key for key in found if not _MAY_CHANGE.fullmatch(key))
     if different:
+        if different == ["data.source"] and recipe.data.source.startswith(GIVEN):
+            raise UserError(
+                f"{folder}: holds a run that began with other images or labels; give equal ones, or choose another "
+                f"{option}"
+            )
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""
         raise UserError(
             f"{folder}: holds a run of another recipe, which differs in {', '.join(different[:4])}{more}; "
@@ -396,9 +401,10 @@ def refuse_other_data(folder: Path, now: dict[str, Any], source: str, part: str 
     if different == ["sketch"] and _alike(before["sketch"], now["sketch"]):
         return
     if different:
+        kind = "test" if part == "data.test" else "training"
         told = {
             "classes": f"the classes {_listed(now['classes'])} in place of {_listed(before['classes'])}",
-            "images": f"{now['images']:,} training images in place of {before['images']:,}",
+            "images": f"{now['images']:,} {kind} images in place of {before['images']:,}",
             "labels": "other labels than those",
             "sketch": "other images than those",
         }[different[0]]

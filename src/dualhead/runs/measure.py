@@ -11,7 +11,15 @@ import torch
 import yaml
 from torch import nn
 
-from dualhead.evaluation import Evaluation, EvaluationProgress, Finding, check_duplicates, evaluate, make_gallery
+from dualhead.evaluation import (
+    Evaluation,
+    EvaluationProgress,
+    Finding,
+    balanced,
+    check_duplicates,
+    evaluate,
+    make_gallery,
+)
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import count_parameters
 from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
@@ -56,6 +64,7 @@ class Row:
             "checks": self.evaluation.checks,
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
+            **balanced(self.evaluation.correct, self.evaluation.labels),
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
             "training_cost": {
@@ -105,7 +114,7 @@ def measure(
     Raises:
         Interrupted: when stopped.
     """
-    costs, unit = group().lead(lambda: _costs(prepared, model)), _forward_flops(prepared, model)
+    costs, unit = group().lead(lambda: _costs(prepared, model)), forward_flops(prepared, model)
     checks = [check_duplicates(*prepared.images.digests())]
     rows: list[Row] = []
     last: list[Row] = []
@@ -235,7 +244,7 @@ def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]
     return {**costs, BASE: up_to(len(_base_stages(prepared)))}
 
 
-def _forward_flops(prepared: Prepared, model: nn.Module) -> int:
+def forward_flops(prepared: Prepared, model: nn.Module) -> int:
     """Count the floating-point operations of a forward pass of one image through the base model."""
     base = view(model, head_id(1)) if isinstance(model, DualHeadClassifier) else model
     example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)

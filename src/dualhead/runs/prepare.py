@@ -18,7 +18,7 @@ from dualhead.attacks import Attack, attacks
 from dualhead.data import Augmentation, Digests, Split, among, are_numbers, digests, hold_out, in_turn, match
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
-from dualhead.models import backbones, channel_statistics
+from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, Labels
 from dualhead.recipe import Recipe, Statistics
@@ -33,6 +33,9 @@ from dualhead.threats import Threat
 from dualhead.training import RESET, Passes, Stage, check_choosable, layer_scales, summary_writer
 
 _log = logging.getLogger(__name__)
+
+OWN = ("factory", "given")
+"""Backbones whose networks take images in [0, 1] as they are."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Prepared:
         model: the network, on the device, with the weights that the run begins with; training changes it.
         attacks: those of the final evaluation, by label.
         image_facts: what tells these images from others, by the key that names their source.
+        given_weights: the run begins with weights that only a program holds.
     """
 
     recipe: Recipe
@@ -88,6 +92,7 @@ class Prepared:
     model: nn.Module
     attacks: Mapping[str, Attack]
     image_facts: Mapping[str, Any]
+    given_weights: bool = False
 
     @property
     def output(self) -> str:
@@ -106,7 +111,7 @@ class Prepared:
         }
 
 
-def prepare(recipe: Recipe, path: Path) -> Prepared:
+def prepare(recipe: Recipe, path: Path, begin_with: nn.Module | None = None) -> Prepared:
     """Read a run's images and make its network; write nothing.
 
     In a group of processes each calls this; what fails in one fails in all.
@@ -114,6 +119,7 @@ def prepare(recipe: Recipe, path: Path) -> Prepared:
     Args:
         recipe: in full.
         path: the run's folder.
+        begin_with: a network whose weights the run begins with; None for fresh ones.
 
     Raises:
         UserError: for bad data, a network that does not fit them, a stage that cannot be trained, or a folder that
@@ -128,7 +134,7 @@ def prepare(recipe: Recipe, path: Path) -> Prepared:
 
     def fitted() -> Prepared:
         images = _fitting_images(recipe, loaded, device, room)
-        return _fitting_network(recipe, folder, device, images, facts)
+        return _fitting_network(recipe, folder, device, images, facts, begin_with)
 
     return processes.agreed(fitted)
 
@@ -227,6 +233,8 @@ def _image_facts(recipe: Recipe, folder: RunFolder, images: Images) -> dict[str,
     sources = {"data": (images.training, recipe.data.source)}
     if images.extra is not None and recipe.data.extra is not None:
         sources["data.extra"] = (images.extra, recipe.data.extra.source)
+    if recipe.data.test is not None:  # split off the training images: others would be among those trained on
+        sources["data.test"] = (images.test, recipe.data.source)
     sources |= {f"stream {source}": (split, source) for source, split in images.further.items()}
     facts = {part: data_facts(split) for part, (split, _) in sources.items()}
     for part, (_, source) in sources.items():
@@ -241,6 +249,7 @@ def _fitting_images(recipe: Recipe, loaded: Images, device: torch.device, room: 
     if recipe.runtime.tensorboard:
         summary_writer()
     images = _hold_out(recipe, loaded)
+    class_weights(recipe, images.training)
     _check_validation(recipe, images)
     _check_augmented(recipe, images.training)
     _check_evaluation(recipe, images.test, room)
@@ -256,6 +265,30 @@ def _hold_out(recipe: Recipe, loaded: Images) -> Images:
     if data.train_size and data.image_size:
         held_out = held_out.show_middle(*data.image_size)
     return replace(loaded, training=training, held_out=held_out)
+
+
+def class_weights(recipe: Recipe, training: Split) -> Tensor | None:
+    """Return the weight of each class in the loss, float32 [C]; None if all are equal.
+
+    Args:
+        recipe: says them in `data.class_weights`.
+        training: the images that are trained on.
+
+    Raises:
+        UserError: if a name is no class of the images.
+    """
+    given, names = recipe.data.class_weights, list(training.class_names)
+    if given is None:
+        return None
+    if given == "balanced":
+        counts = training.labels.bincount(minlength=training.num_classes).float()
+        shown = counts > 0
+        return torch.where(shown, counts.sum() / (shown.sum() * counts.clamp(min=1)), 1.0)
+    named = cast("Mapping[str, float]", given)
+    if unknown := [name for name in named if name not in names]:
+        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise UserError(f"data.class_weights: {unknown[0]!r} is no class of these images; they are {known}")
+    return torch.tensor([named.get(name, 1.0) for name in names])
 
 
 def _check_validation(recipe: Recipe, images: Images) -> None:
@@ -311,15 +344,21 @@ def _check_evaluation(recipe: Recipe, test: Split, room: int) -> None:
 
 
 def _fitting_network(
-    recipe: Recipe, folder: RunFolder, device: torch.device, images: Images, image_facts: Mapping[str, Any]
-) -> Prepared:
+    recipe: Recipe, folder: RunFolder, device: torch.device, images: Images, image_facts: Mapping[str, Any],
+    begin_with: nn.Module | None,
+) -> Prepared:  # fmt: skip
     """Make the network for the images, and refuse what does not fit it."""
     architecture = _architecture(recipe, folder, images.training, device)
     torch.manual_seed(recipe.runtime.seed)
-    model = architecture.create().to(device)
+    model = architecture.create()
+    if begin_with is not None:
+        _fill(model, begin_with, architecture)
+    model = model.to(device)
     built = [attacks.build(spec, "evaluate.attacks") for spec in recipe.evaluate.attacks]
     measured_by = {attack.label: attack for attack in built}
-    prepared = Prepared(recipe, folder, device, images, architecture, model, measured_by, image_facts)
+    prepared = Prepared(
+        recipe, folder, device, images, architecture, model, measured_by, image_facts, begin_with is not None
+    )
     _check_attacks(prepared)
     for number in range(len(recipe.stages)):
         _check_stage(prepared, number)
@@ -328,10 +367,22 @@ def _fitting_network(
     return replace(prepared, model=synchronised_batch_norm(model, device)) if synchronises(recipe) else prepared
 
 
+def _fill(model: nn.Module, given: nn.Module, architecture: Architecture) -> None:
+    """Put somebody's weights into the network: into trunk and head 1, if theirs has no second head."""
+    state = {name: tensor.detach().cpu() for name, tensor in given.state_dict().items()}
+    where = f"model ({type(given).__name__})"
+    if isinstance(model, DualHeadClassifier) and not isinstance(given, DualHeadClassifier):
+        plain = architecture.plain()
+        load_state(plain, state, where)
+        model.load_base_state_dict(plain.state_dict())
+    else:
+        load_state(model, state, where)
+
+
 def _architecture(recipe: Recipe, folder: RunFolder, training: Split, device: torch.device) -> Architecture:
     """Choose the network; it normalises as the weights do that it starts from, unless the recipe says how."""
     made = architecture_of(recipe, training)
-    if recipe.model.normalize is not None or recipe.model.backbone.registered_name == "factory":
+    if recipe.model.normalize is not None or recipe.model.backbone.registered_name in OWN:
         return made
     found = _known_normalisation(recipe, folder)
     if found is not None:
@@ -420,7 +471,7 @@ def _known_normalisation(recipe: Recipe, folder: RunFolder) -> tuple[tuple[float
 def architecture_of(recipe: Recipe, training: Split) -> Architecture:
     """Return the network that a recipe means for its data."""
     channels, classes = training.image_shape[0], len(training.class_names)
-    imported = recipe.model.backbone.registered_name == "factory"
+    imported = recipe.model.backbone.registered_name in OWN
     normalize = recipe.model.normalize or ("none" if imported else "data")
     if normalize == "data":
         mean, std = channel_statistics(_pieces(training))
@@ -496,13 +547,14 @@ def _check_attacks(prepared: Prepared) -> None:
 def _check_stage(prepared: Prepared, number: int) -> None:
     """Refuse a stage that cannot be trained now, not after the hours before it."""
     stage, key = prepared.recipe.stages[number], f"stages.{number}"
-    if stage.fit is None and stage.epochs and not passes_of(prepared, stage).parameters():
-        raise UserError(
-            f"{key}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
-            "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
-        )
     if stage.fit is None:
-        _check_needs(prepared, number)
+        passes = passes_of(prepared, stage)
+        if stage.epochs and not passes.parameters():
+            raise UserError(
+                f"{key}.train: {', '.join(stage.train)} has no weights that learn, as of the aggregators "
+                "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
+            )
+        _check_needs(prepared, number, passes)
     if stage.layer_decay is not None:
         with _under(f"{key}.layer_decay"):
             layer_scales(prepared.model, stage.layer_decay)
@@ -532,13 +584,13 @@ def passes_of(prepared: Prepared, stage: Stage, teachers: Mapping[str, nn.Module
     return Passes.of(prepared.model, stage, teachers=teachers, example=example, seed=prepared.recipe.runtime.seed)
 
 
-def _check_needs(prepared: Prepared, number: int) -> None:
+def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     """Refuse an objective that needs what this network does not have; warn where several processes change it."""
     stage = prepared.recipe.stages[number]
     teachers = stage.objective.teachers()
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
     with _under(f"stages.{number}.objective"):
-        passes_of(prepared, stage).look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
+        passes.look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
     if group().world > 1 and not stage.objective.per_image:
         _log.warning(
             "stage %s: the loss of %s is taken over each process's share of the batch: it is another one than on one "

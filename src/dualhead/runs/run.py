@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import webbrowser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ from torch import nn
 from dualhead.errors import UserError
 from dualhead.evaluation import EvaluationProgress
 from dualhead.recipe import Recipe, load_recipe
-from dualhead.report import write_report
-from dualhead.runs.folder import taken
+from dualhead.report import rows_html, rows_text, write_report
+from dualhead.runs.folder import RunFolder, taken
 from dualhead.runs.measure import Row, measure
 from dualhead.runs.prepare import prepare
 from dualhead.runs.stages import train_stages
-from dualhead.saving import view
+from dualhead.saving import remember, view
 from dualhead.system.processes import group
 from dualhead.training import Silent, TrainingProgress
 
@@ -35,6 +36,30 @@ class RunResult:
     model: nn.Module
     rows: tuple[Row, ...]
 
+    def report(self, *, open: bool = False) -> Path:
+        """Write the report anew, and show it in a browser if asked to.
+
+        Args:
+            open: show it.
+
+        Returns:
+            The file, one page of HTML.
+        """
+        path = RunFolder(self.run_dir).report
+        write_report([self.run_dir], path)
+        if open:
+            webbrowser.open(path.absolute().as_uri())
+        return path
+
+    def __str__(self) -> str:
+        return rows_text([row.describe() for row in self.rows])
+
+    def __repr__(self) -> str:
+        return f"RunResult({str(self.run_dir)!r}, {len(self.rows)} rows)"
+
+    def _repr_html_(self) -> str:
+        return rows_html([row.describe() for row in self.rows])
+
 
 def train(
     recipe: Recipe | str | Path,
@@ -47,6 +72,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     command: str | None = None,
     profile: bool = False,
+    begin_with: nn.Module | None = None,
 ) -> RunResult:
     """Train as a recipe says and evaluate what came of it; in a folder with an unfinished run, go on with it.
 
@@ -63,6 +89,7 @@ def train(
         stop: asked after every step; when true the run saves itself and raises `Interrupted`.
         command: what the user typed, kept with the results.
         profile: look at a few steps of each stage, and leave what takes how long in the run's folder, in `profile`.
+        begin_with: a network whose weights the run begins with, as `dualhead.fit` has it; None for fresh ones.
 
     Raises:
         UserError: for a bad recipe, bad data, or a folder that holds another run or where another process works;
@@ -73,13 +100,15 @@ def train(
     recipe, processes = _read(recipe, overrides, plugins), group()
     if not processes.first:
         progress = evaluation_progress = None
-    prepared = prepare(recipe, Path(run_dir) if run_dir is not None else Path("runs") / recipe.name)
+    prepared = prepare(recipe, Path(run_dir) if run_dir is not None else Path("runs") / recipe.name, begin_with)
     folder = prepared.folder
     with taken(folder):
         model = train_stages(prepared, progress or Silent(), stop, profile=profile)
         rows = measure(prepared, model, evaluation_progress, stop, command=command)
     processes.lead(lambda: write_report([folder.path], folder.report))
-    return RunResult(folder.path, view(model, prepared.output), tuple(rows))
+    deployed = view(model, prepared.output)
+    remember(deployed, model, prepared.architecture, prepared.facts)
+    return RunResult(folder.path, deployed, tuple(rows))
 
 
 def _read(recipe: Recipe | str | Path, overrides: Sequence[str], plugins: Sequence[str]) -> Recipe:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from dualhead.data import Loader, OpenStream, StreamSetting
-from dualhead.errors import UserError
+from dualhead.errors import Interrupted, UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state, write_state
 from dualhead.objectives import BEFORE
@@ -22,13 +23,14 @@ from dualhead.runs.folder import load_kept, open_folder, write_digests
 from dualhead.runs.prepare import (
     Prepared,
     augmentations_of,
+    class_weights,
     earlier_stage,
     fresh_model,
     passes_of,
     start_from,
     synchronises,
 )
-from dualhead.saving import load, save_model, view
+from dualhead.saving import load, read_config, save_model, view
 from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic, slowdown_by_bf16, with_lanes
 from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.files import write_json
@@ -48,6 +50,9 @@ from dualhead.training import (
 )
 
 _log = logging.getLogger(__name__)
+
+GIVEN_WEIGHTS = "given_weights"
+"""Key of `checkpoints/config.json` of a run that began with weights from a program."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,26 @@ def train_stages(
     return model
 
 
+def train_one(prepared: Prepared, number: int, progress: TrainingProgress, stop: Callable[[], bool]) -> float:
+    """Train one stage, from the network as it is, until `stop`; write into the run's folder what training writes.
+
+    Returns:
+        Floating-point operations of a step.
+    """
+    recipe, states = prepared.recipe, CheckpointStore(prepared.folder.states)
+    with float32_products(tf32=recipe.runtime.precision == "tf32"):
+        arithmetic = _open(prepared, states)[2]
+        training = _Training(
+            prepared, arithmetic, states, _open_log(prepared, Position()), progress, stop, profile=False
+        )
+        with suppress(Interrupted):
+            _train_stage(training, Position(stage=number), None)
+        saved = states.load()
+        assert saved is not None  # whoever is stopped has saved itself
+        free = recipe.stages[number].free
+        return float(saved.position.step_cost * (1 if free is None else free.replays))
+
+
 # ---- where the run stands
 
 
@@ -122,11 +147,13 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
         The position, the state of an unfinished stage (None between stages), and the arithmetic.
     """
     processes, model = group(), prepared.model
-    facts = {**prepared.facts, **prepared.image_facts}
+    facts = {**prepared.facts, **prepared.image_facts, **({GIVEN_WEIGHTS: True} if prepared.given_weights else {})}
     processes.lead(lambda: open_folder(prepared.folder, prepared.recipe, prepared.architecture, facts))
     processes.lead(lambda: write_digests(prepared.folder, prepared.images.learnt_from))
     saved = states.load()
-    if saved is not None:
+    if saved is None:
+        _refuse_lost_weights(prepared)
+    else:
         load_state(model, saved.model, str(states.folder))
     arithmetic = processes.lead(lambda: _arithmetic(prepared, begun=saved is not None))
     arithmetic.lay_out(model)
@@ -134,11 +161,26 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
     if saved is None:
         if not processes.first:  # dropout of its own for each share
             torch.manual_seed(prepared.recipe.runtime.seed + processes.rank)
+        if prepared.given_weights:  # whoever goes on may not hold them
+            states.save(Position(), model, None)
         return Position(), None, arithmetic
     if saved.optimiser is None:  # between stages: what comes next draws from here
         saved.restore_generators(prepared.device)
         return saved.position, None, arithmetic
     return saved.position, saved, arithmetic
+
+
+def _refuse_lost_weights(prepared: Prepared) -> None:
+    """Refuse fresh weights for a run that was killed before its first state, which would have held those it was given.
+
+    Raises:
+        UserError: saying who has them.
+    """
+    if not prepared.given_weights and read_config(prepared.folder.checkpoints).get(GIVEN_WEIGHTS):
+        raise UserError(
+            f"{prepared.folder.path}: was stopped before the weights were saved that it began with; go on with "
+            "dualhead.fit and the network, or choose another --run-dir"
+        )
 
 
 def _open_log(prepared: Prepared, position: Position) -> MetricsLog:
@@ -245,6 +287,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         save_minutes=recipe.runtime.save_minutes,
         profiler=StepProfiler(prepared.folder.profile, stage.name, prepared.device) if training.profile else None,
         streams=_streams(prepared, stage, loader),
+        class_weights=_class_weights(prepared),
     )
     if saved is not None:
         run.restore(saved)
@@ -291,6 +334,11 @@ def _loader(prepared: Prepared, number: int) -> Loader:
         fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
         balanced=recipe.data.sampling == "balanced", device=prepared.device, group=group(),
     )  # fmt: skip
+
+
+def _class_weights(prepared: Prepared) -> Tensor | None:
+    weights = class_weights(prepared.recipe, prepared.images.training)
+    return None if weights is None else weights.to(prepared.device)
 
 
 def _validator(prepared: Prepared) -> Validator | None:

@@ -3,7 +3,16 @@
 from dualhead.saving.architecture import CONFIG, Architecture, read_config, write_config
 from dualhead.saving.export import checks_of, export, export_onnx, write_card
 from dualhead.saving.hub import check_hub_name, push_to_hub
-from dualhead.saving.models import find_model, load, load_base_weights, normalisation_of, save_model, view
+from dualhead.saving.models import (
+    find_model,
+    load,
+    load_base_weights,
+    normalisation_of,
+    remember,
+    save,
+    save_model,
+    view,
+)
 from dualhead.saving.onnx import require_onnx
 
 __all__ = [
@@ -19,7 +28,9 @@ __all__ = [
     "normalisation_of",
     "push_to_hub",
     "read_config",
+    "remember",
     "require_onnx",
+    "save",
     "save_model",
     "view",
     "write_card",

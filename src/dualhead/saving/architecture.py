@@ -15,7 +15,7 @@ from dualhead.components.plugins import sources_in
 from dualhead.components.registry import first_error
 from dualhead.components.sections import Section
 from dualhead.errors import UserError
-from dualhead.heads import aggregators, attach_second_head
+from dualhead.heads import DualHeadClassifier, aggregators, attach_second_head
 from dualhead.models import Normalize, backbones
 from dualhead.system.files import write_json
 from dualhead.system.generators import kept_generators
@@ -65,7 +65,7 @@ class Architecture(Section):
         normalize = Normalize(self.mean, self.std)
         backbone = backbones.build(self.backbone, where="model.backbone")
         model = backbone.create(self.num_classes, self.image_shape, normalize)
-        if self.attach_at is None:
+        if self.attach_at is None or isinstance(model, DualHeadClassifier):  # somebody's own, with its heads
             return model
         return attach_second_head(
             model,

@@ -115,6 +115,8 @@ def _of_one_head(folder: Path, config: Mapping[str, Any], head: str) -> tuple[di
         raise UserError(f"--output-of {head}: must be a head, one of {', '.join(model.heads)}")
     plain = architecture.model_copy(update=WITHOUT_SECOND_HEAD)
     facts = {name: fact for name, fact in config.items() if name != "added_parameters"}
+    if architecture.own is not None:
+        facts["exported_own"] = list(architecture.own)  # of tied heads, which the card tells
     return model.base_state_dict(head), {
         **facts, "architecture": plain.model_dump(mode="json"), "output": "model", "exported_output": head,
     }  # fmt: skip

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualhead.components.plugins import records_in, refuse_changed
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, is_head
-from dualhead.models import last_layer, load_state, normalisation_in, read_state, with_tied, write_state
+from dualhead.models import (
+    address_of,
+    at_hand,
+    describe_given,
+    last_layer,
+    load_state,
+    logits_of,
+    normalisation_in,
+    read_state,
+    with_tied,
+    write_state,
+)
 from dualhead.saving.architecture import CONFIG, PLUGINS, WEIGHTS, Architecture, holds_model, read_config, write_config
 from dualhead.saving.hub import download
 from dualhead.system.generators import kept_generators
+from dualhead.system.modes import in_eval_mode
 
 
 def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts: Mapping[str, Any]) -> None:
@@ -34,7 +47,78 @@ def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts
     write_config(folder, architecture, facts)
 
 
-def load(path: str | Path, output: str | None = None) -> nn.Module:
+@dataclass(frozen=True)
+class _Origin:
+    """The network that a model is a view of, None for itself, and what `save` writes beside its weights."""
+
+    whole: nn.Module | None
+    architecture: Architecture
+    facts: Mapping[str, Any]
+
+
+_ORIGIN = "_dualhead_origin"
+
+
+def remember(model: nn.Module, whole: nn.Module, architecture: Architecture, facts: Mapping[str, Any]) -> None:
+    """Note what a model that is handed out is made of, so that `save` can write it.
+
+    Args:
+        model: what is handed out: the network, or a view of one of its outputs.
+        whole: the network.
+        architecture: of the network.
+        facts: as `save_model` takes them.
+    """
+    # In its dictionary, so that it is no submodule, and goes along when the model is copied.
+    model.__dict__[_ORIGIN] = _Origin(None if whole is model else whole, architecture, dict(facts))
+
+
+def save(model: nn.Module, path: str | Path, *, example: Tensor | None = None) -> Path:
+    """Write a classifier as a folder that `load` reads: `config.json` and `model.safetensors`.
+
+    The whole network is written, also where `model` is one output of it: `load` gives that output again.
+
+    Args:
+        model: of a run (`run.model`), of `load`, or any `nn.Module`.
+        path: the folder; a model in it is replaced.
+        example: images [B, C, H, W] that the model takes; needed for one that no run and no `load` returned.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: for a folder that holds something else, or a model of unknown origin without an example.
+    """
+    folder, origin = Path(path), cast("_Origin | None", model.__dict__.get(_ORIGIN))
+    if folder.exists() and not (folder.is_dir() and (holds_model(folder) or not any(folder.iterdir()))):
+        raise UserError(f"{folder}: holds something that is no model; choose another folder")
+    if origin is None:
+        if example is None:
+            raise UserError(
+                "save: this model comes from no run and no load, so its images are not known; give example=images "
+                "[B, C, H, W]"
+            )
+        origin = _Origin(None, _architecture_of(model, example), {"output": _deployed(model)})
+    save_model(folder, origin.whole or model, origin.architecture, origin.facts)
+    return folder
+
+
+def _deployed(model: nn.Module) -> str:
+    return "aggregate" if isinstance(model, DualHeadClassifier) else "model"
+
+
+def _architecture_of(model: nn.Module, example: Tensor) -> Architecture:
+    channels, height, width = example.shape[1:]
+    with in_eval_mode(model), torch.no_grad():
+        classes = logits_of(model(example[:2])).shape[1]
+    address = address_of(model, None, classes, (channels, height, width))
+    backbone = describe_given(model) if address is None else {"name": "factory", "path": address}
+    return Architecture(
+        backbone=backbone, num_classes=classes, image_shape=(channels, height, width), mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+    )  # fmt: skip
+
+
+def load(path: str | Path, output: str | None = None, *, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
     """Load a classifier from a run, an exported model's folder or a Hub name, in eval mode.
 
     The random number generators of Python, numpy and torch keep their states.
@@ -42,6 +126,8 @@ def load(path: str | Path, output: str | None = None) -> nn.Module:
     Args:
         path: the folder, or a Hub name `OWNER/NAME`.
         output: for a dual-head model: `head1`, `head2`, ..., `mean` or `aggregate`; None for the deployed one.
+        factory: makes the network, where that was given in Python or its code has moved; called with `num_classes=...`
+            if it takes that argument.
 
     Returns:
         A module from images float [B, C, H, W] in [0, 1] to logits [B, num_classes].
@@ -52,10 +138,14 @@ def load(path: str | Path, output: str | None = None) -> nn.Module:
     folder = find_model(path)
     config = read_config(folder)
     architecture = Architecture.parse(config["architecture"], str(folder / CONFIG))
-    with kept_generators(torch.device("cpu")):  # its weights are drawn, and then replaced
+    with kept_generators(torch.device("cpu")), at_hand(factory):  # its weights are drawn, and then replaced
         model = architecture.create()
     load_state(model, read_state(folder / WEIGHTS), str(folder / WEIGHTS))
-    return view(model, output or config.get("output", "model")).eval()
+    chosen = output or config.get("output", "model")
+    shown = view(model, chosen).eval()
+    facts = {key: value for key, value in config.items() if key not in ("architecture", PLUGINS, "added_parameters")}
+    remember(shown, model, architecture, {**facts, "output": chosen})
+    return shown
 
 
 def view(model: nn.Module, output: str) -> nn.Module:

@@ -5,14 +5,19 @@ from dualhead.threats.bounded import Bounded
 from dualhead.threats.build import build_threat
 from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of, project_l1, steepest
 
+build = build_threat
+names = threats.names
+
 __all__ = [
     "Bounded",
     "Norm",
     "Threat",
     "ThreatModel",
     "Where",
+    "build",
     "build_threat",
     "finite",
+    "names",
     "norm_of",
     "project_l1",
     "steepest",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhead.objectives import Objective
+from dualhead.objectives import EPOCH, Objective
 
 
 class Curriculum:
@@ -16,14 +16,16 @@ class Curriculum:
 
     Args:
         objective: of the stage, as its recipe says.
+        steps: in an epoch.
 
     Attributes:
         state: the objective's, as it stands.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, steps: int) -> None:
         self._objective = objective
-        self._window = objective.window()
+        window = objective.window()
+        self._window = steps if window == EPOCH else window
         self.state: dict[str, float] = dict(objective.begin())
         self._sums: dict[str, Tensor] = {}
         self._taken: Tensor | float = 0.0

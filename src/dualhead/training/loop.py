@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from dualhead.attacks import predictions
 from dualhead.data import Batch, Loader, OpenStream, StreamImages
 from dualhead.errors import Interrupted, RunError
 from dualhead.models import write_state
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.threats import Threat
 from dualhead.training.averaging import WeightAverage
@@ -96,6 +98,10 @@ class StageFiles:
             write_state(model.state_dict(), self.last)
 
 
+FEWEST_ANSWERS = 16
+"""Of so few images all may be of one class by chance."""
+
+
 class StageRun:
     """One stage, from its first step or from a saved position to its last.
 
@@ -115,6 +121,7 @@ class StageRun:
         save_minutes: longest time between two saved positions.
         profiler: looks at a few steps; None: nobody does.
         streams: the objective's own streams of the data, by name.
+        class_weights: float32 [C] on the device, of images' losses; None for equal ones.
     """
 
     def __init__(
@@ -135,6 +142,7 @@ class StageRun:
         save_minutes: float,
         profiler: StepProfiler | None = None,
         streams: Mapping[str, OpenStream] | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         self._stage = stage
         self._profiler = profiler
@@ -153,9 +161,9 @@ class StageRun:
         self._optimiser = stage.optimiser.create(
             passes.parameters() if stage.layer_decay is None else decayed_groups(passes, stage.layer_decay)
         )
-        self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic)
+        self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic, class_weights)
         self._streams = dict(streams or {})
-        self._curriculum = Curriculum(stage.objective)
+        self._curriculum = Curriculum(stage.objective, len(loader) * (1 if stage.free is None else stage.free.replays))
         self._collapsed = False
         self._average = None if stage.average is None else WeightAverage(passes.model, stage.average)
 
@@ -214,6 +222,7 @@ class StageRun:
         self._step.guard.set_streak(position.streak)
         if self._step.begin(epoch, self._curriculum.state):
             position.step_cost = self._step.cost
+        batch = None
         for batch, further in labelled("load images", self._batches(epoch, position.step)):
             self._set_rate(epoch + position.step / len(self._loader))
             noise = self._noise(batch, epoch)
@@ -237,6 +246,8 @@ class StageRun:
                 self._profiler.step()
         with record_function("end of epoch"):
             self._check_epoch(sums)
+            if self._validator is None and batch is not None:
+                self._warn_of_one_class(self._answers(batch.x), "training", epoch + 1)
             self._finish_epoch({name: float(value) for name, value in sums.items()})
         if self._profiler is not None:
             self._profiler.step()
@@ -352,7 +363,7 @@ class StageRun:
         if self._validator is not None and validates:
             with self._averaged():
                 line |= self._validator(self._passes, self._arithmetic, self._device)
-                self._warn_of_one_class(line)
+                self._warn_of_one_class(line.get("validation_largest_answer", 0.0), "held-out", line["epoch"])
                 if not position.best or self._rank(line) > self._rank(position.best):
                     position.best = line
                     self._files.write_next(self._passes.model, position.epoch)
@@ -363,14 +374,22 @@ class StageRun:
         self._save()
         self._files.settle(position.best.get("epoch"))
 
-    def _warn_of_one_class(self, line: Mapping[str, Any]) -> None:
+    def _answers(self, x: Tensor) -> float:
+        """The share of some training images that gets the most frequent answer; 0 if they are too few to tell."""
+        if len(x) < FEWEST_ANSWERS or not group().first:
+            return 0.0
+        with in_eval_mode(self._passes.model), torch.no_grad():
+            answered = predictions(self._arithmetic.wrap(self._passes.logits)(x))
+        return float((answered == answered.mode().values).float().mean())
+
+    def _warn_of_one_class(self, largest: float, images: str, epoch: int) -> None:
         """Say that a network has come to answer everything with one class, once until it answers otherwise."""
-        collapsed = line.get("validation_largest_answer", 0.0) == 1.0
+        collapsed = largest == 1.0
         if collapsed and not self._collapsed and group().first:
             logger.warning(
-                "stage %s, epoch %d: all held-out images are taken for one class; if that lasts, training has "
+                "stage %s, epoch %d: all %s images are taken for one class; if that lasts, training has "
                 "collapsed: lower optimiser.lr (now %g) or eps, or warm up",
-                self._stage.name, line["epoch"], self._stage.optimiser.lr,
+                self._stage.name, epoch, images, self._stage.optimiser.lr,
             )  # fmt: skip
         self._collapsed = collapsed
 

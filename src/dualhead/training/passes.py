@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dualhead.errors import UserError
-from dualhead.heads import DualHeadClassifier, depends_on, is_head, mean_of
+from dualhead.heads import DualHeadClassifier, Rows, depends_on, is_head, joint_pass, mean_of, refuse_unroutable
 from dualhead.objectives import Features, Labels, Logits, Need, Objective
 from dualhead.system.modes import in_eval_mode
 
@@ -156,18 +156,21 @@ class Passes:
         answers = {need: self.teachers[need.output](images[need.on]).float() for need in dict.fromkeys(asked.values())}
         return {name: answers[need] for name, need in asked.items()}
 
-    def look(self, needs: Mapping[str, Need], together: Collection[str] = ()) -> Look:
+    def look(
+        self, needs: Mapping[str, Need], together: Collection[str] = (), *, counted: Collection[str] | None = None
+    ) -> Look:
         """Plan the passes that give some needs, none of a teacher.
 
         Args:
             needs: by name.
             together: images that run in one pass, with batch-norm statistics of their union; the others run one after
                 another, in the order in which the needs name them.
+            counted: those of `together` whose statistics batch norm takes for all of them; None: all.
 
         Raises:
             UserError: for a need that the model or the objective's own heads cannot meet.
         """
-        return Look(self, {name: need.of(self.trained) for name, need in needs.items()}, together)
+        return Look(self, {name: need.of(self.trained) for name, need in needs.items()}, together, counted)
 
     def shapes(self, needs: Mapping[str, Need], example: Tensor) -> dict[str, Size]:
         """Measure one image's features for each need of features, before any head of the objective's own.
@@ -193,6 +196,7 @@ class _Pass:
         heads: on which of the images each head runs.
         merged: on which of them each merging of the heads runs.
         layers: (part, layer) whose output is wanted.
+        counted: those of the images that batch norm takes its statistics from.
     """
 
     images: tuple[str, ...]
@@ -200,6 +204,7 @@ class _Pass:
     heads: dict[str, tuple[str, ...]]
     merged: dict[str, tuple[str, ...]]
     layers: tuple[tuple[str, str], ...]
+    counted: frozenset[str]
 
 
 class Look:
@@ -209,16 +214,24 @@ class Look:
         passes: of the stage.
         needs: with `OWN` resolved.
         together: images that run in one pass.
+        counted: those of them whose statistics batch norm takes; None: all.
     """
 
-    def __init__(self, passes: Passes, needs: Mapping[str, Need], together: Collection[str]) -> None:
-        self._passes, self.needs = passes, dict(needs)
+    def __init__(
+        self,
+        passes: Passes,
+        needs: Mapping[str, Need],
+        together: Collection[str],
+        counted: Collection[str] | None = None,
+    ) -> None:
+        self._passes, self.needs, self._counted = passes, dict(needs), counted
         self._refuse()
         order = list(dict.fromkeys(need.on for need in needs.values()))
         both = [on for on in order if on in together]
         first = both[:1]
         groups = [both if on in first else [on] for on in order if on in first or on not in both]
         self._plan = [self._pass(group) for group in groups]
+        self._refuse_unroutable()
 
     def _refuse(self) -> None:
         passes, model = self._passes, self._passes.model
@@ -246,6 +259,43 @@ class Look:
             if need.through is not None and need.through not in passes.heads:
                 raise UserError(f"{name}: the objective has no head {need.through!r}")
 
+    def _refuse_unroutable(self) -> None:
+        """Refuse layers that cannot be told whose their rows are, in a pass that tells them."""
+        model = self._passes.model
+        for step in filter(self._tells_rows, self._plan):
+            all_count = step.counted == set(step.images)
+            routed = self._is_routed(step)
+            uncounted = [head for head, images in step.heads.items() if not step.counted & set(images)]
+            if uncounted and not routed:
+                raise UserError(
+                    f"forward: joint_clean: {uncounted[0]} sees no clean image and has statistics of its own; use "
+                    "heads that are tied with statistics in common (own: affine), or forward: joint"
+                )
+            refuse_unroutable(model, (), all_count=all_count)
+            if routed and isinstance(model, DualHeadClassifier):
+                refuse_unroutable(model.head1, model.own_of_tied, all_count=all_count)
+                inside = next((part for part, _ in step.layers if is_head(part)), None)
+                if inside is not None:
+                    raise UserError(
+                        f"forward: joint: tied heads run as one, so layers inside {inside} are not its alone; "
+                        "use forward: separate"
+                    )
+
+    def _is_routed(self, step: _Pass) -> bool:
+        """Whether tied heads run as one: what they share is to see the rows of all."""
+        model = self._passes.model
+        if not isinstance(model, DualHeadClassifier) or self._passes.parts == {"aggregator"}:
+            return False
+        return len(step.images) > 1 and len(step.heads) > 1 and model.shares_statistics
+
+    def _tells_rows(self, step: _Pass) -> bool:
+        return self._is_routed(step) or step.counted != set(step.images)
+
+    @property
+    def tells_rows(self) -> bool:
+        """Whether layers are told whose their rows are, which cannot be compiled nor computed again."""
+        return any(map(self._tells_rows, self._plan))
+
     def _pass(self, images: Sequence[str]) -> _Pass:
         model = self._passes.model
         needs = {name: need for name, need in self.needs.items() if need.on in images}
@@ -262,7 +312,10 @@ class Look:
             merged = {output: names for output, names in merged.items() if names}
             heads = {head: on(partial(_runs, head)) for head in model.heads}
             heads = {head: names for head, names in heads.items() if names}
-        return _Pass(tuple(images), needs, heads, merged, tuple(layers))
+        counted = frozenset(images if self._counted is None else self._counted) & frozenset(images)
+        if len(images) == 1 or not counted:
+            counted = frozenset(images)
+        return _Pass(tuple(images), needs, heads, merged, tuple(layers), counted)
 
     @property
     def has_layers(self) -> bool:
@@ -296,7 +349,8 @@ class Look:
                 logits |= self._merged(model, step, crossing, logits)
             else:
                 middle = {}
-                logits = {"model": _split(model(_cat(crossing, step.images)), crossing, step.images)}
+                whole = self._whole(step, model, crossing, step.images)
+                logits = {"model": _split(whole, crossing, step.images)}
         for name, need in step.needs.items():
             if isinstance(need, Features):
                 values[name] = self._features(step, need, crossing, middle, tapped)
@@ -308,7 +362,19 @@ class Look:
         """What crosses the cut, for each of the images."""
         if "trunk" not in self._passes.parts:
             return {on: crossing[on] for on in step.images}
-        return _split(model.features(_cat(crossing, step.images)), crossing, step.images)
+        trunk = self._whole(step, model.trunk, crossing, step.images)
+        return _split(trunk, crossing, step.images)
+
+    def _rows_of(self, step: _Pass, like: Mapping[str, Crossing], images: Sequence[str]) -> Rows:
+        return Rows(tuple(_rows(like[on]) for on in images), tuple(on in step.counted for on in images))
+
+    def _whole(self, step: _Pass, module: nn.Module, values: Mapping[str, Crossing], images: Sequence[str]) -> Crossing:
+        """Run a module on the rows of several images."""
+        rows = self._rows_of(step, values, images)
+        if all(rows.counted):
+            return module(_cat(values, images))
+        with joint_pass([module] * len(images), rows) as told:
+            return told(_cat(values, images))
 
     def _heads(
         self, model: DualHeadClassifier, step: _Pass, middle: Mapping[str, Crossing]
@@ -316,9 +382,25 @@ class Look:
         """Logits of the heads, each on the images that it is needed for."""
         if self._passes.parts == {"aggregator"}:
             return {h: {on: middle[on][:, model.heads.index(h)] for on in images} for h, images in step.heads.items()}
+        if self._is_routed(step):
+            return self._routed(model, step, middle)
         return {
-            head: _split(model.head(head, _cat(middle, images)), middle, images) for head, images in step.heads.items()
+            head: _split(self._whole(step, model.get_submodule(head), middle, images), middle, images)
+            for head, images in step.heads.items()
         }
+
+    def _routed(
+        self, model: DualHeadClassifier, step: _Pass, middle: Mapping[str, Crossing]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Logits of tied heads that run as one."""
+        pairs = [(head, on) for head, images in step.heads.items() for on in images]
+        heads, images = [head for head, _ in pairs], [on for _, on in pairs]
+        rows = self._rows_of(step, middle, images)
+        features = tree_map(lambda *tensors: torch.cat(tensors), *(middle[on] for on in images))
+        logits: dict[str, dict[str, Tensor]] = {head: {} for head in heads}
+        for (head, on), part in zip(pairs, rows.split(model.heads_together(heads, features, rows)), strict=True):
+            logits[head][on] = part
+        return logits
 
     def _merged(
         self,
@@ -364,8 +446,29 @@ class Look:
         if need.through is None:
             return value
         head: nn.Module = self._passes.heads.get_submodule(need.through)
+        if need.reversal is not None:
+            value = _reversed(value, need.reversal)
         made: Tensor = head(value)
         return made
+
+
+class _Reversal(torch.autograd.Function):
+    """The identity, with a gradient of the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return -ctx.factor * gradient, None
+
+
+def _reversed(value: Tensor, factor: float) -> Tensor:
+    """A value whose gradient is multiplied by -factor on its way back."""
+    made: Tensor = _Reversal.apply(value, factor)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _gives(output: str, need: Need) -> bool:
@@ -399,12 +502,22 @@ def _split(whole: Crossing, like: Mapping[str, Crossing], images: Sequence[str])
     return {on: tree_unflatten(list(piece), form) for on, piece in zip(images, pieces, strict=True)}
 
 
-def refuse_unmet(objective: Objective, parts: Sequence[str]) -> None:
+def refuse_unmet(objective: Objective, parts: Sequence[str], *, tied: bool = True) -> None:
     """Refuse an objective that the parts which learn do not fit.
+
+    Args:
+        objective: what they learn.
+        parts: those that learn.
+        tied: heads are tied to head 1, or may be, so that head 1 has a share in the outputs of all.
 
     Raises:
         UserError: if a loss is on what does not learn, what must not learn would, or a part would learn nothing.
     """
+
+    def shares(part: str, need: Need) -> bool:
+        by_tie = tied and part == "head1" and isinstance(need, Logits) and need.output != "model"
+        return by_tie or feeds(part, need)
+
     own = trained_output(parts)
     needs = [need.of(own) for need in objective.needs().values()]
     needs = [need for need in needs if not (isinstance(need, Logits) and need.output in objective.teachers())]
@@ -415,9 +528,9 @@ def refuse_unmet(objective: Objective, parts: Sequence[str]) -> None:
             raise UserError(f"{part} must not be trained: it would change {taught}, which is the teacher")
     for need in needs:
         output = need.output if isinstance(need, Logits) else None
-        if output is not None and output not in frozen and not any(feeds(part, need) for part in parts):
+        if output is not None and output not in frozen and not any(shares(part, need) for part in parts):
             raise UserError(f"a loss on {output} changes nothing, since no part of it is trained")
-    idle = [part for part in parts if not any(feeds(part, need) for need in needs)]
+    idle = [part for part in parts if not any(shares(part, need) for need in needs)]
     if idle:
         on = ", ".join(dict.fromkeys(n.output for n in needs if isinstance(n, Logits) and n.output not in frozen))
         raise UserError(

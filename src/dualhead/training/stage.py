@@ -44,8 +44,10 @@ class Stage(Section):
     """Replays of each batch in place of `attack`, one backward pass for weights and images (Free AT)."""
     attack_mode: Literal["eval", "train"] = "eval"
     """Mode of the trained parts while the attack runs."""
-    forward: Literal["separate", "joint"] = "separate"
-    """Clean and attacked images in two forwards, as published, or in one: joint batch-norm statistics, and faster."""
+    forward: Literal["separate", "joint", "joint_clean"] = "separate"
+    """Clean and attacked images in two forwards, as published, or in one: joint batch-norm statistics, and faster;
+    `joint_clean`: in one, all rows normalised by the statistics of the clean images. Of tied heads, a batch norm whose
+    statistics are shared sees the rows of both."""
     epochs: int = Field(ge=0)
     batch_size: int = Field(128, ge=1)
     micro_batch: int | None = Field(None, ge=1)
@@ -137,7 +139,7 @@ class Stage(Section):
             raise UserError("eps and threat both say how far the attack may go; leave eps out, and write threat.eps")
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
-        self._losses_fit_parts()
+        self.check_parts()
         return self
 
     def against(self, threat: Threat) -> Threat:
@@ -163,11 +165,19 @@ class Stage(Section):
         output = self.objective.judged_output
         return trained_output(self.train) if output == OWN else output
 
-    def _losses_fit_parts(self) -> None:
+    def check_parts(self, *, tied: bool = True) -> None:
+        """Refuse a loss that the parts which learn do not fit.
+
+        Args:
+            tied: heads are tied to head 1, or may be.
+
+        Raises:
+            UserError: see `refuse_unmet`; and if the model has no second head, which the objective or `deploy` needs.
+        """
         if "model" in self.train:
             if self.objective.outputs:
                 raise UserError(f"objective {self.objective.registered_name!r} needs a model with two heads")
             if self.deploy is not None:
                 raise UserError(f"deploy: {self.deploy} is an output of a model with two heads")
             return
-        refuse_unmet(self.objective, self.train)
+        refuse_unmet(self.objective, self.train, tied=tied)

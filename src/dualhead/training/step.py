@@ -16,7 +16,7 @@ from dualhead.attacks import Attack, Maximiser, maximise_within
 from dualhead.data import Batch, StreamImages
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.objectives import ATTACKED, CLEAN, Inner, Labels, Logits, Need, Objective
+from dualhead.objectives import ATTACKED, CLEAN, Inner, Labels, Logits, LossTerms, Need, Objective, weighted
 from dualhead.system.arithmetic import Arithmetic, compiled
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
@@ -81,6 +81,7 @@ class TrainingStep:
         threat: what the adversary may do.
         optimiser: over `passes.parameters()`.
         arithmetic: number format of the passes.
+        class_weights: float32 [C], by which an image's loss is multiplied; None: by nothing.
 
     Attributes:
         guard: drops updates that are not finite, and counts them.
@@ -94,8 +95,10 @@ class TrainingStep:
         threat: Threat,
         optimiser: torch.optim.Optimizer,
         arithmetic: Arithmetic,
+        class_weights: Tensor | None = None,
     ) -> None:
         self._passes = passes
+        self._class_weights = class_weights
         self._stage = stage
         self._threat = threat
         self._arithmetic = arithmetic
@@ -138,14 +141,32 @@ class TrainingStep:
             n: need for n, need in self._needs.items() if n not in self._constant and not isinstance(need, Labels)
         }
         together = [CLEAN, *(made for made, inner in self._inner.items() if inner.start == CLEAN)]
-        self._look = passes.look(learning, together if self._stage.forward == "joint" else ())
-        self._estimates = passes.look(_estimated(learning))
+        forward = self._stage.forward
+        if forward == "separate":
+            together = []
+        counted = (CLEAN,) if forward == "joint_clean" else None
+        self._look = passes.look(learning, together, counted=counted)
+        if self._look.tells_rows and self._forgetful:
+            raise UserError(
+                f"checkpoint_activations: not with forward: {forward}, whose layers are told whose their rows are; use "
+                "micro_batch"
+            )
+        # Statistics that routes have in common are estimated as they are trained: of the rows of all.
+        routed = self._look.tells_rows
+        self._estimates = passes.look(
+            _estimated(learning), together if routed else (), counted=counted if routed else None
+        )
         # A count of operations sees nothing of a compiled pass, so both forms stay.
         self._fast_look: Callable[[Mapping[str, Crossing]], dict[str, Tensor]] = self._look
         if self._arithmetic.compiled:
             if self._look.has_layers:
                 raise UserError(
                     "objective: looks inside parts of the model, which cannot be compiled; set runtime.compile=false"
+                )
+            if self._look.tells_rows:
+                raise UserError(
+                    f"forward: {forward}: layers are told whose their rows are, which cannot be compiled; set "
+                    "runtime.compile=false"
                 )
             self._fast_look = compiled(self._look, "the passes of the loss")
         self._climbs = {made: _Climb(self._passes, self._needs, made, inner) for made, inner in self._inner.items()}
@@ -317,7 +338,7 @@ class TrainingStep:
             with record_function("loss: forward"):
                 with self._arithmetic.autocast(piece.y.device):
                     seen = {**piece.known, **(self._look if self._counted else self._fast_look)(piece.crossing)}
-                loss = self._objective.loss(piece.y, seen)
+                loss = self._loss(piece.y, seen)
             with record_function("loss: backward"):
                 torch.autograd.backward(loss.total * share)
             for name, term in {"loss": loss.total, **loss.terms, **loss.figures}.items():
@@ -325,6 +346,12 @@ class TrainingStep:
             labels = piece.y if piece.y.dim() == 1 else piece.y.argmax(1)
             correct += (seen[self._judged].argmax(1) == labels).sum()
         return sums, correct
+
+    def _loss(self, y: Tensor, seen: Mapping[str, Tensor]) -> LossTerms:
+        """The loss of a piece, with each image's share weighted by its class."""
+        if self._class_weights is None:
+            return self._objective.loss(y, seen)
+        return weighted(self._objective, self._class_weights, y, seen)
 
     @contextmanager
     def _perturbed(self, pieces: Sequence[_Piece], images: int) -> Iterator[None]:

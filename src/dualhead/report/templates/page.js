@@ -33,6 +33,67 @@ for (const table of document.querySelectorAll(".scroll > table:not(.checks)")) {
   });
 }
 
+// ---- tables: copied as Markdown and as LaTeX, in the order in which they stand
+
+const text = (cell) => cell.textContent.replace(/[\u2195\u2191\u2193]/g, "").replace(/\s+/g, " ").trim();
+const lines = (table) => [...table.rows].map((row) => [...row.cells].map(text));
+
+function markdown(table) {
+  const [head, ...rows] = lines(table).map((row) => row.map((words) => words.replace(/([|\\*_`<])/g, "\\$1")));
+  return [head, head.map((_, n) => (n ? "---:" : "---")), ...rows].map((row) => `| ${row.join(" | ")} |`).join("\n") + "\n";
+}
+
+function latex(table) {
+  const special = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}" };
+  const [head, ...rows] = lines(table).map((row) =>
+    row.map((words) => words.replace(/[\\~^]|[&%$#_{}]/g, (sign) => special[sign] || "\\" + sign)).join(" & ") + " \\\\");
+  const columns = "l" + "r".repeat(table.rows[0].cells.length - 1);
+  return [`\\begin{tabular}{${columns}}`, "\\toprule", head, "\\midrule", ...rows, "\\bottomrule", "\\end{tabular}"].join("\n") + "\n";
+}
+
+for (const scroll of document.querySelectorAll("#accuracy .scroll")) {
+  if (!navigator.clipboard) continue;
+  const tools = make("p", "tools");
+  for (const [kind, written] of [["Markdown", markdown], ["LaTeX", latex]]) {
+    const button = tool("button", `Copy ${kind}`, "", async () => {
+      await navigator.clipboard.writeText(written(scroll.querySelector("table")));
+      button.textContent = "Copied";
+      setTimeout(() => { button.textContent = `Copy ${kind}`; }, 1500);
+    });
+    tools.append(button, " ");
+  }
+  scroll.before(tools);
+}
+
+// ---- tables that are wider than their place say so
+
+for (const scroll of document.querySelectorAll(".scroll")) {
+  const hint = make("p", "scroll-hint", "scroll for more \u2192");
+  const look = () => {
+    const left = scroll.scrollLeft, right = scroll.scrollWidth - scroll.clientWidth - left;
+    scroll.classList.toggle("more-left", left > 1);
+    scroll.classList.toggle("more-right", right > 1);
+    hint.hidden = right <= 1;
+  };
+  scroll.before(hint);
+  scroll.addEventListener("scroll", look, { passive: true });
+  new ResizeObserver(look).observe(scroll);
+}
+
+// ---- the section that is being read
+
+const places = [...document.querySelectorAll("nav a")].map((link) => [link, document.querySelector(link.hash)]);
+function mark() {
+  const reached = places.filter(([, section]) => section && section.getBoundingClientRect().top < 80);
+  const current = reached.length ? reached.reduce((a, b) =>
+    (a[1].getBoundingClientRect().top > b[1].getBoundingClientRect().top ? a : b))[0] : null;
+  for (const [link] of places) {
+    if (link === current) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
+  }
+}
+document.addEventListener("scroll", mark, { passive: true });
+
 // ---- figures: saved as they look now, with their colours written into them
 
 const DRAWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-linecap",

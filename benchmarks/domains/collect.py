@@ -1,0 +1,233 @@
+"""Everything that benchmarks/domains/run.sh has finished, in one file: accuracies, differences, hypotheses.
+
+    python benchmarks/domains/collect.py OUT [JSON]
+
+Reads OUT/VARIANT/seed=N and writes JSON, OUT/domains.json if left out. Accuracies are means over seeds with Student's
+95 % interval over seeds (none of one seed). A difference has two intervals: over seeds, paired by seed, and over test
+images. README.md beside it says what the hypotheses are and when they hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from dualhead.evaluation import Evaluation, interval_over_samples
+
+MEASURED = "evaluations/domains"
+CLEAN_ROUTE, ROBUST_ROUTE = "head1", "head2"
+CROSSED = {"clean": "statistics-head2_affine-head1", "robust": "statistics-head1_affine-head2"}
+"""The clean and the robust affine map, each with the other's statistics."""
+MARGIN = 0.015
+"""Robust accuracies that differ by no more count as equal in H1'."""
+
+
+def interval(values: Sequence[float]) -> list[float] | None:
+    """Student's 95 % interval of a mean; None of one value."""
+    if len(values) < 2:
+        return None
+    reach = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return [float(np.mean(values)) - reach, float(np.mean(values)) + reach]
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, interval and each seed's value."""
+    return {"mean": float(np.mean(values)), "interval": interval(values), "seeds": [float(v) for v in values]}
+
+
+def averaged(found: Sequence[Any]) -> Any:
+    """Mean over seeds of numbers that lie at the same place in nested mappings; words are those of the first seed."""
+    first = found[0]
+    if isinstance(first, Mapping):
+        return {key: averaged([each[key] for each in found]) for key in first}
+    return float(np.mean(found)) if isinstance(first, int | float) and not isinstance(first, bool) else first
+
+
+def accuracies(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracies of one classifier over seeds, from what `evaluate` tells of each."""
+    names = list(found[0]["robust_accuracy"])
+    checks = {check["name"] for each in found for check in each.get("checks", [])}
+    return {
+        "clean": over_seeds([each["clean_accuracy"] for each in found]),
+        **{name: over_seeds([each["robust_accuracy"][name] for each in found]) for name in names},
+        **({"checks": sorted(checks)} if checks else {}),
+    }
+
+
+class Variant:
+    """A variant's finished seeds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.name
+        runs = sorted(run for run in folder.glob("seed=*") if (run / MEASURED / "done").is_file())
+        self.runs = {int(run.name.removeprefix("seed=")): run for run in runs}
+
+    def at(self, classifier: str) -> dict[int, Path]:
+        """Folders of a classifier's evaluations, by seed; of a single network all names are the same."""
+        folders = {}
+        for seed, run in self.runs.items():
+            inside = run / MEASURED / classifier
+            folders[seed] = inside if (run / MEASURED / "routes.json").is_file() else run / MEASURED
+        return {seed: folder for seed, folder in folders.items() if (folder / "results.json").is_file()}
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that is told of the variant."""
+        told = [run / MEASURED / "routes.json" for run in self.runs.values()]
+        costs = [json.loads((run / "comparison.json").read_text())["rows"][-1] for run in self.runs.values()]
+        made: dict[str, Any] = {"seeds": list(self.runs), "cost": averaged([c["training_cost"] for c in costs])}
+        configs = [json.loads((run / "model" / "config.json").read_text()) for run in self.runs.values()]
+        made["parameters"] = costs[0]["parameters"]
+        made["added_parameters"] = configs[0].get("added_parameters", 0)
+        if not all(path.is_file() for path in told):
+            results = [json.loads((run / MEASURED / "results.json").read_text()) for run in self.runs.values()]
+            return {**made, "routes": {"all": accuracies(results)}}
+        found = [json.loads(path.read_text()) for path in told]
+        for key in ("routes", "merged"):
+            if all(key in each for each in found):
+                made[key] = {name: accuracies([each[key][name] for each in found]) for name in found[0][key]}
+        if all("curve" in each for each in found):
+            points = range(len(found[0]["curve"]))
+            made["curve"] = [
+                {"t": found[0]["curve"][n]["t"], **accuracies([each["curve"][n] for each in found])} for n in points
+            ]
+        if all("transfer" in each for each in found):
+            tables = [each["transfer"]["accuracy"] for each in found]
+            made["transfer"] = {
+                against: {judge: over_seeds([table[against][judge]["accuracy"] for table in tables]) for judge in row}
+                for against, row in tables[0].items()
+            }
+        if all("gaps" in each for each in found):
+            made["gaps"] = {
+                "stored": averaged([each["gaps"]["stored"]["summary"] for each in found]),
+                "images": {
+                    head: averaged([each["gaps"]["images"][head]["summary"] for each in found])
+                    for head in found[0]["gaps"]["images"]
+                },
+            }
+        return made
+
+
+def difference(first: tuple[Variant, str], second: tuple[Variant, str], what: str) -> dict[str, Any] | None:
+    """Second minus first, in clean accuracy or under all attacks, over the seeds that both have; None without any."""
+    one, other = first[0].at(first[1]), second[0].at(second[1])
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        return None
+    right = [[Evaluation.load(folders[seed]).correct[what] for seed in seeds] for folders in (one, other)]
+    gains = [float(b.mean() - a.mean()) for a, b in zip(*right, strict=True)]
+    return {
+        "first": f"{first[0].name}: {first[1]}", "second": f"{second[0].name}: {second[1]}", "what": what,
+        "difference": float(np.mean(gains)), "seeds": gains, "seeds_interval": interval(gains),
+        "images_interval": list(interval_over_samples(*right)),
+    }  # fmt: skip
+
+
+def verdict(found: Mapping[str, Any] | None) -> str:
+    """`gain`, `loss`, or `undecided` where either interval holds 0 or there is one seed."""
+    if found is None or found["seeds_interval"] is None:
+        return "undecided"
+    both = (found["seeds_interval"], found["images_interval"])
+    if all(low > 0 for low, _ in both):
+        return "gain"
+    return "loss" if all(high < 0 for _, high in both) else "undecided"
+
+
+def answer(wanted: Sequence[tuple[Mapping[str, Any] | None, str]]) -> str:
+    """`holds` if all verdicts are as wanted, `does not hold` if one is the opposite, else `undecided`.
+
+    A wanted `no gain` holds where the intervals lie below the margin, and is contradicted by a gain.
+    """
+    opposite = {"gain": "loss", "loss": "gain", "no gain": "gain", "no loss": "loss"}
+    states = []
+    for found, want in wanted:
+        said = verdict(found)
+        if said == opposite[want]:
+            return "does not hold"
+        low, high = (found and found["seeds_interval"]) or (-math.inf, math.inf)
+        met = {"no gain": said == "loss" or high < MARGIN, "no loss": said == "gain" or low > -MARGIN}
+        states.append(met.get(want, said == want))
+    return "holds" if states and all(states) else "undecided"
+
+
+def equal(found: Sequence[Mapping[str, Any] | None]) -> str:
+    """`holds` if all intervals lie within the margin, `does not hold` if one lies outside, else `undecided`."""
+    ends = [(each and each["seeds_interval"]) or (-math.inf, math.inf) for each in found]
+    if any(low > MARGIN or high < -MARGIN for low, high in ends):
+        return "does not hold"
+    return "holds" if all(low > -MARGIN and high < MARGIN for low, high in ends) else "undecided"
+
+
+def hypotheses(known: Mapping[str, Variant]) -> dict[str, Any]:
+    """The comparisons that the hypotheses are about, and what they say."""
+
+    def of(first: tuple[str, str], second: tuple[str, str], what: str) -> dict[str, Any] | None:
+        if first[0] not in known or second[0] not in known:
+            return None
+        return difference((known[first[0]], first[1]), (known[second[0]], second[1]), what)
+
+    single = ("single-separate", "all")
+    gains = {name: of(single, (name, ROBUST_ROUTE), "worst") for name in ("dual", "dual-affine", "dual-statistics")}
+    own, other = {"clean": CLEAN_ROUTE, "robust": ROBUST_ROUTE}, CROSSED
+    by_affine = [
+        of(("dual", own["clean"]), ("dual", other["robust"]), "worst"),  # both with the clean statistics
+        of(("dual", other["clean"]), ("dual", own["robust"]), "worst"),  # both with the robust ones
+    ]
+    exchanged = [of(("dual", own[k]), ("dual", other[k]), what) for k in own for what in ("clean", "worst")]
+    group = [
+        of(("group-single", "all"), ("group-dual", CLEAN_ROUTE), "clean"),
+        of(("group-single", "all"), ("group-dual", ROBUST_ROUTE), "worst"),
+    ]
+    return {
+        "H1": {"answer": answer([(gains["dual"], "gain"), (gains["dual-affine"], "gain"),
+                                 (gains["dual-statistics"], "no gain")]), "differences": list(gains.values())},
+        "H1'": {"answer": equal(list(gains.values())), "differences": list(gains.values())},
+        "H2": {"answer": answer([*((d, "gain") for d in by_affine), *((d, "loss") for d in exchanged)]),
+               "differences": [*by_affine, *exchanged]},
+        "H3": {"answer": answer([(group[0], "gain"), (group[1], "no loss")]), "differences": group},
+        "H4": merged_or_between(known),
+    }  # fmt: skip
+
+
+def merged_or_between(known: Mapping[str, Variant]) -> dict[str, Any]:
+    """H4: each merging against the point of the curve that is the most robust of those at least as accurate."""
+    if "dual" not in known or not known["dual"].runs:
+        return {"answer": "undecided", "differences": []}
+    told = known["dual"].describe()
+    points = {f"t={point['t']:g}": point for point in told.get("curve", [])}
+    points |= {head: told["routes"][head] for head in (CLEAN_ROUTE, ROBUST_ROUTE)}
+    found = []
+    for name, merged in told.get("merged", {}).items():
+        reach = {p: point for p, point in points.items() if point["clean"]["mean"] >= merged["clean"]["mean"]}
+        if reach:
+            best = max(reach, key=lambda p: reach[p]["worst"]["mean"])
+            found.append(difference((known["dual"], best), (known["dual"], name), "worst"))
+    verdicts = [verdict(each) for each in found]
+    answered = (
+        "holds" if "gain" in verdicts else "does not hold" if verdicts and set(verdicts) == {"loss"} else "undecided"
+    )
+    return {"answer": answered, "differences": found}
+
+
+def main() -> None:
+    """Read, compare, write."""
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    out = Path(sys.argv[1])
+    variants = [Variant(folder) for folder in sorted(out.iterdir()) if folder.is_dir()]
+    known = {variant.name: variant for variant in variants if variant.runs}
+    made = {"variants": {name: v.describe() for name, v in known.items()}, "hypotheses": hypotheses(known)}
+    target = Path(sys.argv[2]) if len(sys.argv) == 3 else out / "domains.json"
+    target.write_text(json.dumps(made, indent=1) + "\n")
+    for name, told in made["hypotheses"].items():
+        print(f"{name}: {told['answer']}")
+
+
+if __name__ == "__main__":
+    main()

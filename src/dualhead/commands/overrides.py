@@ -1,0 +1,96 @@
+"""Options of `train` that stand for keys of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dualhead.errors import UserError
+from dualhead.recipe import Recipe, load_recipe, stages_as_named
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Values of the options; None: the recipe's."""
+
+    epochs: int | None = None
+    seed: int | None = None
+    device: str | None = None
+    lr: str | None = None
+    batch_size: int | None = None
+
+
+_OF_STAGES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
+    "epochs": ("--epochs", "epochs", lambda stage: stage.epochs),
+    "lr": ("--lr", "optimiser.lr", lambda stage: stage.optimiser.lr),
+    "batch_size": ("--batch-size", "batch_size", lambda stage: stage.batch_size),
+}
+_OF_RUNTIME = {"seed": "--seed", "device": "--device"}
+
+
+def with_shortcuts(
+    name: str, overrides: Sequence[str], plugins: Sequence[str], shortcuts: Shortcuts
+) -> tuple[Recipe, list[str]]:
+    """Load a recipe with overrides and options.
+
+    Args:
+        name: of a shipped recipe, or path.
+        overrides: `KEY=VALUE`.
+        plugins: as for `load_recipe`.
+        shortcuts: the options.
+
+    Returns:
+        The recipe, and a line for each option that changes several stages which differ in it.
+
+    Raises:
+        UserError: as `load_recipe`; or if an option and an override say the same key.
+    """
+    keys = [override.partition("=")[0] for override in overrides]
+    added: list[str] = []
+    notes: list[str] = []
+    for field, option in _OF_RUNTIME.items():
+        value = getattr(shortcuts, field)
+        if value is not None:
+            _refuse_twice(option, f"runtime.{field}", keys)
+            added.append(f"runtime.{field}={value}")
+    if any(getattr(shortcuts, field) is not None for field in _OF_STAGES):
+        stages = [stage for stage in load_recipe(name, overrides, plugins).stages if stage.fit is None]
+        for field, (option, key, of) in _OF_STAGES.items():
+            value = getattr(shortcuts, field)
+            if value is None:
+                continue
+            for stage in stages:
+                _refuse_twice(option, f"stages.{stage.name}.{key}", keys)
+                added.append(f"stages.{stage.name}.{key}={value}")
+            if len({of(stage) for stage in stages}) > 1:
+                had = ", ".join(f"{stage.name} {of(stage)}" for stage in stages)
+                notes.append(
+                    f"{option} {value} holds for each of {len(stages)} stages, which had {had}; for one of them write "
+                    f"stages.{stages[0].name}.{key}={value}"
+                )
+    return load_recipe(name, [*overrides, *added], plugins), notes
+
+
+def _refuse_twice(option: str, key: str, given: Sequence[str]) -> None:
+    words = key.split(".")
+    if words[0] == "stages":
+        same = [
+            g
+            for g in given
+            if g.startswith("stages.") and g.replace("optimizer", "optimiser").endswith(f".{'.'.join(words[2:])}")
+        ]
+    else:
+        same = [g for g in given if g == key]
+    if same:
+        raise UserError(f"{option} and {same[0]} say the same; leave one of them out")
+
+
+@contextmanager
+def naming_stages(recipe: Recipe, overrides: Sequence[str]) -> Iterator[None]:
+    """Call stages in a `UserError` by the names that overrides use."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(stages_as_named(str(error), overrides, [stage.name for stage in recipe.stages])) from None

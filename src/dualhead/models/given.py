@@ -1,0 +1,124 @@
+"""A network that a program holds: a module, or a function that makes it, which no recipe can name by an address."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualhead.errors import UserError
+from dualhead.models.base import ImageShape, backbones
+from dualhead.models.factory import FactoryBackbone, made_by, maker
+from dualhead.system.generators import kept_generators
+from dualhead.system.modes import in_eval_mode
+from dualhead.system.outputs import logits_of
+
+
+@backbones.register("given", text="path")
+@dataclass(frozen=True)
+class GivenBackbone(FactoryBackbone):
+    """A network that was given in Python, from a class that cannot be imported or made without arguments.
+
+    It can be made where the network, or a function that makes it, is given again: `dualhead.fit(model, ...)`,
+    `dualhead.load(path, factory=make_net)`.
+
+    Args:
+        path: name of its class.
+        digest: of names and shapes of its tensors.
+    """
+
+    path: str
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        """Keep the name as it is: it is no address."""
+
+    def _made(self, num_classes: int) -> tuple[nn.Module, tuple[str, ...]]:
+        factory = maker()
+        if factory is None:
+            raise UserError(
+                f"the network {self.path} was given in Python, and cannot be made from here; load it with "
+                "dualhead.load(PATH, factory=MAKE), or go on with dualhead.fit and the network"
+            )
+        model, names = made_by(factory, self.path, num_classes)
+        if self.digest and _digest(model) != self.digest:
+            raise UserError(
+                f"factory: makes {type(model).__name__} with tensors of other names or shapes than those of the "
+                f"{self.path} that was trained"
+            )
+        return model, names
+
+
+@contextmanager
+def at_hand(factory: Callable[..., Any] | None) -> Iterator[None]:
+    """Make networks that a recipe calls `given`, and those of a `factory`, by this function while inside."""
+    with maker.replaced(factory):
+        yield
+
+
+def describe_given(model: nn.Module) -> dict[str, str]:
+    """Return the backbone, as a recipe writes it, that stands for a network without an address."""
+    return {"name": "given", "path": type(model).__name__, "digest": _digest(model)}
+
+
+def _digest(model: nn.Module) -> str:
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
+def address_of(
+    model: nn.Module, factory: Callable[..., Any] | None, num_classes: int, image_shape: ImageShape
+) -> str | None:
+    """Return an address by which other programs make a network: that of the factory, or of the class itself.
+
+    A class serves if it can be made without arguments, or with `num_classes` alone, and the result is the same network:
+    tensors of the same names and shapes, and with these the same logits. Random number generators keep their states.
+
+    Args:
+        model: the network.
+        factory: a function that makes it; None to try its class.
+        num_classes: logits per image.
+        image_shape: channels, height and width.
+
+    Returns:
+        `module:NAME`; None if there is none.
+
+    Raises:
+        UserError: if a factory makes another network.
+    """
+    source: Any = type(model) if factory is None else factory
+    module, name = str(getattr(source, "__module__", "__main__")), getattr(source, "__qualname__", "<>")
+    importable = module not in ("__main__", "builtins") and "<" not in name
+    if factory is None and (not importable or module.startswith("torch.nn.")):
+        return None
+    with kept_generators(torch.device("cpu")):
+        try:
+            made, _ = made_by(source, name, num_classes)
+            same = _same(made, model, image_shape)
+        except Exception as error:
+            if factory is None:
+                return None
+            raise error if isinstance(error, UserError) else UserError(f"factory: fails: {error}") from error
+    if not same:
+        if factory is None:
+            return None
+        raise UserError(f"factory: {name} makes another network than the {type(model).__name__} that is given")
+    return f"{module}:{name}" if importable else None
+
+
+def _same(made: nn.Module, model: nn.Module, image_shape: ImageShape) -> bool:
+    if _digest(made) != _digest(model):
+        return False
+    made.load_state_dict(model.state_dict())
+    image = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    logits: list[Tensor] = []
+    for one in (made, model):
+        device = next((p.device for p in one.parameters()), torch.device("cpu"))
+        with in_eval_mode(one), torch.no_grad():
+            logits.append(logits_of(one(image.to(device))).cpu())
+    return torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)

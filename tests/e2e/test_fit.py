@@ -1,0 +1,263 @@
+"""`dualhead.fit`: runs from Python are those of the command line, and what does not fit is refused in one line."""
+
+import copy
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import dualhead
+from dualhead.data import load_split
+from helpers.e2e import dualhead as command
+from helpers.own_net import OwnNet
+
+SHORT = {
+    "data.validation": 20,
+    "stages.*.attack.steps": 1,
+    "validation.attack.steps": 1,
+    "stages.*.batch_size": 64,
+    "evaluate.limit": 16,
+    "evaluate.attacks": ["pgd-2"],
+    "evaluate.gallery": 2,
+    "runtime.lanes": 1,
+}
+PLAIN = {
+    "name": "plain",
+    "data": {},
+    "model": {},
+    "threat": {"norm": "Linf", "eps": 0.1},
+    "validation": {"attack": "pgd-1"},
+    "stages": [{"name": "main", "train": ["model"], "objective": "sat", "attack": "pgd-1", "epochs": 1}],
+}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    train, test = load_split("digits", "train").first(200), load_split("digits", "test").first(40)
+    return (train.images.float() / 255, train.labels), (test.images, test.labels)
+
+
+def net(seed=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return OwnNet()
+
+
+def fitted(model, digits, folder, recipe="digits", **more):
+    train, test = digits
+    more = {"train": train, "test": test, "epochs": 1, "seed": 3, "device": "cpu", "eps": "20/255", **more}
+    return dualhead.fit(model, recipe=recipe, overrides=SHORT, run_dir=folder, progress=False, **more)
+
+
+def weights(folder):
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    return fitted(net(), digits, folder)
+
+
+def test_equals_the_command_line_to_the_bit(digits, whole, tmp_path):
+    (x, y), (x_test, y_test) = digits
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    words = [f"{key}={value}".replace("'", "") for key, value in SHORT.items()]
+    words += [f"data.source={tmp_path / 'mine.npz'}", "model.backbone=helpers.own_net:OwnNet", "model.attach_at=low"]
+    words += [f"stages.{number}.epochs=1" for number in range(3)]
+    words += ["threat.eps=20/255", "runtime.seed=3", "runtime.device=cpu"]
+    ended = command("train", "digits", *words, "--run-dir", tmp_path / "run", "--quiet")
+    assert ended.status == 0, ended.err
+    assert weights(tmp_path / "run") == weights(whole.run_dir)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("steps", [4, pytest.param(1, marks=SLOW), pytest.param(8, marks=SLOW)])
+def test_stopped_and_gone_on_with_equals_the_whole(digits, whole, tmp_path, steps):
+    asked = iter(range(steps))
+    with pytest.raises(dualhead.Interrupted):
+        fitted(net(), digits, tmp_path / "run", stop=lambda: next(asked, None) is None)
+    fitted(net(seed=9), digits, tmp_path / "run")  # the run's weights count, not those given again
+    assert weights(tmp_path / "run") == weights(whole.run_dir)
+
+
+def test_fresh_weights_do_not_take_the_place_of_lost_ones(digits, tmp_path):
+    (x, y), (x_test, y_test) = digits
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    with pytest.raises(dualhead.Interrupted):
+        fitted(net(), (tmp_path / "mine.npz", None), tmp_path / "run", PLAIN, stop=lambda: True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "states")
+    with pytest.raises(dualhead.UserError, match="began with"):
+        dualhead.train(str(tmp_path / "run" / "config.yaml"), run_dir=tmp_path / "run")
+
+
+def test_other_images_do_not_go_on(digits, whole):
+    (x, y), test = digits
+    with pytest.raises(dualhead.UserError, match="began with other images or labels"):
+        fitted(net(), ((1 - x, y), test), whole.run_dir)
+
+
+def test_the_model_is_left_as_it_is(digits, tmp_path):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    fitted(model, digits, tmp_path / "run", PLAIN)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_begins_with_the_weights_that_are_given(digits, tmp_path):
+    model = net(seed=11)
+    run = fitted(
+        model, digits, tmp_path / "run", {**PLAIN, "stages": [{**PLAIN["stages"][0], "keep": "last"}]}, epochs=0
+    )
+    x = digits[1][0].float() / 255
+    with torch.no_grad():
+        torch.testing.assert_close(run.model(x), model.eval()(x))
+
+
+@pytest.mark.slow
+def test_every_form_of_the_same_images_is_the_same_run(digits, tmp_path):
+    (x, y), (x_test, y_test) = digits
+    forms = [
+        ((x, y), (x_test, y_test)),
+        ((x.numpy(), y.numpy()), (x_test[:, 0].numpy(), y_test.numpy()[:, None])),
+        (DataLoader(TensorDataset(x, y), 32, shuffle=True), TensorDataset(x_test.float() / 255, y_test)),
+    ]
+    found = []
+    for number, form in enumerate(forms):
+        fitted(net(), form, tmp_path / str(number), PLAIN)
+        found.append(weights(tmp_path / str(number)))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_model_with_a_second_head(digits, tmp_path):
+    model = dualhead.attach_second_head(net(), "low", example=digits[0][0][:2], aggregator="mean")
+    recipe = {
+        **PLAIN,
+        "stages": [{"name": "second", "train": ["head2"], "objective": "sat", "attack": "pgd-1", "epochs": 1}],
+    }
+    run = fitted(model, digits, tmp_path / "run", recipe)
+    assert {row.output for row in run.rows} >= {"head1", "head2"}
+    again = dualhead.load(tmp_path / "run", "head1", factory=lambda: copy.deepcopy(model))
+    x = digits[1][0].float() / 255
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model.view("head1").eval()(x))  # what is not trained stays
+
+
+def test_a_network_without_an_address_needs_a_factory(digits, tmp_path):
+    torch.manual_seed(0)
+    model = OwnNet(width=3)  # its class makes another one
+    run = fitted(model, digits, tmp_path / "run", PLAIN)
+    with pytest.raises(dualhead.UserError, match="factory="):
+        dualhead.load(tmp_path / "run")
+    with pytest.raises(dualhead.UserError, match="other names or shapes"):
+        dualhead.load(tmp_path / "run", factory=OwnNet)
+    x = digits[1][0].float() / 255
+    again = dualhead.load(tmp_path / "run", factory=lambda: OwnNet(width=3))
+    with torch.no_grad():
+        assert torch.equal(again(x), run.model(x))
+    with pytest.raises(dualhead.UserError, match="OwnNet"):
+        fitted(OwnNet(width=3), digits, tmp_path / "other", PLAIN, factory=OwnNet)
+
+
+def test_what_comes_back(whole, digits, tmp_path):
+    assert len(str(whole).splitlines()) >= 1 + len(whole.rows)
+    assert all(row.name in str(whole) and row.name in whole._repr_html_() for row in whole.rows)
+    assert len(repr(whole)) < 200
+    with mock.patch("webbrowser.open") as shown:
+        assert whole.report().is_file()
+        assert not shown.called
+        assert whole.report(open=True).as_uri() in shown.call_args.args
+    dualhead.save(whole.model, tmp_path / "mine")
+    x = digits[1][0].float() / 255
+    with torch.no_grad():
+        assert torch.equal(dualhead.load(tmp_path / "mine")(x), whole.model(x))
+    ended = command("evaluate", whole.run_dir, "--data", "digits", "--limit", "8", "--attack", "pgd-1", "--json")
+    assert ended.status == 0, ended.err
+
+
+def test_a_model_of_no_run_is_saved_by_an_example(digits, tmp_path):
+    model, x = net().eval(), digits[0][0][:4]
+    with pytest.raises(dualhead.UserError, match="example"):
+        dualhead.save(model, tmp_path / "mine")
+    dualhead.save(model, tmp_path / "mine", example=x)
+    with torch.no_grad():
+        assert torch.equal(dualhead.load(tmp_path / "mine")(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, y: (x[0], y), "images"),
+        (lambda x, y: (x, y[:-1]), "labels"),
+        (lambda x, y: (x, y.float() + 0.5), "integers"),
+        (lambda x, y: (x, y - 1), "0 or more"),
+        (lambda x, y: (x * 2 - 1, y), r"\[0, 1\]"),
+        (lambda x, y: (x * float("nan"), y), "NaN"),
+        (lambda x, y: (x.repeat(1, 2, 1, 1), y), "channels"),
+        (lambda x, y: x, "no labels"),
+        (lambda x, y: 7, "int"),
+        (lambda x, y: (x, y + 5), "15 classes"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_in_one_line(digits, tmp_path, change, said):
+    train, test = digits
+    with pytest.raises(dualhead.UserError, match=said) as caught:
+        fitted(net(), (change(*train), test), tmp_path / "run", PLAIN)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_without_images_is_refused(tmp_path):
+    with pytest.raises(dualhead.UserError, match=r"data.source"):
+        dualhead.fit(net(), recipe=PLAIN, run_dir=tmp_path / "run")
+
+
+def test_names_mean_the_same_whatever_was_imported_first():
+    told = "import dualhead; a = dualhead.attacks; import dualhead.attacks.pgd; dualhead.evaluate; dualhead.fit; "
+    told += "assert dualhead.attacks is a and dualhead.attacks.build('pgd-3').steps == 3; "
+    told += "import dualhead.objectives as o; assert o is dualhead.objectives and 'trades' in o.names(); "
+    told += "assert all(hasattr(dualhead, name) for name in dualhead.__all__)"
+    subprocess.run([sys.executable, "-c", told], check=True, timeout=120)
+
+
+def test_attack_gives_images_within_the_budget_whatever_the_batch(whole, digits):
+    x, y = digits[1]
+    made = dualhead.attack(whole.model, x, y, "pgd-3", eps="8/255")
+    assert made.shape == x.shape and float((made - x.float() / 255).abs().max()) <= 8 / 255 + 1e-6
+    torch.testing.assert_close(dualhead.attack(whole.model, x, y, "pgd-3", eps="8/255", batch_size=8), made)
+    for wrong in ({}, {"eps": 0.1, "threat": dualhead.ThreatModel("L2", 1)}):
+        with pytest.raises(dualhead.UserError, match="eps"):
+            dualhead.attack(whole.model, x, y, **wrong)
+    with pytest.raises(dualhead.UserError, match="labels"):
+        dualhead.attack(whole.model, x, y + 10, eps=0.1)
+
+
+def test_functions_are_attacks_and_their_images_come_back(whole, digits, tmp_path):
+    x, y = digits[1]
+
+    def gradient_sign(model, images, labels):
+        images.requires_grad_()
+        loss = torch.nn.functional.cross_entropy(model(images), labels, reduction="sum")
+        return images + torch.autograd.grad(loss, images)[0].sign()  # far outside; it is confined
+
+    threat = dualhead.ThreatModel("Linf", "30/255")
+    found = dualhead.evaluate(
+        whole.model, x, y, threat=threat, attacks=[gradient_sign, "fgsm"], return_adversarial=True, diagnostics=False,
+        output_dir=tmp_path,
+    )  # fmt: skip
+    assert found.robust_accuracy["gradient_sign"] == found.robust_accuracy["fgsm"]
+    images = found.adversarial("gradient_sign")
+    assert float((images - x.float() / 255).abs().max()) <= 30 / 255 + 1e-6
+    with torch.no_grad():
+        answers = whole.model(images).argmax(1)
+    assert float((answers == y).float().mean()) == pytest.approx(found.robust_accuracy["gradient_sign"])
+    with pytest.raises(dualhead.UserError, match="must return images"):
+        dualhead.evaluate(whole.model, x, y, threat=threat, attacks=[lambda m, a, b: a[:1]], diagnostics=False)
+    assert len(repr(found)) < 200

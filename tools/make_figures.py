@@ -1,0 +1,480 @@
+"""Draw the figures of README and docs, and write the tables of measured results as CSV.
+
+    python tools/make_figures.py          # docs/images/*.svg and docs/results/*.csv
+
+All numbers come from `benchmarks/results/strongest.json`. The figures are plain SVG, so that nothing has to be
+installed and the same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "strongest.json"
+IMAGES, TABLES = ROOT / "docs" / "images", ROOT / "docs" / "results"
+FAST = "autoattack-fast"
+GREY, VIOLET, GREEN, BLUE, RED, INK, FAINT = (
+    "#566273", "#8450b0", "#0a7d5a", "#1769c2", "#c2410c", "#16202c", "#dde2e8",
+)  # fmt: skip
+STYLE = (
+    'text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:#16202c}'
+    ".s{font-size:12px;fill:#566273}.b{font-weight:600}.m{text-anchor:middle}.e{text-anchor:end}"
+    ".w{fill:#fff;font-weight:600;text-anchor:middle}.ws{fill:#fff;font-size:12px;text-anchor:middle}"
+)
+
+
+@dataclass
+class Drawing:
+    """An SVG that grows by its elements."""
+
+    width: int
+    height: int
+    alt: str
+    elements: list[str] = field(default_factory=list)
+
+    def add(self, element: str) -> None:
+        """Append an element."""
+        self.elements.append(element)
+
+    def text(self, x: float, y: float, words: str, classes: str = "", fill: str = "") -> None:
+        """Append words, whose classes say how they look and where they are anchored."""
+        style = f' style="fill:{fill}"' if fill else ""
+        self.add(f'<text x="{x:.1f}" y="{y:.1f}" class="{classes}"{style}>{escape(words)}</text>')
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1.5, more: str = "") -> None:
+        """Append a straight line."""
+        ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+        self.add(f'<line {ends} stroke="{colour}" stroke-width="{width}" {more}/>')
+
+    def svg(self) -> str:
+        """Return the whole picture."""
+        body = "\n".join(self.elements)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'aria-label="{escape(self.alt)}">\n<style>{STYLE}</style>\n'
+            f'<rect width="{self.width}" height="{self.height}" rx="12" fill="#f6f7f9"/>\n{body}\n</svg>\n'
+        )
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A rectangle of the drawing and the values at its edges."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+    log: bool = False
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Return where a point of the data lies in the drawing."""
+        low, high = self.x
+        share = math.log(x / low) / math.log(high / low) if self.log else (x - low) / (high - low)
+        return (
+            self.left + share * self.width,
+            self.top + (self.y[1] - y) / (self.y[1] - self.y[0]) * self.height,
+        )
+
+    def frame(self, drawing: Drawing, xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str) -> None:
+        """Draw grid, ticks and labels."""
+        bottom = self.top + self.height
+        for value in ys:
+            y = self.at(self.x[0], value)[1]
+            drawing.line(self.left, y, self.left + self.width, y, FAINT, 1)
+            drawing.text(self.left - 8, y + 4, f"{value:g}", "s e")
+        for value in xs:
+            x = self.at(value, self.y[0])[0]
+            drawing.line(x, self.top, x, bottom, FAINT, 1)
+            drawing.text(x, bottom + 18, f"{value:g}", "s m")
+        drawing.text(self.left + self.width / 2, bottom + 38, x_label, "s m")
+        x, y = self.left - 36, self.top + self.height / 2
+        drawing.add(f'<text class="s m" transform="translate({x:.1f} {y:.1f}) rotate(-90)">{escape(y_label)}</text>')
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured model."""
+
+    label: str
+    x: float
+    y: float
+    colour: str
+    x_ends: tuple[float, float] | None = None
+    y_ends: tuple[float, float] | None = None
+    answer: float = 1.0
+    solid: bool = True
+    shift: tuple[float, float] = (10, -10)
+    end: bool = False
+
+    def draw(self, drawing: Drawing, axes: Axes) -> None:
+        """Draw intervals, marker and label."""
+        x, y = axes.at(self.x, self.y)
+        faint = 'opacity="0.45"'
+        if self.x_ends:
+            low, high = (axes.at(end, self.y)[0] for end in self.x_ends)
+            drawing.line(low, y, high, y, self.colour, 1.5, faint)
+        if self.y_ends:
+            low, high = (axes.at(self.x, end)[1] for end in self.y_ends)
+            drawing.line(x, low, x, high, self.colour, 1.5, faint)
+        fill = self.colour if self.solid else "#f6f7f9"
+        radius = 4.5 * math.sqrt(self.answer)
+        place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"'
+        drawing.add(f'<circle {place} fill="{fill}" stroke="{self.colour}" stroke-width="2"/>')
+        drawing.text(x + self.shift[0], y + self.shift[1], self.label, "s e" if self.end else "s", self.colour)
+
+
+# ---- measured
+
+
+def results() -> dict[str, Any]:
+    """The measured results."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return found
+
+
+def row(found: dict[str, Any], section: str, name: str) -> dict[str, Any]:
+    """Return the row of a study, by the part of its name before the colon."""
+    return next(row for row in found[section]["rows"] if row["name"].partition(":")[0] == name)
+
+
+def pair(found: dict[str, Any], section: str, reference: str, name: str, accuracy: str) -> dict[str, Any]:
+    """Return the paired difference of two studies in an accuracy, `name` less `reference`."""
+    return next(
+        pair
+        for pair in found[section]["pairs"]
+        if (pair["reference"], pair["name"], pair["accuracy"]) == (reference, name, accuracy)
+    )
+
+
+def measured(found: dict[str, Any], section: str, name: str, label: str, colour: str, **more: Any) -> Point:
+    """Return a model's clean and robust accuracy with their intervals, in percent."""
+    of = row(found, section, name)
+    ends = [tuple(100 * end for end in of["intervals"][key]) for key in ("clean_accuracy", FAST)]
+    return Point(
+        label, 100 * of["clean_accuracy"], 100 * of["robust_accuracy"][FAST], colour, ends[0], ends[1],
+        solid=len(of["seeds"]) > 1, **more,
+    )  # fmt: skip
+
+
+def trade_off(found: dict[str, Any]) -> str:
+    """Draw clean and robust accuracy of TRADES over beta, the ensemble, DH-AT, guided and guided distillation."""
+    drawing = Drawing(
+        880, 520,
+        "Robust over clean accuracy: guided distillation lies above the curve of TRADES over beta; the paper's DH-AT "
+        "lies on it, a plain ensemble is more robust and not more accurate",
+    )  # fmt: skip
+    first, second, again = "trades and sat", "trades over beta at equal cost, float32", "trades again, float32"
+    panels = [
+        (
+            "3 seeds, bf16, 5,000 test images",
+            [
+                measured(found, first, "trades-base", "TRADES, beta 6, 1x", GREY, shift=(-34, 58)),
+                measured(found, first, "trades-base-long", "TRADES, beta 6, 2x", GREY, shift=(12, 20)),
+                measured(found, first, "trades-dhat", "DH-AT, 1x", GREEN, answer=1.6, shift=(-16, -14), end=True),
+                measured(found, first, "trades-ensemble", "ensemble, 2x", VIOLET, answer=2, shift=(-14, -32), end=True),
+                measured(found, first, "trades-guided", "guided, 1x", BLUE, shift=(12, 20)),
+                measured(
+                    found, first, "trades-distilled", "guided distillation, 2x", RED, answer=2, shift=(12, -12)
+                ),
+            ],
+            [(0, 1)],
+        ),
+        (
+            "5 seeds or 1, float32, 2,000 test images",
+            [
+                measured(found, again, "trades-base-beta-3", "TRADES, beta 3, 1x", GREY, shift=(-12, 18), end=True),
+                measured(found, again, "trades-base", "beta 6, 1x", GREY, shift=(-12, 18), end=True),
+                measured(found, again, "trades-base-long", "beta 6, 2x", GREY, shift=(-12, 18), end=True),
+                measured(found, second, "trades-base-beta-12", "beta 12, 1x", GREY, shift=(-10, -12), end=True),
+                measured(found, second, "trades-base-long-beta-12", "beta 12, 2x", GREY, shift=(-12, 22), end=True),
+                measured(found, again, "trades-distilled", "beta 3, 2x", RED, answer=2, shift=(12, 20)),
+                measured(
+                    found, second, "trades-distilled-beta-6", "guided distillation, beta 6, 2x", RED, answer=2,
+                    shift=(-2, -22),
+                ),
+                measured(
+                    found, second, "trades-distilled-beta-6, head 2", "its head 2 alone", RED,
+                    shift=(-12, -14), end=True,
+                ),
+            ],
+            [(0, 1), (1, 3), (2, 4), (5, 6)],
+        ),
+    ]  # fmt: skip
+    for number, (title, points, joined) in enumerate(panels):
+        axes = Axes(66 + 430 * number, 56, 360, 360, (48.5, 58), (15.5, 26.5))
+        drawing.text(axes.left, 36, title, "b")
+        axes.frame(
+            drawing, range(49, 59, 2), range(16, 27, 2), "clean accuracy, %", "robust accuracy (APGD-CE, APGD-T), %"
+        )
+        for start, end in joined:  # the same method, of another beta or length
+            ends = [axes.at(points[place].x, points[place].y) for place in (start, end)]
+            drawing.line(*ends[0], *ends[1], points[start].colour, 1.5, 'stroke-dasharray="4 4"')
+        for point in points:
+            point.draw(drawing, axes)
+    y = 486
+    for x, answer, words in ((72, 1.0, "an answer costs 1 forward pass"), (300, 2.0, "2 forward passes")):
+        drawing.add(f'<circle cx="{x}" cy="{y - 4}" r="{4.5 * math.sqrt(answer):.1f}" fill="{GREY}"/>')
+        drawing.text(x + 14, y, words, "s")
+    drawing.add(f'<circle cx="448" cy="{y - 4}" r="4.5" fill="#f6f7f9" stroke="{GREY}" stroke-width="2"/>')
+    drawing.text(462, y, "hollow: one seed", "s")
+    drawing.text(590, y, "1x, 2x: training cost, TRADES = 1", "s")
+    drawing.text(72, y + 20, "CIFAR-10, JPEG-75, 2,250 training images, WRN-10-1, Linf eps 8/255; 95 % intervals", "s")
+    return drawing.svg()
+
+
+ROUNDED = "rounded: other references"
+FOREST = (
+    ("TRADES", None, None, None, None),
+    ("guided distillation, beta 6 (5 seeds)", "trades over beta at equal cost, float32", "trades-base-long-beta-12",
+     "trades-distilled-beta-6", RED),
+    ("its head 2 alone (5 seeds)", "trades over beta at equal cost, float32", "trades-base-long-beta-12",
+     "trades-distilled-beta-6, head 2", RED),
+    ("guided distillation, beta 3 (3 seeds)", "trades and sat", "trades-base-long", "trades-distilled", RED),
+    ("guided alone (3 seeds)", ROUNDED, "trades-base", "trades-guided", BLUE),
+    ("DH-AT, the paper's (3 seeds)", ROUNDED, "trades-base", "trades-dhat", GREEN),
+    ("SAT", None, None, None, None),
+    ("guided distillation (3 seeds)", ROUNDED, "sat-base-long", "sat-distilled", RED),
+    ("same, against SAT at half the cost", ROUNDED, "sat-base", "sat-distilled", RED),
+    ("DH-AT (3 seeds)", ROUNDED, "sat-base", "sat-dhat", GREEN),
+    ("MART", None, None, None, None),
+    ("guided distillation, half length (3 seeds)", "mart", "mart-base", "mart-distilled-short", RED),
+    ("DH-AT (3 seeds)", "mart", "mart-base", "mart-dhat", GREEN),
+)  # fmt: skip
+"""Label, section of the results, reference, name and colour of each line; a line without a section is a heading."""
+
+
+def forest(found: dict[str, Any]) -> str:
+    """Draw the differences from the base method at equal training cost, with their intervals."""
+    step, top = 30, 84
+    height = top + step * len(FOREST) + 66
+    drawing = Drawing(
+        880, height, "Differences in clean and robust accuracy from the base method at equal cost, with intervals"
+    )
+    drawing.text(24, 34, "Less the base method at equal training cost, points", "b")
+    for column, accuracy in enumerate(("clean", FAST)):
+        axes = Axes(318 + 280 * column, top, 250, step * len(FOREST), (-6, 11), (0, 1))
+        drawing.text(axes.left + 125, 62, "clean accuracy" if accuracy == "clean" else "robust accuracy", "m")
+        bottom = axes.top + axes.height
+        for value in (-5, 0, 5, 10):
+            x = axes.at(value, 0)[0]
+            drawing.line(x, axes.top, x, bottom, GREY if value == 0 else FAINT, 1)
+            drawing.text(x, bottom + 18, f"{value:+d}" if value else "0", "s m")
+        for number, (label, section, reference, name, colour) in enumerate(FOREST):
+            y = top + step * number + 18
+            if not section or not reference or not name or not colour:
+                if not column:
+                    drawing.text(24, y + 4, label, "b")
+                continue
+            if not column:
+                drawing.text(36, y + 4, label, "s")
+            of = pair(found, section, reference, name, accuracy)
+            low, middle, high = (
+                axes.at(100 * value, 0)[0] for value in (of["interval"][0], of["difference"], of["interval"][1])
+            )
+            drawing.line(low, y, high, y, colour, 2)
+            drawing.add(f'<circle cx="{middle:.1f}" cy="{y}" r="4.5" fill="{colour}"/>')
+            drawing.text(high + 8, y + 4, f"{100 * of['difference']:+.1f}", "s", colour)
+    drawing.text(
+        24, height - 14,
+        "Robust: APGD-CE and APGD-T. 95 %, paired t over seeds, on fixed test images; WRN-10-1, 2,250 training images",
+        "s",
+    )  # fmt: skip
+    return drawing.svg()
+
+
+def cost(found: dict[str, Any]) -> str:
+    """Draw robust accuracy over training cost, in multiples of the base model's training."""
+    drawing = Drawing(
+        880,
+        500,
+        "Robust accuracy over training cost: more epochs of TRADES and SAT do not add any, guided distillation does",
+    )
+    axes = Axes(66, 30, 780, 380, (0.115, 4.4), (14.5, 27), log=True)
+    axes.frame(
+        drawing, (0.125, 0.25, 0.5, 1, 2), range(15, 28, 2),
+        "training cost, TRADES for 160 epochs = 1", "robust accuracy (APGD-CE, APGD-T), %",
+    )  # fmt: skip
+    curve = found["rounded: length of TRADES"]
+    places = [axes.at(n / 160, value) for n, value in zip(curve["epochs"], curve[FAST], strict=True)]
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    drawing.add(f'<polyline points="{points}" fill="none" stroke="{GREY}" stroke-width="2" stroke-dasharray="5 4"/>')
+    drawing.text(places[0][0], places[0][1] + 26, "TRADES, 20 to 320 epochs (seed 0)", "s", GREY)
+    unit = row(found, "trades and sat", "trades-base")["training_cost"]["flops"]
+
+    def of(name: str, label: str, colour: str, **more: Any) -> Point:
+        told = row(found, "trades and sat", name)
+        ends = tuple(100 * end for end in told["intervals"][FAST])
+        x = told["training_cost"]["flops"] / unit
+        return Point(
+            label, x, 100 * told["robust_accuracy"][FAST], colour, None, ends, solid=len(told["seeds"]) > 1, **more
+        )
+
+    short = found["rounded: at half the length"][FAST]["3"]
+    drawn = [
+        of("trades-base", "TRADES", GREY, shift=(12, 34)),
+        of("trades-base-long", "TRADES", GREY, shift=(10, 18)),
+        of("trades-dhat", "DH-AT (TRADES)", GREEN, answer=1.6, shift=(12, -2)),
+        of("trades-guided", "guided", BLUE, shift=(12, 4)),
+        of("trades-ensemble", "ensemble", VIOLET, answer=2, shift=(12, 4)),
+        of("trades-distilled", "guided distillation (TRADES)", RED, answer=2, shift=(12, 14)),
+        Point("guided distillation, short", 0.99, short, RED, answer=2, solid=False, shift=(12, -8)),
+        of("sat-base", "SAT", "#8a6d1a", shift=(-10, -4), end=True),
+        of("sat-base-long", "SAT: overfitting", "#8a6d1a", shift=(12, 4)),
+        of("sat-dhat", "DH-AT (SAT)", GREEN, answer=1.6, shift=(-14, -4), end=True),
+        of("sat-distilled", "guided distillation (SAT)", RED, answer=2, shift=(-14, -4), end=True),
+    ]
+    for point in drawn:
+        point.draw(drawing, axes)
+    drawing.text(
+        66,
+        480,
+        "3 seeds with 95 % intervals, hollow: one seed; 5,000 test images; a larger marker: a dearer answer",
+        "s",
+    )
+    return drawing.svg()
+
+
+# ---- how it works
+
+
+def box(
+    drawing: Drawing, x: float, y: float, words: Sequence[str], fill: str, width: int = 130, height: int = 56
+) -> None:
+    drawing.add(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}"/>')
+    middle = x + width / 2
+    drawing.text(middle, y + height / 2 - 4 if len(words) > 1 else y + height / 2 + 5, words[0], "w")
+    if len(words) > 1:
+        drawing.text(middle, y + height / 2 + 15, words[1], "ws")
+
+
+def arrow(drawing: Drawing, path: str, colour: str = "#66758a", dashed: bool = False) -> None:
+    dashes = ' stroke-dasharray="6 4"' if dashed else ""
+    drawing.add(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes} marker-end="url(#a)"/>')
+
+
+MARKER = (
+    '<defs><marker id="a" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
+    'orient="auto-start-reverse"><path d="M0 0L10 5L0 10z" fill="#66758a"/></marker></defs>'
+)
+
+
+def paper() -> str:
+    """Draw the paper's network."""
+    drawing = Drawing(
+        430,
+        300,
+        "DH-AT: an image runs through one trunk; head 1 and head 2 give logits; a trained aggregator merges them",
+    )
+    drawing.add(MARKER)
+    drawing.text(20, 32, "DH-AT (the paper's)", "b")
+    box(drawing, 20, 118, ("trunk", "shared"), GREY, 90)
+    box(drawing, 160, 60, ("head 1", "stage 1"), BLUE, 100)
+    box(drawing, 160, 176, ("head 2", "stage 2"), RED, 100)
+    box(drawing, 306, 118, ("aggregator", "stage 3"), GREEN, 108)
+    arrow(drawing, "M110 138H134V88H158")
+    arrow(drawing, "M110 154H134V204H158")
+    arrow(drawing, "M260 88H282V138H304")
+    arrow(drawing, "M260 204H282V154H304")
+    drawing.text(20, 264, "Stage 1 trains trunk and head 1 robustly and", "s")
+    drawing.text(20, 282, "freezes them; each stage sees attacked images.", "s")
+    return drawing.svg()
+
+
+def guided_distillation() -> str:
+    """Draw the two stages of guided distillation."""
+    drawing = Drawing(
+        430, 300,
+        "Guided distillation: in stage 1 a natural head 2 guides head 1; in stage 2 the frozen head 1 teaches head 2; "
+        "the mean of both is deployed, or head 2 alone",
+    )  # fmt: skip
+    drawing.add(MARKER)
+    drawing.text(20, 32, "Guided distillation", "b")
+    drawing.text(20, 64, "stage 1", "s")
+    box(drawing, 20, 76, ("head 1", "attacked images"), BLUE, 122)
+    box(drawing, 20, 180, ("head 2", "clean images"), "#8a6d1a", 122)
+    arrow(drawing, "M81 180V136")
+    drawing.text(90, 162, "guides", "s")
+    drawing.text(176, 64, "stage 2", "s")
+    box(drawing, 176, 76, ("head 1", "frozen"), "#66758a", 122)
+    box(drawing, 176, 180, ("head 2", "attacked images"), RED, 122)
+    arrow(drawing, "M237 132V178")
+    drawing.text(246, 160, "teaches", "s")
+    drawing.text(332, 64, "deployed", "s")
+    box(drawing, 332, 76, ("mean", "2 networks"), GREEN, 82)
+    box(drawing, 332, 180, ("head 2", "1 network"), RED, 82)
+    arrow(drawing, "M298 104H330")
+    arrow(drawing, "M298 200H314V118H330")
+    arrow(drawing, "M298 216H330", dashed=True)
+    drawing.text(20, 264, "The heads are whole networks: they share no layer. Stage 2", "s")
+    drawing.text(20, 282, "uses no labels. Head 2 alone answers at half the cost.", "s")
+    return drawing.svg()
+
+
+# ---- tables
+
+
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """Return all measured rows and paired differences as CSV, by name of file; accuracies as shares of images."""
+    rows, pairs = io.StringIO(), io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(
+        ["study", "model", "seeds", "accuracy", "share", "low", "high", "parameters", "training_flops", "training_cost"]
+    )
+    unit = row(found, "trades and sat", "trades-base")["training_cost"]["flops"]
+    for study, content in found.items():
+        for of in content.get("rows", []):
+            shares = {"clean": of["clean_accuracy"], **of["robust_accuracy"]}
+            ends = {**of["intervals"], "clean": of["intervals"]["clean_accuracy"]}
+            flops = of["training_cost"]["flops"]
+            for accuracy, share in shares.items():
+                low, high = ends[accuracy]
+                told = [f"{value:.4f}" for value in (share, low, high)]
+                seeds = " ".join(map(str, of["seeds"]))
+                writer.writerow(
+                    [study, of["name"], seeds, accuracy, *told, of["parameters"], f"{flops:.4g}", f"{flops / unit:.2f}"]
+                )
+    writer = csv.writer(pairs, lineterminator="\n")
+    writer.writerow(["study", "model", "less", "accuracy", "difference", "low", "high", "p_value", "test"])
+    for study, content in found.items():
+        for of in content.get("pairs", []):
+            told = [f"{value:+.4f}" for value in (of["difference"], *of["interval"])]
+            p_value = f"{of['p_value']:.2g}" if "p_value" in of else ""
+            writer.writerow([study, of["name"], of["reference"], of["accuracy"], *told, p_value, of["test"]])
+    return {"rows.csv": rows.getvalue(), "differences.csv": pairs.getvalue()}
+
+
+def made() -> dict[Path, str]:
+    """Return the content of every file that this script makes, by path."""
+    found = results()
+    figures = {
+        "trade-off": trade_off(found),
+        "equal-cost": forest(found),
+        "cost": cost(found),
+        "dhat": paper(),
+        "guided-distillation": guided_distillation(),
+    }
+    return {IMAGES / f"{name}.svg": text for name, text in figures.items()} | {
+        TABLES / name: text for name, text in tables(found).items()
+    }
+
+
+def main() -> None:
+    for path, text in made().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
