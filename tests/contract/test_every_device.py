@@ -35,6 +35,8 @@ NETWORKS = {
 """What else makes recipes small whose names hold these words."""
 WAITS = {"training/loop.py:_check_streak: a number"}
 """What `docs/speed.md` names: every ten steps the loop looks whether steps were dropped."""
+DRAWS = {"cifar10_cpu_union": {"training/curriculum.py:<dictcomp>: a number", "training/curriculum.py:add: a number"}}
+"""Likewise: a threat is drawn for each step, from what the steps before met."""
 QUICK = ("apgd-t", "cw", "fab-t", "fgsm", "pgd", "square")
 """Attacks of all kinds."""
 
@@ -132,6 +134,6 @@ def test_every_recipe_trains_without_waiting(recipe, tmp_path):
         ("train_on_the_cpu", tmp_path / "cpu", recipe, *small(recipe)),
         ("compare", tmp_path / "run", tmp_path / "cpu"),
     )
-    assert not waiting_steps(told)
+    assert waiting_steps(told) <= DRAWS.get(recipe, set())
     if "vit" not in recipe:  # torch fuses attention on the CPU alone, which rounds otherwise, in the seventh digit
         assert not unequal

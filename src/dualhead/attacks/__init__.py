@@ -15,6 +15,7 @@ from dualhead.attacks.base import (
     predictions,
     slope,
 )
+from dualhead.attacks.msd import SteepestOfSeveral
 
 build = attacks.build
 names = attacks.names
@@ -29,6 +30,7 @@ __all__ = [
     "Query",
     "Search",
     "State",
+    "SteepestOfSeveral",
     "attacks",
     "build",
     "maximise_within",

@@ -305,7 +305,12 @@ class Registry(Generic[T]):
         """The component in the long form that `build` accepts."""
         fields = dataclasses.fields(cast("Any", component))
         values = {f.name: getattr(component, f.name) for f in fields if f.init}
-        inside = {key: self.describe(value) for key, value in values.items() if hasattr(value, "registered_name")}
+        inside: dict[str, Any] = {
+            key: self.describe(value) for key, value in values.items() if hasattr(value, "registered_name")
+        }
+        for key, value in values.items():
+            if isinstance(value, tuple) and value and all(hasattr(one, "describe") for one in value):
+                inside[key] = [one.describe() for one in value]
         cls = type(component)
         return {"name": cls.__dict__.get("address", cast("Any", component).registered_name), **values, **inside}
 

@@ -221,7 +221,7 @@ class StageRun:
         sums = {name: value.to(self._device) for name, value in sums.items()}
         self._step.guard.set_streak(position.streak)
         if self._step.begin(epoch, self._curriculum.state):
-            position.step_cost = 0
+            position.step_cost = self._step.cost
         batch = None
         for batch, further in labelled("load images", self._batches(epoch, position.step)):
             self._set_rate(epoch + position.step / len(self._loader))
@@ -234,7 +234,7 @@ class StageRun:
                     self._average.update(outcome.taken)
                 advanced = self._curriculum.add(outcome.terms, outcome.taken)
                 if advanced and self._step.begin(epoch, self._curriculum.state):
-                    position.step_cost = 0
+                    position.step_cost = self._step.cost
             position.step += 1
             self._progress.step(epoch + 1, outcome.terms["loss"])
             if position.step % PATIENCE == 0:
@@ -268,7 +268,7 @@ class StageRun:
         counter = CountFlops()
         with counter:
             outcome = self._step(batch, noise, further, one_thread=True)
-        self._position.step_cost = sum(group().gather(counter.total))
+        self._position.step_cost = self._step.cost = sum(group().gather(counter.total))
         return outcome
 
     def _save_within_epoch(self, sums: Mapping[str, Tensor], *, stop: bool) -> None:

@@ -56,6 +56,15 @@ class _Piece:
     y: Tensor
 
 
+_PLANNED = (
+    "_objective", "_needs", "_inner", "_judged", "_looks", "_constant", "_crossing", "_look", "_estimates",
+    "_fast_look", "_climbs", "_climbs_in_lanes", "_costs",
+)  # fmt: skip
+"""What the plan for an objective consists of."""
+_MOST_PLANS = 16
+"""So many plans are kept; an objective that alternates between a few forms is planned once for each."""
+
+
 class TrainingStep:
     """The step of a stage, with as few passes as its objective allows.
 
@@ -104,10 +113,21 @@ class TrainingStep:
         self._counted = False
         if arithmetic.lanes > 1 and stage.attack_mode == "eval" and not stage.checkpoint_activations:
             self._in_lanes = _lanes(passes, stage, arithmetic.lanes)
+        self._plans: list[tuple[Objective, dict[str, object]]] = []
         self._see(stage.objective)
 
     def _see(self, objective: Objective) -> None:
-        """Plan the passes that an objective needs."""
+        """Plan the passes that an objective needs, or take the plan of one that was seen lately."""
+        for known, plan in self._plans:
+            if known == objective:
+                self.__dict__.update(plan)
+                return
+        self._plan(objective)
+        plan = {name: getattr(self, name) for name in _PLANNED}
+        self._plans = [*self._plans, (objective, plan)][-_MOST_PLANS:]
+
+    def _plan(self, objective: Objective) -> None:
+        self._costs: dict[bool, int] = {}
         self._objective = objective
         self._needs, self._inner = dict(objective.needs()), dict(objective.inner())
         self._judged = objective.judged
@@ -157,6 +177,15 @@ class TrainingStep:
         if self._arithmetic.compiled:
             for climb in self._climbs.values():
                 climb.compile()
+
+    @property
+    def cost(self) -> int:
+        """Floating-point operations of such a step, over all processes; 0 until they have been counted."""
+        return self._costs.get(self._perturbs, 0)
+
+    @cost.setter
+    def cost(self, flops: int) -> None:
+        self._costs[self._perturbs] = flops
 
     def begin(self, epoch: int, state: Mapping[str, float] | None = None) -> bool:
         """Prepare for an epoch, counted from 0, or for a new state of the objective.
