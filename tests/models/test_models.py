@@ -260,7 +260,11 @@ def spec_of(fake_timm, user_module, tmp_path):
             settings = dict(TINY_HF)
             AutoConfig.for_model(settings.pop("model_type"), **settings).save_pretrained(tmp_path / "config")
             return f"hf:{tmp_path / 'config'}"
-        small = {"timm": "timm:tiny", "wideresnet": "wideresnet-10-1"}
+        small = {
+            "timm": "timm:tiny",
+            "wideresnet": "wideresnet-10-1",
+            "with_norm": {"name": "with_norm", "backbone": "cnn-4", "norm": "group"},
+        }
         return small.get(name, name)
 
     return spec
@@ -320,7 +324,7 @@ class TestContract:
         backbone = backbones.build(spec_of(name))
         model = backbone.create(5, (3, 16, 16), Normalize.identity(3))
         if backbone.attach_at is None:
-            assert name in ("factory", "given", "timm", "hf")
+            assert name in ("factory", "given", "timm", "hf", "with_norm")
             return
         trunk = model.get_submodule(backbone.attach_at)
         assert 0 < count_parameters(trunk) < count_parameters(model) / 2
