@@ -28,6 +28,7 @@ GREY, VIOLET, GREEN, BLUE, RED, INK, FAINT = (
 STYLE = (
     'text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:#16202c}'
     ".s{font-size:12px;fill:#566273}.b{font-weight:600}.m{text-anchor:middle}.e{text-anchor:end}"
+    ".h{paint-order:stroke;stroke:#f6f7f9;stroke-width:4px;stroke-linejoin:round}"
     ".w{fill:#fff;font-weight:600;text-anchor:middle}.ws{fill:#fff;font-size:12px;text-anchor:middle}"
 )
 
@@ -131,7 +132,9 @@ class Point:
         radius = 4.5 * math.sqrt(self.answer)
         place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"'
         drawing.add(f'<circle {place} fill="{fill}" stroke="{self.colour}" stroke-width="2"/>')
-        drawing.text(x + self.shift[0], y + self.shift[1], self.label, "s e" if self.end else "s", self.colour)
+        for number, words in enumerate(self.label.split("\n")):
+            at = (x + self.shift[0], y + self.shift[1] + 15 * number)
+            drawing.text(*at, words, "s h e" if self.end else "s h", self.colour)
 
 
 # ---- measured
@@ -179,13 +182,14 @@ def trade_off(found: dict[str, Any]) -> str:
         (
             "3 seeds, bf16, 5,000 test images",
             [
-                measured(found, first, "trades-base", "TRADES, beta 6, 1x", GREY, shift=(-34, 58)),
+                measured(found, first, "trades-base", "beta 6, 1x", GREY, shift=(-10, 20), end=True),
                 measured(found, first, "trades-base-long", "TRADES, beta 6, 2x", GREY, shift=(12, 20)),
                 measured(found, first, "trades-dhat", "DH-AT, 1x", GREEN, answer=1.6, shift=(-16, -14), end=True),
                 measured(found, first, "trades-ensemble", "ensemble, 2x", VIOLET, answer=2, shift=(-14, -32), end=True),
                 measured(found, first, "trades-guided", "guided, 1x", BLUE, shift=(12, 20)),
                 measured(
-                    found, first, "trades-distilled", "guided distillation, 2x", RED, answer=2, shift=(12, -12)
+                    found, first, "trades-distilled", "guided distillation, 2x", RED, answer=2, shift=(-12, -12),
+                    end=True,
                 ),
             ],
             [(0, 1)],
@@ -193,15 +197,15 @@ def trade_off(found: dict[str, Any]) -> str:
         (
             "5 seeds or 1, float32, 2,000 test images",
             [
-                measured(found, again, "trades-base-beta-3", "TRADES, beta 3, 1x", GREY, shift=(-12, 18), end=True),
-                measured(found, again, "trades-base", "beta 6, 1x", GREY, shift=(-12, 18), end=True),
+                measured(found, again, "trades-base-beta-3", "TRADES, beta 3, 1x", GREY, shift=(-12, 28), end=True),
+                measured(found, again, "trades-base", "beta 6, 1x", GREY, shift=(12, -8)),
                 measured(found, again, "trades-base-long", "beta 6, 2x", GREY, shift=(-12, 18), end=True),
                 measured(found, second, "trades-base-beta-12", "beta 12, 1x", GREY, shift=(-10, -12), end=True),
-                measured(found, second, "trades-base-long-beta-12", "beta 12, 2x", GREY, shift=(-12, 22), end=True),
+                measured(found, second, "trades-base-long-beta-12", "beta 12, 2x", GREY, shift=(10, -8)),
                 measured(found, again, "trades-distilled", "beta 3, 2x", RED, answer=2, shift=(12, 20)),
                 measured(
                     found, second, "trades-distilled-beta-6", "guided distillation, beta 6, 2x", RED, answer=2,
-                    shift=(-2, -22),
+                    shift=(-30, -22),
                 ),
                 measured(
                     found, second, "trades-distilled-beta-6, head 2", "its head 2 alone", RED,
@@ -223,13 +227,13 @@ def trade_off(found: dict[str, Any]) -> str:
         for point in points:
             point.draw(drawing, axes)
     y = 486
-    for x, answer, words in ((72, 1.0, "an answer costs 1 forward pass"), (300, 2.0, "2 forward passes")):
+    for x, answer, words in ((70, 1.0, "an answer costs 1 forward pass"), (300, 2.0, "2 forward passes")):
         drawing.add(f'<circle cx="{x}" cy="{y - 4}" r="{4.5 * math.sqrt(answer):.1f}" fill="{GREY}"/>')
         drawing.text(x + 14, y, words, "s")
     drawing.add(f'<circle cx="448" cy="{y - 4}" r="4.5" fill="#f6f7f9" stroke="{GREY}" stroke-width="2"/>')
     drawing.text(462, y, "hollow: one seed", "s")
     drawing.text(590, y, "1x, 2x: training cost, TRADES = 1", "s")
-    drawing.text(72, y + 20, "CIFAR-10, JPEG-75, 2,250 training images, WRN-10-1, Linf eps 8/255; 95 % intervals", "s")
+    drawing.text(66, y + 20, "CIFAR-10, JPEG-75, 2,250 training images, WRN-10-1, Linf eps 8/255; 95 % intervals", "s")
     return drawing.svg()
 
 
@@ -284,7 +288,9 @@ def forest(found: dict[str, Any]) -> str:
             )
             drawing.line(low, y, high, y, colour, 2)
             drawing.add(f'<circle cx="{middle:.1f}" cy="{y}" r="4.5" fill="{colour}"/>')
-            drawing.text(high + 8, y + 4, f"{100 * of['difference']:+.1f}", "s", colour)
+            lost = of["interval"][1] < 0  # the number stands away from the line of zero
+            words = f"{100 * of['difference']:+.1f}"
+            drawing.text(low - 8 if lost else high + 8, y + 4, words, "s h e" if lost else "s h", colour)
     drawing.text(
         24, height - 14,
         "Robust: APGD-CE and APGD-T. 95 %, paired t over seeds, on fixed test images; WRN-10-1, 2,250 training images",
@@ -327,8 +333,8 @@ def cost(found: dict[str, Any]) -> str:
         of("trades-dhat", "DH-AT (TRADES)", GREEN, answer=1.6, shift=(12, -2)),
         of("trades-guided", "guided", BLUE, shift=(12, 4)),
         of("trades-ensemble", "ensemble", VIOLET, answer=2, shift=(12, 4)),
-        of("trades-distilled", "guided distillation (TRADES)", RED, answer=2, shift=(12, 14)),
-        Point("guided distillation, short", 0.99, short, RED, answer=2, solid=False, shift=(12, -8)),
+        of("trades-distilled", "guided distillation (TRADES)", RED, answer=2, shift=(14, -4)),
+        Point("guided distillation\n(TRADES), short", 0.99, short, RED, answer=2, solid=False, shift=(14, -10)),
         of("sat-base", "SAT", "#8a6d1a", shift=(-10, -4), end=True),
         of("sat-base-long", "SAT: overfitting", "#8a6d1a", shift=(12, 4)),
         of("sat-dhat", "DH-AT (SAT)", GREEN, answer=1.6, shift=(-14, -4), end=True),

@@ -31,6 +31,7 @@ CANNOT = {
     "dualhead evaluate runs/strongest/": "of what those hours leave",
     "python tools/": "makes files of the repository anew",
     "pip install": "installs",
+    "make demo": "sets up an environment and runs the whole suite",
     "dualhead train cifar10_cpu": "downloads CIFAR-10; the same recipe runs below from parquet",
     "dualhead export runs/mine --to model --push": "uploads to the Hub",
     "dualhead train cifar10_wrn34": "a network for an accelerator, and weights that are not ours to ship",

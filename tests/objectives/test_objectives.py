@@ -268,7 +268,7 @@ def test_contract_loss_is_the_mean_over_the_batch(objective):
 
 def test_contract_weights_of_classes_multiply_each_images_loss_or_are_refused(objective):
     if not objective.per_image:
-        with pytest.raises(UserError, match="'ikl' is no mean over images"):
+        with pytest.raises(UserError, match=f"'{objective.registered_name}' is no mean over images"):
             check_weighable(objective)
         return
     if objective.streams():

@@ -311,6 +311,8 @@ class Registry(Generic[T]):
         for key, value in values.items():
             if isinstance(value, tuple) and value and all(hasattr(one, "describe") for one in value):
                 inside[key] = [one.describe() for one in value]
+            elif isinstance(value, tuple) and value and all(hasattr(one, "registered_name") for one in value):
+                inside[key] = [self.describe(one) for one in value]
         cls = type(component)
         return {"name": cls.__dict__.get("address", cast("Any", component).registered_name), **values, **inside}
 
