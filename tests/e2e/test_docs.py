@@ -290,9 +290,8 @@ def test_python_block_runs(text, place, monkeypatch, tmp_path):
 
 ATTACK = "one forward and backward pass for each step of the attack, "
 TARGET = "a forward pass for its target, "
-THREATS = "one forward and backward pass for each step of the attack that makes `attacked`, " + "".join(
-    f"one forward and backward pass for each step of the attack that makes `attacked{number}`, " for number in (2, 3)
-)
+AMONG_THREE = "one forward and backward pass for each step of the attack that makes `attacked{}`, "
+THREATS = "".join(AMONG_THREE.format(number) for number in ("", 2, 3))
 ONE, TWO, THREE = (f"{number} forward and backward pass" for number in ("one", "two", "three"))
 OBJECTIVE_COSTS = {
     "natural": f"{ONE} for the loss; no attack.",
@@ -302,8 +301,7 @@ OBJECTIVE_COSTS = {
     "msd": f"{ATTACK}and {ONE} for the loss.",
     "energy": f"{ATTACK}and {THREE}es for the loss.",
     **dict.fromkeys(("any_of", "avg"), f"{THREATS}and {THREE}es for the loss."),
-    "ramp": f"{THREATS.partition('one forward and backward pass for each step of the attack that makes `attacked3`')[0]}"
-    f"and {TWO}es for the loss.",
+    "ramp": f"{AMONG_THREE.format('')}{AMONG_THREE.format(2)}and {TWO}es for the loss.",
     **dict.fromkeys(("mart", "hybrid", "align", "balanced"), f"{ATTACK}and {TWO}es for the loss."),
     **dict.fromkeys(
         ("trades", "ikl", "joint", "logit_pairing", "reverse_smoothing"), f"{ATTACK}{TARGET}and {TWO}es for the loss."
