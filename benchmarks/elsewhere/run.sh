@@ -27,7 +27,7 @@ trained() {
   local seed=$3
   shift 3
   [[ -f $run/results.json ]] && return
-  dualhead train "$recipe" "data.source=$folder/data" "seed=$seed" "${size[@]}" runtime.precision=float32 "$@" \
+  dualhead train "$recipe" "data.source=$folder/data" "runtime.seed=$seed" "${size[@]}" runtime.precision=float32 "$@" \
     "${extra[@]}" --run-dir "$run" --quiet
 }
 
