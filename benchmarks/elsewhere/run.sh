@@ -13,10 +13,13 @@ strongest=$(dirname "$0")/../strongest
 : "${SEEDS:=0 1 2}"
 
 case $data in
-  tiny) size=() : "${EPOCHS:=}" "${BETA:=}" "${GUIDED_BETA:=}" ;;
+  tiny)
+    size=()
+    : "${EPOCHS:=40}" "${BETA:=}" "${GUIDED_BETA:=}"
+    ;;
   fashion)
     size=(threat.eps=0.1 stages.*.attack.step_size=0.05 validation.attack.step_size=0.025)
-    : "${EPOCHS:=}" "${BETA:=}" "${GUIDED_BETA:=}"
+    : "${EPOCHS:=160}" "${BETA:=}" "${GUIDED_BETA:=}"
     ;;
   *) echo "$data: use tiny or fashion" >&2; exit 2 ;;
 esac
