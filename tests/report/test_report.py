@@ -33,7 +33,7 @@ from dualhead.report.gallery import change, picture, spread
 from dualhead.report.sources import Estimate, read_sources, role_of
 from dualhead.report.summary import summary
 from dualhead.report.svg import Drawing, ticks
-from dualhead.report.text import eps_text, eps_texts, large
+from dualhead.report.text import eps_text, eps_texts, large, squeezed
 from dualhead.statistics import mcnemar
 
 ROLE_CLASSES = (["head1"], ["head2"], ["aggregate"])
@@ -535,6 +535,13 @@ def test_eps_is_written_in_steps_of_a_255th_for_all_or_none():
     assert eps_texts([0, 0.1, 0.2]) == ["0", "0.1", "0.2"]  # 0.2 alone would be 51/255
     assert eps_texts([0.25, 0.5, 1.0]) == ["0.25", "0.5", "1"]  # radii of L2
     assert [eps_text(eps) for eps in (1e-9, 1.0, 2.0, 254 / 255)] == ["1e-09", "1", "2", "254/255"]
+
+
+def test_names_that_are_cut_keep_the_ends_that_tell_them_apart():
+    names = [f"digits_guided_distillation: head {number}" for number in (1, 2)]
+    cut = [squeezed(name, 33) for name in names]
+    assert [len(name) for name in cut] == [33, 33] and cut[0] != cut[1]
+    assert squeezed("short", 33) == "short"
 
 
 def test_counts_are_rounded_before_their_unit_is_chosen():

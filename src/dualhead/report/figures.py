@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dualhead.report.sources import Estimate, Measured
 from dualhead.report.svg import LETTER, Drawing, ticks
-from dualhead.report.text import percent, shortened
+from dualhead.report.text import percent, shortened, squeezed
 
 WIDTH = 360.0
 """Width of every figure, in units: as wide as a phone, so that text stays readable there."""
@@ -84,7 +84,7 @@ def bars(title: str, rows: Sequence[Entry]) -> Figure:
     for number, (row, value) in enumerate(rows):
         name = row.title
         y = top + pitch * number
-        drawing.text(left, y + 12, shortened(name, 33), "strong" if row.deployed else "", tip=name)
+        drawing.text(left, y + 12, squeezed(name, 33), "strong" if row.deployed else "", tip=name)
         drawing.text(right, y + 12, _with_interval(value), "numbers", "end")
         drawing.rectangle(left, y + 17, right - left, 11, "track")
         drawing.rectangle(
@@ -138,7 +138,7 @@ def lines(
     drawing = Drawing(WIDTH, bottom + 38, f"{title}. {describe}")
     for x, y, entry in legend:
         drawing.rectangle(x, y - 8, 12, 4, f"fill {entry.style}")
-        drawing.text(x + 17, y, shortened(entry.name, 48), tip=entry.name)
+        drawing.text(x + 17, y, squeezed(entry.name, 48), tip=entry.name)
     xs = [x for entry in series for x, _ in entry.points]
     ys = [y for entry in series for _, y in entry.points if math.isfinite(y)]
     x_range = (min(xs, default=0), max(xs, default=1))
@@ -189,7 +189,7 @@ def _legend(series: Sequence[Series]) -> tuple[list[tuple[float, float, Series]]
     """Place the entries of the legend, and return its height."""
     places, x, y = [], 6.0, 14.0
     for entry in series:
-        width = 17 + LETTER * len(shortened(entry.name, 48)) + 14
+        width = 17 + LETTER * len(squeezed(entry.name, 48)) + 14
         if x > 6 and x + width > WIDTH:
             x, y = 6.0, y + 18
         places.append((x, y, entry))
@@ -332,7 +332,7 @@ def scatter(title: str, rows: Sequence[Entry]) -> Figure:
         place = legend + 19 * (number - 1)
         drawing.circle(16, place - 4, 8, f"fill {row.role}")
         drawing.text(16, place, str(number), "inside", "middle")
-        words = f"{shortened(name, 33)}: {percent(row.clean.value)} / {percent(robust.value)}"
+        words = f"{squeezed(name, 33)}: {percent(row.clean.value)} / {percent(robust.value)}"
         drawing.text(32, place, words, "strong" if number - 1 in front else "", tip=name)
     caption = (
         "Crosses are the values with their 95 % intervals; numbers that would hide one another stand beside. The "

@@ -83,7 +83,7 @@ def _view(found: Sequence[Source]) -> dict[str, Any]:
     rows = [row for source in sources for row in source.rows]
     album = Album()
     return {
-        "title": " and ".join(source.label for source in sources) if len(sources) < 4 else f"{len(sources)} runs",
+        "title": _listed([source.label for source in sources]) if len(sources) < 4 else f"{len(sources)} runs",
         "verdict": comparison.verdict(sources),
         "tiles": _tiles(sources[0]) if len(sources) == 1 else [],
         "accuracy": comparison.accuracy_figures(sources),
@@ -98,6 +98,11 @@ def _view(found: Sequence[Source]) -> dict[str, Any]:
         "recipes": comparison.recipe_differences(sources),
         "runs": [details(source, album) for source in sources],
     }
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as a sentence has them: a; a and b; a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _tiles(source: Source) -> list[tuple[str, str, str]]:

@@ -108,3 +108,11 @@ def large(number: float | None) -> str:
 def shortened(text: str, length: int) -> str:
     """Text of at most so many characters; what is cut shows as an ellipsis."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def squeezed(text: str, length: int) -> str:
+    """Text of at most so many characters, cut in the middle: names of a run's models differ at their ends."""
+    if len(text) <= length:
+        return text
+    end = (length - 1) // 2
+    return text[: length - 1 - end].rstrip() + "\N{HORIZONTAL ELLIPSIS}" + text[-end:].lstrip()
