@@ -7,6 +7,7 @@ With all but batch norm tied, and the cut in front of the first layer, two heads
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -90,6 +91,20 @@ def own_names(head: nn.Module, own: Sequence[str]) -> frozenset[str]:
     if names == tensors.keys():
         raise UserError("own: leaves the heads nothing to share; use clone for a second head that is all its own")
     return names
+
+
+def own_words(head: nn.Module, names: Collection[str]) -> tuple[str, ...]:
+    """Return what `own_names` reads as just these names of a head's tensors: one word if there is one, else the names.
+
+    Args:
+        head: the head.
+        names: of some of its parameters and buffers, at least one.
+    """
+    for word in WORDS:
+        with suppress(UserError):
+            if own_names(head, [word]) == frozenset(names):
+                return (word,)
+    return tuple(sorted(names))
 
 
 def _matches(head: nn.Module, name: str, pattern: str) -> bool:
