@@ -19,7 +19,7 @@ from dualhead.errors import UserError
 from dualhead.heads.splitting.base import Features, undisturbed
 
 DEFAULT_OWN: Final = ("batch_norm",)
-"""What a tied head has of its own where nobody says otherwise: dual batch norm."""
+"""A tied head's own tensors by default: dual batch norm."""
 
 _AFFINE: Final = frozenset({"weight", "bias"})
 STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
@@ -116,7 +116,7 @@ def _matches(head: nn.Module, name: str, pattern: str) -> bool:
 
 
 def _offer(head: nn.Module, tensors: Collection[str]) -> str:
-    """What could be matched instead, as a clause."""
+    """Name what could be matched instead, as a clause."""
     words = [word for word in WORDS if any(_matches(head, name, word) for name in tensors)]
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in tensors))
     shown = ", ".join(layers[:_SHOWN]) + (", ..." if len(layers) > _SHOWN else "")

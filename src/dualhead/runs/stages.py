@@ -57,7 +57,7 @@ GIVEN_WEIGHTS = "given_weights"
 
 @dataclass(frozen=True)
 class _Training:
-    """What all stages of a run share.
+    """State that all stages of a run share.
 
     Args:
         prepared: the run.
