@@ -159,6 +159,7 @@ def _objective_cost(component: Any) -> str:
 
     required = [f.name for f in dataclasses.fields(component) if f.default is dataclasses.MISSING]
     objective = component(**dict.fromkeys(required, "any"))
+    objective = objective.at(0, objective.begin())  # as a step has it: one threat where one is drawn
     needs, teachers = objective.needs(), {*objective.teachers(), *objective.frozen()}
     asked = {n: need for n, need in needs.items() if not isinstance(need, Labels)}
     own = {n: need for n, need in asked.items() if getattr(need, "output", None) not in teachers}

@@ -36,7 +36,7 @@ from dualhead.threats import Threat, ThreatModel, finite, project_l1, steepest
 
 @dataclass(frozen=True)
 class APGD(Search):
-    """What the three forms of Auto-PGD share.
+    """Base of the three forms of Auto-PGD.
 
     Args:
         steps: gradient steps after the start, at least 1; the short form `apgd-ce-50` sets it.
@@ -81,7 +81,7 @@ class APGD(Search):
 
     @abstractmethod
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        """What is climbed: one number per image [B]."""
+        """Compute the loss that is climbed, one number per image [B]."""
 
     def first_step(self, threat: Threat) -> float:
         """The step size before any halving."""
@@ -105,7 +105,7 @@ class APGD(Search):
         }
 
     def _fresh_schedule(self, x: Tensor, y: Tensor, threat: Threat) -> State:
-        """What an ascent that has not begun knows of its losses and step sizes."""
+        """Return the losses and step sizes of an ascent that has not begun."""
         unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
         first_window = torch.full_like(y, max(int(0.22 * self.steps), 1))
         return {

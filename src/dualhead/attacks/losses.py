@@ -1,4 +1,4 @@
-"""What attacks climb. Each takes logits [B, C] and labels int64 [B] and gives one number per image [B]."""
+"""Losses that attacks climb. Each takes logits [B, C] and labels int64 [B] and gives one number per image [B]."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ class Square(Search):
         }
 
     def _candidates(self, state: State, number: Tensor, threat: Threat) -> Tensor:
-        """What is looked at in step `number`, int64 [B], if the best so far is still the best then."""
+        """Propose the candidates of step `number`, int64 [B], if the best so far is still the best then."""
         drawn = self._propose(state["x"], state["adversarial"], number - 1, Streams(state["keys"]), threat)
         return torch.where(per_slot(number == 0, drawn), state["start"], drawn)
 

@@ -391,7 +391,7 @@ def evaluate(
         out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
     for name, record in evaluation.results["attacks"].items():
         for note in record["notes"]:
-            out.print(f"{name}: {note}", soft_wrap=True, markup=False)
+            out.print(note if note.startswith(f"{name}: ") else f"{name}: {note}", soft_wrap=True, markup=False)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 
@@ -422,7 +422,7 @@ def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
 
 
 def _under_each(results: Any) -> list[str]:
-    """What stands under each of several threats, under one on average, and what was left out."""
+    """Print the accuracy under each of several threats, under one on average, and what was left out."""
     if "threats" not in results:
         return []
     lines = [
@@ -855,7 +855,7 @@ def _open(address: str) -> None:
 
 @app.command("sample", epilog=examples_of("sample"))
 def sample_images(
-    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    model: ModelName,
     classes: Annotated[str | None, typer.Option("--classes", help="0-3,7 or names; default: all.")] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Samples of each class.")] = 16,
     steps: Annotated[int, typer.Option("--steps", min=0, help="Of the ascent; 0 gives the seeds.")] = 16,
@@ -864,7 +864,7 @@ def sample_images(
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: samples in the run.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
-    device: Annotated[str, typer.Option("--device")] = "auto",
+    device: Device = "auto",
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -885,7 +885,7 @@ def sample_images(
 
 @app.command("counterfactual", epilog=examples_of("counterfactual"))
 def counterfactual_images(
-    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    model: ModelName,
     to: Annotated[str | None, typer.Option("--to", help="Target classes, 0-3,7 or names; default: all.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="The first so many test images.")] = 10,
     radius: Annotated[float, typer.Option("--radius", help="L2 radius of the ball, pixels in [0, 1].")] = 4.0,
@@ -893,7 +893,7 @@ def counterfactual_images(
     step_size: Annotated[float | None, typer.Option("--step-size", help="Default: 2.5 radius / steps.")] = None,
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: in the run.")] = None,
-    device: Annotated[str, typer.Option("--device")] = "auto",
+    device: Device = "auto",
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,

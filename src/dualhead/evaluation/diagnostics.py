@@ -67,7 +67,7 @@ def check_model(
     class_names: Sequence[str],
     attacks: Set[str],
 ) -> list[Finding]:
-    """What can be seen before any attack.
+    """Check the model before any attack.
 
     Args:
         subject: the model.
@@ -277,7 +277,7 @@ def _accuracy(correct: NDArray[np.bool_], samples: Samples) -> Finding:
 
 
 def _gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
-    """Of the cross-entropy, [B, ...]; None if no gradient reaches the images."""
+    """Return the gradient of the cross-entropy, [B, ...]; None if none reaches the images."""
     with torch.enable_grad():
         asked = x.detach().requires_grad_()
         logits = subject.logits(asked)

@@ -199,7 +199,7 @@ def _evaluate_each(
     output_dir: str | Path | None,
     options: dict[str, Any],
 ) -> Evaluation:
-    """`evaluate` under several threats: an evaluation of each, in a folder of its own, and what they say together."""
+    """Evaluate under each of several threats, in a folder of its own, and under their union."""
     built = [build_threat(spec, f"threat.{place}") for place, spec in enumerate(threats)]
     labelled = dict(zip(threat_labels(built), built, strict=True))
     if len(labelled) < 2:
@@ -230,12 +230,12 @@ def _file_name(label: str) -> str:
 
 
 def check_interval(device: torch.device) -> int:
-    """Steps between looks at what a search found: on an accelerator each look waits for it, on the CPU none does."""
+    """Return the steps between looks at a search: on an accelerator each look waits for it, on the CPU none does."""
     return 1 if device.type == "cpu" else 5
 
 
 def _asked(attacks: Sequence[Spec], images: Tensor, eps: Sequence[float | str]) -> tuple[dict[str, Attack], bool]:
-    """Attacks by label, and whether the corruptions are asked for too."""
+    """Build attacks by label, and tell whether the corruptions are asked for too."""
     if isinstance(attacks, str | Mapping):
         return _build(attacks), False
     built = _build([attack for attack in attacks if not asks_for_corruptions(attack)])
@@ -248,7 +248,7 @@ def _asked(attacks: Sequence[Spec], images: Tensor, eps: Sequence[float | str]) 
 
 
 def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
-    """Attacks by label."""
+    """Build attacks by label."""
     if isinstance(specs, str | Mapping):
         raise UserError(f"attacks must be a list, as in attacks=[{specs!r}]")
     built: dict[str, Attack] = {}
@@ -262,7 +262,7 @@ def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
 
 @dataclass
 class _Found:
-    """What one process found of one attack."""
+    """Results of one attack in one process."""
 
     tries: dict[int, tuple[int, Outcome]]  # sample to the part that fooled it, and how
     costs: dict[int, Cost]
@@ -270,7 +270,7 @@ class _Found:
 
 
 class _Work:
-    """One call of `evaluate`."""
+    """State of one call of `evaluate`."""
 
     def __init__(
         self,
@@ -309,7 +309,7 @@ class _Work:
         self.correct = (predictions(self.samples.clean) == labels).numpy()
 
     def _clean(self, images: Tensor) -> Tensor:
-        """Float32 logits of all clean images, each process computing its own."""
+        """Compute float32 logits of all clean images, each process its own share."""
         subject = self.subject
         shares = []
         for rows in torch.split(torch.from_numpy(self.mine), subject.batch_size):
@@ -324,7 +324,7 @@ class _Work:
         return clean
 
     def open_journal(self, folder: Path | None, precision: Precision, *, resume: bool) -> None:
-        """Go on with what lies in the folder, and settle the precision of the search."""
+        """Resume from the folder, and settle the precision of the search."""
         samples = self.samples
         identity = {
             "weights": weights_fingerprint(self.subject.model),
@@ -366,13 +366,13 @@ class _Work:
         self.subject.forward_batch_size = min(self.subject.forward_batch_size, self.settled["forward_batch_size"])
 
     def _said(self) -> Tensor:
-        """Float32 logits of the first samples, with NaN for what is not finite: JSON has one word for all of it."""
+        """Compute float32 logits of the first samples; infinite ones become NaN, as JSON has one word for both."""
         rows = torch.arange(min(PROBES, len(self.samples.labels)))
         logits = self.subject.verify(self.samples.fetch(rows, self.subject.device)).cpu()
         return torch.where(logits.isfinite(), logits, torch.nan)
 
     def _refuse_changed_attacks(self, folder: Path | None) -> None:
-        """Refuse to mix results of an attack from outside with those of another version of its file."""
+        """Refuse an attack from outside whose file has changed since the earlier results."""
         for label, attack in self.attacks.items():
             for source in sources_in(registry.describe(attack)):
                 before = self.journal.fact(f"code of {label} in {source.name}", partial(str, source.sha256))
@@ -383,7 +383,7 @@ class _Work:
                     )
 
     def _check_answers(self) -> None:
-        """Refuse to go on with what was found out of a model that answered otherwise.
+        """Refuse to resume with a model whose answers have changed.
 
         Its weights have been compared; but a model's answers also depend on what is in no state dict: constants, the
         mean and standard deviation that it normalises with, its code. One that is random cannot be told from another.
@@ -398,7 +398,7 @@ class _Work:
             )
 
     def _most_passes(self) -> int:
-        """Steps of one process, if nothing were fooled."""
+        """Return the steps of one process if no sample were fooled."""
         threats = {self.threat, *self.threats.values()} - {None}
         parts = [
             part
@@ -410,14 +410,14 @@ class _Work:
 
     @property
     def _attack_names(self) -> frozenset[str]:
-        """Registered names of the attacks that are run, and of those that they consist of."""
+        """Return the registered names of the attacks and of their parts."""
         names = {attack.registered_name for attack in self.attacks.values()}
         for attack in self.attacks.values():
             names |= {part.label for part in attack.parts(self.num_classes, self.threat, self.num_heads)}
         return frozenset(names | ({"autoattack"} if "autoattack-plus" in names else set()))
 
     def _diagnose_model(self, class_names: Sequence[str]) -> list[dict[str, str]]:
-        """Checks before the attacks, by the first process."""
+        """Run the checks before the attacks, in the first process."""
 
         def check() -> list[dict[str, str]]:
             return described(
@@ -430,7 +430,7 @@ class _Work:
         return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
 
     def _diagnose_randomness(self, robust: NDArray[np.bool_]) -> list[dict[str, str]]:
-        """Judge a random model by as many draws as an attack takes, by the first process."""
+        """Judge a random model by as many draws as an attack takes, in the first process."""
         draws = max(
             sum(
                 part.jobs(self.num_classes) * part.max_steps()
@@ -450,10 +450,10 @@ class _Work:
     def _diagnose_attacks(
         self, verdicts: dict[str, Verdicts], records: dict[str, dict[str, Any]], curve: list[dict[str, Any]]
     ) -> list[dict[str, str]]:
-        """Checks after the attacks, by the first process.
+        """Run the checks after the attacks, in the first process.
 
         Args:
-            verdicts: what each attack left.
+            verdicts: of each attack.
             records: passes and successes of each attack's parts.
             curve: robust accuracy over eps.
         """
@@ -483,7 +483,7 @@ class _Work:
         return cast("list[dict[str, str]]", findings)
 
     def _corruptions(self) -> dict[str, Any]:
-        """Accuracy on corrupted images, each process on its own."""
+        """Measure accuracy on corrupted images, each process on its own share."""
         samples, subject = self.samples, self.subject
         right: dict[str, NDArray[np.bool_]] = {}
         mine = torch.from_numpy(self.mine)
@@ -516,7 +516,7 @@ class _Work:
     def run(
         self, class_names: list[str], origin: dict[str, Any], diagnostics: bool, *, corrupts: bool = False
     ) -> Evaluation:
-        """All attacks at all budgets, and the corruptions if asked; `origin` goes into the results as it is."""
+        """Run all attacks at all budgets, and the corruptions if asked; `origin` goes into the results as it is."""
         begun = time.perf_counter()
         findings = self._diagnose_model(class_names) if diagnostics else []
         records, verdicts = {}, {}
@@ -562,7 +562,7 @@ class _Work:
         return evaluation
 
     def _at(self, threat: Threat | None, correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
-        """Accuracies under another threat model; None is no threat."""
+        """Return the accuracies under another threat model; None is no threat."""
         if threat == self.threat:
             columns = correct
         elif threat is None:
@@ -576,7 +576,7 @@ class _Work:
         return {**{key: both[key] for key in ("robust_accuracy", "intervals")}, "balanced_accuracy": even}
 
     def _attack(self, attack: Attack, threat: Threat) -> tuple[Verdicts, dict[str, Any]]:
-        """One attack on all samples: what each process found, put together."""
+        """Run one attack on all samples, and merge the findings of the processes."""
         parts = attack.parts(self.num_classes, threat, self.num_heads)
         shares = cast("list[_Found]", self.group.gather(self._attack_mine(attack, parts, threat)))
         count = len(self.correct)
@@ -600,7 +600,7 @@ class _Work:
     def _record(
         self, attack: Attack, parts: Sequence[Search], shares: list[_Found], verdicts: Verdicts
     ) -> dict[str, Any]:
-        """Passes, seconds and successes of an attack and of its parts."""
+        """Return passes, seconds and successes of an attack and of its parts."""
         entries, left = [], int(self.correct.sum())
         for number, part in enumerate(parts):
             costs = [found.costs[number] for found in shares]
@@ -625,7 +625,7 @@ class _Work:
         }
 
     def _attack_mine(self, attack: Attack, parts: Sequence[Search], threat: Threat) -> _Found:
-        """One attack on this process's samples."""
+        """Run one attack on this process's samples."""
         task = f"{threat.kind} {threat.eps!r} {registry.describe(attack)!r}"
         streams = Streams.of(self.seed, self.samples.keys).fork(attack.registered_name)
         found = _Found({}, {}, {})
@@ -648,7 +648,7 @@ class _Work:
         where: tuple[str, int],
         label: str,
     ) -> None:
-        """One part on what is left, journalled as it goes."""
+        """Run one part on the samples that are left, and journal each try."""
         jobs, known = part.jobs(self.num_classes), self.journal.tries[where].values()
         report = Reporter(self.progress, label, left, jobs, len(self.mine), known)
         since = time.perf_counter()
@@ -701,7 +701,7 @@ class _Work:
                 account()
 
     def _journal_tries(self, where: tuple[str, int], ended: Sequence[Try]) -> None:
-        """Write down tries that have ended, with what the model takes each example for, asked in one batch."""
+        """Record tries that have ended, with the model's answer to each example, asked in one batch."""
         examples = [found.example for found in ended if found.fooled and found.example is not None]
         wrong: list[int] = []
         if examples:

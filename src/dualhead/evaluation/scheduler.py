@@ -296,7 +296,7 @@ class Hunt:
             self._ahead = max(1, count // 2)
 
     def _keep_examples(self) -> None:
-        """Of rows that hold nothing yet; called after a step, with the ages before it."""
+        """Keep an example of rows that hold none yet; called after a step, with the ages before it."""
         open_rows = ~self._held
         if (self._age >= self.max_steps).any():
             open_rows &= torch.from_numpy(self._age < self.max_steps).to(self._held.device)

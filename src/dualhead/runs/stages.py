@@ -57,7 +57,7 @@ GIVEN_WEIGHTS = "given_weights"
 
 @dataclass(frozen=True)
 class _Training:
-    """What all stages of a run share.
+    """State that all stages of a run share.
 
     Args:
         prepared: the run.
@@ -313,7 +313,7 @@ def _fit_stage(training: _Training, position: Position) -> Position:
 
 
 def _begin_stage(prepared: Prepared, number: int) -> None:
-    """Give the network the weights that a stage begins with: `init`, and a clone of head 1 for new heads."""
+    """Give the network the weights that a stage begins with: `init`, and head 1's for heads attached."""
     recipe, model, stage = prepared.recipe, prepared.model, prepared.recipe.stages[number]
     given = False
     if stage.init is not None:
@@ -322,7 +322,10 @@ def _begin_stage(prepared: Prepared, number: int) -> None:
     kind = recipe.model.second_head
     if isinstance(model, DualHeadClassifier) and (kind == "clone" or (kind == "tied" and not given)):
         trained = {part for earlier in recipe.stages[:number] for part in earlier.train}
-        for head in set(model.heads[1:]) & set(stage.train) - trained:
+        new = set(model.heads[1:]) & set(stage.train) - trained
+        if stage.init is None and new and isinstance(prepared.architecture.plain(), DualHeadClassifier):
+            return  # heads that came with the network keep their weights
+        for head in new:
             model.get_submodule(head).load_state_dict(model.head1.state_dict())
 
 
