@@ -952,6 +952,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not _speaks():
         logging.getLogger("dualhead").setLevel(logging.ERROR)
+    if logging.lastResort is not None:  # what prints warnings where nobody has set up logging
+        logging.lastResort.addFilter(_Once())
     keep_freed_blocks()
     try:
         words = [word for word in sys.argv[1:] if word != "--debug"]  # it may stand anywhere
@@ -971,6 +973,21 @@ def main() -> None:
         _end(error, 1, debug)
     except OSError as error:  # no space, no permission, a folder that went away
         _end(f"{error.filename or 'file'}: {error.strerror or error}", 1, debug)
+
+
+class _Once(logging.Filter):
+    """Drops what was said before: a folder is read for its training part and again for its test part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record's text is new."""
+        text = record.getMessage()
+        new = text not in self._said
+        self._said.add(text)
+        return new
 
 
 def _speaks() -> bool:

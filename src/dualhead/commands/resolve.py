@@ -273,7 +273,7 @@ def _of_factory(request: Request, room: int) -> _Source:
             _log.warning(
                 "%s: its publisher brings images to %dx%d, %s, %s; --image-size, --crop and --resample override that",
                 request.model, *found.size,
-                "stretched" if found.crop is None else f"the middle {found.crop:.3g} of each", found.resample,
+                "stretched" if found.crop is None else f"the middle {found.crop:.0%} of each", found.resample,
             )  # fmt: skip
         return test
 
