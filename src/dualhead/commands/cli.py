@@ -324,7 +324,7 @@ def evaluate(
 ) -> None:
     """Measure clean and robust accuracy of a run or a model."""
     from dualhead.commands.evaluate import assess
-    from dualhead.commands.resolve import Request
+    from dualhead.commands.resolve import Request, split_attacks
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         accuracy_table,
@@ -339,7 +339,7 @@ def evaluate(
     named = threat is not None and len(threat) == 1 and ":" not in threat[0]
     request = Request(
         model=model,
-        attacks=tuple(name.strip() for given in attack or () for name in given.split(",") if name.strip()),
+        attacks=tuple(name for given in attack or () for name in split_attacks(given)),
         eps=eps,
         norm=norm,
         threat=threat[0] if threat and named else None,
@@ -384,7 +384,7 @@ def evaluate(
     out.print(accuracy_table(title, rows))
     if by_kind := corruption_table(rows):
         out.print(by_kind)
-    for line in _under_each(evaluation.results):
+    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results)]:
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
@@ -430,6 +430,18 @@ def _under_each(results: Any) -> list[str]:
         for label, told in results["threats"].items()
     ]
     return [*lines, f"average: {results['average']:.1%}", *results["left_out"]]
+
+
+def _targeted(results: Any) -> list[str]:
+    """How often each targeted attack got the answer that it wanted."""
+    lines = []
+    for name, record in results["attacks"].items():
+        told = record.get("targeted")
+        if told and told["attacked"]:
+            low, high = told["interval"]
+            share = f"{told['success']:.1%} [{low:.1%}, {high:.1%}]"
+            lines.append(f"{name}: got its target for an answer on {share} of {told['attacked']:,} attacked images")
+    return lines
 
 
 def _title(evaluation: Any) -> str:

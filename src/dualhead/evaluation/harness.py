@@ -37,7 +37,7 @@ from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weig
 from dualhead.evaluation.model import Subject, check_images, differ, frozen
 from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
-from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class
+from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class, targeted
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.evaluation.union import merged, threat_labels
 from dualhead.noise import Streams
@@ -153,6 +153,7 @@ def evaluate(
             raise UserError(f"{WORD} are of no threat; measure them apart, or name one threat")
         return _evaluate_each(model, images, labels, threat, attacks, output_dir, options)
     built, corrupts = _asked(attacks, images, eps)
+    built = {label: attack.for_classes(list(class_names or ())) for label, attack in built.items()}
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
@@ -590,12 +591,21 @@ class _Work:
             verdicts.part[sample], verdicts.job[sample], verdicts.steps[sample] = part, outcome.job, outcome.steps
             verdicts.distance[sample], verdicts.margin[sample] = outcome.distance, outcome.margin
             verdicts.prediction[sample] = outcome.taken_for
+        goals = self._goals(parts)
+        if goals is not None:
+            asked = self.correct & (goals != self.samples.labels.numpy())
+            verdicts.target = np.where(asked, goals, -1)
         if self.keep_examples:
             verdicts.adversarial_rows = np.array(sorted(tries), np.int64)
             examples = [cast("Tensor", tries[sample][1].example).numpy() for sample in sorted(tries)]
             shape = self.samples.images.shape[1:]
             verdicts.adversarial = np.stack(examples) if examples else np.empty((0, *shape), np.float32)
         return verdicts, self._record(attack, parts, shares, verdicts)
+
+    def _goals(self, parts: Sequence[Search]) -> NDArray[np.int64] | None:
+        """The class that a targeted attack wants for each sample; None for other attacks."""
+        goals = [part.goal(self.samples.clean, self.samples.labels) for part in parts]
+        return None if goals[0] is None else cast("NDArray[np.int64]", goals[0].numpy())
 
     def _record(
         self, attack: Attack, parts: Sequence[Search], shares: list[_Found], verdicts: Verdicts
@@ -622,19 +632,22 @@ class _Work:
             "notes": attack.notes(self.num_classes),
             "parameters": registry.describe(attack),
             "needs_heads": attack.needs_heads,
+            **({} if verdicts.target is None else {"targeted": targeted(verdicts)}),
         }
 
     def _attack_mine(self, attack: Attack, parts: Sequence[Search], threat: Threat) -> _Found:
         """Run one attack on this process's samples."""
         task = f"{threat.kind} {threat.eps!r} {registry.describe(attack)!r}"
         streams = Streams.of(self.seed, self.samples.keys).fork(attack.registered_name)
-        found = _Found({}, {}, {})
+        found, goals = _Found({}, {}, {}), self._goals(parts)
+        wanted = self.correct if goals is None else self.correct & (goals != self.samples.labels.numpy())
+        of_sample = None if goals is None else goals.tolist()
         for number, part in enumerate(parts):
             where = (task, number)
             label = attack.label if len(parts) == 1 else f"{attack.label}: {part.label}"
-            left = [sample for sample in self.mine.tolist() if self.correct[sample] and sample not in found.tries]
-            self._hunt(part, threat, streams.fork(number), left, where, label)
-            for sample, outcome in self.journal.first_successes(where, left).items():
+            left = [sample for sample in self.mine.tolist() if wanted[sample] and sample not in found.tries]
+            self._hunt(part, threat, streams.fork(number), left, where, label, of_sample)
+            for sample, outcome in self.journal.first_successes(where, left, of_sample).items():
                 found.tries[sample] = (number, outcome)
             found.costs[number], found.seconds[number] = self.journal.costs[where], self.journal.seconds[where]
         return found
@@ -647,6 +660,7 @@ class _Work:
         left: list[int],
         where: tuple[str, int],
         label: str,
+        goals: list[int] | None,
     ) -> None:
         """Run one part on the samples that are left, and journal each try."""
         jobs, known = part.jobs(self.num_classes), self.journal.tries[where].values()
@@ -657,7 +671,7 @@ class _Work:
 
         def account() -> None:
             nonlocal since, spent
-            self._journal_tries(where, ended)
+            self._journal_tries(where, ended, goals)
             ended.clear()
             now, cost = time.perf_counter(), hunt.cost
             self.journal.add_cost(
@@ -688,7 +702,7 @@ class _Work:
             self.samples,
             streams,
             left,
-            known=self.journal.known(where),
+            known=self.journal.known(where, goals),
             check_every=check_interval(self.subject.device),
             on_try=record,
             on_round=look,
@@ -700,7 +714,7 @@ class _Work:
             if hunt.cost != spent or ended:
                 account()
 
-    def _journal_tries(self, where: tuple[str, int], ended: Sequence[Try]) -> None:
+    def _journal_tries(self, where: tuple[str, int], ended: Sequence[Try], goals: list[int] | None) -> None:
         """Record tries that have ended, with the model's answer to each example, asked in one batch."""
         examples = [found.example for found in ended if found.fooled and found.example is not None]
         wrong: list[int] = []
@@ -711,4 +725,7 @@ class _Work:
             wrong = predictions(logits.scatter(1, labels[:, None], -torch.inf)).tolist()
         taken = iter(wrong)
         for found in ended:
-            self.journal.add(where, Outcome(**vars(found), taken_for=next(taken) if found.fooled else -1))
+            answer = next(taken) if found.fooled else -1
+            if goals is not None and found.fooled and found.reached != (answer == goals[found.sample]):
+                answer = goals[found.sample] if found.reached else -1
+            self.journal.add(where, Outcome(**vars(found), taken_for=answer))

@@ -120,7 +120,7 @@ class Stage(Section):
         for attack in [self.attack, *(each.attack for each in inner.values() if each.attack is not None)]:
             if inner and not isinstance(attack, Maximiser):
                 raise UserError(f"attack {attack.registered_name!r} cannot be trained with; use pgd or fgsm")
-        for key in {"loss", "restarts"} & {field.name for field in fields(cast("Any", self.attack))}:
+        for key in {"loss", "restarts", "target"} & {field.name for field in fields(cast("Any", self.attack))}:
             if getattr(self.attack, key) != getattr(type(self.attack), key):
                 raise UserError(
                     f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
