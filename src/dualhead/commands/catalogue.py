@@ -9,8 +9,8 @@ from typing import Final
 
 _REGISTRIES: Final = {
     "aggregators": "aggregators", "attacks": "attacks", "augmentations": "augmentations", "averagings": "averages",
-    "backbones": "backbones", "objectives": "objectives", "optimisers": "optimisers", "schedules": "schedules",
-    "threats": "threats",
+    "backbones": "backbones", "objectives": "objectives", "optimisers": "optimisers", "poisons": "poisons",
+    "schedules": "schedules", "threats": "threats",
 }  # fmt: skip
 """What a registry is called in the code, and its kind for people."""
 _SAID: Final = {"optimizers": "optimisers", "averagings": "averages", "models": "backbones", "losses": "objectives"}
