@@ -19,7 +19,7 @@ from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state, write_state
 from dualhead.objectives import BEFORE
 from dualhead.recipe import Runtime
-from dualhead.runs.folder import load_kept, open_folder, write_digests
+from dualhead.runs.folder import load_kept, open_folder, write_digests, write_manifest
 from dualhead.runs.prepare import (
     Prepared,
     augmentations_of,
@@ -150,6 +150,9 @@ def _open(prepared: Prepared, states: CheckpointStore) -> tuple[Position, Saved 
     facts = {**prepared.facts, **prepared.image_facts, **({GIVEN_WEIGHTS: True} if prepared.given_weights else {})}
     processes.lead(lambda: open_folder(prepared.folder, prepared.recipe, prepared.architecture, facts))
     processes.lead(lambda: write_digests(prepared.folder, prepared.images.learnt_from))
+    poisoning = prepared.images.poisoning
+    if poisoning is not None:
+        processes.lead(lambda: write_manifest(prepared.folder, poisoning.made, poisoning.clean))
     saved = states.load()
     if saved is None:
         _refuse_lost_weights(prepared)
