@@ -363,6 +363,9 @@ class Search(Attack):
     takes at most `max_steps` calls of `step`.
     """
 
+    uses_gradients: ClassVar[bool] = True
+    """Whether it may ask for gradients. One that never does loses nothing by reduced precision: it only compares."""
+
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """Return the search itself."""
         del threat, num_heads

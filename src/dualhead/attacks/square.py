@@ -98,6 +98,7 @@ class Square(Targeted):
     """
 
     norms = ("Linf", "L2", "L1")
+    uses_gradients = False
 
     queries: int = 5000
     p_init: Real = 0.8

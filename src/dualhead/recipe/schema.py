@@ -375,11 +375,12 @@ class Runtime(Section):
 
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
-    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured at the
-    start. `tf32`: float32 whose products a GPU rounds; `float32` never does that, and evaluations never do."""
+    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured once
+    for the architecture and kept; evaluations then take gradients in float32. `tf32`: float32 whose products a GPU
+    rounds; `float32` never does that, and evaluations never do."""
     layout: Literal["contiguous", "channels_last", "auto"] = "auto"
     """Memory order of images and convolutions. `auto`: in bf16 channels-last where the model takes it, in float32 the
-    faster one, measured at the start. The last bits of a result depend on it."""
+    faster one, measured once for the architecture and kept. The last bits of a result depend on it."""
     lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """In how many threads, each with images of its own, a CPU runs attacks in training; 1 leaves threads to torch.
     `auto`: as many as torch has if that is faster, measured at the start. The last bits of a result depend on it."""

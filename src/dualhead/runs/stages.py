@@ -212,7 +212,7 @@ def _arithmetic(prepared: Prepared, *, begun: bool) -> Arithmetic:
     chosen = choose_for_training(prepared)
     name = "tf32" if prepared.recipe.runtime.precision == "tf32" else chosen.name
     facts = {"precision": name, "channels_last": chosen.channels_last, "lanes": chosen.lanes}
-    facts["compiled"] = chosen.compiled
+    facts |= {"compiled": chosen.compiled, "arithmetic_chosen": chosen.told or "by the recipe"}
     write_json(environment, {**describe_environment(prepared.device), **facts})
     return chosen
 
