@@ -967,9 +967,10 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not _speaks():
         logging.getLogger("dualhead").setLevel(logging.ERROR)
-    if logging.lastResort is not None:  # what prints warnings where nobody has set up logging
-        logging.lastResort.addFilter(_Once())
     keep_freed_blocks()
+    said_once = _Once()
+    if logging.lastResort is not None:  # what prints warnings where nobody has set up logging
+        logging.lastResort.addFilter(said_once)
     try:
         words = [word for word in sys.argv[1:] if word != "--debug"]  # it may stand anywhere
         sys.exit(app(words, prog_name="dualhead", standalone_mode=False) or 0)
@@ -988,6 +989,9 @@ def main() -> None:
         _end(error, 1, debug)
     except OSError as error:  # no space, no permission, a folder that went away
         _end(f"{error.filename or 'file'}: {error.strerror or error}", 1, debug)
+    finally:
+        if logging.lastResort is not None:
+            logging.lastResort.removeFilter(said_once)
 
 
 class _Once(logging.Filter):
