@@ -52,7 +52,7 @@ def test_in_an_evaluation_n_fgsm_is_one_step_within_the_ball():
     made = attack(model, x, y, LINF, generator=streams(4))
     same = attacks.build({"name": "pgd", "steps": 1, "step_size": LINF.eps})(model, x, y, LINF, generator=streams(4))
     assert torch.equal(made, same)
-    assert attack.notes(10)[0].startswith("n_fgsm: leaves the ball in training alone")
+    assert attack.notes(10)[0].startswith("n_fgsm: it leaves the ball in training alone")
 
 
 def test_fgsm_from_a_uniform_start_is_fgsm_rs_to_the_bit():

@@ -47,6 +47,11 @@ class NFGSM(Attack):
             raise UserError(f"noise must be greater than 0, got {self.noise:g}; 2 is as published")
         PGD(steps=1, step_size=self.step_size)  # refuses what PGD refuses
 
+    @property
+    def single_step(self) -> bool:
+        """Always."""
+        return True
+
     def step_length(self, threat: Threat) -> float:
         """Return the step size in use under a threat model."""
         return threat.eps if self.step_size is None else self.step_size
