@@ -32,7 +32,9 @@ from dualhead.statistics import overfits_single_steps
 
 HERE = Path(__file__).resolve().parent
 ATTACK = "autoattack-fast"
-UNIFORM_10 = "{{name: fgsm, step_size: {step}/255, start: uniform}}"
+WIDE_STEP = "{{name: fgsm, step_size: {step}/255, start: uniform}}"
+TWO_STEPS = "{{name: pgd, steps: 2, step_size: {half}/255, start: clean}}"
+FIVE_STEPS = "{{name: pgd, steps: 5, step_size: {half}/255, start: uniform}}"
 LARGE = 16
 """In 1/255: the eps at which FGSM from a uniform start is known to overfit catastrophically."""
 
@@ -70,20 +72,17 @@ def on_sat(attack: str, objective: str = "sat") -> tuple[str, ...]:
     return f"stages.base.objective={objective}", f"stages.base.attack={attack}"
 
 
-FGSM = "{{name: fgsm}}"
-METHODS = (
-    Method("n_fgsm", "N-FGSM", on_sat("{{name: n_fgsm}}"), (20, 40, 80), large=True),
-    Method("fgsm_rs", "FGSM-RS", on_sat(UNIFORM_10), (20, 40, 80), large=True),
+METHODS = (  # the longest run of each takes about 300 forward equivalents an image
+    Method("fgsm_rs", "FGSM-RS", on_sat(WIDE_STEP), (15, 30, 60), large=True),
+    Method("n_fgsm", "N-FGSM", on_sat("{{name: n_fgsm}}"), (15, 30, 60), large=True),
+    Method("pgd_2", "PGD-2", on_sat(TWO_STEPS), (11, 22, 43), large=True),
     # A replay is an update: as many passes through the images as epochs times replays.
-    Method("free", "Free AT", ("stages.base.objective=sat", "stages.base.free={{replays: 8}}"), (5, 10, 20)),
-    Method(
-        "pgd_2", "PGD-2", on_sat("{{name: pgd, steps: 2, step_size: {half}/255, start: clean}}"), (15, 30, 60), True
-    ),
-    Method("grad_align", "GradAlign", on_sat(FGSM, "{{name: grad_align, weight: 0.2}}"), (8, 16, 32)),
-    Method("elle", "ELLE-A", on_sat(FGSM, "{{name: elle}}"), (8, 16, 32)),
-    Method("sat", "SAT", on_sat("{{name: pgd, steps: 5, step_size: {half}/255, start: uniform}}"), (8, 16, 32)),
-    Method("trades", "TRADES", (), (6, 12, 24)),
-    Method("distilled", "guided distillation (TRADES)", (), (6, 12), recipe="cpu_distilled"),
+    Method("free", "Free AT", ("stages.base.objective=sat", "stages.base.free={{replays: 8}}"), (3, 6, 12)),
+    Method("grad_align", "GradAlign", on_sat("{{name: fgsm}}", "{{name: grad_align, weight: 0.2}}"), (6, 12, 23)),
+    Method("elle", "ELLE-A", on_sat("{{name: fgsm}}", "{{name: elle}}"), (5, 11, 22)),
+    Method("sat", "SAT", on_sat(FIVE_STEPS), (6, 12, 23)),
+    Method("trades", "TRADES", (), (4, 9, 18)),
+    Method("distilled", "guided distillation (TRADES)", (), (2, 4, 8), recipe="cpu_distilled"),
 )
 
 
@@ -103,11 +102,11 @@ class Run:
 
 
 def runs(seeds: int, pattern: str, scale: float = 1.0) -> Iterator[Run]:
-    """Return all runs, seed by seed: first the longest of every method, then those at a large eps, then shorter ones."""
+    """Return all runs, seed by seed: first those at the large eps, then the longest of every method, then the rest."""
     chosen = [method for method in METHODS if fnmatch.fnmatch(method.name, pattern)]
     for seed in range(seeds):
-        lengths = [(method, 8, method.epochs[-1]) for method in chosen]
-        lengths += [(method, LARGE, method.epochs[-1]) for method in chosen if method.large]
+        lengths = [(method, LARGE, method.epochs[-1]) for method in chosen if method.large]
+        lengths += [(method, 8, method.epochs[-1]) for method in chosen]
         lengths += [(method, 8, epochs) for method in chosen for epochs in method.epochs[:-1]]
         for method, eps, epochs in lengths:
             yield Run(method, eps, max(1, round(epochs * scale)), seed)
@@ -122,7 +121,13 @@ def train(run: Run, data: str, folder: Path, extra: Sequence[str]) -> None:
     """Train a run, or go on with it."""
     recipe = HERE / "strongest" / f"{run.method.recipe}.yaml"
     kept = [f"data.source={data}", f"threat.eps={run.eps}/255", "validation.every=1000", "evaluate.attacks=[fgsm]"]
-    settings = [*kept, "evaluate.limit=100", *run.method.overrides(run.eps, run.epochs), *extra]
+    settings = [
+        *kept,
+        "evaluate.limit=100",
+        "runtime.precision=float32",
+        *run.method.overrides(run.eps, run.epochs),
+        *extra,
+    ]
     do(["train", str(recipe), *settings, "--seed", str(run.seed), "--run-dir", str(folder), "--quiet"])
 
 
