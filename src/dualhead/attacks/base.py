@@ -226,6 +226,11 @@ class Attack(ABC):
     """The norms for which it is defined; None for any threat, since it only calls the methods of `Threat`."""
 
     @property
+    def single_step(self) -> bool:
+        """Whether training with it takes one gradient for each image: it may overfit catastrophically."""
+        return False
+
+    @property
     def label(self) -> str:
         """Name in results: the registered one, and fields that are not at their defaults: `square-1000(p_init=0.5)`."""
         given = getattr(self, "_label", None)

@@ -63,6 +63,11 @@ class PGD(Targeted):
         if self.step_size is not None and self.step_size <= 0:
             raise UserError(f"step_size must be greater than 0, got {self.step_size:g}; write e.g. 2/255")
 
+    @property
+    def single_step(self) -> bool:
+        """With one step."""
+        return self.steps == 1
+
     def step_length(self, threat: Threat) -> float:
         """The step size in use under a threat model."""
         return 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size

@@ -1,7 +1,7 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
 from dualhead.evaluation.corruptions import asks_for_corruptions
-from dualhead.evaluation.diagnostics import Finding
+from dualhead.evaluation.diagnostics import Finding, check_single_steps
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.generation import (
@@ -46,6 +46,7 @@ __all__ = [
     "balanced",
     "calibration_error",
     "check_duplicates",
+    "check_single_steps",
     "compare",
     "counterfactual",
     "energy",

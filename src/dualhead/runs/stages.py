@@ -41,6 +41,7 @@ from dualhead.training import (
     Position,
     Saved,
     Selection,
+    SingleStepWatch,
     Stage,
     StageFiles,
     StageRun,
@@ -291,6 +292,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         profiler=StepProfiler(prepared.folder.profile, stage.name, prepared.device) if training.profile else None,
         streams=_streams(prepared, stage, loader),
         class_weights=_class_weights(prepared),
+        watch=_watch(prepared, stage),
     )
     if saved is not None:
         run.restore(saved)
@@ -353,6 +355,13 @@ def _validator(prepared: Prepared) -> Validator | None:
         return None
     settings = recipe.validation
     return Validator(held_out, settings.attack, settings.every, recipe.threat, recipe.runtime.seed)
+
+
+def _watch(prepared: Prepared, stage: Stage) -> SingleStepWatch | None:
+    if not stage.single_step:
+        return None
+    images = prepared.images.held_out or prepared.images.training
+    return SingleStepWatch(images, stage.against(prepared.recipe.threat))
 
 
 def _streams(prepared: Prepared, stage: Stage, loader: Loader) -> dict[str, OpenStream]:

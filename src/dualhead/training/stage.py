@@ -14,7 +14,7 @@ from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
 from dualhead.heads import Output, Part
-from dualhead.objectives import ATTACKED, OWN, Objective, objectives
+from dualhead.objectives import ATTACKED, CLEAN, OWN, Objective, objectives
 from dualhead.threats import Threat, build_threat
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.awp import AWP
@@ -167,6 +167,14 @@ class Stage(Section):
             for inner in self.objective.inner().values():
                 (inner.attack or self.attack).check(inner.threat or threat)
         return threat
+
+    @property
+    def single_step(self) -> bool:
+        """Whether the images that it trains on are attacked with one gradient each, as with `free`."""
+        attacking = [inner for inner in self.objective.inner().values() if inner.uses and inner.start == CLEAN]
+        if self.fit is not None or not attacking:
+            return False
+        return self.free is not None or any((inner.attack or self.attack).single_step for inner in attacking)
 
     @property
     def output(self) -> str:
