@@ -115,3 +115,14 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     if not len(values):
         raise UserError("mean and deviation need at least one value")
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def student(values: Sequence[float], confidence: float = 0.95) -> list[float] | None:
+    """Return Student's interval of a mean of independent values; None of fewer than two."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    mean, deviation = mean_std(values)
+    reach = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return [mean - reach, mean + reach]
