@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -10,8 +11,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from dualhead.commands.generate import other_images, seeds_for, training_images
+from dualhead.commands.generate import MOST_SAMPLES, other_images, seeds_for, training_images
 from dualhead.commands.judge import backbone_for, judge_of, score_of
 from dualhead.commands.resolve import Request, Resolved
 from dualhead.data import Split, hold_out
@@ -35,11 +37,14 @@ from dualhead.runs import RunFolder, read_recipe
 from dualhead.system.devices import find_device
 from dualhead.system.files import write_json
 from dualhead.system.processes import group
+from dualhead.threats import Threat, build_threat
 from dualhead.training import read_metrics
 
 KEPT: Final = "generation.json"
 """Results of an earlier call, which are taken where nothing that decides them has changed."""
 OOD: Final = "ood.npz"
+Pair = tuple[Tensor | NDArray[Any], Tensor | NDArray[Any]]
+"""Images uint8 [N, C, H, W] and labels [N]."""
 MOST_HELD_OUT: Final = 2_000
 NATURAL: Final = 1_000
 """Images in which traces of compression are looked for."""
@@ -169,3 +174,111 @@ def _outside(request: Request, source: str, training: Split) -> Split:
     noise = noise_seeds(training, numbers, source, seed=request.seed)
     labels = torch.zeros(len(noise), dtype=torch.int64)
     return Split(noise.mul(255.0).round().to(torch.uint8), labels, training.class_names)
+
+
+# ---- from Python
+
+
+def evaluate_generation(
+    model: nn.Module,
+    train: Pair,
+    test: Pair,
+    *,
+    held_out: Pair | None = None,
+    class_names: Sequence[str] | None = None,
+    samples: int = 1_000,
+    steps: Sequence[int] = STEPS,
+    step_size: float = 0.2,
+    seeds: str | Tensor = "gaussian",
+    seed: int = 0,
+    judge: str | None = None,
+    augment: Sequence[Any] = (),
+    output_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure samples of a classifier as `dualhead evaluate --generation` does; any classifier will do.
+
+    A judge is trained on the training images the first time, and kept in the cache.
+
+    Args:
+        model: images float32 [B, C, H, W] in [0, 1] to logits; asked in eval mode, on its device.
+        train: images uint8 [N, C, H, W] and labels int64 [N] that the model was trained on.
+        test: those that the measures are reported on.
+        held_out: those that choose the number of steps; None for a tenth of the training images.
+        class_names: in the order of the labels; None for numbers.
+        samples: in all.
+        steps: ascending numbers of steps to choose from.
+        step_size: L2 length of a step.
+        seeds: `gaussian`, `uniform`, or images float32 [samples, C, H, W] in [0, 1], where sample i has class i modulo
+            the number of classes.
+        seed: of the noise.
+        judge: its backbone; None for one of another family than the model's.
+        augment: augmentations of the judge's training images, as a recipe has them.
+        output_dir: where pictures for the report go; None for nowhere.
+
+    Returns:
+        JSON values, as `generation` in `results.json`.
+
+    Raises:
+        UserError: for images, seeds or numbers that do not fit.
+    """
+    whole, tested = (_split(given, class_names) for given in (train, test))
+    if held_out is None:
+        kept, held = _tenth(whole)
+        words = f"{len(held)} of the training images"
+    else:
+        kept, held = whole, _split(held_out, class_names)
+        words = f"{len(held)} held-out images"
+    given = seeds if isinstance(seeds, Tensor) else None
+    if given is not None and given.shape != (samples, *whole.image_shape):
+        raise UserError(f"seeds: must be {[samples, *whole.image_shape]}, got {list(given.shape)}")
+
+    def draw(labels: Tensor, places: Tensor) -> Tensor:
+        if given is not None:
+            return given
+        return noise_seeds(whole, labels * MOST_SAMPLES + places, str(seeds), seed=seed)
+
+    backbone = backbone_for(model, judge)
+    device = str(next(model.parameters()).device)
+    found = measure_generation(
+        model,
+        Sets(kept, held, tested, words),
+        judge_of(whole, tested, augment, backbone, device),
+        Sampling(samples, tuple(steps), step_size, draw, "given images" if given is not None else str(seeds), seed),
+        lambda images: score_of(images, tested, augment, backbone, device),
+    )
+    if output_dir is not None:
+        found.save(output_dir)
+    return dict(finite(found.results))
+
+
+def evaluate_ood(
+    model: nn.Module, test: Tensor, others: Mapping[str, Tensor], threat: Threat | str, *, seed: int = 0
+) -> dict[str, Any]:
+    """Measure how well scores tell test images from others, as `dualhead evaluate --ood` does.
+
+    Args:
+        model: images float32 [B, C, H, W] in [0, 1] to logits; asked in eval mode, on its device.
+        test: images uint8 [N, C, H, W] in distribution.
+        others: by name, images uint8 [M, C, H, W] that are not.
+        threat: of the attack on the others, `"L2:0.5"` or a threat.
+        seed: of the attack.
+
+    Returns:
+        JSON values, as `ood` in `results.json`.
+
+    Raises:
+        UserError: for images that do not fit.
+    """
+    splits = {name: _unlabelled(images) for name, images in others.items()}
+    found, _ = measure_ood(model, _unlabelled(test), splits, build_threat(threat, "threat"), seed=seed)
+    return dict(finite(found))
+
+
+def _split(given: Pair, names: Sequence[str] | None) -> Split:
+    images, labels = (torch.as_tensor(each) for each in given)
+    count = int(labels.max()) + 1
+    return Split(images, labels.long(), tuple(names) if names is not None else tuple(map(str, range(count))))
+
+
+def _unlabelled(images: Tensor) -> Split:
+    return Split(images, torch.zeros(len(images), dtype=torch.int64), ("0", "1"))
