@@ -72,6 +72,12 @@ Crop = Annotated[
     str | None, typer.Option("--crop", help="Middle of an image that is taken, e.g. 0.875; none: it is stretched.")
 ]
 Resampling = Annotated[str | None, typer.Option("--resample", help="Filter of resizing, e.g. bilinear.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds", help="Where samples start: gaussian (fitted to the images), uniform or a source; default: the run's."
+    ),
+]
 Channels = Annotated[int | None, typer.Option("--channels", help="1: read colours as grey; 3: grey as colours.")]
 Depth = Annotated[
     int | None, typer.Option("--depth", min=1, max=16, help="Bits of a pixel, if files hold fewer than they could.")
@@ -320,6 +326,20 @@ def evaluate(
         typer.Option("--precision", help="Of the search: auto (gradients in float32), float32 or bf16."),
     ] = "auto",
     save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
+    generation: Annotated[bool, typer.Option("--generation", help="Also measure samples of every class.")] = False,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="With --generation: in all.")] = 1000,
+    sample_steps: Annotated[
+        str | None, typer.Option("--sample-steps", help="With --generation: numbers to choose from, 8,16,32.")
+    ] = None,
+    step_size: Annotated[float, typer.Option("--step-size", help="With --generation: L2 length of a step.")] = 0.2,
+    seeds: Seeds = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="With --generation: backbone of the network that judges samples.")
+    ] = None,
+    ood: Annotated[
+        list[str] | None,
+        typer.Option("--ood", help="Images that are not in distribution: a source, uniform or gaussian; repeatable."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
     plugin: Plugins = None,
     quiet: Quiet = False,
@@ -332,6 +352,8 @@ def evaluate(
         EvaluationDisplay,
         accuracy_table,
         corruption_table,
+        further_lines,
+        further_tables,
         out,
         print_lights,
         progress_bar,
@@ -369,7 +391,16 @@ def evaluate(
         save_adversarial=save_adversarial,
         overwrite=overwrite,
         command=_command(),
+        generation=generation,
+        samples=samples,
+        sample_steps=sample_steps,
+        step_size=step_size,
+        seeds=seeds,
+        judge=judge,
+        ood=tuple(ood or ()),
     )
+    if routes is not None and (generation or ood):
+        raise UserError("--routes: not with --generation or --ood; evaluate one head with --output-of")
     if routes is not None:
         _evaluate_routes(request, quiet=quiet, as_json=as_json)
         return
@@ -395,6 +426,10 @@ def evaluate(
     for name, record in evaluation.results["attacks"].items():
         for note in record["notes"]:
             out.print(note if note.startswith(f"{name}: ") else f"{name}: {note}", soft_wrap=True, markup=False)
+    for table in further_tables(evaluation.results):
+        out.print(table)
+    for line in further_lines(evaluation.results):
+        out.print(line, soft_wrap=True, markup=False, style="yellow")
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 
@@ -875,7 +910,7 @@ def sample_images(
     count: Annotated[int, typer.Option("--count", min=1, help="Samples of each class.")] = 16,
     steps: Annotated[int, typer.Option("--steps", min=0, help="Of the ascent; 0 gives the seeds.")] = 16,
     step_size: Annotated[float, typer.Option("--step-size", help="L2 length of a step, pixels in [0, 1].")] = 0.2,
-    seeds: Annotated[str, typer.Option("--seeds", help="gaussian (fitted to the images) or uniform.")] = "gaussian",
+    seeds: Seeds = None,
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: samples in the run.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,

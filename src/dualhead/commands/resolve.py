@@ -75,6 +75,13 @@ class Request:
     save_adversarial: bool = False
     overwrite: bool = False
     command: str | None = None
+    generation: bool = False
+    samples: int = 1_000
+    sample_steps: str | None = None
+    step_size: float = 0.2
+    seeds: str | None = None
+    judge: str | None = None
+    ood: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -430,6 +437,7 @@ def _folder_name(request: Request) -> str:
     words += [request.image_size, request.image_column, request.label_column, request.resample]
     numbers = (("crop", request.crop), ("channels", request.channels), ("depth", request.depth))
     words += [None if value is None else f"{name}{value}" for name, value in numbers]
-    words += ["adversarial" if request.save_adversarial else None]
+    words += ["adversarial" if request.save_adversarial else None, "generation" if request.generation else None]
+    words += ["ood"] if request.ood else []
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return name if request.is_run else name or "default"
