@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F
 
 from dualhead.attacks import Maximiser, attacks, maximise_within, predictions
 from dualhead.data import Split, batches
