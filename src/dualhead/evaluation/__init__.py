@@ -1,5 +1,6 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
+from dualhead.evaluation.calibration import calibration_error
 from dualhead.evaluation.corruptions import asks_for_corruptions
 from dualhead.evaluation.diagnostics import Finding, check_single_steps
 from dualhead.evaluation.duplicates import check_duplicates
@@ -7,7 +8,6 @@ from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.generation import (
     Counterfactual,
     auroc,
-    calibration_error,
     counterfactual,
     energy,
     frechet_distance,

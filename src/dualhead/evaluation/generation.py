@@ -214,35 +214,6 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     return float(below.double().mean() / (2 * len(inside)))
 
 
-def calibration_error(probabilities: Tensor, y: Tensor, bins: int = 15) -> tuple[float, Tensor]:
-    """Compute the expected calibration error in bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3).
-
-    Args:
-        probabilities: float [N, K], rows that sum to 1.
-        y: labels, int64 [N].
-        bins: at least 1.
-
-    Returns:
-        The error in [0, 1], and for a reliability diagram one row for each bin [bins, 3]: mean confidence, accuracy and
-        number of images; the first two are NaN in an empty bin.
-
-    Raises:
-        UserError: if there are no images or bins.
-    """
-    if bins < 1 or not len(y):
-        raise UserError(f"calibration needs images and at least 1 bin, got {len(y)} images and {bins} bins")
-    confidence, guess = probabilities.double().cpu().max(1)
-    right = (guess == y.cpu()).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins (low, high], as published
-    table = torch.zeros(bins, 3, dtype=torch.float64)
-    for column, values in enumerate((confidence, right, torch.ones_like(right))):
-        table[:, column].index_add_(0, place, values)
-    count = table[:, 2]
-    error = ((table[:, 0] - table[:, 1]).abs() / len(y)).sum()
-    table[:, :2] /= count[:, None]
-    return float(error), table
-
-
 def frechet_distance(features: Tensor, others: Tensor) -> float:
     """Compute the Frechet distance of two normal distributions fitted to features (Heusel et al. 2017, eq. 6).
 

@@ -20,6 +20,7 @@ from dualhead.components.fields import parse_real
 from dualhead.components.plugins import sources_in
 from dualhead.data import corruptions as rendering
 from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation.calibration import calibration
 from dualhead.evaluation.corruptions import WORD, asks_for_corruptions, corrupted_right, summary
 from dualhead.evaluation.diagnostics import (
     AUDITED,
@@ -558,6 +559,7 @@ class _Work:
             "threat": self.threat.describe(),
             **accuracies(correct),
             **balanced(correct, evaluation.labels),
+            "calibration": calibration(self.samples.clean, self.samples.labels),
             "attacks": records,
             **({WORD: self._corruptions()} if corrupts else {}),
             "curve": curve,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
 
 from dualhead.attacks import Maximiser, attacks, maximise_within, predictions
 from dualhead.data import Split, batches
