@@ -21,7 +21,7 @@ from dualhead.system.files import check_folder, write_atomically
 from dualhead.threats import ThreatModel
 
 MOST_SAMPLES = 1_000_000
-"""Of one class: samples are numbered by class and place."""
+"""Most samples of one class: samples are numbered by class and place."""
 
 
 def draw_samples(

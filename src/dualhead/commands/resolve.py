@@ -31,6 +31,18 @@ DEFAULT_ATTACKS = ("pgd-40",)
 """Attacks on a model that no run tells how to measure."""
 
 
+def split_attacks(text: str) -> list[str]:
+    """Split names of attacks at commas, but not at those between brackets: `pgd-40(target=next,restarts=2),square`."""
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
+
+
 @dataclass(frozen=True)
 class Request:
     """The options of `dualhead evaluate`; None or empty: as the run has it."""
@@ -280,7 +292,7 @@ def _of_factory(request: Request, room: int) -> _Source:
             _log.warning(
                 "%s: its publisher brings images to %dx%d, %s, %s; --image-size, --crop and --resample override that",
                 request.model, *found.size,
-                "stretched" if found.crop is None else f"the middle {found.crop:.3g} of each", found.resample,
+                "stretched" if found.crop is None else f"the middle {found.crop:.0%} of each", found.resample,
             )  # fmt: skip
         return test
 

@@ -18,12 +18,14 @@ from dualhead.commands.left import TimeLeft
 from dualhead.recipe import Recipe
 from dualhead.report import SAMPLE_ROWS, believable, duration, light_lines, threat_text, unequal
 from dualhead.runs import Trial
+from dualhead.statistics import overfits_single_steps
 
 err = Console(stderr=True, highlight=False, markup=False)  # brackets in names are no markup
 # A file or a pipe has no width to fit into; a table in it must not lose columns.
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 REFRESH_SECONDS = 0.5
+OVERFITS = "  overfits single steps"
 DOUBTED = "! a check failed, see above: its accuracies are not to be believed"
 
 
@@ -138,6 +140,10 @@ class TrainingDisplay:
             self._accuracy = f"  clean {clean:.1%}  robust {robust:.1%}"
             if metrics.get("validation_largest_answer", 0.0) == 1.0:
                 self._accuracy += "  all answers are one class"
+        if "watched_fgsm" in metrics and overfits_single_steps(metrics["watched_fgsm"], metrics["watched_pgd"]):
+            self._accuracy = f"{self._accuracy.removesuffix(OVERFITS)}{OVERFITS}"
+        else:
+            self._accuracy = self._accuracy.removesuffix(OVERFITS)
         if self._bar is None:
             err.print(
                 f"stage {self._label}: epoch {metrics['epoch']}/{self._epochs}, loss {metrics['loss']:.3f}"

@@ -8,13 +8,15 @@ from dualhead.data.duplicates import Digests, digests, shared_images
 from dualhead.data.given import GIVEN, GivenImages, Labelled, holding
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.names import among, are_numbers, match, one_form
+from dualhead.data.poisons import Poison, Poisoned, poisons, triggered
 from dualhead.data.source import Storage, load_split, resolve
-from dualhead.data.split import Split, hold_out
+from dualhead.data.split import HELD_OUT, Split, held_rows, hold_out
 from dualhead.data.stored import in_turn
 from dualhead.data.streams import OpenStream, Stream, StreamImages, StreamSetting, streams
 
 __all__ = [
     "GIVEN",
+    "HELD_OUT",
     "Augmentation",
     "Batch",
     "CutMix",
@@ -24,6 +26,8 @@ __all__ = [
     "Labelled",
     "Loader",
     "OpenStream",
+    "Poison",
+    "Poisoned",
     "Resample",
     "Split",
     "Storage",
@@ -37,13 +41,16 @@ __all__ = [
     "cache_folder",
     "decode_single",
     "digests",
+    "held_rows",
     "hold_out",
     "holding",
     "in_turn",
     "load_split",
     "match",
     "one_form",
+    "poisons",
     "resolve",
     "shared_images",
     "streams",
+    "triggered",
 ]

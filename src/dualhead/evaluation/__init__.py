@@ -1,7 +1,7 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
 from dualhead.evaluation.corruptions import asks_for_corruptions
-from dualhead.evaluation.diagnostics import Finding
+from dualhead.evaluation.diagnostics import Finding, check_single_steps
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.generation import (
@@ -68,6 +68,7 @@ __all__ = [
     "check_compression",
     "check_curriculum",
     "check_duplicates",
+    "check_single_steps",
     "compare",
     "counterfactual",
     "energy",

@@ -21,7 +21,7 @@ from dualhead.threats import ThreatModel
 Score = Literal["lse", "msp", "max_logit"]
 SCORES: Final[tuple[Score, ...]] = ("lse", "msp", "max_logit")
 MOST_VALUES: Final = 3_072
-"""Of an image whose covariance seeds are given: those of 32x32 pixels in colour."""
+"""Most values of an image whose covariance seeds are given: those of 32x32 pixels in colour."""
 BATCH: Final = 64
 """Images in a pass. It never changes: the last pass is filled up, so that rounding is that of a full one."""
 

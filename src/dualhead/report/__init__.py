@@ -1,4 +1,4 @@
-"""What people read of a run, made from the files it left and from nothing else."""
+"""Reports of runs, made from the files that these left and from nothing else."""
 
 from dualhead.report.gallery import NO_CLASS, change, picture, save_sheet
 from dualhead.report.generation import ROWS as SAMPLE_ROWS

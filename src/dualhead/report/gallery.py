@@ -24,16 +24,16 @@ from dualhead.system.files import write_atomically
 
 MOST_EXAMPLES = 500
 MOST_BYTES = 3_600_000
-"""Of all pictures of a page, as text."""
+"""Most bytes of all pictures of a page, as text."""
 
 NO_CLASS = "no class"
-"""What an output says whose logits are not numbers."""
+"""Prediction of an output whose logits are not numbers."""
 
 Bytes = NDArray[np.uint8]
 
 
 def outcomes(heads: int, merged: str) -> dict[str, str]:
-    """What examples can be chosen by: a sign for each output, * for either, | for or; and what that means.
+    """Return the choices of examples: a sign for each output, * for either, | for or; and their meanings.
 
     Args:
         heads: in front of what merges them; 0 for a model that is one output.
@@ -62,7 +62,7 @@ def outcomes(heads: int, merged: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What an output says of an image.
+    """Answer of an output to an image.
 
     Args:
         output: its name.
@@ -267,7 +267,7 @@ def spread(count: int, most: int) -> list[int]:
 def _opinions(
     arrays: Mapping[str, NDArray[Any]], key: tuple[int, int] | None, rows: Sequence[int], names: Mapping[int, str]
 ) -> list[list[Opinion]]:
-    """What the outputs say of the clean images, or of those of a target and budget."""
+    """Return the outputs' answers to the clean images, or to those of a target and budget."""
     where: tuple[int, ...] = () if key is None else key
     prefix = "clean_" if key is None else ""
     found = []
