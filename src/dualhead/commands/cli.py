@@ -315,7 +315,9 @@ def evaluate(
     batch_size: BatchSize = 256,
     seed: Seed = 0,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="Of the search: auto (gradients in float32), float32 or bf16.")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the search: auto (gradients in float32), float32 or bf16.")
+    ] = "auto",
     save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
     plugin: Plugins = None,

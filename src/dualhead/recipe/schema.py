@@ -356,8 +356,9 @@ class Runtime(Section):
 
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
-    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured once for
-    the architecture and kept; evaluations then take gradients in float32. `tf32`: float32 whose products a GPU rounds; `float32` never does that, and evaluations never do."""
+    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured once
+    for an architecture and kept; evaluations then take gradients in float32. `tf32`: float32 whose products a GPU
+    rounds; `float32` never does that, and evaluations never do."""
     layout: Literal["contiguous", "channels_last", "auto"] = "auto"
     """Of images and convolutions in memory. `auto`: in bf16 channels-last where the model takes it, in float32 the
     faster one, measured once for the architecture and kept. The last bits of a result depend on it."""
