@@ -508,6 +508,15 @@ def test_robust_overfitting_is_told_from_chance(tmp_path, drop, overfits):
     assert "Best epoch 3: robust 50.0 %" in page.text or drop == 0
 
 
+@pytest.mark.parametrize("pgd", [0.02, 0.5])
+def test_catastrophic_overfitting_is_told_and_drawn(tmp_path, pgd):
+    lines = [{**line, "watched_fgsm": 0.6, "watched_pgd": pgd} for line in metrics("main_head", 6)]
+    text = report(make_run(tmp_path / "run", lines=lines, evaluated=False), at=tmp_path).text
+    told = "Catastrophic overfitting, last in epoch 6: of a few images 60.0 % stay right under one step of FGSM, 2.0 %"
+    assert (told in text) == (pgd == 0.02)
+    assert "a few images, PGD-5" in text
+
+
 @pytest.mark.parametrize(
     ("validation", "images", "overfits"), [(0.1, 2000, True), (0.1, 100, False), (0.1, None, False)]
 )

@@ -1,4 +1,4 @@
-"""What ships, with a line of description each, read from the package's files: nothing that computes is loaded."""
+"""Catalogue of what ships, with a line of description each, read from the package's files without importing torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dualhead.system.files import head_sentence
 
 _REGISTRIES: Final = {
     "aggregators": "aggregators", "attacks": "attacks", "augmentations": "augmentations", "averagings": "averages",
-    "backbones": "backbones", "objectives": "objectives", "optimisers": "optimisers", "schedules": "schedules",
-    "threats": "threats",
+    "backbones": "backbones", "objectives": "objectives", "optimisers": "optimisers", "poisons": "poisons",
+    "schedules": "schedules", "threats": "threats",
 }  # fmt: skip
-"""What a registry is called in the code, and its kind for people."""
+"""Registries by their names in the code, with the kind that people read."""
 _SAID: Final = {"optimizers": "optimisers", "averagings": "averages", "models": "backbones", "losses": "objectives"}
 KINDS: Final = sorted([*_REGISTRIES.values(), "recipes"])
 

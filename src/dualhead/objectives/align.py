@@ -189,7 +189,7 @@ class Align(Around):
         return [(f"align{number}", layer) for number, layer in enumerate(self.layers or (None,))]
 
     def needs(self) -> Mapping[str, Need]:
-        """What is aligned, and what the base method needs, whose logits stay the last ones."""
+        """Return the aligned features, then the base method's needs, whose logits stay the last ones."""
         own: dict[str, Need] = {}
         if self.output is not None:
             output = OWN if self.output == "own" else self.output

@@ -38,7 +38,7 @@ STANDARD = {"autoattack", "autoattack-plus", "autoattack-rand"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the page says first.
+    """Verdict, the first words of the page.
 
     Args:
         sentence: the result with its interval.
@@ -224,7 +224,7 @@ def _doubts(row: Measured) -> list[str]:
 
 
 def _limits(row: Measured, source: Source) -> list[str]:
-    """What keeps the number from being the last word: what was measured later, and attacks that were not tried."""
+    """Name the limits of the number: later measurements, and attacks that were not tried."""
     later = _later(row, source)
     breaking = [other for other in later if broken_later(row, [other])]
     told = []
@@ -360,7 +360,7 @@ def eps_figures(sources: Sequence[Source]) -> list[Figure]:
 
 
 def _called(source: Source, row: Measured) -> str:
-    """What a curve is of: for a later evaluation the output that it fits, rather than the name of its folder."""
+    """Return the label of a curve: for a later evaluation the output that it fits, not the name of its folder."""
     known = sorted(source.rows, key=lambda known: not known.deployed)
     return next((other.title for other in known if other is row or same_model(other, row)), row.title)
 
@@ -439,7 +439,7 @@ def _unit(rows: Sequence[Measured]) -> float | None:
 
 
 def _cost(row: Measured, unit: float | None) -> float | None:
-    """Of training, in a unit; in forward passes through its own base model where operations are not recorded."""
+    """Return the cost of training in a unit; in forward passes of its own base model if operations are not recorded."""
     return row.flops / unit if row.flops is not None and unit else row.forward_equivalents
 
 

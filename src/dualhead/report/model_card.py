@@ -17,7 +17,7 @@ OWN = {
     "statistics": "statistics of normalisation",
     "sandwich": "statistics and second affine map of normalisation",
 }
-"""What a card calls the words for what tied heads do not share; patterns stand as they are."""
+"""A card's names for the words of `own`, the tensors that tied heads do not share; patterns stand as they are."""
 
 ONNX_SECTION = """
 ## ONNX
@@ -25,7 +25,7 @@ ONNX_SECTION = """
 `model.onnx` is the same forward for engines without PyTorch: `images`, float32 [N, channels, height, width] in [0, 1],
 to `logits`, for any N. It normalises by itself, and was checked with onnxruntime when it was written.
 """
-"""What a card says of the model as ONNX."""
+"""Paragraph of a card on the model as ONNX."""
 
 
 def model_card(

@@ -66,7 +66,7 @@ def _value_text(value: Any) -> str:
 
 
 def attack_text(stage: Mapping[str, Any]) -> str:
-    """What a stage trains against, without the settings of its attack that only measuring uses; empty if nothing."""
+    """Name a stage's attack, without the settings that only measuring uses; empty if it has none."""
     objective, free = stage.get("objective"), stage.get("free")
     if stage.get("fit") is not None or (isinstance(objective, Mapping) and objective.get("name") == "natural"):
         return ""
