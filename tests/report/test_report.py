@@ -360,7 +360,7 @@ def test_a_check_that_was_made_twice_counts_once_and_at_its_worst(tmp_path, stat
     checks = [{"name": "randomness", "status": status, "message": f"it is {status}"} for status in statuses]
     evaluation(tmp_path / "one", 3, diagnostics=checks)
     page = report(tmp_path / "one", at=tmp_path)
-    assert "0 of 1 fine" in page.text and "1 checks" in page.text and "it is failed" in page.text
+    assert "0 of 1 fine" in page.text and "1 check " in page.text and "it is failed" in page.text
 
 
 def test_checks_stand_between_the_verdict_and_the_numbers(tmp_path):
