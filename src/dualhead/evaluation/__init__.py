@@ -17,7 +17,7 @@ from dualhead.evaluation.generation import (
     precision_recall,
     sample,
 )
-from dualhead.evaluation.given import read_all
+from dualhead.evaluation.given import LABEL_KEYS, read_all
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.model import outputs_of, read_logits
 from dualhead.evaluation.once import attack
@@ -31,6 +31,7 @@ from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std
 __all__ = [
     "ESTIMATE",
     "KINDS",
+    "LABEL_KEYS",
     "Counterfactual",
     "Evaluation",
     "EvaluationProgress",
