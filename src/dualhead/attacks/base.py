@@ -35,9 +35,9 @@ State = dict[str, Tensor]
 """Tensors with one row per slot, no two of which share memory, so that rows can be assigned in place.
 
 Every attack keeps: `x`, `y` (the origin of the clean image among the threat's points, which for a norm is the image;
-label), `adversarial` (the best point so far: float32, like x), `found`
-(bool: the logits that the attack saw misclassify `adversarial`, within the threat model), `iteration` (int64: steps
-taken). A caller that rejects an example sets `found` to False; the attack then offers its next one.
+label), `adversarial` (the best point so far: float32, like x), `found` (bool: the logits that the attack saw
+misclassify `adversarial`, as its goal if it has one, within the threat model), `iteration` (int64: steps taken). A
+caller that rejects an example sets `found` to False; the attack then offers its next one.
 """
 
 
@@ -226,6 +226,11 @@ class Attack(ABC):
     """The norms for which it is defined; None for any threat, since it only calls the methods of `Threat`."""
 
     @property
+    def single_step(self) -> bool:
+        """Whether training with it takes one gradient for each image: it may overfit catastrophically."""
+        return False
+
+    @property
     def label(self) -> str:
         """Name in results: the registered one, and fields that are not at their defaults: `square-1000(p_init=0.5)`."""
         given = getattr(self, "_label", None)
@@ -248,6 +253,11 @@ class Attack(ABC):
         """Return caveats for a reader of its results, a sentence each; empty where nothing deviates."""
         del num_classes
         return []
+
+    def for_classes(self, names: Sequence[str]) -> Self:
+        """Return the attack on a model whose classes have these names, in their order."""
+        del names
+        return self
 
     def check(self, threat: Threat) -> None:
         """Refuse a threat for which the attack is not defined.
@@ -288,7 +298,8 @@ class Attack(ABC):
     ) -> Tensor:
         """Return adversarial examples for a batch, float32 like x, within the threat's budget.
 
-        A row is the first example found that is misclassified, or else the last job's strongest one.
+        A row is the first example found that is misclassified, by a targeted attack as it wants, or else the last
+        job's strongest one.
 
         Args:
             logits_fn: the model under attack, images to logits [B, C].
@@ -318,7 +329,11 @@ class Attack(ABC):
         streams = Streams.drawn_from(generator, x.shape[0], x.device)
         clean, num_heads = query.logits(x), query.num_heads(x[:1])
         result, found = x.clone(), predictions(clean) != y
+        fooled = found.clone()
         for part_index, part in enumerate(self.parts(clean.shape[1], threat, num_heads)):
+            goal = part.goal(clean, y)
+            if goal is not None:
+                found = found | (goal == y)
             for job in range(part.jobs(clean.shape[1])):
                 open_rows = (~found).nonzero()[:, 0]
                 if not len(open_rows):
@@ -334,9 +349,15 @@ class Attack(ABC):
                 for _ in range(part.max_steps()):
                     state = part.step(state, query, threat)
                 example = threat.confine(state["adversarial"], x[open_rows])
-                result[open_rows] = example
-                wrong = predictions(query.logits(example)) != y[open_rows]
-                found[open_rows] = wrong & (threat.distance(example, x[open_rows]) <= threat.eps)
+                answer = predictions(query.logits(example))
+                within = threat.distance(example, x[open_rows]) <= threat.eps
+                wrong = (answer != y[open_rows]) & within
+                wanted = wrong if goal is None else (answer == goal[open_rows]) & within
+                # A wrong answer that is not the wanted one is worth more than a later right one.
+                worse = per_slot(fooled[open_rows] & ~wrong, example)
+                result[open_rows] = torch.where(worse, result[open_rows], example)
+                fooled[open_rows] |= wrong
+                found[open_rows] = wanted
         return result
 
 
@@ -346,6 +367,9 @@ class Search(Attack):
     A sample is searched by `jobs` independent tries (restarts, targets), in order, until one of them succeeds; a job
     takes at most `max_steps` calls of `step`.
     """
+
+    uses_gradients: ClassVar[bool] = True
+    """Whether it may ask for gradients. One that never does loses nothing by reduced precision: it only compares."""
 
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """Return the search itself."""
@@ -358,6 +382,18 @@ class Search(Attack):
         """Return the most tries that a sample gets."""
         del num_classes
         return 1
+
+    def goal(self, clean: Tensor, y: Tensor) -> Tensor | None:
+        """Return the class that each image is to be taken for, int64 [B]; None for any but its label.
+
+        Where it is the label there is nothing to do, and the image is not attacked.
+
+        Args:
+            clean: logits of the clean images [B, C].
+            y: labels, int64 [B].
+        """
+        del clean, y
+        return None
 
     @abstractmethod
     def max_steps(self) -> int:

@@ -119,12 +119,13 @@ class Align(Around):
         domain  CE(d(u), clean) + CE(d(u'), attacked) for a domain head d, whose gradient comes to the network reversed
 
     When: as AR-AT (with `balanced` on tied heads as its base, cosine and predictor), as DIAL (`domain` around
-    `trades`), or as one of the readings of THAT, see docs/howto/aligned-heads.md. Pairs that are only drawn together
-    can meet in a constant: keep a base method that classifies clean images too.
+    `trades`), or as one of the readings after THAT, not a reproduction, see docs/howto/aligned-heads.md. Pairs that are
+    only drawn together can meet in a constant: keep a base method that classifies clean images too.
 
     Paper: Waseda et al. 2025, Rethinking Invariance Regularization in Adversarial Training, arXiv 2402.14648 (cosine
     with predictor and stopped gradient); Levi et al. 2022, Domain Invariant Adversarial Learning, arXiv 2104.00322
-    (domain); Wu et al. 2021, arXiv 2103.13612 (THAT), whose abstract alone could be read.
+    (domain); Wu et al. 2021, arXiv 2103.13612 (THAT, of which only the abstract could be
+    read).
 
     Args:
         base: the base method, an adversarial one.

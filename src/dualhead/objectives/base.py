@@ -90,7 +90,55 @@ class Labels:
         return self
 
 
-Need = Logits | Features | Labels
+@dataclass(frozen=True)
+class Images:
+    """The images themselves, float32 [B, ...]: for what a loss must know of how they were made.
+
+    It costs no pass. Inner maximisations cannot use it.
+
+    Args:
+        on: the images.
+    """
+
+    on: str
+
+    def of(self, output: str) -> Images:
+        """Return the need itself."""
+        del output
+        return self
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Gradient [B, ...] of each image's own cross-entropy with respect to the image.
+
+    It costs a pass of its own, forward and back to the images, with the parts that learn in train mode, which is never
+    compiled. Inner maximisations cannot use it. A loss on it is differentiated twice, so that the stage cannot compute
+    activations again.
+
+    Args:
+        output: as for `Logits`.
+        on: the images, which have the labels of the batch.
+        constant: leave out the graph to the weights: the loss does not learn through it.
+    """
+
+    output: str = OWN
+    on: str = CLEAN
+    constant: bool = False
+
+    def of(self, output: str) -> Slope:
+        """Return the same need with `OWN` as the given output."""
+        return replace(self, output=output) if self.output == OWN else self
+
+
+Passed = Logits | Features
+"""Needs that a pass through the network meets; the others are at hand, or take gradients of their own."""
+Need = Logits | Features | Labels | Images | Slope
+
+
+def passed(needs: Mapping[str, Need]) -> dict[str, Passed]:
+    """Return those of some needs that a pass through the network gives."""
+    return {name: need for name, need in needs.items() if isinstance(need, Logits | Features)}
 
 
 @dataclass(frozen=True)
@@ -215,7 +263,11 @@ class Objective(ABC):
         return {}
 
     def at(self, epoch: int, state: Mapping[str, float]) -> Objective:
-        """Return the objective in an epoch of its stage, counted from 0, and in a state; most do not change."""
+        """Return the objective in an epoch of its stage, counted from 0, and in a state; most do not change.
+
+        An objective that equals the one before takes over its plan of passes, and its attacks. So a field that only
+        `loss` reads, and that changes often, is best left out of comparisons: `field(compare=False)`.
+        """
         del epoch, state
         return self
 

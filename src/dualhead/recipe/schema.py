@@ -13,7 +13,7 @@ from dualhead.components import plugins as outside
 from dualhead.components.fields import Real, parse_real
 from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
-from dualhead.data import Augmentation, Resample, Split, Storage, augmentations, load_split, resolve
+from dualhead.data import Augmentation, Poison, Resample, Split, Storage, augmentations, load_split, poisons, resolve
 from dualhead.errors import UserError
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
@@ -31,6 +31,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "backbones": backbones,
     "objectives": objectives,
     "optimisers": optimisers,
+    "poisons": poisons,
     "schedules": schedules,
     "threats": threats,
 }
@@ -111,6 +112,11 @@ class Data(Section):
 
     extra: Extra | None = None
     """None is held out of it: validation sees images of the first source only."""
+    poison: Annotated[Poison, *component(poisons)] | None = None
+    """A change of training images or labels, for a study of what training makes of it. It comes before images are held
+    out, so that validation is as poisoned as training; never to test images, nor to `extra`. Its seed is its own."""
+    clean_validation: bool = False
+    """Hold out the images as they were before the poison, as of somebody who has some that can be trusted."""
 
     @field_validator("source")
     @classmethod
@@ -146,6 +152,19 @@ class Data(Section):
         sizes = zip(self.train_size or (), self.image_size or (), strict=False)
         if any(kept < seen for kept, seen in sizes):
             raise UserError(f".train_size: must be at least image_size {list(self.image_size or ())}")
+        return self
+
+    @model_validator(mode="after")
+    def _poison_fits(self) -> Self:
+        if self.clean_validation and self.poison is None:
+            raise UserError(
+                ".clean_validation: says what becomes of a poison, and data.poison is not set; leave it out"
+            )
+        if self.poison is not None and self.poison.changes_pixels and self.train_size is not None:
+            raise UserError(
+                f".poison: {self.poison.registered_name} changes images of the size that the model sees, and "
+                "train_size keeps larger ones; leave train_size out"
+            )
         return self
 
     @classmethod
@@ -356,11 +375,12 @@ class Runtime(Section):
 
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
-    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured at the
-    start. `tf32`: float32 whose products a GPU rounds; `float32` never does that, and evaluations never do."""
+    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured once
+    for the architecture and kept; evaluations then take gradients in float32. `tf32`: float32 whose products a GPU
+    rounds; `float32` never does that, and evaluations never do."""
     layout: Literal["contiguous", "channels_last", "auto"] = "auto"
     """Memory order of images and convolutions. `auto`: in bf16 channels-last where the model takes it, in float32 the
-    faster one, measured at the start. The last bits of a result depend on it."""
+    faster one, measured once for the architecture and kept. The last bits of a result depend on it."""
     lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """In how many threads, each with images of its own, a CPU runs attacks in training; 1 leaves threads to torch.
     `auto`: as many as torch has if that is faster, measured at the start. The last bits of a result depend on it."""

@@ -6,8 +6,10 @@ import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,15 @@ from dualhead.report.differences import broken_later, comparable, difference, re
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.lights import believable, lights
 from dualhead.report.sources import Estimate, Measured, Source
-from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text
+from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text, times_text
 from dualhead.report.training import COLOURS, best_line
 from dualhead.statistics import Paired
 
 MOST_DIFFERENCES = 60
 """Lines in the table of what differs between recipes."""
+
+FEW_RUNS = 4
+"""Runs of which each is compared with each."""
 
 ROUNDING = 1e-3
 """By which margins and distances of one model may differ where it is computed beside another head."""
@@ -404,18 +409,20 @@ def _accuracy_cell(value: Estimate | None) -> Cell:
 
 def cost_table(rows: Sequence[Measured]) -> Table:
     """Parameters and what training cost, of the classifiers for which it is recorded, in one unit for all of them."""
-    unit = _unit(rows)
+    unit, first = _unit(rows), next((row for row in rows if row.flops), None)
     cells = [
         [
             Cell(row.title),
             Cell(large(row.parameters), row.parameters),
+            *([Cell(times_text(times) if (times := _times(row, first)) else "n/a", times or -1.0)] if first else []),
             Cell(large(cost := _cost(row, unit)), cost),
             Cell(duration(row.training_seconds), row.training_seconds),
         ]
         for row in rows
         if row.forward_equivalents is not None
     ]
-    return Table(["model", "parameters", "training, in forward passes of an image", "training time"], cells)
+    multiples = ["training cost"] if first else []
+    return Table(["model", "parameters", *multiples, "in forward passes", "training time"], cells)
 
 
 def _unit(rows: Sequence[Measured]) -> float | None:
@@ -429,19 +436,40 @@ def _cost(row: Measured, unit: float | None) -> float | None:
 
 
 def difference_table(sources: Sequence[Source]) -> Table:
-    """Paired differences: of each row against its base model, and of each run's result against the first run's."""
-    pairs = []
+    """Paired differences, with the training cost of each model as a multiple of the other's where both are known.
+
+    Results of runs come first: a few runs each with each, those of the most equal cost in front; each of many runs with
+    the first. Then each row of a run with its base model.
+    """
+    deployed = [row for source in sources if (row := source.deployed)]
+    if len(deployed) <= FEW_RUNS:
+        pairs = sorted(((b, a) for a, b in combinations(deployed, 2)), key=_inequality)
+    else:
+        pairs = [(row, deployed[0]) for row in deployed[1:]]
     for source in sources:
         base = next((row for row in source.rows if row.role == "base"), None)
         pairs += [(row, base) for row in source.rows if base and row is not base]
-    deployed = [row for source in sources if (row := source.deployed)]
-    pairs += [(row, deployed[0]) for row in deployed[1:]]
+    told = any(_times(*pair) for pair in pairs)
     cells = []
     for row, other in pairs:
         clean, robust = difference(row, other, "clean"), difference(row, other, "worst")
         if clean and robust:
-            cells.append([Cell(row.title), Cell(other.title), _difference_cell(clean), _difference_cell(robust)])
-    return Table(["model", "compared with", "clean, points", "robust, points"], cells)
+            times = _times(row, other)
+            cost = [Cell(times_text(times) if times else "n/a", times or -1.0)] if told else []
+            differences = [_difference_cell(clean), _difference_cell(robust)]
+            cells.append([Cell(row.title), Cell(other.title), *differences, *cost])
+    costs = ["training cost"] if told else []
+    return Table(["model", "compared with", "clean, points", "robust, points", *costs], cells)
+
+
+def _times(row: Measured, other: Measured) -> float | None:
+    """Training cost of a row as a multiple of another's; None where either is not recorded."""
+    return row.flops / other.flops if row.flops and other.flops else None
+
+
+def _inequality(pair: tuple[Measured, Measured]) -> float:
+    times = _times(*pair)
+    return math.inf if times is None else abs(math.log(times))
 
 
 def _difference_cell(found: Paired) -> Cell:

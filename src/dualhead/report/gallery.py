@@ -342,12 +342,15 @@ def change(clean: Bytes, attacked: Bytes) -> tuple[str, int]:
     return picture((128 + levels.clip(-127, 127) * scale).astype(np.uint8)), scale
 
 
-def save_sheet(images: Bytes, path: Path) -> None:
-    """Write a PNG of images uint8 [rows, columns, C, H, W], enlarged by whole pixels, with gutters between them."""
-    from PIL import Image
+def sheet(images: Bytes, side: int = 64) -> Bytes:
+    """Return one picture uint8 [C, H', W'] of images uint8 [rows, columns, C, H, W], with gutters between them.
 
+    Args:
+        images: what is shown.
+        side: images that are smaller are enlarged by whole pixels to at least so many.
+    """
     rows, columns, channels, height, width = images.shape
-    scale = max(1, -(-64 // max(height, width)))
+    scale = max(1, -(-side // max(height, width)))
     large = images.repeat(scale, 3).repeat(scale, 4)
     gutter = 4
     high, wide = height * scale + gutter, width * scale + gutter
@@ -356,5 +359,13 @@ def save_sheet(images: Bytes, path: Path) -> None:
         for column in range(columns):
             top, left = gutter + row * high, gutter + column * wide
             page[:, top : top + height * scale, left : left + width * scale] = large[row, column]
-    plain = Image.fromarray(page[0] if channels == 1 else page.transpose(1, 2, 0))
+    return page
+
+
+def save_sheet(images: Bytes, path: Path) -> None:
+    """Write a PNG of images uint8 [rows, columns, C, H, W], enlarged by whole pixels, with gutters between them."""
+    from PIL import Image
+
+    page = sheet(images)
+    plain = Image.fromarray(page[0] if len(page) == 1 else page.transpose(1, 2, 0))
     write_atomically(path, lambda aside: plain.save(aside, "PNG"))

@@ -58,6 +58,7 @@ class Measured:
         flops: cost of its training, in floating-point operations.
         forward_equivalents: the same in forward passes of one image through its own run's base model.
         training_seconds: of its training.
+        folder: of the evaluation; None if there is none.
     """
 
     run: str
@@ -76,6 +77,7 @@ class Measured:
     flops: float | None = None
     forward_equivalents: float | None = None
     training_seconds: float | None = None
+    folder: Path | None = None
 
     @property
     def role(self) -> str:
@@ -372,6 +374,7 @@ def _evaluation(
             flops=cost.get("flops"),
             forward_equivalents=cost.get("forward_equivalents"),
             training_seconds=cost.get("seconds"),
+            folder=folder,
         )
     ]
 

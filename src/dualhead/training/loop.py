@@ -20,6 +20,7 @@ from dualhead.data import Batch, Loader, OpenStream, StreamImages
 from dualhead.errors import Interrupted, RunError
 from dualhead.models import write_state
 from dualhead.noise import Streams
+from dualhead.statistics import overfits_single_steps
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
 from dualhead.system.modes import in_eval_mode
@@ -34,6 +35,7 @@ from dualhead.training.optimisation import LR_SCALE
 from dualhead.training.passes import Passes
 from dualhead.training.profiler import StepProfiler, labelled
 from dualhead.training.progress import TrainingProgress
+from dualhead.training.single_step import SingleStepWatch
 from dualhead.training.stage import Stage
 from dualhead.training.step import StepOutcome, TrainingStep
 from dualhead.training.validation import Validator
@@ -122,6 +124,7 @@ class StageRun:
         profiler: looks at a few steps; None: nobody does.
         streams: the objective's own streams of the data, by name.
         class_weights: float32 [C] on the device, of images' losses; None for equal ones.
+        watch: looks after each epoch whether training on single steps overfits catastrophically; None: nobody does.
     """
 
     def __init__(
@@ -143,8 +146,11 @@ class StageRun:
         profiler: StepProfiler | None = None,
         streams: Mapping[str, OpenStream] | None = None,
         class_weights: Tensor | None = None,
+        watch: SingleStepWatch | None = None,
     ) -> None:
         self._stage = stage
+        self._watch = watch
+        self._overfits = False
         self._profiler = profiler
         self._passes = passes
         self._loader = loader
@@ -367,6 +373,9 @@ class StageRun:
                 if not position.best or self._rank(line) > self._rank(position.best):
                     position.best = line
                     self._files.write_next(self._passes.model, position.epoch)
+        if self._watch is not None:
+            line |= self._watch(self._passes, self._arithmetic, self._device)
+            self._warn_of_single_steps(line)
         line["seconds"] = round(time.monotonic() - self._clock, 3)
         self._log.write(line)
         self._progress.epoch(line)
@@ -392,6 +401,18 @@ class StageRun:
                 self._stage.name, epoch, images, self._stage.optimiser.lr,
             )  # fmt: skip
         self._collapsed = collapsed
+
+    def _warn_of_single_steps(self, line: Mapping[str, Any]) -> None:
+        """Say that training withstands single steps alone, once until it recovers."""
+        fgsm, pgd = line["watched_fgsm"], line["watched_pgd"]
+        found = overfits_single_steps(fgsm, pgd)
+        if found and not self._overfits and group().first:
+            logger.warning(
+                "stage %s, epoch %d: catastrophic overfitting: of a few images %.0f %% stay right under one step of "
+                "FGSM and %.0f %% under a few of PGD; use attack n_fgsm or pgd-2, objective grad_align or elle, or a "
+                "smaller eps", self._stage.name, line["epoch"], 100 * fgsm, 100 * pgd,
+            )  # fmt: skip
+        self._overfits = found
 
     def _average_epoch(self, *, used: bool) -> None:
         """Add a finished epoch to the average; estimate its batch norm statistics if it is used now."""

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, Rows, depends_on, is_head, joint_pass, mean_of, refuse_unroutable
-from dualhead.objectives import Features, Labels, Logits, Need, Objective
+from dualhead.objectives import Features, Images, Labels, Logits, Need, Objective
 from dualhead.system.modes import in_eval_mode
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def trained_output(parts: Collection[str]) -> str:
 
 def feeds(part: str, need: Need) -> bool:
     """Tell whether a part has a share in what a need gives; an objective's own heads and teachers are no parts."""
-    if isinstance(need, Labels):
+    if isinstance(need, Labels | Images):
         return False
     if isinstance(need, Features):
         return need.part == part or (need.part != "trunk" and part == "trunk")

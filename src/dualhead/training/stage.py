@@ -14,7 +14,7 @@ from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
 from dualhead.heads import Output, Part
-from dualhead.objectives import ATTACKED, OWN, Objective, objectives
+from dualhead.objectives import ATTACKED, CLEAN, OWN, Objective, objectives
 from dualhead.threats import Threat, build_threat
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.awp import AWP
@@ -120,7 +120,7 @@ class Stage(Section):
         for attack in [self.attack, *(each.attack for each in inner.values() if each.attack is not None)]:
             if inner and not isinstance(attack, Maximiser):
                 raise UserError(f"attack {attack.registered_name!r} cannot be trained with; use pgd or fgsm")
-        for key in {"loss", "restarts"} & {field.name for field in fields(cast("Any", self.attack))}:
+        for key in {"loss", "restarts", "target"} & {field.name for field in fields(cast("Any", self.attack))}:
             if getattr(self.attack, key) != getattr(type(self.attack), key):
                 raise UserError(
                     f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
@@ -167,6 +167,14 @@ class Stage(Section):
             for inner in self.objective.inner().values():
                 (inner.attack or self.attack).check(inner.threat or threat)
         return threat
+
+    @property
+    def single_step(self) -> bool:
+        """Whether the images that it trains on are attacked with one gradient each, as with `free`."""
+        attacking = [inner for inner in self.objective.inner().values() if inner.uses and inner.start == CLEAN]
+        if self.fit is not None or not attacking:
+            return False
+        return self.free is not None or any((inner.attack or self.attack).single_step for inner in attacking)
 
     @property
     def output(self) -> str:
