@@ -15,7 +15,7 @@ from dualhead.components.fields import parse_real
 from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import asks_for_corruptions
-from dualhead.models import Backbone, backbones
+from dualhead.models import Backbone, backbones, maker
 from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
@@ -280,6 +280,8 @@ def _of_saved(request: Request, room: int) -> _Source:
 
 def _of_factory(request: Request, room: int) -> _Source:
     """Find a factory: it makes what fits the images, which it takes as they are, or as its publisher says."""
+    if maker() is not None:
+        raise UserError(f"--factory is for runs and saved models; {request.model} says itself how it is made")
     backbone = backbones.build(request.model, where="model")
     found = backbone.published_preprocessing()
     reading: dict[str, Any] = {}

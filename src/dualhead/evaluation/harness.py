@@ -269,7 +269,7 @@ def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
 
 
 def _task(attack: Attack, threat: Threat) -> str:
-    """What the journal calls an attack under a threat."""
+    """Return the journal's name of an attack under a threat."""
     return f"{threat.kind} {threat.eps!r} {registry.describe(attack)!r}"
 
 
