@@ -202,11 +202,19 @@ def _against(row: Measured, other: Measured, called: str) -> str:
 
 
 def findings(row: Measured) -> list[Mapping[str, Any]]:
-    """The diagnostics of an evaluation."""
+    """The diagnostics of an evaluation, each check once; one that was made twice counts at its worst."""
     found = row.results.get("diagnostics")
-    return (
-        [entry for entry in found if isinstance(entry, Mapping) and "name" in entry] if isinstance(found, list) else []
-    )
+    entries: dict[str, Mapping[str, Any]] = {}
+    for entry in found if isinstance(found, list) else []:
+        if isinstance(entry, Mapping) and "name" in entry:
+            before = entries.setdefault(str(entry["name"]), entry)
+            if _badness(entry) > _badness(before):
+                entries[str(entry["name"])] = entry
+    return list(entries.values())
+
+
+def _badness(check: Mapping[str, Any]) -> int:
+    return {"ok": 0, "failed": 2}.get(str(check.get("status")), 1)
 
 
 def _doubts(row: Measured) -> list[str]:
