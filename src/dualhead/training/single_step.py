@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
 
 from dualhead.attacks import Maximiser, attacks, maximise_within, predictions
-from dualhead.attacks.losses import cross_entropy
 from dualhead.data import Split, batches
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import Arithmetic
@@ -55,7 +55,7 @@ class SingleStepWatch:
                 attack = attacks.build(spec)
                 assert isinstance(attack, Maximiser)
                 attacked = maximise_within(
-                    attack, lambda x: cross_entropy(logits_fn(x), batch.y), batch.x, self.threat,
+                    attack, lambda x: F.cross_entropy(logits_fn(x), batch.y, reduction="none"), batch.x, self.threat,
                     Streams.of(0, batch.index),
                 )  # fmt: skip
                 with torch.no_grad():
