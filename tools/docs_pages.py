@@ -25,6 +25,7 @@ PAGES = {
     "threats": ["threats"],
     "aggregators": ["aggregators"],
     "backbones": ["backbones"],
+    "poisons": ["poisons"],
     "training": ["augmentations", "averages", "optimisers", "schedules"],
 }
 MADE = "<!-- Made by tools/docs_pages.py from docstrings; change these. -->"
@@ -38,6 +39,8 @@ INTRODUCTIONS = {
     "eps: ...}` in a recipe or a stage, `dualhead evaluate MODEL --threat NAME --eps ...`.",
     "aggregators": "How the logits of two heads become one. `model.aggregator`.",
     "backbones": "Networks. `model.backbone`, and names for `dualhead layers`.",
+    "poisons": "Changes of training images or labels, to find out what training makes of them: `data.poison` in a "
+    "recipe, see [poisoned data](../howto/poisoned-data.md). What a run on one of them shows holds for that one.",
     "training": "Parts of a stage and of its data.",
 }
 
@@ -159,6 +162,7 @@ def _objective_cost(component: Any) -> str:
 
     required = [f.name for f in dataclasses.fields(component) if f.default is dataclasses.MISSING]
     objective = component(**dict.fromkeys(required, "any"))
+    objective = objective.at(0, objective.begin())  # as a step has it: one threat where one is drawn
     needs, teachers = objective.needs(), {*objective.teachers(), *objective.frozen()}
     asked = passed(needs)
     own = {n: need for n, need in asked.items() if getattr(need, "output", None) not in teachers}
@@ -211,10 +215,15 @@ def _threat_cost(component: Any) -> str:
     return "the passes of the attack, as under a norm; images are made of points before each."
 
 
+def _poison_cost(component: Any) -> str:
+    return "no pass of a network." if not getattr(component, "crafted", False) else component.cost
+
+
 COSTS = {
     "attacks": _attack_cost,
     "objectives": _objective_cost,
     "aggregators": _aggregator_cost,
+    "poisons": _poison_cost,
     "threats": _threat_cost,
 }
 """Kinds whose cards tell when to use a component, what it costs and where it was published."""

@@ -130,3 +130,14 @@ def overfits_single_steps(fgsm: float, pgd: float) -> bool:
         pgd: fraction of the same images under several.
     """
     return pgd < fgsm / 2 and fgsm - pgd >= LEAST_GAP
+
+
+def student(values: Sequence[float], confidence: float = 0.95) -> list[float] | None:
+    """Return Student's interval of a mean of independent values; None of fewer than two."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    mean, deviation = mean_std(values)
+    reach = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return [mean - reach, mean + reach]

@@ -23,11 +23,13 @@ from dualhead.errors import Interrupted
 from dualhead.evaluation.model import ROWS, Subject, differ
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
 from dualhead.noise import Streams
-from dualhead.statistics import overfits_single_steps
+from dualhead.statistics import overfits_single_steps, wilson
 from dualhead.threats import Threat
 
 PROBES = 32
 """Samples that the checks which run attacks look at, and those that tell one model from another."""
+AUDITED = 64
+"""Images at most that are searched again in float32, of those that withstood a search in bf16."""
 ALMOST_ALL = 0.98
 """Share of the images from which on a single answer counts as the model's only one."""
 MOST_DRAWS = 1000
@@ -68,7 +70,7 @@ def check_model(
     class_names: Sequence[str],
     attacks: Set[str],
 ) -> list[Finding]:
-    """What can be seen before any attack.
+    """Check the model before any attack.
 
     Args:
         subject: the model.
@@ -278,7 +280,7 @@ def _accuracy(correct: NDArray[np.bool_], samples: Samples) -> Finding:
 
 
 def _gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
-    """Of the cross-entropy, [B, ...]; None if no gradient reaches the images."""
+    """Return the gradient of the cross-entropy, [B, ...]; None if none reaches the images."""
     with torch.enable_grad():
         asked = x.detach().requires_grad_()
         logits = subject.logits(asked)
@@ -374,6 +376,46 @@ def check_black_box(white: NDArray[np.bool_], black: NDArray[np.bool_]) -> list[
     good = only <= max(1.0, 0.002 * count)
     fine = f"the black-box attack alone fooled {only} of {count} samples"
     return [_finding("black_box", good, fine, text, failed=only > 0.05 * count)]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What came of searching again in float32 what had withstood a search in bf16.
+
+    Attributes:
+        parts: labels of the searches.
+        eps: the budget.
+        survivors: images that withstood them.
+        audited: how many of these were searched again.
+        fell: how many of those did not withstand that.
+        seconds: what it took.
+    """
+
+    parts: list[str]
+    eps: float
+    survivors: int
+    audited: int
+    fell: int
+    seconds: float
+
+
+def check_precision(audits: Sequence[Audit]) -> list[Finding]:
+    """Did searches in bf16 overlook what they find in float32? Nothing to say if none was in bf16."""
+    if not audits:
+        return []
+    audited, fell = sum(audit.audited for audit in audits), sum(audit.fell for audit in audits)
+    low, high = wilson(fell, audited)
+    names = ", ".join(dict.fromkeys(part for audit in audits for part in audit.parts))
+    seen = (
+        f"{fell} of {audited} images that withstood {names} in bf16, chosen at random, fell to it in float32 "
+        f"(95 % interval {low:.1%} to {high:.1%}"
+    )
+    survivors = sum(audit.survivors for audit in audits)
+    text = (
+        f"{seen} of the {survivors} that withstood it): low precision hides adversarial examples, and robust accuracy "
+        "is too high by that share; evaluate in float32 (--precision float32)"
+    )
+    return [_finding("precision", not fell, f"{seen})", text, failed=fell > 0.05 * audited)]
 
 
 def check_curve(curve: Sequence[Mapping[str, Any]], count: int, attacks: Set[str] = frozenset()) -> list[Finding]:

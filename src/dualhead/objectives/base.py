@@ -1,4 +1,4 @@
-"""What adversarial training descends and what the attack inside it climbs, as functions of what they need to see."""
+"""Objectives: the loss that training descends and that its attack climbs, as functions of the tensors they need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEFORE: Final = "before"
 """The teacher that is the network as the stage began."""
 
 Seen = Mapping[str, Tensor]
-"""What the needs of an objective give, by their names."""
+"""Tensors that meet the needs of an objective, by their names."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Features:
-    """What leaves a part of the network on some images, or a layer in it: a tensor with a row for each image.
+    """Output of a part of the network on some images, or of a layer in it: a tensor with a row for each image.
 
     Args:
         part: `trunk`, a head, or `model` for a plain one.
@@ -322,11 +322,11 @@ class Around(Objective):
         return self.base.per_image
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs."""
+        """Return the base method's needs."""
         return self.base.needs()
 
     def inner(self) -> Mapping[str, Inner]:
-        """What the base method climbs."""
+        """Return the base method's attacks."""
         return self.base.inner()
 
     def streams(self) -> Mapping[str, Stream]:
@@ -388,7 +388,7 @@ def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def under(name: str, seen: Seen) -> dict[str, Tensor]:
-    """What is seen under `NAME.` as an objective inside another one names it."""
+    """Return the tensors seen under `NAME.`, by the names that an objective inside another one gives them."""
     return {key.removeprefix(f"{name}."): value for key, value in seen.items() if key.startswith(f"{name}.")}
 
 

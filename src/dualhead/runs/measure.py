@@ -66,6 +66,7 @@ class Row:
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
             **balanced(self.evaluation.correct, self.evaluation.labels),
+            "calibration_error": self.evaluation.calibration_error,
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
             "training_cost": {

@@ -43,26 +43,26 @@ from dualhead.training.validation import Validator
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10
-"""So many dropped steps in a row, and a stage goes back; also how often the loop looks, since looking waits."""
+"""Dropped steps in a row after which a stage goes back; the loop looks this often, since each look waits."""
 MAX_RETREATS = 3
-"""How often a stage goes back, each time with half the learning rate, before it gives up."""
+"""Times that a stage goes back, each with half the learning rate, before it gives up."""
 
 
 class NotFinite(Exception):  # noqa: N818  # caught by the stage that raises it
-    """Loss or gradient was not finite too often; the message says when."""
+    """Raised when loss or gradient is not finite too often; the message says when."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on whatever device."""
+    """Tell whether an error means that memory has run out, on any device."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
 class StageFiles:
-    """Where a stage leaves its results.
+    """Paths of a stage's results.
 
     Args:
-        states: what an unfinished stage goes on from.
+        states: saved positions of an unfinished stage.
         best: weights of the epoch with the highest robust validation accuracy; averaged ones if the stage averages.
         last: weights after the last epoch, likewise.
     """
@@ -72,17 +72,17 @@ class StageFiles:
     last: Path
 
     def write_best(self, model: nn.Module) -> None:
-        """Keep the model's weights as those of the best epoch."""
+        """Write the model's weights as those of the best epoch."""
         if group().first:
             write_state(model.state_dict(), self.best)
 
     def write_next(self, model: nn.Module, epoch: int) -> None:
-        """Put aside the weights of an epoch that is the best so far, until a state that says so is saved."""
+        """Write the weights of the best epoch so far as pending, until a state that names it is saved."""
         if group().first:
             write_state(model.state_dict(), self._aside(epoch))
 
     def settle(self, epoch: int | None) -> None:
-        """Keep what was put aside of the best epoch that the saved state knows; what a crash has left else, goes."""
+        """Promote the pending weights of `epoch` to `best`; delete any others that a crash left."""
         if not group().first:
             return
         for path in self.best.parent.glob(self._aside("*").name):
@@ -95,13 +95,13 @@ class StageFiles:
         return self.best.with_name(f"{self.best.stem}-{epoch}{self.best.suffix}")
 
     def write_last(self, model: nn.Module) -> None:
-        """Keep the model's weights as those of the last epoch."""
+        """Write the model's weights as those of the last epoch."""
         if group().first:
             write_state(model.state_dict(), self.last)
 
 
 FEWEST_ANSWERS = 16
-"""Of so few images all may be of one class by chance."""
+"""Fewest images on which answers of one class alone are worth a warning; fewer may share a class by chance."""
 
 
 class StageRun:
@@ -174,7 +174,7 @@ class StageRun:
         self._average = None if stage.average is None else WeightAverage(passes.model, stage.average)
 
     def restore(self, saved: Saved) -> None:
-        """Take over a saved state, except for the model's weights, which are loaded already."""
+        """Restore a saved state, except for the model's weights, which the caller has loaded."""
         saved.restore_generators(self._device)
         if saved.optimiser is not None:
             self._optimiser.load_state_dict(saved.optimiser)
@@ -259,7 +259,7 @@ class StageRun:
             self._profiler.step()
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, dict[str, StreamImages]]]:
-        """Batches of an epoch, each with the images of the objective's streams beside it."""
+        """Yield the batches of an epoch, each with the images of the objective's streams."""
         beside = {name: stream.epoch(epoch, first_step) for name, stream in self._streams.items()}
         for batch in self._loader.epoch(epoch, first_step):
             yield batch, {name: next(steps)(batch) for name, steps in beside.items()}
@@ -268,7 +268,7 @@ class StageRun:
         return Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
 
     def _take_step(self, batch: Batch, noise: Streams, further: Mapping[str, StreamImages]) -> StepOutcome:
-        """Train on a batch; the first step of a kind is counted."""
+        """Train on a batch; count the operations of the first step of each kind."""
         if self._position.step_cost:
             return self._step(batch, noise, further)
         counter = CountFlops()
@@ -315,14 +315,14 @@ class StageRun:
             raise NotFinite(f"in {PATIENCE} steps in a row, up to epoch {self._position.epoch + 1} ({seen})")
 
     def _check_epoch(self, sums: Mapping[str, Tensor]) -> None:
-        """An epoch that ends well leaves a state to go back to, so it must not end in the middle of a streak."""
+        """Refuse an epoch that ends amid dropped steps: a finished epoch leaves a state to go back to."""
         if float(sums["images"]) == 0:
             raise NotFinite(f"in all {self._position.step} steps of epoch {self._position.epoch + 1}")
         if int(self._step.guard.streak) >= PATIENCE:
             raise NotFinite(f"in the last {PATIENCE} steps of epoch {self._position.epoch + 1}")
 
     def _retreat(self, fault: NotFinite) -> None:
-        """Back to the last saved state, with a lower rate from there on."""
+        """Go back to the last saved state, and halve the learning rate from there on."""
         where, rate = f"stage {self._stage.name}", self._stage.optimiser.lr
         saved = self._files.states.load(lambda position: position.streak == 0)
         if saved is None or self._position.retreats >= MAX_RETREATS:
@@ -384,7 +384,7 @@ class StageRun:
         self._files.settle(position.best.get("epoch"))
 
     def _answers(self, x: Tensor) -> float:
-        """The share of some training images that gets the most frequent answer; 0 if they are too few to tell."""
+        """Return the share of the most frequent answer to some training images; 0 if they are too few to tell."""
         if len(x) < FEWEST_ANSWERS or not group().first:
             return 0.0
         with in_eval_mode(self._passes.model), torch.no_grad():
@@ -392,7 +392,7 @@ class StageRun:
         return float((answered == answered.mode().values).float().mean())
 
     def _warn_of_one_class(self, largest: float, images: str, epoch: int) -> None:
-        """Say that a network has come to answer everything with one class, once until it answers otherwise."""
+        """Warn when a network answers everything with one class; once, until it answers otherwise."""
         collapsed = largest == 1.0
         if collapsed and not self._collapsed and group().first:
             logger.warning(
@@ -415,7 +415,7 @@ class StageRun:
         self._overfits = found
 
     def _average_epoch(self, *, used: bool) -> None:
-        """Take a finished epoch into the average; estimate its statistics of batch norm if it is to be used now."""
+        """Add a finished epoch to the average; estimate its batch norm statistics if it is used now."""
         average, finished = self._average, self._position.epoch
         if average is None:
             return
@@ -427,12 +427,12 @@ class StageRun:
             self._position.flops += sum(group().gather(counter.total))
 
     def _estimates(self) -> Iterator[Callable[[], None]]:
-        """Passes by which the statistics of batch norm are estimated, each head on the images that it trains on."""
+        """Yield passes that estimate batch norm statistics, each head on the images that it trains on."""
         for batch, further in self._batches(0, 0):
             yield partial(self._step.estimate, batch, self._noise(batch, 0), further)
 
     def _averaged(self) -> AbstractContextManager[None]:
-        """The weights that count: the average if the stage takes one, else the live ones."""
+        """Put the average in place of the live weights while inside, if the stage takes one."""
         return nullcontext() if self._average is None else self._average.in_place()
 
     @staticmethod

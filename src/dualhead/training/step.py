@@ -45,7 +45,7 @@ from dualhead.training.stage import Stage
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step leaves for the log, over all processes, as tensors on the device: reading them is up to the log."""
+    """Losses and figures of a step over all processes, as tensors on the device: the log decides when to read them."""
 
     terms: dict[str, Tensor]
     """Scalars: the loss and its parts."""
@@ -76,7 +76,7 @@ _PLANNED = (
     "_objective", "_needs", "_inner", "_judged", "_looks", "_constant", "_crossing", "_look", "_estimates",
     "_slopes", "_fast_look", "_climbs", "_climbs_in_lanes", "_costs",
 )  # fmt: skip
-"""What the plan for an objective consists of."""
+"""Attributes that together are the plan for an objective."""
 _MOST_PLANS = 16
 """So many plans are kept; an objective that alternates between a few forms is planned once for each."""
 
@@ -470,7 +470,7 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class _Given:
-    """What an attack begins with.
+    """Inputs of an attack on one set of images.
 
     Args:
         start: images that are perturbed.
