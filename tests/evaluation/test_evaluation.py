@@ -449,7 +449,13 @@ class Normalised(nn.Module):
 
 def test_a_model_that_answers_otherwise_with_the_same_weights_is_noticed(tmp_path):
     images, labels = patterns(10)
-    options = {"threat": THREAT, "attacks": ["pgd-2"], "output_dir": tmp_path, "diagnostics": False}
+    options = {
+        "threat": THREAT,
+        "attacks": ["pgd-2"],
+        "output_dir": tmp_path,
+        "diagnostics": False,
+        "precision": "float32",
+    }
     evaluate(Normalised(0.1), images, labels, **options)
     with pytest.raises(
         UserError, match=r"gave other logits for the same images with the same weights; choose another --output"

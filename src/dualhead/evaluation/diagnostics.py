@@ -23,7 +23,7 @@ from dualhead.errors import Interrupted
 from dualhead.evaluation.model import ROWS, Subject, differ
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
 from dualhead.noise import Streams
-from dualhead.statistics import wilson
+from dualhead.statistics import overfits_single_steps, wilson
 from dualhead.threats import Threat
 
 PROBES = 32
@@ -70,7 +70,7 @@ def check_model(
     class_names: Sequence[str],
     attacks: Set[str],
 ) -> list[Finding]:
-    """What can be seen before any attack.
+    """Check the model before any attack.
 
     Args:
         subject: the model.
@@ -280,7 +280,7 @@ def _accuracy(correct: NDArray[np.bool_], samples: Samples) -> Finding:
 
 
 def _gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
-    """Of the cross-entropy, [B, ...]; None if no gradient reaches the images."""
+    """Return the gradient of the cross-entropy, [B, ...]; None if none reaches the images."""
     with torch.enable_grad():
         asked = x.detach().requires_grad_()
         logits = subject.logits(asked)
@@ -436,6 +436,29 @@ def check_curve(curve: Sequence[Mapping[str, Any]], count: int, attacks: Set[str
         "climb; use more steps or restarts" + ("" if "autoattack" in attacks else ", or autoattack")
     )
     return [_finding("curve", not rises, "robust accuracy falls with eps", text, failed=False)]
+
+
+def check_single_steps(lines: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Did training on single steps come to withstand single steps alone?
+
+    Args:
+        lines: of a run's metrics; stages that train otherwise have no `watched_fgsm`, and if none has it nothing is
+            found.
+    """
+    watched = [line for line in lines if "watched_fgsm" in line]
+    bad = [line for line in watched if overfits_single_steps(line["watched_fgsm"], line["watched_pgd"])]
+    if not watched:
+        return []
+    if not bad:
+        return [Finding("catastrophic_overfitting", "ok", f"in none of {len(watched)} epochs on single steps")]
+    line = bad[-1]
+    text = (
+        f"training on single steps overfitted catastrophically in {len(bad)} of {len(watched)} epochs, last in epoch "
+        f"{line['epoch']} of stage {line['stage']}: of a few images {line['watched_fgsm']:.0%} stayed right under one "
+        f"step of FGSM and {line['watched_pgd']:.0%} under a few of PGD; use attack n_fgsm or pgd-2, objective "
+        "grad_align or elle, or a smaller eps"
+    )
+    return [Finding("catastrophic_overfitting", "warning", text)]
 
 
 def described(findings: Iterable[Finding]) -> list[dict[str, str]]:
