@@ -37,8 +37,8 @@ State = dict[str, Tensor]
 Every attack keeps: `x`, `y` (the origin of the clean image among the threat's points, which for a norm is the image;
 label), `adversarial` (the best point so far: float32, like x), `found` (bool: the logits that the attack saw
 misclassify `adversarial`, as its goal if it has one, within the threat model), `iteration` (int64: steps taken). A
-caller that rejects an example sets `found` to False; the attack then offers its next one. It may keep `over` (bool):
-no further step will find or change anything.
+caller that rejects an example sets `found` to False; the attack then offers its next one. It may keep `over` (bool): no
+further step will find or change anything.
 """
 
 
