@@ -349,7 +349,7 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
     if request.eps is None and "eps" in known and chosen != own:
         ((key, kind),) = chosen.items()
         if kind in (*get_args(Norm), *registered.names()):
-            radius = {"Linf": "8/255", "L2": "0.5", "L1": "12"}.get(kind, "0.05")
+            radius = {"Linf": "8/255", "L2": "0.5", "L1": "12"}.get(kind) or registered.get(kind).typical_eps
             of = known.get("norm") or known.get("name")
             option = "--norm" if key == "norm" else "--threat"
             raise UserError(f"{option} {kind}: --eps is needed, since the model's is of {of}; e.g. --eps {radius}")
