@@ -317,6 +317,10 @@ def evaluate(
     device: Device = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, float32 or bf16, of the search.")] = "auto",
     save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
+    transfer_from: Annotated[
+        str | None,
+        typer.Option("--transfer-from", help="Another model: also measure on images made against it alone."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
     plugin: Plugins = None,
     quiet: Quiet = False,
@@ -364,6 +368,7 @@ def evaluate(
         device=device,
         precision=precision,
         save_adversarial=save_adversarial,
+        transfer_from=transfer_from,
         overwrite=overwrite,
         command=_command(),
     )
@@ -384,7 +389,7 @@ def evaluate(
     out.print(accuracy_table(title, rows))
     if by_kind := corruption_table(rows):
         out.print(by_kind)
-    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results)]:
+    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results), *_transfer(evaluation.results)]:
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
@@ -444,6 +449,12 @@ def _targeted(results: Any) -> list[str]:
     return lines
 
 
+def _transfer(results: Any) -> list[str]:
+    """What images made against another network alone say."""
+    told = results.get("transfer")
+    return [f"transfer: {told['note']}"] if told else []
+
+
 def _title(evaluation: Any) -> str:
     from dualhead.report import threat_text
 
@@ -458,6 +469,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
         "corruptions": evaluation.results.get("corruptions"),
+        "transfer": evaluation.results.get("transfer"),
         **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
     }
 

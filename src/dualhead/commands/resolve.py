@@ -73,6 +73,7 @@ class Request:
     device: str = "auto"
     precision: str = "auto"
     save_adversarial: bool = False
+    transfer_from: str | None = None
     overwrite: bool = False
     command: str | None = None
 
@@ -430,6 +431,7 @@ def _folder_name(request: Request) -> str:
     words += [request.image_size, request.image_column, request.label_column, request.resample]
     numbers = (("crop", request.crop), ("channels", request.channels), ("depth", request.depth))
     words += [None if value is None else f"{name}{value}" for name, value in numbers]
+    words += [None if request.transfer_from is None else f"transfer-{request.transfer_from[-40:]}"]
     words += ["adversarial" if request.save_adversarial else None]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return name if request.is_run else name or "default"
