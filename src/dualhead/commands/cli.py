@@ -358,6 +358,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--ood", help="Images that are not in distribution: a source, uniform or gaussian; repeatable."),
     ] = None,
+    transfer_from: Annotated[
+        str | None,
+        typer.Option("--transfer-from", help="Another model: also measure on images made against it alone."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
     factory: Factory = None,
     plugin: Plugins = None,
@@ -409,6 +413,7 @@ def evaluate(
         device=device,
         precision=precision,
         save_adversarial=save_adversarial,
+        transfer_from=transfer_from,
         overwrite=overwrite,
         command=_command(),
         generation=generation,
@@ -438,7 +443,7 @@ def evaluate(
     out.print(accuracy_table(title, rows))
     if by_kind := corruption_table(rows):
         out.print(by_kind)
-    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results)]:
+    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results), *_transfer(evaluation.results)]:
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
@@ -502,6 +507,12 @@ def _targeted(results: Any) -> list[str]:
     return lines
 
 
+def _transfer(results: Any) -> list[str]:
+    """What images made against another network alone say."""
+    told = results.get("transfer")
+    return [f"transfer: {told['note']}"] if told else []
+
+
 def _title(evaluation: Any) -> str:
     from dualhead.report import threat_text
 
@@ -516,6 +527,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
         "corruptions": evaluation.results.get("corruptions"),
+        "transfer": evaluation.results.get("transfer"),
         **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
     }
 

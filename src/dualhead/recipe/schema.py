@@ -490,8 +490,7 @@ class Recipe(Section):
             except UserError as error:
                 raise UserError(f".{place}: {error}") from None
         for index, threat in enumerate(self.evaluate.threats):
-            norms = [attacks.build(spec).norms for spec in self.evaluate.attacks]
-            if all(defined is not None and threat.kind not in defined for defined in norms):
+            if not any(attacks.build(spec).takes(threat) for spec in self.evaluate.attacks):
                 raise UserError(
                     f".evaluate.threats.{index}: no attack of evaluate.attacks is defined for {threat.kind}"
                 )
