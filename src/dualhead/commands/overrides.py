@@ -56,7 +56,7 @@ def with_shortcuts(
             _refuse_twice(option, f"runtime.{field}", keys)
             added.append(f"runtime.{field}={value}")
     if any(getattr(shortcuts, field) is not None for field in _OF_STAGES):
-        stages = [stage for stage in load_recipe(name, overrides, plugins).stages if stage.fit is None]
+        stages = [stage for stage in load_recipe(name, overrides, plugins).stages if stage.trains]
         for field, (option, key, of) in _OF_STAGES.items():
             value = getattr(shortcuts, field)
             if value is None:

@@ -25,12 +25,14 @@ from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts, balanced
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
-from dualhead.evaluation.union import against_specialists
+from dualhead.evaluation.sequence import MEASURES, Visit, describe_sequence, of_specialists, plasticity
+from dualhead.evaluation.union import against_specialists, column, threat_labels
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
     "ESTIMATE",
     "KINDS",
+    "MEASURES",
     "Counterfactual",
     "Evaluation",
     "EvaluationProgress",
@@ -39,6 +41,7 @@ __all__ = [
     "Paired",
     "RouteSetting",
     "Verdicts",
+    "Visit",
     "against_specialists",
     "asks_for_corruptions",
     "attack",
@@ -46,8 +49,10 @@ __all__ = [
     "balanced",
     "calibration_error",
     "check_duplicates",
+    "column",
     "compare",
     "counterfactual",
+    "describe_sequence",
     "energy",
     "evaluate",
     "evaluate_routes",
@@ -58,12 +63,15 @@ __all__ = [
     "mean_std",
     "nearest_distance",
     "noise_seeds",
+    "of_specialists",
     "ood_score",
     "outputs_of",
     "parse_kinds",
+    "plasticity",
     "precision_recall",
     "read_all",
     "read_logits",
     "sample",
+    "threat_labels",
     "wilson",
 ]

@@ -230,6 +230,10 @@ class Objective(ABC):
         del means
         return state
 
+    def threats(self) -> Sequence[Threat | None]:
+        """Return the threats within which it ever attacks, each once; None stands for the stage's own."""
+        return tuple(dict.fromkeys(inner.threat for inner in self.inner().values()))
+
     # ---- what follows from these
 
     @property
@@ -312,6 +316,10 @@ class Around(Objective):
     def advance(self, state: Mapping[str, float], means: Mapping[str, float]) -> Mapping[str, float]:
         """As the base method."""
         return self.base.advance(state, means)
+
+    def threats(self) -> Sequence[Threat | None]:
+        """Those of the base method, and those of what is added to it."""
+        return tuple(dict.fromkeys((*self.base.threats(), *super().threats())))
 
 
 def check_label_smoothing(value: float) -> None:

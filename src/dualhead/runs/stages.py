@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from dualhead.runs.folder import load_kept, open_folder, write_digests
 from dualhead.runs.prepare import (
     Prepared,
     augmentations_of,
+    chosen_under,
     class_weights,
     earlier_stage,
     fresh_model,
@@ -35,6 +36,7 @@ from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic,
 from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.files import write_json
 from dualhead.system.processes import group
+from dualhead.threats import Threat
 from dualhead.training import (
     CheckpointStore,
     MetricsLog,
@@ -47,6 +49,7 @@ from dualhead.training import (
     StepProfiler,
     TrainingProgress,
     Validator,
+    interpolate,
 )
 
 _log = logging.getLogger(__name__)
@@ -107,10 +110,12 @@ def train_stages(
         log = _open_log(prepared, position)
         training = _Training(prepared, arithmetic, states, log, progress, stop, profile and group().first)
         while position.stage < len(recipe.stages):
-            if recipe.stages[position.stage].fit is None:
+            stage = recipe.stages[position.stage]
+            if stage.trains:
                 finished, steps = _train_stage(training, position, saved)
             else:
-                finished, steps = _fit_stage(training, position), 0
+                choose = _interpolate_stage if stage.fit is None else _fit_stage
+                finished, steps = choose(training, position), 0
             position, saved = _close_stage(training, finished, steps), None
         model = _of_architecture(prepared, arithmetic)
         group().lead(lambda: save_model(prepared.folder.model, model, prepared.architecture, prepared.facts))
@@ -275,7 +280,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         stage,
         passes,
         loader,
-        validator=_validator(prepared),
+        validator=_validator(prepared, recipe.validated_under(stage)),
         threat=stage.against(recipe.threat),
         arithmetic=training.arithmetic,
         seed=recipe.runtime.seed,
@@ -312,6 +317,31 @@ def _fit_stage(training: _Training, position: Position) -> Position:
     return finished
 
 
+def _interpolate_stage(training: _Training, position: Position) -> Position:
+    """Choose weights between those of two stages; short, so that a stage that was stopped begins anew."""
+    prepared, files = training.prepared, training.files
+    recipe, stage = prepared.recipe, prepared.recipe.stages[position.stage]
+    chosen, validator = stage.interpolate, _validator(prepared, chosen_under(recipe, stage))
+    assert chosen is not None and validator is not None
+    ends = []
+    for name in chosen.between:
+        earlier = earlier_stage(recipe, position.stage, name)
+        assert earlier is not None
+        load_kept(prepared.folder, earlier, prepared.model)
+        ends.append({key: value.clone() for key, value in prepared.model.state_dict().items()})
+    training.progress.stage(stage.name, position.stage + 1, len(recipe.stages), 0, 0, 0)
+    finished = interpolate(
+        passes_of(prepared, stage), *ends, chosen.shares, validator, training.arithmetic, prepared.device,
+        training.stop, Position(stage=position.stage),
+    )  # fmt: skip
+    training.log.write(
+        {"stage": stage.name, "epoch": 1, "step": 0, **finished.best, "seconds": round(finished.seconds, 3)}
+    )
+    files(stage).write_best(prepared.model)
+    files(stage).write_last(prepared.model)
+    return finished
+
+
 def _begin_stage(prepared: Prepared, number: int) -> None:
     """Give the network the weights that a stage begins with: `init`, and a clone of head 1 for new heads."""
     recipe, model, stage = prepared.recipe, prepared.model, prepared.recipe.stages[number]
@@ -341,12 +371,12 @@ def _class_weights(prepared: Prepared) -> Tensor | None:
     return None if weights is None else weights.to(prepared.device)
 
 
-def _validator(prepared: Prepared) -> Validator | None:
+def _validator(prepared: Prepared, threats: Sequence[Threat] = ()) -> Validator | None:
     held_out, recipe = prepared.images.held_out, prepared.recipe
     if held_out is None:
         return None
-    settings = recipe.validation
-    return Validator(held_out, settings.attack, settings.every, recipe.threat, recipe.runtime.seed)
+    settings, (threat, *also) = recipe.validation, threats or (recipe.threat,)
+    return Validator(held_out, settings.attack, settings.every, threat, recipe.runtime.seed, also=tuple(also))
 
 
 def _streams(prepared: Prepared, stage: Stage, loader: Loader) -> dict[str, OpenStream]:
