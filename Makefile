@@ -34,6 +34,7 @@ bits: $(VENV)/.developer
 	$(BIN)/python -m pytest -n auto tests/numerics tests/contract/test_old_runs.py tests/runs/test_new_methods.py \
 		tests/contract/test_every_device.py::test_a_run_from_training_to_export \
 		tests/runs/test_resume.py::test_killed_at_random_moments \
+		tests/runs/test_sequence.py \
 		tests/e2e/test_sweep.py::test_killed_and_begun_again_a_sweep_ends_as_one_that_was_not \
 		tests/e2e/test_dispatch.py::test_a_job_that_fails_is_told_and_the_others_are_done \
 		"tests/distributed/test_training_processes.py::test_an_equal_global_batch_gives_the_same_training[two]"

@@ -10,7 +10,7 @@ from dualhead.data.names import among, are_numbers, match, one_form
 from dualhead.data.source import Storage, load_split, resolve
 from dualhead.data.split import Split, hold_out
 from dualhead.data.stored import in_turn
-from dualhead.data.streams import OpenStream, Stream, StreamImages, StreamSetting, streams
+from dualhead.data.streams import Memory, OpenStream, Stream, StreamImages, StreamSetting, Uniform, streams
 
 __all__ = [
     "GIVEN",
@@ -22,6 +22,7 @@ __all__ = [
     "GivenImages",
     "Labelled",
     "Loader",
+    "Memory",
     "OpenStream",
     "Resample",
     "Split",
@@ -29,6 +30,7 @@ __all__ = [
     "Stream",
     "StreamImages",
     "StreamSetting",
+    "Uniform",
     "among",
     "are_numbers",
     "augmentations",

@@ -549,8 +549,7 @@ class Recipe(Section):
         if self.data.validation:
             uses.append(("validation.attack", self.validation.attack.check))
             others = dict.fromkeys(t for stage in self.stages for t in self.validated_under(stage) if t != self.threat)
-            attack = self.validation.attack
-            uses += [("validation.attack", lambda _, other=threat: attack.check(other)) for threat in others]
+            uses += [("validation.attack", _for_another(self.validation.attack, threat)) for threat in others]
         for place, check in uses:
             try:
                 check(self.threat)
@@ -566,6 +565,11 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """Return the recipe in full, as plain data that `load_recipe` reads back."""
         return self.model_dump(mode="json")
+
+
+def _for_another(attack: Attack, threat: Threat) -> Callable[[Threat], object]:
+    """A check of an attack within a threat that is not the recipe's."""
+    return lambda _: attack.check(threat)
 
 
 def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -62,9 +62,8 @@ def component_text(component: Mapping[str, Any]) -> str:
 def attack_text(stage: Mapping[str, Any]) -> str:
     """What a stage trains against, without the settings of its attack that only measuring uses; empty if nothing."""
     objective, free = stage.get("objective"), stage.get("free")
-    if any(stage.get(key) is not None for key in ("fit", "interpolate")) or (
-        isinstance(objective, Mapping) and objective.get("name") == "natural"
-    ):
+    chooses = any(stage.get(key) is not None for key in ("fit", "interpolate"))
+    if chooses or (isinstance(objective, Mapping) and objective.get("name") == "natural"):
         return ""
     if isinstance(free, Mapping):
         told = component_text({"name": "free", **free})

@@ -229,7 +229,7 @@ def _used(prepared: Prepared, stage: Stage) -> tuple[Threat, ...]:
 def _write(prepared: Prepared, model: nn.Module, rows: Sequence[Row], sequence: Mapping[str, Any] | None) -> None:
     """Write the comparison, the model's card and the gallery; a gallery that is there stays."""
     recipe, folder, test = prepared.recipe, prepared.folder, prepared.images.test
-    told = {"rows": [row.describe() for row in rows]}
+    told: dict[str, Any] = {"rows": [row.describe() for row in rows]}
     if sequence is not None:
         rows[-1].evaluation.save(folder.evaluation)
         told["sequence"] = sequence

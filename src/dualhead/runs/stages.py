@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dualhead.data import Loader, OpenStream, StreamSetting
+from dualhead.data import Loader, OpenStream, StreamSetting, batches
 from dualhead.errors import Interrupted, UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state, write_state
-from dualhead.objectives import BEFORE
+from dualhead.noise import Streams
+from dualhead.objectives import BEFORE, Before
 from dualhead.recipe import Runtime
 from dualhead.runs.folder import load_kept, open_folder, write_digests
 from dualhead.runs.prepare import (
@@ -35,11 +36,14 @@ from dualhead.saving import load, read_config, save_model, view
 from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic, slowdown_by_bf16, with_lanes
 from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.files import write_json
+from dualhead.system.flops import CountFlops
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.threats import Threat
 from dualhead.training import (
     CheckpointStore,
     MetricsLog,
+    Passes,
     Position,
     Saved,
     Selection,
@@ -54,6 +58,10 @@ from dualhead.training import (
 
 _log = logging.getLogger(__name__)
 
+MEMORY = "memory"
+"""What the file is called in which a stage's objective remembers something of the network as it began."""
+RECALLED_AT_ONCE = 16
+"""Images at once of which it finds that out: each may have a gradient of its own."""
 GIVEN_WEIGHTS = "given_weights"
 """Key of `checkpoints/config.json` of a run that began with weights from a program."""
 
@@ -272,6 +280,8 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         _begin_stage(prepared, number)
     teachers = teachers_of(prepared, number, begun=saved is not None)
     passes, loader = passes_of(prepared, stage, teachers), _loader(prepared, number)
+    memory, flops = _memory(prepared, number, passes, training.arithmetic, begun=saved is not None)
+    position.flops += flops
     training.progress.stage(
         stage.name, number + 1, len(recipe.stages), stage.epochs, len(loader),
         position.epoch * len(loader) + position.step,
@@ -293,6 +303,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         profiler=StepProfiler(prepared.folder.profile, stage.name, prepared.device) if training.profile else None,
         streams=_streams(prepared, stage, loader),
         class_weights=_class_weights(prepared),
+        memory=memory,
     )
     if saved is not None:
         run.restore(saved)
@@ -323,15 +334,17 @@ def _interpolate_stage(training: _Training, position: Position) -> Position:
     recipe, stage = prepared.recipe, prepared.recipe.stages[position.stage]
     chosen, validator = stage.interpolate, _validator(prepared, chosen_under(recipe, stage))
     assert chosen is not None and validator is not None
-    ends = []
-    for name in chosen.between:
+
+    def kept(name: str) -> dict[str, Tensor]:
         earlier = earlier_stage(recipe, position.stage, name)
         assert earlier is not None
         load_kept(prepared.folder, earlier, prepared.model)
-        ends.append({key: value.clone() for key, value in prepared.model.state_dict().items()})
+        return {key: value.clone() for key, value in prepared.model.state_dict().items()}
+
+    first, second = map(kept, chosen.between)
     training.progress.stage(stage.name, position.stage + 1, len(recipe.stages), 0, 0, 0)
     finished = interpolate(
-        passes_of(prepared, stage), *ends, chosen.shares, validator, training.arithmetic, prepared.device,
+        passes_of(prepared, stage), first, second, chosen.shares, validator, training.arithmetic, prepared.device,
         training.stop, Position(stage=position.stage),
     )  # fmt: skip
     training.log.write(
@@ -413,6 +426,52 @@ def teachers_of(prepared: Prepared, number: int, *, begun: bool) -> dict[str, nn
         teacher = _teacher(prepared, number, where).to(prepared.device)
         found[name] = teacher.requires_grad_(requires_grad=False)
     return found
+
+
+def _memory(
+    prepared: Prepared, number: int, passes: Passes, arithmetic: Arithmetic, *, begun: bool
+) -> tuple[dict[str, Tensor], int]:
+    """Return what a stage's objective remembers of the network as the stage began, and what finding it out cost.
+
+    Args:
+        prepared: the run.
+        number: of the stage.
+        passes: of the stage, through the network as it begins.
+        arithmetic: number format of the passes.
+        begun: whether the stage goes on; else it is found out now, and written beside the stage's weights.
+    """
+    recipe, folder = prepared.recipe, prepared.folder
+    stage, processes = recipe.stages[number], group()
+    path, flops = folder.weights(stage.name, MEMORY), 0
+    if not begun:
+        earlier: dict[str, Tensor] = {}
+        for other in recipe.stages[:number]:
+            place = folder.weights(other.name, MEMORY)
+            earlier = processes.lead(lambda at=place, known=earlier: read_state(at) if at.is_file() else known)  # type: ignore[misc]
+        split = prepared.images.training
+
+        def images(count: int) -> Iterator[tuple[Tensor, Tensor, Streams]]:
+            first = split.first(min(count, len(split)))
+            for batch in batches(first, RECALLED_AT_ONCE, prepared.device, processes.share_of(len(first))):
+                yield batch.x, batch.y, Streams.of(recipe.runtime.seed, batch.index).fork(stage.name, MEMORY)
+
+        with in_eval_mode(passes.learners), CountFlops() as counter:
+            found = stage.objective.recall(
+                Before(
+                    {name: p.detach() for name, p in passes.model.named_parameters() if p.requires_grad},
+                    passes.functional,
+                    images,
+                    stage.attack,
+                    processes.sum_,
+                    {name: tensor.to(prepared.device) for name, tensor in earlier.items()},
+                )
+            )
+        flops = sum(processes.gather(counter.total))
+        if found:
+            processes.lead(lambda: write_state({name: value.cpu() for name, value in found.items()}, path))
+    if not processes.lead(path.is_file):
+        return {}, flops
+    return {name: value.to(prepared.device) for name, value in processes.lead(lambda: read_state(path)).items()}, flops
 
 
 def _keep_before(prepared: Prepared, stage: Stage) -> None:

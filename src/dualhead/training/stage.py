@@ -111,10 +111,6 @@ class Stage(Section):
 
     @model_validator(mode="after")
     def _attack_fits(self) -> Self:
-        if self.interpolate is not None and (self.fit is not None or self.epochs or self.init is not None):
-            raise UserError("a stage with interpolate trains nothing: leave out fit, init and epochs")
-        if self.interpolate is not None and self.objective != objectives.build("natural"):
-            raise UserError("a stage with interpolate trains nothing; leave its objective out")
         if self.fit is not None and (self.train != ("aggregator",) or self.epochs):
             raise UserError("a stage with fit trains nothing: write train: [aggregator], without epochs")
         if self.fit is not None and self.objective != objectives.build("natural"):
@@ -145,6 +141,14 @@ class Stage(Section):
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
         self.check_parts()
+        return self
+
+    @model_validator(mode="after")
+    def _interpolation_trains_nothing(self) -> Self:
+        if self.interpolate is not None and (self.fit is not None or self.epochs or self.init is not None):
+            raise UserError("a stage with interpolate trains nothing: leave out fit, init and epochs")
+        if self.interpolate is not None and self.objective != objectives.build("natural"):
+            raise UserError("a stage with interpolate trains nothing; leave its objective out")
         return self
 
     @model_validator(mode="after")
