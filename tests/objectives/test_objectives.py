@@ -202,7 +202,7 @@ VARIANTS = {
     "joint with ties": {"name": "joint", "attack": "sum", "distillation": 1, "diversity": 1, "head2": "natural"},
     "joint with guidance": {"name": "joint", "attack": "head1", "head2": "natural", "aggregate": None, "guidance": 1},
 }
-PAIRED = ("logit_pairing", "hat around logit_pairing", "joint with guidance", "energy")
+PAIRED = ("air", "alr", "logit_pairing", "hat around logit_pairing", "joint with guidance", "energy")
 """Those whose loss is of logits and not of predictions, as published."""
 ORDER = torch.tensor([3, 1, 5, 0, 4, 2])
 
@@ -331,7 +331,10 @@ def test_contract_a_shift_of_all_logits_of_an_image_does_not_matter(objective, v
     seen, y = seen_for(objective, 4)
     needs = list(dict.fromkeys(objective.needs().values()))
     shift = torch.arange(len(y), dtype=torch.float64)[:, None] * 7 - 11
-    shifted = {name: seen[name] + shift * (1 + needs.index(need)) for name, need in objective.needs().items()}
+    shifted = {
+        name: seen[name] if isinstance(need, Labels) else seen[name] + shift * (1 + needs.index(need))
+        for name, need in objective.needs().items()
+    }
     assert torch.allclose(objective.loss(y, seen).total, objective.loss(y, shifted).total)
 
 
