@@ -141,6 +141,7 @@ def alone(tmp_path_factory):
             marks=pytest.mark.slow,
         ),
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
+        pytest.param(2, [network("plain"), "data.poison={name: patch, share: 0.2}"], marks=pytest.mark.slow),
         pytest.param(
             3,
             [network("plain"), "stages.*.clip_norm=0.5", "stages.*.average=ema", "stages.*.awp={start: 1}"],
@@ -156,6 +157,7 @@ def alone(tmp_path_factory):
         "two, aligned features and their balance",
         "two, threats remembered",
         "two, frozen batch norm, micro-batches",
+        "two, poisoned data",
         "three, unequal shares, with all that a stage can add",
     ],
 )

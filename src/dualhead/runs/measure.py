@@ -19,6 +19,7 @@ from dualhead.evaluation import (
     Visit,
     balanced,
     check_duplicates,
+    check_single_steps,
     describe_sequence,
     evaluate,
     make_gallery,
@@ -37,7 +38,7 @@ from dualhead.system.flops import CountFlops
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.threats import Threat
-from dualhead.training import Stage
+from dualhead.training import Stage, read_metrics
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Row:
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
             **balanced(self.evaluation.correct, self.evaluation.labels),
+            "calibration_error": self.evaluation.calibration_error,
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
             "training_cost": {
@@ -121,7 +123,8 @@ def measure(
         Interrupted: when stopped.
     """
     costs, unit = group().lead(lambda: _costs(prepared, model)), forward_flops(prepared, model)
-    checks = [check_duplicates(*prepared.images.digests())]
+    trained = group().lead(lambda: read_metrics(prepared.folder.metrics))
+    checks = [check_duplicates(*prepared.images.digests()), *check_single_steps(trained)]
     rows: list[Row] = []
     last: list[Row] = []
     for candidate in _candidates(prepared, model):
