@@ -37,7 +37,8 @@ State = dict[str, Tensor]
 Every attack keeps: `x`, `y` (the origin of the clean image among the threat's points, which for a norm is the image;
 label), `adversarial` (the best point so far: float32, like x), `found` (bool: the logits that the attack saw
 misclassify `adversarial`, as its goal if it has one, within the threat model), `iteration` (int64: steps taken). A
-caller that rejects an example sets `found` to False; the attack then offers its next one.
+caller that rejects an example sets `found` to False; the attack then offers its next one. It may keep `over` (bool): no
+further step will find or change anything.
 """
 
 
@@ -105,6 +106,9 @@ class Query:
         outputs_fn: images to the logits of all heads and, last, of the aggregate: [B, H + 1, C], from one pass; for
             attacks that use the heads. None if the model has one head.
     """
+
+    repeatable: bool = False
+    """Whether the same point is known to get the same answer every time, to the bit, whatever else is in its batch."""
 
     def __init__(self, logits_fn: LogitsFn, outputs_fn: LogitsFn | None = None) -> None:
         self._logits_fn = logits_fn
@@ -370,6 +374,8 @@ class Search(Attack):
 
     uses_gradients: ClassVar[bool] = True
     """Whether it may ask for gradients. One that never does loses nothing by reduced precision: it only compares."""
+    stops_at_cycles: ClassVar[bool] = False
+    """Whether it uses `Query.repeatable` to end where it would only repeat itself."""
 
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """Return the search itself."""

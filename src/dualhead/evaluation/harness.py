@@ -34,6 +34,7 @@ from dualhead.evaluation.diagnostics import (
     check_precision,
     check_randomness,
     described,
+    is_random,
     training_modules,
 )
 from dualhead.evaluation.given import read_all
@@ -375,8 +376,24 @@ class _Work:
         self._check_answers()
         self.shown, self.usual = x, BF16 if self.settled["precision"] == "bf16" else FLOAT32
         self.subject.use(self.usual, x)
+        self.subject.repeatable = self._repeatable()
         self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
         self.subject.forward_batch_size = min(self.subject.forward_batch_size, self.settled["forward_batch_size"])
+
+    def _repeatable(self) -> bool:
+        """Whether an image gets the same answer every time, asked only where an attack makes use of it."""
+        threats = [threat for threat in (self.threat, *self.threats.values()) if threat is not None]
+        uses = any(
+            part.stops_at_cycles
+            for threat in threats
+            for attack in self.attacks.values()
+            for part in attack.parts(self.num_classes, threat, self.num_heads)
+        )
+        if not (uses and self.settled["batch_invariant"]):
+            return False
+        return not self.group.lead(
+            lambda: self.journal.fact("logits are random", lambda: is_random(self.subject, self.samples))
+        )
 
     def _said(self) -> Tensor:
         """Compute float32 logits of the first samples; infinite ones become NaN, as JSON has one word for both."""
