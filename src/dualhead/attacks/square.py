@@ -97,7 +97,6 @@ class Square(Proposals):
     """
 
     norms = ("Linf", "L2", "L1")
-    uses_gradients = False
 
     queries: int = 5000
     p_init: Real = 0.8

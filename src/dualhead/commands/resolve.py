@@ -258,7 +258,7 @@ def _of_run(request: Request, room: int) -> _Source:
         reading=recipe.data.reading(),
         results=folder.path / "evaluations",
         gallery=folder.evaluation,
-        threats=recipe.evaluate.threats,
+        threats=recipe.threats_measured,
     )
 
 
