@@ -380,14 +380,16 @@ def accuracy_table(rows: Sequence[Measured]) -> Table:
     attacks = list(dict.fromkeys(attack for row in rows for attack in row.attacks))
     shown = [*attacks, *(["worst"] if any(len(row.attacks) > 1 for row in rows) else [])]
     worn = ["corruptions"] if any(row.worn for row in rows) else []
+    static = ["transfer (static)"] if any(row.transferred for row in rows) else []
     told = [] if conditions(rows) else ["threat model", "images"]
     cells = []
     for row in rows:
         met = [Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)] if told else []
         robust = [_accuracy_cell(row.robust.get(name)) for name in shown]
         robust += [_accuracy_cell(row.worn) for _ in worn]
+        robust += [_accuracy_cell(row.transferred) for _ in static]
         cells.append([Cell(row.title), *met, _accuracy_cell(row.clean), *robust])
-    return Table(["model", *told, "clean %", *(f"{name} %" for name in (*shown, *worn))], cells)
+    return Table(["model", *told, "clean %", *(f"{name} %" for name in (*shown, *worn, *static))], cells)
 
 
 def corruption_table(rows: Sequence[Measured]) -> Table | None:
