@@ -1,18 +1,22 @@
 """Draw the figures of README and docs, and write the tables of measured results as CSV.
 
-    python tools/make_figures.py          # docs/images/*.svg and docs/results/*.csv
+    python tools/make_figures.py                            # docs/images/*.svg and docs/results/*.csv
+    python tools/make_figures.py --screenshots runs/demo    # docs/images/*.png, of what `dualhead demo` left
 
 All numbers come from `benchmarks/results/strongest.json`, those of the frontier from `frontier.json` beside it, without
-which it is not drawn. The figures are plain SVG, so that nothing has to be
-installed and the same numbers give the same bytes.
+which it is not drawn. The figures are plain SVG, so that nothing has to be installed and the same numbers give the same
+bytes. The screenshots need playwright and a Chromium of the system.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -531,7 +535,69 @@ def made() -> dict[Path, str]:
     }
 
 
+# ---- screenshots of the report and of the page to play with
+
+
+def screenshots(demo: Path) -> None:
+    """Write the pictures of the pages, as they are now, from the runs of the demonstration."""
+    import threading
+
+    from playwright.sync_api import expect, sync_playwright
+
+    from dualhead.commands.play import Playground, serve
+    from dualhead.commands.resolve import Request, resolve
+    from dualhead.report import write_report
+
+    guided, natural = demo / "digits_guided_distillation", demo / "digits_natural"
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    shown, beside = (resolve(Request(model=str(run), device="cpu")) for run in (guided, natural))
+    server = serve(Playground(shown.model, shown.images, shown.threat, beside=(natural.name, beside.model)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        page_of_run = write_report([guided], Path(folder) / "run.html").as_uri()
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+        def opened(address: str, width: int, height: int) -> Any:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.set_default_timeout(120_000)
+            expect.set_options(timeout=120_000)
+            page.goto(address)
+            return page
+
+        small(opened(page_of_run, 1280, 1000).screenshot(), "report")
+        small(opened(page_of_run, 390, 844).screenshot(), "report-phone")
+        page = opened(page_of_run, 1000, 760)
+        page.get_by_role("button", name="Look closer at sample 2", exact=True).click()
+        expect(page.locator("dialog canvas")).to_be_visible()
+        small(page.get_by_role("dialog").screenshot(), "closer")
+        page = opened(f"http://127.0.0.1:{server.server_port}/", 1000, 760)
+        page.locator(".strip button").nth(6).click()
+        rows = page.locator("#says tr")
+        expect(rows).to_have_count(4)
+        for left in (3, 2, 1, 0):
+            page.locator("#says button").first.click()
+            expect(page.locator("#says button")).to_have_count(left)
+        small(page.screenshot(full_page=True), "play")
+        browser.close()
+    server.shutdown()
+
+
+def small(png: bytes, name: str) -> None:
+    """Write a screenshot in at most 128 colours, which is enough for it."""
+    from PIL import Image
+
+    path = IMAGES / f"{name}.png"
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(path.relative_to(ROOT))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--screenshots", type=Path, metavar="DEMO", help="folder of the demonstration's runs")
+    demo = parser.parse_args().screenshots
+    if demo is not None:
+        screenshots(demo)
+        return
     for path, text in made().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
