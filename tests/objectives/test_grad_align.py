@@ -29,7 +29,7 @@ def test_the_term_is_one_minus_the_cosine_and_an_image_without_a_gradient_adds_n
     second = torch.cat((torch.stack((angles.cos(), angles.sin()), 1), torch.zeros(1, 2))).requires_grad_()
     seen = {"q": torch.zeros(5, 3), "slope": first, "beside": second}
     loss = build(weight=0.7).loss(torch.zeros(5, dtype=torch.int64), seen)
-    assert float(loss.terms["alignment"]) == pytest.approx(0.7 * (0 + 1 + 2 + 0.5 + 0) / 5, rel=1e-6)
+    assert loss.terms["alignment"].item() == pytest.approx(0.7 * (0 + 1 + 2 + 0.5 + 0) / 5, rel=1e-6)
     assert float(loss.terms["adversarial"]) == pytest.approx(math.log(3))
     loss.total.backward()
     assert second.grad.isfinite().all()
