@@ -39,6 +39,7 @@ KINDS = {
     "backbones": "dualhead.models.cnn:CNNBackbone",
     "objectives": "dualhead.objectives.natural:Natural",
     "optimisers": "dualhead.training.optimisation:SGD",
+    "poisons": "dualhead.data.poisons.one_pixel:OnePixel",
     "schedules": "dualhead.training.optimisation:Cosine",
     "threats": "dualhead.threats.flow:Flow",
 }

@@ -127,6 +127,7 @@ def alone(tmp_path_factory):
             marks=pytest.mark.slow,
         ),
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
+        pytest.param(2, [network("plain"), "data.poison={name: patch, share: 0.2}"], marks=pytest.mark.slow),
         pytest.param(
             3,
             [network("plain"), "stages.*.clip_norm=0.5", "stages.*.average=ema", "stages.*.awp={start: 1}"],
@@ -141,6 +142,7 @@ def alone(tmp_path_factory):
         "two, an energy and its curriculum, statistics of batch norm held",
         "two, aligned features and their balance",
         "two, frozen batch norm, micro-batches",
+        "two, poisoned data",
         "three, unequal shares, with all that a stage can add",
     ],
 )

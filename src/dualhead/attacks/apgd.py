@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dualhead.attacks import losses
 from dualhead.attacks.base import (
+    LossFn,
     Query,
     Search,
     State,
@@ -36,7 +37,7 @@ from dualhead.threats import Threat, ThreatModel, finite, project_l1, steepest
 
 @dataclass(frozen=True)
 class APGD(Search):
-    """What the three forms of Auto-PGD share.
+    """Base of the three forms of Auto-PGD.
 
     Args:
         steps: gradient steps after the start, at least 1; the short form `apgd-ce-50` sets it.
@@ -81,7 +82,7 @@ class APGD(Search):
 
     @abstractmethod
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        """What is climbed: one number per image [B]."""
+        """Compute the loss that is climbed, one number per image [B]."""
 
     def first_step(self, threat: Threat) -> float:
         """The step size before any halving."""
@@ -111,7 +112,7 @@ class APGD(Search):
         return state
 
     def _fresh_schedule(self, x: Tensor, y: Tensor, threat: Threat) -> State:
-        """What an ascent that has not begun knows of its losses and step sizes."""
+        """Return the losses and step sizes of an ascent that has not begun."""
         unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
         first_window = torch.full_like(y, max(int(0.22 * self.steps), 1))
         return {
@@ -128,9 +129,12 @@ class APGD(Search):
     def _query(self, state: State, query: Query) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, loss and mean gradient at the iterate; of several random passes the last gives logits and loss."""
         y, target = state["y"], state["target"]
-        logits, loss, gradient = query.gradient(state["iterate"], lambda z: self.loss(z, y, target))
+        return self._mean_gradient(query, state["iterate"], lambda z: self.loss(z, y, target))
+
+    def _mean_gradient(self, query: Query, point: Tensor, of: LossFn) -> tuple[Tensor, Tensor, Tensor]:
+        logits, loss, gradient = query.gradient(point, of)
         for _ in range(self.eot - 1):
-            logits, loss, again = query.gradient(state["iterate"], lambda z: self.loss(z, y, target))
+            logits, loss, again = query.gradient(point, of)
             gradient = gradient + again
         return logits, loss, gradient / self.eot if self.eot > 1 else gradient
 

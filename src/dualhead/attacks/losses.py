@@ -1,4 +1,4 @@
-"""What attacks climb. Each takes logits [B, C] and labels int64 [B] and gives one number per image [B]."""
+"""Losses that attacks climb. Each takes logits [B, C] and labels int64 [B] and gives one number per image [B]."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     true = logits.gather(1, y[:, None])[:, 0]
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - true
+
+
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{i != y} p_i - p_y of the probabilities p = softmax(z) (Xie et al. 2024, arXiv 2411.15210), in [-1, 1]."""
+    return margin(logits.softmax(1), y)
 
 
 def kl_from_clean(logits: Tensor, clean: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ class Proposals(Targeted):
     As long as no candidate is kept the next ones are known, so several can be one query: see `LooksAhead`.
     """
 
+    uses_gradients = False
+
     restarts: int
 
     def jobs(self, num_classes: int) -> int:

@@ -76,6 +76,13 @@ class Request:
     transfer_from: str | None = None
     overwrite: bool = False
     command: str | None = None
+    generation: bool = False
+    samples: int = 1_000
+    sample_steps: str | None = None
+    step_size: float = 0.2
+    seeds: str | None = None
+    judge: str | None = None
+    ood: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -286,7 +293,7 @@ def _of_factory(request: Request, room: int) -> _Source:
             _log.warning(
                 "%s: its publisher brings images to %dx%d, %s, %s; --image-size, --crop and --resample override that",
                 request.model, *found.size,
-                "stretched" if found.crop is None else f"the middle {found.crop:.3g} of each", found.resample,
+                "stretched" if found.crop is None else f"the middle {found.crop:.0%} of each", found.resample,
             )  # fmt: skip
         return test
 
@@ -432,6 +439,7 @@ def _folder_name(request: Request) -> str:
     numbers = (("crop", request.crop), ("channels", request.channels), ("depth", request.depth))
     words += [None if value is None else f"{name}{value}" for name, value in numbers]
     words += [None if request.transfer_from is None else f"transfer-{request.transfer_from[-40:]}"]
-    words += ["adversarial" if request.save_adversarial else None]
+    words += ["adversarial" if request.save_adversarial else None, "generation" if request.generation else None]
+    words += ["ood"] if request.ood else []
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return name if request.is_run else name or "default"

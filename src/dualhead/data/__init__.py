@@ -1,19 +1,22 @@
 """Data sets: a name or path to a `Split` of uint8 images, batches from it, and augmentation in batch."""
 
 from dualhead.data.augmentations import Augmentation, augmentations
+from dualhead.data.cache import folder as cache_folder
 from dualhead.data.cutmix import CutMix
 from dualhead.data.decode import Framing, Resample, decode_single
 from dualhead.data.duplicates import Digests, digests, shared_images
 from dualhead.data.given import GIVEN, GivenImages, Labelled, holding
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.names import among, are_numbers, match, one_form
+from dualhead.data.poisons import Poison, Poisoned, poisons, triggered
 from dualhead.data.source import Storage, load_split, resolve
-from dualhead.data.split import Split, hold_out
+from dualhead.data.split import HELD_OUT, Split, held_rows, hold_out
 from dualhead.data.stored import in_turn
 from dualhead.data.streams import OpenStream, Stream, StreamImages, StreamSetting, streams
 
 __all__ = [
     "GIVEN",
+    "HELD_OUT",
     "Augmentation",
     "Batch",
     "CutMix",
@@ -23,6 +26,8 @@ __all__ = [
     "Labelled",
     "Loader",
     "OpenStream",
+    "Poison",
+    "Poisoned",
     "Resample",
     "Split",
     "Storage",
@@ -33,15 +38,19 @@ __all__ = [
     "are_numbers",
     "augmentations",
     "batches",
+    "cache_folder",
     "decode_single",
     "digests",
+    "held_rows",
     "hold_out",
     "holding",
     "in_turn",
     "load_split",
     "match",
     "one_form",
+    "poisons",
     "resolve",
     "shared_images",
     "streams",
+    "triggered",
 ]

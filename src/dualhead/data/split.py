@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from dualhead.errors import UserError
 from dualhead.noise import Streams
 
 _log = logging.getLogger(__name__)
+
+HELD_OUT: Final = "hold_out"
+"""The purpose under which validation images are drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +192,7 @@ def hold_out(split: Split, amount: float, seed: int) -> tuple[Split, Split]:
     Raises:
         UserError: if that is impossible.
     """
-    chosen = held_rows(split.labels.cpu(), split.class_names, amount, seed, "hold_out")
+    chosen = held_rows(split.labels.cpu(), split.class_names, amount, seed, HELD_OUT)
     return split.take((~chosen).nonzero()[:, 0]), split.take(chosen.nonzero()[:, 0])
 
 

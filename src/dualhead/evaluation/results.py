@@ -129,6 +129,12 @@ class Evaluation:
         return dict(balanced(self.correct, self.labels)["balanced_accuracy"])
 
     @property
+    def calibration_error(self) -> float | None:
+        """Expected calibration error on clean images, in [0, 1], 15 bins; None where it was not measured."""
+        found = self.results.get("calibration")
+        return None if found is None else float(found["error"])
+
+    @property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Wilson 95 % intervals of `clean_accuracy`, of each attack, and of `worst`."""
         return {name: (low, high) for name, (low, high) in self.results["intervals"].items()}

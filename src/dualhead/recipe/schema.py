@@ -13,7 +13,7 @@ from dualhead.components import plugins as outside
 from dualhead.components.fields import Real, parse_real
 from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
-from dualhead.data import Augmentation, Resample, Split, Storage, augmentations, load_split, resolve
+from dualhead.data import Augmentation, Poison, Resample, Split, Storage, augmentations, load_split, poisons, resolve
 from dualhead.errors import UserError
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
@@ -31,6 +31,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "backbones": backbones,
     "objectives": objectives,
     "optimisers": optimisers,
+    "poisons": poisons,
     "schedules": schedules,
     "threats": threats,
 }
@@ -50,7 +51,7 @@ class Extra(Section):
     source: str
     """As `data.source`; columns and size are those of the first."""
     fraction: Real = Field(0.7, gt=0, lt=1)
-    """Of each batch; 0.7 is usual for generated images. An epoch keeps its number of steps."""
+    """Share of each batch; 0.7 is usual for generated images. An epoch keeps its number of steps."""
     limit: int | None = Field(None, gt=0)
     """Use only the first so many of its images."""
 
@@ -111,6 +112,11 @@ class Data(Section):
 
     extra: Extra | None = None
     """None is held out of it: validation sees images of the first source only."""
+    poison: Annotated[Poison, *component(poisons)] | None = None
+    """A change of training images or labels, for a study of what training makes of it. It comes before images are held
+    out, so that validation is as poisoned as training; never to test images, nor to `extra`. Its seed is its own."""
+    clean_validation: bool = False
+    """Hold out the images as they were before the poison, as of somebody who has some that can be trusted."""
 
     @field_validator("source")
     @classmethod
@@ -146,6 +152,19 @@ class Data(Section):
         sizes = zip(self.train_size or (), self.image_size or (), strict=False)
         if any(kept < seen for kept, seen in sizes):
             raise UserError(f".train_size: must be at least image_size {list(self.image_size or ())}")
+        return self
+
+    @model_validator(mode="after")
+    def _poison_fits(self) -> Self:
+        if self.clean_validation and self.poison is None:
+            raise UserError(
+                ".clean_validation: says what becomes of a poison, and data.poison is not set; leave it out"
+            )
+        if self.poison is not None and self.poison.changes_pixels and self.train_size is not None:
+            raise UserError(
+                f".poison: {self.poison.registered_name} changes images of the size that the model sees, and "
+                "train_size keeps larger ones; leave train_size out"
+            )
         return self
 
     @classmethod
@@ -280,7 +299,7 @@ class Model(Section):
     first stage begins; `tied`: it shares the first one's tensors for good, but for those in `own`, which start likewise
     from the first one's. Shared tensors are head 1's: to train head 2 alone trains what is its own."""
     own: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
-    """What each tied head has of its own: `batch_norm` (dual batch norm), `affine`, `statistics`, or names of layers
+    """Tensors of each tied head alone: `batch_norm` (dual batch norm), `affine`, `statistics`, or names of layers
     and tensors with wildcards. None: `batch_norm` if heads are tied."""
     normalize: Annotated[Literal["data", "none"] | Statistics | None, BeforeValidator(_statistics)] = None
     """Inside the model: by the statistics of the training images, not at all, or by given ones. None: `none` for a
@@ -288,7 +307,7 @@ class Model(Section):
 
     @property
     def tied(self) -> tuple[str, ...] | None:
-        """What tied heads have of their own; None if heads share nothing."""
+        """Tensors that tied heads have of their own; None if heads share nothing."""
         return (self.own or DEFAULT_OWN) if self.second_head == "tied" else None
 
     @model_validator(mode="after")
@@ -356,11 +375,12 @@ class Runtime(Section):
 
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
-    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured at the
-    start. `tf32`: float32 whose products a GPU rounds; `float32` never does that, and evaluations never do."""
+    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured once
+    for the architecture and kept; evaluations then take gradients in float32. `tf32`: float32 whose products a GPU
+    rounds; `float32` never does that, and evaluations never do."""
     layout: Literal["contiguous", "channels_last", "auto"] = "auto"
-    """Of images and convolutions in memory. `auto`: in bf16 channels-last where the model takes it, in float32 the
-    faster one, measured at the start. The last bits of a result depend on it."""
+    """Memory order of images and convolutions. `auto`: in bf16 channels-last where the model takes it, in float32 the
+    faster one, measured once for the architecture and kept. The last bits of a result depend on it."""
     lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """In how many threads, each with images of its own, a CPU runs attacks in training; 1 leaves threads to torch.
     `auto`: as many as torch has if that is faster, measured at the start. The last bits of a result depend on it."""

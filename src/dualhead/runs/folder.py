@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from dualhead.components import plugins
-from dualhead.data import GIVEN, Digests, Split, digests, one_form
+from dualhead.data import GIVEN, Digests, Poisoned, Split, digests, one_form
 from dualhead.errors import UserError
 from dualhead.models import load_state, read_state
 from dualhead.names import row_folder
@@ -45,6 +46,8 @@ PLUGINS = "plugins"
 """Folder with a copy of each source file from outside, and the name of the JSON file that lists them."""
 GALLERY = "gallery.npz"
 """Images under attack, for the report; it lies beside the results of an evaluation."""
+SHOWN = 8
+"""Poisoned images that the record keeps for the report, before and after."""
 SKETCHED = 128
 """Images of which a run keeps a thumbnail."""
 DECODERS_DIFFER = 2
@@ -105,6 +108,11 @@ class RunFolder:
     def digests(self) -> Path:
         """Return the path of a number for each image that the run learns from."""
         return self.checkpoints / "images.safetensors"
+
+    @property
+    def poison(self) -> Path:
+        """Return the path of the record of a poison: which training images it changed, and how."""
+        return self.path / "poison.npz"
 
     def weights(self, stage: str, which: str) -> Path:
         """Return the path of a stage's weights, `best` or `last`."""
@@ -412,6 +420,55 @@ def refuse_other_data(folder: Path, now: dict[str, Any], source: str, part: str 
             f"{'data.source' if part == 'data' else part} {source}: has {told} with which the run in {folder} began; "
             "put them back, or choose another --run-dir"
         )
+
+
+def refuse_other_poison(folder: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on with a run on images that were poisoned otherwise, by a component that has changed.
+
+    Args:
+        folder: of the run; a new one refuses nothing.
+        now: what tells the poison from others, for `checkpoints/config.json`.
+
+    Raises:
+        UserError: if the run began with another one.
+    """
+    checkpoints = RunFolder(folder).checkpoints
+    if not RunFolder(folder).begun or not (checkpoints / CONFIG).is_file():
+        return
+    before = read_config(checkpoints).get("poison")
+    if before != now:
+        told = "none" if before is None else f"that of {before['images']} images, digest {before['digest'][:12]}"
+        raise UserError(
+            f"data.poison: makes other images (digest {now['digest'][:12]}) than the poison with which the run in "
+            f"{folder} began ({told}); put it back, or choose another --run-dir"
+        )
+
+
+def write_manifest(folder: RunFolder, made: Poisoned, clean: Split) -> None:
+    """Keep the record of a poison, and a few images before and after, for the report; once.
+
+    Args:
+        folder: of the run.
+        made: what was done to the training images.
+        clean: the images as they were.
+    """
+    if folder.poison.is_file():
+        return
+    arrays = made.manifest()
+    if not made.split.is_stored:
+        changed = made.index[made.l2 > 0][:SHOWN]
+        places = torch.searchsorted(made.rows, changed)
+        arrays |= {
+            "shown": changed.numpy(),
+            "shown_clean": clean.images[changed].numpy(),
+            "shown_poisoned": made.split.images[places].numpy(),
+        }
+
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(folder.poison, write)
 
 
 def _listed(names: list[str]) -> str:

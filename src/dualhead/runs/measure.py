@@ -17,6 +17,7 @@ from dualhead.evaluation import (
     Finding,
     balanced,
     check_duplicates,
+    check_single_steps,
     evaluate,
     make_gallery,
 )
@@ -31,7 +32,7 @@ from dualhead.system.files import write_json
 from dualhead.system.flops import CountFlops
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
-from dualhead.training import Stage
+from dualhead.training import Stage, read_metrics
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Row:
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
             **balanced(self.evaluation.correct, self.evaluation.labels),
+            "calibration_error": self.evaluation.calibration_error,
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
             "training_cost": {
@@ -115,7 +117,8 @@ def measure(
         Interrupted: when stopped.
     """
     costs, unit = group().lead(lambda: _costs(prepared, model)), forward_flops(prepared, model)
-    checks = [check_duplicates(*prepared.images.digests())]
+    trained = group().lead(lambda: read_metrics(prepared.folder.metrics))
+    checks = [check_duplicates(*prepared.images.digests()), *check_single_steps(trained)]
     rows: list[Row] = []
     last: list[Row] = []
     for candidate in _candidates(prepared, model):

@@ -15,14 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, attacks
-from dualhead.data import Augmentation, Digests, Split, among, are_numbers, digests, hold_out, in_turn, match
+from dualhead.data import (
+    HELD_OUT,
+    Augmentation,
+    Digests,
+    Poisoned,
+    Split,
+    among,
+    are_numbers,
+    digests,
+    held_rows,
+    hold_out,
+    in_turn,
+    match,
+)
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.noise import Streams
-from dualhead.objectives import BEFORE, Labels
+from dualhead.objectives import BEFORE, passed
 from dualhead.recipe import Recipe, Statistics
-from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data
+from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data, refuse_other_poison
 from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of, view
 from dualhead.statistics import mcnemar
 from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
@@ -39,6 +52,25 @@ OWN = ("factory", "given")
 
 
 @dataclass(frozen=True)
+class Poisoning:
+    """The poison of a run.
+
+    Args:
+        clean: the training images as they were, the held-out ones included.
+        made: what the poison made of them.
+        trained: positions in `clean` of those that are trained on, in their order, int64 [N].
+    """
+
+    clean: Split
+    made: Poisoned
+    trained: Tensor
+
+    def facts(self) -> dict[str, Any]:
+        """Return what tells this poison from others, JSON values."""
+        return {"digest": self.made.digest(), "images": len(self.made.index)}
+
+
+@dataclass(frozen=True)
 class Images:
     """The images of a run.
 
@@ -48,6 +80,7 @@ class Images:
         extra: a second source of training images; None if the recipe names none.
         held_out: training images that choose the best epoch; None for none.
         further: those of objectives' streams, by the name of their source.
+        poisoning: what was done to the training images; None for nothing.
     """
 
     training: Split
@@ -55,6 +88,7 @@ class Images:
     extra: Split | None = None
     held_out: Split | None = None
     further: Mapping[str, Split] = field(default_factory=dict)
+    poisoning: Poisoning | None = None
 
     @property
     def learnt_from(self) -> dict[str, Split | None]:
@@ -175,7 +209,21 @@ def load_images(recipe: Recipe, room: int | None = None) -> Images:
             f"{source}: training and test images differ in channels (grey and colour); data.channels=3 reads all as "
             "colours, 1 as grey"
         )
-    return Images(training, test, _load_extra(recipe, training, room), further=_load_further(recipe, training, room))
+    images = Images(training, test, _load_extra(recipe, training, room), further=_load_further(recipe, training, room))
+    return _poisoned(recipe, images)
+
+
+def _poisoned(recipe: Recipe, images: Images) -> Images:
+    """Poison the training images as the recipe says; all others stay as they are."""
+    poison, clean = recipe.data.poison, images.training
+    if poison is None:
+        return images
+    with _under(f"data.poison: {poison.registered_name}"):
+        poison.target_of(clean.class_names)
+        made = poison.apply(clean)
+    if images.extra is not None and group().first:
+        _log.warning("data.poison: the images of data.extra are not poisoned")
+    return replace(images, training=made.split, poisoning=Poisoning(clean, made, made.rows))
 
 
 def _load_further(recipe: Recipe, training: Split, room: int | None) -> dict[str, Split]:
@@ -230,7 +278,8 @@ def _listed(values: Sequence[object]) -> str:
 
 def _image_facts(recipe: Recipe, folder: RunFolder, images: Images) -> dict[str, Any]:
     """Return facts about the images by the key that names their source; refuse those of another run."""
-    sources = {"data": (images.training, recipe.data.source)}
+    loaded = images.training if images.poisoning is None else images.poisoning.clean
+    sources = {"data": (loaded, recipe.data.source)}
     if images.extra is not None and recipe.data.extra is not None:
         sources["data.extra"] = (images.extra, recipe.data.extra.source)
     if recipe.data.test is not None:  # split off the training images: others would be among those trained on
@@ -239,6 +288,9 @@ def _image_facts(recipe: Recipe, folder: RunFolder, images: Images) -> dict[str,
     facts = {part: data_facts(split) for part, (split, _) in sources.items()}
     for part, (_, source) in sources.items():
         refuse_other_data(folder.path, facts[part], source, part)
+    if images.poisoning is not None:
+        facts["poison"] = images.poisoning.facts()
+        refuse_other_poison(folder.path, facts["poison"])
     return facts
 
 
@@ -260,11 +312,18 @@ def _hold_out(recipe: Recipe, loaded: Images) -> Images:
     data = recipe.data
     if not data.validation:
         return loaded
+    poisoning = loaded.poisoning
     with _under("data.validation"):
         training, held_out = hold_out(loaded.training, data.validation, recipe.runtime.seed)
+        if poisoning is not None:
+            made = loaded.training
+            chosen = held_rows(made.labels.cpu(), made.class_names, data.validation, recipe.runtime.seed, HELD_OUT)
+            if data.clean_validation:
+                held_out = poisoning.clean.take(poisoning.made.rows[chosen])
+            poisoning = replace(poisoning, trained=poisoning.made.rows[~chosen])
     if data.train_size and data.image_size:
         held_out = held_out.show_middle(*data.image_size)
-    return replace(loaded, training=training, held_out=held_out)
+    return replace(loaded, training=training, held_out=held_out, poisoning=poisoning)
 
 
 def class_weights(recipe: Recipe, training: Split) -> Tensor | None:
@@ -590,7 +649,7 @@ def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     teachers = stage.objective.teachers()
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
     with _under(f"stages.{number}.objective"):
-        passes.look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
+        passes.look(passed(needs))
     if group().world > 1 and not stage.objective.per_image:
         _log.warning(
             "stage %s: the loss of %s is taken over each process's share of the batch: it is another one than on one "

@@ -1,0 +1,56 @@
+"""The control of a poison: noise of the same size on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import Tensor
+
+from dualhead.components.sections import component
+from dualhead.data.poisons.base import REMOVED, Poison, Poisoned, moved, pixels_of, poisons
+from dualhead.data.split import Split
+from dualhead.noise import Streams
+
+
+@poisons.register("sham")
+@dataclass(frozen=True)
+class Sham(Poison):
+    """Uniform noise on the images that a poison would change, each by as much in Euclidean length; labels stay right.
+
+    When: beside every poison: what it does and the sham does not is the poison's.
+
+    Paper: none; a control, as a placebo is.
+
+    Args:
+        like: the poison; its trigger is measured too.
+        seed: of the noise.
+    """
+
+    like: Annotated[Poison, *component(poisons)]
+    seed: int = 0
+
+    @property
+    def changes_pixels(self) -> bool:
+        """See `Poison.changes_pixels`."""
+        return self.like.changes_pixels
+
+    def target_of(self, class_names: Sequence[str]) -> int | None:
+        """See `Poison.target_of`."""
+        return self.like.target_of(class_names)
+
+    def trigger(self, images: Tensor) -> Tensor:
+        """See `Poison.trigger`."""
+        return self.like.trigger(images)
+
+    def apply(self, clean: Split) -> Poisoned:
+        """See `Poison.apply`."""
+        made = self.like.apply(clean)
+        if not self.changes_pixels:
+            return Poisoned.of(clean, made.index, facts=made.facts)
+        touched = made.index[made.new_label != REMOVED]
+        length = made.l2[made.new_label != REMOVED]
+        noise = Streams.of(self.seed, touched).fork("sham").uniform(*clean.image_shape).double() * 2 - 1
+        noise = noise * (255 * length / noise.flatten(1).norm(dim=1).clamp_min(1e-12))[:, None, None, None]
+        return Poisoned.of(clean, touched, images=moved(pixels_of(clean)[touched], noise), facts=made.facts)
