@@ -45,6 +45,8 @@ CANNOT = {
     "dualhead evaluate runs/half": "likewise",
     "dualhead report runs/half": "likewise",
     "dualhead list attacks --plugin mine.py": "likewise",
+    "dualhead sample runs/dat": "of what minutes of training leave; tests/commands/test_generate.py draws samples",
+    "dualhead counterfactual runs/dat": "likewise",
     "dualhead play": "serves until it is stopped; tests/e2e/test_play.py starts and stops it",
 }
 """Beginnings of commands that are not run here, unless one of `CAN` fits."""

@@ -373,6 +373,7 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
             for name, shares in values.items()
         },
         **_corruptions(members),
+        **_transfer(members),
         "parameters": first.parameters,
         "training_cost": {
             "flops": total,
@@ -407,6 +408,18 @@ def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:
         of_seeds = f"seed {seeds}: " if len(members) > 1 else ""
         checks.append({"name": name, "status": status, "message": of_seeds + seen[0][1]})
     return lights(checks)
+
+
+def _transfer(members: Sequence[Entry]) -> dict[str, Any]:
+    """What `results.json` says of images made against another network, as the mean over seeds; empty if not for all."""
+    told = [member.evaluation.results["transfer"] for member in members if "transfer" in member.evaluation.results]
+    if len(told) < len(members) or len({each["from"] for each in told}) > 1:
+        return {}
+    if len(told) == 1:
+        return {"transfer": told[0]}
+    shares = [float(each["accuracy"]) for each in told]
+    whole = {"accuracy": mean_std(shares)[0], "interval": _interval(shares, members[0].evaluation.num_samples)}
+    return {"transfer": {"from": told[0]["from"], **whole, "note": told[0]["note"]}}
 
 
 def _corruptions(members: Sequence[Entry]) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable
     for row in rows:
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
         cells += [_cell(row, name, gap) for name in shown]
-        cells += [_worn_cell(row, gap) for _ in worn]
+        cells += [_worn_cell(row, name, gap) for name in worn]
         cells += [_balanced_cell(row, name) for name in even.values()]
         table.add_row(row["name"], *cells)
     return table
@@ -267,12 +267,12 @@ def print_sequence(told: Mapping[str, Any]) -> None:
 
 
 def _worn_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the column of accuracies on corrupted images, if any were measured."""
-    return ["corruptions"] if any(row.get("corruptions") for row in rows) else []
+    """Return the columns of accuracies that no attack on the model itself gave, as far as they were measured."""
+    return [name for name in ("corruptions", "transfer") if any(row.get(name) for row in rows)]
 
 
-def _worn_cell(row: Mapping[str, Any], gap: str) -> str:
-    told = row.get("corruptions")
+def _worn_cell(row: Mapping[str, Any], name: str, gap: str) -> str:
+    told = row.get(name)
     return _percent(told["accuracy"], told["interval"], gap) if told else "-"
 
 
@@ -391,7 +391,7 @@ def print_standings(found: Mapping[str, Any]) -> None:
             _mark(row) + row["name"], str(len(row["seeds"])),
             _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
             *(_cell(row, name, " ") for name in shown),
-            *(_worn_cell(row, " ") for _ in worn),
+            *(_worn_cell(row, name, " ") for name in worn),
             *(_balanced_cell(row, name) for name in even.values()),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",

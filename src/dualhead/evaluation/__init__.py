@@ -18,7 +18,7 @@ from dualhead.evaluation.generation import (
     sample,
     sample_at,
 )
-from dualhead.evaluation.given import read_all
+from dualhead.evaluation.given import LABEL_KEYS, read_all
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint, write_arrays
 from dualhead.evaluation.model import outputs_of, read_logits
@@ -46,6 +46,7 @@ from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std
 __all__ = [
     "ESTIMATE",
     "KINDS",
+    "LABEL_KEYS",
     "MEASURES",
     "STEPS",
     "Counterfactual",

@@ -133,7 +133,7 @@ class Slope:
 
 
 Passed = Logits | Features
-"""What a pass through the network gives; the rest is at hand, or takes gradients of its own."""
+"""Needs that a pass through the network meets; the others are at hand, or take gradients of their own."""
 Need = Logits | Features | Labels | Images | Slope
 
 

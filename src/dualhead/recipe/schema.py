@@ -577,8 +577,7 @@ class Recipe(Section):
                 raise UserError(f".{place}: {error}") from None
         key = "sequence" if self.sequence is not None else "evaluate"
         for index, threat in enumerate(self.threats_measured):
-            norms = [attacks.build(spec).norms for spec in self.evaluate.attacks]
-            if all(defined is not None and threat.kind not in defined for defined in norms):
+            if not any(attacks.build(spec).takes(threat) for spec in self.evaluate.attacks):
                 raise UserError(f".{key}.threats.{index}: no attack of evaluate.attacks is defined for {threat.kind}")
         return self
 
