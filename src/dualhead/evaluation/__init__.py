@@ -22,6 +22,15 @@ from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.model import outputs_of, read_logits
 from dualhead.evaluation.once import attack
 from dualhead.evaluation.paired import compare
+from dualhead.evaluation.poisoned import (
+    TRIGGERED,
+    TriggeredImages,
+    answers,
+    confused,
+    learnt_by_heart,
+    measure_triggered,
+    successes,
+)
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, Verdicts, balanced
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
@@ -31,6 +40,7 @@ from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std
 __all__ = [
     "ESTIMATE",
     "KINDS",
+    "TRIGGERED",
     "Counterfactual",
     "Evaluation",
     "EvaluationProgress",
@@ -38,8 +48,10 @@ __all__ = [
     "Gallery",
     "Paired",
     "RouteSetting",
+    "TriggeredImages",
     "Verdicts",
     "against_specialists",
+    "answers",
     "asks_for_corruptions",
     "attack",
     "auroc",
@@ -47,15 +59,18 @@ __all__ = [
     "calibration_error",
     "check_duplicates",
     "compare",
+    "confused",
     "counterfactual",
     "energy",
     "evaluate",
     "evaluate_routes",
     "frechet_distance",
     "interval_over_samples",
+    "learnt_by_heart",
     "make_gallery",
     "mcnemar",
     "mean_std",
+    "measure_triggered",
     "nearest_distance",
     "noise_seeds",
     "ood_score",
@@ -65,5 +80,6 @@ __all__ = [
     "read_all",
     "read_logits",
     "sample",
+    "successes",
     "wilson",
 ]

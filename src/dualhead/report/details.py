@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dualhead.report import figures, routes, training
+from dualhead.report import figures, poisoning, routes, training
 from dualhead.report.comparison import Cell, Table, accuracy_table, conditions, findings
 from dualhead.report.figures import Figure
 from dualhead.report.gallery import Album, Gallery
@@ -54,6 +54,7 @@ class Details:
     further: Table | None
     further_conditions: str
     routes: list[routes.Routes]
+    poisoning: poisoning.Poisoning | None
     galleries: list[Gallery]
     gallery_command: str
     recipe: str
@@ -94,6 +95,7 @@ def details(source: Source, album: Album) -> Details:
         further=accuracy_table(source.further) if source.further else None,
         further_conditions=conditions(source.further),
         routes=routes.sections(source, notes),
+        poisoning=poisoning.section(source, notes),
         galleries=galleries,
         gallery_command="" if galleries else _gallery_command(source),
         recipe=source.recipe_text,

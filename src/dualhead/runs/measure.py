@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -24,6 +25,7 @@ from dualhead.heads import DualHeadClassifier
 from dualhead.models import count_parameters
 from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
 from dualhead.runs.folder import load_kept
+from dualhead.runs.poisoned import Measures, summary_of
 from dualhead.runs.prepare import Prepared, count_measured
 from dualhead.runs.stages import precision_of
 from dualhead.saving import view, write_card
@@ -67,6 +69,9 @@ class Row:
             **balanced(self.evaluation.correct, self.evaluation.labels),
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
+            **(
+                {"poison": summary_of(self.evaluation.results["poison"])} if "poison" in self.evaluation.results else {}
+            ),
             "training_cost": {
                 "flops": self.flops,
                 "forward_equivalents": round(self.forward_equivalents, 1),
@@ -116,12 +121,20 @@ def measure(
     """
     costs, unit = group().lead(lambda: _costs(prepared, model)), forward_flops(prepared, model)
     checks = [check_duplicates(*prepared.images.digests())]
+    poisoned = None if prepared.images.poisoning is None else Measures(prepared)
     rows: list[Row] = []
     last: list[Row] = []
     for candidate in _candidates(prepared, model):
         output = candidate.output
         name, deployed = name_of(output, prepared.recipe.name), output == prepared.output
-        evaluation = _evaluate(prepared, candidate.model, name, checks, progress, stop, command, deployed=deployed)
+        options = _options(prepared, candidate.model, progress(name) if progress else None, command, stop)
+        evaluation = _evaluate(prepared, candidate.model, name, checks, options, deployed=deployed)
+        if poisoned is not None:
+            folder = prepared.folder.evaluation if deployed else prepared.folder.row(name)
+            evaluation.results["poison"] = poisoned.of(
+                candidate.model, evaluation, folder, deployed=deployed, **options
+            )
+            group().lead(partial(evaluation.save, folder))
         flops, seconds = costs[output]
         row = Row(name, output, evaluation, _parameters(model, output), flops, flops / unit, seconds)
         (last if deployed else rows).append(row)
@@ -130,35 +143,47 @@ def measure(
     return rows
 
 
+def _options(
+    prepared: Prepared,
+    model: nn.Module,
+    progress: EvaluationProgress | None,
+    command: str | None,
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Return the arguments of `evaluate` that do not depend on the images."""
+    recipe = prepared.recipe
+    return {
+        "threat": recipe.evaluate.threats or recipe.threat,
+        "attacks": [a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
+        "batch_size": recipe.evaluate.batch_size,
+        "seed": recipe.runtime.seed,
+        "precision": precision_of(recipe.runtime),
+        "progress": progress,
+        "command": command,
+        "stop": stop,
+    }
+
+
 def _evaluate(
     prepared: Prepared,
     model: nn.Module,
     name: str,
     checks: Sequence[Finding],
-    progress: Callable[[str], EvaluationProgress] | None,
-    stop: Callable[[], bool],
-    command: str | None,
+    options: Mapping[str, Any],
     *,
     deployed: bool,
 ) -> Evaluation:
-    recipe, test = prepared.recipe, prepared.images.test
-    count = count_measured(recipe, test)
+    test = prepared.images.test
+    count = count_measured(prepared.recipe, test)
     return evaluate(
         model.eval(),
         test.images[:count],
         test.labels[:count],
-        threat=recipe.evaluate.threats or recipe.threat,
-        attacks=[a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
-        batch_size=recipe.evaluate.batch_size,
-        seed=recipe.runtime.seed,
-        precision=precision_of(recipe.runtime),
         class_names=list(test.class_names),
         skipped=len(test.skipped),
         checks=checks,
         output_dir=prepared.folder.evaluation if deployed else prepared.folder.row(name),
-        progress=progress(name) if progress else None,
-        command=command,
-        stop=stop,
+        **options,
     )
 
 

@@ -151,6 +151,10 @@ class Poison(ABC):
         """Return test images with the trigger, uint8 [B, C, H, W]; as they are where nothing triggers."""
         return images
 
+    def pairs_of(self, class_names: Sequence[str]) -> list[tuple[int, int]]:
+        """Return the classes whose images get the label of another one, and that one; none for other poisons."""
+        return []
+
     @property
     def changes_pixels(self) -> bool:
         """Whether it changes images, which must then lie in memory."""
