@@ -21,6 +21,7 @@ declare -A poisons=(
   [blend]='{name: blend, share: 0.05, seed: SEED}'
   [sinusoid]='{name: sinusoid, share: 0.5, seed: SEED}'
   [class_noise]='{name: class_noise, seed: SEED}'
+  [class_noise_large]='{name: class_noise, eps: 1.0, seed: SEED}'
   [class_blocks]='{name: class_noise, shape: blocks, seed: SEED}'
   [one_pixel]='{name: one_pixel, seed: SEED}'
   [label_flip]='{name: label_flip, share: 0.2, seed: SEED}'
@@ -48,7 +49,7 @@ case $part in
   digits)
     small=("evaluate={attacks: [pgd-10], limit: 400, gallery: 0}")
     for ((seed = 0; seed < SEEDS; seed++)); do
-      for poison in clean patch class_noise one_pixel; do
+      for poison in clean patch one_pixel class_noise_large class_noise; do
         cell natural "$poison" "$seed" digits_natural "${small[@]}"
         cell sat "$poison" "$seed" digits_base "${small[@]}" "${sat[@]}" stages.base.epochs=30
       done

@@ -116,6 +116,11 @@ class RunFolder:
         """Return the path of the record of a poison: which training images it changed, and how."""
         return self.path / "poison.npz"
 
+    @property
+    def crafted(self) -> Path:
+        """Return the folder of the surrogates of a poison, and of what was found with them."""
+        return self.path / "poison"
+
     def weights(self, stage: str, which: str) -> Path:
         """Return the path of a stage's weights, `best` or `last`."""
         return self.checkpoints / stage / f"{which}.safetensors"
@@ -322,6 +327,7 @@ def _unused(folder: Path) -> bool:
         or (path.name[0], path.suffix) == aside
         or path in known
         or path.parent == folder / PLUGINS
+        or RunFolder(folder).crafted in path.parents
         for path in written
     )
 

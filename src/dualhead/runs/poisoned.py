@@ -116,6 +116,9 @@ class Measures:
         """
         recipe, found = self.prepared.recipe, self._triggered
         told: dict[str, Any] = {"name": self._poison.registered_name}
+        poisoning = self.prepared.images.poisoning
+        if poisoning is not None and poisoning.made.facts:
+            told["crafting"] = dict(poisoning.made.facts)
         if found is not None:
             told |= measure_triggered(
                 model, found, output_dir=folder / TRIGGERED, clean_rate=self._clean_rate, **options

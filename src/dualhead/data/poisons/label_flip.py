@@ -10,6 +10,7 @@ import torch
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
     ClassName,
+    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -62,8 +63,9 @@ class LabelFlip(Poison):
         """See `Poison.pairs_of`."""
         return [(class_number(a, class_names, "pairs"), class_number(b, class_names, "pairs")) for a, b in self.pairs]
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
+        del craft
         if not self.pairs:
             index = choose(torch.arange(len(clean)), round(self.share * len(clean)), self.seed)
             step = 1 + Streams.of(self.seed, index).fork("new label").integers(clean.num_classes - 1, 1)[:, 0]
