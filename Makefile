@@ -28,14 +28,23 @@ test-all: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # Every recipe that ships, and small ones of every setting, train the weights that they trained, to the bit; and what
-# earlier code left stays of use; runs of methods of one's own resume, and a run goes on a pretend accelerator. Beside
-# them runs and sweeps that are killed, and training on two processes: all that is too long for `make test`.
+# earlier code left stays of use; runs of every kind that are stopped or killed go on to the same bits, and a run goes on
+# a pretend accelerator: all that is too long for `make test`.
+RESUMED := tests/runs/test_resume.py::test_stopped_after_every_single_step \
+	tests/runs/test_resume.py::test_killed_at_random_moments \
+	tests/training/test_ingredients.py::test_stopped_at_steps_a_run_with_the_ingredient_goes_on_bit_for_bit \
+	tests/training/test_free.py::test_stopped_at_steps_it_goes_on_bit_for_bit \
+	tests/training/test_guard.py::test_stopped_within_a_streak_or_after_a_return_a_run_still_resumes_exactly \
+	tests/objectives/test_distilled.py::test_such_a_stage_resumes_bit_for_bit \
+	tests/objectives/test_joint.py::test_a_joint_stage_within_a_run_resumes_bit_for_bit \
+	tests/objectives/test_several.py::test_a_choice_goes_on_bit_for_bit_where_it_was_stopped \
+	tests/e2e/test_tied_heads.py::test_stopped_at_steps_it_goes_on_bit_for_bit \
+	tests/e2e/test_sweep.py::test_killed_and_begun_again_a_sweep_ends_as_one_that_was_not \
+	tests/e2e/test_dispatch.py::test_a_job_that_fails_is_told_and_the_others_are_done
+
 bits: $(VENV)/.developer
 	$(BIN)/python -m pytest -n auto tests/numerics tests/contract/test_old_runs.py tests/runs/test_new_methods.py \
-		tests/contract/test_every_device.py::test_a_run_from_training_to_export \
-		tests/runs/test_resume.py::test_killed_at_random_moments \
-		tests/e2e/test_sweep.py::test_killed_and_begun_again_a_sweep_ends_as_one_that_was_not \
-		tests/e2e/test_dispatch.py::test_a_job_that_fails_is_told_and_the_others_are_done \
+		tests/contract/test_every_device.py::test_a_run_from_training_to_export $(RESUMED) \
 		"tests/distributed/test_training_processes.py::test_an_equal_global_batch_gives_the_same_training[two]"
 
 # The report in a headless Chromium of the system; without one these tests are skipped with a word.

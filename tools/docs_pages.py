@@ -165,23 +165,30 @@ def _queries(attack: Any, norm: Any, eps: float) -> str:
 
 def _objective_cost(component: Any) -> str:
     """Passes of an image in a step, as they follow from what the objective needs and what its attacks use."""
-    from dualhead.objectives import Labels
+    from dualhead.objectives import Slope, passed
 
     required = [f.name for f in dataclasses.fields(component) if f.default is dataclasses.MISSING]
     objective = component(**dict.fromkeys(required, "any"))
+    objective = objective.at(0, objective.begin())  # as a step has it: one threat where one is drawn
     needs, teachers = objective.needs(), {*objective.teachers(), *objective.frozen()}
-    asked = {n: need for n, need in needs.items() if not isinstance(need, Labels)}
+    asked = passed(needs)
     own = {n: need for n, need in asked.items() if getattr(need, "output", None) not in teachers}
     taught = {need for n, need in asked.items() if n not in own}
     passes = len({need.on for need in own.values()})
     cost = [f"{_number(passes, 'forward and backward pass')} for the loss"]
     if taught:
         cost.append(f"{_number(len(taught), 'forward pass')} of the teacher")
+    slopes = [need for need in needs.values() if isinstance(need, Slope)]
+    if slopes:
+        learnt = sum(not need.constant for need in slopes)
+        cost.append(f"{_number(len(slopes), 'forward and backward pass')} for gradients of images")
+        cost.append(f"{_number(2 * learnt, 'forward and backward pass')} to differentiate one of these again")
+    searching = {made: inner for made, inner in objective.inner().items() if inner.uses}
     if not objective.inner():
         return f"{', '.join(cost)}; no attack."
     attacks = []
-    for made, inner in objective.inner().items():
-        attack = "the attack" if len(objective.inner()) == 1 else f"the attack that makes `{made}`"
+    for made, inner in searching.items():
+        attack = "the attack" if len(searching) == 1 else f"the attack that makes `{made}`"
         attacks.append(f"one forward and backward pass for each step of {attack}")
         targets = {own[name].on for name in inner.uses if name in own and own[name].on != made}
         if targets:

@@ -1,14 +1,16 @@
-"""Everything that benchmarks/domains/run.sh has finished, in one file: accuracies, differences, hypotheses.
+"""What benchmarks/domains/run.sh has finished: each seed in a small file of its own, and all of them in one answer.
 
-    python benchmarks/domains/collect.py OUT [JSON]
+    python benchmarks/domains/collect.py keep RUN FILE      # accuracies, cost and verdicts of a measured run
+    python benchmarks/domains/collect.py tell KEPT JSON     # KEPT/VARIANT/seed=N.json, all of them, told together
 
-Reads OUT/VARIANT/seed=N and writes JSON, OUT/domains.json if left out. Accuracies are means over seeds with Student's
-95 % interval over seeds (none of one seed). A difference has two intervals: over seeds, paired by seed, and over test
-images. README.md beside it says what the hypotheses are and when they hold.
+Accuracies are means over seeds with Student's 95 % interval over seeds (none of one seed). A difference has two
+intervals: over seeds, paired by seed, and over test images. README.md beside it says what the hypotheses are and when
+they hold.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import sys
@@ -17,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from dualhead.evaluation import Evaluation, interval_over_samples
+from dualhead.system.files import write_json
 
-MEASURED = "evaluations/domains"
 CLEAN_ROUTE, ROBUST_ROUTE = "head1", "head2"
 CROSSED = {"clean": "statistics-head2_affine-head1", "robust": "statistics-head1_affine-head2"}
 """The clean and the robust affine map, each with the other's statistics."""
@@ -61,34 +64,83 @@ def accuracies(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def packed(right: NDArray[np.bool_]) -> str:
+    """Bits of a bool [N] as text."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def unpacked(text: str, count: int) -> NDArray[np.bool_]:
+    """The bool [count] that `packed` made text of."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)
+
+
+def record(run: Path) -> dict[str, Any]:
+    """All that is told of a measured run: nothing else of it has to be kept."""
+    measured = run / "evaluations" / "domains"
+    config = json.loads((run / "model" / "config.json").read_text())
+    row = json.loads((run / "comparison.json").read_text())["rows"][-1]
+    routes = json.loads((measured / "routes.json").read_text()) if (measured / "routes.json").is_file() else None
+    folders = {"all": measured} if routes is None else {each.name: each for each in sorted(measured.iterdir())}
+    found = {name: Evaluation.load(each) for name, each in folders.items() if (each / "results.json").is_file()}
+    corrupted = json.loads((run / "evaluations" / "corruptions" / "results.json").read_text())["corruptions"]
+    told: dict[str, Any] = {
+        "environment": json.loads((run / "environment.json").read_text()),
+        "images": next(iter(found.values())).num_samples,
+        "cost": row["training_cost"],
+        "parameters": row["parameters"],
+        "added_parameters": config.get("added_parameters", 0),
+        "corruptions": {
+            "mean": corrupted["accuracy"], **{kind: of["accuracy"] for kind, of in corrupted["kinds"].items()}
+        },
+        "correct": {
+            name: {what: packed(right) for what, right in each.correct.items()} for name, each in found.items()
+        },
+    }  # fmt: skip
+    if routes is None:
+        return {**told, "routes": {"all": accuracies_of(found["all"])}}
+    told |= {key: routes[key] for key in ("routes", "merged", "curve") if key in routes}
+    if "transfer" in routes:
+        told["transfer"] = routes["transfer"]["accuracy"]
+    if "gaps" in routes:
+        stored, images = routes["gaps"]["stored"], routes["gaps"]["images"]
+        told["gaps"] = {"stored": stored["summary"], "images": {head: of["summary"] for head, of in images.items()}}
+    return told
+
+
+def accuracies_of(evaluation: Evaluation) -> dict[str, Any]:
+    """What `routes.json` says of each route, of a network that has one."""
+    return {key: evaluation.results[key] for key in ("clean_accuracy", "robust_accuracy", "checks")
+            if key in evaluation.results}  # fmt: skip
+
+
 class Variant:
     """A variant's finished seeds."""
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
-        runs = sorted(run for run in folder.glob("seed=*") if (run / MEASURED / "done").is_file())
-        self.runs = {int(run.name.removeprefix("seed=")): run for run in runs}
+        files = {int(file.stem.removeprefix("seed=")): file for file in folder.glob("seed=*.json")}
+        self.runs = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
 
-    def at(self, classifier: str) -> dict[int, Path]:
-        """Folders of a classifier's evaluations, by seed; of a single network all names are the same."""
-        folders = {}
-        for seed, run in self.runs.items():
-            inside = run / MEASURED / classifier
-            folders[seed] = inside if (run / MEASURED / "routes.json").is_file() else run / MEASURED
-        return {seed: folder for seed, folder in folders.items() if (folder / "results.json").is_file()}
+    def right(self, classifier: str, what: str) -> dict[int, NDArray[np.bool_]]:
+        """Which test images a classifier has right, by seed."""
+        return {
+            seed: unpacked(run["correct"][classifier][what], run["images"])
+            for seed, run in self.runs.items()
+            if classifier in run["correct"]
+        }
 
     def describe(self) -> dict[str, Any]:
         """Everything that is told of the variant."""
-        told = [run / MEASURED / "routes.json" for run in self.runs.values()]
-        costs = [json.loads((run / "comparison.json").read_text())["rows"][-1] for run in self.runs.values()]
-        made: dict[str, Any] = {"seeds": list(self.runs), "cost": averaged([c["training_cost"] for c in costs])}
-        configs = [json.loads((run / "model" / "config.json").read_text()) for run in self.runs.values()]
-        made["parameters"] = costs[0]["parameters"]
-        made["added_parameters"] = configs[0].get("added_parameters", 0)
-        if not all(path.is_file() for path in told):
-            results = [json.loads((run / MEASURED / "results.json").read_text()) for run in self.runs.values()]
-            return {**made, "routes": {"all": accuracies(results)}}
-        found = [json.loads(path.read_text()) for path in told]
+        found = list(self.runs.values())
+        made: dict[str, Any] = {
+            "seeds": list(self.runs),
+            "cost": averaged([each["cost"] for each in found]),
+            "parameters": found[0]["parameters"],
+            "added_parameters": found[0]["added_parameters"],
+            "corruptions": {
+                kind: over_seeds([e["corruptions"][kind] for e in found]) for kind in found[0]["corruptions"]
+            },
+        }
         for key in ("routes", "merged"):
             if all(key in each for each in found):
                 made[key] = {name: accuracies([each[key][name] for each in found]) for name in found[0][key]}
@@ -98,29 +150,24 @@ class Variant:
                 {"t": found[0]["curve"][n]["t"], **accuracies([each["curve"][n] for each in found])} for n in points
             ]
         if all("transfer" in each for each in found):
-            tables = [each["transfer"]["accuracy"] for each in found]
             made["transfer"] = {
-                against: {judge: over_seeds([table[against][judge]["accuracy"] for table in tables]) for judge in row}
-                for against, row in tables[0].items()
+                against: {
+                    judge: over_seeds([each["transfer"][against][judge]["accuracy"] for each in found]) for judge in row
+                }
+                for against, row in found[0]["transfer"].items()
             }
         if all("gaps" in each for each in found):
-            made["gaps"] = {
-                "stored": averaged([each["gaps"]["stored"]["summary"] for each in found]),
-                "images": {
-                    head: averaged([each["gaps"]["images"][head]["summary"] for each in found])
-                    for head in found[0]["gaps"]["images"]
-                },
-            }
+            made["gaps"] = averaged([each["gaps"] for each in found])
         return made
 
 
 def difference(first: tuple[Variant, str], second: tuple[Variant, str], what: str) -> dict[str, Any] | None:
     """Second minus first, in clean accuracy or under all attacks, over the seeds that both have; None without any."""
-    one, other = first[0].at(first[1]), second[0].at(second[1])
+    one, other = first[0].right(first[1], what), second[0].right(second[1], what)
     seeds = sorted(one.keys() & other.keys())
     if not seeds:
         return None
-    right = [[Evaluation.load(folders[seed]).correct[what] for seed in seeds] for folders in (one, other)]
+    right = [[of[seed] for seed in seeds] for of in (one, other)]
     gains = [float(b.mean() - a.mean()) for a, b in zip(*right, strict=True)]
     return {
         "first": f"{first[0].name}: {first[1]}", "second": f"{second[0].name}: {second[1]}", "what": what,
@@ -216,14 +263,17 @@ def merged_or_between(known: Mapping[str, Variant]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read, compare, write."""
-    if len(sys.argv) not in (2, 3):
+    """Keep a run, or read what is kept, compare, write."""
+    if len(sys.argv) != 4 or sys.argv[1] not in ("keep", "tell"):
         sys.exit(__doc__)
-    out = Path(sys.argv[1])
-    variants = [Variant(folder) for folder in sorted(out.iterdir()) if folder.is_dir()]
+    source, target = Path(sys.argv[2]), Path(sys.argv[3])
+    if sys.argv[1] == "keep":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, record(source))
+        return
+    variants = [Variant(folder) for folder in sorted(source.iterdir()) if folder.is_dir()]
     known = {variant.name: variant for variant in variants if variant.runs}
     made = {"variants": {name: v.describe() for name, v in known.items()}, "hypotheses": hypotheses(known)}
-    target = Path(sys.argv[2]) if len(sys.argv) == 3 else out / "domains.json"
     target.write_text(json.dumps(made, indent=1) + "\n")
     for name, told in made["hypotheses"].items():
         print(f"{name}: {told['answer']}")

@@ -6,14 +6,17 @@
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol.
 # Variants that decide the hypotheses run first, all seeds of one before the next. The same command goes on where it was
 # stopped, and collects what is finished into OUT/domains.json. In the environment: STUDIES, a pattern of variants
-# (`dual*`); SEEDS, how many (3); EPOCHS of hybrid training (40); IMAGES, test images of each attack (2000); ONLY=train or ONLY=measure for one half.
-# PRECISION=float32 on a CPU without bf16. KEY=VALUE goes to all recipes.
+# (`dual*`); SEEDS, how many (3); EPOCHS of hybrid training (40); IMAGES, test images of each attack (2000);
+# PRECISION=float32 on a CPU without bf16; KEPT, a folder for the finished seeds' accuracies and verdicts, one small file
+# each (../results/domains): a seed that has its file there is not trained again. KEY=VALUE goes to all recipes.
 set -euo pipefail
 data=$1 out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
-: "${STUDIES:=*}" "${SEEDS:=3}" "${EPOCHS:=40}" "${IMAGES:=2000}" "${ONLY:=}" "${PRECISION:=bf16}"
+: "${STUDIES:=*}" "${SEEDS:=3}" "${EPOCHS:=40}" "${IMAGES:=2000}" "${PRECISION:=bf16}"
+: "${KEPT:=$here/../results/domains}"
 known=
+mkdir -p "$out"
 
 epochs=$EPOCHS precision=$PRECISION # of the studies that follow
 
@@ -29,21 +32,18 @@ study() {
   fi
   shift 2
   echo "$name"
-  if [[ $ONLY != measure ]]; then
-    dualhead sweep "$recipe" "data.source=$data" "stages.base.epochs=$epochs" "runtime.precision=$precision" \
-      "$@" "${extra[@]}" --seeds "$SEEDS" --out "$out/$name" --quiet
-  fi
-  [[ $ONLY != train ]] || return 0
   for ((seed = 0; seed < SEEDS; seed++)); do
+    [[ ! -f $KEPT/$name/seed=$seed.json ]] || continue
     run=$out/$name/seed=$seed
-    [[ ! -f $run/model/config.json || -f $run/evaluations/domains/done ]] && continue
+    dualhead train "$recipe" "data.source=$data" "stages.base.epochs=$epochs" "runtime.precision=$precision" \
+      "$@" "${extra[@]}" "runtime.seed=$seed" --run-dir "$run" --quiet
     dualhead evaluate "$run" --data "$data" "${routes[@]}" --attack apgd-ce --attack apgd-t --limit "$IMAGES" \
       --output "$run/evaluations/domains" --quiet
     dualhead evaluate "$run" --data "$data" --attack corruptions --limit "$IMAGES" \
       --output "$run/evaluations/corruptions" --quiet
-    touch "$run/evaluations/domains/done"
+    python "$here/collect.py" keep "$run" "$KEPT/$name/seed=$seed.json"
   done
-  python "$here/collect.py" "$out" "$out/domains.json" > "$out/answers"
+  python "$here/collect.py" tell "$KEPT" "$out/domains.json" > "$out/answers"
 }
 
 network='{name: wideresnet, depth: 10, width: 1, stem_stride: 2}'

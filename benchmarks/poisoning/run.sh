@@ -4,7 +4,7 @@
 #     benchmarks/poisoning/run.sh DATA OUT digits|pilot [KEY=VALUE...]
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol. The
-# same command goes on where it was stopped, and collects what is finished into OUT/poisoning.json. In the environment:
+# same command goes on where it was stopped; collect.py beside it collects what is finished. In the environment:
 # CELLS, a pattern of cells (`natural-*`); SEEDS of `digits` (3). PRECISION=float32 on a CPU without bf16, for the pilot.
 # KEY=VALUE goes to all recipes. `digits` takes DATA=digits, and minutes.
 set -euo pipefail

@@ -23,6 +23,7 @@ from dualhead.system.waiting import wait_shortly
 if TYPE_CHECKING:
     from dualhead import attacks, objectives, threats
     from dualhead.commands.fit import fit
+    from dualhead.commands.quality import evaluate_generation, evaluate_ood
     from dualhead.data import augmentations
     from dualhead.errors import Interrupted, RunError, UserError
     from dualhead.evaluation import (
@@ -64,6 +65,8 @@ __all__ = [
     "counterfactual",
     "energy",
     "evaluate",
+    "evaluate_generation",
+    "evaluate_ood",
     "fit",
     "layers",
     "load",
@@ -83,6 +86,7 @@ wait_shortly()  # before anything loads torch, and with it the runtime that read
 # Loaded when asked for: torch takes seconds to import, and `dualhead --help` needs none of it.
 _HOMES = {
     "dualhead.commands.fit": ("fit",),
+    "dualhead.commands.quality": ("evaluate_generation", "evaluate_ood"),
     "dualhead.data": ("augmentations",),
     "dualhead.errors": ("Interrupted", "RunError", "UserError"),
     "dualhead.evaluation": (

@@ -11,7 +11,7 @@ MODEL: Final = "model"
 MEAN: Final = "mean"
 """The mean of the heads' logits."""
 AGGREGATE: Final = "aggregate"
-"""What the aggregator makes of the heads' logits."""
+"""Output of the aggregator, from the heads' logits."""
 BASE: Final = "base"
 """The base model: trunk and head 1 as they were before any other part was trained."""
 

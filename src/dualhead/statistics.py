@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -115,3 +116,28 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     if not len(values):
         raise UserError("mean and deviation need at least one value")
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+LEAST_GAP: Final = 0.25
+"""Least distance between accuracies under one step and several that tells of overfitting: 16 images of 64."""
+
+
+def overfits_single_steps(fgsm: float, pgd: float) -> bool:
+    """Tell catastrophic overfitting: one step leaves far more images right than several do.
+
+    Args:
+        fgsm: fraction of some images that stay right under one step.
+        pgd: fraction of the same images under several.
+    """
+    return pgd < fgsm / 2 and fgsm - pgd >= LEAST_GAP
+
+
+def student(values: Sequence[float], confidence: float = 0.95) -> list[float] | None:
+    """Return Student's interval of a mean of independent values; None of fewer than two."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    mean, deviation = mean_std(values)
+    reach = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return [mean - reach, mean + reach]

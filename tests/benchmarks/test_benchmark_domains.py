@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dualhead.commands.sweep import plan
+from dualhead.evaluation import Evaluation, Verdicts
+from dualhead.evaluation.results import accuracies
+from dualhead.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\n' "$@" END >> "$ASKED"
-if [[ $1 == sweep ]]; then
-  for seed in 0 1; do mkdir -p "${@: -2:1}/seed=$seed/model"; touch "${@: -2:1}/seed=$seed/model/config.json"; done
-fi
-if [[ $1 == evaluate ]]; then mkdir -p "${@: -2:1}"; fi
+if [[ $2 == keep ]]; then mkdir -p "$(dirname "$4")"; touch "$4"; fi
 """
-"""In place of dualhead and of python: writes down what it was asked, and leaves runs and evaluations."""
+"""In place of dualhead and of python: writes down what it was asked; a run that is to be kept leaves its file."""
 
 
 def asked_of(folder, **environment):
     """How the script ended, and the commands that it gave."""
     (folder / "bin").mkdir(exist_ok=True)
-    for name, text in (("dualhead", RECORDER), ("python", "#!/usr/bin/env bash\n")):
-        (folder / "bin" / name).write_text(text)
+    for name in ("dualhead", "python"):
+        (folder / "bin" / name).write_text(RECORDER)
         (folder / "bin" / name).chmod(0o755)
     (folder / "asked").write_text("")
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    places = {"PATH": path, "ASKED": str(folder / "asked"), "KEPT": str(folder / "kept")}
     ended = subprocess.run(
         ["benchmarks/domains/run.sh", "DATA", str(folder / "out")],
         cwd=ROOT,
-        env={**os.environ, "PATH": path, "ASKED": str(folder / "asked"), "SEEDS": "2", **environment},
+        env={**os.environ, **places, "SEEDS": "2", **environment},
         check=False, capture_output=True, text=True,
     )  # fmt: skip
     return ended, [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
@@ -55,24 +57,25 @@ def test_every_variant_has_a_recipe_of_equal_cost_and_is_measured_as_what_it_is(
     monkeypatch.chdir(ROOT)
     ended, asked = asked_of(tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
-    sweeps = {Path(after("--out", words)).name: words for words in asked if words[0] == "sweep"}
+    trained = {Path(after("--run-dir", words)).parent.name: words for words in asked if words[0] == "train"}
     measured = [words for words in asked if words[0] == "evaluate"]
-    assert list(sweeps)[:4] == ["single-separate", "dual", "dual-affine", "dual-statistics"]  # those that decide
-    assert len(measured) == 2 * 2 * len(sweeps)  # attacks and corruptions, of two seeds
+    assert list(trained)[:4] == ["single-separate", "dual", "dual-affine", "dual-statistics"]  # those that decide
+    assert len(measured) == 2 * 2 * len(trained)  # attacks and corruptions, of two seeds
     protocol = (ROOT / "benchmarks/domains/README.md").read_text()
     passes = {"hybrid": 16, "mart": 16, "trades": 17, "sat": 13, "align": 16}
-    for name, words in sweeps.items():
+    for name, words in trained.items():
         group = name.split("-")[0]
         assert f"`{name}`" in protocol or f"`{group}-*`" in protocol, name
-        (job, _) = plan(words[1], words[2 : words.index("--seeds")], 2)
-        (stage,) = job.recipe.stages
+        recipe = load_recipe(words[1], words[2 : words.index("--run-dir")])
+        (stage,) = recipe.stages
         each = 17 if name == "aligned_r3" else passes[stage.objective.registered_name]  # R3 asks for clean logits too
         cost = stage.epochs * each
         assert cost == pytest.approx(640, rel=0.03), name
         routes = [w for w in measured if f"/{name}/" in w[1] and "--routes" in w]
-        assert bool(routes) == (job.recipe.model.tied is not None), name
+        assert bool(routes) == (recipe.model.tied is not None), name
+    (tmp_path / "kept/dual/seed=1.json").unlink()
     ended, again = asked_of(tmp_path, STUDIES="dual*")
-    assert not [words for words in again if words[0] == "evaluate"]  # what is done is not done again
+    assert [after("--run-dir", words) for words in again if words[0] == "train"] == [str(tmp_path / "out/dual/seed=1")]
     ended, _ = asked_of(tmp_path, STUDIES="nothing")
     assert ended.returncode == 2
     assert "no variant is called so" in ended.stderr
@@ -103,3 +106,50 @@ def test_means_have_student_s_interval_over_seeds(collect):
     assert told["interval"] == pytest.approx([0.2 - 0.2484, 0.2 + 0.2484], abs=1e-4)
     assert collect.over_seeds([0.1])["interval"] is None
     assert collect.averaged([{"a": {"b": 1.0}, "c": "x"}, {"a": {"b": 3.0}, "c": "y"}]) == {"a": {"b": 2.0}, "c": "x"}
+
+
+def evaluation(right, attacked):
+    """Images of class 0, of which some are right, and some of these under an attack."""
+    count = len(right)
+    zeros, ints = np.zeros(count), np.zeros(count, np.int64)
+    verdicts = Verdicts(attacked, zeros, ints, ints, ints, zeros, ints)
+    made = Evaluation(np.arange(count), ints, np.where(right, 0, 1), {"apgd-ce": verdicts}, {})
+    made.results |= {**accuracies(made.correct), "attacks": {"apgd-ce": {}}}
+    return made
+
+
+def test_a_kept_run_tells_all_that_its_folder_told(collect, tmp_path):
+    rng, kept = np.random.default_rng(0), tmp_path / "kept"
+    for seed in range(2):
+        run, measured = tmp_path / f"seed={seed}", {}
+        for route in ("head1", "head2"):
+            right = rng.random(37) < 0.7
+            measured[route] = evaluation(right, right & (rng.random(37) < 0.5))
+            measured[route].save(run / "evaluations/domains" / route)
+        routes = {name: {key: each.results[key] for key in ("clean_accuracy", "robust_accuracy")}
+                  for name, each in measured.items()}  # fmt: skip
+        corruptions = {"accuracy": 0.5, "kinds": {"fog": {"accuracy": 0.25, "severities": [0.25] * 5}}}
+        for name, content in {
+            "model/config.json": {"added_parameters": 480},
+            "comparison.json": {"rows": [{"training_cost": {"seconds": 60.0 + seed}, "parameters": 77_850}]},
+            "environment.json": {"cpu": "one"},
+            "evaluations/domains/routes.json": {"routes": routes},
+            "evaluations/corruptions/results.json": {"corruptions": corruptions},
+        }.items():
+            (run / name).parent.mkdir(parents=True, exist_ok=True)
+            (run / name).write_text(json.dumps(content))
+        (kept / "dual").mkdir(parents=True, exist_ok=True)
+        (kept / f"dual/seed={seed}.json").write_text(json.dumps(collect.record(run)))
+        variant = collect.Variant(kept / "dual")
+        for route, each in measured.items():
+            for what, right in each.correct.items():
+                assert np.array_equal(variant.right(route, what)[seed], right)
+    told = variant.describe()
+    assert told["cost"] == {"seconds": 60.5}
+    assert told["corruptions"]["fog"]["mean"] == 0.25
+    last = measured["head2"].results["robust_accuracy"]["worst"]
+    assert told["routes"]["head2"]["worst"]["seeds"][1] == last
+    gain = collect.difference((variant, "head1"), (variant, "head2"), "worst")
+    assert gain["difference"] == pytest.approx(
+        told["routes"]["head2"]["worst"]["mean"] - told["routes"]["head1"]["worst"]["mean"]
+    )

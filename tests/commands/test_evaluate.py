@@ -15,6 +15,7 @@ from dualhead.errors import UserError
 from dualhead.recipe import load_recipe
 from dualhead.runs.prepare import architecture_of
 from dualhead.saving import save_model
+from helpers.e2e import dualhead as command
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,13 @@ def test_what_is_asked_for_is_what_is_evaluated(monkeypatch, tmp_path):
     assert {name: given[name] for name in told} == told
     assert not given["resume"]
     assert not given["model"].training
+
+
+def test_a_note_names_its_attack_once(tmp_path):
+    asked = ["--attack", "autoattack-fast", "--eps", 0.1, "--limit", 4, "--output", tmp_path / "out", "--quiet"]
+    ended = command("evaluate", "own_factory:make", "--data", "digits", *asked)
+    assert ended.status == 0, ended.err
+    assert "\nautoattack-fast: an upper bound" in ended.out
 
 
 def test_what_is_not_asked_for_is_as_it_is_by_default(monkeypatch, tmp_path):

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dualhead as library
+from dualhead.commands import judge
 from dualhead.commands.generate import chosen
+from dualhead.data import load_split
 from dualhead.errors import UserError
 from helpers.e2e import dualhead
 
@@ -33,15 +36,15 @@ def test_samples_have_their_classes_and_do_not_depend_on_what_is_drawn_beside_th
     assert ended.status == 0, ended.err
     assert json.loads(ended.out)["samples"] == 9
     with np.load(tmp_path / "a" / "samples.npz") as many:
-        assert many["image"].shape == (9, 1, 8, 8)
-        assert many["image"].dtype == np.uint8
+        assert many["images"].shape == (9, 1, 8, 8)
+        assert many["images"].dtype == np.uint8
         assert many["label"].tolist() == [2, 2, 2, 3, 3, 3, 4, 4, 4]
         assert (
             dualhead("sample", run, "--classes", "3", "--count", "2", "--steps", "2", "--output", tmp_path / "b").status
             == 0
         )
         with np.load(tmp_path / "b" / "samples.npz") as few:
-            assert np.array_equal(few["image"], many["image"][3:5])
+            assert np.array_equal(few["images"], many["images"][3:5])
     for name in ("sheet.png", "strip.png"):
         with Image.open(tmp_path / "a" / name) as sheet:
             assert sheet.size == (3 * 68 + 4, 3 * 68 + 4)
@@ -66,3 +69,84 @@ def test_classes_are_read_by_number_range_or_name():
     for words in ("3", "2-1", "fish", ","):
         with pytest.raises(UserError, match="class"):
             chosen(words, names)
+
+
+def test_samples_are_training_images_by_the_name_of_their_file(run, tmp_path):
+    assert dualhead("sample", run, "--count", "4", "--steps", "1", "--output", tmp_path).status == 0
+    file = tmp_path / "samples.npz"
+    found = load_split(str(file), "train")
+    with np.load(file) as stored:
+        assert np.array_equal(found.images[:], stored["images"])
+        assert np.array_equal(found.labels, stored["label"])
+    assert found.class_names == load_split("digits", "train").class_names
+    more = (f"data.extra={{source: {file}, fraction: 0.5}}", "stages.*.batch_size=16")
+    ended = dualhead("train", "digits_natural", *TINY, *more, "--run-dir", tmp_path / "more", "--quiet")
+    assert ended.status == 0, ended.err
+
+
+@pytest.fixture
+def hasty(monkeypatch, tmp_path):
+    """A judge that takes one epoch, kept for this test alone."""
+    monkeypatch.setattr(judge, "EPOCHS", 1)
+    monkeypatch.setenv("DUALHEAD_CACHE", str(tmp_path / "cache"))
+
+
+WORDS = ("--generation", "--samples", "40", "--sample-steps", "1,2", "--judge", "cnn-4", "--attack", "fgsm",
+         "--limit", "60", "--ood", "uniform")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hasty")
+def test_samples_and_images_out_of_distribution_are_measured_kept_and_shown(run, tmp_path):
+    ended = dualhead("evaluate", run, *WORDS, "--json")
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["generation"]["steps"] in (1, 2)
+    assert told["generation"]["seeds"] == "gaussian"
+    assert told["generation"]["judge"]["training_images"] == 80
+    assert set(told["ood"]["sources"]["uniform"]["scores"]) == {"lse", "msp", "max_logit"}
+    folder = next((run / "evaluations").glob("*generation_ood"))
+    assert json.loads((folder / "results.json").read_text())["generation"] == told["generation"]
+    judges = list((tmp_path / "cache" / "judges").iterdir())
+    assert len(judges) == 1
+
+    again = dualhead("evaluate", run, *WORDS)  # from what is kept, with tables
+    assert again.status == 0, again.err
+    assert "trains a judge" not in again.err
+    assert "Frechet distance" in again.out
+    assert "AUROC" in again.out
+    assert dualhead("report", run, "-o", tmp_path / "page.html").status == 0
+    page = (tmp_path / "page.html").read_text()
+    for words in ("Samples by class", "From seed to sample", "Nearest training images", "Images out of distribution"):
+        assert words in page
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hasty")
+def test_python_measures_what_the_command_does(run):
+    ended = dualhead("evaluate", run, *WORDS[:-2], "--json", "--overwrite")
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)["generation"]
+    train, test = load_split("digits", "train", limit=80), load_split("digits", "test").first(60)
+    model = library.load(run)
+    found = library.evaluate_generation(
+        model, (train.images, train.labels), (test.images, test.labels), samples=40, steps=(1, 2), judge="cnn-4",
+        class_names=train.class_names, augment=[{"name": "pad_crop", "padding": 1}],
+    )  # fmt: skip
+    assert found["samples"] == told["samples"]
+    assert [point["test"] for point in found["curve"]] == pytest.approx([point["test"] for point in told["curve"]])
+    others = library.evaluate_ood(model, test.images, {"train": train.images}, "L2:0.5")
+    assert 0 <= others["sources"]["train"]["scores"]["lse"]["auroc"] <= 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_options_of_generation_that_do_not_fit_are_told(run):
+    for words, message in (
+        (("--generation", "--sample-steps", "a"), "--sample-steps"),
+        (("--generation", "--samples", "12"), "samples"),
+        (("--ood", "nothing/here.npz"), "nothing/here.npz"),
+        (("--ood", "uniform", "--routes", "all"), "--routes"),
+    ):
+        ended = dualhead("evaluate", run, "--attack", "fgsm", "--limit", "20", *words)
+        assert ended.status == 2
+        assert message in ended.err

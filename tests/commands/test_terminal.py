@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 from rich.console import Console
 
-from dualhead.commands import terminal
+from dualhead.commands import cli, terminal
 
 
 @pytest.fixture
@@ -86,3 +87,18 @@ def test_a_row_of_a_sweep_in_which_a_check_failed_is_marked(shown):
     rows = [line for line in shown.getvalue().splitlines() if "50.0" in line]
     assert ["! m" in line for line in rows] == [False, True]
     assert terminal.DOUBTED in shown.getvalue()
+
+
+def test_a_word_of_a_folder_that_is_read_twice_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(logging, "lastResort", logging._StderrHandler(logging.WARNING))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own would print instead
+
+    def app(*_, **__):
+        for text in ("left out 3 images", "left out 3 images", "another word"):
+            logging.getLogger("dualhead.data.files").warning(text)
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().err.splitlines() == ["left out 3 images", "another word"]

@@ -9,14 +9,6 @@ import pytest
 from helpers.e2e import TINY, dualhead
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory):
-    """Decoded images go where no user's cache is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DUALHEAD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
     """A finished run of three stages; tests leave it as it is."""

@@ -300,7 +300,12 @@ OBJECTIVE_COSTS = {
     "hat": f"{ATTACK}{TARGET}{THREE}es for the loss, and a forward pass of the teacher.",
     "msd": f"{ATTACK}and {ONE} for the loss.",
     "energy": f"{ATTACK}and {THREE}es for the loss.",
-    **dict.fromkeys(("any_of", "avg"), f"{THREATS}and {THREE}es for the loss."),
+    "any_of": f"{ATTACK}and {ONE} for the loss.",
+    "avg": f"{THREATS}and {THREE}es for the loss.",
+    "elle": f"{ATTACK}and 4 forward and backward passes for the loss.",
+    "grad_align": (
+        f"{ATTACK}{ONE} for the loss, {TWO}es for gradients of images, and {TWO}es to differentiate one of these again."
+    ),
     "ramp": f"{AMONG_THREE.format('')}{AMONG_THREE.format(2)}and {TWO}es for the loss.",
     **dict.fromkeys(("mart", "hybrid", "align", "balanced"), f"{ATTACK}and {TWO}es for the loss."),
     **dict.fromkeys(

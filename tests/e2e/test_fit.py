@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader, TensorDataset
 
 import dualhead
@@ -148,6 +149,55 @@ def test_a_model_with_a_second_head(digits, tmp_path):
     x = digits[1][0].float() / 255
     with torch.no_grad():
         torch.testing.assert_close(again(x), model.view("head1").eval()(x))  # what is not trained stays
+
+
+def moved(model):
+    """The same heads, each with weights of its own: they answer otherwise than head 1."""
+    for name, tensor in model.head2.named_parameters():
+        if name not in model.tied:
+            tensor.data += 0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("second_head", "own", "told"),
+    [("clone", None, None), ("tied", None, ["batch_norm"]), ("tied", ["low.0.bias"], ["low.0.bias"])],
+)
+def test_heads_that_are_given_keep_their_weights(digits, tmp_path, second_head, own, told):
+    given = {"aggregator": "mean", "init": second_head, "own": own, "example": digits[0][0][:2]}
+    model = moved(dualhead.attach_second_head(net(), "input", **given))
+    stage = {"name": "second", "train": ["head2"], "objective": "sat", "attack": "pgd-1", "keep": "last"}
+    recipe = {
+        **PLAIN,
+        "model": {"second_head": second_head, "attach_at": "low"},
+        "stages": [{**stage, "deploy": "mean"}],
+    }
+    run = fitted(model, digits, tmp_path / "run", recipe, epochs=0)
+    x = digits[1][0].float() / 255
+    again = dualhead.load(tmp_path / "run", "aggregate", factory=lambda: copy.deepcopy(model))
+    with torch.no_grad():
+        assert torch.equal(again(x), model.eval()(x))
+        assert not torch.equal(model.view("head1")(x), model.view("head2")(x))
+    section = yaml.safe_load((run.run_dir / "config.yaml").read_text())["model"]
+    assert section["aggregator"] == {"name": "mean"}
+    assert section["own"] == told
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"recipe": {**PLAIN, "model": {"second_head": "tied"}}},
+            "its heads share no tensor, and the recipe ties them",
+        ),
+        ({"attach_at": "high"}, "has its heads already, behind low"),
+    ],
+)
+def test_given_heads_that_do_not_fit_are_refused(digits, tmp_path, more, said):
+    model = dualhead.attach_second_head(net(), "low", example=digits[0][0][:2])
+    with pytest.raises(dualhead.UserError, match=said):
+        fitted(model, digits, tmp_path / "run", **{"recipe": PLAIN, **more})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_network_without_an_address_needs_a_factory(digits, tmp_path):

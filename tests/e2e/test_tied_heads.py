@@ -110,6 +110,7 @@ def test_checkpoints_hold_a_shared_tensor_once(made):
     assert len(places) - len(set(places)) == len(shared)
 
 
+@pytest.mark.slow  # with `make bits`
 def test_stopped_at_steps_it_goes_on_bit_for_bit(made):
     recipe, folder = load_recipe(str(made / "tied.yaml"), []), made / "stopped"
     asked = []

@@ -249,6 +249,7 @@ def test_looking_ahead_gives_the_same_verdicts(precision, monkeypatch):
     def settle(self, precision, x, y, work):
         self.use(BF16 if precision == "bf16" else FLOAT32, x)
         self.forward_batch_size = 256
+        return {"precision": precision, "chosen": "as asked for", "seconds_per_image": {}}
 
     monkeypatch.setattr(Square, "leap", lambda self, *args: asked.append(args[-1]) or plain(self, *args))
     monkeypatch.setattr(Subject, "settle", settle)
@@ -448,7 +449,13 @@ class Normalised(nn.Module):
 
 def test_a_model_that_answers_otherwise_with_the_same_weights_is_noticed(tmp_path):
     images, labels = patterns(10)
-    options = {"threat": THREAT, "attacks": ["pgd-2"], "output_dir": tmp_path, "diagnostics": False}
+    options = {
+        "threat": THREAT,
+        "attacks": ["pgd-2"],
+        "output_dir": tmp_path,
+        "diagnostics": False,
+        "precision": "float32",
+    }
     evaluate(Normalised(0.1), images, labels, **options)
     with pytest.raises(
         UserError, match=r"gave other logits for the same images with the same weights; choose another --output"

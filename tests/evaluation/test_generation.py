@@ -93,14 +93,6 @@ def test_auroc_is_the_share_of_pairs_in_order():
         generation.auroc(inside, torch.tensor([math.nan]))
 
 
-def test_the_calibration_error_by_hand():
-    sure = torch.tensor([[0.85, 0.15], [0.85, 0.15], [0.45, 0.55], [0.45, 0.55]])
-    error, table = generation.calibration_error(sure, torch.tensor([0, 1, 1, 1]), bins=10)
-    assert error == pytest.approx(0.5 * 0.35 + 0.5 * 0.45)
-    assert table[:, 2].tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 2, 0]
-    assert table[5, :2].tolist() == pytest.approx([0.55, 1.0])
-
-
 def test_the_frechet_distance_of_moved_and_stretched_features():
     x = torch.randn(500, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     assert generation.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)

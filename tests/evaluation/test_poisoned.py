@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from dualhead.evaluation import Evaluation, TriggeredImages, answers, confused, learnt_by_heart, measure_triggered
+from dualhead.evaluation import (
+    Evaluation,
+    TriggeredImages,
+    answers,
+    confused,
+    found_by_signatures,
+    learnt_by_heart,
+    measure_triggered,
+)
+from dualhead.evaluation.poisoned import features, spectral_signatures
 
 NAMES = ("ant", "bee", "cat")
 
@@ -82,3 +91,28 @@ def test_pairs_are_told_by_recall_and_by_the_class_that_they_are_taken_for():
     assert (entry["from"], entry["to"], entry["num_samples"]) == ("ant", "bee", 4)
     assert (entry["recall"], entry["taken_for_second"]) == (0.25, 0.5)
     assert confused(said[labels != 0], labels[labels != 0], [(0, 1)], NAMES) == []
+
+
+def test_images_that_lie_apart_in_their_class_are_the_most_suspicious():
+    random = torch.Generator().manual_seed(0)
+    seen, labels = torch.randn(100, 5, generator=random), torch.arange(100) % 2
+    seen[labels == 1] *= 100  # the scale of a class does not matter
+    poisoned = torch.zeros(100, dtype=torch.bool)
+    poisoned[:6] = True
+    seen[:6] += torch.tensor([8.0, 800.0]).repeat(3)[:, None]
+    scores = spectral_signatures(seen, labels)
+    assert float(scores[poisoned].min()) > float(scores[~poisoned].max())
+    assert float(scores[labels == 0].mean()) == pytest.approx(1.0)
+
+
+def test_features_are_what_the_last_linear_layer_is_given():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4, bias=False), nn.ReLU(), nn.Linear(4, 3))
+    pixels = images([0, 1, 2], [0, 1, 0])
+    by_hand = torch.relu(model[1](pixels.flatten(1).float() / 255)).detach()
+    torch.testing.assert_close(features(model, pixels, 2), by_hand)
+    assert features(ByCorner(), pixels) is None
+    told = found_by_signatures(model, pixels, torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, False]))
+    assert 0 <= told["auroc"] <= 1
+    assert (
+        found_by_signatures(model, pixels, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)) is None
+    )

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, Rows, attach_second_head
-from dualhead.heads.tied import tensors_by_name
+from dualhead.heads.tied import WORDS, own_names, own_words, tensors_by_name
 from dualhead.models import count_parameters
 from dualhead.recipe import load_recipe, parse_recipe
 from dualhead.system.replicas import twins as lanes_of
@@ -508,3 +508,11 @@ def test_a_batch_norm_with_a_forward_of_its_own_cannot_be_told_whose_rows_it_see
     dual = attach_second_head(model, "input", example=X, init="tied", own=["affine"], aggregator="mean")
     with pytest.raises(UserError, match=r"stem.1 is a batch norm whose forward is its own \(Odd\)"):
         dual.heads_together(("head1", "head2"), dual.features(X), Rows((2, 4), (True, True)))
+
+
+@pytest.mark.parametrize("own", [["batch_norm"], ["affine"], ["statistics"], ["body.*"], ["batch_norm@body"]])
+def test_the_words_for_what_is_own_mean_just_that(own):
+    model = tied(own=own)
+    words = own_words(model.head2, model.own_of_tied)
+    assert own_names(model.head2, words) == model.own_of_tied
+    assert list(words) == own if own[0] in WORDS else set(words) == model.own_of_tied

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -203,7 +204,10 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         for name, *arguments in json.load(sys.stdin):
             results.append(jobs[name](*arguments))
-    print(json.dumps(results))
+    print(json.dumps(results), flush=True)
+    os._exit(
+        0
+    )  # torch's threads for a device that Python makes may outlive the interpreter, and end the process by abort
 
 
 if __name__ == "__main__":

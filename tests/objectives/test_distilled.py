@@ -177,6 +177,7 @@ def test_a_run_of_three_heads_is_measured_by_all_of_them(tmp_path):
     assert "The mean of 3 heads" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow  # with `make bits`
 def test_such_a_stage_resumes_bit_for_bit(tmp_path):
     changes = ["stages.second_head.objective=distilled", "stages.second_head.deploy=mean"]
     assert train_until(tmp_path / "whole", lambda: False, *changes)

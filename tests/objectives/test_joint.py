@@ -324,6 +324,7 @@ JOINT = [
 ]
 
 
+@pytest.mark.slow  # with `make bits`
 def test_a_joint_stage_within_a_run_resumes_bit_for_bit(tmp_path):
     assert train_until(tmp_path / "whole", lambda: False, *JOINT)
     asked = []

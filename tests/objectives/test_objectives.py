@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualhead.attacks import RandomPoint
 from dualhead.errors import UserError
-from dualhead.objectives import Labels, Logits, Objective, check_weighable, objectives, weighted
+from dualhead.objectives import Images, Labels, Logits, Objective, check_weighable, objectives, weighted
 from helpers.objectives import REQUIRED, climbed, see, shipped
 from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
 
@@ -202,8 +203,8 @@ VARIANTS = {
     "joint with ties": {"name": "joint", "attack": "sum", "distillation": 1, "diversity": 1, "head2": "natural"},
     "joint with guidance": {"name": "joint", "attack": "head1", "head2": "natural", "aggregate": None, "guidance": 1},
 }
-PAIRED = ("logit_pairing", "hat around logit_pairing", "joint with guidance", "energy")
-"""Those whose loss is of logits and not of predictions, as published."""
+PAIRED = ("logit_pairing", "hat around logit_pairing", "joint with guidance", "energy", "grad_align")
+"""Those whose loss is of logits, or of gradients of images, and not of predictions, as published."""
 ORDER = torch.tensor([3, 1, 5, 0, 4, 2])
 
 
@@ -227,12 +228,15 @@ def adversarial(objective) -> Objective:
 def seen_for(objective, seed, scale=3.0, batch=6, classes=5):
     """Logits for each need, equal ones for equal needs and unlike ones for others; labels."""
     generator = torch.Generator().manual_seed(seed)
-    made = {
-        need: torch.randint(classes, (batch,), generator=generator)
-        if isinstance(need, Labels)
-        else scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
-        for need in dict.fromkeys(objective.needs().values())
-    }
+
+    def make(need):
+        if isinstance(need, Labels):
+            return torch.randint(classes, (batch,), generator=generator)
+        if isinstance(need, Images):
+            return torch.rand(batch, 1, 1, 1, generator=generator, dtype=torch.float64)
+        return scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+
+    made = {need: make(need) for need in dict.fromkeys(objective.needs().values())}
     y = torch.randint(classes, (batch,), generator=generator)
     return {name: made[need] for name, need in objective.needs().items()}, y
 
@@ -244,8 +248,18 @@ def moved(seen, move):
 def changed(objective, seen, need):
     """The same but for what one need gives, under whatever names it goes."""
     names = [name for name, other in objective.needs().items() if other == need]
-    other = (lambda t: (t + 1) % 5) if isinstance(need, Labels) else (lambda t: t.roll(1, 1) + torch.arange(5))
+
+    def other(value):
+        if isinstance(need, Labels):
+            return (value + 1) % 5
+        return 1 - value if isinstance(need, Images) else value.roll(1, 1) + torch.arange(5)
+
     return {**seen, **{name: other(seen[name]) for name in names}}
+
+
+def searching(objective):
+    """Inner maximisations that ask the model, by name; the others draw random points."""
+    return {made: inner for made, inner in objective.inner().items() if not isinstance(inner.attack, RandomPoint)}
 
 
 def test_contract_terms_add_up_to_a_finite_scalar(objective):
@@ -303,7 +317,7 @@ def test_only_what_says_so_depends_on_the_other_images_of_a_batch():
 
 def test_contract_inner_loss_is_one_number_per_image_by_itself(adversarial):
     seen, y = seen_for(adversarial, 2)
-    for made, inner in adversarial.inner().items():
+    for made, inner in searching(adversarial).items():
         value = climbed(adversarial, y, seen, made)
         assert value.shape == y.shape
         assert torch.allclose(climbed(adversarial, y[ORDER], moved(seen, lambda t: t[ORDER]), made), value[ORDER])
@@ -321,7 +335,8 @@ def test_contract_order_of_images_and_names_of_classes_do_not_matter(objective):
     assert torch.allclose(before, objective.loss(y[ORDER], moved(seen, lambda t: t[ORDER])).total)
     classes = torch.tensor([4, 2, 0, 3, 1])
     order = classes.argsort()
-    renamed = objective.loss(order[y], moved(seen, lambda t: order[t] if t.dim() == 1 else t[:, classes])).total
+    named = {1: lambda labels: order[labels], 2: lambda logits: logits[:, classes], 4: lambda images: images}
+    renamed = objective.loss(order[y], moved(seen, lambda t: named[t.dim()](t))).total
     assert torch.allclose(before, renamed)
 
 
@@ -331,7 +346,8 @@ def test_contract_a_shift_of_all_logits_of_an_image_does_not_matter(objective, v
     seen, y = seen_for(objective, 4)
     needs = list(dict.fromkeys(objective.needs().values()))
     shift = torch.arange(len(y), dtype=torch.float64)[:, None] * 7 - 11
-    shifted = {name: seen[name] + shift * (1 + needs.index(need)) for name, need in objective.needs().items()}
+    logits = {name: need for name, need in objective.needs().items() if not isinstance(need, Images)}
+    shifted = {**seen, **{name: seen[name] + shift * (1 + needs.index(need)) for name, need in logits.items()}}
     assert torch.allclose(objective.loss(y, seen).total, objective.loss(y, shifted).total)
 
 
@@ -351,7 +367,7 @@ def test_contract_what_is_asked_for_is_used(objective):
 
 def test_contract_gradients_reach_whatever_the_loss_uses_but_what_is_taught_by(objective):
     seen, y = seen_for(objective, 5)
-    logits_of = {name: need for name, need in objective.needs().items() if not isinstance(need, Labels)}
+    logits_of = {name: need for name, need in objective.needs().items() if not isinstance(need, Labels | Images)}
     points = {need: seen[name].clone().requires_grad_() for name, need in logits_of.items()}
     asked = {**seen, **{name: points[need] for name, need in logits_of.items()}}
     loss = objective.loss(y, asked).total
@@ -370,7 +386,7 @@ def test_contract_what_an_attack_uses_are_needs_and_each_of_them_matters(adversa
     for made, inner in adversarial.inner().items():
         assert set(inner.uses) <= set(needs)
         assert inner.start in known - {made}
-        assert any(needs[name].on == made for name in inner.uses)
+        assert any(needs[name].on == made for name in inner.uses) or made not in searching(adversarial)
         for name in inner.uses:
             other = changed(adversarial, seen, needs[name])
             assert not torch.allclose(climbed(adversarial, y, seen, made), climbed(adversarial, y, other, made)), name

@@ -176,7 +176,8 @@ def test_a_recipe_is_written_in_full_and_read_back(method):
     assert parsed.resolved()["stages"][0]["objective"]["among"][1] == {"norm": "L1", "eps": 3.0}
 
 
-@pytest.mark.parametrize("method", ["adaptive", pytest.param("uniform", marks=pytest.mark.slow)])
+@pytest.mark.slow  # with `make bits`
+@pytest.mark.parametrize("method", ["adaptive", "uniform"])
 def test_a_choice_goes_on_bit_for_bit_where_it_was_stopped(method, tmp_path):
     fields = ", ".join(f"{key}: {value}" for key, value in METHODS[method].items() if key != "among")
     more = ("stages.*.objective={" + fields + ", among: [Linf:0.1, L1:3]}",)

@@ -6,9 +6,12 @@ import json
 
 import pytest
 
+from dualhead.commands.catalogue import recipes
 from dualhead.recipe.yaml import load_recipe
 from dualhead.report.model_card import model_card
 from dualhead.report.text import attack_text, threat_text
+from dualhead.saving.export import write_card
+from dualhead.system.files import head_sentence
 
 CONFIG = {
     "architecture": {"backbone": {"name": "cnn"}, "image_shape": [1, 8, 8], "num_classes": 10},
@@ -98,3 +101,28 @@ def test_what_is_not_attacked_names_no_attack_and_free_takes_its_place():
 )  # fmt: skip
 def test_data_are_told_with_how_many_of_them(overrides, told):
     assert told in card(*overrides)
+
+
+def test_the_card_of_a_recipe_after_an_abstract_says_that_it_is_no_reproduction(tmp_path):
+    config = {**CONFIG, "recipe": "cifar10_cpu_aligned", "output": "head1"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_card(tmp_path, None)
+    assert "After THAT (Wu et al. 2021, arXiv 2103.13612), not a reproduction" in (tmp_path / "README.md").read_text()
+    assert "recipe:" not in model_card({**CONFIG, "recipe": "my_own"}).partition("## Data and training")[2].replace(
+        "- recipe: not recorded", ""
+    )
+
+
+def test_the_sentence_at_a_recipe_s_head_is_whole(tmp_path):
+    written = "# Ours (Doe et al. 2020, eq. 3), in\n# two lines. More.\ndata: {}\n# Not this.\n"
+    (tmp_path / "a.yaml").write_text(written)
+    assert head_sentence(tmp_path / "a.yaml") == "Ours (Doe et al. 2020, eq. 3), in two lines."
+    (tmp_path / "b.yaml").write_text("data: {}\n")
+    assert head_sentence(tmp_path / "b.yaml") == ""
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_that_ships_says_what_it_is_in_a_sentence(name):
+    said = recipes()[name]
+    assert said.endswith(".") and said.count("(") == said.count(")")
+    assert ("not a reproduction" in said) == ("aligned" in name or name == "cifar10_wrn34_dat")

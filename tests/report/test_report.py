@@ -26,14 +26,15 @@ from dualhead.evaluation.gallery import Gallery
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
 from dualhead.names import id_of
 from dualhead.report import write_report
-from dualhead.report.comparison import as_csv, as_records, cost_table, trade_offs, verdict
+from dualhead.report.calibration import calibration_of, reliability_diagrams
+from dualhead.report.comparison import as_csv, as_records, cost_table, difference_table, trade_offs, verdict
 from dualhead.report.differences import difference
 from dualhead.report.figures import pareto
 from dualhead.report.gallery import change, picture, spread
 from dualhead.report.sources import Estimate, read_sources, role_of
 from dualhead.report.summary import summary
 from dualhead.report.svg import Drawing, ticks
-from dualhead.report.text import eps_text, eps_texts, large, squeezed
+from dualhead.report.text import component_text, eps_text, eps_texts, large, squeezed
 from dualhead.statistics import mcnemar
 
 ROLE_CLASSES = (["head1"], ["head2"], ["aggregate"])
@@ -162,7 +163,7 @@ class Page(HTMLParser):
         super().__init__()
         self.source = Path(path).read_text(encoding="utf-8")
         self.tags, self.words, self._inside = [], [], []
-        self.feed(self.source)
+        self.feed(self.source.replace("<wbr>", ""))
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
@@ -292,8 +293,9 @@ def test_costs_stand_in_one_unit(tmp_path):
             row["training_cost"]["flops"] = 5e6 * forward
         (run / "comparison.json").write_text(json.dumps(comparison))
     rows = [row for source in read_sources(runs) for row in source.rows]
-    costs = [cells[2].order for cells in cost_table(rows).rows]
-    assert costs == [5e6] * len(ROWS) + [2e7] * len(ROWS)
+    told = cost_table(rows).rows
+    assert [cells[3].order for cells in told] == [5e6] * len(ROWS) + [2e7] * len(ROWS)
+    assert [cells[2].text for cells in told] == ["1.00 x"] * len(ROWS) + ["4.00 x"] * len(ROWS)
 
 
 def test_probabilities_that_are_none_leave_the_page_whole(tmp_path):
@@ -355,7 +357,7 @@ def test_a_later_attack_that_finds_more_takes_the_green_away(tmp_path):
 
 def test_checks_stand_between_the_verdict_and_the_numbers(tmp_path):
     page = report(make_run(tmp_path / "run"), at=tmp_path)
-    assert [tag.get("id") for tag in page.all("section")][1:3] == ["diagnostics-1", "accuracy"]
+    assert [tag.get("id") for tag in page.all("section")][1:3] == ["diagnostics", "accuracy"]
 
 
 def test_a_model_of_two_names_has_one_row(tmp_path):
@@ -404,6 +406,62 @@ def test_differences_do_not_depend_on_the_order_of_samples(tmp_path):
     assert difference(first, second, "worst") == before
 
 
+def test_results_of_a_few_runs_are_compared_each_with_each_at_the_most_equal_cost_first(tmp_path):
+    runs = [make_run(tmp_path / name, seed=10 * number) for number, name in enumerate("abc")]
+    for run, flops in zip(runs, (5e7, 1e9, 1.1e9), strict=True):
+        comparison = json.loads((run / "comparison.json").read_text())
+        comparison["rows"][-1]["training_cost"]["flops"] = flops
+        (run / "comparison.json").write_text(json.dumps(comparison))
+    table = difference_table(read_sources(runs))
+    called = {name: f"{name}: aggregate of heads" for name in "abc"}
+    expected = [("c", "b", "1.10 x"), ("b", "a", "20.00 x"), ("c", "a", "22.00 x")]
+    told = [(row[0].text, row[1].text, row[-1].text) for row in table.rows[:3]]
+    assert told == [(called[first], called[second], cost) for first, second, cost in expected]
+    assert table.rows[3][1].text == "a: base model" and table.rows[3][-1].text == "n/a"
+    assert table.columns[-1] == "training cost"
+
+
+def test_each_of_many_runs_is_compared_with_the_first(tmp_path):
+    runs = [make_run(tmp_path / name, seed=10 * number) for number, name in enumerate("abcde")]
+    rows = difference_table(read_sources(runs)).rows
+    assert [row[1].text for row in rows[:4]] == ["a: aggregate of heads"] * 4
+
+
+def test_calibration_is_told_and_drawn(tmp_path):
+    bins = [{"confidence": 0.5, "accuracy": 0.75, "images": 20}, {"confidence": 0.9, "accuracy": 0.8, "images": 40}]
+    found = {"error": (0.25 * 20 + 0.1 * 40) / 60, "bins": bins}
+    evaluation(tmp_path / "one", 3, calibration=found)
+    page = report(tmp_path / "one", at=tmp_path)
+    assert {"href": "#calibration"} in page.all("a")
+    assert "Calibration" in page.text and "error 15.0 points" in page.text
+    (row,) = read_sources([tmp_path / "one"])[0].rows
+    told = calibration_of(row)
+    assert told.error == pytest.approx(0.15) and told.confidence == pytest.approx((10 + 36) / 60)
+    (figure,) = reliability_diagrams([row])
+    assert figure.svg.count("<circle") == 2 and "40 images: confidence 90.0, accuracy 80.0" in figure.svg
+
+
+@pytest.mark.parametrize(
+    "found",
+    [None, 3, {}, {"error": "x", "bins": []}, {"error": 0.1, "bins": []}, {"error": 0.1, "bins": [{"confidence": 2}]},
+     {"error": 0.1, "bins": [{"confidence": 0.5, "accuracy": 0.5, "images": 0}]}, {"error": math.nan, "bins": [{}]}],
+)  # fmt: skip
+def test_results_without_a_sound_calibration_say_nothing_of_it(tmp_path, found):
+    evaluation(tmp_path / "one", 3, calibration=found)
+    assert "Calibration" not in report(tmp_path / "one", at=tmp_path).text
+
+
+def test_names_break_after_underscores_and_numbers_do_not(tmp_path):
+    page = report(make_run(tmp_path / "guided_distillation"), make_run(tmp_path / "b"), at=tmp_path)
+    assert "guided_<wbr>distillation: head 1" in page.source
+    assert not re.search(r"\d\.<wbr>|\d/<wbr>", page.source.partition("<main")[2])
+
+
+def test_components_within_components_are_written_like_others():
+    joint = {"name": "joint", "head1": {"name": "trades", "beta": 6.0, "clean": ""}, "head2": None}
+    assert component_text(joint) == "joint (head1 trades (beta 6))"
+
+
 def test_other_samples_threats_or_attacks_are_not_compared(tmp_path):
     base = make_run(tmp_path / "a", count=40)
     others = [
@@ -440,6 +498,15 @@ def test_robust_overfitting_is_told_from_chance(tmp_path, drop, overfits):
     page = report(make_run(tmp_path / "run", lines=lines, evaluated=False), at=tmp_path)
     assert ("explain by chance: robust overfitting" in page.text) == overfits
     assert "Best epoch 3: robust 50.0 %" in page.text or drop == 0
+
+
+@pytest.mark.parametrize("pgd", [0.02, 0.5])
+def test_catastrophic_overfitting_is_told_and_drawn(tmp_path, pgd):
+    lines = [{**line, "watched_fgsm": 0.6, "watched_pgd": pgd} for line in metrics("main_head", 6)]
+    text = report(make_run(tmp_path / "run", lines=lines, evaluated=False), at=tmp_path).text
+    told = "Catastrophic overfitting, last in epoch 6: of a few images 60.0 % stay right under one step of FGSM, 2.0 %"
+    assert (told in text) == (pgd == 0.02)
+    assert "a few images, PGD-5" in text
 
 
 @pytest.mark.parametrize(

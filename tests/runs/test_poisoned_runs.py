@@ -174,6 +174,7 @@ def test_every_output_of_a_run_is_measured_and_told(tmp_path):
         assert 0 <= told["attack_success_rate"] <= 1
         assert set(told["robust_accuracy_on_triggered"]) == {"fgsm", "worst"}
         assert set(told["training"]) == {"num_samples", "by_given_label", "by_true_label", "intervals"}
+        assert ("spectral_signatures" in told) == (row["output"] not in ("mean", "aggregate"))
         rates = told["attack_success_rate"] - told["clean_model"]["attack_success_rate"]
         assert told["above_clean_model"]["difference"] == pytest.approx(rates)
     held = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["poison"]

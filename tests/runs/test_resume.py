@@ -32,6 +32,7 @@ def test_the_undisturbed_run_leaves_all_that_is_compared(undisturbed):
     assert set(undisturbed["summaries"]) == set(stages)
 
 
+@pytest.mark.slow  # with `make bits`
 def test_stopped_after_every_single_step(undisturbed, tmp_path):
     starts = 1
     while not train_until(tmp_path / "run", lambda: True):

@@ -31,6 +31,12 @@ from helpers.e2e import TINY
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture
+def nothing_known(monkeypatch, tmp_path):
+    """No measurement of another test counts."""
+    monkeypatch.setenv("DUALHEAD_CACHE", str(tmp_path / "cache"))
+
+
 class Flattens(nn.Module):
     """A convolution whose features are flattened by `view`, which wants them contiguous, or by `flatten`."""
 
@@ -67,6 +73,7 @@ def test_bf16_takes_the_layout_that_the_model_takes(by_view, expected):
     torch.testing.assert_close(chosen.wrap(model)(IMAGES), model(IMAGES), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.usefixtures("nothing_known")
 @pytest.mark.parametrize("by_view", [True, False])
 def test_auto_measures_and_leaves_the_layout_it_chose(by_view):
     model = Flattens(by_view=by_view)
@@ -88,6 +95,7 @@ def test_auto_measures_and_leaves_the_layout_it_chose(by_view):
         ("auto", [1.0, 0.8, 0.5], BF16),
     ],
 )
+@pytest.mark.usefixtures("nothing_known")
 def test_what_is_clearly_faster_is_chosen_and_float32_has_two_layouts(monkeypatch, precision, seconds, expected):
     model, clock = Flattens(by_view=False), iter(seconds)
     monkeypatch.setattr(measured, "_seconds_per_pass", lambda *_: next(clock))

@@ -108,6 +108,7 @@ def test_a_step_that_is_dropped_leaves_the_perturbation():
 RUN = ["stages.*.free={replays: 2}", "stages.*.average=ema"]
 
 
+@pytest.mark.slow  # with `make bits`
 def test_stopped_at_steps_it_goes_on_bit_for_bit(tmp_path):
     assert train_until(tmp_path / "whole", lambda: False, *RUN)
     asked = []

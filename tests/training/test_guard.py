@@ -238,6 +238,7 @@ def test_what_was_seen_is_told(tmp_path, monkeypatch):
         train_until(tmp_path / "run", lambda: False, *LONGER)
 
 
+@pytest.mark.slow  # with `make bits`
 def test_stopped_within_a_streak_or_after_a_return_a_run_still_resumes_exactly(tmp_path, monkeypatch):
     results = []
     for stop_at in (None, 15, 26):

@@ -156,6 +156,7 @@ INGREDIENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # with `make bits`
 @pytest.mark.parametrize("name", INGREDIENTS)
 def test_stopped_at_steps_a_run_with_the_ingredient_goes_on_bit_for_bit(name, tmp_path):
     assert train_until(tmp_path / "whole", lambda: False, *INGREDIENTS[name])

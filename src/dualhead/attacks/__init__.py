@@ -16,6 +16,7 @@ from dualhead.attacks.base import (
     slope,
 )
 from dualhead.attacks.msd import SteepestOfSeveral
+from dualhead.attacks.random_point import RandomPoint
 
 build = attacks.build
 names = attacks.names
@@ -28,6 +29,7 @@ __all__ = [
     "LossFn",
     "Maximiser",
     "Query",
+    "RandomPoint",
     "Search",
     "State",
     "SteepestOfSeveral",

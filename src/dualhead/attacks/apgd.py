@@ -19,16 +19,17 @@ from torch import Tensor
 
 from dualhead.attacks import losses
 from dualhead.attacks.base import (
+    LossFn,
     Query,
     Search,
     State,
     attacks,
     class_by_rank,
     per_slot,
-    predictions,
     require_at_least_one,
 )
-from dualhead.components.fields import Real
+from dualhead.attacks.targeted import Targeted, reached
+from dualhead.components.fields import Real, unless_given
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Threat, ThreatModel, finite, project_l1, steepest
@@ -36,7 +37,7 @@ from dualhead.threats import Threat, ThreatModel, finite, project_l1, steepest
 
 @dataclass(frozen=True)
 class APGD(Search):
-    """What the three forms of Auto-PGD share.
+    """Base of the three forms of Auto-PGD.
 
     Args:
         steps: gradient steps after the start, at least 1; the short form `apgd-ce-50` sets it.
@@ -74,14 +75,14 @@ class APGD(Search):
         """The gradient steps, and the look at the start."""
         return self.steps + 1
 
-    def target(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+    def aim(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
         """The class that a job aims at, int64 [B]; untargeted forms do not use it."""
         del clean, job
         return y
 
     @abstractmethod
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        """What is climbed: one number per image [B]."""
+        """Compute the loss that is climbed, one number per image [B]."""
 
     def first_step(self, threat: Threat) -> float:
         """The step size before any halving."""
@@ -90,10 +91,10 @@ class APGD(Search):
     def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`."""
         start = threat.start(x, streams.fork(job), "sphere")
-        return {
+        state = {
             "x": x,
             "y": y,
-            "target": self.target(clean, y, job).clone(),
+            "target": self.aim(clean, y, job).clone(),
             "iterate": start,
             "previous": start.clone(),
             "best": x.clone(),
@@ -103,9 +104,15 @@ class APGD(Search):
             "iteration": torch.zeros_like(y),
             **self._fresh_schedule(x, y, threat),
         }
+        return self.with_goal(state, clean, y)
+
+    def with_goal(self, state: State, clean: Tensor, y: Tensor) -> State:
+        """Return a fresh state; forms with a target put it in."""
+        del clean, y
+        return state
 
     def _fresh_schedule(self, x: Tensor, y: Tensor, threat: Threat) -> State:
-        """What an ascent that has not begun knows of its losses and step sizes."""
+        """Return the losses and step sizes of an ascent that has not begun."""
         unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
         first_window = torch.full_like(y, max(int(0.22 * self.steps), 1))
         return {
@@ -122,9 +129,12 @@ class APGD(Search):
     def _query(self, state: State, query: Query) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, loss and mean gradient at the iterate; of several random passes the last gives logits and loss."""
         y, target = state["y"], state["target"]
-        logits, loss, gradient = query.gradient(state["iterate"], lambda z: self.loss(z, y, target))
+        return self._mean_gradient(query, state["iterate"], lambda z: self.loss(z, y, target))
+
+    def _mean_gradient(self, query: Query, point: Tensor, of: LossFn) -> tuple[Tensor, Tensor, Tensor]:
+        logits, loss, gradient = query.gradient(point, of)
         for _ in range(self.eot - 1):
-            logits, loss, again = query.gradient(state["iterate"], lambda z: self.loss(z, y, target))
+            logits, loss, again = query.gradient(point, of)
             gradient = gradient + again
         return logits, loss, gradient / self.eot if self.eot > 1 else gradient
 
@@ -154,7 +164,7 @@ class APGD(Search):
     def step(self, state: State, query: Query, threat: Threat) -> State:
         """Look at the iterate, keep what is best, and move with momentum."""
         logits, loss, gradient = self._query(state, query)
-        fooled = predictions(logits) != state["y"]
+        fooled = reached(logits, state)
         shown = fooled | ((loss > state["best_loss"]) & ~state["found"])
         return {
             **self._climb(state, state["iteration"] > 0, loss, gradient, threat),
@@ -193,7 +203,7 @@ class APGD(Search):
 
 @attacks.register("apgd-ce", numbers=("steps",))
 @dataclass(frozen=True)
-class APGDCE(APGD):
+class APGDCE(Targeted, APGD):
     """Auto-PGD on the cross-entropy.
 
     When: for a gradient attack with no step size to choose; the first member of AutoAttack.
@@ -205,17 +215,34 @@ class APGDCE(APGD):
         rho: the step is halved where the loss rose in at most this share of a window's steps; in (0, 1].
         restarts: independent starts, at least 1.
         eot: gradients averaged per step, for models with random outputs, at least 1.
+        target: for evaluation: the answer wanted, `next` (the class after the label's), `least likely` or a class;
+            None for any wrong one. The loss of the target is then descended.
     """
 
+    target: int | str | None = unless_given()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settle_target(self)
+
+    def notes(self, num_classes: int) -> list[str]:
+        """That it is targeted, if it is."""
+        del num_classes
+        return self.target_notes()
+
+    def aim(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+        """The goal, if there is one."""
+        goal = self.goal(clean, y)
+        return super().aim(clean, y, job) if goal is None else goal
+
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy."""
-        del target
-        return losses.cross_entropy(logits, y)
+        """Cross-entropy; with a target that of the target, negated."""
+        return losses.cross_entropy(logits, y) if self.target is None else -losses.cross_entropy(logits, target)
 
 
 @attacks.register("apgd-dlr", numbers=("steps",))
 @dataclass(frozen=True)
-class APGDDLR(APGD):
+class APGDDLR(Targeted, APGD):
     """Auto-PGD on the difference of logits ratio; on the margin below 3 classes, where the ratio is not defined.
 
     When: where cross-entropy fails because logits are scaled: the ratio does not depend on their scale.
@@ -227,18 +254,34 @@ class APGDDLR(APGD):
         rho: the step is halved where the loss rose in at most this share of a window's steps; in (0, 1].
         restarts: independent starts, at least 1.
         eot: gradients averaged per step, for models with random outputs, at least 1.
+        target: for evaluation: the answer wanted, `next` (the class after the label's), `least likely` or a class;
+            None for any wrong one. The numerator is then the target's margin over all other classes.
     """
+
+    target: int | str | None = unless_given()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settle_target(self)
 
     def notes(self, num_classes: int) -> list[str]:
         """That the margin stands in for the ratio below 3 classes."""
-        if num_classes >= 3:
-            return []
-        return [f"{self.label}: DLR needs 3 classes; with {num_classes} the margin loss was used instead"]
+        needed, name = (3, "DLR") if self.target is None else (4, "targeted DLR")
+        if num_classes >= needed:
+            return self.target_notes()
+        lacking = f"{self.label}: {name} needs {needed} classes; with {num_classes} the margin loss was used instead"
+        return [lacking, *self.target_notes()]
+
+    def aim(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+        """The goal, if there is one."""
+        goal = self.goal(clean, y)
+        return super().aim(clean, y, job) if goal is None else goal
 
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        """DLR or the margin."""
-        del target
-        return losses.dlr(logits, y) if logits.shape[1] >= 3 else losses.margin(logits, y)
+        """DLR or the margin; with a target those that are greater than 0 where it is the answer."""
+        if self.target is None:
+            return losses.dlr(logits, y) if logits.shape[1] >= 3 else losses.margin(logits, y)
+        return losses.dlr_to(logits, target) if logits.shape[1] >= 4 else -losses.margin(logits, target)
 
 
 @attacks.register("apgd-t", numbers=("steps",))
@@ -277,7 +320,7 @@ class APGDT(APGD):
         """One per target and restart."""
         return min(self.targets, num_classes - 1) * self.restarts
 
-    def target(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+    def aim(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
         """Restarts of one target follow each other."""
         return class_by_rank(clean, y, 1 + job // self.restarts)
 
@@ -320,9 +363,17 @@ class _Sparse(APGD):
         """As many as the form has."""
         return self.form.jobs(num_classes)
 
-    def target(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+    def goal(self, clean: Tensor, y: Tensor) -> Tensor | None:
         """The form's."""
-        return self.form.target(clean, y, job)
+        return self.form.goal(clean, y)
+
+    def with_goal(self, state: State, clean: Tensor, y: Tensor) -> State:
+        """The form's."""
+        return self.form.with_goal(state, clean, y)
+
+    def aim(self, clean: Tensor, y: Tensor, job: Tensor) -> Tensor:
+        """The form's."""
+        return self.form.aim(clean, y, job)
 
     def loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         """The form's."""
@@ -337,10 +388,10 @@ class _Sparse(APGD):
         noise = streams.fork(job).normal(*x.shape[1:]).to(x.dtype)
         start = (x + project_l1(noise, x, _ascents(self.steps)[0][0] * threat.eps)).clamp_(0.0, 1.0)
         unseen = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
-        return {
+        state = {
             "x": x,
             "y": y,
-            "target": self.target(clean, y, job).clone(),
+            "target": self.aim(clean, y, job).clone(),
             "iterate": start,
             "best": x.clone(),
             "best_gradient": torch.zeros_like(x),
@@ -351,6 +402,7 @@ class _Sparse(APGD):
             "found": torch.zeros_like(y, dtype=torch.bool),
             "iteration": torch.zeros_like(y),
         }
+        return self.with_goal(state, clean, y)
 
     def step(self, state: State, query: Query, threat: Threat) -> State:
         """Look at the iterate, keep what is best, and move the steepest values."""
@@ -369,7 +421,7 @@ class _Sparse(APGD):
         logits, loss, gradient = self._query(state, query)
         gradient = finite(gradient)
         first, last = age == 0, number == len(ascents) - 1
-        fooled = last & (predictions(logits) != state["y"])
+        fooled = last & reached(logits, state)
         better = first | (loss > state["best_loss"])
         shown = fooled | (last & better & ~state["found"])
         best = torch.where(per_slot(better, x), iterate, state["best"])

@@ -1,9 +1,9 @@
-"""What an attack is: a program over slots, so that samples at different iterations share one batch.
+"""Attacks: programs over slots, so that samples at different iterations share one batch.
 
 Each sample's trajectory depends on that sample alone. An attack therefore keeps its state as tensors with one row per
-slot, advances all slots by one query of the model, and holds no number that is common to the batch. Who runs it may
-keep a batch fixed (`Attack.__call__`) or hand a finished slot the next sample (the evaluation's scheduler): the
-trajectories are the same.
+slot, advances all slots by one query of the model, and holds no number that is common to the batch. A caller may keep
+a batch fixed (`Attack.__call__`) or hand a finished slot the next sample (the evaluation's scheduler): the trajectories
+are the same.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ LossFn = Callable[[Tensor], Tensor]
 """Logits [B, C] to one number per image [B]."""
 
 Climb = Callable[[Tensor], Tensor]
-"""Points of a threat [B, ...], for norms images, to what is climbed: one number per point [B], with a graph to them."""
+"""Points of a threat [B, ...], for norms images, to the values climbed [B], with a graph to the points."""
 
 State = dict[str, Tensor]
 """Tensors with one row per slot, no two of which share memory, so that rows can be assigned in place.
 
 Every attack keeps: `x`, `y` (the origin of the clean image among the threat's points, which for a norm is the image;
-label), `adversarial` (the best point so far: float32, like x), `found`
-(bool: the logits that the attack saw misclassify `adversarial`, within the threat model), `iteration` (int64: steps
-taken). Who finds that an example does not stand sets `found` to False; the attack then offers the next example that it
-comes across.
+label), `adversarial` (the best point so far: float32, like x), `found` (bool: the logits that the attack saw
+misclassify `adversarial`, as its goal if it has one, within the threat model), `iteration` (int64: steps taken). A
+caller that rejects an example sets `found` to False; the attack then offers its next one. It may keep `over` (bool): no
+further step will find or change anything.
 """
 
 
 def per_slot(values: Tensor, like: Tensor) -> Tensor:
-    """A view of values [B] that broadcasts over the rows of `like` [B, ...]."""
+    """Return a view of values [B] that broadcasts over the rows of `like` [B, ...]."""
     return values.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
@@ -59,23 +59,23 @@ def require_at_least_one(attack: object, *fields: str) -> None:
 
 
 def class_by_rank(clean: Tensor, y: Tensor, rank: Tensor) -> Tensor:
-    """The class int64 [B] that comes `rank` places (1 or more) after the true one in the order of the clean logits."""
+    """Return the class, int64 [B], that the clean logits rank at `rank` (from 1) among all but the true one."""
     others = clean.scatter(1, y[:, None], torch.inf)
     return others.argsort(1).gather(1, clean.shape[1] - 1 - rank[:, None])[:, 0]
 
 
 def predictions(logits: Tensor) -> Tensor:
-    """The class of the highest logit, int64 [B] of [B, C]; -1, which is no class, where a logit is NaN."""
+    """Return the class of the highest logit, int64 [B] of [B, C]; -1, which is no class, where a logit is NaN."""
     return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def _full_precision(logits: Tensor) -> Tensor:
-    """Logits as float32, or as float64 if the model works in that."""
+    """Return logits as float32, or as float64 if the model works in that."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _input_gradient(losses: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
-    """The gradient [B, ...] of each image's own loss; `keep` the graph for further losses."""
+    """Return the gradient [B, ...] of each image's own loss; `keep` the graph for further losses."""
     if not losses.requires_grad:  # a model that lets no gradient through has a gradient of zero
         return torch.zeros_like(x)
     with torch.enable_grad():  # the caller may have turned gradients off around the whole attack
@@ -85,7 +85,7 @@ def _input_gradient(losses: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
 
 
 def slope(climb: Climb, x: Tensor) -> Tensor:
-    """The gradient [B, ...] at x of each image's own value, detached: one forward and one backward pass."""
+    """Return the gradient [B, ...] at x of each image's own value, detached: one forward and one backward pass."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         values = climb(x)
@@ -99,13 +99,16 @@ class _Passes:
 
 
 class Query:
-    """Access to the model that counts passes, in images.
+    """Model under attack, with a count of passes in images.
 
     Args:
         logits_fn: the model under attack; the attack may differentiate through it with respect to its input.
         outputs_fn: images to the logits of all heads and, last, of the aggregate: [B, H + 1, C], from one pass; for
             attacks that use the heads. None if the model has one head.
     """
+
+    repeatable: bool = False
+    """Whether the same point is known to get the same answer every time, to the bit, whatever else is in its batch."""
 
     def __init__(self, logits_fn: LogitsFn, outputs_fn: LogitsFn | None = None) -> None:
         self._logits_fn = logits_fn
@@ -114,7 +117,7 @@ class Query:
 
     @property
     def forward_passes(self) -> int:
-        """Images that went through the model."""
+        """Number of images that went through the model."""
         return self._passes.forward
 
     @forward_passes.setter
@@ -123,7 +126,7 @@ class Query:
 
     @property
     def backward_passes(self) -> int:
-        """Images that a gradient was taken to."""
+        """Number of images that a gradient was taken to."""
         return self._passes.backward
 
     @backward_passes.setter
@@ -138,7 +141,7 @@ class Query:
         return rendered
 
     def num_heads(self, x: Tensor) -> int:
-        """How many heads the model shows, from a look at one image; 1 if it does not show any."""
+        """Return the number of heads that the model shows, from a look at one image; 1 if it shows none."""
         if self._outputs_fn is None:
             return 1
         self.forward_passes += 1
@@ -146,20 +149,20 @@ class Query:
             return self._outputs_fn(x[:1]).shape[1] - 1
 
     def ask(self, x: Tensor) -> Tensor:
-        """Logits [B, C] with a graph, for code that takes its gradients itself; counted as a pass each way."""
+        """Return logits [B, C] with a graph, for code that takes its gradients itself; counts a pass each way."""
         self.forward_passes += x.shape[0]
         if torch.is_grad_enabled() and x.requires_grad:
             self.backward_passes += x.shape[0]
         return _full_precision(self._logits_fn(x))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits [B, C] without a graph: one forward pass."""
+        """Return logits [B, C] without a graph: one forward pass."""
         self.forward_passes += x.shape[0]
         with torch.no_grad():
             return _full_precision(self._logits_fn(x))
 
     def gradient(self, x: Tensor, loss: LossFn) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward pass and one backward pass to the input.
+        """Run one forward pass and one backward pass to the input.
 
         Args:
             x: images [B, ...].
@@ -171,7 +174,7 @@ class Query:
         return self._gradient(self._logits_fn, x, loss)
 
     def outputs_gradient(self, x: Tensor, loss: LossFn) -> tuple[Tensor, Tensor, Tensor]:
-        """Like `gradient`, with the logits of all heads and, last, of the aggregate: [B, H + 1, C].
+        """Do as `gradient`, with the logits of all heads and, last, of the aggregate: [B, H + 1, C].
 
         Raises:
             UserError: if the model has one head.
@@ -181,7 +184,7 @@ class Query:
         return self._gradient(self._outputs_fn, x, loss)
 
     def gradients(self, x: Tensor, losses: Callable[[Tensor], Iterable[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """One forward pass, and one backward pass to the input for each of several losses.
+        """Run one forward pass, and one backward pass to the input for each of several losses.
 
         Args:
             x: images [B, ...].
@@ -212,7 +215,7 @@ class Query:
 
 
 class Attack(ABC):
-    """A way to look for adversarial examples within a threat model: one search, or several in turn.
+    """A search for adversarial examples within a threat model, or several searches in turn.
 
     Subclasses are frozen dataclasses registered in `attacks`.
     """
@@ -227,8 +230,13 @@ class Attack(ABC):
     """The norms for which it is defined; None for any threat, since it only calls the methods of `Threat`."""
 
     @property
+    def single_step(self) -> bool:
+        """Whether training with it takes one gradient for each image: it may overfit catastrophically."""
+        return False
+
+    @property
     def label(self) -> str:
-        """How results call it: the name, and whatever differs from the defaults, as `square-1000(p_init=0.5)`."""
+        """Name in results: the registered one, and fields that are not at their defaults: `square-1000(p_init=0.5)`."""
         given = getattr(self, "_label", None)
         if given is not None:
             return str(given)
@@ -240,15 +248,20 @@ class Attack(ABC):
         return f"{name}({','.join(others)})" if others else name
 
     def labelled(self, label: str) -> Self:
-        """The same attack under another label."""
+        """Return the same attack under another label."""
         named = copy.copy(self)
         object.__setattr__(named, "_label", label)
         return named
 
     def notes(self, num_classes: int) -> list[str]:
-        """What a reader of its results must know: one sentence each, empty where nothing deviates."""
+        """Return caveats for a reader of its results, a sentence each; empty where nothing deviates."""
         del num_classes
         return []
+
+    def for_classes(self, names: Sequence[str]) -> Self:
+        """Return the attack on a model whose classes have these names, in their order."""
+        del names
+        return self
 
     def check(self, threat: Threat) -> None:
         """Refuse a threat for which the attack is not defined.
@@ -266,12 +279,12 @@ class Attack(ABC):
 
     @abstractmethod
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
-        """The searches to run in turn, each on what the ones before it left. Their labels differ.
+        """Return the searches to run in turn, each on the samples that those before it left; their labels differ.
 
         Args:
-            num_classes: how many logits the model gives.
+            num_classes: number of logits that the model gives.
             threat: one that `check` lets pass.
-            num_heads: how many heads the model shows; 1 if it does not show any.
+            num_heads: number of heads that the model shows; 1 if it shows none.
 
         Raises:
             UserError: if the attack cannot be used with that model.
@@ -287,9 +300,10 @@ class Attack(ABC):
         generator: torch.Generator | Streams,
         outputs_fn: LogitsFn | None = None,
     ) -> Tensor:
-        """Adversarial examples for a batch, float32 like x, within the threat's budget.
+        """Return adversarial examples for a batch, float32 like x, within the threat's budget.
 
-        A row is the first example found that is misclassified or, where none is, the last job's strongest one.
+        A row is the first example found that is misclassified, by a targeted attack as it wants, or else the last
+        job's strongest one.
 
         Args:
             logits_fn: the model under attack, images to logits [B, C].
@@ -307,7 +321,7 @@ class Attack(ABC):
     def search(
         self, query: Query, x: Tensor, y: Tensor, threat: Threat, generator: torch.Generator | Streams
     ) -> Tensor:
-        """What a call does, on a query that the caller keeps for its counts of passes."""
+        """Attack as a call does, on a query that the caller keeps for its counts of passes."""
         self.check(threat)
         threat = threat.for_images(x.shape[1:])
         return threat.render(self.search_points(query.through(threat.render), threat.lift(x), y, threat, generator))
@@ -315,11 +329,15 @@ class Attack(ABC):
     def search_points(
         self, query: Query, x: Tensor, y: Tensor, threat: Threat, generator: torch.Generator | Streams
     ) -> Tensor:
-        """What `search` does between `lift` and `render`: from origins x, on a query of points, to points."""
+        """Search between `lift` and `render`: from origins x, on a query of points, to points."""
         streams = Streams.drawn_from(generator, x.shape[0], x.device)
         clean, num_heads = query.logits(x), query.num_heads(x[:1])
         result, found = x.clone(), predictions(clean) != y
+        fooled = found.clone()
         for part_index, part in enumerate(self.parts(clean.shape[1], threat, num_heads)):
+            goal = part.goal(clean, y)
+            if goal is not None:
+                found = found | (goal == y)
             for job in range(part.jobs(clean.shape[1])):
                 open_rows = (~found).nonzero()[:, 0]
                 if not len(open_rows):
@@ -335,9 +353,15 @@ class Attack(ABC):
                 for _ in range(part.max_steps()):
                     state = part.step(state, query, threat)
                 example = threat.confine(state["adversarial"], x[open_rows])
-                result[open_rows] = example
-                wrong = predictions(query.logits(example)) != y[open_rows]
-                found[open_rows] = wrong & (threat.distance(example, x[open_rows]) <= threat.eps)
+                answer = predictions(query.logits(example))
+                within = threat.distance(example, x[open_rows]) <= threat.eps
+                wrong = (answer != y[open_rows]) & within
+                wanted = wrong if goal is None else (answer == goal[open_rows]) & within
+                # A wrong answer that is not the wanted one is worth more than a later right one.
+                worse = per_slot(fooled[open_rows] & ~wrong, example)
+                result[open_rows] = torch.where(worse, result[open_rows], example)
+                fooled[open_rows] |= wrong
+                found[open_rows] = wanted
         return result
 
 
@@ -348,46 +372,63 @@ class Search(Attack):
     takes at most `max_steps` calls of `step`.
     """
 
+    uses_gradients: ClassVar[bool] = True
+    """Whether it may ask for gradients. One that never does loses nothing by reduced precision: it only compares."""
+    stops_at_cycles: ClassVar[bool] = False
+    """Whether it uses `Query.repeatable` to end where it would only repeat itself."""
+
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
-        """Itself."""
+        """Return the search itself."""
         del threat, num_heads
         if num_classes < 2:
             raise UserError(f"an attack needs at least 2 classes, and the model gives {num_classes} logit per image")
         return (self,)
 
     def jobs(self, num_classes: int) -> int:
-        """How many tries a sample gets at most."""
+        """Return the most tries that a sample gets."""
         del num_classes
         return 1
 
+    def goal(self, clean: Tensor, y: Tensor) -> Tensor | None:
+        """Return the class that each image is to be taken for, int64 [B]; None for any but its label.
+
+        Where it is the label there is nothing to do, and the image is not attacked.
+
+        Args:
+            clean: logits of the clean images [B, C].
+            y: labels, int64 [B].
+        """
+        del clean, y
+        return None
+
     @abstractmethod
     def max_steps(self) -> int:
-        """How many calls of `step` complete a job."""
+        """Return the number of calls of `step` that complete a job."""
 
     @abstractmethod
     def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
-        """The state of fresh slots; asks the model nothing.
+        """Return the state of fresh slots, without asking the model.
 
         Args:
             x: origins, float32 [B, ...]: for norms the clean images.
             y: labels, int64 [B].
             clean: logits of the clean images, float32 [B, C].
-            job: which try, int64 [B], in [0, jobs).
+            job: number of the try, int64 [B], in [0, jobs).
             threat: what the adversary may do, for images of this shape.
             streams: randomness of these samples for this attack; a job's own is `streams.fork(job)`.
         """
 
     @abstractmethod
     def step(self, state: State, query: Query, threat: Threat) -> State:
-        """All slots one iteration further. Rows whose `iteration` has reached `max_steps` may hold anything."""
+        """Advance all slots by one iteration. Rows whose `iteration` has reached `max_steps` may hold anything."""
 
 
 @runtime_checkable
 class LooksAhead(Protocol):
-    """A search whose next steps are known as long as nothing is found, so that several can be one query."""
+    """A search that knows its next steps as long as nothing is found, so that several can share one query."""
 
     def leap(self, state: State, query: Query, threat: Threat, count: int) -> State:
-        """What up to `count` calls of `step` do, with `count` rows a slot in one query.
+        """Do up to `count` calls of `step` at once, with `count` rows a slot in one query.
 
         A slot goes as far as its first step that changes something, which `iteration` tells, and never beyond
         `max_steps`. The queries after that step were in vain.
@@ -402,7 +443,7 @@ class Maximiser(Protocol):
         """Return points [B, ...] within the budget. To give and get images, call `maximise_within`.
 
         Args:
-            climb: points to what is climbed [B], with a graph to the points.
+            climb: points to the values climbed [B], with a graph to the points.
             x: origins [B, ...]: for norms the clean images.
             threat: what the adversary may do, for images of this shape.
             streams: randomness of these samples.
@@ -414,7 +455,7 @@ def maximise_within(attack: Maximiser, climb: Climb, x: Tensor, threat: Threat, 
 
     Args:
         attack: how to climb.
-        climb: images to what is climbed [B], with a graph to the images.
+        climb: images to the values climbed [B], with a graph to the images.
         x: clean images [B, ...] in [0, 1].
         threat: what the adversary may do.
         streams: randomness of these samples.

@@ -94,7 +94,7 @@ def _dual_length(gradient: Tensor, norm: Norm) -> Tensor:
 
 @dataclass(frozen=True)
 class _FAB(Search):
-    """What both forms share.
+    """Base of both forms of FAB.
 
     Args:
         steps: iterations, at least 1; the short form `fab-50` sets it.

@@ -37,6 +37,11 @@ class FGSM(Attack):
     def __post_init__(self) -> None:
         PGD(steps=1, step_size=self.step_size, restarts=self.restarts)  # refuses what PGD refuses
 
+    @property
+    def single_step(self) -> bool:
+        """Always."""
+        return True
+
     def _pgd(self, threat: Threat) -> PGD:
         return PGD(1, threat.eps if self.step_size is None else self.step_size, self.start, "ce", self.restarts)
 

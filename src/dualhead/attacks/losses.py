@@ -1,4 +1,4 @@
-"""What attacks climb. Each takes logits [B, C] and labels int64 [B] and gives one number per image [B]."""
+"""Losses that attacks climb. Each takes logits [B, C] and labels int64 [B] and gives one number per image [B]."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     true = logits.gather(1, y[:, None])[:, 0]
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - true
+
+
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{i != y} p_i - p_y of the probabilities p = softmax(z) (Xie et al. 2024, arXiv 2411.15210), in [-1, 1]."""
+    return margin(logits.softmax(1), y)
 
 
 def kl_from_clean(logits: Tensor, clean: Tensor) -> Tensor:
@@ -47,3 +52,13 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """
     top = logits.topk(4, 1).values
     return targeted_margin(logits, y, target) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def dlr_to(logits: Tensor, target: Tensor) -> Tensor:
+    """(z_t - max_{i != t} z_i) / (z_(1) - (z_(3) + z_(4)) / 2): greater than 0 exactly where the target is the answer.
+
+    As long as the label has the highest other logit this is `targeted_dlr`, which stops caring about third classes once
+    the label is beaten. Needs 4 classes; with fewer the ratio would be flat where the target comes last.
+    """
+    top = logits.topk(4, 1).values
+    return -margin(logits, target) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)

@@ -12,15 +12,14 @@ from dualhead.attacks import losses
 from dualhead.attacks.base import (
     Climb,
     Query,
-    Search,
     State,
     attacks,
     per_slot,
-    predictions,
     require_at_least_one,
     slope,
 )
-from dualhead.components.fields import Real
+from dualhead.attacks.targeted import Targeted, reached
+from dualhead.components.fields import Real, unless_given
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Threat
@@ -30,8 +29,12 @@ Start = Literal["uniform", "gaussian", "clean"]
 
 @attacks.register("pgd", numbers=("steps",))
 @dataclass(frozen=True)
-class PGD(Search):
+class PGD(Targeted):
     """Steepest ascent with projection.
+
+    In evaluations an ascent ends where it comes back to a point that it has looked at (Doldo et al. 2025, Stop Walking
+    in Circles, arXiv 2503.19347): from there on it would only repeat itself, so the verdict is the same. That needs a
+    model whose answers are the same every time and in every batch.
 
     When: in training, and for a quick look while you work. Not as the only evidence for robustness.
 
@@ -43,20 +46,32 @@ class PGD(Search):
         start: `uniform` in the ball; `gaussian`, x + 0.001 N(0, 1) as in TRADES; `clean`, x itself.
         loss: `ce`, `kl` (from the clean prediction) or `margin`. Training uses its objective's loss instead.
         restarts: independent starts, at least 1.
+        target: for evaluation: the answer wanted, `next` (the class after the label's), `least likely` or a class;
+            None for any wrong one. The loss of the target is then descended.
     """
 
     always_numbered: ClassVar[bool] = True
+    stops_at_cycles: ClassVar[bool] = True
 
     steps: int = 40
     step_size: Real | None = None
     start: Start = "uniform"
     loss: Literal["ce", "kl", "margin"] = "ce"
     restarts: int = 1
+    target: int | str | None = unless_given()
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "steps", "restarts")
+        self.settle_target(self)
+        if self.target is not None and self.loss == "kl":
+            raise UserError("target: the loss kl leads away from the clean answer, to no class; use ce or margin")
         if self.step_size is not None and self.step_size <= 0:
             raise UserError(f"step_size must be greater than 0, got {self.step_size:g}; write e.g. 2/255")
+
+    @property
+    def single_step(self) -> bool:
+        """With one step."""
+        return self.steps == 1
 
     def step_length(self, threat: Threat) -> float:
         """The step size in use under a threat model."""
@@ -75,6 +90,7 @@ class PGD(Search):
 
         See `Maximiser.maximise`.
         """
+        assert self.target is None, "a stage refuses it, since objectives climb losses of their own"
         x_adv, length = self.start_point(x, threat, streams), self.step_length(threat)
         for _ in range(self.steps):
             x_adv = threat.project(threat.ascend(x_adv, slope(climb, x_adv), length), x)
@@ -91,33 +107,61 @@ class PGD(Search):
 
     def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`."""
-        return {
+        start = self.start_point(x, threat, streams.fork(job))
+        state = {
             "x": x,
             "y": y,
             "clean": clean,
-            "iterate": self.start_point(x, threat, streams.fork(job)),
+            "iterate": start,
+            "landmark": start.clone(),
+            "landmark_at": torch.zeros_like(y),
+            "over": torch.zeros_like(y, dtype=torch.bool),
             "adversarial": x.clone(),
             "best_loss": torch.full_like(clean[:, 0], -torch.inf),
             "found": torch.zeros_like(y, dtype=torch.bool),
             "iteration": torch.zeros_like(y),
         }
+        return self.with_goal(state, clean, y)
+
+    def notes(self, num_classes: int) -> list[str]:
+        """That it is targeted, if it is."""
+        del num_classes
+        return self.target_notes()
 
     def _loss(self, logits: Tensor, state: State) -> Tensor:
         if self.loss == "kl":
             return losses.kl_from_clean(logits, state["clean"])
-        return (losses.cross_entropy if self.loss == "ce" else losses.margin)(logits, state["y"])
+        loss = losses.cross_entropy if self.loss == "ce" else losses.margin
+        return -loss(logits, state["goal"]) if "goal" in state else loss(logits, state["y"])
 
     def step(self, state: State, query: Query, threat: Threat) -> State:
         """Look at the iterate, keep it if it is the worst so far for the model, and climb."""
         iterate, x = state["iterate"], state["x"]
         logits, loss, gradient = query.gradient(iterate, lambda z: self._loss(z, state))
-        fooled = predictions(logits) != state["y"]
+        fooled = reached(logits, state)
         better = torch.where(fooled == state["found"], loss > state["best_loss"], fooled)
+        following = threat.project(threat.ascend(iterate, gradient, self.step_length(threat)), x)
         return {
             **state,
-            "iterate": threat.project(threat.ascend(iterate, gradient, self.step_length(threat)), x),
+            **(self._watch(state, following, fooled) if query.repeatable else {}),
+            "iterate": following,
             "adversarial": torch.where(per_slot(better, x), iterate, state["adversarial"]),
             "best_loss": torch.where(better, loss, state["best_loss"]),
             "found": state["found"] | fooled,
             "iteration": state["iteration"] + 1,
+        }
+
+    def _watch(self, state: State, following: Tensor, fooled: Tensor) -> State:
+        """Compare the next iterate with a landmark, an earlier one that is renewed at growing intervals (Brent 1980).
+
+        Where they are equal the ascent goes round in circles, and has looked at every point of the circle. A landmark
+        behind a point that fools the model counts for nothing: whoever runs the attack may ask for that point again.
+        """
+        count = state["iteration"] + 1
+        over = state["over"] | (~fooled & (following == state["landmark"]).flatten(1).all(1))
+        renewed = fooled | (2 * count >= 3 * state["landmark_at"] + 2)
+        return {
+            "over": over,
+            "landmark": torch.where(per_slot(renewed, following), following, state["landmark"]),
+            "landmark_at": torch.where(renewed, count, state["landmark_at"]),
         }

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import losses
-from dualhead.attacks.base import Query, Search, State, attacks, per_slot, predictions, require_at_least_one
-from dualhead.components.fields import Real
+from dualhead.attacks.base import Query, State, attacks, per_slot, require_at_least_one
+from dualhead.attacks.targeted import Targeted, reached
+from dualhead.components.fields import Real, unless_given
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Norm, Threat, norm_of, project_l1
@@ -80,7 +81,7 @@ def _norm(delta: Tensor, dims: tuple[int, ...], order: int = 2) -> Tensor:
 
 @attacks.register("square", numbers=("queries",))
 @dataclass(frozen=True)
-class Square(Search):
+class Square(Targeted):
     """Random search over squares, on the margin loss.
 
     When: to check for masked gradients: it needs none, so it should find nothing that the others miss.
@@ -92,16 +93,21 @@ class Square(Search):
         queries: squares tried after the start, at least 1; the short form `square-1000` sets it.
         p_init: share of the image that the first squares cover, in (0, 1].
         restarts: independent searches, at least 1.
+        target: the answer wanted, `next` (the class after the label's), `least likely` or a class; None for any wrong
+            one.
     """
 
     norms = ("Linf", "L2", "L1")
+    uses_gradients = False
 
     queries: int = 5000
     p_init: Real = 0.8
     restarts: int = 1
+    target: int | str | None = unless_given()
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "queries", "restarts")
+        self.settle_target(self)
         if not 0 < self.p_init <= 1:
             raise UserError(f"p_init must lie in (0, 1], got {self.p_init:g}; the published value is 0.8")
 
@@ -124,7 +130,7 @@ class Square(Search):
             raise UserError(f"square needs images of shape [B, C, H, W], got {list(x.shape)}")
         streams = streams.fork(job)
         start = _stripes(x, threat, streams) if norm_of(threat) == "Linf" else _tiles(x, threat, streams)
-        return {
+        state = {
             "x": x,
             "y": y,
             "keys": streams.keys,
@@ -134,6 +140,12 @@ class Square(Search):
             "found": torch.zeros_like(y, dtype=torch.bool),
             "iteration": torch.zeros_like(y),
         }
+        return self.with_goal(state, clean, y)
+
+    def notes(self, num_classes: int) -> list[str]:
+        """That it is targeted, if it is."""
+        del num_classes
+        return self.target_notes()
 
     def step(self, state: State, query: Query, threat: Threat) -> State:
         """Draw a candidate, look at it, and keep it where the margin grew or the model is fooled."""
@@ -147,8 +159,10 @@ class Square(Search):
         needed = ("x", "start", "adversarial", "keys")
         repeated = {key: state[key] if count == 1 else state[key][rows] for key in needed}
         candidates = self._candidates(repeated, number.flatten(), threat)
-        logits, y = query.logits(candidates), state["y"][rows]
-        margin, fooled = losses.margin(logits, y).view_as(number), (predictions(logits) != y).view_as(number)
+        asked: State = {key: state[key][rows] for key in ("y", "goal") if key in state}
+        logits = query.logits(candidates)
+        gap = -losses.margin(logits, asked["goal"]) if "goal" in asked else losses.margin(logits, asked["y"])
+        margin, fooled = gap.view_as(number), reached(logits, asked).view_as(number)
         kept = ((margin > state["margin"][:, None]) | fooled) & (number < self.max_steps())
         first = torch.where(kept, ahead, count).amin(1)
         any_kept, place = first < count, first.clamp_max(count - 1)[:, None]
@@ -163,7 +177,7 @@ class Square(Search):
         }
 
     def _candidates(self, state: State, number: Tensor, threat: Threat) -> Tensor:
-        """What is looked at in step `number`, int64 [B], if the best so far is still the best then."""
+        """Propose the candidates of step `number`, int64 [B], if the best so far is still the best then."""
         drawn = self._propose(state["x"], state["adversarial"], number - 1, Streams(state["keys"]), threat)
         return torch.where(per_slot(number == 0, drawn), state["start"], drawn)
 

@@ -1,4 +1,4 @@
-"""What ships, with a line of description each, read from the package's files: nothing that computes is loaded."""
+"""Catalogue of what ships, with a line of description each, read from the package's files without importing torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
+from dualhead.system.files import head_sentence
+
 _REGISTRIES: Final = {
     "aggregators": "aggregators", "attacks": "attacks", "augmentations": "augmentations", "averagings": "averages",
     "backbones": "backbones", "objectives": "objectives", "optimisers": "optimisers", "poisons": "poisons",
     "schedules": "schedules", "threats": "threats",
 }  # fmt: skip
-"""What a registry is called in the code, and its kind for people."""
+"""Registries by their names in the code, with the kind that people read."""
 _SAID: Final = {"optimizers": "optimisers", "averagings": "averages", "models": "backbones", "losses": "objectives"}
 KINDS: Final = sorted([*_REGISTRIES.values(), "recipes"])
 
@@ -45,16 +47,11 @@ def shipped() -> dict[str, dict[str, str]]:
 
 
 def recipes() -> dict[str, str]:
-    """Return the recipes that ship, by name, each with the line at its head."""
+    """Return the recipes that ship, by name, each with the first sentence at its head."""
     folder = Path(str(resources.files("dualhead"))) / "recipe" / "shipped"
-    return {path.stem: _head(path) for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: head_sentence(path) for path in sorted(folder.glob("*.yaml"))}
 
 
 def first_line(docstring: str | None) -> str:
     """Return the first line of a docstring; empty if there is none."""
     return (docstring or "").strip().partition("\n")[0]
-
-
-def _head(path: Path) -> str:
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
-    return line.removeprefix("#").strip() if line.startswith("#") else ""

@@ -72,6 +72,12 @@ Crop = Annotated[
     str | None, typer.Option("--crop", help="Middle of an image that is taken, e.g. 0.875; none: it is stretched.")
 ]
 Resampling = Annotated[str | None, typer.Option("--resample", help="Filter of resizing, e.g. bilinear.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds", help="Where samples start: gaussian (fitted to the images), uniform or a source; default: the run's."
+    ),
+]
 Channels = Annotated[int | None, typer.Option("--channels", help="1: read colours as grey; 3: grey as colours.")]
 Depth = Annotated[
     int | None, typer.Option("--depth", min=1, max=16, help="Bits of a pixel, if files hold fewer than they could.")
@@ -315,8 +321,25 @@ def evaluate(
     batch_size: BatchSize = 256,
     seed: Seed = 0,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="auto, float32 or bf16, of the search.")] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option("--precision", help="Of the search: auto (gradients in float32), float32 or bf16."),
+    ] = "auto",
     save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Keep the examples found.")] = False,
+    generation: Annotated[bool, typer.Option("--generation", help="Also measure samples of every class.")] = False,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="With --generation: in all.")] = 1000,
+    sample_steps: Annotated[
+        str | None, typer.Option("--sample-steps", help="With --generation: numbers to choose from, 8,16,32.")
+    ] = None,
+    step_size: Annotated[float, typer.Option("--step-size", help="With --generation: L2 length of a step.")] = 0.2,
+    seeds: Seeds = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="With --generation: backbone of the network that judges samples.")
+    ] = None,
+    ood: Annotated[
+        list[str] | None,
+        typer.Option("--ood", help="Images that are not in distribution: a source, uniform or gaussian; repeatable."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
     plugin: Plugins = None,
     quiet: Quiet = False,
@@ -324,11 +347,13 @@ def evaluate(
 ) -> None:
     """Measure clean and robust accuracy of a run or a model."""
     from dualhead.commands.evaluate import assess
-    from dualhead.commands.resolve import Request
+    from dualhead.commands.resolve import Request, split_attacks
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         accuracy_table,
         corruption_table,
+        further_lines,
+        further_tables,
         out,
         print_lights,
         progress_bar,
@@ -339,7 +364,7 @@ def evaluate(
     named = threat is not None and len(threat) == 1 and ":" not in threat[0]
     request = Request(
         model=model,
-        attacks=tuple(name.strip() for given in attack or () for name in given.split(",") if name.strip()),
+        attacks=tuple(name for given in attack or () for name in split_attacks(given)),
         eps=eps,
         norm=norm,
         threat=threat[0] if threat and named else None,
@@ -366,7 +391,16 @@ def evaluate(
         save_adversarial=save_adversarial,
         overwrite=overwrite,
         command=_command(),
+        generation=generation,
+        samples=samples,
+        sample_steps=sample_steps,
+        step_size=step_size,
+        seeds=seeds,
+        judge=judge,
+        ood=tuple(ood or ()),
     )
+    if routes is not None and (generation or ood):
+        raise UserError("--routes: not with --generation or --ood; evaluate one head with --output-of")
     if routes is not None:
         _evaluate_routes(request, quiet=quiet, as_json=as_json)
         return
@@ -384,14 +418,18 @@ def evaluate(
     out.print(accuracy_table(title, rows))
     if by_kind := corruption_table(rows):
         out.print(by_kind)
-    for line in _under_each(evaluation.results):
+    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results)]:
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
         out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
     for name, record in evaluation.results["attacks"].items():
         for note in record["notes"]:
-            out.print(f"{name}: {note}", soft_wrap=True, markup=False)
+            out.print(note if note.startswith(f"{name}: ") else f"{name}: {note}", soft_wrap=True, markup=False)
+    for table in further_tables(evaluation.results):
+        out.print(table)
+    for line in further_lines(evaluation.results):
+        out.print(line, soft_wrap=True, markup=False, style="yellow")
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 
@@ -422,7 +460,7 @@ def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
 
 
 def _under_each(results: Any) -> list[str]:
-    """What stands under each of several threats, under one on average, and what was left out."""
+    """Print the accuracy under each of several threats, under one on average, and what was left out."""
     if "threats" not in results:
         return []
     lines = [
@@ -430,6 +468,18 @@ def _under_each(results: Any) -> list[str]:
         for label, told in results["threats"].items()
     ]
     return [*lines, f"average: {results['average']:.1%}", *results["left_out"]]
+
+
+def _targeted(results: Any) -> list[str]:
+    """How often each targeted attack got the answer that it wanted."""
+    lines = []
+    for name, record in results["attacks"].items():
+        told = record.get("targeted")
+        if told and told["attacked"]:
+            low, high = told["interval"]
+            share = f"{told['success']:.1%} [{low:.1%}, {high:.1%}]"
+            lines.append(f"{name}: got its target for an answer on {share} of {told['attacked']:,} attacked images")
+    return lines
 
 
 def _title(evaluation: Any) -> str:
@@ -855,16 +905,16 @@ def _open(address: str) -> None:
 
 @app.command("sample", epilog=examples_of("sample"))
 def sample_images(
-    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    model: ModelName,
     classes: Annotated[str | None, typer.Option("--classes", help="0-3,7 or names; default: all.")] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Samples of each class.")] = 16,
     steps: Annotated[int, typer.Option("--steps", min=0, help="Of the ascent; 0 gives the seeds.")] = 16,
     step_size: Annotated[float, typer.Option("--step-size", help="L2 length of a step, pixels in [0, 1].")] = 0.2,
-    seeds: Annotated[str, typer.Option("--seeds", help="gaussian (fitted to the images) or uniform.")] = "gaussian",
+    seeds: Seeds = None,
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: samples in the run.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
-    device: Annotated[str, typer.Option("--device")] = "auto",
+    device: Device = "auto",
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -885,7 +935,7 @@ def sample_images(
 
 @app.command("counterfactual", epilog=examples_of("counterfactual"))
 def counterfactual_images(
-    model: Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")],
+    model: ModelName,
     to: Annotated[str | None, typer.Option("--to", help="Target classes, 0-3,7 or names; default: all.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="The first so many test images.")] = 10,
     radius: Annotated[float, typer.Option("--radius", help="L2 radius of the ball, pixels in [0, 1].")] = 4.0,
@@ -893,7 +943,7 @@ def counterfactual_images(
     step_size: Annotated[float | None, typer.Option("--step-size", help="Default: 2.5 radius / steps.")] = None,
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: in the run.")] = None,
-    device: Annotated[str, typer.Option("--device")] = "auto",
+    device: Device = "auto",
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -953,6 +1003,9 @@ def main() -> None:
     if not _speaks():
         logging.getLogger("dualhead").setLevel(logging.ERROR)
     keep_freed_blocks()
+    said_once = _Once()
+    if logging.lastResort is not None:  # what prints warnings where nobody has set up logging
+        logging.lastResort.addFilter(said_once)
     try:
         words = [word for word in sys.argv[1:] if word != "--debug"]  # it may stand anywhere
         sys.exit(app(words, prog_name="dualhead", standalone_mode=False) or 0)
@@ -971,6 +1024,24 @@ def main() -> None:
         _end(error, 1, debug)
     except OSError as error:  # no space, no permission, a folder that went away
         _end(f"{error.filename or 'file'}: {error.strerror or error}", 1, debug)
+    finally:
+        if logging.lastResort is not None:
+            logging.lastResort.removeFilter(said_once)
+
+
+class _Once(logging.Filter):
+    """Drops what was said before: a folder is read for its training part and again for its test part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record's text is new."""
+        text = record.getMessage()
+        new = text not in self._said
+        self._said.add(text)
+        return new
 
 
 def _speaks() -> bool:

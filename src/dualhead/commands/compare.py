@@ -161,7 +161,7 @@ def _is_finished(run: Path) -> bool:
 
 
 def _chosen(place: Path) -> str | None:
-    """Of which output an evaluation in a run is: empty for what the run made, at its end; None if of something else."""
+    """Return the output of an evaluation in a run: empty for the run's own, at its end; None if of something else."""
     try:
         results = json.loads((place / "results.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -173,7 +173,7 @@ def _chosen(place: Path) -> str | None:
 
 
 def standings(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What `dualhead compare` says.
+    """Result of `dualhead compare`.
 
     Returns:
         `rows`: for each output of each group of runs the means over seeds, 95 % intervals (Wilson's for one run,
@@ -236,7 +236,7 @@ def normalised(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[d
 
 
 def _labels(groups: Sequence[Sequence[Entry]]) -> list[str]:
-    """What tables call each group: its label, after as many folders as tell it from others of that label."""
+    """Return the name of each group in tables: its label, after as many folders as tell it from its namesakes."""
 
     def told(entry: Entry, folders: int) -> str:
         return "/".join((*entry.where.parent.parts[len(entry.where.parent.parts) - folders :], entry.label))
@@ -278,7 +278,7 @@ def _common_attacks(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
 
 
 def _correct(entry: Entry, common: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    """What is right by measure, in the order of the samples' indices; see `standings` for `worst`."""
+    """Tell which samples are right by measure, in the order of their indices; see `standings` for `worst`."""
     order, faced = np.argsort(entry.evaluation.index), entry.evaluation.verdicts
     names = ("clean", *common, *(name for name in faced if name not in common and _for_heads(name)))
     correct = {name: entry.evaluation.correct[name][order] for name in names}
@@ -353,7 +353,7 @@ def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:
 
 
 def _corruptions(members: Sequence[Entry]) -> dict[str, Any]:
-    """What `results.json` says of corruptions, as the mean over seeds; empty where it was not measured for all."""
+    """Read corruptions from `results.json`, as the mean over seeds; empty where they were not measured for all."""
     told = [
         member.evaluation.results["corruptions"] for member in members if "corruptions" in member.evaluation.results
     ]

@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
+from dualhead.commands.quality import assess_further
 from dualhead.commands.resolve import Request, resolve
 from dualhead.data import Split, digests
 from dualhead.errors import UserError
@@ -80,6 +81,7 @@ def assess(
         subject={"stage": request.stage, "checkpoint": request.checkpoint, "output": request.output},
         stop=stop,
     )
+    assess_further(request, asked, evaluation)
     return asked.results, evaluation
 
 

@@ -18,7 +18,7 @@ from dualhead.components.plugins import searched_in
 from dualhead.data import GivenImages, Labelled, Split, holding, match, one_form
 from dualhead.errors import UserError
 from dualhead.evaluation import read_all
-from dualhead.heads import DualHeadClassifier, layers
+from dualhead.heads import DualHeadClassifier, layers, own_words
 from dualhead.models import address_of, at_hand, backbones, describe_given
 from dualhead.recipe import Data, Recipe, override, parse_override, parse_recipe, recipe_content
 from dualhead.runs import RunResult, train
@@ -261,14 +261,29 @@ def _settle_model(
     if address is None and factory is None:
         _refuse_reset(content)
     if isinstance(model, DualHeadClassifier):
-        section |= {"attach_at": model.split_at, "heads": len(model.heads)}
-        if model.tied:
-            section["second_head"] = "tied"
+        if attach_at not in (None, model.split_at):
+            raise UserError(f"attach_at: this model has its heads already, behind {model.split_at}; leave it out")
+        section |= _given_heads(model, section)
     elif attach_at is not None:
         section["attach_at"] = attach_at
     elif section.get("attach_at") is not None:
         section["attach_at"] = _layer(model, str(section["attach_at"]), shape)
     return model, factory or (lambda: _copied(model)) if address is None else None
+
+
+def _given_heads(model: DualHeadClassifier, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a recipe's `model` that tell of the heads of a network that has them."""
+    found: dict[str, Any] = {"attach_at": model.split_at, "heads": len(model.heads)}
+    if model.tied:
+        found |= {"second_head": "tied", "own": list(own_words(model.head2, model.own_of_tied))}
+    elif section.get("second_head") == "tied":
+        raise UserError(
+            "model: its heads share no tensor, and the recipe ties them; attach them with init='tied', or set "
+            "model.second_head to reset"
+        )
+    if model.is_mean:
+        found["aggregator"] = "mean"
+    return found
 
 
 def _copied(model: nn.Module) -> nn.Module:

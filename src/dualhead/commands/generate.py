@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from dualhead.commands.resolve import Request, Resolved, resolve
-from dualhead.data import Split
+from dualhead.data import Split, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import counterfactual, noise_seeds, sample
+from dualhead.noise import Streams
 from dualhead.report import save_sheet
 from dualhead.runs import read_recipe
 from dualhead.system.files import check_folder, write_atomically
 from dualhead.threats import ThreatModel
 
 MOST_SAMPLES = 1_000_000
-"""Of one class: samples are numbered by class and place."""
+"""Most samples of one class: samples are numbered by class and place."""
 
 
 def draw_samples(
-    request: Request, classes: str | None, count: int, steps: int, step_size: float, seeds: str
+    request: Request, classes: str | None, count: int, steps: int, step_size: float, seeds: str | None
 ) -> dict[str, Any]:
     """Draw samples of some classes and write `samples.npz`, a sheet and a strip from seeds to samples.
 
@@ -34,7 +35,7 @@ def draw_samples(
         count: of each class.
         steps: of the ascent.
         step_size: L2 length of a step.
-        seeds: `gaussian` or `uniform`.
+        seeds: `gaussian`, `uniform` or a data source; None for what the run was trained with, else `gaussian`.
 
     Returns:
         Facts of what was written.
@@ -48,14 +49,13 @@ def draw_samples(
     asked = resolve(request)
     known = asked.images
     labels = torch.tensor(chosen(classes, known.class_names), dtype=torch.int64).repeat_interleave(count)
-    # The number of a sample is its class and place, so a picture stays the same whatever else is asked for.
-    numbers = labels * MOST_SAMPLES + torch.arange(count).repeat(len(labels) // count)
     device = next(asked.model.parameters()).device
-    labels, numbers = labels.to(device), numbers.to(device)
-    started = noise_seeds(_training(request, asked), numbers, seeds, seed=request.seed)
+    draw, kind = seeds_for(request, seeds, training_images(request, asked))
+    started = draw(labels, torch.arange(count).repeat(len(labels) // count)).to(device)
+    labels = labels.to(device)
     path = sample(asked.model, labels, started, steps=steps, step_size=step_size)
     images = _bytes(path)
-    _write(folder / "samples.npz", image=images, label=labels.cpu().numpy(), class_names=np.array(known.class_names))
+    _write(folder / "samples.npz", images=images, label=labels.cpu().numpy(), class_names=np.array(known.class_names))
     rows = images.reshape(-1, count, *images.shape[1:])
     save_sheet(rows[:, :16], folder / "sheet.png")
     first = torch.arange(0, len(labels), count, device=device)
@@ -63,7 +63,8 @@ def draw_samples(
     shown = np.unique(np.linspace(0, steps, min(9, steps + 1)).round().astype(int))
     save_sheet(_bytes(strip)[shown].swapaxes(0, 1), folder / "strip.png")
     passes = {"forward": steps, "backward": steps}
-    return {"output": str(folder), "samples": len(labels), "steps": steps, "step_size": step_size, "passes": passes}
+    facts = {"output": str(folder), "samples": len(labels), "steps": steps, "step_size": step_size, "seeds": kind}
+    return {**facts, "passes": passes}
 
 
 def draw_counterfactuals(
@@ -131,11 +132,87 @@ def chosen(words: str | None, names: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _training(request: Request, asked: Resolved) -> Split:
-    """Return what seeds are fitted to: a run's training images; for other models, the images that are given."""
-    if not request.is_run:
-        return asked.images
-    return read_recipe(Path(request.model)).data.load("train", request.data)
+def seeds_for(request: Request, kind: str | None, training: Split) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
+    """Return what draws the seeds of samples, and what they are in words.
+
+    Args:
+        request: model, images and seed.
+        kind: `gaussian`, `uniform` or a data source, of which the test part is taken where there is one; None for
+            what the run was trained with, else `gaussian`.
+        training: images whose shape seeds have, and to which `gaussian` is fitted.
+
+    Returns:
+        A function of labels and numbers within the class, int64 [B] each, to seeds float32 [B, C, H, W] in [0, 1]. The
+        number of a sample is its class and place, so a picture stays the same whatever else is asked for.
+
+    Raises:
+        UserError: for a source that cannot be read.
+    """
+    kind = kind or _trained_with(request) or "gaussian"
+    if kind in ("gaussian", "uniform"):
+
+        def noise(labels: Tensor, places: Tensor) -> Tensor:
+            return noise_seeds(training, labels * MOST_SAMPLES + places, kind, seed=request.seed)
+
+        return noise, kind
+    images, part = other_images(request, kind, training.image_shape)
+
+    def natural(labels: Tensor, places: Tensor) -> Tensor:
+        streams = Streams.of(request.seed, labels * MOST_SAMPLES + places).fork("seeds")
+        rows = (streams.uniform(1)[:, 0] * len(images)).long().clamp_max(len(images) - 1)
+        return torch.as_tensor(images.images[rows]).float().div(255.0)
+
+    return natural, f"{kind}, {part} part"
+
+
+def other_images(request: Request, source: str, shape: tuple[int, int, int]) -> tuple[Split, str]:
+    """Read images of another source in the shape of the model's: the test part, or the train part where there is none.
+
+    Returns:
+        The images, and which part they are.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    reading: dict[str, Any] = {**request.reading, "image_size": shape[1:]}
+    if shape[0] in (1, 3):
+        reading["channels"] = shape[0]
+    try:
+        return load_split(source, "test", **reading), "test"
+    except UserError:
+        return load_split(source, "train", **reading), "train"
+
+
+def training_images(request: Request, asked: Resolved) -> Split:
+    """Return the training part of a run's data, held-out images with it; of other models that of `--data`, if any.
+
+    Where a source has no training part the images that are given stand for it.
+    """
+    shape = asked.images.image_shape
+    if request.is_run:
+        found = read_recipe(Path(request.model)).data.load("train", request.data)
+    else:
+        assert request.data is not None, "models that are no runs need --data"
+        framing = asked.framing
+        try:
+            found = load_split(
+                request.data, "train", image_size=framing.size, crop=framing.crop, resample=framing.resample,
+                squash=framing.squash, channels=framing.channels or shape[0], depth=framing.depth,
+                image_column=request.image_column, label_column=request.label_column,
+            )  # fmt: skip
+        except UserError:
+            return asked.images
+    return found if found.image_shape == shape else found.show_middle(*shape[1:])
+
+
+def _trained_with(request: Request) -> str | None:
+    """Return the seeds that a run's last stage with seeds was trained with; None if there was none."""
+    stages = read_recipe(Path(request.model)).stages if request.is_run else ()
+    for stage in reversed(stages):
+        stream = stage.objective.streams().get("seeds")
+        if stream is not None:
+            return stream.named_source or stream.registered_name
+    return None
 
 
 def _folder(request: Request, name: str) -> Path:

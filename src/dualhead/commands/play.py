@@ -32,13 +32,13 @@ from dualhead.threats import Threat
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 64_000_000
-"""Of what a page may send: a large photograph, in base64."""
+"""Most bytes that a page may send: a large photograph, in base64."""
 MOST_EPS = 4.0
 """Largest eps at which a fooled output is searched for, as a share of the model's own."""
 HALVINGS = 7
-"""Of the interval in which the smallest eps lies: to a part in 128."""
+"""Halvings of the interval in which the smallest eps lies: to a part in 128."""
 HTTP_PORT = 80
-"""Of which a browser says nothing."""
+"""Port that a browser leaves out of an address."""
 PAGE = Path(__file__).with_name("play.html")
 
 
@@ -85,7 +85,7 @@ class Playground:
         self._busy = threading.Lock()
 
     def offer(self) -> dict[str, Any]:
-        """What the page needs to begin: images, their labels, class names, and the threat model."""
+        """Return what the page begins with: images, their labels, class names, and the threat model."""
         return {
             "images": [picture(image.numpy()) for image in _bytes(self.images.images[: self.count])],
             "labels": self.images.labels[: self.count].tolist(),

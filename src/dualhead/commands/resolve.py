@@ -31,6 +31,18 @@ DEFAULT_ATTACKS = ("pgd-40",)
 """Attacks on a model that no run tells how to measure."""
 
 
+def split_attacks(text: str) -> list[str]:
+    """Split names of attacks at commas, but not at those between brackets: `pgd-40(target=next,restarts=2),square`."""
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
+
+
 @dataclass(frozen=True)
 class Request:
     """The options of `dualhead evaluate`; None or empty: as the run has it."""
@@ -63,6 +75,13 @@ class Request:
     save_adversarial: bool = False
     overwrite: bool = False
     command: str | None = None
+    generation: bool = False
+    samples: int = 1_000
+    sample_steps: str | None = None
+    step_size: float = 0.2
+    seeds: str | None = None
+    judge: str | None = None
+    ood: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -273,7 +292,7 @@ def _of_factory(request: Request, room: int) -> _Source:
             _log.warning(
                 "%s: its publisher brings images to %dx%d, %s, %s; --image-size, --crop and --resample override that",
                 request.model, *found.size,
-                "stretched" if found.crop is None else f"the middle {found.crop:.3g} of each", found.resample,
+                "stretched" if found.crop is None else f"the middle {found.crop:.0%} of each", found.resample,
             )  # fmt: skip
         return test
 
@@ -418,6 +437,7 @@ def _folder_name(request: Request) -> str:
     words += [request.image_size, request.image_column, request.label_column, request.resample]
     numbers = (("crop", request.crop), ("channels", request.channels), ("depth", request.depth))
     words += [None if value is None else f"{name}{value}" for name, value in numbers]
-    words += ["adversarial" if request.save_adversarial else None]
+    words += ["adversarial" if request.save_adversarial else None, "generation" if request.generation else None]
+    words += ["ood"] if request.ood else []
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return name if request.is_run else name or "default"

@@ -111,7 +111,7 @@ def dispatch_sweep(
 
 
 def _failure(name: str, submitted: Any, folder: Path) -> list[str]:
-    """What went wrong in a job that has ended; nothing if its run is there."""
+    """Say what went wrong in a job that has ended; nothing if its run is there."""
     if RunFolder(folder / name).report.is_file():
         return []
     raised = re.findall(r"^[\w.]+: .+", str(submitted.exception()), re.MULTILINE)  # the last lines of its tracebacks

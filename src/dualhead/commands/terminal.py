@@ -16,14 +16,16 @@ from torch import Tensor
 
 from dualhead.commands.left import TimeLeft
 from dualhead.recipe import Recipe
-from dualhead.report import believable, duration, light_lines, poison_columns, unequal
+from dualhead.report import SAMPLE_ROWS, believable, duration, light_lines, poison_columns, threat_text, unequal
 from dualhead.runs import Trial
+from dualhead.statistics import overfits_single_steps
 
 err = Console(stderr=True, highlight=False, markup=False)  # brackets in names are no markup
 # A file or a pipe has no width to fit into; a table in it must not lose columns.
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 REFRESH_SECONDS = 0.5
+OVERFITS = "  overfits single steps"
 DOUBTED = "! a check failed, see above: its accuracies are not to be believed"
 
 
@@ -138,6 +140,10 @@ class TrainingDisplay:
             self._accuracy = f"  clean {clean:.1%}  robust {robust:.1%}"
             if metrics.get("validation_largest_answer", 0.0) == 1.0:
                 self._accuracy += "  all answers are one class"
+        if "watched_fgsm" in metrics and overfits_single_steps(metrics["watched_fgsm"], metrics["watched_pgd"]):
+            self._accuracy = f"{self._accuracy.removesuffix(OVERFITS)}{OVERFITS}"
+        else:
+            self._accuracy = self._accuracy.removesuffix(OVERFITS)
         if self._bar is None:
             err.print(
                 f"stage {self._label}: epoch {metrics['epoch']}/{self._epochs}, loss {metrics['loss']:.3f}"
@@ -442,3 +448,55 @@ def print_runs(found: Sequence[Mapping[str, Any]]) -> None:
     for run in found:
         for note in run["notes"]:
             out.print(f"{run['run']}: {note}", soft_wrap=True, markup=False)
+
+
+def further_tables(results: Mapping[str, Any]) -> list[NumberTable]:
+    """Return tables of samples and of images out of distribution; none where neither was measured.
+
+    Args:
+        results: the content of `results.json`.
+    """
+    return [
+        *([_generation_table(results["generation"])] if results.get("generation") else []),
+        *([_ood_table(results["ood"])] if results.get("ood") else []),
+    ]
+
+
+def _generation_table(told: Mapping[str, Any]) -> NumberTable:
+    judge = told["judge"]
+    title = (
+        f"{told['samples']:,} samples, {told['steps']} steps of {told['step_size']:g} from {told['seeds']}; judge "
+        f"{judge['backbone']} {judge['digest']}, {judge['accuracy']:.1%} right; beside them as many training images"
+    )
+    table = NumberTable({"measure, against test images": "left", "samples": "right", "training images": "right"}, title)
+    for name, key, digits in SAMPLE_ROWS:
+        table.add_row(name, *(_with_ends(each, key, digits) for each in (told, told["floor"])))
+    near = told["nearest"]
+    table.add_row("distance to nearest training image (test: " + f"{near['test']:.3g})", f"{near['samples']:.3g}", "-")
+    table.add_row("diversity within classes, of test images' own", f"{told['diversity']:.2f}", "-")
+    table.add_row("judge names the class", f"{told['judge_agreement']:.1%}", "-")
+    return table
+
+
+def further_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return a line for each check of samples that is not fine."""
+    checks = (results.get("generation") or {}).get("checks", [])
+    return [f"{each['name'].replace('_', ' ')}: {each['message']}" for each in checks if each["status"] != "ok"]
+
+
+def _with_ends(told: Mapping[str, Any], key: str, digits: str) -> str:
+    ends = told.get(f"{key}_interval")
+    shown = digits.format(told[key])
+    return shown if not ends else f"{shown} [{digits.format(ends[0])}, {digits.format(ends[1])}]"
+
+
+def _ood_table(told: Mapping[str, Any]) -> NumberTable:
+    title = (
+        f"AUROC against {told['test_images']} test images; attacked: {told['attack']}, {threat_text(told['threat'])}"
+    )
+    table = NumberTable({"source": "left", "score": "left", "clean": "right", "attacked": "right"}, title)
+    for source, found in told["sources"].items():
+        for score, each in found["scores"].items():
+            pairs = ((each["auroc"], each["interval"]), (each["auroc_attacked"], each["interval_attacked"]))
+            table.add_row(source, score, *(f"{v:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]" for v, ends in pairs))
+    return table

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from dataclasses import Field, field
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -30,3 +31,18 @@ def parse_real(value: object) -> float:
 
 Real = Annotated[float, BeforeValidator(parse_real)]
 """A float that may also be written as a fraction, for fields of recipes."""
+
+_UNLESS_GIVEN = "left out of what is written, unless given"
+
+
+def unless_given() -> Any:
+    """Return a field of a component that is None by default and is then left out of what describes the component.
+
+    For fields that came later: results and journals from before still describe the same component.
+    """
+    return field(default=None, metadata={_UNLESS_GIVEN: True})
+
+
+def is_written(of: Field[Any], value: Any) -> bool:
+    """Tell whether a field with this value stands in what describes a component."""
+    return value is not None or _UNLESS_GIVEN not in of.metadata

@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar, cast, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dualhead.components import plugins
+from dualhead.components.fields import is_written
 from dualhead.errors import UserError
 
 T = TypeVar("T")
@@ -221,6 +222,8 @@ class Registry(Generic[T]):
     def _expanded(self, spec: str) -> dict[str, Any]:
         if self.known_as(spec) in self._classes:
             return {"name": self.known_as(spec)}
+        if spec.endswith(")") and not plugins.split_address(spec):
+            return self._with_options(spec)
         head, colon, tail = spec.partition(":")
         if colon:
             head = head if head in self._classes or "." in head or "/" in head else self.known_as(head)
@@ -244,6 +247,17 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {spec!r} is not understood; write {form!r}" + ("" if fields else " alone"))
         self.get(spec)
         raise AssertionError  # get has raised: spec is not a registered name
+
+    def _with_options(self, spec: str) -> dict[str, Any]:
+        """The long form of `pgd-40(target=next, restarts=5)`, which is also how labels are written."""
+        head, _, inside = spec[:-1].partition("(")
+        fields = {}
+        for option in inside.split(",") if inside.strip() else ():
+            key, given, value = (word.strip() for word in option.partition("="))
+            if not given or not key:
+                raise UserError(f"{self.kind} {spec!r} is not understood; write NAME(KEY=VALUE,...)")
+            fields[key] = value
+        return {**self._expanded(head.strip()), **fields}
 
     def _is_run_together(self, spec: str) -> bool:
         """Whether a spec is a name with its first number right behind it, as people write it: `resnet18`, `pgd40`."""
@@ -304,7 +318,8 @@ class Registry(Generic[T]):
     def describe(self, component: T) -> dict[str, Any]:
         """The component in the long form that `build` accepts."""
         fields = dataclasses.fields(cast("Any", component))
-        values = {f.name: getattr(component, f.name) for f in fields if f.init}
+        held = [(f, getattr(component, f.name)) for f in fields if f.init]
+        values = {f.name: value for f, value in held if is_written(f, value)}
         inside: dict[str, Any] = {
             key: self.describe(value) for key, value in values.items() if hasattr(value, "registered_name")
         }

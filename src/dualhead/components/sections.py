@@ -1,4 +1,4 @@
-"""What the sections of a recipe share: pydantic models that refuse unknown keys and hold components."""
+"""Base of the sections of a recipe: pydantic models that refuse unknown keys and hold components."""
 
 from __future__ import annotations
 

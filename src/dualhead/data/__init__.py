@@ -1,6 +1,7 @@
 """Data sets: a name or path to a `Split` of uint8 images, batches from it, and augmentation in batch."""
 
 from dualhead.data.augmentations import Augmentation, augmentations
+from dualhead.data.cache import folder as cache_folder
 from dualhead.data.cutmix import CutMix
 from dualhead.data.decode import Framing, Resample, decode_single
 from dualhead.data.duplicates import Digests, digests, shared_images
@@ -40,6 +41,7 @@ __all__ = [
     "are_numbers",
     "augmentations",
     "batches",
+    "cache_folder",
     "decode_single",
     "digests",
     "held_rows",

@@ -1,7 +1,7 @@
 """Decoded images on disk, so that a data set is decoded once.
 
-The folder is `$DUALHEAD_CACHE`, else `~/.cache/dualhead`. It may be deleted at any time. A file that cannot be read or
-written is worth a line in the log and never an error.
+The folder is `measured.cache_folder`. It may be deleted at any time. A file that cannot be read or written is worth a
+line in the log and never an error.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dualhead.data.split import Split
 from dualhead.errors import UserError
+from dualhead.system.measured import cache_folder
 
 _log = logging.getLogger(__name__)
 _VERSION = 2  # counts changes of what is stored
@@ -29,8 +30,7 @@ _VERSION = 2  # counts changes of what is stored
 
 def folder() -> Path:
     """Where decoded images are kept."""
-    given = os.environ.get("DUALHEAD_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "dualhead"
+    return cache_folder()
 
 
 def key_of(files: Iterable[Path], options: object) -> str:

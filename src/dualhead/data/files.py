@@ -30,7 +30,7 @@ NAMES: Final[dict[Part, tuple[str, ...]]] = {
     "train": ("train", "training", "trainset"),
     "test": ("test", "testing", "testset", "eval", "evaluation", "validation", "valid", "val", "dev"),
 }
-"""What a part may be called, the preferred name first."""
+"""Names that a part may have, the preferred one first."""
 _KNOWN: Final = frozenset(name for names in NAMES.values() for name in names)
 ARRAYS: Final = frozenset({".npz", ".npy"})
 _NOT_DATA: Final = frozenset(
@@ -38,7 +38,7 @@ _NOT_DATA: Final = frozenset(
 )
 """Folders that operating systems and disk stations leave among others, in lower case."""
 LABELS: Final = ("label", "labels", "fine_label", "class", "target")
-"""What a column of labels is usually called."""
+"""Usual names of a column of labels."""
 SAVED: Final = "dataset_dict.json"
 """In a folder to which `datasets` saved the parts of a set."""
 _SAVED_ONE: Final = "state.json"

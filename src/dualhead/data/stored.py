@@ -202,7 +202,7 @@ class StoredImages:
 
 
 class _Pieces(Dataset[Any]):
-    """What a worker process holds: gives the images of a piece, or the error that says why not."""
+    """Pieces as a worker process reads them: the images of each, or the error that says why not."""
 
     def __init__(self, images: StoredImages) -> None:
         self._images = images

@@ -21,7 +21,7 @@ from dualhead.noise import Streams
 from dualhead.system.processes import ALONE, Group
 
 MOST_VALUES: Final = 12_288
-"""Of an image whose covariance is fitted: those of 64x64 pixels in colour."""
+"""Most values of an image whose covariance is fitted: those of 64x64 pixels in colour."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
+from dualhead.evaluation.calibration import calibration_error
 from dualhead.evaluation.corruptions import asks_for_corruptions
-from dualhead.evaluation.diagnostics import Finding
+from dualhead.evaluation.diagnostics import Finding, check_single_steps
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
 from dualhead.evaluation.generation import (
     Counterfactual,
     auroc,
-    calibration_error,
     counterfactual,
     energy,
     frechet_distance,
@@ -16,22 +16,37 @@ from dualhead.evaluation.generation import (
     ood_score,
     precision_recall,
     sample,
+    sample_at,
 )
 from dualhead.evaluation.given import read_all
 from dualhead.evaluation.harness import evaluate
+from dualhead.evaluation.journal import finite, weights_fingerprint, write_arrays
 from dualhead.evaluation.model import outputs_of, read_logits
 from dualhead.evaluation.once import attack
+from dualhead.evaluation.ood import auroc_interval, measure_ood
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.poisoned import (
     TRIGGERED,
     TriggeredImages,
     answers,
     confused,
+    found_by_signatures,
     learnt_by_heart,
     measure_triggered,
     successes,
 )
 from dualhead.evaluation.progress import EvaluationProgress
+from dualhead.evaluation.quality import (
+    STEPS,
+    Generation,
+    Judge,
+    Sampling,
+    Sets,
+    check_compression,
+    check_curriculum,
+    kernel_distance,
+    measure_generation,
+)
 from dualhead.evaluation.results import Evaluation, Verdicts, balanced
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
 from dualhead.evaluation.union import against_specialists
@@ -40,14 +55,19 @@ from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std
 __all__ = [
     "ESTIMATE",
     "KINDS",
+    "STEPS",
     "TRIGGERED",
     "Counterfactual",
     "Evaluation",
     "EvaluationProgress",
     "Finding",
     "Gallery",
+    "Generation",
+    "Judge",
     "Paired",
     "RouteSetting",
+    "Sampling",
+    "Sets",
     "TriggeredImages",
     "Verdicts",
     "against_specialists",
@@ -55,21 +75,30 @@ __all__ = [
     "asks_for_corruptions",
     "attack",
     "auroc",
+    "auroc_interval",
     "balanced",
     "calibration_error",
+    "check_compression",
+    "check_curriculum",
     "check_duplicates",
+    "check_single_steps",
     "compare",
     "confused",
     "counterfactual",
     "energy",
     "evaluate",
     "evaluate_routes",
+    "finite",
+    "found_by_signatures",
     "frechet_distance",
     "interval_over_samples",
+    "kernel_distance",
     "learnt_by_heart",
     "make_gallery",
     "mcnemar",
     "mean_std",
+    "measure_generation",
+    "measure_ood",
     "measure_triggered",
     "nearest_distance",
     "noise_seeds",
@@ -80,6 +109,9 @@ __all__ = [
     "read_all",
     "read_logits",
     "sample",
+    "sample_at",
     "successes",
+    "weights_fingerprint",
     "wilson",
+    "write_arrays",
 ]

@@ -14,7 +14,7 @@ from dualhead.data import corruptions as rendering
 from dualhead.statistics import interval_over_samples
 
 WORD: Final = "corruptions"
-"""What asks for it among the attacks. It is none: nothing searches, no budget holds, and no `worst` counts it."""
+"""The word for it in a list of attacks. It is none: nothing searches, no budget holds, and `worst` leaves it out."""
 
 
 def asks_for_corruptions(spec: object) -> bool:

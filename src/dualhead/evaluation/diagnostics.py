@@ -23,10 +23,13 @@ from dualhead.errors import Interrupted
 from dualhead.evaluation.model import ROWS, Subject, differ
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
 from dualhead.noise import Streams
+from dualhead.statistics import overfits_single_steps, wilson
 from dualhead.threats import Threat
 
 PROBES = 32
 """Samples that the checks which run attacks look at, and those that tell one model from another."""
+AUDITED = 64
+"""Images at most that are searched again in float32, of those that withstood a search in bf16."""
 ALMOST_ALL = 0.98
 """Share of the images from which on a single answer counts as the model's only one."""
 MOST_DRAWS = 1000
@@ -67,7 +70,7 @@ def check_model(
     class_names: Sequence[str],
     attacks: Set[str],
 ) -> list[Finding]:
-    """What can be seen before any attack.
+    """Check the model before any attack.
 
     Args:
         subject: the model.
@@ -277,7 +280,7 @@ def _accuracy(correct: NDArray[np.bool_], samples: Samples) -> Finding:
 
 
 def _gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
-    """Of the cross-entropy, [B, ...]; None if no gradient reaches the images."""
+    """Return the gradient of the cross-entropy, [B, ...]; None if none reaches the images."""
     with torch.enable_grad():
         asked = x.detach().requires_grad_()
         logits = subject.logits(asked)
@@ -375,6 +378,46 @@ def check_black_box(white: NDArray[np.bool_], black: NDArray[np.bool_]) -> list[
     return [_finding("black_box", good, fine, text, failed=only > 0.05 * count)]
 
 
+@dataclass(frozen=True)
+class Audit:
+    """What came of searching again in float32 what had withstood a search in bf16.
+
+    Attributes:
+        parts: labels of the searches.
+        eps: the budget.
+        survivors: images that withstood them.
+        audited: how many of these were searched again.
+        fell: how many of those did not withstand that.
+        seconds: what it took.
+    """
+
+    parts: list[str]
+    eps: float
+    survivors: int
+    audited: int
+    fell: int
+    seconds: float
+
+
+def check_precision(audits: Sequence[Audit]) -> list[Finding]:
+    """Did searches in bf16 overlook what they find in float32? Nothing to say if none was in bf16."""
+    if not audits:
+        return []
+    audited, fell = sum(audit.audited for audit in audits), sum(audit.fell for audit in audits)
+    low, high = wilson(fell, audited)
+    names = ", ".join(dict.fromkeys(part for audit in audits for part in audit.parts))
+    seen = (
+        f"{fell} of {audited} images that withstood {names} in bf16, chosen at random, fell to it in float32 "
+        f"(95 % interval {low:.1%} to {high:.1%}"
+    )
+    survivors = sum(audit.survivors for audit in audits)
+    text = (
+        f"{seen} of the {survivors} that withstood it): low precision hides adversarial examples, and robust accuracy "
+        "is too high by that share; evaluate in float32 (--precision float32)"
+    )
+    return [_finding("precision", not fell, f"{seen})", text, failed=fell > 0.05 * audited)]
+
+
 def check_curve(curve: Sequence[Mapping[str, Any]], count: int, attacks: Set[str] = frozenset()) -> list[Finding]:
     """Does robust accuracy fall with eps?
 
@@ -393,6 +436,29 @@ def check_curve(curve: Sequence[Mapping[str, Any]], count: int, attacks: Set[str
         "climb; use more steps or restarts" + ("" if "autoattack" in attacks else ", or autoattack")
     )
     return [_finding("curve", not rises, "robust accuracy falls with eps", text, failed=False)]
+
+
+def check_single_steps(lines: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Did training on single steps come to withstand single steps alone?
+
+    Args:
+        lines: of a run's metrics; stages that train otherwise have no `watched_fgsm`, and if none has it nothing is
+            found.
+    """
+    watched = [line for line in lines if "watched_fgsm" in line]
+    bad = [line for line in watched if overfits_single_steps(line["watched_fgsm"], line["watched_pgd"])]
+    if not watched:
+        return []
+    if not bad:
+        return [Finding("catastrophic_overfitting", "ok", f"in none of {len(watched)} epochs on single steps")]
+    line = bad[-1]
+    text = (
+        f"training on single steps overfitted catastrophically in {len(bad)} of {len(watched)} epochs, last in epoch "
+        f"{line['epoch']} of stage {line['stage']}: of a few images {line['watched_fgsm']:.0%} stayed right under one "
+        f"step of FGSM and {line['watched_pgd']:.0%} under a few of PGD; use attack n_fgsm or pgd-2, objective "
+        "grad_align or elle, or a smaller eps"
+    )
+    return [Finding("catastrophic_overfitting", "warning", text)]
 
 
 def described(findings: Iterable[Finding]) -> list[dict[str, str]]:

@@ -136,7 +136,7 @@ def make_gallery(
 
 @dataclass
 class _Said:
-    """What the outputs say of images: predictions [M, O], probabilities [M, O, 2] and margins [M, O]."""
+    """Answers of the outputs to images: predictions [M, O], probabilities [M, O, 2] and margins [M, O]."""
 
     prediction: Tensor
     probability: Tensor

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, Literal
 
 import torch
@@ -19,7 +21,7 @@ from dualhead.threats import ThreatModel
 Score = Literal["lse", "msp", "max_logit"]
 SCORES: Final[tuple[Score, ...]] = ("lse", "msp", "max_logit")
 MOST_VALUES: Final = 3_072
-"""Of an image whose covariance seeds are given: those of 32x32 pixels in colour."""
+"""Most values of an image whose covariance seeds are given: those of 32x32 pixels in colour."""
 BATCH: Final = 64
 """Images in a pass. It never changes: the last pass is filled up, so that rounding is that of a full one."""
 
@@ -133,8 +135,31 @@ def sample(
     Raises:
         UserError: for steps, a step size or numbers of labels that do not fit.
     """
-    everywhere = ThreatModel("L2", 1.0 + math.sqrt(math.prod(seeds.shape[1:])))  # holds the whole box
-    return _ascend(model, labels, seeds, everywhere, steps, step_size, trajectory=trajectory)
+    path = _ascend(model, labels, seeds, _everywhere(seeds), range(steps + 1) if trajectory else [steps], step_size)
+    return path if trajectory else path[0]
+
+
+def sample_at(
+    model: nn.Module, labels: Tensor, seeds: Tensor, steps: Sequence[int], *, step_size: float = 0.2
+) -> Tensor:
+    """Return samples after several numbers of steps, at the cost of the most: each as `sample` gives it.
+
+    Args:
+        model: as for `sample`.
+        labels: as for `sample`.
+        seeds: as for `sample`.
+        steps: ascending numbers, each at least 0.
+        step_size: L2 length of a step, greater than 0.
+
+    Returns:
+        float32 [S, B, C, H, W].
+
+    Raises:
+        UserError: as `sample`, or for numbers that do not ascend.
+    """
+    if not steps or any(a >= b for a, b in pairwise(steps)):
+        raise UserError(f"steps must be ascending numbers, got {', '.join(map(str, steps)) or 'none'}")
+    return _ascend(model, labels, seeds, _everywhere(seeds), steps, step_size)
 
 
 def counterfactual(
@@ -161,7 +186,7 @@ def counterfactual(
     """
     threat = threat or ThreatModel("L2", 4.0)
     length = 2.5 * threat.eps / steps if step_size is None and steps > 0 else (step_size or 0.0)
-    path = _ascend(model, target, x, threat, steps, length, trajectory=True)
+    path = _ascend(model, target, x, threat, range(steps + 1), length)
     distance = (path[-1] - x).flatten(1).norm(dim=1)
     return Counterfactual(path[-1], path, distance, _answers(model, path[-1]).softmax(1))
 
@@ -187,35 +212,6 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     ordered = inside.sort().values
     below = torch.searchsorted(ordered, outside, right=False) + torch.searchsorted(ordered, outside, right=True)
     return float(below.double().mean() / (2 * len(inside)))
-
-
-def calibration_error(probabilities: Tensor, y: Tensor, bins: int = 15) -> tuple[float, Tensor]:
-    """Compute the expected calibration error in bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3).
-
-    Args:
-        probabilities: float [N, K], rows that sum to 1.
-        y: labels, int64 [N].
-        bins: at least 1.
-
-    Returns:
-        The error in [0, 1], and for a reliability diagram one row for each bin [bins, 3]: mean confidence, accuracy and
-        number of images; the first two are NaN in an empty bin.
-
-    Raises:
-        UserError: if there are no images or bins.
-    """
-    if bins < 1 or not len(y):
-        raise UserError(f"calibration needs images and at least 1 bin, got {len(y)} images and {bins} bins")
-    confidence, guess = probabilities.double().cpu().max(1)
-    right = (guess == y.cpu()).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins (low, high], as published
-    table = torch.zeros(bins, 3, dtype=torch.float64)
-    for column, values in enumerate((confidence, right, torch.ones_like(right))):
-        table[:, column].index_add_(0, place, values)
-    count = table[:, 2]
-    error = ((table[:, 0] - table[:, 1]).abs() / len(y)).sum()
-    table[:, :2] /= count[:, None]
-    return float(error), table
 
 
 def frechet_distance(features: Tensor, others: Tensor) -> float:
@@ -295,12 +291,18 @@ def _answers(model: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([logits_of(model(part)).float() for part in torch.split(x, 256)])
 
 
+def _everywhere(seeds: Tensor) -> ThreatModel:
+    """Return a ball that holds the whole box [0, 1]."""
+    return ThreatModel("L2", 1.0 + math.sqrt(math.prod(seeds.shape[1:])))
+
+
 def _ascend(
-    model: nn.Module, y: Tensor, x: Tensor, threat: ThreatModel, steps: int, step_size: float, *, trajectory: bool
+    model: nn.Module, y: Tensor, x: Tensor, threat: ThreatModel, kept: Sequence[int], step_size: float
 ) -> Tensor:
-    """Climb f(x)[y] within a ball and the box; the last iterates, or all [steps + 1, B, ...]."""
-    if steps < 0:
-        raise UserError(f"steps must be at least 0, got {steps}")
+    """Climb f(x)[y] within a ball and the box; the iterates after `kept` steps, ascending, [S, B, ...]."""
+    if not kept or kept[0] < 0:
+        raise UserError(f"steps must be at least 0, got {kept[0] if kept else -1}")
+    steps = kept[-1]
     if steps and not (step_size > 0 and math.isfinite(step_size)):
         raise UserError(f"step_size must be greater than 0, got {step_size:g}")
     if y.shape != x.shape[:1]:
@@ -309,19 +311,15 @@ def _ascend(
     with in_eval_mode(model):
         for first in range(0, len(x), BATCH):
             rows = torch.arange(first, first + BATCH, device=x.device).clamp_max(len(x) - 1)
-            start, label = x[rows], y[rows, None]
+            at, label = x[rows], y[rows, None]
+            start, path = at, [at] if kept[0] == 0 else []
 
             def climb(images: Tensor, label: Tensor = label) -> Tensor:
                 return logits_of(model(images)).float().gather(1, label)[:, 0]
 
-            at, kept = start, [start]
-            for _ in range(steps):
+            for step in range(1, steps + 1):
                 at = threat.project(threat.ascend(at, slope(climb, at), step_size), start).detach()
-                if trajectory:
-                    kept.append(at)
-            path = torch.stack(kept if trajectory else [at])
-            found.append(path[:, : len(x) - first])
-    if not found:
-        return x.new_empty((steps + 1, *x.shape)) if trajectory else x
-    every = torch.cat(found, 1)
-    return every if trajectory else every[0]
+                if step in kept:
+                    path.append(at)
+            found.append(torch.stack(path)[:, : len(x) - first])
+    return torch.cat(found, 1) if found else x.new_empty((len(kept), *x.shape))

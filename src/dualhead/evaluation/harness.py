@@ -20,28 +20,33 @@ from dualhead.components.fields import parse_real
 from dualhead.components.plugins import sources_in
 from dualhead.data import corruptions as rendering
 from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation.calibration import calibration
 from dualhead.evaluation.corruptions import WORD, asks_for_corruptions, corrupted_right, summary
 from dualhead.evaluation.diagnostics import (
+    AUDITED,
     PROBES,
+    Audit,
     Finding,
     check_attacks,
     check_black_box,
     check_curve,
     check_model,
+    check_precision,
     check_randomness,
     described,
+    is_random,
     training_modules,
 )
 from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
-from dualhead.evaluation.model import Subject, check_images, differ, frozen
+from dualhead.evaluation.model import Subject, check_images, differ, frozen, worth_reducing
 from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
-from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class
+from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class, targeted
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
 from dualhead.evaluation.union import merged, threat_labels
 from dualhead.noise import Streams
-from dualhead.system.arithmetic import BF16, FLOAT32, Precision
+from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision
 from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.outputs import without_inference_tensors
 from dualhead.system.processes import group
@@ -109,7 +114,9 @@ def evaluate(
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
         batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.
         seed: of all random numbers.
-        precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for bf16 where it is faster here.
+        precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for gradients in float32, and
+            queries without gradients in bf16 where that saves time on this machine. The results say which it was, and
+            what was searched in bf16 is audited: see the diagnostic `precision`.
         device: None for where the model is; else the model is moved there.
         class_names: for the results; None for numbers.
         skipped: images that were left out since they cannot be read, for the results (`skipped_images`).
@@ -153,6 +160,7 @@ def evaluate(
             raise UserError(f"{WORD} are of no threat; measure them apart, or name one threat")
         return _evaluate_each(model, images, labels, threat, attacks, output_dir, options)
     built, corrupts = _asked(attacks, images, eps)
+    built = {label: attack.for_classes(list(class_names or ())) for label, attack in built.items()}
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
@@ -199,7 +207,7 @@ def _evaluate_each(
     output_dir: str | Path | None,
     options: dict[str, Any],
 ) -> Evaluation:
-    """`evaluate` under several threats: an evaluation of each, in a folder of its own, and what they say together."""
+    """Evaluate under each of several threats, in a folder of its own, and under their union."""
     built = [build_threat(spec, f"threat.{place}") for place, spec in enumerate(threats)]
     labelled = dict(zip(threat_labels(built), built, strict=True))
     if len(labelled) < 2:
@@ -230,12 +238,12 @@ def _file_name(label: str) -> str:
 
 
 def check_interval(device: torch.device) -> int:
-    """Steps between looks at what a search found: on an accelerator each look waits for it, on the CPU none does."""
+    """Return the steps between looks at a search: on an accelerator each look waits for it, on the CPU none does."""
     return 1 if device.type == "cpu" else 5
 
 
 def _asked(attacks: Sequence[Spec], images: Tensor, eps: Sequence[float | str]) -> tuple[dict[str, Attack], bool]:
-    """Attacks by label, and whether the corruptions are asked for too."""
+    """Build attacks by label, and tell whether the corruptions are asked for too."""
     if isinstance(attacks, str | Mapping):
         return _build(attacks), False
     built = _build([attack for attack in attacks if not asks_for_corruptions(attack)])
@@ -248,7 +256,7 @@ def _asked(attacks: Sequence[Spec], images: Tensor, eps: Sequence[float | str]) 
 
 
 def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
-    """Attacks by label."""
+    """Build attacks by label."""
     if isinstance(specs, str | Mapping):
         raise UserError(f"attacks must be a list, as in attacks=[{specs!r}]")
     built: dict[str, Attack] = {}
@@ -260,17 +268,23 @@ def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
     return built
 
 
+def _task(attack: Attack, threat: Threat) -> str:
+    """What the journal calls an attack under a threat."""
+    return f"{threat.kind} {threat.eps!r} {registry.describe(attack)!r}"
+
+
 @dataclass
 class _Found:
-    """What one process found of one attack."""
+    """Results of one attack in one process."""
 
     tries: dict[int, tuple[int, Outcome]]  # sample to the part that fooled it, and how
     costs: dict[int, Cost]
     seconds: dict[int, float]
+    precisions: dict[int, str]  # of each part's search
 
 
 class _Work:
-    """One call of `evaluate`."""
+    """State of one call of `evaluate`."""
 
     def __init__(
         self,
@@ -307,9 +321,10 @@ class _Work:
                 attack.check(cast("Threat", asked))
                 attack.parts(self.num_classes, cast("Threat", asked), self.num_heads)
         self.correct = (predictions(self.samples.clean) == labels).numpy()
+        self.audits: list[Audit] | None = None  # None: what is searched in bf16 is not audited
 
     def _clean(self, images: Tensor) -> Tensor:
-        """Float32 logits of all clean images, each process computing its own."""
+        """Compute float32 logits of all clean images, each process its own share."""
         subject = self.subject
         shares = []
         for rows in torch.split(torch.from_numpy(self.mine), subject.batch_size):
@@ -324,7 +339,7 @@ class _Work:
         return clean
 
     def open_journal(self, folder: Path | None, precision: Precision, *, resume: bool) -> None:
-        """Go on with what lies in the folder, and settle the precision of the search."""
+        """Resume from the folder, and settle the precision of the search."""
         samples = self.samples
         identity = {
             "weights": weights_fingerprint(self.subject.model),
@@ -348,11 +363,9 @@ class _Work:
         x, y = samples.fetch(rows, self.subject.device), samples.labels[rows].to(self.subject.device)
 
         def settle() -> dict[str, Any]:
-            self.subject.settle(precision, x, y, self._most_passes())
             return {
-                "precision": self.subject.arithmetic.name,
+                **self.subject.settle(precision, x, y, self._most_passes()),
                 "layout": self.subject.layout,
-                "seconds_per_image": {name: round(seconds, 8) for name, seconds in self.subject.timings.items()},
                 "batch_size": self.subject.batch_size,
                 "forward_batch_size": self.subject.forward_batch_size,
                 "batch_invariant": self.subject.batch_invariant(x, y),
@@ -361,18 +374,35 @@ class _Work:
         self.group.lead(lambda: self._refuse_changed_attacks(folder))
         self.settled = self.group.lead(lambda: self.journal.fact("arithmetic", settle))
         self._check_answers()
-        self.subject.use(BF16 if self.settled["precision"] == "bf16" else FLOAT32, x)
+        self.shown, self.usual = x, BF16 if self.settled["precision"] == "bf16" else FLOAT32
+        self.subject.use(self.usual, x)
+        self.subject.repeatable = self._repeatable()
         self.subject.batch_size = min(self.subject.batch_size, self.settled["batch_size"])
         self.subject.forward_batch_size = min(self.subject.forward_batch_size, self.settled["forward_batch_size"])
 
+    def _repeatable(self) -> bool:
+        """Whether an image gets the same answer every time, asked only where an attack makes use of it."""
+        threats = [threat for threat in (self.threat, *self.threats.values()) if threat is not None]
+        uses = any(
+            part.stops_at_cycles
+            for threat in threats
+            for attack in self.attacks.values()
+            for part in attack.parts(self.num_classes, threat, self.num_heads)
+        )
+        if not (uses and self.settled["batch_invariant"]):
+            return False
+        return not self.group.lead(
+            lambda: self.journal.fact("logits are random", lambda: is_random(self.subject, self.samples))
+        )
+
     def _said(self) -> Tensor:
-        """Float32 logits of the first samples, with NaN for what is not finite: JSON has one word for all of it."""
+        """Compute float32 logits of the first samples; infinite ones become NaN, as JSON has one word for both."""
         rows = torch.arange(min(PROBES, len(self.samples.labels)))
         logits = self.subject.verify(self.samples.fetch(rows, self.subject.device)).cpu()
         return torch.where(logits.isfinite(), logits, torch.nan)
 
     def _refuse_changed_attacks(self, folder: Path | None) -> None:
-        """Refuse to mix results of an attack from outside with those of another version of its file."""
+        """Refuse an attack from outside whose file has changed since the earlier results."""
         for label, attack in self.attacks.items():
             for source in sources_in(registry.describe(attack)):
                 before = self.journal.fact(f"code of {label} in {source.name}", partial(str, source.sha256))
@@ -383,7 +413,7 @@ class _Work:
                     )
 
     def _check_answers(self) -> None:
-        """Refuse to go on with what was found out of a model that answered otherwise.
+        """Refuse to resume with a model whose answers have changed.
 
         Its weights have been compared; but a model's answers also depend on what is in no state dict: constants, the
         mean and standard deviation that it normalises with, its code. One that is random cannot be told from another.
@@ -398,7 +428,7 @@ class _Work:
             )
 
     def _most_passes(self) -> int:
-        """Steps of one process, if nothing were fooled."""
+        """Return the steps of one process if no sample were fooled."""
         threats = {self.threat, *self.threats.values()} - {None}
         parts = [
             part
@@ -410,14 +440,14 @@ class _Work:
 
     @property
     def _attack_names(self) -> frozenset[str]:
-        """Registered names of the attacks that are run, and of those that they consist of."""
+        """Return the registered names of the attacks and of their parts."""
         names = {attack.registered_name for attack in self.attacks.values()}
         for attack in self.attacks.values():
             names |= {part.label for part in attack.parts(self.num_classes, self.threat, self.num_heads)}
         return frozenset(names | ({"autoattack"} if "autoattack-plus" in names else set()))
 
     def _diagnose_model(self, class_names: Sequence[str]) -> list[dict[str, str]]:
-        """Checks before the attacks, by the first process."""
+        """Run the checks before the attacks, in the first process."""
 
         def check() -> list[dict[str, str]]:
             return described(
@@ -430,7 +460,7 @@ class _Work:
         return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
 
     def _diagnose_randomness(self, robust: NDArray[np.bool_]) -> list[dict[str, str]]:
-        """Judge a random model by as many draws as an attack takes, by the first process."""
+        """Judge a random model by as many draws as an attack takes, in the first process."""
         draws = max(
             sum(
                 part.jobs(self.num_classes) * part.max_steps()
@@ -450,10 +480,10 @@ class _Work:
     def _diagnose_attacks(
         self, verdicts: dict[str, Verdicts], records: dict[str, dict[str, Any]], curve: list[dict[str, Any]]
     ) -> list[dict[str, str]]:
-        """Checks after the attacks, by the first process.
+        """Run the checks after the attacks, in the first process.
 
         Args:
-            verdicts: what each attack left.
+            verdicts: of each attack.
             records: passes and successes of each attack's parts.
             curve: robust accuracy over eps.
         """
@@ -483,7 +513,7 @@ class _Work:
         return cast("list[dict[str, str]]", findings)
 
     def _corruptions(self) -> dict[str, Any]:
-        """Accuracy on corrupted images, each process on its own."""
+        """Measure accuracy on corrupted images, each process on its own share."""
         samples, subject = self.samples, self.subject
         right: dict[str, NDArray[np.bool_]] = {}
         mine = torch.from_numpy(self.mine)
@@ -516,8 +546,9 @@ class _Work:
     def run(
         self, class_names: list[str], origin: dict[str, Any], diagnostics: bool, *, corrupts: bool = False
     ) -> Evaluation:
-        """All attacks at all budgets, and the corruptions if asked; `origin` goes into the results as it is."""
+        """Run all attacks at all budgets, and the corruptions if asked; `origin` goes into the results as it is."""
         begun = time.perf_counter()
+        self.audits = [] if diagnostics else None
         findings = self._diagnose_model(class_names) if diagnostics else []
         records, verdicts = {}, {}
         for name, attack in self.attacks.items():
@@ -538,12 +569,14 @@ class _Work:
             # Of a model that gives one answer to everything, an attack that finds nothing proves no masked gradients.
             if not any(one["name"] == "one_class" and one["status"] == "failed" for one in findings):
                 findings += self._diagnose_attacks(verdicts, records, curve)
+        findings += described(check_precision(self.audits or ()))
         code = [source.describe() for source in sources_in([registry.describe(a) for a in self.attacks.values()])]
         evaluation.results = {
             "num_samples": len(self.correct),
             "threat": self.threat.describe(),
             **accuracies(correct),
             **balanced(correct, evaluation.labels),
+            "calibration": calibration(self.samples.clean, self.samples.labels),
             "attacks": records,
             **({WORD: self._corruptions()} if corrupts else {}),
             "curve": curve,
@@ -562,7 +595,7 @@ class _Work:
         return evaluation
 
     def _at(self, threat: Threat | None, correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:
-        """Accuracies under another threat model; None is no threat."""
+        """Return the accuracies under another threat model; None is no threat."""
         if threat == self.threat:
             columns = correct
         elif threat is None:
@@ -576,7 +609,7 @@ class _Work:
         return {**{key: both[key] for key in ("robust_accuracy", "intervals")}, "balanced_accuracy": even}
 
     def _attack(self, attack: Attack, threat: Threat) -> tuple[Verdicts, dict[str, Any]]:
-        """One attack on all samples: what each process found, put together."""
+        """Run one attack on all samples, and merge the findings of the processes."""
         parts = attack.parts(self.num_classes, threat, self.num_heads)
         shares = cast("list[_Found]", self.group.gather(self._attack_mine(attack, parts, threat)))
         count = len(self.correct)
@@ -590,17 +623,36 @@ class _Work:
             verdicts.part[sample], verdicts.job[sample], verdicts.steps[sample] = part, outcome.job, outcome.steps
             verdicts.distance[sample], verdicts.margin[sample] = outcome.distance, outcome.margin
             verdicts.prediction[sample] = outcome.taken_for
+        goals, asked = self._goals(parts)
+        if goals is not None:
+            verdicts.target = np.where(asked, goals, -1)
         if self.keep_examples:
             verdicts.adversarial_rows = np.array(sorted(tries), np.int64)
             examples = [cast("Tensor", tries[sample][1].example).numpy() for sample in sorted(tries)]
             shape = self.samples.images.shape[1:]
             verdicts.adversarial = np.stack(examples) if examples else np.empty((0, *shape), np.float32)
-        return verdicts, self._record(attack, parts, shares, verdicts)
+        record = self._record(attack, parts, shares, verdicts)
+        reduced = [number for number, name in shares[0].precisions.items() if name != FLOAT32.name]
+        if reduced and self.audits is not None and (verdicts.robust & asked).any():
+            audit = self._audit(attack, parts, threat, verdicts.robust & asked, reduced)
+            self.audits.append(audit)
+            record["audit"] = asdict(audit)
+        return verdicts, record
+
+    def _goals(self, parts: Sequence[Search]) -> tuple[list[int] | None, NDArray[np.bool_]]:
+        """Return the class that a targeted attack wants for each sample, None for other attacks; and what is attacked.
+
+        A sample is attacked where it is right without an attack, and its label is not what the attack wants.
+        """
+        goals = parts[0].goal(self.samples.clean, self.samples.labels)
+        if goals is None:
+            return None, self.correct
+        return goals.tolist(), self.correct & (goals != self.samples.labels).numpy()
 
     def _record(
         self, attack: Attack, parts: Sequence[Search], shares: list[_Found], verdicts: Verdicts
     ) -> dict[str, Any]:
-        """Passes, seconds and successes of an attack and of its parts."""
+        """Return passes, seconds and successes of an attack and of its parts."""
         entries, left = [], int(self.correct.sum())
         for number, part in enumerate(parts):
             costs = [found.costs[number] for found in shares]
@@ -613,6 +665,7 @@ class _Work:
                     **{f"{key}_passes": sum(getattr(cost, key) for cost in costs) for key in asdict(Cost())},
                     "fooled": fooled,
                     "robust_accuracy": left / len(self.correct),
+                    "precision": shares[0].precisions[number],
                 }
             )
         keys = ("seconds", *(f"{key}_passes" for key in asdict(Cost())), "fooled")
@@ -622,21 +675,59 @@ class _Work:
             "notes": attack.notes(self.num_classes),
             "parameters": registry.describe(attack),
             "needs_heads": attack.needs_heads,
+            **({} if verdicts.target is None else {"targeted": targeted(verdicts)}),
         }
 
+    def _audit(
+        self, attack: Attack, parts: Sequence[Search], threat: Threat, robust: NDArray[np.bool_], numbers: Sequence[int]
+    ) -> Audit:
+        """Search again in float32 some of what withstood parts in bf16, each process its share of those."""
+        survivors = np.flatnonzero(robust)
+        order = Streams.of(self.seed, self.samples.keys).fork("audit").uniform(1)[:, 0].numpy()
+        chosen = survivors[np.argsort(order[survivors], kind="stable")[:AUDITED]]
+        mine = np.intersect1d(chosen, self.mine).tolist()
+        streams, fell, seconds = self._streams(attack), set[int](), 0.0
+        goals, _ = self._goals(parts)
+        for number in numbers:
+            where = (f"again in float32: {_task(attack, threat)}", number)
+            left = [sample for sample in mine if sample not in fell]
+            label = f"{attack.label}: {parts[number].label}, audit"
+            self._hunt(parts[number], threat, streams.fork(number), left, where, label, goals, FLOAT32)
+            fell |= set(self.journal.first_successes(where, left, goals))
+            seconds += self.journal.seconds[where]
+        shares = self.group.gather((len(fell), seconds))
+        return Audit(
+            [parts[number].label for number in numbers], threat.eps, len(survivors), len(chosen),
+            sum(count for count, _ in shares), max(taken for _, taken in shares),
+        )  # fmt: skip
+
+    def _streams(self, attack: Attack) -> Streams:
+        return Streams.of(self.seed, self.samples.keys).fork(attack.registered_name)
+
+    def _arithmetic_of(self, part: Search, left: int) -> Arithmetic:
+        """The arithmetic for a part that has `left` samples of this process to search.
+
+        All processes decide alike, from what is left to all of them: a verdict must not depend on their number.
+        """
+        seconds = self.settled["seconds_per_image"] if "chosen" in self.settled else {}  # else begun by earlier code
+        if part.uses_gradients or not seconds:
+            return self.usual
+        return BF16 if worth_reducing(seconds, sum(self.group.gather(left)), AUDITED) else self.usual
+
     def _attack_mine(self, attack: Attack, parts: Sequence[Search], threat: Threat) -> _Found:
-        """One attack on this process's samples."""
-        task = f"{threat.kind} {threat.eps!r} {registry.describe(attack)!r}"
-        streams = Streams.of(self.seed, self.samples.keys).fork(attack.registered_name)
-        found = _Found({}, {}, {})
+        """Run one attack on this process's samples."""
+        streams, found = self._streams(attack), _Found({}, {}, {}, {})
+        goals, asked = self._goals(parts)
         for number, part in enumerate(parts):
-            where = (task, number)
+            where = (_task(attack, threat), number)
             label = attack.label if len(parts) == 1 else f"{attack.label}: {part.label}"
-            left = [sample for sample in self.mine.tolist() if self.correct[sample] and sample not in found.tries]
-            self._hunt(part, threat, streams.fork(number), left, where, label)
-            for sample, outcome in self.journal.first_successes(where, left).items():
+            left = [sample for sample in self.mine.tolist() if asked[sample] and sample not in found.tries]
+            arithmetic = self._arithmetic_of(part, len(left))
+            self._hunt(part, threat, streams.fork(number), left, where, label, goals, arithmetic)
+            for sample, outcome in self.journal.first_successes(where, left, goals).items():
                 found.tries[sample] = (number, outcome)
             found.costs[number], found.seconds[number] = self.journal.costs[where], self.journal.seconds[where]
+            found.precisions[number] = arithmetic.name
         return found
 
     def _hunt(
@@ -647,8 +738,11 @@ class _Work:
         left: list[int],
         where: tuple[str, int],
         label: str,
+        goals: list[int] | None,
+        arithmetic: Arithmetic,
     ) -> None:
-        """One part on what is left, journalled as it goes."""
+        """Run one part on the samples that are left, and journal each try."""
+        self.subject.use(arithmetic, self.shown)
         jobs, known = part.jobs(self.num_classes), self.journal.tries[where].values()
         report = Reporter(self.progress, label, left, jobs, len(self.mine), known)
         since = time.perf_counter()
@@ -657,7 +751,7 @@ class _Work:
 
         def account() -> None:
             nonlocal since, spent
-            self._journal_tries(where, ended)
+            self._journal_tries(where, ended, goals)
             ended.clear()
             now, cost = time.perf_counter(), hunt.cost
             self.journal.add_cost(
@@ -688,7 +782,7 @@ class _Work:
             self.samples,
             streams,
             left,
-            known=self.journal.known(where),
+            known=self.journal.known(where, goals),
             check_every=check_interval(self.subject.device),
             on_try=record,
             on_round=look,
@@ -699,9 +793,10 @@ class _Work:
         finally:
             if hunt.cost != spent or ended:
                 account()
+            self.subject.use(self.usual, self.shown)
 
-    def _journal_tries(self, where: tuple[str, int], ended: Sequence[Try]) -> None:
-        """Write down tries that have ended, with what the model takes each example for, asked in one batch."""
+    def _journal_tries(self, where: tuple[str, int], ended: Sequence[Try], goals: list[int] | None) -> None:
+        """Record tries that have ended, with the model's answer to each example, asked in one batch."""
         examples = [found.example for found in ended if found.fooled and found.example is not None]
         wrong: list[int] = []
         if examples:
@@ -711,4 +806,7 @@ class _Work:
             wrong = predictions(logits.scatter(1, labels[:, None], -torch.inf)).tolist()
         taken = iter(wrong)
         for found in ended:
-            self.journal.add(where, Outcome(**vars(found), taken_for=next(taken) if found.fooled else -1))
+            answer = next(taken) if found.fooled else -1
+            if goals is not None and found.fooled and found.reached != (answer == goals[found.sample]):
+                answer = goals[found.sample] if found.reached else -1
+            self.journal.add(where, Outcome(**vars(found), taken_for=answer))

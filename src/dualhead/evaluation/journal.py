@@ -15,7 +15,7 @@ import os
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,6 +58,10 @@ class Outcome(Try):
     """
 
     taken_for: int = -1
+
+    def got(self, goals: Sequence[int] | None) -> bool:
+        """Tell whether the search got what it wants, from the goal of each sample of the data, if there are any."""
+        return self.fooled and (goals is None or self.taken_for == goals[self.sample])
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -215,15 +219,25 @@ class Journal:
                 write_json(self.folder / "facts.json", self.facts)
         return self.facts[name]
 
-    def known(self, search: SearchKey) -> dict[tuple[int, int], bool]:
-        """Return for each (sample, job) whether it was fooled."""
-        return {key: found.fooled for key, found in self.tries[search].items()}
+    def known(self, search: SearchKey, goals: Sequence[int] | None = None) -> dict[tuple[int, int], bool]:
+        """Return for each (sample, job) whether it got what the search wants: fooled, or fooled for its goal."""
+        return {key: found.got(goals) for key, found in self.tries[search].items()}
 
-    def first_successes(self, search: SearchKey, samples: Iterable[int]) -> dict[int, Outcome]:
-        """Return for each fooled sample the first job in order that fooled it."""
-        asked, first = set(samples), {}
+    def first_successes(
+        self, search: SearchKey, samples: Iterable[int], goals: Sequence[int] | None = None
+    ) -> dict[int, Outcome]:
+        """Return for each fooled sample the first job in order that fooled it, those that got the goal before others.
+
+        Args:
+            search: which one.
+            samples: those asked about.
+            goals: the class that each sample of the data is to be taken for; None for any but its label.
+        """
+        asked = set(samples)
+        first: dict[int, Outcome] = {}
         for (sample, _), found in sorted(self.tries[search].items(), reverse=True):
-            if found.fooled and sample in asked:
+            missed = sample in first and first[sample].got(goals) and not found.got(goals)
+            if found.fooled and sample in asked and not missed:
                 first[sample] = found
         return first
 

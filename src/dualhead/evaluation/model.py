@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dualhead.attacks import LogitsFn, Query
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
-from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision, set_layout
+from dualhead.system import measured
+from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision, set_layout, settled_precision
 from dualhead.system.devices import synchronize
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of, two_at_least, writes_to_images
@@ -84,6 +85,20 @@ def _padded_call(function: LogitsFn, x: Tensor) -> Tensor:
     return function(pad_rows(x))[: x.shape[0]]
 
 
+def worth_reducing(seconds: Mapping[str, float], left: int, audited: int) -> bool:
+    """Whether to search without gradients in bf16: where it is clearly faster, also with its audit in float32.
+
+    Args:
+        seconds: of a forward pass for an image, by precision; empty where there is no choice.
+        left: images to search.
+        audited: images of those at most that are searched again in float32.
+    """
+    if not seconds:
+        return False
+    full, reduced = seconds[FLOAT32.name], seconds[BF16.name]
+    return 1.2 * reduced < full and left * reduced + min(audited, left) * full < left * full
+
+
 def differ(first: Tensor, second: Tensor, share: float) -> bool:
     """Whether logits differ by more than a share of the largest one; NaN equals NaN."""
     largest = float(first.abs().nan_to_num(0.0, 0.0, 0.0).amax())
@@ -104,10 +119,11 @@ class Subject:
         self.device = device_of(model)
         self.batch_size = self.forward_batch_size = padded(batch_size)
         self.arithmetic: Arithmetic = FLOAT32
-        self.timings: dict[str, float] = {}
+        self.repeatable = False  # see `Query.repeatable`
         self._heads = heads
         self._in_place: bool | None = None  # whether the model changes its images; None: not known yet
         self._search_model, self._layout = model, torch.contiguous_format
+        self._copied: tuple[nn.Module, torch.memory_format] | None = None  # the model as the search has it, once tried
 
     @property
     def reduced(self) -> bool:
@@ -139,10 +155,12 @@ class Subject:
         model, outputs = self._search_model, outputs_of(self._search_model, self._heads)
         # Somebody's own function of the images may not take another layout.
         layout = self._layout if self._heads is None else torch.contiguous_format
-        return Query(
+        query = Query(
             self._searching(lambda x: read_logits(model, x), self._layout, render),
             None if outputs is None else self._searching(outputs, layout, render),
         )
+        query.repeatable = self.repeatable
+        return query
 
     def _searching(self, function: LogitsFn, layout: torch.memory_format, render: LogitsFn) -> LogitsFn:
         def ask(point: Tensor) -> Tensor:
@@ -167,6 +185,12 @@ class Subject:
         self._search_model, self._layout = self.model, torch.contiguous_format
         if arithmetic == FLOAT32 and self.device.type != "cpu":
             return
+        if self._copied is None:
+            self._copied = self._channels_last(example) or (self.model, torch.contiguous_format)
+        self._search_model, self._layout = self._copied
+
+    def _channels_last(self, example: Tensor) -> tuple[nn.Module, torch.memory_format] | None:
+        """Copy the model for that layout; None where it cannot be copied, or cannot take images so."""
         try:
             copied = copy.deepcopy(self.model)
             set_layout(copied, torch.channels_last)
@@ -176,45 +200,88 @@ class Subject:
             if logits.requires_grad:
                 torch.autograd.grad(logits.sum(), images, allow_unused=True)
         except Exception:  # whatever somebody else's model may raise; the layout in the results says what was used
-            return
+            return None
         with torch.no_grad():
             expected = self.logits(example[:ROWS])
-        if not differ(expected, logits.detach()[: len(expected)], 1e-3):
-            self._search_model, self._layout = copied, torch.channels_last
+        return None if differ(expected, logits.detach()[: len(expected)], 1e-3) else (copied, torch.channels_last)
 
-    def settle(self, precision: Precision, x: Tensor, y: Tensor, work: int) -> None:
+    def settle(self, precision: Precision, x: Tensor, y: Tensor, work: int) -> dict[str, Any]:
         """Choose precision and batch sizes for speed, none of which changes what a verdict means.
 
-        Under `auto` the search runs in bf16 if that is at least 1.2 times faster here. The batch grows from 32, up to
-        `batch_size`, while that makes an image cheaper: on a CPU a batch that outgrows the cache is slower. A size is
-        tried only if that costs little beside the work.
+        Under `auto` gradients are searched in float32. For searches without gradients the times of a forward pass in
+        float32 and in bf16 are told, measured once for a machine and kept: with them `worth_reducing` decides. The
+        batch grows from 32, up to `batch_size`, while that makes an image cheaper: on a CPU a batch that outgrows the
+        cache is slower. A size is tried only if that costs little beside the work.
 
         Args:
             precision: what was asked for.
             x: at least one image.
             y: its label.
             work: passes that lie ahead at most.
+
+        Returns:
+            `precision`, of searches by gradients; `chosen`, how; `seconds_per_image` of a forward pass by precision,
+            empty where all is searched in the same.
         """
         sizes = [size for size in (32 * 2**k for k in range(16)) if size < self.batch_size] + [self.batch_size]
-        self.use(BF16 if precision == "bf16" else FLOAT32, x)
+        precision, told = settled_precision(precision)
+        seconds: dict[str, float] = {}
         if precision == "auto":
+            known = self._seconds_without_gradients(x, y, sizes[0])
+            seconds, told = known.found, known.told
+        self.use(BF16 if precision == "bf16" else FLOAT32, x)
+        self._settle_sizes([size for size in sizes if size <= 0.005 * work], sizes[0], x, y)
+        return {"precision": self.arithmetic.name, "chosen": told or "as asked for", "seconds_per_image": seconds}
+
+    def _seconds_without_gradients(self, x: Tensor, y: Tensor, size: int) -> measured.Measured:
+        """Return the time of a forward pass for an image, by precision."""
+
+        def measure() -> dict[str, float]:
+            taken = {}
             for arithmetic in (FLOAT32, BF16):
                 self.use(arithmetic, x)
-                self.timings[arithmetic.name] = self.seconds_per_image(x, y, sizes[0])
-            self.use(BF16 if self.timings["bf16"] * 1.2 < self.timings["float32"] else FLOAT32, x)
-        affordable = [size for size in sizes if size <= 0.005 * work]
+                taken[arithmetic.name] = round(self.seconds_per_image(x, y, size, backward=False), 8)
+            return taken
+
+        def fits(found: Any) -> bool:
+            names = {FLOAT32.name, BF16.name}
+            return isinstance(found, dict) and set(found) == names and all(type(s) is float for s in found.values())
+
+        return measured.kept(
+            "seconds of a forward pass for an image", self.model, x[:1], {"batch": size}, measure, fits
+        )
+
+    def _settle_sizes(self, affordable: list[int], smallest: int, x: Tensor, y: Tensor) -> None:
+        """Choose the sizes of batches. On a CPU, where they do not depend on free memory, they are kept too."""
         if not affordable:
-            self.batch_size = self.forward_batch_size = sizes[0]
+            self.batch_size = self.forward_batch_size = smallest
             return
-        best = math.inf
+
+        def fits(found: Any) -> bool:
+            return isinstance(found, list) and len(found) == 2 and all(size in affordable for size in found)
+
+        found = self._fastest_sizes
+        if self.device.type == "cpu":
+            settings = {"among": affordable, "precision": self.arithmetic.name}
+            known = measured.kept(
+                "batch sizes of passes back and forth, and forward", self.model, x[:1], settings,
+                lambda: found(affordable, x, y), fits,
+            )  # fmt: skip
+            self.batch_size, self.forward_batch_size = known.found
+        else:
+            self.batch_size, self.forward_batch_size = found(affordable, x, y)
+
+    def _fastest_sizes(self, affordable: list[int], x: Tensor, y: Tensor) -> list[int]:
+        """Measure the size for passes with gradients, and the one for passes without."""
+        best, chosen = math.inf, affordable[0]
         for size in affordable:
             seconds = self.seconds_per_image(x, y, size)
             if seconds > 0.95 * best:
                 break
-            best, self.batch_size = seconds, size
+            best, chosen = seconds, size
         # The largest of nearly the best: a batch that is not full, or costs its search something, then weighs less.
         forward = {size: self.seconds_per_image(x, y, size, backward=False) for size in affordable}
-        self.forward_batch_size = max(size for size in affordable if forward[size] <= 1.1 * min(forward.values()))
+        return [chosen, max(size for size in affordable if forward[size] <= 1.1 * min(forward.values()))]
 
     def _gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.query().gradient(x, lambda logits: cross_entropy(logits, y))

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.attacks import predictions
+from dualhead.evaluation.generation import auroc
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.model import device_of, frozen
+from dualhead.evaluation.ood import auroc_interval
 from dualhead.evaluation.results import Evaluation, interval, share
 from dualhead.statistics import mcnemar
 from dualhead.system.devices import float32_products
@@ -145,6 +147,78 @@ def learnt_by_heart(
         "num_samples": len(said),
         **{name: share(right) for name, right in by.items()},
         "intervals": {name: interval(right) for name, right in by.items()},
+    }
+
+
+def features(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor | None:
+    """Return what a model's last linear layer is given, float32 [N, D] on the CPU; None for a model without one.
+
+    Args:
+        model: as `answers` takes it.
+        images: uint8 [N, C, H, W].
+        batch_size: images at once.
+    """
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        return None
+    seen: list[Tensor] = []
+    hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
+    try:
+        answers(model, images, batch_size)
+    finally:
+        hook.remove()
+    return torch.cat([given.flatten(1) for given in seen])
+
+
+def spectral_signatures(found: Tensor, labels: Tensor) -> Tensor:
+    """Score images by how far they lie along the direction in which the features of their class vary most.
+
+    Poisoned images of a class often lie apart from its others (Tran et al. 2018, Spectral signatures in backdoor
+    attacks, arXiv 1811.00636).
+
+    Args:
+        found: features, [N, D].
+        labels: that were trained on, int64 [N].
+
+    Returns:
+        Float64 [N], at least 0, each divided by the mean of its class; the higher, the more suspicious.
+    """
+    scores = torch.zeros(len(found), dtype=torch.float64)
+    for label in torch.unique(labels):
+        rows = labels == label
+        centred = found[rows].double()
+        centred = centred - centred.mean(0)
+        direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+        along = (centred @ direction).square()
+        scores[rows] = along / along.mean().clamp_min(1e-12)
+    return scores
+
+
+def found_by_signatures(
+    model: nn.Module, images: Tensor, labels: Tensor, poisoned: Tensor, batch_size: int = 256
+) -> dict[str, Any] | None:
+    """Tell how well spectral signatures find the poisoned among the training images.
+
+    Args:
+        model: as `answers` takes it.
+        images: trained on, uint8 [N, C, H, W].
+        labels: that were trained on, int64 [N].
+        poisoned: which are, bool [N].
+        batch_size: images at once.
+
+    Returns:
+        `auroc`, how often a poisoned image is more suspicious than one that is not, and its 95 % interval; None where
+        all images are poisoned, or none, the model has no linear layer, or its features are no finite numbers.
+    """
+    if bool(poisoned.all()) or not bool(poisoned.any()):
+        return None
+    seen = features(model, images, batch_size)
+    if seen is None or not bool(seen.isfinite().all()):
+        return None
+    scores = spectral_signatures(seen, labels)
+    return {
+        "auroc": auroc(scores[~poisoned], scores[poisoned]),
+        "interval": auroc_interval(scores[~poisoned], scores[poisoned]),
     }
 
 

@@ -36,6 +36,8 @@ class Verdicts:
         margin: float64 [N]: highest other logit minus the label's at the example; NaN where none was found.
         prediction: int64 [N]: the class of the image as the attack left it, the clean one where nothing was found;
             -1 where the logits are not numbers.
+        target: int64 [N], of a targeted attack the class that it wanted; -1 where it was not tried, since the clean
+            image is misclassified or of that class. None of other attacks.
         adversarial: float32 [M, C, H, W], the examples of the samples in `adversarial_rows`; None unless asked for.
         adversarial_rows: int64 [M], positions of those samples.
     """
@@ -47,6 +49,7 @@ class Verdicts:
     steps: NDArray[np.int64]
     margin: NDArray[np.float64]
     prediction: NDArray[np.int64]
+    target: NDArray[np.int64] | None = None
     adversarial: NDArray[np.float32] | None = None
     adversarial_rows: NDArray[np.int64] | None = None
 
@@ -123,6 +126,12 @@ class Evaluation:
         return dict(balanced(self.correct, self.labels)["balanced_accuracy"])
 
     @property
+    def calibration_error(self) -> float | None:
+        """Expected calibration error on clean images, in [0, 1], 15 bins; None where it was not measured."""
+        found = self.results.get("calibration")
+        return None if found is None else float(found["error"])
+
+    @property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Wilson 95 % intervals of `clean_accuracy`, of each attack, and of `worst`."""
         return {name: (low, high) for name, (low, high) in self.results["intervals"].items()}
@@ -151,6 +160,8 @@ class Evaluation:
             arrays[f"robust_{name}"] = verdict.robust
             for key in PER_SAMPLE:
                 arrays[f"{key}_{name}"] = getattr(verdict, key)
+            if verdict.target is not None:
+                arrays[f"target_{name}"] = verdict.target
             if verdict.adversarial is not None and verdict.adversarial_rows is not None:
                 arrays[f"adversarial_{name}"] = verdict.adversarial
                 arrays[f"adversarial_rows_{name}"] = verdict.adversarial_rows
@@ -184,7 +195,9 @@ class Evaluation:
         verdicts = {}
         for name in results["attacks"]:
             found = {key: held[f"{key}_{name}"] for key in ("robust", *PER_SAMPLE)}
-            kept: dict[str, Any] = {key: held.get(f"{key}_{name}") for key in ("adversarial", "adversarial_rows")}
+            kept: dict[str, Any] = {
+                key: held.get(f"{key}_{name}") for key in ("target", "adversarial", "adversarial_rows")
+            }
             verdicts[name] = Verdicts(**found, **kept)
         return cls(held["index"], held["label"], held["clean_prediction"], verdicts, results)
 
@@ -197,6 +210,19 @@ def share(correct: NDArray[np.bool_]) -> float:
 def interval(correct: NDArray[np.bool_]) -> list[float]:
     """Return the share's Wilson 95 % interval."""
     return list(wilson(int(correct.sum()), len(correct)))
+
+
+def targeted(verdicts: Verdicts) -> dict[str, Any]:
+    """Return how often a targeted attack got the answer that it wanted: `success`, of `attacked` images, `interval`.
+
+    That is no robust accuracy: an image that is taken for a third class counts against both.
+    """
+    assert verdicts.target is not None
+    tried = verdicts.target >= 0
+    got = (verdicts.prediction == verdicts.target)[tried]
+    if not len(got):
+        return {"attacked": 0, "success": None, "interval": None}
+    return {"attacked": len(got), "success": share(got), "interval": interval(got)}
 
 
 def accuracies(correct: dict[str, NDArray[np.bool_]]) -> dict[str, Any]:

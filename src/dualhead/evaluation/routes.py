@@ -40,11 +40,11 @@ from dualhead.system.processes import group
 from dualhead.threats import Threat
 
 Kind = Literal["own", "crossed", "merged", "curve", "transfer", "gaps"]
-"""What can be asked about routes."""
+"""Names of the questions about routes."""
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 FILE: Final = "routes.json"
 SAME: Final = ("clean", "robust", "threat", "num_samples", "weights")
-"""What must be equal for results of an earlier call to stand beside those of this one."""
+"""Keys of the settings that must be equal for results of an earlier call to stand beside those of this one."""
 T: Final = (0.25, 0.5, 0.75)
 """Points between two heads at which the curve is measured, beside its ends."""
 TRANSFER: Final = "pgd-20"
@@ -182,7 +182,7 @@ def evaluate_routes(
 
 
 def _beside_earlier(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What was found, beside what an earlier call found of the same weights and images under the same threat."""
+    """Merge results with those of an earlier call on the same weights and images under the same threat."""
     now: dict[str, Any] = json.loads(json.dumps(finite(dict(found))))
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if any(before.get(key) != now[key] for key in SAME):

@@ -39,6 +39,7 @@ class Try:
         distance: of the example, in the units of the threat's eps; NaN where not fooled.
         margin: highest other logit minus the label's, of the example, float32; NaN where not fooled.
         example: the image of the confined example, float32 [C, H, W]; None where not fooled.
+        reached: whether the search got what it wants: fooled or, with a goal, the goal for an answer.
     """
 
     sample: int
@@ -48,6 +49,7 @@ class Try:
     distance: float = float("nan")
     margin: float = float("nan")
     example: Tensor | None = field(default=None, repr=False)
+    reached: bool = False
 
 
 @dataclass
@@ -97,7 +99,7 @@ class Hunt:
         samples: all samples of this process.
         streams: their randomness for this search, one stream per sample.
         open_samples: positions of those to search.
-        known: what earlier runs found out: (sample, job) to whether it was fooled.
+        known: what earlier runs found out: (sample, job) to whether the search got what it wants.
         check_every: steps between looks at what was found; more than 1 saves waiting for an accelerator.
         on_try: called with each outcome.
         on_round: called after each look, with the number of tries that are under way, each counted by its share done.
@@ -130,8 +132,9 @@ class Hunt:
         self.cost = Cost()
         self.jobs, self.max_steps = search.jobs(samples.clean.shape[1]), search.max_steps()
         self.first_success = dict.fromkeys(open_samples, self.jobs)
-        for (sample, job), fooled in known.items():
-            if fooled and sample in self.first_success:
+        self._goals = search.goal(samples.clean, samples.labels)
+        for (sample, job), reached in known.items():
+            if reached and sample in self.first_success:
                 self.first_success[sample] = min(self.first_success[sample], job)
         # One entry per row of the state; sample -1 marks a row that nobody uses.
         self._sample = np.empty(0, np.int64)
@@ -167,7 +170,13 @@ class Hunt:
     def _restore(
         self, flight: Sequence[Mapping[str, NDArray[Any]]], known: Mapping[tuple[int, int], bool]
     ) -> set[tuple[int, int]]:
-        """Take up tries that were under way, each where it had got furthest: which ones."""
+        """Take up tries that were under way, each where it had got furthest: which ones.
+
+        Those of a version whose searches kept other state are begun anew.
+        """
+        if flight and self.first_success:
+            kept = {f"state_{name}" for name in self._begin([(next(iter(self.first_success)), 0)])}
+            flight = [rows for rows in flight if kept == {name for name in rows if name.startswith("state_")}]
         furthest: dict[tuple[int, int], tuple[int, int, int]] = {}
         for number, rows in enumerate(flight):
             for row, (sample, job, age) in enumerate(
@@ -296,7 +305,7 @@ class Hunt:
             self._ahead = max(1, count // 2)
 
     def _keep_examples(self) -> None:
-        """Of rows that hold nothing yet; called after a step, with the ages before it."""
+        """Keep an example of rows that hold none yet; called after a step, with the ages before it."""
         open_rows = ~self._held
         if (self._age >= self.max_steps).any():
             open_rows &= torch.from_numpy(self._age < self.max_steps).to(self._held.device)
@@ -316,12 +325,15 @@ class Hunt:
         self.cost.verification += len(rows)
         distances = self.threat.distance(point, origin)
         # A pixel that is no number is at no distance, and what a model says of it counts for nothing.
-        wrong = (predictions(logits) != y) & (distances <= self.threat.eps)
-        columns = zip(wrong.tolist(), distances.tolist(), margin(logits, y).tolist(), strict=True)
+        within = distances <= self.threat.eps
+        wrong = wanted = (predictions(logits) != y) & within
+        if self._goals is not None:
+            wanted = (predictions(logits) == self._goals[samples].to(y.device)) & within
+        columns = zip(wrong.tolist(), wanted.tolist(), distances.tolist(), margin(logits, y).tolist(), strict=True)
         outcomes = {}
-        for place, (row, (fooled, distance, gap)) in enumerate(zip(rows.tolist(), columns, strict=True)):
+        for place, (row, (fooled, reached, distance, gap)) in enumerate(zip(rows.tolist(), columns, strict=True)):
             steps = int(min(self._age[row], self.max_steps))
-            outcome = Try(int(self._sample[row]), int(self._job[row]), fooled, steps)
+            outcome = Try(int(self._sample[row]), int(self._job[row]), fooled, steps, reached=reached)
             if fooled:
                 outcome.distance, outcome.margin, outcome.example = distance, gap, example[place].cpu()
             outcomes[row] = outcome
@@ -331,23 +343,26 @@ class Hunt:
         """Decide about rows that have found something or run out of steps."""
         held = self._held.cpu().numpy()
         live, spent = self._sample >= 0, self._age >= self.max_steps
-        # A search in reduced precision may hold an example that only the float32 model sees to be one.
-        doubtful = held | spent if self.subject.reduced else held
+        if "over" in self._state:
+            spent = spent | self._state["over"].cpu().numpy()
+        # A search in reduced precision may hold an example that only the float32 model sees to be one; one that missed
+        # its goal may have got another wrong answer.
+        doubtful = held | spent if self.subject.reduced or self._goals is not None else held
         rows = (live & doubtful).nonzero()[0]
         outcomes = self._verify(rows) if len(rows) else {}
-        again, fooled = [], False
+        again, reached = [], False
         for row in (live & (held | spent)).nonzero()[0].tolist():
             sample, job = int(self._sample[row]), int(self._job[row])
-            outcome = outcomes.get(row) or Try(sample, job, False, self.max_steps)
-            if not outcome.fooled and not spent[row]:
+            outcome = outcomes.get(row) or Try(sample, job, False, int(min(self._age[row], self.max_steps)))
+            if not outcome.reached and not spent[row]:
                 again.append(row)
                 continue
             self._sample[row] = -1
-            if outcome.fooled:
-                fooled = True
+            if outcome.reached:
+                reached = True
                 self.first_success[sample] = min(self.first_success[sample], job)
             self.on_try(outcome)
-        for row in (self._sample >= 0).nonzero()[0].tolist() if fooled else ():
+        for row in (self._sample >= 0).nonzero()[0].tolist() if reached else ():
             if self._job[row] > self.first_success[int(self._sample[row])]:
                 self._sample[row] = -1
         if again:

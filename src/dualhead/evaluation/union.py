@@ -16,7 +16,7 @@ _WORSE = {"ok": 0, "warning": 1, "failed": 2}
 
 
 def threat_labels(threats: Sequence[Threat]) -> list[str]:
-    """What columns call each threat: its kind, and its budget where two of them share a kind.
+    """Return the column name of each threat: its kind, with its budget where two share a kind.
 
     Raises:
         UserError: if one is named twice.

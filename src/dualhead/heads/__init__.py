@@ -16,7 +16,7 @@ from dualhead.heads.routes import (
     through,
 )
 from dualhead.heads.splitting import Cut, split_model
-from dualhead.heads.tied import DEFAULT_OWN
+from dualhead.heads.tied import DEFAULT_OWN, own_words
 
 __all__ = [
     "DEFAULT_OWN",
@@ -41,6 +41,7 @@ __all__ = [
     "joint_pass",
     "layers",
     "mean_of",
+    "own_words",
     "refuse_unroutable",
     "routes_of",
     "split_model",

@@ -35,7 +35,7 @@ def _checked(kind: str, others: Sequence[str]) -> AfterValidator:
 
 
 Part = Annotated[str, _checked("a part", ("trunk", "aggregator", "model"))]
-"""What learns or is frozen as one: the trunk, a head or the aggregator, or a plain model as a whole."""
+"""A piece that learns or is frozen as one: the trunk, a head or the aggregator, or a plain model as a whole."""
 
 Output = Annotated[str, _checked("an output", ("mean", "aggregate"))]
 """Whose logits a view gives: a head's, their mean's or the aggregate's."""
@@ -150,7 +150,7 @@ class DualHeadClassifier(nn.Module):
         return isinstance(self.aggregator, MeanOfHeads)
 
     def features(self, x: Tensor) -> Features:
-        """What crosses the cut, from images [B, ...]: a tensor, or a tuple of tensors. Runs the trunk once."""
+        """Run the trunk once on images [B, ...]; return what crosses the cut, a tensor or a tuple of tensors."""
         return self.trunk(x)
 
     def head(self, name: str, features: Features) -> Tensor:

@@ -80,7 +80,7 @@ def refuse_unroutable(module: nn.Module, own: Collection[str], *, all_count: boo
 
 
 def _forward(path: str, layers: Sequence[nn.Module], rows: Rows, own: Collection[str]) -> Callable[..., Tensor] | None:
-    """What a layer does in the joint pass; None: what it does anyway."""
+    """Return a layer's forward function in the joint pass; None: the usual one."""
     names = {name.rpartition(".")[2] for name in own}
     layer = layers[0]
     has_statistics = isinstance(layer, _BatchNorm)

@@ -7,6 +7,7 @@ With all but batch norm tied, and the cut in front of the first layer, two heads
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -18,7 +19,7 @@ from dualhead.errors import UserError
 from dualhead.heads.splitting.base import Features, undisturbed
 
 DEFAULT_OWN: Final = ("batch_norm",)
-"""What a tied head has of its own where nobody says otherwise: dual batch norm."""
+"""A tied head's own tensors by default: dual batch norm."""
 
 _AFFINE: Final = frozenset({"weight", "bias"})
 STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
@@ -92,6 +93,20 @@ def own_names(head: nn.Module, own: Sequence[str]) -> frozenset[str]:
     return names
 
 
+def own_words(head: nn.Module, names: Collection[str]) -> tuple[str, ...]:
+    """Return what `own_names` reads as just these names of a head's tensors: one word if there is one, else the names.
+
+    Args:
+        head: the head.
+        names: of some of its parameters and buffers, at least one.
+    """
+    for word in WORDS:
+        with suppress(UserError):
+            if own_names(head, [word]) == frozenset(names):
+                return (word,)
+    return tuple(sorted(names))
+
+
 def _matches(head: nn.Module, name: str, pattern: str) -> bool:
     path = name.split(".")
     word, at, where = pattern.partition("@")
@@ -101,7 +116,7 @@ def _matches(head: nn.Module, name: str, pattern: str) -> bool:
 
 
 def _offer(head: nn.Module, tensors: Collection[str]) -> str:
-    """What could be matched instead, as a clause."""
+    """Name what could be matched instead, as a clause."""
     words = [word for word in WORDS if any(_matches(head, name, word) for name in tensors)]
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in tensors))
     shown = ", ".join(layers[:_SHOWN]) + (", ..." if len(layers) > _SHOWN else "")

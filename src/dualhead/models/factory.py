@@ -133,7 +133,7 @@ class FactoryBackbone(Backbone):
         return model if bare and not _writes_to_images(model, image_shape) else Wrapped(normalize, model)
 
     def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
-        """What the function returns, which loads weights and normalises itself.
+        """Call the function; its network loads weights and normalises itself.
 
         It may name its classes: `class_names`, in the order of its logits, of the module that it returns, of the
         function, or of their Python module. The module that comes out then has them.

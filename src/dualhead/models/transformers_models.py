@@ -101,7 +101,7 @@ class TransformersBackbone(Backbone):
         return found.create(num_classes, image_shape, normalize)
 
     def published_normalisation(self) -> ChannelStatistics | None:
-        """What `preprocessor_config.json` says beside the weights; a word in the log if there is none."""
+        """Read `preprocessor_config.json` beside the weights; log a warning if there is none."""
         if not self.pretrained:
             return None
         try:

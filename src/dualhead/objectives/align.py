@@ -119,12 +119,13 @@ class Align(Around):
         domain  CE(d(u), clean) + CE(d(u'), attacked) for a domain head d, whose gradient comes to the network reversed
 
     When: as AR-AT (with `balanced` on tied heads as its base, cosine and predictor), as DIAL (`domain` around
-    `trades`), or as one of the readings of THAT, see docs/howto/aligned-heads.md. Pairs that are only drawn together
-    can meet in a constant: keep a base method that classifies clean images too.
+    `trades`), or as one of the readings after THAT, not a reproduction, see docs/howto/aligned-heads.md. Pairs that are
+    only drawn together can meet in a constant: keep a base method that classifies clean images too.
 
     Paper: Waseda et al. 2025, Rethinking Invariance Regularization in Adversarial Training, arXiv 2402.14648 (cosine
     with predictor and stopped gradient); Levi et al. 2022, Domain Invariant Adversarial Learning, arXiv 2104.00322
-    (domain); Wu et al. 2021, arXiv 2103.13612 (THAT), whose abstract alone could be read.
+    (domain); Wu et al. 2021, arXiv 2103.13612 (THAT, of which only the abstract could be
+    read).
 
     Args:
         base: the base method, an adversarial one.
@@ -188,7 +189,7 @@ class Align(Around):
         return [(f"align{number}", layer) for number, layer in enumerate(self.layers or (None,))]
 
     def needs(self) -> Mapping[str, Need]:
-        """What is aligned, and what the base method needs, whose logits stay the last ones."""
+        """Return the aligned features, then the base method's needs, whose logits stay the last ones."""
         own: dict[str, Need] = {}
         if self.output is not None:
             output = OWN if self.output == "own" else self.output

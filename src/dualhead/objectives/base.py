@@ -1,4 +1,4 @@
-"""What adversarial training descends and what the attack inside it climbs, as functions of what they need to see."""
+"""Objectives: the loss that training descends and that its attack climbs, as functions of the tensors they need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEFORE: Final = "before"
 """The teacher that is the network as the stage began."""
 
 Seen = Mapping[str, Tensor]
-"""What the needs of an objective give, by their names."""
+"""Tensors that meet the needs of an objective, by their names."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Features:
-    """What leaves a part of the network on some images, or a layer in it: a tensor with a row for each image.
+    """Output of a part of the network on some images, or of a layer in it: a tensor with a row for each image.
 
     Args:
         part: `trunk`, a head, or `model` for a plain one.
@@ -90,7 +90,55 @@ class Labels:
         return self
 
 
-Need = Logits | Features | Labels
+@dataclass(frozen=True)
+class Images:
+    """The images themselves, float32 [B, ...]: for what a loss must know of how they were made.
+
+    It costs no pass. Inner maximisations cannot use it.
+
+    Args:
+        on: the images.
+    """
+
+    on: str
+
+    def of(self, output: str) -> Images:
+        """Return the need itself."""
+        del output
+        return self
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Gradient [B, ...] of each image's own cross-entropy with respect to the image.
+
+    It costs a pass of its own, forward and back to the images, with the parts that learn in train mode, which is never
+    compiled. Inner maximisations cannot use it. A loss on it is differentiated twice, so that the stage cannot compute
+    activations again.
+
+    Args:
+        output: as for `Logits`.
+        on: the images, which have the labels of the batch.
+        constant: leave out the graph to the weights: the loss does not learn through it.
+    """
+
+    output: str = OWN
+    on: str = CLEAN
+    constant: bool = False
+
+    def of(self, output: str) -> Slope:
+        """Return the same need with `OWN` as the given output."""
+        return replace(self, output=output) if self.output == OWN else self
+
+
+Passed = Logits | Features
+"""What a pass through the network gives; the rest is at hand, or takes gradients of its own."""
+Need = Logits | Features | Labels | Images | Slope
+
+
+def passed(needs: Mapping[str, Need]) -> dict[str, Passed]:
+    """Return those of some needs that a pass through the network gives."""
+    return {name: need for name, need in needs.items() if isinstance(need, Logits | Features)}
 
 
 @dataclass(frozen=True)
@@ -215,7 +263,11 @@ class Objective(ABC):
         return {}
 
     def at(self, epoch: int, state: Mapping[str, float]) -> Objective:
-        """Return the objective in an epoch of its stage, counted from 0, and in a state; most do not change."""
+        """Return the objective in an epoch of its stage, counted from 0, and in a state; most do not change.
+
+        An objective that equals the one before takes over its plan of passes, and its attacks. So a field that only
+        `loss` reads, and that changes often, is best left out of comparisons: `field(compare=False)`.
+        """
         del epoch, state
         return self
 
@@ -270,11 +322,11 @@ class Around(Objective):
         return self.base.per_image
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs."""
+        """Return the base method's needs."""
         return self.base.needs()
 
     def inner(self) -> Mapping[str, Inner]:
-        """What the base method climbs."""
+        """Return the base method's attacks."""
         return self.base.inner()
 
     def streams(self) -> Mapping[str, Stream]:
@@ -336,7 +388,7 @@ def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def under(name: str, seen: Seen) -> dict[str, Tensor]:
-    """What is seen under `NAME.` as an objective inside another one names it."""
+    """Return the tensors seen under `NAME.`, by the names that an objective inside another one gives them."""
     return {key.removeprefix(f"{name}."): value for key, value in seen.items() if key.startswith(f"{name}.")}
 
 

@@ -119,7 +119,7 @@ class Energy(Around):
         return {**self.base.streams(), "real": self.real, "seeds": self.seeds}
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, logits of real images and contrastive samples, and the labels of the former."""
+        """Return the base method's needs, logits of real images and contrastive samples, and labels of the former."""
         made = "contrast" if self.start_steps else "seeds"
         own: dict[str, Need] = {
             "real": Logits(self.output, "real"),
@@ -129,7 +129,7 @@ class Energy(Around):
         return {**self.base.needs(), **own}
 
     def inner(self) -> Mapping[str, Inner]:
-        """What the base method climbs, and the ascent from the seeds; none with 0 steps."""
+        """Return the base method's attack, and the ascent from the seeds unless it has 0 steps."""
         if not self.start_steps:
             return self.base.inner()
 

@@ -59,7 +59,7 @@ class HAT(Around):
             raise UserError("hat is its own base method; one standard model is asked, so name it once")
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, what f_std says of attacked images, and logits beyond them."""
+        """Return the base method's needs, the logits of f_std on attacked images, and logits beyond these."""
         beyond = Logits(self.base.judged_output, on="beyond")
         return {**self.base.needs(), "label": Logits("helper", on=ATTACKED), "beyond": beyond}
 

@@ -124,7 +124,7 @@ class Joint(Objective):
         return all(method.per_image for _, method in self._methods())
 
     def needs(self) -> Mapping[str, Need]:
-        """What each base method needs, under its output's name; with ties between heads, all outputs on all images."""
+        """Return each base method's needs under its output's name; of tied heads, all outputs on all images."""
         methods = list(self._methods())
         needs: dict[str, Need] = {}
         for on in (CLEAN, ATTACKED):

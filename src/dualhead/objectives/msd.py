@@ -63,7 +63,7 @@ class MSD(Around):
             raise UserError(f"step_factor must be greater than 0, got {self.step_factor:g}; 2.5 is usual")
 
     def inner(self) -> Mapping[str, Inner]:
-        """What the base method climbs, by this ascent."""
+        """Return the base method's attack with this ascent."""
         threats = tuple(contender.threat for contender in self.among)
         ascent = SteepestOfSeveral(threats, self.steps, self.step_factor)
         return {ATTACKED: replace(self.base.inner()[ATTACKED], attack=ascent, threat=threats[0])}

@@ -1,4 +1,4 @@
-"""What methods share that train against several threats: the threats, and a base method's passes under each."""
+"""Base of methods that train against several threats: the threats, and a base method's passes under each."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ class Several(Around):
 
     @property
     def labels(self) -> list[str]:
-        """What the log calls the threats: their kinds, numbered where two share one."""
+        """Names of the threats in the log: their kinds, numbered where two share one."""
         kinds = [contender.threat.kind for contender in self.among]
         return [kind if kinds.count(kind) == 1 else f"{kind}_{n + 1}" for n, kind in enumerate(kinds)]
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, for each threat."""
+        """Return the base method's needs for each threat."""
         found: dict[str, Need] = {}
         for place in range(len(self.active)):
             for name, need in self.base.needs().items():
@@ -100,7 +100,7 @@ class Several(Around):
         return found
 
     def inner(self) -> Mapping[str, Inner]:
-        """What the base method climbs, within each threat."""
+        """Return the base method's attack within each threat."""
         inner, found = self.base.inner()[ATTACKED], {}
         for place, number in enumerate(self.active):
             contender = self.among[number]
@@ -118,12 +118,12 @@ class Several(Around):
         return lambda y, seen: inner.loss(y, self.under(place, seen))
 
     def under(self, place: int, seen: Seen) -> dict[str, Tensor]:
-        """What the base method sees under the threat at a place among the active ones."""
+        """Select the tensors that the base method sees under the threat at a place among the active ones."""
         names = {name: self._name(name, place) for name in self.base.needs()}
         return {name: seen[own] for name, own in names.items() if own in seen}
 
     def climbed(self, y: Tensor, seen: Seen, place: int) -> Tensor:
-        """What the attack within a threat climbs [B], at what it found, without a graph."""
+        """Compute the loss [B] that the attack within a threat climbs, at the images it found, without a graph."""
         return self.base.inner()[ATTACKED].loss(y, {k: v.detach() for k, v in self.under(place, seen).items()})
 
     def _name(self, name: str, place: int) -> str:

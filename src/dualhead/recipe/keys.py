@@ -17,7 +17,7 @@ _ALSO_CALLED: Final = {
     "method": "objective", "num_epochs": "epochs", "max_epochs": "epochs", "gpu": "device",
     "scheduler": "schedule", "augmentation": "augment", "augmentations": "augment",
 }  # fmt: skip
-"""What other programs call a key."""
+"""Keys by the names that other programs give them."""
 
 
 def places_of(key: str, recipe: Recipe) -> list[str]:

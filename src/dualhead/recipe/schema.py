@@ -52,7 +52,7 @@ class Extra(Section):
     source: str
     """As `data.source`; columns and size are those of the first."""
     fraction: Real = Field(0.7, gt=0, lt=1)
-    """Of each batch; 0.7 is usual for generated images. An epoch keeps its number of steps."""
+    """Share of each batch; 0.7 is usual for generated images. An epoch keeps its number of steps."""
     limit: int | None = Field(None, gt=0)
     """Use only the first so many of its images."""
 
@@ -300,7 +300,7 @@ class Model(Section):
     first stage begins; `tied`: it shares the first one's tensors for good, but for those in `own`, which start likewise
     from the first one's. Shared tensors are head 1's: to train head 2 alone trains what is its own."""
     own: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
-    """What each tied head has of its own: `batch_norm` (dual batch norm), `affine`, `statistics`, or names of layers
+    """Tensors of each tied head alone: `batch_norm` (dual batch norm), `affine`, `statistics`, or names of layers
     and tensors with wildcards. None: `batch_norm` if heads are tied."""
     normalize: Annotated[Literal["data", "none"] | Statistics | None, BeforeValidator(_statistics)] = None
     """Inside the model: by the statistics of the training images, not at all, or by given ones. None: `none` for a
@@ -308,7 +308,7 @@ class Model(Section):
 
     @property
     def tied(self) -> tuple[str, ...] | None:
-        """What tied heads have of their own; None if heads share nothing."""
+        """Tensors that tied heads have of their own; None if heads share nothing."""
         return (self.own or DEFAULT_OWN) if self.second_head == "tied" else None
 
     @model_validator(mode="after")
@@ -383,11 +383,12 @@ class Runtime(Section):
 
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
-    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured at the
-    start. `tf32`: float32 whose products a GPU rounds; `float32` never does that, and evaluations never do."""
+    """`bf16`: autocast with channels-last; `auto`: bf16 or float32, whichever is faster on this device, measured once
+    for the architecture and kept; evaluations then take gradients in float32. `tf32`: float32 whose products a GPU
+    rounds; `float32` never does that, and evaluations never do."""
     layout: Literal["contiguous", "channels_last", "auto"] = "auto"
-    """Of images and convolutions in memory. `auto`: in bf16 channels-last where the model takes it, in float32 the
-    faster one, measured at the start. The last bits of a result depend on it."""
+    """Memory order of images and convolutions. `auto`: in bf16 channels-last where the model takes it, in float32 the
+    faster one, measured once for the architecture and kept. The last bits of a result depend on it."""
     lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """In how many threads, each with images of its own, a CPU runs attacks in training; 1 leaves threads to torch.
     `auto`: as many as torch has if that is faster, measured at the start. The last bits of a result depend on it."""

@@ -1,6 +1,7 @@
-"""What people read of a run, made from the files it left and from nothing else."""
+"""Reports of runs, made from the files that these left and from nothing else."""
 
 from dualhead.report.gallery import NO_CLASS, change, picture, save_sheet
+from dualhead.report.generation import ROWS as SAMPLE_ROWS
 from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
@@ -15,6 +16,7 @@ __all__ = [
     "NO_CLASS",
     "ONNX_SECTION",
     "ROUTES_WARNING",
+    "SAMPLE_ROWS",
     "believable",
     "change",
     "duration",

@@ -6,8 +6,10 @@ import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,15 @@ from dualhead.report.differences import broken_later, comparable, difference, re
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.lights import believable, lights
 from dualhead.report.sources import Estimate, Measured, Source
-from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text
+from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text, times_text
 from dualhead.report.training import COLOURS, best_line
 from dualhead.statistics import Paired
 
 MOST_DIFFERENCES = 60
 """Lines in the table of what differs between recipes."""
+
+FEW_RUNS = 4
+"""Runs of which each is compared with each."""
 
 ROUNDING = 1e-3
 """By which margins and distances of one model may differ where it is computed beside another head."""
@@ -33,7 +38,7 @@ STANDARD = {"autoattack", "autoattack-plus", "autoattack-rand"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the page says first.
+    """Verdict, the first words of the page.
 
     Args:
         sentence: the result with its interval.
@@ -211,7 +216,7 @@ def _doubts(row: Measured) -> list[str]:
 
 
 def _limits(row: Measured, source: Source) -> list[str]:
-    """What keeps the number from being the last word: what was measured later, and attacks that were not tried."""
+    """Name the limits of the number: later measurements, and attacks that were not tried."""
     later = _later(row, source)
     breaking = [other for other in later if broken_later(row, [other])]
     told = []
@@ -347,7 +352,7 @@ def eps_figures(sources: Sequence[Source]) -> list[Figure]:
 
 
 def _called(source: Source, row: Measured) -> str:
-    """What a curve is of: for a later evaluation the output that it fits, rather than the name of its folder."""
+    """Return the label of a curve: for a later evaluation the output that it fits, not the name of its folder."""
     known = sorted(source.rows, key=lambda known: not known.deployed)
     return next((other.title for other in known if other is row or same_model(other, row)), row.title)
 
@@ -404,18 +409,20 @@ def _accuracy_cell(value: Estimate | None) -> Cell:
 
 def cost_table(rows: Sequence[Measured]) -> Table:
     """Parameters and what training cost, of the classifiers for which it is recorded, in one unit for all of them."""
-    unit = _unit(rows)
+    unit, first = _unit(rows), next((row for row in rows if row.flops), None)
     cells = [
         [
             Cell(row.title),
             Cell(large(row.parameters), row.parameters),
+            *([Cell(times_text(times) if (times := _times(row, first)) else "n/a", times or -1.0)] if first else []),
             Cell(large(cost := _cost(row, unit)), cost),
             Cell(duration(row.training_seconds), row.training_seconds),
         ]
         for row in rows
         if row.forward_equivalents is not None
     ]
-    return Table(["model", "parameters", "training, in forward passes of an image", "training time"], cells)
+    multiples = ["training cost"] if first else []
+    return Table(["model", "parameters", *multiples, "in forward passes", "training time"], cells)
 
 
 def _unit(rows: Sequence[Measured]) -> float | None:
@@ -424,24 +431,45 @@ def _unit(rows: Sequence[Measured]) -> float | None:
 
 
 def _cost(row: Measured, unit: float | None) -> float | None:
-    """Of training, in a unit; in forward passes through its own base model where operations are not recorded."""
+    """Return the cost of training in a unit; in forward passes of its own base model if operations are not recorded."""
     return row.flops / unit if row.flops is not None and unit else row.forward_equivalents
 
 
 def difference_table(sources: Sequence[Source]) -> Table:
-    """Paired differences: of each row against its base model, and of each run's result against the first run's."""
-    pairs = []
+    """Paired differences, with the training cost of each model as a multiple of the other's where both are known.
+
+    Results of runs come first: a few runs each with each, those of the most equal cost in front; each of many runs with
+    the first. Then each row of a run with its base model.
+    """
+    deployed = [row for source in sources if (row := source.deployed)]
+    if len(deployed) <= FEW_RUNS:
+        pairs = sorted(((b, a) for a, b in combinations(deployed, 2)), key=_inequality)
+    else:
+        pairs = [(row, deployed[0]) for row in deployed[1:]]
     for source in sources:
         base = next((row for row in source.rows if row.role == "base"), None)
         pairs += [(row, base) for row in source.rows if base and row is not base]
-    deployed = [row for source in sources if (row := source.deployed)]
-    pairs += [(row, deployed[0]) for row in deployed[1:]]
+    told = any(_times(*pair) for pair in pairs)
     cells = []
     for row, other in pairs:
         clean, robust = difference(row, other, "clean"), difference(row, other, "worst")
         if clean and robust:
-            cells.append([Cell(row.title), Cell(other.title), _difference_cell(clean), _difference_cell(robust)])
-    return Table(["model", "compared with", "clean, points", "robust, points"], cells)
+            times = _times(row, other)
+            cost = [Cell(times_text(times) if times else "n/a", times or -1.0)] if told else []
+            differences = [_difference_cell(clean), _difference_cell(robust)]
+            cells.append([Cell(row.title), Cell(other.title), *differences, *cost])
+    costs = ["training cost"] if told else []
+    return Table(["model", "compared with", "clean, points", "robust, points", *costs], cells)
+
+
+def _times(row: Measured, other: Measured) -> float | None:
+    """Training cost of a row as a multiple of another's; None where either is not recorded."""
+    return row.flops / other.flops if row.flops and other.flops else None
+
+
+def _inequality(pair: tuple[Measured, Measured]) -> float:
+    times = _times(*pair)
+    return math.inf if times is None else abs(math.log(times))
 
 
 def _difference_cell(found: Paired) -> Cell:

@@ -87,7 +87,7 @@ def broken_later(row: Measured, later: Sequence[Measured]) -> tuple[int, int, in
 
 
 def _on(index: NDArray[np.int64], row: Measured) -> NDArray[np.bool_]:
-    """What withstood all attacks of an evaluation, of the images of these numbers."""
+    """Tell which of the images of these numbers withstood all attacks of an evaluation."""
     _, _, places = np.intersect1d(index, row.samples["index"], return_indices=True)
     withstood = row.correct("worst")
     assert withstood is not None  # of those that `repeats` lets through

@@ -84,7 +84,7 @@ def bars(title: str, rows: Sequence[Entry]) -> Figure:
     for number, (row, value) in enumerate(rows):
         name = row.title
         y = top + pitch * number
-        drawing.text(left, y + 12, squeezed(name, 33), "strong" if row.deployed else "", tip=name)
+        drawing.text(left, y + 12, squeezed(name, 30), "strong" if row.deployed else "", tip=name)
         drawing.text(right, y + 12, _with_interval(value), "numbers", "end")
         drawing.rectangle(left, y + 17, right - left, 11, "track")
         drawing.rectangle(

@@ -24,16 +24,16 @@ from dualhead.system.files import write_atomically
 
 MOST_EXAMPLES = 500
 MOST_BYTES = 3_600_000
-"""Of all pictures of a page, as text."""
+"""Most bytes of all pictures of a page, as text."""
 
 NO_CLASS = "no class"
-"""What an output says whose logits are not numbers."""
+"""Prediction of an output whose logits are not numbers."""
 
 Bytes = NDArray[np.uint8]
 
 
 def outcomes(heads: int, merged: str) -> dict[str, str]:
-    """What examples can be chosen by: a sign for each output, * for either, | for or; and what that means.
+    """Return the choices of examples: a sign for each output, * for either, | for or; and their meanings.
 
     Args:
         heads: in front of what merges them; 0 for a model that is one output.
@@ -62,7 +62,7 @@ def outcomes(heads: int, merged: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What an output says of an image.
+    """Answer of an output to an image.
 
     Args:
         output: its name.
@@ -267,7 +267,7 @@ def spread(count: int, most: int) -> list[int]:
 def _opinions(
     arrays: Mapping[str, NDArray[Any]], key: tuple[int, int] | None, rows: Sequence[int], names: Mapping[int, str]
 ) -> list[list[Opinion]]:
-    """What the outputs say of the clean images, or of those of a target and budget."""
+    """Return the outputs' answers to the clean images, or to those of a target and budget."""
     where: tuple[int, ...] = () if key is None else key
     prefix = "clean_" if key is None else ""
     found = []
@@ -342,12 +342,15 @@ def change(clean: Bytes, attacked: Bytes) -> tuple[str, int]:
     return picture((128 + levels.clip(-127, 127) * scale).astype(np.uint8)), scale
 
 
-def save_sheet(images: Bytes, path: Path) -> None:
-    """Write a PNG of images uint8 [rows, columns, C, H, W], enlarged by whole pixels, with gutters between them."""
-    from PIL import Image
+def sheet(images: Bytes, side: int = 64) -> Bytes:
+    """Return one picture uint8 [C, H', W'] of images uint8 [rows, columns, C, H, W], with gutters between them.
 
+    Args:
+        images: what is shown.
+        side: images that are smaller are enlarged by whole pixels to at least so many.
+    """
     rows, columns, channels, height, width = images.shape
-    scale = max(1, -(-64 // max(height, width)))
+    scale = max(1, -(-side // max(height, width)))
     large = images.repeat(scale, 3).repeat(scale, 4)
     gutter = 4
     high, wide = height * scale + gutter, width * scale + gutter
@@ -356,5 +359,13 @@ def save_sheet(images: Bytes, path: Path) -> None:
         for column in range(columns):
             top, left = gutter + row * high, gutter + column * wide
             page[:, top : top + height * scale, left : left + width * scale] = large[row, column]
-    plain = Image.fromarray(page[0] if channels == 1 else page.transpose(1, 2, 0))
+    return page
+
+
+def save_sheet(images: Bytes, path: Path) -> None:
+    """Write a PNG of images uint8 [rows, columns, C, H, W], enlarged by whole pixels, with gutters between them."""
+    from PIL import Image
+
+    page = sheet(images)
+    plain = Image.fromarray(page[0] if len(page) == 1 else page.transpose(1, 2, 0))
     write_atomically(path, lambda aside: plain.save(aside, "PNG"))

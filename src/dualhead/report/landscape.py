@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualhead.report.figures import WIDTH, Figure, horizontal_grid, scale, vertical_grid
-from dualhead.report.svg import Drawing, ticks
+from dualhead.report.svg import LETTER, Drawing, ticks
 from dualhead.report.text import eps_text, shortened
 
 RIGHT, WRONG, EVEN = (10, 125, 90), (192, 57, 43), (250, 250, 250)
@@ -53,13 +53,13 @@ def margins(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
         f"{called[-1]} right under attack: {_share(held)}."
     )
     drawing = Drawing(WIDTH, bottom + 40, f"Margins of the heads. {told}")
-    for x, style, words in (
-        (12.0, "ring ink", "clean"),
-        (74.0, "fill aggregate", f"attacked, {called[-1]} right"),
-        (224.0, "fill alarm", "wrong"),
-    ):
+    x = 12.0
+    for style, words in (
+        ("ring ink", "clean"), ("fill aggregate", f"attacked, {called[-1]} right"), ("fill alarm", "wrong"),
+    ):  # fmt: skip
         drawing.circle(x, 12, 4, style)
         drawing.text(x + 9, 16, words)
+        x += 26 + LETTER * len(words)
     values = ticks(low, high, 5)
     vertical_grid(drawing, values, at_x, top, bottom, lambda value: f"{value:g}")
     horizontal_grid(drawing, values, at_y, left, right, lambda value: f"{value:g}")
@@ -99,7 +99,7 @@ def _landscape(title: str, surface: NDArray[Any], called: Sequence[str]) -> Figu
     reach = 1.5
     for number, (name, values) in enumerate(zip(called, surface, strict=True)):
         left = gap + number * (side + gap)
-        drawing.text(left + side / 2, 14, name, "strong", "middle")
+        drawing.text(left + side / 2, 14, name.removesuffix(" of heads"), "strong", "middle", tip=name)
         drawing.image(left, top, side, side, _colours(values))
         at_x, at_y = scale((-reach, reach), (left, left + side)), scale((-reach, reach), (top + side, top))
         for line in _boundary(values):

@@ -9,6 +9,7 @@ CHECKS = {
     "duplicates": "Test images that were trained on measure memory, not robustness.",
     "one_class": "A model that gives every image the same class has learned nothing, and nothing can fool it.",
     "labels": "Images of a single class cannot tell a classifier from a constant.",
+    "catastrophic_overfitting": "Training on single steps can learn to withstand single steps alone.",
     "clean_accuracy": "A model that guesses, or names the largest class, has nothing to be robust with.",
     "train_mode": "Dropout and batch statistics must rest while a model is measured.",
     "value_range": "Eps is meant for images in [0, 1]; images scaled otherwise make it larger or smaller.",

@@ -17,7 +17,7 @@ OWN = {
     "statistics": "statistics of normalisation",
     "sandwich": "statistics and second affine map of normalisation",
 }
-"""What a card calls the words for what tied heads do not share; patterns stand as they are."""
+"""A card's names for the words of `own`, the tensors that tied heads do not share; patterns stand as they are."""
 
 ONNX_SECTION = """
 ## ONNX
@@ -25,7 +25,7 @@ ONNX_SECTION = """
 `model.onnx` is the same forward for engines without PyTorch: `images`, float32 [N, channels, height, width] in [0, 1],
 to `logits`, for any N. It normalises by itself, and was checked with onnxruntime when it was written.
 """
-"""What a card says of the model as ONNX."""
+"""Paragraph of a card on the model as ONNX."""
 
 
 def model_card(
@@ -34,6 +34,7 @@ def model_card(
     results: Mapping[str, Any] | None = None,
     *,
     onnx: bool = False,
+    about: str = "",
 ) -> str:
     """A card in Markdown, with the front matter that the Hugging Face Hub reads.
 
@@ -42,6 +43,7 @@ def model_card(
         recipe: content of the run's `config.yaml`; None if it is not known.
         results: content of the evaluation's `results.json`; None if there is none, which the card then says.
         onnx: whether `model.onnx` lies beside it.
+        about: a sentence on the recipe, such as that its method is not a reproduction.
     """
     architecture, threat = config["architecture"], config.get("threat", {})
     shape = "x".join(map(str, architecture["image_shape"]))
@@ -76,6 +78,7 @@ def model_card(
         "## Data and training",
         "",
         *_training(recipe),
+        *([f"- recipe: {_safe(about)}"] if about else []),
         f"- classes: {', '.join(_safe(name) for name in names)}" if len(names) <= 20 else f"- classes: {len(names)}",
         "",
         "## Limits",

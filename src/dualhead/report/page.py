@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualhead.errors import UserError
 from dualhead.report import comparison
+from dualhead.report.calibration import calibration_table, reliability_diagrams
 from dualhead.report.details import details
 from dualhead.report.differences import difference
 from dualhead.report.gallery import Album
@@ -17,6 +19,9 @@ from dualhead.report.lights import LIGHTS
 from dualhead.report.sources import Measured, Source, read_sources
 from dualhead.report.text import duration, percent, points
 from dualhead.system.files import write_atomically
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 TEMPLATES = Path(__file__).with_name("templates")
 GLOSSARY = (
@@ -66,6 +71,7 @@ def _render(sources: Sequence[Source]) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["breakable"] = _breakable
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html").render(
         # Both files are the package's own. The digest lets the browser run this script and no other.
@@ -76,6 +82,13 @@ def _render(sources: Sequence[Source]) -> str:
         glossary=GLOSSARY,
         **_view(sources),
     )
+
+
+def _breakable(text: str) -> Markup:
+    """Let a name break after underscores, slashes and dots, as a sentence does between words."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(_|[/.](?=[A-Za-z]{2}))(?=\w)", r"\1<wbr>", str(escape(text))))  # escaped just before
 
 
 def _view(found: Sequence[Source]) -> dict[str, Any]:
@@ -90,11 +103,14 @@ def _view(found: Sequence[Source]) -> dict[str, Any]:
         "numbers": comparison.accuracy_table(rows) if rows else None,
         "conditions": comparison.conditions(rows),
         "corruptions": comparison.corruption_table([*rows, *(row for source in sources for row in source.further)]),
+        "calibration": calibration_table(rows),
+        "reliability": reliability_diagrams(rows),
         "downloads": comparison.downloads(rows) if rows else {},
         "differences": comparison.difference_table(sources),
         "trade_offs": comparison.trade_offs(sources),
         "over_eps": comparison.eps_figures(sources),
         "costs": comparison.cost_table(rows),
+        "cost_unit": next((row.title for row in rows if row.flops), ""),
         "recipes": comparison.recipe_differences(sources),
         "runs": [details(source, album) for source in sources],
     }

@@ -1,4 +1,4 @@
-"""What the folders of runs and evaluations hold, read with patience: what is missing or broken becomes a note."""
+"""Reader of the folders of runs and evaluations; a missing or broken file becomes a note."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dualhead.names import MODEL, head_number, id_of, id_of_row, name_of, read_i
 
 COLUMNS = ("index", "label", "clean_prediction")
 PER_ATTACK = ("robust_", "distance_", "steps_", "margin_", "prediction_")
-"""What `samples.npz` holds for each sample: arrays [N] of these names, and those of each attack."""
+"""Names of the arrays [N] of `samples.npz` beside those of each attack."""
 
 
 def role_of(output: str) -> str:
@@ -58,6 +58,7 @@ class Measured:
         flops: cost of its training, in floating-point operations.
         forward_equivalents: the same in forward passes of one image through its own run's base model.
         training_seconds: of its training.
+        folder: of the evaluation; None if there is none.
     """
 
     run: str
@@ -76,6 +77,7 @@ class Measured:
     flops: float | None = None
     forward_equivalents: float | None = None
     training_seconds: float | None = None
+    folder: Path | None = None
 
     @property
     def role(self) -> str:
@@ -113,7 +115,7 @@ class Measured:
         return {kind: estimate for kind, estimate in found.items() if estimate is not None}
 
     def correct(self, what: str) -> NDArray[np.bool_] | None:
-        """What is right, bool [N], by `clean`, an attack, or `worst`; None if it is not stored."""
+        """Tell which samples are right, bool [N], by `clean`, an attack, or `worst`; None if it is not stored."""
         if "label" not in self.samples:
             return None
         clean = self.samples["clean_prediction"] == self.samples["label"]
@@ -372,6 +374,7 @@ def _evaluation(
             flops=cost.get("flops"),
             forward_equivalents=cost.get("forward_equivalents"),
             training_seconds=cost.get("seconds"),
+            folder=folder,
         )
     ]
 
@@ -395,7 +398,7 @@ def _estimates(results: Mapping[str, Any]) -> tuple[Estimate, dict[str, Estimate
 
 
 def _samples(path: Path, count: object, notes: list[str]) -> dict[str, NDArray[Any]]:
-    """What `samples.npz` holds for each of the samples; images stay on the disk."""
+    """Read the arrays of `samples.npz`; images stay on the disk."""
     if not path.is_file():
         return {}
     try:

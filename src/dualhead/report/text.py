@@ -54,13 +54,19 @@ def threat_text(threat: Mapping[str, Any] | None) -> str:
 def component_text(component: Mapping[str, Any]) -> str:
     """A component of a recipe: its name and what was set. Of an address in a file, `my_file.py:Class` is shown."""
     name = str(component["name"]).replace("\\", "/").rpartition("/")[2]
-    fields = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {shortened(str(value), 80)}"
-                       for key, value in component.items() if key != "name" and value is not None)  # fmt: skip
+    told = {key: value for key, value in component.items() if key != "name" and value is not None and value != ""}
+    fields = ", ".join(f"{key} {_value_text(value)}" for key, value in told.items())
     return f"{name} ({fields})" if fields else name
 
 
+def _value_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return component_text(value) if isinstance(value, Mapping) and "name" in value else shortened(str(value), 80)
+
+
 def attack_text(stage: Mapping[str, Any]) -> str:
-    """What a stage trains against, without the settings of its attack that only measuring uses; empty if nothing."""
+    """Name a stage's attack, without the settings that only measuring uses; empty if it has none."""
     objective, free = stage.get("objective"), stage.get("free")
     if stage.get("fit") is not None or (isinstance(objective, Mapping) and objective.get("name") == "natural"):
         return ""
@@ -83,6 +89,11 @@ def points(difference: float) -> str:
     if difference == 0:
         return "0.0"
     return f"{100 * difference:+.1f}" if abs(difference) >= 0.0005 else f"{100 * difference:+.2f}"
+
+
+def times_text(times: float) -> str:
+    """A multiple of a cost, such as `0.98 x`."""
+    return f"{times:.2f} x" if times >= 0.1 else f"{times:.2g} x"
 
 
 def duration(seconds: float | None) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 from dualhead.report.figures import Figure, Series, lines, slug
 from dualhead.report.sources import Source
 from dualhead.report.text import attack_text, component_text, duration, large, percent
+from dualhead.statistics import overfits_single_steps
 
 NOT_LOSSES = {
     "stage", "epoch", "step", "learning_rate", "train_accuracy", "validation_clean", "validation_robust",
-    "validation_largest_answer", "seconds", "dropped_steps",
+    "validation_largest_answer", "watched_fgsm", "watched_pgd", "seconds", "dropped_steps",
 }  # fmt: skip
 """Keys of a line of metrics besides the loss and its terms."""
 
@@ -29,7 +30,7 @@ class Stage:
         facts: its work, in words.
         cost: epochs, time and arithmetic.
         verdict: verdict of the best and the last epoch.
-        overfits: robust accuracy fell after the best epoch by more than chance explains.
+        overfits: robust accuracy fell after the best epoch by more than chance explains, or single steps overfitted.
         figures: its curves; empty if no epoch is finished.
     """
 
@@ -63,8 +64,15 @@ def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
         verdict = "No accuracy on held-out images is a number."
     elif not verdict:
         verdict = "There were no held-out images: the last epoch was kept, and overfitting cannot be seen."
+    alone = [line for line in found if _watched(line) and overfits_single_steps(*_watched(line))]
+    if alone:
+        fgsm, pgd = (percent(value) for value in _watched(alone[-1]))
+        verdict = (
+            f"Catastrophic overfitting, last in epoch {alone[-1]['epoch']}: of a few images {fgsm} % stay right under "
+            f"one step of FGSM, {pgd} % under a few of PGD. {verdict}"
+        )
     return Stage(
-        name, _facts(recipe), _cost(source, recipe, found), verdict, overfits,
+        name, _facts(recipe), _cost(source, recipe, found), verdict, overfits or bool(alone),
         _figures(source, name, found, best) if found else [],
     )  # fmt: skip
 
@@ -83,6 +91,12 @@ def _chosen(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _validated(line: Mapping[str, Any]) -> bool:
     return all(_number(line, f"validation_{kind}") is not None for kind in ("clean", "robust"))
+
+
+def _watched(line: Mapping[str, Any]) -> tuple[float, ...]:
+    """Accuracies under one step and several, of a stage that trains on single steps; else nothing."""
+    found = [_number(line, f"watched_{attack}") for attack in ("fgsm", "pgd")]
+    return tuple(value for value in found if value is not None) if None not in found else ()
 
 
 def _number(line: Mapping[str, Any], key: str) -> float | None:
@@ -156,6 +170,8 @@ def _figures(
         "validation_robust": ("robust", "aggregate"),
         "validation_clean": ("clean", "head1"),
         "train_accuracy": ("training batches", "base"),
+        "watched_fgsm": ("a few images, FGSM", "head2"),
+        "watched_pgd": ("a few images, PGD-5", "mean"),
     }
     curves = [Series(name, style, _points(found, key)) for key, (name, style) in accuracy.items() if _has(found, key)]
     losses = [Series(term, COLOURS[n % len(COLOURS)], _points(found, term)) for n, term in enumerate(terms)]

@@ -18,6 +18,7 @@ from dualhead.evaluation import (
     Finding,
     balanced,
     check_duplicates,
+    check_single_steps,
     evaluate,
     make_gallery,
 )
@@ -33,7 +34,7 @@ from dualhead.system.files import write_json
 from dualhead.system.flops import CountFlops
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
-from dualhead.training import Stage
+from dualhead.training import Stage, read_metrics
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Row:
             "clean_accuracy": self.evaluation.clean_accuracy,
             "robust_accuracy": dict(self.evaluation.robust_accuracy),
             **balanced(self.evaluation.correct, self.evaluation.labels),
+            "calibration_error": self.evaluation.calibration_error,
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
             **(
@@ -120,7 +122,8 @@ def measure(
         Interrupted: when stopped.
     """
     costs, unit = group().lead(lambda: _costs(prepared, model)), forward_flops(prepared, model)
-    checks = [check_duplicates(*prepared.images.digests())]
+    trained = group().lead(lambda: read_metrics(prepared.folder.metrics))
+    checks = [check_duplicates(*prepared.images.digests()), *check_single_steps(trained)]
     poisoned = None if prepared.images.poisoning is None else Measures(prepared)
     rows: list[Row] = []
     last: list[Row] = []
@@ -132,7 +135,7 @@ def measure(
         if poisoned is not None:
             folder = prepared.folder.evaluation if deployed else prepared.folder.row(name)
             evaluation.results["poison"] = poisoned.of(
-                candidate.model, evaluation, folder, deployed=deployed, **options
+                candidate.model, evaluation, folder, output=output, deployed=deployed, **options
             )
             group().lead(partial(evaluation.save, folder))
         flops, seconds = costs[output]

@@ -22,10 +22,12 @@ from dualhead.evaluation import (
     TriggeredImages,
     answers,
     confused,
+    found_by_signatures,
     learnt_by_heart,
     measure_triggered,
 )
 from dualhead.models import load_state, read_state
+from dualhead.names import AGGREGATE, MEAN
 from dualhead.runs.prepare import Prepared, count_measured
 from dualhead.saving import load, view
 from dualhead.system.processes import group
@@ -103,7 +105,7 @@ class Measures:
         return chosen.images[:].cpu(), chosen.labels.cpu(), poisoning.clean.labels[rows].cpu()
 
     def of(
-        self, model: nn.Module, evaluation: Evaluation, folder: Path, *, deployed: bool, **options: Any
+        self, model: nn.Module, evaluation: Evaluation, folder: Path, *, output: str, deployed: bool, **options: Any
     ) -> dict[str, Any]:
         """Return what `results.json` says under `poison`.
 
@@ -111,6 +113,7 @@ class Measures:
             model: an output of the run.
             evaluation: of it, on the test images as they are.
             folder: where that lies.
+            output: its id.
             deployed: it is the run's result; its best and last epochs are compared too.
             options: for `evaluate`.
         """
@@ -127,11 +130,25 @@ class Measures:
                 told["clean_model"]["where"] = recipe.evaluate.clean_model
         if self._learnt is not None:
             told["training"] = learnt_by_heart(model, *self._learnt, recipe.evaluate.batch_size)
+        signatures = self._signatures(model) if output_has_features(output) else None
+        if signatures is not None:
+            told["spectral_signatures"] = signatures
         names = self.prepared.images.test.class_names
         if pairs := self._poison.pairs_of(names):
             told["pairs"] = confused(evaluation.clean_prediction, evaluation.labels, pairs, names)
         epochs = self._epochs() if deployed else {}
         return told | ({"epochs": epochs} if epochs else {})
+
+    def _signatures(self, model: nn.Module) -> dict[str, Any] | None:
+        """Tell whether features give poisoned images away; where images are on disk, this is left out."""
+        poisoning, training = self.prepared.images.poisoning, self.prepared.images.training
+        assert poisoning is not None
+        recipe = self.prepared.recipe
+        if training.is_stored or recipe.data.train_size is not None:
+            return None
+        poisoned = torch.isin(poisoning.trained, poisoning.made.index)
+        images, labels = training.images[:].cpu(), training.labels.cpu()
+        return found_by_signatures(model, images, labels, poisoned, recipe.evaluate.batch_size)
 
     def _epochs(self) -> dict[str, dict[str, Any]]:
         """Tell best and last epoch of the last stage apart: the best may end before a poison is learnt."""
@@ -153,6 +170,11 @@ class Measures:
             if found is not None:
                 told[which]["attack_success_rate"] = float((answers(model, found.images, size) == found.target).mean())
         return told
+
+
+def output_has_features(output: str) -> bool:
+    """Tell whether an output is one network, whose last linear layer sees the features of images."""
+    return output not in (MEAN, AGGREGATE)
 
 
 def summary_of(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.noise import Streams
-from dualhead.objectives import BEFORE, Labels
+from dualhead.objectives import BEFORE, passed
 from dualhead.recipe import Recipe, Statistics
 from dualhead.runs.crafted import Crafted
 from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data, refuse_other_poison
@@ -651,7 +651,7 @@ def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     teachers = stage.objective.teachers()
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
     with under(f"stages.{number}.objective"):
-        passes.look({n: need for n, need in needs.items() if not isinstance(need, Labels)})
+        passes.look(passed(needs))
     if group().world > 1 and not stage.objective.per_image:
         _log.warning(
             "stage %s: the loss of %s is taken over each process's share of the batch: it is another one than on one "

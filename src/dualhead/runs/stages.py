@@ -41,6 +41,7 @@ from dualhead.training import (
     Position,
     Saved,
     Selection,
+    SingleStepWatch,
     Stage,
     StageFiles,
     StageRun,
@@ -57,7 +58,7 @@ GIVEN_WEIGHTS = "given_weights"
 
 @dataclass(frozen=True)
 class _Training:
-    """What all stages of a run share.
+    """State that all stages of a run share.
 
     Args:
         prepared: the run.
@@ -212,7 +213,7 @@ def _arithmetic(prepared: Prepared, *, begun: bool) -> Arithmetic:
     chosen = choose_for_training(prepared)
     name = "tf32" if prepared.recipe.runtime.precision == "tf32" else chosen.name
     facts = {"precision": name, "channels_last": chosen.channels_last, "lanes": chosen.lanes}
-    facts["compiled"] = chosen.compiled
+    facts |= {"compiled": chosen.compiled, "arithmetic_chosen": chosen.told or "by the recipe"}
     write_json(environment, {**describe_environment(prepared.device), **facts})
     return chosen
 
@@ -291,6 +292,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         profiler=StepProfiler(prepared.folder.profile, stage.name, prepared.device) if training.profile else None,
         streams=_streams(prepared, stage, loader),
         class_weights=_class_weights(prepared),
+        watch=_watch(prepared, stage),
     )
     if saved is not None:
         run.restore(saved)
@@ -316,7 +318,7 @@ def _fit_stage(training: _Training, position: Position) -> Position:
 
 
 def _begin_stage(prepared: Prepared, number: int) -> None:
-    """Give the network the weights that a stage begins with: `init`, and a clone of head 1 for new heads."""
+    """Give the network the weights that a stage begins with: `init`, and head 1's for heads attached."""
     recipe, model, stage = prepared.recipe, prepared.model, prepared.recipe.stages[number]
     given = False
     if stage.init is not None:
@@ -325,7 +327,10 @@ def _begin_stage(prepared: Prepared, number: int) -> None:
     kind = recipe.model.second_head
     if isinstance(model, DualHeadClassifier) and (kind == "clone" or (kind == "tied" and not given)):
         trained = {part for earlier in recipe.stages[:number] for part in earlier.train}
-        for head in set(model.heads[1:]) & set(stage.train) - trained:
+        new = set(model.heads[1:]) & set(stage.train) - trained
+        if stage.init is None and new and isinstance(prepared.architecture.plain(), DualHeadClassifier):
+            return  # heads that came with the network keep their weights
+        for head in new:
             model.get_submodule(head).load_state_dict(model.head1.state_dict())
 
 
@@ -350,6 +355,13 @@ def _validator(prepared: Prepared) -> Validator | None:
         return None
     settings = recipe.validation
     return Validator(held_out, settings.attack, settings.every, recipe.threat, recipe.runtime.seed)
+
+
+def _watch(prepared: Prepared, stage: Stage) -> SingleStepWatch | None:
+    if not stage.single_step:
+        return None
+    images = prepared.images.held_out or prepared.images.training
+    return SingleStepWatch(images, stage.against(prepared.recipe.threat))
 
 
 def _streams(prepared: Prepared, stage: Stage, loader: Loader) -> dict[str, OpenStream]:

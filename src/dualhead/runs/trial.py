@@ -1,4 +1,4 @@
-"""What a run would cost: a few steps of each stage, in a folder that is thrown away."""
+"""Cost of a run, from a few steps of each stage in a folder that is thrown away."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS: Final = 4
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage would cost.
+    """Expected cost of a stage.
 
     Args:
         name: of the stage.
@@ -44,7 +44,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Trial:
-    """What the steps of all stages would cost; validation and the evaluation come on top.
+    """Expected cost of the steps of all stages; validation and the evaluation come on top.
 
     Args:
         stages: one by one; a stage that chooses parameters without training is none of them.

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from dualhead.saving.architecture import (
 )
 from dualhead.saving.models import find_model, load
 from dualhead.saving.onnx import OnnxCheck, write_onnx
-from dualhead.system.files import write_atomically, write_json, write_text
+from dualhead.system.files import head_sentence, write_atomically, write_json, write_text
 
 
 def write_card(folder: Path, run: Path | None) -> None:
@@ -46,7 +47,14 @@ def write_card(folder: Path, run: Path | None) -> None:
     if run is not None and (run / "config.yaml").is_file():
         recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     results = None if run is None else _measured(run, config)
-    write_text(folder / CARD, model_card(config, recipe, results, onnx=(folder / ONNX).is_file()))
+    about = _about(str(config.get("recipe", "")))
+    write_text(folder / CARD, model_card(config, recipe, results, onnx=(folder / ONNX).is_file(), about=about))
+
+
+def _about(recipe: str) -> str:
+    """Return the first sentence of a recipe that ships; empty for any other."""
+    path = Path(str(resources.files("dualhead"))) / "recipe" / "shipped" / f"{recipe}.yaml"
+    return head_sentence(path) if recipe == Path(recipe).name and path.is_file() else ""
 
 
 def checks_of(folder: Path, run: Path) -> list[dict[str, str]]:

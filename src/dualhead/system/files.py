@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON with keys as given and a final newline, atomically; refuse numbers that are not finite."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def head_sentence(path: Path) -> str:
+    """Return the first sentence of the comment at the head of a YAML file; empty if there is none."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    found = re.match(r".*?\.(?=\s+[A-Z]|$)", comment)
+    return found[0] if found else comment
 
 
 def check_folder(folder: Path, option: str) -> None:

@@ -1,4 +1,4 @@
-"""What an adversary may do to an image."""
+"""Threats: the changes that an adversary may make to an image."""
 
 from dualhead.threats.base import Threat, Where, threats
 from dualhead.threats.bounded import Bounded

@@ -8,6 +8,7 @@ from dualhead.training.metrics import MetricsLog, read_metrics, summary_writer
 from dualhead.training.passes import Passes, trained_output
 from dualhead.training.profiler import StepProfiler
 from dualhead.training.progress import Silent, TrainingProgress
+from dualhead.training.single_step import SingleStepWatch
 from dualhead.training.stage import RESET, Stage
 from dualhead.training.validation import Validator
 
@@ -20,6 +21,7 @@ __all__ = [
     "Saved",
     "Selection",
     "Silent",
+    "SingleStepWatch",
     "Stage",
     "StageFiles",
     "StageRun",

@@ -33,11 +33,11 @@ class Averaging(ABC):
     registered_name: ClassVar[str]
     batch_norm: BatchNormMode
     batches: int
-    """Of the training images, at most, for an estimate of the statistics."""
+    """Most batches of training images for an estimate of the statistics."""
 
     @abstractmethod
     def share(self, updates: Tensor) -> Tensor:
-        """What share the live weights get in the next average, float scalar in (0, 1].
+        """Return the share of the live weights in the next average, float scalar in (0, 1].
 
         Args:
             updates: averages taken so far, int64 scalar.

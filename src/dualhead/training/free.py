@@ -28,7 +28,7 @@ class Free(Section):
     replays: int = Field(8, ge=1)
     """Updates on each batch; 8 is published for CIFAR-10."""
     step_size: Real | None = Field(None, gt=0)
-    """Of the perturbation after each update; None: the radius, as published."""
+    """Length of the perturbation's step after each update; None: the radius, as published."""
 
     def check(self, threat: Threat) -> None:
         """Refuse threats that are no norm: what is carried over from image to image is a difference of pixels.

@@ -20,6 +20,7 @@ from dualhead.data import Batch, Loader, OpenStream, StreamImages
 from dualhead.errors import Interrupted, RunError
 from dualhead.models import write_state
 from dualhead.noise import Streams
+from dualhead.statistics import overfits_single_steps
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
 from dualhead.system.modes import in_eval_mode
@@ -34,6 +35,7 @@ from dualhead.training.optimisation import LR_SCALE
 from dualhead.training.passes import Passes
 from dualhead.training.profiler import StepProfiler, labelled
 from dualhead.training.progress import TrainingProgress
+from dualhead.training.single_step import SingleStepWatch
 from dualhead.training.stage import Stage
 from dualhead.training.step import StepOutcome, TrainingStep
 from dualhead.training.validation import Validator
@@ -41,26 +43,26 @@ from dualhead.training.validation import Validator
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10
-"""So many dropped steps in a row, and a stage goes back; also how often the loop looks, since looking waits."""
+"""Dropped steps in a row after which a stage goes back; the loop looks this often, since each look waits."""
 MAX_RETREATS = 3
-"""How often a stage goes back, each time with half the learning rate, before it gives up."""
+"""Times that a stage goes back, each with half the learning rate, before it gives up."""
 
 
 class NotFinite(Exception):  # noqa: N818  # caught by the stage that raises it
-    """Loss or gradient was not finite too often; the message says when."""
+    """Raised when loss or gradient is not finite too often; the message says when."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on whatever device."""
+    """Tell whether an error means that memory has run out, on any device."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
 class StageFiles:
-    """Where a stage leaves its results.
+    """Paths of a stage's results.
 
     Args:
-        states: what an unfinished stage goes on from.
+        states: saved positions of an unfinished stage.
         best: weights of the epoch with the highest robust validation accuracy; averaged ones if the stage averages.
         last: weights after the last epoch, likewise.
     """
@@ -70,17 +72,17 @@ class StageFiles:
     last: Path
 
     def write_best(self, model: nn.Module) -> None:
-        """Keep the model's weights as those of the best epoch."""
+        """Write the model's weights as those of the best epoch."""
         if group().first:
             write_state(model.state_dict(), self.best)
 
     def write_next(self, model: nn.Module, epoch: int) -> None:
-        """Put aside the weights of an epoch that is the best so far, until a state that says so is saved."""
+        """Write the weights of the best epoch so far as pending, until a state that names it is saved."""
         if group().first:
             write_state(model.state_dict(), self._aside(epoch))
 
     def settle(self, epoch: int | None) -> None:
-        """Keep what was put aside of the best epoch that the saved state knows; what a crash has left else, goes."""
+        """Promote the pending weights of `epoch` to `best`; delete any others that a crash left."""
         if not group().first:
             return
         for path in self.best.parent.glob(self._aside("*").name):
@@ -93,13 +95,13 @@ class StageFiles:
         return self.best.with_name(f"{self.best.stem}-{epoch}{self.best.suffix}")
 
     def write_last(self, model: nn.Module) -> None:
-        """Keep the model's weights as those of the last epoch."""
+        """Write the model's weights as those of the last epoch."""
         if group().first:
             write_state(model.state_dict(), self.last)
 
 
 FEWEST_ANSWERS = 16
-"""Of so few images all may be of one class by chance."""
+"""Fewest images on which answers of one class alone are worth a warning; fewer may share a class by chance."""
 
 
 class StageRun:
@@ -122,6 +124,7 @@ class StageRun:
         profiler: looks at a few steps; None: nobody does.
         streams: the objective's own streams of the data, by name.
         class_weights: float32 [C] on the device, of images' losses; None for equal ones.
+        watch: looks after each epoch whether training on single steps overfits catastrophically; None: nobody does.
     """
 
     def __init__(
@@ -143,8 +146,11 @@ class StageRun:
         profiler: StepProfiler | None = None,
         streams: Mapping[str, OpenStream] | None = None,
         class_weights: Tensor | None = None,
+        watch: SingleStepWatch | None = None,
     ) -> None:
         self._stage = stage
+        self._watch = watch
+        self._overfits = False
         self._profiler = profiler
         self._passes = passes
         self._loader = loader
@@ -168,7 +174,7 @@ class StageRun:
         self._average = None if stage.average is None else WeightAverage(passes.model, stage.average)
 
     def restore(self, saved: Saved) -> None:
-        """Take over a saved state, except for the model's weights, which are loaded already."""
+        """Restore a saved state, except for the model's weights, which the caller has loaded."""
         saved.restore_generators(self._device)
         if saved.optimiser is not None:
             self._optimiser.load_state_dict(saved.optimiser)
@@ -253,7 +259,7 @@ class StageRun:
             self._profiler.step()
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, dict[str, StreamImages]]]:
-        """Batches of an epoch, each with the images of the objective's streams beside it."""
+        """Yield the batches of an epoch, each with the images of the objective's streams."""
         beside = {name: stream.epoch(epoch, first_step) for name, stream in self._streams.items()}
         for batch in self._loader.epoch(epoch, first_step):
             yield batch, {name: next(steps)(batch) for name, steps in beside.items()}
@@ -262,7 +268,7 @@ class StageRun:
         return Streams.of(self._seed, batch.index).fork(self._stage.name, "attack", epoch)
 
     def _take_step(self, batch: Batch, noise: Streams, further: Mapping[str, StreamImages]) -> StepOutcome:
-        """Train on a batch; the first step of a kind is counted."""
+        """Train on a batch; count the operations of the first step of each kind."""
         if self._position.step_cost:
             return self._step(batch, noise, further)
         counter = CountFlops()
@@ -309,14 +315,14 @@ class StageRun:
             raise NotFinite(f"in {PATIENCE} steps in a row, up to epoch {self._position.epoch + 1} ({seen})")
 
     def _check_epoch(self, sums: Mapping[str, Tensor]) -> None:
-        """An epoch that ends well leaves a state to go back to, so it must not end in the middle of a streak."""
+        """Refuse an epoch that ends amid dropped steps: a finished epoch leaves a state to go back to."""
         if float(sums["images"]) == 0:
             raise NotFinite(f"in all {self._position.step} steps of epoch {self._position.epoch + 1}")
         if int(self._step.guard.streak) >= PATIENCE:
             raise NotFinite(f"in the last {PATIENCE} steps of epoch {self._position.epoch + 1}")
 
     def _retreat(self, fault: NotFinite) -> None:
-        """Back to the last saved state, with a lower rate from there on."""
+        """Go back to the last saved state, and halve the learning rate from there on."""
         where, rate = f"stage {self._stage.name}", self._stage.optimiser.lr
         saved = self._files.states.load(lambda position: position.streak == 0)
         if saved is None or self._position.retreats >= MAX_RETREATS:
@@ -367,6 +373,9 @@ class StageRun:
                 if not position.best or self._rank(line) > self._rank(position.best):
                     position.best = line
                     self._files.write_next(self._passes.model, position.epoch)
+        if self._watch is not None:
+            line |= self._watch(self._passes, self._arithmetic, self._device)
+            self._warn_of_single_steps(line)
         line["seconds"] = round(time.monotonic() - self._clock, 3)
         self._log.write(line)
         self._progress.epoch(line)
@@ -375,7 +384,7 @@ class StageRun:
         self._files.settle(position.best.get("epoch"))
 
     def _answers(self, x: Tensor) -> float:
-        """The share of some training images that gets the most frequent answer; 0 if they are too few to tell."""
+        """Return the share of the most frequent answer to some training images; 0 if they are too few to tell."""
         if len(x) < FEWEST_ANSWERS or not group().first:
             return 0.0
         with in_eval_mode(self._passes.model), torch.no_grad():
@@ -383,7 +392,7 @@ class StageRun:
         return float((answered == answered.mode().values).float().mean())
 
     def _warn_of_one_class(self, largest: float, images: str, epoch: int) -> None:
-        """Say that a network has come to answer everything with one class, once until it answers otherwise."""
+        """Warn when a network answers everything with one class; once, until it answers otherwise."""
         collapsed = largest == 1.0
         if collapsed and not self._collapsed and group().first:
             logger.warning(
@@ -393,8 +402,20 @@ class StageRun:
             )  # fmt: skip
         self._collapsed = collapsed
 
+    def _warn_of_single_steps(self, line: Mapping[str, Any]) -> None:
+        """Say that training withstands single steps alone, once until it recovers."""
+        fgsm, pgd = line["watched_fgsm"], line["watched_pgd"]
+        found = overfits_single_steps(fgsm, pgd)
+        if found and not self._overfits and group().first:
+            logger.warning(
+                "stage %s, epoch %d: catastrophic overfitting: of a few images %.0f %% stay right under one step of "
+                "FGSM and %.0f %% under a few of PGD; use attack n_fgsm or pgd-2, objective grad_align or elle, or a "
+                "smaller eps", self._stage.name, line["epoch"], 100 * fgsm, 100 * pgd,
+            )  # fmt: skip
+        self._overfits = found
+
     def _average_epoch(self, *, used: bool) -> None:
-        """Take a finished epoch into the average; estimate its statistics of batch norm if it is to be used now."""
+        """Add a finished epoch to the average; estimate its batch norm statistics if it is used now."""
         average, finished = self._average, self._position.epoch
         if average is None:
             return
@@ -406,12 +427,12 @@ class StageRun:
             self._position.flops += sum(group().gather(counter.total))
 
     def _estimates(self) -> Iterator[Callable[[], None]]:
-        """Passes by which the statistics of batch norm are estimated, each head on the images that it trains on."""
+        """Yield passes that estimate batch norm statistics, each head on the images that it trains on."""
         for batch, further in self._batches(0, 0):
             yield partial(self._step.estimate, batch, self._noise(batch, 0), further)
 
     def _averaged(self) -> AbstractContextManager[None]:
-        """The weights that count: the average if the stage takes one, else the live ones."""
+        """Put the average in place of the live weights while inside, if the stage takes one."""
         return nullcontext() if self._average is None else self._average.in_place()
 
     @staticmethod

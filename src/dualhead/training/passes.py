@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, Rows, depends_on, is_head, joint_pass, mean_of, refuse_unroutable
-from dualhead.objectives import Features, Labels, Logits, Need, Objective
+from dualhead.objectives import Features, Images, Labels, Logits, Need, Objective
 from dualhead.system.modes import in_eval_mode
 
 if TYPE_CHECKING:
     from dualhead.training.stage import Stage
 
 Crossing = Any
-"""What crosses from the frozen prefix to what learns: a tensor with one row for each image, or a tuple of such."""
+"""Features that cross from the frozen prefix to what learns: a tensor with a row for each image, or a tuple of such."""
 
 
 def trained_output(parts: Collection[str]) -> str:
@@ -35,7 +35,7 @@ def trained_output(parts: Collection[str]) -> str:
 
 def feeds(part: str, need: Need) -> bool:
     """Tell whether a part has a share in what a need gives; an objective's own heads and teachers are no parts."""
-    if isinstance(need, Labels):
+    if isinstance(need, Labels | Images):
         return False
     if isinstance(need, Features):
         return need.part == part or (need.part != "trunk" and part == "trunk")
@@ -208,7 +208,7 @@ class _Pass:
 
 
 class Look:
-    """What meets some needs: from what the prefix made of images to tensors by the needs' names.
+    """Function that meets some needs: from the prefix's features of images to tensors by the needs' names.
 
     Args:
         passes: of the stage.
@@ -359,7 +359,7 @@ class Look:
         return values
 
     def _middle(self, model: DualHeadClassifier, step: _Pass, crossing: Mapping[str, Crossing]) -> dict[str, Crossing]:
-        """What crosses the cut, for each of the images."""
+        """Return the features that cross the cut, for each set of images."""
         if "trunk" not in self._passes.parts:
             return {on: crossing[on] for on in step.images}
         trunk = self._whole(step, model.trunk, crossing, step.images)

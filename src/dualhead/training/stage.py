@@ -14,7 +14,7 @@ from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
 from dualhead.heads import Output, Part
-from dualhead.objectives import ATTACKED, OWN, Objective, objectives
+from dualhead.objectives import ATTACKED, CLEAN, OWN, Objective, objectives
 from dualhead.threats import Threat, build_threat
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.awp import AWP
@@ -24,7 +24,7 @@ from dualhead.training.optimisation import Optimiser, Schedule, optimisers, sche
 from dualhead.training.passes import refuse_unmet, trained_output
 
 RESET: Final = "reset"
-"""What `init` says for fresh weights."""
+"""Value of `init` for fresh weights."""
 THREAT: Final = (
     BeforeValidator(lambda spec: build_threat(spec, where=".")),
     PlainSerializer(lambda threat: threat.describe()),
@@ -65,16 +65,16 @@ class Stage(Section):
     clip_norm: Real | None = Field(None, gt=0)
     """Longest gradient, over all trained parameters together; a longer one is shortened to it."""
     average: Annotated[Averaging, *component(averagings)] | None = None
-    """Of the weights over training (`ema`, `swa`): what validation sees and what is kept, in place of the live ones."""
+    """Average of the weights over training (`ema`, `swa`), validated and kept in place of the live ones."""
     awp: AWP | None = None
     """Adversarial weight perturbation."""
     eps: Real | None = Field(None, gt=0)
     """Radius of the attack while this stage trains; None: the threat model's. Validation keeps that one."""
     threat: Annotated[Threat, *THREAT] | None = None
-    """What this stage trains against, in place of the recipe's threat; not beside `eps`. Validation keeps the
+    """Threat of this stage in place of the recipe's; not beside `eps`. Validation keeps the
     recipe's."""
     augment: tuple[Annotated[Augmentation, *component(augmentations)], ...] | None = None
-    """Of this stage; None: `data.augment`."""
+    """Augmentations of this stage; None: `data.augment`."""
     cutmix: CutMix | None = None
     """Boxes of other images, and shares of their labels."""
     fit: Fit | None = None
@@ -120,7 +120,7 @@ class Stage(Section):
         for attack in [self.attack, *(each.attack for each in inner.values() if each.attack is not None)]:
             if inner and not isinstance(attack, Maximiser):
                 raise UserError(f"attack {attack.registered_name!r} cannot be trained with; use pgd or fgsm")
-        for key in {"loss", "restarts"} & {field.name for field in fields(cast("Any", self.attack))}:
+        for key in {"loss", "restarts", "target"} & {field.name for field in fields(cast("Any", self.attack))}:
             if getattr(self.attack, key) != getattr(type(self.attack), key):
                 raise UserError(
                     f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
@@ -154,7 +154,7 @@ class Stage(Section):
         return self
 
     def against(self, threat: Threat) -> Threat:
-        """What the stage trains against in a recipe with this threat: its own threat, or its own radius, if it has one.
+        """Return the stage's threat in a recipe with this one: its own threat, or its own radius, if it has one.
 
         Raises:
             UserError: if the stage's attack cannot be used with that.
@@ -169,8 +169,16 @@ class Stage(Section):
         return threat
 
     @property
+    def single_step(self) -> bool:
+        """Whether the images that it trains on are attacked with one gradient each, as with `free`."""
+        attacking = [inner for inner in self.objective.inner().values() if inner.uses and inner.start == CLEAN]
+        if self.fit is not None or not attacking:
+            return False
+        return self.free is not None or any((inner.attack or self.attack).single_step for inner in attacking)
+
+    @property
     def output(self) -> str:
-        """What the stage deploys: as it says, else the last of the objective's outputs, or the one its parts train."""
+        """Output that the stage deploys: as it says, else the last of the objective's, or the one its parts train."""
         if self.deploy is not None:
             return self.deploy
         output = self.objective.judged_output

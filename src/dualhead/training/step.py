@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._pytree import tree_map
@@ -16,7 +17,20 @@ from dualhead.attacks import Attack, Maximiser, maximise_within
 from dualhead.data import Batch, StreamImages
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.objectives import ATTACKED, CLEAN, Inner, Labels, Logits, LossTerms, Need, Objective, weighted
+from dualhead.objectives import (
+    ATTACKED,
+    CLEAN,
+    Images,
+    Inner,
+    Labels,
+    Logits,
+    LossTerms,
+    Need,
+    Objective,
+    Slope,
+    passed,
+    weighted,
+)
 from dualhead.system.arithmetic import Arithmetic, compiled
 from dualhead.system.modes import hold_statistics, in_eval_mode
 from dualhead.system.processes import group
@@ -31,7 +45,7 @@ from dualhead.training.stage import Stage
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step leaves for the log, over all processes, as tensors on the device: reading them is up to the log."""
+    """Losses and figures of a step over all processes, as tensors on the device: the log decides when to read them."""
 
     terms: dict[str, Tensor]
     """Scalars: the loss and its parts."""
@@ -47,20 +61,22 @@ class _Piece:
 
     Args:
         crossing: by the images' names, what the frozen prefix makes of them.
-        known: needs that are constants: what teachers and frozen parts say, and labels of streams.
+        known: needs that are constants: what teachers and frozen parts say, labels of streams, and images.
         y: labels.
+        images: by name, those whose slopes are needed.
     """
 
     crossing: dict[str, Crossing]
     known: dict[str, Tensor]
     y: Tensor
+    images: dict[str, Tensor]
 
 
 _PLANNED = (
     "_objective", "_needs", "_inner", "_judged", "_looks", "_constant", "_crossing", "_look", "_estimates",
-    "_fast_look", "_climbs", "_climbs_in_lanes", "_costs",
+    "_slopes", "_fast_look", "_climbs", "_climbs_in_lanes", "_costs",
 )  # fmt: skip
-"""What the plan for an objective consists of."""
+"""Attributes that together are the plan for an objective."""
 _MOST_PLANS = 16
 """So many plans are kept; an objective that alternates between a few forms is planned once for each."""
 
@@ -135,11 +151,9 @@ class TrainingStep:
         teachers, passes = self._passes.teachers, self._passes
         told = {n for n, need in self._needs.items() if isinstance(need, Logits) and need.output in teachers}
         self._constant = {n: need for n, need in self._needs.items() if passes.is_constant(need)}
-        asked = [need for n, need in self._needs.items() if n not in told and not isinstance(need, Labels)]
+        asked = [need for n, need in passed(self._needs).items() if n not in told]
         self._crossing = list(dict.fromkeys(need.on for need in asked))
-        learning = {
-            n: need for n, need in self._needs.items() if n not in self._constant and not isinstance(need, Labels)
-        }
+        learning: dict[str, Need] = {n: need for n, need in passed(self._needs).items() if n not in self._constant}
         together = [CLEAN, *(made for made, inner in self._inner.items() if inner.start == CLEAN)]
         forward = self._stage.forward
         if forward == "separate":
@@ -150,6 +164,15 @@ class TrainingStep:
             raise UserError(
                 f"checkpoint_activations: not with forward: {forward}, whose layers are told whose their rows are; use "
                 "micro_batch"
+            )
+        self._slopes = [
+            (n, need, passes.look({n: Logits(need.output, need.on)}))
+            for n, need in self._needs.items()
+            if isinstance(need, Slope)
+        ]
+        if self._slopes and self._forgetful:
+            raise UserError(
+                "checkpoint_activations: not with an objective whose loss sees gradients of images; use micro_batch"
             )
         # Statistics that routes have in common are estimated as they are trained: of the rows of all.
         routed = self._look.tells_rows
@@ -198,6 +221,7 @@ class TrainingStep:
         changed = objective != self._objective
         if changed:
             self._see(objective)
+        self._objective = objective  # an equal one may differ in what only its loss reads
         self._perturbs = awp is not None and epoch >= awp.start
         return (awp is not None and epoch == awp.start) or (changed and bool(state))
 
@@ -275,7 +299,8 @@ class TrainingStep:
         images, crossing, known = self._make(piece, streams, further, given)
         self._cross(images, crossing)
         known |= self._take(images, crossing, {n: need for n, need in self._constant.items() if n not in known})
-        return _Piece(crossing, known, piece.y)
+        known |= {n: images[need.on] for n, need in self._needs.items() if isinstance(need, Images)}
+        return _Piece(crossing, known, piece.y, {need.on: images[need.on] for _, need, _ in self._slopes})
 
     def _make(
         self, piece: Batch, streams: Streams, further: Mapping[str, StreamImages], given: Tensor | None = None
@@ -340,6 +365,7 @@ class TrainingStep:
             with record_function("loss: forward"):
                 with self._arithmetic.autocast(piece.y.device):
                     seen = {**piece.known, **(self._look if self._counted else self._fast_look)(piece.crossing)}
+                seen |= self._slopes_of(piece)
                 loss = self._loss(piece.y, seen)
             with record_function("loss: backward"):
                 torch.autograd.backward(loss.total * share)
@@ -348,6 +374,17 @@ class TrainingStep:
             labels = piece.y if piece.y.dim() == 1 else piece.y.argmax(1)
             correct += (seen[self._judged].argmax(1) == labels).sum()
         return sums, correct
+
+    def _slopes_of(self, piece: _Piece) -> dict[str, Tensor]:
+        """Gradients of the cross-entropy with respect to images, with a graph to what learns unless constant."""
+        found = {}
+        for name, need, look in self._slopes:
+            x = piece.images[need.on].detach().requires_grad_()
+            with self._arithmetic.autocast(x.device):
+                logits = look({need.on: self._passes.prefix(x)})[name]
+            loss = F.cross_entropy(logits, piece.y, reduction="sum")
+            (found[name],) = torch.autograd.grad(loss, x, create_graph=not need.constant)
+        return found
 
     def _loss(self, y: Tensor, seen: Mapping[str, Tensor]) -> LossTerms:
         """The loss of a piece, with each image's share weighted by its class."""
@@ -433,7 +470,7 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class _Given:
-    """What an attack begins with.
+    """Inputs of an attack on one set of images.
 
     Args:
         start: images that are perturbed.

@@ -1,4 +1,4 @@
-"""What chooses among the epochs of a stage: accuracy on the held-out part of the training images."""
+"""Validation, which chooses among the epochs of a stage: accuracy on the held-out part of the training images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an augmentation is: uint8 images in batch to uint8 images, drawn per sample."""
+"""Augmentations: uint8 images in batch to uint8 images, drawn per sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an aggregator is."""
+"""Base class and registry of aggregators."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Chosen(Protocol):
     """An aggregator's module whose parameters are chosen from a list, by a stage with `fit`, and not learnt."""
 
     def candidates(self) -> Sequence[Mapping[str, float]]:
-        """What there is to choose from."""
+        """Return the candidates to choose from."""
 
     def assign(self, settings: Mapping[str, float]) -> None:
         """Take one of them over."""

@@ -1,4 +1,4 @@
-"""What the ways of cutting a model share."""
+"""Types and checks common to the ways of cutting a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dualhead.system.modes import kept_modes
 How = Literal["own", "sequential", "traced", "functional", "whole"]
 
 Features = Any
-"""What crosses a cut: a tensor, or a tuple of tensors."""
+"""Features that cross a cut: a tensor, or a tuple of tensors."""
 
 
 class CannotCut(Exception):  # noqa: N818  # a way of cutting does not apply; the next one is tried
@@ -25,7 +25,7 @@ class CannotCut(Exception):  # noqa: N818  # a way of cutting does not apply; th
 
 
 def reason(error: Exception) -> str:
-    """What an error of a model's says, in one line."""
+    """Return a model's error in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

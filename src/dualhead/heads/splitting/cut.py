@@ -163,7 +163,7 @@ def attempt_checked(model: nn.Module, at: str, images: Tensor, calls: int) -> Cu
 
 
 def calls_complaint(calls: int) -> str | None:
-    """What is wrong with a layer that runs so often in a forward pass."""
+    """Say why a layer that runs so often in a forward pass cannot be cut at."""
     if calls == 1:
         return None
     if calls == 0:
@@ -224,7 +224,7 @@ def guard_features(cut: Cut, images: Tensor, head: nn.Module | None = None) -> N
 
 
 class Pass(NamedTuple):
-    """What a pass gives: logits, gradients by name, buffers afterwards, and where random numbers then stand."""
+    """Results of a pass: logits, gradients by name, buffers afterwards, and the random state that it leaves."""
 
     logits: Tensor
     gradients: dict[str, Tensor | None]

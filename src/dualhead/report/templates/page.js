@@ -51,9 +51,10 @@ function latex(table) {
   return [`\\begin{tabular}{${columns}}`, "\\toprule", head, "\\midrule", ...rows, "\\bottomrule", "\\end{tabular}"].join("\n") + "\n";
 }
 
-for (const scroll of document.querySelectorAll("#accuracy .scroll")) {
+for (const scroll of document.querySelectorAll("#accuracy .scroll, #calibration .scroll, #corruptions .scroll, #cost .lead + .scroll")) {
   if (!navigator.clipboard) continue;
-  const tools = make("p", "tools");
+  const beside = scroll.previousElementSibling.querySelector(".tools"); // of a title that has some already
+  const tools = beside || make("p", "tools");
   for (const [kind, written] of [["Markdown", markdown], ["LaTeX", latex]]) {
     const button = tool("button", `Copy ${kind}`, "", async () => {
       await navigator.clipboard.writeText(written(scroll.querySelector("table")));
@@ -62,7 +63,7 @@ for (const scroll of document.querySelectorAll("#accuracy .scroll")) {
     });
     tools.append(button, " ");
   }
-  scroll.before(tools);
+  if (!beside) scroll.before(tools);
 }
 
 // ---- tables that are wider than their place say so

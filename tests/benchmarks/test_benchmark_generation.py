@@ -1,0 +1,104 @@
+"""The study of generation: what its script asks for can be run, and what it left is compared by seed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dualhead.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECORDER = """#!/usr/bin/env bash
+printf '%s\\n' "$@" END >> "$ASKED"
+for ((n = 1; n <= $#; n++)); do
+  [[ ${!n} == --run-dir || ${!n} == --output ]] || continue
+  m=$((n + 1)); mkdir -p "${!m}"
+  if [[ ${!n} == --run-dir ]]; then touch "${!m}/report.html"; fi
+done
+"""
+"""In place of dualhead: writes down what it was asked, and leaves folders."""
+
+
+def asked_of(folder, **environment):
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in (("dualhead", RECORDER), ("python", "#!/usr/bin/env bash\n")):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "asked").write_text("")
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    ended = subprocess.run(
+        ["benchmarks/generation/run.sh", str(folder / "out")],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, "ASKED": str(folder / "asked"), **environment},
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
+
+
+def test_every_run_is_trained_once_and_measured_as_the_protocol_says(tmp_path):
+    asked = asked_of(tmp_path, SEEDS="3 4")
+    trained = [words for words in asked if words[0] == "train"]
+    assert len(trained) == 8
+    assert {words[1] for words in trained} == {
+        "digits_dat", "benchmarks/generation/continued.yaml", "digits_dat_two_heads", "digits_dat_mean",
+    }  # fmt: skip
+    measured = [words for words in asked if words[0] == "evaluate"]
+    assert sum("--generation" in words for words in measured) == 2 * (2 + 1 + 3 + 1)
+    assert sum("autoattack" in words for words in measured) == 2 * 2
+    assert asked_of(tmp_path, SEEDS="3 4") == []  # all is done
+
+
+def test_the_control_differs_from_dat_by_the_energy_and_its_length(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    dat, plain = (load_recipe(name).resolved() for name in ("digits_dat", "benchmarks/generation/continued.yaml"))
+    assert dat["stages"][0] == plain["stages"][0]
+    changed = {key for key, value in dat["stages"][1].items() if plain["stages"][1][key] != value}
+    assert changed == {"objective", "epochs"}
+    assert plain["stages"][1]["objective"] == dat["stages"][1]["objective"]["base"]
+
+
+@pytest.fixture
+def collect():
+    spec = importlib.util.spec_from_file_location("collect_generation", ROOT / "benchmarks/generation/collect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leave(folder, score, distance, robust=None):
+    names = ("kernel_distance", "precision", "recall", "density", "coverage", "judge_agreement", "diversity", "steps")
+    told = dict.fromkeys(names, 0.5)
+    told |= {"classification_accuracy_score": score, "frechet_distance": distance, "nearest": {"samples": 1.0},
+             "floor": {"frechet_distance": 0.1, "classification_accuracy_score": 0.98}}  # fmt: skip
+    kept = {"clean_accuracy": 0.99, "robust_accuracy": {"pgd-20": 0.75, "worst": 0.75}, "generation": told}
+    results = {"samples": kept}
+    if robust is not None:
+        results["strong"] = {"robust_accuracy": {"autoattack": robust, "worst": robust}}
+    for name, content in results.items():
+        place = folder / "evaluations" / name
+        place.mkdir(parents=True)
+        (place / "results.json").write_text(json.dumps(content))
+        (place / "done").touch()
+
+
+def test_differences_are_paired_by_seed(collect, tmp_path, monkeypatch):
+    for seed, gain in ((0, 0.05), (1, 0.07)):
+        leave(tmp_path / "continued" / f"seed={seed}", 0.88 + seed / 100, 2.0, robust=0.7)
+        leave(tmp_path / "dat" / f"seed={seed}", 0.88 + seed / 100 + gain, 0.5, robust=0.72)
+    leave(tmp_path / "dat" / "seed=2", 0.1, 9.0)  # without a partner, and AutoAttack still to come
+    monkeypatch.setattr("sys.argv", ["collect.py", str(tmp_path), str(tmp_path / "found.json")])
+    collect.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    (pair,) = found["differences"]
+    assert pair["seeds"] == [0, 1]
+    assert pair["classification_accuracy_score"]["mean"] == pytest.approx(0.06)
+    assert pair["classification_accuracy_score"]["interval"][0] < 0.05
+    assert pair["autoattack"]["seeds"] == pytest.approx([0.02, 0.02])
+    assert pair["frechet_distance ratio"]["mean"] == pytest.approx(0.25)
+    assert "autoattack" not in found["variants"]["dat: samples"]
