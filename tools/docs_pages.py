@@ -133,6 +133,13 @@ def _card(kind: str, name: str, component: type, heading: str) -> list[str]:
 
 def _written(value: Any) -> Any:
     """A default as a recipe would say it: of a component its name and what differs from its own defaults."""
+    from dualhead.data import Surrogate
+
+    if isinstance(value, Surrogate):
+        differs = {
+            f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) is not None
+        }
+        return f"{{{', '.join(f'{key}: {inside}' for key, inside in differs.items())}}}"
     if not hasattr(value, "registered_name"):
         return value if value != "" else '""'
     differs = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
@@ -219,7 +226,15 @@ def _threat_cost(component: Any) -> str:
 
 
 def _poison_cost(component: Any) -> str:
-    return "no pass of a network." if not getattr(component, "crafted", False) else component.cost
+    if any(field.name == "like" for field in dataclasses.fields(component)):
+        return "what the poison costs that it is the control of."
+    poison = component()
+    if not poison.needs_surrogate:
+        return "no pass of a network."
+    return (
+        f"the training of a surrogate, and {poison.steps} forward and backward passes for each changed image; the "
+        "results tell it, and charge it to no method."
+    )
 
 
 COSTS = {

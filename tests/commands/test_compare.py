@@ -276,3 +276,28 @@ def test_runs_whose_recipe_cannot_be_read_any_more_are_compared_by_what_it_says(
         make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, lambda recipe, v=value: recipe.update(forgotten=v))
     rows = standings(read_entries([tmp_path / "runs"]))["rows"]
     assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1], [2]]
+
+
+def test_triggered_images_are_paired_by_seed():
+    def poisoned(name, fooled, seed):
+        found = entry(name, 120, 60, flops=1, seed=seed)
+        found.evaluation.results["poison"] = {
+            "name": "patch", "target": 1, "num_triggered": 200, "attack_success_rate": fooled / 200,
+            "robust_accuracy_on_triggered": {"pgd-40": 0.1, "worst": 0.1},
+        }  # fmt: skip
+        # Labels are 0, and what is not right is taken for class 1, the target.
+        return replace(found, triggered=evaluation_of(200 - fooled, 20))
+
+    found = standings([poisoned("a", 100, 0), poisoned("b", 150, 0), entry("clean", 120, 60, flops=1)])
+    told = {(pair["name"], pair["accuracy"]): pair for pair in found["pairs"]}
+    assert told["b", "trigger withstood"]["difference"] == -0.25
+    assert told["b", "trigger withstood"]["verdict"] == "loss"
+    assert told["b", "robust on triggered"]["difference"] == 0.0
+    assert ("clean", "trigger withstood") not in told
+    assert found["rows"][0]["poison"]["attack_success_rate"] == 0.5
+    assert "poison" not in found["rows"][2]
+    seeds = [poisoned(name, fooled + seed, seed) for name, fooled in (("a", 100), ("b", 150)) for seed in range(3)]
+    several = standings(seeds)
+    (pair,) = (pair for pair in several["pairs"] if pair["accuracy"] == "trigger withstood")
+    assert (pair["difference"], pair["test"]) == (-0.25, "paired t, 3 seeds")
+    assert several["rows"][1]["poison"]["attack_success_rate"] == pytest.approx(151 / 200)

@@ -66,7 +66,7 @@ def test_a_model_that_changes_its_images_is_judged_as_one_that_copies_them(how):
 
 @pytest.mark.parametrize("how", ["sub_", "iadd"])
 def test_a_factory_that_normalises_in_place_trains_behind_a_wrapper(how, monkeypatch):
-    monkeypatch.setattr("dualhead.models.factory._import", lambda path: lambda: First(how, False))
+    monkeypatch.setattr("dualhead.models.factory.function_at", lambda path: lambda: First(how, False))
     model = backbones.build("mine:make").create(4, (3, 6, 6), _identity())
     images = X.clone().requires_grad_()
     model(images).sum().backward()
@@ -87,7 +87,7 @@ def test_a_model_and_images_from_inference_mode_are_judged_as_any_others(monkeyp
     same(measured(made, images), measured(First("sub_", True)))
     measured(normed)
     assert all(parameter.is_inference() for parameter in made.parameters())  # left as it was
-    monkeypatch.setattr("dualhead.models.factory._import", lambda path: lambda: made)
+    monkeypatch.setattr("dualhead.models.factory.function_at", lambda path: lambda: made)
     model = backbones.build("mine:make").create(4, (3, 6, 6), _identity())
     model(X).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -114,7 +114,7 @@ def test_one_logit_is_read_as_zero_and_z(shape, monkeypatch):
     for given in (labels, labels.bool(), labels.float()[:, None]):
         same(measured(One(shape), X, given), expected)
     if shape != "image":
-        monkeypatch.setattr("dualhead.models.factory._import", lambda path: lambda: One(shape))
+        monkeypatch.setattr("dualhead.models.factory.function_at", lambda path: lambda: One(shape))
         model = backbones.build("mine:make").create(2, (3, 6, 6), _identity())
         assert torch.equal(model(X), two(X))
         assert torch.equal(model(X[:1]), two(X[:1]))

@@ -331,7 +331,7 @@ def test_every_card_says_when_at_what_cost_and_where_published():
     for name, text in made.items():
         stored = (ROOT / "docs" / name).read_text()
         assert stored == text, f"docs/{name} is not what the docstrings say: run `python tools/docs_pages.py`"
-    for kind in ("objectives", "attacks", "aggregators", "threats"):
+    for kind in ("objectives", "attacks", "aggregators", "poisons", "threats"):
         cards = re.split(r"^## ", made[f"components/{kind}.md"], flags=re.MULTILINE)[1:]
         own = [n for n in REGISTRIES[kind].names() if REGISTRIES[kind].get(n).__module__.startswith("dualhead.")]
         assert [card.partition("\n")[0] for card in cards] == own

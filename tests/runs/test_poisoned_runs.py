@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from dualhead.commands.compare import read_entries, standings
 from dualhead.data.poisons.patch import Patch
 from dualhead.errors import UserError
 from dualhead.recipe import load_recipe
 from dualhead.runs.prepare import prepare
+from dualhead.runs.run import train
 from dualhead.runs.stages import train_stages
 from dualhead.training import Silent
 
@@ -150,3 +152,51 @@ def test_extra_images_are_said_to_stay_as_they_are(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         prepare(recipe(PATCH, "data.extra={source: digits}"), tmp_path / "run")
     assert "the images of data.extra are not poisoned" in caplog.text
+
+
+DUAL = (
+    "data.train_limit=200", "data.validation=50", "model.backbone=cnn-8", "stages.*.epochs=2", "stages.*.batch_size=50",
+    "stages.*.attack.steps=2", "validation.attack.steps=2", "evaluate={attacks: [fgsm], limit: 60, gallery: 0}",
+    "runtime={device: cpu, precision: float32, layout: contiguous, lanes: 1}",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_output_of_a_run_is_measured_and_told(tmp_path):
+    clean = train(load_recipe("digits", [*DUAL]), run_dir=tmp_path / "clean")
+    assert all("poison" not in row.evaluation.results for row in clean.rows)
+    poison = ["data.poison={name: patch, target: 3, share: 0.1}", f"evaluate.clean_model={tmp_path / 'clean'}"]
+    result = train(load_recipe("digits", [*DUAL, *poison]), run_dir=tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "comparison.json").read_text())["rows"]
+    assert [row["output"] for row in rows] == ["base", "head1", "head2", "mean", "aggregate"]
+    for row in rows:
+        told = row["poison"]
+        assert 0 <= told["attack_success_rate"] <= 1
+        assert set(told["robust_accuracy_on_triggered"]) == {"fgsm", "worst"}
+        assert set(told["training"]) == {"num_samples", "by_given_label", "by_true_label", "intervals"}
+        assert ("spectral_signatures" in told) == (row["output"] not in ("mean", "aggregate"))
+        rates = told["attack_success_rate"] - told["clean_model"]["attack_success_rate"]
+        assert told["above_clean_model"]["difference"] == pytest.approx(rates)
+    held = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["poison"]
+    test = prepare(load_recipe("digits", [*DUAL, *poison]), tmp_path / "run").images.test
+    assert held["num_triggered"] == int((test.labels[:60] != 3).sum())
+    assert sum(entry["num_samples"] for entry in held["per_class"]) == held["num_triggered"]
+    assert set(held["epochs"]) == {"best", "last"}
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Poisoned training data" in report
+    assert report.count("Difference, ten times") == 8
+    said = report + str(result) + json.dumps(rows)
+    assert "robust to poisoning" not in said.lower()
+    before = (tmp_path / "run" / "evaluation" / "results.json").read_text()
+    train(load_recipe("digits", [*DUAL, *poison]), run_dir=tmp_path / "run")
+    after = (tmp_path / "run" / "evaluation" / "results.json").read_text()
+    assert json.loads(after)["poison"] == json.loads(before)["poison"]
+    found = standings(read_entries([tmp_path / "clean", tmp_path / "run"]))
+    assert found["rows"][-1]["poison"]["attack_success_rate"] == rows[-1]["poison"]["attack_success_rate"]
+
+
+def test_a_clean_model_without_a_poison_is_refused():
+    with pytest.raises(
+        UserError, match=r"evaluate\.clean_model: is compared under a poison's trigger; set data\.poison"
+    ):
+        recipe("evaluate.clean_model=somewhere")

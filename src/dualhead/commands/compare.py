@@ -18,6 +18,7 @@ from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
 from dualhead.evaluation import (
     MEASURES,
+    TRIGGERED,
     Evaluation,
     against_specialists,
     balanced,
@@ -27,6 +28,7 @@ from dualhead.evaluation import (
     mean_std,
     of_specialists,
     plasticity,
+    successes,
     wilson,
 )
 from dualhead.names import id_of_row
@@ -35,6 +37,7 @@ from dualhead.runs import RunFolder, read_recipe, without_how
 
 _log = logging.getLogger(__name__)
 
+TRIGGER_MEASURES = ("trigger withstood", "right on triggered", "robust on triggered")
 SAME_COST = 1.05
 """Costs that differ by less than this factor count as equal."""
 
@@ -55,6 +58,7 @@ class Entry:
         forward_equivalents: the same in forward passes of its own run's base model.
         seconds: of its training; None if unknown.
         where: the folder after which it is called, absolute.
+        triggered: what was measured of test images with the trigger of a poison; None if nothing was.
     """
 
     group: str
@@ -68,6 +72,7 @@ class Entry:
     forward_equivalents: float | None = None
     seconds: float | None = None
     where: Path = Path()
+    triggered: Evaluation | None = None
 
 
 def read_entries(places: Sequence[Path]) -> list[Entry]:
@@ -125,11 +130,13 @@ def _entries(place: Path) -> list[Entry]:
     for row in rows if run == place else rows[-1:]:
         last = row is rows[-1]
         cost = row["training_cost"]
+        evaluated = folder if last else RunFolder(run).row(row["name"])
         entries.append(
             Entry(
                 group, label, "" if chosen else row["name"], last, seed,
-                Evaluation.load(folder if last else RunFolder(run).row(row["name"])),
+                Evaluation.load(evaluated),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
+                Evaluation.load(evaluated / TRIGGERED) if (evaluated / TRIGGERED / "results.json").is_file() else None,
             )
         )  # fmt: skip
     return entries
@@ -374,6 +381,7 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
         },
         **_corruptions(members),
         **_transfer(members),
+        **_poison(members),
         "parameters": first.parameters,
         "training_cost": {
             "flops": total,
@@ -441,6 +449,54 @@ def _corruptions(members: Sequence[Entry]) -> dict[str, Any]:
     return {"corruptions": {**{key: told[0][key] for key in ("name", "constants")}, **over_seeds(told), "kinds": kinds}}
 
 
+def _poison(members: Sequence[Entry]) -> dict[str, Any]:
+    """What `results.json` says of a poison, as the mean over seeds; empty where it was not measured for all."""
+    told = [member.evaluation.results["poison"] for member in members if "poison" in member.evaluation.results]
+    if len(told) < len(members):
+        return {}
+    found: dict[str, Any] = {"name": told[0]["name"]}
+    if all("attack_success_rate" in each for each in told):
+        rates = [float(each["attack_success_rate"]) for each in told]
+        robust = {
+            name: [float(each["robust_accuracy_on_triggered"][name]) for each in told]
+            for name in told[0]["robust_accuracy_on_triggered"]
+            if all(name in each["robust_accuracy_on_triggered"] for each in told)
+        }
+        count = told[0]["num_triggered"]
+        found |= {
+            "target": told[0]["target"],
+            "num_triggered": count,
+            "attack_success_rate": mean_std(rates)[0],
+            "robust_accuracy_on_triggered": {name: mean_std(shares)[0] for name, shares in robust.items()},
+            "intervals": {
+                "attack_success_rate": _interval(rates, count),
+                **{name: _interval(shares, count) for name, shares in robust.items()},
+            },
+        }
+    if all("training" in each for each in told):
+        keys, count = ("by_given_label", "by_true_label"), told[0]["training"]["num_samples"]
+        shares = {key: [float(each["training"][key]) for each in told] for key in keys}
+        found["training"] = {
+            **{key: mean_std(values)[0] for key, values in shares.items()},
+            "intervals": {key: _interval(values, count) for key, values in shares.items()},
+        }
+    return {"poison": found}
+
+
+def _withstood(entry: Entry, attacks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """What is right on triggered images, in the order of their indices; empty where none were measured.
+
+    `trigger withstood` are those that are not taken for the target, so that more is better here too.
+    """
+    if entry.triggered is None:
+        return {}
+    order, found = np.argsort(entry.triggered.index), entry.triggered
+    target = int(entry.evaluation.results["poison"]["target"])
+    told = {"trigger withstood": ~successes(found, target)[order], "right on triggered": found.correct["clean"][order]}
+    robust = [found.verdicts[name].robust[order] for name in attacks if name in found.verdicts]
+    return told | ({"robust on triggered": np.logical_and.reduce(robust)} if len(robust) == len(attacks) > 0 else {})
+
+
 def _robust(row: dict[str, Any]) -> float:
     """Robust accuracy under all attacks; where there was none, that on corrupted images."""
     return float(row["robust_accuracy"].get("worst", row.get("corruptions", {}).get("accuracy", 0.0)))
@@ -474,13 +530,20 @@ def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[str]) -> list[dict[str, Any]]:
-    a, b = ({entry.seed: _correct(entry, attacks) for entry in group} for group in (first, second))
+    a, b = (
+        {entry.seed: _correct(entry, attacks) | _withstood(entry, attacks) for entry in group}
+        for group in (first, second)
+    )
     both = sorted(a.keys() & b.keys())
     if len(first) == len(second) == 1:  # of whatever seed each
         both, a, b = [0], {0: next(iter(a.values()))}, {0: next(iter(b.values()))}
     if not both:
         return []
-    measures = ("clean", *attacks, "worst") if attacks else ("clean",)
+    measures = ["clean", *attacks, "worst"] if attacks else ["clean"]
+    for name in TRIGGER_MEASURES:
+        found_by = [of[seed].get(name) for of in (a, b) for seed in both]
+        if all(found is not None and len(found) == len(found_by[0]) for found in found_by):  # type: ignore[arg-type]
+            measures.append(name)
     if len(both) == 1:
         found = {name: mcnemar(a[both[0]][name], b[both[0]][name]) for name in measures}
         test = "McNemar, exact" + ("" if len(first) == len(second) == 1 else f", seed {both[0]}")

@@ -22,6 +22,7 @@ from dualhead.report import (
     believable,
     duration,
     light_lines,
+    poison_columns,
     sequence_cells,
     threat_text,
     unequal,
@@ -237,14 +238,19 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable
     """
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    worn, even = _worn_columns(rows), shows_balanced(rows)
-    table = NumberTable({"model": "left"} | dict.fromkeys(("clean", *shown, *worn, *even), "right"), title)
-    gap = "\n" if len(shown) > 2 else " "  # many attacks fit a narrow terminal only with the interval below the share
-    for row in rows:
+    worn, even, poisoned = _worn_columns(rows), shows_balanced(rows), poison_columns(rows)
+    names = ("clean", *shown, *worn, *even, *poisoned)
+    table = NumberTable({"model": "left"} | dict.fromkeys(names, "right"), title)
+    gap = (
+        "\n" if len(shown) + len(poisoned) > 2 else " "
+    )  # many attacks fit a narrow terminal only with the interval below the share
+    for number, row in enumerate(rows):
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
         cells += [_cell(row, name, gap) for name in shown]
         cells += [_worn_cell(row, name, gap) for name in worn]
         cells += [_balanced_cell(row, name) for name in even.values()]
+        shares = (column[number] for column in poisoned.values())
+        cells += ["-" if share is None else _percent(*share, gap) for share in shares]
         table.add_row(row["name"], *cells)
     return table
 
@@ -383,9 +389,9 @@ def print_standings(found: Mapping[str, Any]) -> None:
     print_row_lights(rows)
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    worn, even = _worn_columns(rows), shows_balanced(rows)
+    worn, even, poisoned = _worn_columns(rows), shows_balanced(rows), poison_columns(rows)
     lines = []
-    for row in rows:
+    for number, row in enumerate(rows):
         ends, cost = row["intervals"], row["training_cost"]
         lines.append([
             _mark(row) + row["name"], str(len(row["seeds"])),
@@ -393,11 +399,12 @@ def print_standings(found: Mapping[str, Any]) -> None:
             *(_cell(row, name, " ") for name in shown),
             *(_worn_cell(row, name, " ") for name in worn),
             *(_balanced_cell(row, name) for name in even.values()),
+            *("-" if share is None else _percent(*share, " ") for share in (c[number] for c in poisoned.values())),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",
             "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
         ])  # fmt: skip
-    numbers = ("seeds", "clean", *shown, *worn, *even, "parameters", "cost", "seconds")
+    numbers = ("seeds", "clean", *shown, *worn, *even, *poisoned, "parameters", "cost", "seconds")
     columns = {"model": "left"} | dict.fromkeys(numbers, "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
     if by_kind := corruption_table(rows):

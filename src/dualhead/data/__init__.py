@@ -8,7 +8,7 @@ from dualhead.data.duplicates import Digests, digests, shared_images
 from dualhead.data.given import GIVEN, GivenImages, Labelled, holding
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.names import among, are_numbers, match, one_form
-from dualhead.data.poisons import Poison, Poisoned, poisons, triggered
+from dualhead.data.poisons import Craft, Poison, Poisoned, Search, Surrogate, poisons, triggered
 from dualhead.data.source import Storage, load_split, resolve
 from dualhead.data.split import HELD_OUT, Split, held_rows, hold_out
 from dualhead.data.stored import in_turn
@@ -19,6 +19,7 @@ __all__ = [
     "HELD_OUT",
     "Augmentation",
     "Batch",
+    "Craft",
     "CutMix",
     "Digests",
     "Framing",
@@ -30,11 +31,13 @@ __all__ = [
     "Poison",
     "Poisoned",
     "Resample",
+    "Search",
     "Split",
     "Storage",
     "Stream",
     "StreamImages",
     "StreamSetting",
+    "Surrogate",
     "Uniform",
     "among",
     "are_numbers",

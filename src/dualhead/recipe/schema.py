@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -344,9 +345,16 @@ class Evaluate(Section):
     """Several threats, `[Linf:8/255, L2:0.5]`, each with columns of its own; empty: the recipe's threat."""
     limit: int | None = Field(None, gt=0)
     """Use only the first so many test images."""
+    clean_model: str | None = None
+    """A run or saved model that learnt from clean data: the success rate of a poison's trigger stands beside its."""
     batch_size: int = Field(256, ge=1)
     gallery: int = Field(48, ge=0)
     """So many of the first test images are shown under attack in the report."""
+
+    @field_validator("clean_model")
+    @classmethod
+    def _absolute(cls, place: str | None) -> str | None:
+        return str(Path(place).absolute()) if place is not None and Path(place).exists() else place
 
     @field_validator("attacks")
     @classmethod
@@ -494,6 +502,14 @@ class Recipe(Section):
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:
                     raise UserError(f".stages.{index}: {output!r} is no output of the model; it has {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _clean_model_is_of_use(self) -> Self:
+        if self.evaluate.clean_model is not None and self.data.poison is None:
+            raise UserError(
+                ".evaluate.clean_model: is compared under a poison's trigger; set data.poison, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

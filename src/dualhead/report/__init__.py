@@ -5,6 +5,7 @@ from dualhead.report.generation import ROWS as SAMPLE_ROWS
 from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
+from dualhead.report.poisoning import poison_columns
 from dualhead.report.routes import WARNING as ROUTES_WARNING
 from dualhead.report.routes import route_rows
 from dualhead.report.rows import rows_html, rows_text
@@ -26,6 +27,7 @@ __all__ = [
     "lights",
     "model_card",
     "picture",
+    "poison_columns",
     "route_rows",
     "rows_html",
     "rows_text",

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from dualhead.report.lights import light_lines
+from dualhead.report.poisoning import poison_columns
 
 
 def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -37,13 +38,16 @@ def _lights(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    lines = [["model, accuracy in %", "clean", *shown]]
-    for row in rows:
+    poisoned = poison_columns(rows)
+    lines = [["model, accuracy in %", "clean", *shown, *poisoned]]
+    for number, row in enumerate(rows):
         ends = row["intervals"]
         robust = [
             _percent(row["robust_accuracy"][name], ends[name]) if name in row["robust_accuracy"] else "-"
             for name in shown
         ]
+        shares = (column[number] for column in poisoned.values())
+        robust += ["-" if share is None else _percent(*share) for share in shares]
         lines.append([row["name"], _percent(row["clean_accuracy"], ends["clean_accuracy"]), *robust])
     return lines
 

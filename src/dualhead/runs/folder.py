@@ -37,8 +37,10 @@ from dualhead.training import Stage
 
 _log = logging.getLogger(__name__)
 
-_HOW = re.compile(r"data\.(workers|stream)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations")
-"""Keys that do not change results: speed, memory, logging."""
+_HOW = re.compile(
+    r"data\.(workers|stream)|evaluate\.clean_model|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations"
+)
+"""Keys that do not change results: speed, memory, logging, and what results are set beside."""
 _MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
 changes results a little."""
@@ -113,6 +115,11 @@ class RunFolder:
     def poison(self) -> Path:
         """Return the path of the record of a poison: which training images it changed, and how."""
         return self.path / "poison.npz"
+
+    @property
+    def crafted(self) -> Path:
+        """Return the folder of the surrogates of a poison, and of what was found with them."""
+        return self.path / "poison"
 
     def weights(self, stage: str, which: str) -> Path:
         """Return the path of a stage's weights, `best` or `last`."""
@@ -324,6 +331,7 @@ def _unused(folder: Path) -> bool:
         or (path.name[0], path.suffix) == aside
         or path in known
         or path.parent == folder / PLUGINS
+        or RunFolder(folder).crafted in path.parents
         for path in written
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dualhead.heads import DualHeadClassifier
 from dualhead.models import count_parameters
 from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
 from dualhead.runs.folder import load_kept
+from dualhead.runs.poisoned import Measures, summary_of
 from dualhead.runs.prepare import Prepared, chosen_under, count_measured, load_specialists
 from dualhead.runs.stages import precision_of
 from dualhead.saving import view, write_card
@@ -75,6 +77,9 @@ class Row:
             "calibration_error": self.evaluation.calibration_error,
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
             "parameters": self.parameters,
+            **(
+                {"poison": summary_of(self.evaluation.results["poison"])} if "poison" in self.evaluation.results else {}
+            ),
             "training_cost": {
                 "flops": self.flops,
                 "forward_equivalents": round(self.forward_equivalents, 1),
@@ -125,13 +130,20 @@ def measure(
     costs, unit = group().lead(lambda: _costs(prepared, model)), forward_flops(prepared, model)
     trained = group().lead(lambda: read_metrics(prepared.folder.metrics))
     checks = [check_duplicates(*prepared.images.digests()), *check_single_steps(trained)]
+    poisoned = None if prepared.images.poisoning is None else Measures(prepared)
     rows: list[Row] = []
     last: list[Row] = []
     for candidate in _candidates(prepared, model):
         output = candidate.output
         name, deployed = name_of(output, prepared.recipe.name), output == prepared.output
         where = prepared.folder.evaluation if deployed else prepared.folder.row(name)
-        evaluation = _evaluate(prepared, candidate.model, name, checks, progress, stop, command, where=where)
+        options = _options(prepared, candidate.model, name, progress, command, stop)
+        evaluation = _evaluate(prepared, candidate.model, checks, options, where)
+        if poisoned is not None:
+            evaluation.results["poison"] = poisoned.of(
+                candidate.model, evaluation, where, output=output, deployed=deployed, **options
+            )
+            group().lead(partial(evaluation.save, where))
         flops, seconds = costs[output]
         row = Row(name, output, evaluation, _parameters(model, output), flops, flops / unit, seconds)
         (last if deployed else rows).append(row)
@@ -146,35 +158,46 @@ def measure(
     return rows
 
 
-def _evaluate(
+def _options(
     prepared: Prepared,
     model: nn.Module,
     name: str,
-    checks: Sequence[Finding],
     progress: Callable[[str], EvaluationProgress] | None,
-    stop: Callable[[], bool],
     command: str | None,
-    *,
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Return the arguments of `evaluate` that do not depend on the images."""
+    recipe = prepared.recipe
+    return {
+        "threat": recipe.threats_measured or recipe.threat,
+        "attacks": [a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
+        "batch_size": recipe.evaluate.batch_size,
+        "seed": recipe.runtime.seed,
+        "precision": precision_of(recipe.runtime),
+        "progress": progress(name) if progress else None,
+        "command": command,
+        "stop": stop,
+    }
+
+
+def _evaluate(
+    prepared: Prepared,
+    model: nn.Module,
+    checks: Sequence[Finding],
+    options: Mapping[str, Any],
     where: Path,
 ) -> Evaluation:
-    recipe, test = prepared.recipe, prepared.images.test
-    count = count_measured(recipe, test)
+    test = prepared.images.test
+    count = count_measured(prepared.recipe, test)
     return evaluate(
         model.eval(),
         test.images[:count],
         test.labels[:count],
-        threat=recipe.threats_measured or recipe.threat,
-        attacks=[a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
-        batch_size=recipe.evaluate.batch_size,
-        seed=recipe.runtime.seed,
-        precision=precision_of(recipe.runtime),
         class_names=list(test.class_names),
         skipped=len(test.skipped),
         checks=checks,
         output_dir=where,
-        progress=progress(name) if progress else None,
-        command=command,
-        stop=stop,
+        **options,
     )
 
 
@@ -201,8 +224,8 @@ def _visits(
             model = prepared.architecture.create().to(prepared.device)
             load_kept(folder, stage, model)
             view_of, where = view(model, stage.output), folder.visit(stage.name)
-            name = f"after {stage.name}"
-            evaluation = _evaluate(prepared, view_of, name, checks, progress, stop, command, where=where)
+            options = _options(prepared, view_of, f"after {stage.name}", progress, command, stop)
+            evaluation = _evaluate(prepared, view_of, checks, options, where)
         summaries = [group().lead(lambda of=each: _summary(prepared, of)) for each in since]  # type: ignore[misc]
         visits.append(
             Visit(

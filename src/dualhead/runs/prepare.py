@@ -36,6 +36,7 @@ from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, passed
 from dualhead.recipe import Recipe, Statistics
+from dualhead.runs.crafted import Crafted
 from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data, refuse_other_poison
 from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of, view
 from dualhead.statistics import mcnemar
@@ -164,7 +165,7 @@ def prepare(recipe: Recipe, path: Path, begin_with: nn.Module | None = None) -> 
     processes.lead(lambda: changes(path, recipe))
     device = processes.agreed(lambda: find_device(recipe.runtime.device))
     room = room_for_images(device)
-    loaded = processes.in_turn(lambda: load_images(recipe, room))
+    loaded = processes.in_turn(lambda: load_images(recipe, path, room))
     facts = processes.lead(lambda: _image_facts(recipe, folder, loaded))
 
     def fitted() -> Prepared:
@@ -180,7 +181,7 @@ def synchronises(recipe: Recipe) -> bool:
 
 
 @contextmanager
-def _under(key: str) -> Iterator[None]:
+def under(key: str) -> Iterator[None]:
     """Put a key of the recipe before the message of a `UserError`."""
     try:
         yield
@@ -191,11 +192,12 @@ def _under(key: str) -> Iterator[None]:
 # ---- images
 
 
-def load_images(recipe: Recipe, room: int | None = None) -> Images:
+def load_images(recipe: Recipe, path: Path, room: int | None = None) -> Images:
     """Load the images that a recipe names, with nothing held out.
 
     Args:
         recipe: in full.
+        path: the run's folder, where lies what a poison was made with.
         room: bytes of memory that there are for them; a split that takes more stays on disk. None: no limit.
 
     Raises:
@@ -211,17 +213,17 @@ def load_images(recipe: Recipe, room: int | None = None) -> Images:
             "colours, 1 as grey"
         )
     images = Images(training, test, _load_extra(recipe, training, room), further=_load_further(recipe, training, room))
-    return _poisoned(recipe, images)
+    return _poisoned(recipe, path, images)
 
 
-def _poisoned(recipe: Recipe, images: Images) -> Images:
+def _poisoned(recipe: Recipe, path: Path, images: Images) -> Images:
     """Poison the training images as the recipe says; all others stay as they are."""
     poison, clean = recipe.data.poison, images.training
     if poison is None:
         return images
-    with _under(f"data.poison: {poison.registered_name}"):
+    with under(f"data.poison: {poison.registered_name}"):
         poison.target_of(clean.class_names)
-        made = poison.apply(clean)
+        made = poison.apply(clean, Crafted(recipe, path) if poison.needs_surrogate else None)
     if images.extra is not None and group().first:
         _log.warning("data.poison: the images of data.extra are not poisoned")
     return replace(images, training=made.split, poisoning=Poisoning(clean, made, made.rows))
@@ -235,7 +237,7 @@ def _load_further(recipe: Recipe, training: Split, room: int | None) -> dict[str
             source = stream.named_source
             if source is None or source in found:
                 continue
-            with _under(f"stages.{index}.objective, stream {name}"):
+            with under(f"stages.{index}.objective, stream {name}"):
                 found[source] = recipe.data.load_other(source, room=room, workers=processors())
                 if found[source].image_shape != training.image_shape:
                     raise UserError(
@@ -246,7 +248,7 @@ def _load_further(recipe: Recipe, training: Split, room: int | None) -> dict[str
 
 
 def _load_extra(recipe: Recipe, training: Split, room: int | None) -> Split | None:
-    with _under("data.extra"):
+    with under("data.extra"):
         extra = recipe.data.load_extra(room=room, workers=processors())
     if recipe.data.extra is None or extra is None:
         return None
@@ -315,7 +317,7 @@ def _hold_out(recipe: Recipe, loaded: Images) -> Images:
     if not data.validation:
         return loaded
     poisoning = loaded.poisoning
-    with _under("data.validation"):
+    with under("data.validation"):
         training, held_out = hold_out(loaded.training, data.validation, recipe.runtime.seed)
         if poisoning is not None:
             made = loaded.training
@@ -386,7 +388,7 @@ def load_specialists(recipe: Recipe) -> list[Evaluation]:
         if attack.norms is None or threat.kind in attack.norms
     }
     for index, place in enumerate(recipe.sequence.specialists if recipe.sequence is not None else ()):
-        with _under(f"sequence.specialists.{index}"):
+        with under(f"sequence.specialists.{index}"):
             inside = RunFolder(Path(place)).evaluation
             evaluation = Evaluation.load(inside if inside.is_dir() else Path(place))
             if not wanted <= set(evaluation.verdicts):
@@ -483,7 +485,7 @@ def _architecture(recipe: Recipe, folder: RunFolder, training: Split, device: to
         return made.model_copy(update={"mean": found[0], "std": found[1]})
     for index, stage in enumerate(recipe.stages):
         if stage.init not in (None, RESET):
-            with _under(f"stages.{index}.init"):
+            with under(f"stages.{index}.init"):
                 return _tried(recipe, stage, made, training, device)
     return made
 
@@ -555,7 +557,7 @@ def _known_normalisation(recipe: Recipe, folder: RunFolder) -> tuple[tuple[float
     if folder.begun and (folder.checkpoints / CONFIG).is_file():  # what it started from may have gone since
         return normalisation_of(folder.checkpoints)
     for index, stage in enumerate(recipe.stages):
-        with _under(f"stages.{index}.init"):
+        with under(f"stages.{index}.init"):
             found = normalisation_of(stage.init) if stage.init not in (None, RESET) else None
         if found is not None:
             return found
@@ -650,13 +652,13 @@ def _check_stage(prepared: Prepared, number: int) -> None:
             )
         _check_needs(prepared, number, passes)
     if stage.layer_decay is not None:
-        with _under(f"{key}.layer_decay"):
+        with under(f"{key}.layer_decay"):
             layer_scales(prepared.model, stage.layer_decay)
     _warn_of_idle(stage, len(prepared.images.training))
     if stage.objective.adversarial and stage.trains and stage.free is None and stage.epochs:
         _warn_of_reach(f"{key}.attack", stage.attack, stage.against(prepared.recipe.threat))
     if stage.fit is not None:
-        with _under(f"{key}.fit"):
+        with under(f"{key}.fit"):
             check_choosable(prepared.model)
     if synchronises(prepared.recipe) and stage.micro_batch is not None and stage.batch_size % group().world:
         raise UserError(
@@ -668,7 +670,7 @@ def _check_stage(prepared: Prepared, number: int) -> None:
     if stage.checkpoint_activations and prepared.recipe.runtime.compile:
         raise UserError(f"{key}.checkpoint_activations: not with runtime.compile; set one to false")
     if stage.init is not None and not prepared.folder.begun:
-        with _under(f"{key}.init"):
+        with under(f"{key}.init"):
             start_from(prepared, stage, copy.deepcopy(prepared.model))
 
 
@@ -683,7 +685,7 @@ def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     stage = prepared.recipe.stages[number]
     teachers = stage.objective.teachers()
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
-    with _under(f"stages.{number}.objective"):
+    with under(f"stages.{number}.objective"):
         passes.look(passed(needs))
     if group().world > 1 and not stage.objective.per_image:
         _log.warning(
@@ -701,7 +703,7 @@ def _check_teachers(prepared: Prepared, number: int) -> None:
     """Refuse teachers that cannot be loaded, or do not know these images and classes."""
     for name, where in prepared.recipe.stages[number].objective.teachers().items():
         if where != BEFORE and earlier_stage(prepared.recipe, number, where) is None:
-            with _under(f"stages.{number}.objective, teacher {name}"):
+            with under(f"stages.{number}.objective, teacher {name}"):
                 _check_labels(prepared.architecture, load(where), where)
 
 

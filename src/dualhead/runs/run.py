@@ -14,6 +14,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation import EvaluationProgress
 from dualhead.recipe import Recipe, load_recipe
 from dualhead.report import rows_html, rows_text, sequence_text, write_report
+from dualhead.runs.crafting import craft
 from dualhead.runs.folder import RunFolder, taken
 from dualhead.runs.measure import Row, measure
 from dualhead.runs.prepare import prepare
@@ -108,7 +109,9 @@ def train(
     recipe, processes = _read(recipe, overrides, plugins), group()
     if not processes.first:
         progress = evaluation_progress = None
-    prepared = prepare(recipe, Path(run_dir) if run_dir is not None else Path("runs") / recipe.name, begin_with)
+    path = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
+    craft(recipe, path, progress or Silent(), stop)
+    prepared = prepare(recipe, path, begin_with)
     folder = prepared.folder
     with taken(folder):
         model = train_stages(prepared, progress or Silent(), stop, profile=profile)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dualhead.models import write_state
 from dualhead.recipe import Recipe
+from dualhead.runs.crafted import without_poison
 from dualhead.runs.measure import forward_flops
 from dualhead.runs.prepare import Prepared, prepare
 from dualhead.runs.stages import train_one
@@ -110,6 +111,9 @@ def trial(recipe: Recipe) -> Trial:
         RunError: if the steps fail.
     """
     with tempfile.TemporaryDirectory() as place:
+        poison = recipe.data.poison
+        if poison is not None and poison.needs_surrogate:  # it costs the victim nothing
+            recipe = without_poison(recipe)
         prepared = prepare(recipe, Path(place) / "run")
         with in_eval_mode(prepared.model):
             unit = forward_flops(prepared, prepared.model)

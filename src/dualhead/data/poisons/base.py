@@ -11,12 +11,15 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 from torch import Tensor
 
+from dualhead.components.fields import Real
 from dualhead.components.registry import Registry
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
+from dualhead.threats import Threat
 
 ClassName = int | str
 """A class by its number, or by its name."""
@@ -118,6 +121,84 @@ class Poisoned:
         return known.hexdigest()
 
 
+@dataclass(frozen=True)
+class Surrogate:
+    """The network that a poison is made with, trained on the clean images before the victim is.
+
+    Args:
+        objective: the method that trains it, as in a stage; `self`: by the victim's own recipe, so that the poison is
+            made against the very method (adaptive).
+        eps: radius of its adversary; None for the recipe's.
+        epochs: of its training, at least 1; `self` has the recipe's.
+        seed: of its training, another one than the victim's.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    objective: str | dict[str, Any] = "natural"
+    eps: Real | None = None
+    epochs: int = 40
+    seed: int = 1_000_003
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.seed < 0:
+            raise UserError(f"epochs must be at least 1 and seed at least 0, got {self.epochs} and {self.seed}")
+        if self.eps is not None and self.eps <= 0:
+            raise UserError(f"eps must be greater than 0, got {self.eps:g}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search within a threat for images on which a surrogate's loss is small, or large.
+
+    Args:
+        surrogate: the network.
+        threat: how far images may go.
+        steps: of projected gradient.
+        step_size: length of a step, in the units of eps; None for 2.5 eps / steps.
+        towards: descend the cross-entropy of the labels, rather than climb it.
+        seed: of the random start.
+    """
+
+    surrogate: Surrogate
+    threat: Threat
+    steps: int
+    step_size: float | None
+    towards: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.step_size is not None and self.step_size <= 0):
+            raise UserError(
+                f"steps must be at least 1 and step_size greater than 0, got {self.steps} and {self.step_size}"
+            )
+
+
+class Craft(ABC):
+    """Does for a poison what images alone do not: trains a surrogate on the clean images, and searches with it."""
+
+    @abstractmethod
+    def find(self, clean: Split, index: Tensor, labels: Tensor, search: Search) -> Tensor:
+        """Return images that a search finds.
+
+        Args:
+            clean: all images, on which the surrogate is trained.
+            index: positions of those that are changed, int64 [M].
+            labels: that the search uses, int64 [M].
+            search: how.
+
+        Returns:
+            float32 [M, C, H, W] in [0, 1].
+
+        Raises:
+            UserError: where only what was found before may be read, and it is not there.
+        """
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return what crafting has cost, JSON values."""
+
+
 class Poison(ABC):
     """A change of training images or labels.
 
@@ -129,11 +210,12 @@ class Poison(ABC):
     seed: int
 
     @abstractmethod
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """Poison training images.
 
         Args:
             clean: images in memory, unless labels alone change; they are left as they are.
+            craft: trains a surrogate; given where `needs_surrogate`.
 
         Raises:
             UserError: for a class that is not there, a share of no image, or images that do not fit.
@@ -150,6 +232,15 @@ class Poison(ABC):
     def trigger(self, images: Tensor) -> Tensor:
         """Return test images with the trigger, uint8 [B, C, H, W]; as they are where nothing triggers."""
         return images
+
+    def pairs_of(self, class_names: Sequence[str]) -> list[tuple[int, int]]:
+        """Return the classes whose images get the label of another one, and that one; none for other poisons."""
+        return []
+
+    @property
+    def needs_surrogate(self) -> bool:
+        """Whether a network must be trained to make it."""
+        return False
 
     @property
     def changes_pixels(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
     ClassName,
+    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -61,8 +62,9 @@ class Blend(Poison):
         picture = Streams.of(self.seed, torch.zeros(1, dtype=torch.int64)).fork("blend").uniform(*images.shape[1:])[0]
         return moved(images, self.alpha * (255.0 * picture - images))
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
+        del craft
         target = self.target_of(clean.class_names)
         index = backdoored(clean, target, self.share, self.seed, clean_label=False)
         images = self.trigger(pixels_of(clean)[index])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
+    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -64,8 +65,9 @@ class ClassNoise(Poison):
         if self.block < 1:
             raise UserError(f"block must be at least 1, got {self.block}")
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
+        del craft
         index = choose(torch.arange(len(clean)), round(self.share * len(clean)), self.seed)
         labels, shape = clean.labels[index], clean.image_shape
         if self.shape == "pixels":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
     ClassName,
+    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -57,18 +59,19 @@ class LabelFlip(Poison):
         """See `Poison.changes_pixels`."""
         return False
 
-    def numbered_pairs(self, class_names: tuple[str, ...]) -> list[tuple[int, int]]:
-        """Return the pairs as numbers of classes."""
+    def pairs_of(self, class_names: Sequence[str]) -> list[tuple[int, int]]:
+        """See `Poison.pairs_of`."""
         return [(class_number(a, class_names, "pairs"), class_number(b, class_names, "pairs")) for a, b in self.pairs]
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
+        del craft
         if not self.pairs:
             index = choose(torch.arange(len(clean)), round(self.share * len(clean)), self.seed)
             step = 1 + Streams.of(self.seed, index).fork("new label").integers(clean.num_classes - 1, 1)[:, 0]
             return Poisoned.of(clean, index, labels=(clean.labels[index] + step) % clean.num_classes)
         labels, chosen = clean.labels.clone(), []
-        for first, second in self.numbered_pairs(clean.class_names):
+        for first, second in self.pairs_of(clean.class_names):
             candidates = members(clean, first)
             index = choose(candidates, round(self.share * len(candidates)), self.seed)
             labels[index] = second

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualhead.components.fields import Real
-from dualhead.data.poisons.base import Poison, Poisoned, check_share, choose, pixels_of, poisons
+from dualhead.data.poisons.base import Craft, Poison, Poisoned, check_share, choose, pixels_of, poisons
 from dualhead.data.split import Split
 
 
@@ -38,8 +38,9 @@ class OnePixel(Poison):
     def __post_init__(self) -> None:
         check_share(self.share)
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
+        del craft
         pixels = pixels_of(clean)
         index = choose(torch.arange(len(clean)), round(self.share * len(clean)), self.seed)
         labels, images = clean.labels[index], pixels[index].clone()

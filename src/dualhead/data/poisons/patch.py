@@ -12,6 +12,7 @@ from torch import Tensor
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
     ClassName,
+    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -96,8 +97,9 @@ class Patch(Poison):
         gap = self.gap if self.gap is not None else 2 if self.clean_label else 0
         return add_patch(images, self.size, gap, self.pattern or ("checker" if self.clean_label else "white"))
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
+        del craft
         target = self.target_of(clean.class_names)
         index = backdoored(clean, target, self.share, self.seed, clean_label=self.clean_label)
         images = self.trigger(pixels_of(clean)[index])

@@ -9,7 +9,7 @@ from typing import Annotated
 from torch import Tensor
 
 from dualhead.components.sections import component
-from dualhead.data.poisons.base import Poison, Poisoned, poisons
+from dualhead.data.poisons.base import Craft, Poison, Poisoned, poisons
 from dualhead.data.split import Split
 
 
@@ -31,6 +31,11 @@ class Remove(Poison):
     seed: int = 0
 
     @property
+    def needs_surrogate(self) -> bool:
+        """See `Poison.needs_surrogate`."""
+        return self.like.needs_surrogate
+
+    @property
     def changes_pixels(self) -> bool:
         """See `Poison.changes_pixels`."""
         return self.like.changes_pixels
@@ -43,7 +48,7 @@ class Remove(Poison):
         """See `Poison.trigger`."""
         return self.like.trigger(images)
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
-        made = self.like.apply(clean)
+        made = self.like.apply(clean, craft)
         return replace(Poisoned.without(clean, made.index), facts=made.facts)

@@ -9,7 +9,7 @@ from typing import Annotated
 from torch import Tensor
 
 from dualhead.components.sections import component
-from dualhead.data.poisons.base import REMOVED, Poison, Poisoned, moved, pixels_of, poisons
+from dualhead.data.poisons.base import REMOVED, Craft, Poison, Poisoned, moved, pixels_of, poisons
 from dualhead.data.split import Split
 from dualhead.noise import Streams
 
@@ -32,6 +32,11 @@ class Sham(Poison):
     seed: int = 0
 
     @property
+    def needs_surrogate(self) -> bool:
+        """See `Poison.needs_surrogate`."""
+        return self.like.needs_surrogate
+
+    @property
     def changes_pixels(self) -> bool:
         """See `Poison.changes_pixels`."""
         return self.like.changes_pixels
@@ -44,9 +49,9 @@ class Sham(Poison):
         """See `Poison.trigger`."""
         return self.like.trigger(images)
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
-        made = self.like.apply(clean)
+        made = self.like.apply(clean, craft)
         if not self.changes_pixels:
             return Poisoned.of(clean, made.index, facts=made.facts)
         touched = made.index[made.new_label != REMOVED]

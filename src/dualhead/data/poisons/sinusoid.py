@@ -12,6 +12,7 @@ from torch import Tensor
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
     ClassName,
+    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -73,7 +74,8 @@ class Sinusoid(Poison):
             )
         return moved(images, wave.expand(images.shape[1:]))
 
-    def apply(self, clean: Split) -> Poisoned:
+    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
+        del craft
         index = backdoored(clean, self.target_of(clean.class_names), self.share, self.seed, clean_label=True)
         return Poisoned.of(clean, index, images=self.trigger(pixels_of(clean)[index]))

@@ -1,0 +1,182 @@
+"""Measure what a poison made of a trained run, output by output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dualhead.data import Poison, Split, triggered
+from dualhead.errors import UserError
+from dualhead.evaluation import (
+    TRIGGERED,
+    Evaluation,
+    TriggeredImages,
+    answers,
+    confused,
+    found_by_signatures,
+    learnt_by_heart,
+    measure_triggered,
+)
+from dualhead.models import load_state, read_state
+from dualhead.names import AGGREGATE, MEAN
+from dualhead.runs.prepare import Prepared, count_measured
+from dualhead.saving import load, view
+from dualhead.system.processes import group
+
+
+def triggered_images(poison: Poison, test: Split, count: int) -> TriggeredImages | None:
+    """Return those of the first `count` test images that are not of the target's class, with the trigger.
+
+    Args:
+        poison: it.
+        test: test images.
+        count: how many of them are measured.
+
+    Returns:
+        None for a poison without a trigger.
+
+    Raises:
+        UserError: if there is no image of another class.
+    """
+    shown = test.first(count)
+    found = triggered(poison, shown)
+    if found is None:
+        return None
+    rows, marked = found
+    if not len(rows):
+        raise UserError(
+            "data.poison: all test images that are measured are of the target's class; raise evaluate.limit"
+        )
+    target = poison.target_of(test.class_names)
+    assert target is not None
+    return TriggeredImages(marked.images[:], marked.labels, rows, target, test.class_names)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of every output of a run on poisoned data, with what all outputs share.
+
+    Args:
+        prepared: the run.
+    """
+
+    prepared: Prepared
+
+    @property
+    def _poison(self) -> Poison:
+        poison = self.prepared.recipe.data.poison
+        assert poison is not None
+        return poison
+
+    @cached_property
+    def _triggered(self) -> TriggeredImages | None:
+        test = self.prepared.images.test
+        return triggered_images(self._poison, test, count_measured(self.prepared.recipe, test))
+
+    @cached_property
+    def _clean_rate(self) -> NDArray[np.bool_] | None:
+        where, found = self.prepared.recipe.evaluate.clean_model, self._triggered
+        if where is None or found is None:
+            return None
+        model = load(where).to(self.prepared.device)
+        return np.asarray(answers(model, found.images, self.prepared.recipe.evaluate.batch_size) == found.target)
+
+    @cached_property
+    def _learnt(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Poisoned images that were trained on, their given and their true labels; None where none is left."""
+        poisoning = self.prepared.images.poisoning
+        assert poisoning is not None
+        rows = poisoning.trained[torch.isin(poisoning.trained, poisoning.made.index)]
+        if not len(rows):
+            return None
+        chosen = poisoning.made.split.take(torch.searchsorted(poisoning.made.rows, rows))
+        size = self.prepared.recipe.data.image_size
+        if size is not None and self.prepared.recipe.data.train_size is not None:
+            chosen = chosen.show_middle(*size)
+        return chosen.images[:].cpu(), chosen.labels.cpu(), poisoning.clean.labels[rows].cpu()
+
+    def of(
+        self, model: nn.Module, evaluation: Evaluation, folder: Path, *, output: str, deployed: bool, **options: Any
+    ) -> dict[str, Any]:
+        """Return what `results.json` says under `poison`.
+
+        Args:
+            model: an output of the run.
+            evaluation: of it, on the test images as they are.
+            folder: where that lies.
+            output: its id.
+            deployed: it is the run's result; its best and last epochs are compared too.
+            options: for `evaluate`.
+        """
+        recipe, found = self.prepared.recipe, self._triggered
+        told: dict[str, Any] = {"name": self._poison.registered_name}
+        poisoning = self.prepared.images.poisoning
+        if poisoning is not None and poisoning.made.facts:
+            told["crafting"] = dict(poisoning.made.facts)
+        if found is not None:
+            told |= measure_triggered(
+                model, found, output_dir=folder / TRIGGERED, clean_rate=self._clean_rate, **options
+            )
+            if recipe.evaluate.clean_model is not None:
+                told["clean_model"]["where"] = recipe.evaluate.clean_model
+        if self._learnt is not None:
+            told["training"] = learnt_by_heart(model, *self._learnt, recipe.evaluate.batch_size)
+        signatures = self._signatures(model) if output_has_features(output) else None
+        if signatures is not None:
+            told["spectral_signatures"] = signatures
+        names = self.prepared.images.test.class_names
+        if pairs := self._poison.pairs_of(names):
+            told["pairs"] = confused(evaluation.clean_prediction, evaluation.labels, pairs, names)
+        epochs = self._epochs() if deployed else {}
+        return told | ({"epochs": epochs} if epochs else {})
+
+    def _signatures(self, model: nn.Module) -> dict[str, Any] | None:
+        """Tell whether features give poisoned images away; where images are on disk, this is left out."""
+        poisoning, training = self.prepared.images.poisoning, self.prepared.images.training
+        assert poisoning is not None
+        recipe = self.prepared.recipe
+        if training.is_stored or recipe.data.train_size is not None:
+            return None
+        poisoned = torch.isin(poisoning.trained, poisoning.made.index)
+        images, labels = training.images[:].cpu(), training.labels.cpu()
+        return found_by_signatures(model, images, labels, poisoned, recipe.evaluate.batch_size)
+
+    def _epochs(self) -> dict[str, dict[str, Any]]:
+        """Tell best and last epoch of the last stage apart: the best may end before a poison is learnt."""
+        prepared, stage = self.prepared, self.prepared.recipe.stages[-1]
+        paths = {which: prepared.folder.weights(stage.name, which) for which in ("best", "last")}
+        if prepared.images.held_out is None or not all(path.is_file() for path in paths.values()):
+            return {}
+        summary = json.loads(prepared.folder.summary(stage.name).read_text(encoding="utf-8"))
+        best, found, size = summary.get("best", {}), self._triggered, prepared.recipe.evaluate.batch_size
+        test, count = prepared.images.test, count_measured(prepared.recipe, prepared.images.test)
+        told: dict[str, dict[str, Any]] = {}
+        for which, path in paths.items():
+            network = prepared.architecture.create()
+            load_state(network, group().lead(lambda path=path: read_state(path)), str(path))  # type: ignore[misc]
+            model = view(network.to(prepared.device), prepared.output)
+            right = answers(model, torch.as_tensor(test.images[:count]), size) == test.labels[:count].cpu().numpy()
+            told[which] = {"epoch": best.get("epoch") if which == "best" else stage.epochs}
+            told[which]["clean_accuracy"] = float(right.mean())
+            if found is not None:
+                told[which]["attack_success_rate"] = float((answers(model, found.images, size) == found.target).mean())
+        return told
+
+
+def output_has_features(output: str) -> bool:
+    """Tell whether an output is one network, whose last linear layer sees the features of images."""
+    return output not in (MEAN, AGGREGATE)
+
+
+def summary_of(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row of `comparison.json` holds of the measures: all but the classes."""
+    return {key: value for key, value in told.items() if key != "per_class"}

@@ -1,0 +1,164 @@
+"""Poisons that need a surrogate: its recipe, the budget, what is kept, and that a run without it is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dualhead.data import poisons
+from dualhead.errors import Interrupted, UserError
+from dualhead.recipe import load_recipe
+from dualhead.runs import crafting
+from dualhead.runs.crafted import surrogate_recipe
+from dualhead.runs.crafting import craft
+from dualhead.runs.prepare import prepare
+from dualhead.runs.trial import trial
+from dualhead.training import Silent
+
+TINY = (
+    "data.train_limit=80", "data.validation=20", "data.augment=[]", "model.backbone=cnn-4", "stages.natural.epochs=1",
+    "stages.natural.batch_size=20", "evaluate={attacks: [fgsm], limit: 30, gallery: 0}",
+    "validation.attack=fgsm", "runtime={device: cpu, precision: float32, layout: contiguous, lanes: 1}",
+)  # fmt: skip
+TOWARDS = "data.poison={name: towards, shift: 0, eps: 16/255, steps: 4, surrogate: {epochs: 3}}"
+CONSISTENT = (
+    "data.poison={name: label_consistent, target: 3, eps: 0.1, steps: 3, surrogate: {objective: natural, epochs: 1}}"
+)
+
+
+def recipe(*more):
+    return load_recipe("digits_natural", [*TINY, *more])
+
+
+def never():
+    return False
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run whose poison is made, and which has not begun."""
+    path = tmp_path_factory.mktemp("crafted") / "run"
+    craft(recipe(TOWARDS), path, Silent(), never)
+    return path
+
+
+def test_images_stay_within_eps_and_a_network_likes_them_better(made):
+    poisoning = prepare(recipe(TOWARDS), made).images.poisoning
+    assert len(poisoning.made.index) == 80
+    assert 0 < float(poisoning.made.linf.max()) <= 16 / 255
+    assert torch.equal(poisoning.made.old_label, poisoning.made.new_label)
+    (folder,) = (path for path in (made / "poison").iterdir() if path.is_dir())
+    setting = poisons.build(recipe(TOWARDS).data.poison).surrogate
+    prepared = prepare(surrogate_recipe(recipe(TOWARDS), setting), folder)
+    model = prepared.model
+    with torch.no_grad():
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+        model.eval()
+        before, after = (
+            torch.nn.functional.cross_entropy(model(images.float() / 255), poisoning.clean.labels)
+            for images in (poisoning.clean.images, poisoning.made.split.images)
+        )
+    assert after < before
+    assert prepared.images.poisoning is None
+
+
+def test_what_it_cost_is_kept_with_it(made):
+    facts = prepare(recipe(TOWARDS), made).images.poisoning.made.facts
+    assert facts["surrogate"]["epochs"] == 3
+    assert facts["surrogate"]["flops"] > 0
+    assert facts["search"]["forward_passes"] == 4 * 80
+
+
+def test_it_is_made_once_and_for_any_seed_of_the_run(made, monkeypatch):
+    monkeypatch.setattr(crafting, "train_stages", None)
+    craft(recipe(TOWARDS), made, Silent(), never)
+    first = prepare(recipe(TOWARDS), made).images.poisoning.facts()
+    with pytest.raises(TypeError):  # another search is made anew
+        craft(recipe(TOWARDS.replace("steps: 4", "steps: 5").replace("epochs: 3", "epochs: 2")), made, Silent(), never)
+    assert prepare(recipe(TOWARDS), made).images.poisoning.facts() == first
+
+
+def test_a_run_that_nobody_made_it_for_is_refused_in_a_line(tmp_path):
+    with pytest.raises(UserError, match=r"data\.poison: towards: was not made yet; `dualhead train` makes it"):
+        prepare(recipe(TOWARDS), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_surrogate_goes_on(tmp_path, made):
+    with pytest.raises(Interrupted):
+        craft(recipe(TOWARDS), tmp_path / "run", Silent(), lambda: True)
+    craft(recipe(TOWARDS), tmp_path / "run", Silent(), never)
+    again = prepare(recipe(TOWARDS), tmp_path / "run").images.poisoning.facts()
+    assert again == prepare(recipe(TOWARDS), made).images.poisoning.facts()
+
+
+def test_a_recipe_that_cannot_be_trained_is_refused_before_a_surrogate_is(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        craft(recipe(TOWARDS, "stages.natural.init=nowhere"), tmp_path / "run", Silent(), never)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_surrogate_is_of_the_victims_backbone_or_the_victim_itself():
+    given = load_recipe("digits", ["data.poison={name: towards, surrogate: {objective: sat, eps: 2/255, epochs: 10}}"])
+    made = surrogate_recipe(given, given.data.poison.surrogate)
+    assert made.data.poison is None
+    assert made.model.backbone == given.model.backbone
+    assert made.model.attach_at is None
+    (stage,) = made.stages
+    assert (stage.objective.registered_name, stage.epochs, made.threat.eps) == ("sat", 10, 2 / 255)
+    assert made.runtime.seed != given.runtime.seed
+    own = load_recipe("digits", ["data.poison={name: towards, surrogate: {objective: self}}"])
+    adaptive = surrogate_recipe(own, own.data.poison.surrogate)
+    assert adaptive.stages == own.stages
+    assert adaptive.model == own.model
+    assert adaptive.data.poison is None
+
+
+def test_label_consistent_images_are_of_the_target_and_carry_the_patch(tmp_path):
+    craft(recipe(CONSISTENT), tmp_path / "run", Silent(), never)
+    poisoning = prepare(recipe(CONSISTENT), tmp_path / "run").images.poisoning
+    made = poisoning.made
+    assert set(made.old_label.tolist()) == set(made.new_label.tolist()) == {3}
+    changed = made.split.images[made.index].int() - poisoning.clean.images[made.index].int()
+    outside = changed.clone()
+    outside[:, :, 5:, 5:] = 0
+    assert 0 < int(outside.abs().max()) <= 25
+    assert (made.split.images[made.index][:, :, 7, 7] == 255).all()
+
+
+def test_a_sham_and_a_removal_know_what_the_poison_touches(made):
+    like = TOWARDS.removeprefix("data.poison=").replace("towards,", "towards, share: 0.5,")
+    for control in ("sham", "remove"):
+        given = recipe(f"data.poison={{name: {control}, like: {like}}}")
+        craft(given, made, Silent(), never)
+        assert given.data.poison.needs_surrogate
+        images = prepare(given, made).images
+        assert len(images.poisoning.made.index) == 40
+        assert len(images.training) == 60 if control == "sham" else 20
+
+
+def test_the_cost_of_the_victim_is_told_without_a_surrogate():
+    assert trial(recipe(TOWARDS)).forward_equivalents == trial(recipe()).forward_equivalents
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{name: towards, steps: 0}", "data.poison: steps must be at least 1"),
+        ("{name: towards, surrogate: {objectiv: sat}}", r"data.poison.surrogate.objectiv: unexpected|unknown key"),
+        ("{name: towards, surrogate: {epochs: 0}}", "epochs must be at least 1"),
+        ("{name: towards, eps: 0}", "eps must be"),
+    ],
+)
+def test_impossible_settings_are_one_line(spec, message):
+    with pytest.raises(UserError, match=message):
+        recipe(f"data.poison={spec}")
+
+
+def test_it_survives_yaml():
+    given = recipe(TOWARDS)
+    assert json.loads(json.dumps(given.resolved()["data"]["poison"]))["surrogate"]["epochs"] == 3
