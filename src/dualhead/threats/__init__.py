@@ -3,7 +3,7 @@
 from dualhead.threats.base import Threat, Where, threats
 from dualhead.threats.bounded import Bounded
 from dualhead.threats.build import build_threat
-from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of, project_l1, steepest
+from dualhead.threats.lp import Norm, ThreatModel, finite, norm_named, norm_of, project_l1, steepest
 
 build = build_threat
 names = threats.names
@@ -18,6 +18,7 @@ __all__ = [
     "build_threat",
     "finite",
     "names",
+    "norm_named",
     "norm_of",
     "project_l1",
     "steepest",
