@@ -176,3 +176,39 @@ def test_fgsm_is_one_step_of_eps():
 def test_impossible_values_are_refused(field):
     with pytest.raises(UserError, match=field):
         attacks.build({"name": "pgd", field: 0})
+
+
+def cycling(threat, *, repeatable, steps=60, model=None):
+    """Run an ascent whose steps are long enough to go round in circles, and stop rows that say that they are over."""
+    model, x = model or network(gain=1.0), images(6)
+    y, search = model(x).argmax(1), PGD(steps=steps, step_size=threat.eps / 2)
+    query = Query(model)
+    query.repeatable = repeatable
+    clean = model(x)
+    state = search.begin(x, y, clean, torch.zeros_like(y), threat, streams(6))
+    seen, over_at = [], torch.full_like(y, steps + 1)
+    for step in range(search.max_steps()):
+        seen.append(state["iterate"])
+        state = search.step(state, query, threat)
+        over_at = torch.where(state["over"] & (over_at > step), step + 1, over_at)
+    return state, seen, over_at
+
+
+def test_an_ascent_that_comes_back_is_over_and_has_found_all_that_it_ever_will():
+    state, seen, over_at = cycling(LINF, repeatable=True)
+    full, _, never = cycling(LINF, repeatable=False)
+    assert (never == 61).all()
+    stopped = (over_at <= 60) & ~full["found"]
+    assert stopped.any()
+    for row in stopped.nonzero()[:, 0].tolist():
+        before = [point[row] for point in seen[: over_at[row]]]
+        assert all(any(torch.equal(later[row], point) for point in before) for later in seen[over_at[row] :])
+    for key in ("found", "adversarial", "best_loss"):
+        assert torch.equal(state[key], full[key])
+
+
+def test_points_that_fool_are_offered_again_however_often_the_ascent_comes_by():
+    """Whoever runs the attack may reject an example: an ascent through one is never over."""
+    state, _, over_at = cycling(ThreatModel("Linf", 0.5), repeatable=True, model=network(gain=3.0))
+    assert state["found"].any()
+    assert (over_at[state["found"]] == 61).all()

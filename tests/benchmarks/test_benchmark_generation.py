@@ -72,9 +72,8 @@ def collect():
 
 
 def leave(folder, score, distance, robust=None):
-    told = dict.fromkeys(
-        ("kernel_distance", "precision", "recall", "density", "coverage", "judge_agreement", "diversity", "steps"), 0.5
-    )
+    names = ("kernel_distance", "precision", "recall", "density", "coverage", "judge_agreement", "diversity", "steps")
+    told = dict.fromkeys(names, 0.5)
     told |= {"classification_accuracy_score": score, "frechet_distance": distance, "nearest": {"samples": 1.0},
              "floor": {"frechet_distance": 0.1, "classification_accuracy_score": 0.98}}  # fmt: skip
     kept = {"clean_accuracy": 0.99, "robust_accuracy": {"pgd-20": 0.75, "worst": 0.75}, "generation": told}

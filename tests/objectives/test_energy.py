@@ -117,6 +117,18 @@ def test_frozen_batch_norm_keeps_its_statistics_to_the_bit_while_scale_and_shift
     assert not all(torch.equal(old[name], free[name]) for name in statistics)
 
 
+@pytest.mark.parametrize("base", ["trades", "hybrid"])
+def test_with_frozen_statistics_it_does_not_matter_whose_images_joint_clean_counts(base):
+    model = plain_model()
+    settings = {"batch_norm": "frozen", "state": {"steps": 1.0}}
+    apart, _, _ = step(model, build(base=base), forward="separate", **settings)
+    joint, _, _ = step(model, build(base=base), forward="joint_clean", **settings)
+    old, one, other = (m.state_dict() for m in (model, apart, joint))
+    assert all(torch.equal(old[name], other[name]) for name in old if "running_" in name)
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in old)
+    assert not all(torch.equal(old[name], other[name]) for name in old)
+
+
 @pytest.mark.parametrize("output", ["head2", "mean"])
 def test_the_energy_of_another_output_beside_classes_on_head_1(output):
     classes = {"name": "hybrid", "alpha": 0.0, "clean": "head1", "robust": "head1"}

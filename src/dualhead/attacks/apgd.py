@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dualhead.attacks import losses
 from dualhead.attacks.base import (
+    LossFn,
     Query,
     Search,
     State,
@@ -128,9 +129,12 @@ class APGD(Search):
     def _query(self, state: State, query: Query) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, loss and mean gradient at the iterate; of several random passes the last gives logits and loss."""
         y, target = state["y"], state["target"]
-        logits, loss, gradient = query.gradient(state["iterate"], lambda z: self.loss(z, y, target))
+        return self._mean_gradient(query, state["iterate"], lambda z: self.loss(z, y, target))
+
+    def _mean_gradient(self, query: Query, point: Tensor, of: LossFn) -> tuple[Tensor, Tensor, Tensor]:
+        logits, loss, gradient = query.gradient(point, of)
         for _ in range(self.eot - 1):
-            logits, loss, again = query.gradient(state["iterate"], lambda z: self.loss(z, y, target))
+            logits, loss, again = query.gradient(point, of)
             gradient = gradient + again
         return logits, loss, gradient / self.eot if self.eot > 1 else gradient
 

@@ -37,7 +37,8 @@ State = dict[str, Tensor]
 Every attack keeps: `x`, `y` (the origin of the clean image among the threat's points, which for a norm is the image;
 label), `adversarial` (the best point so far: float32, like x), `found` (bool: the logits that the attack saw
 misclassify `adversarial`, as its goal if it has one, within the threat model), `iteration` (int64: steps taken). A
-caller that rejects an example sets `found` to False; the attack then offers its next one.
+caller that rejects an example sets `found` to False; the attack then offers its next one. It may keep `over` (bool): no
+further step will find or change anything.
 """
 
 
@@ -105,6 +106,9 @@ class Query:
         outputs_fn: images to the logits of all heads and, last, of the aggregate: [B, H + 1, C], from one pass; for
             attacks that use the heads. None if the model has one head.
     """
+
+    repeatable: bool = False
+    """Whether the same point is known to get the same answer every time, to the bit, whatever else is in its batch."""
 
     def __init__(self, logits_fn: LogitsFn, outputs_fn: LogitsFn | None = None) -> None:
         self._logits_fn = logits_fn
@@ -223,7 +227,7 @@ class Attack(ABC):
     needs_heads: ClassVar[bool] = False
     """Whether it attacks only models that show the logits of several heads."""
     norms: ClassVar[tuple[str, ...] | None] = None
-    """The norms for which it is defined; None for any threat, since it only calls the methods of `Threat`."""
+    """The threats for which it is defined, by `Threat.family`; None for any, since it only calls its methods."""
 
     @property
     def single_step(self) -> bool:
@@ -259,17 +263,21 @@ class Attack(ABC):
         del names
         return self
 
+    def takes(self, threat: Threat) -> bool:
+        """Tell whether the attack is defined for a threat."""
+        return self.norms is None or threat.family in self.norms
+
     def check(self, threat: Threat) -> None:
         """Refuse a threat for which the attack is not defined.
 
         Raises:
             UserError: naming both, and attacks that can be used.
         """
-        if self.norms is None or threat.kind in self.norms:
+        if self.takes(threat):
             return
         others = [name for name in attacks.names() if attacks.get(name).norms is None]
         raise UserError(
-            f"attack {self.registered_name} is defined for norms ({', '.join(self.norms)}), not for threat "
+            f"attack {self.registered_name} is defined for {', '.join(self.norms or ())}, not for threat "
             f"{threat.kind}; use {', '.join(others[:-1])} or {others[-1]}"
         )
 
@@ -370,6 +378,8 @@ class Search(Attack):
 
     uses_gradients: ClassVar[bool] = True
     """Whether it may ask for gradients. One that never does loses nothing by reduced precision: it only compares."""
+    stops_at_cycles: ClassVar[bool] = False
+    """Whether it uses `Query.repeatable` to end where it would only repeat itself."""
 
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """Return the search itself."""

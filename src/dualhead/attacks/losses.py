@@ -19,6 +19,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return others.amax(1) - true
 
 
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{i != y} p_i - p_y of the probabilities p = softmax(z) (Xie et al. 2024, arXiv 2411.15210), in [-1, 1]."""
+    return margin(logits.softmax(1), y)
+
+
 def kl_from_clean(logits: Tensor, clean: Tensor) -> Tensor:
     """KL(softmax(clean) || softmax(logits)) (Zhang et al. 2019, TRADES, eq. 5), with clean logits [B, C]."""
     return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)

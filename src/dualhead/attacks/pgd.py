@@ -32,6 +32,10 @@ Start = Literal["uniform", "gaussian", "clean"]
 class PGD(Targeted):
     """Steepest ascent with projection.
 
+    In evaluations an ascent ends where it comes back to a point that it has looked at (Doldo et al. 2025, Stop Walking
+    in Circles, arXiv 2503.19347): from there on it would only repeat itself, so the verdict is the same. That needs a
+    model whose answers are the same every time and in every batch.
+
     When: in training, and for a quick look while you work. Not as the only evidence for robustness.
 
     Paper: Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial Attacks, arXiv 1706.06083.
@@ -47,6 +51,7 @@ class PGD(Targeted):
     """
 
     always_numbered: ClassVar[bool] = True
+    stops_at_cycles: ClassVar[bool] = True
 
     steps: int = 40
     step_size: Real | None = None
@@ -102,11 +107,15 @@ class PGD(Targeted):
 
     def begin(self, x: Tensor, y: Tensor, clean: Tensor, job: Tensor, threat: Threat, streams: Streams) -> State:
         """See `Search.begin`."""
+        start = self.start_point(x, threat, streams.fork(job))
         state = {
             "x": x,
             "y": y,
             "clean": clean,
-            "iterate": self.start_point(x, threat, streams.fork(job)),
+            "iterate": start,
+            "landmark": start.clone(),
+            "landmark_at": torch.zeros_like(y),
+            "over": torch.zeros_like(y, dtype=torch.bool),
             "adversarial": x.clone(),
             "best_loss": torch.full_like(clean[:, 0], -torch.inf),
             "found": torch.zeros_like(y, dtype=torch.bool),
@@ -131,11 +140,28 @@ class PGD(Targeted):
         logits, loss, gradient = query.gradient(iterate, lambda z: self._loss(z, state))
         fooled = reached(logits, state)
         better = torch.where(fooled == state["found"], loss > state["best_loss"], fooled)
+        following = threat.project(threat.ascend(iterate, gradient, self.step_length(threat)), x)
         return {
             **state,
-            "iterate": threat.project(threat.ascend(iterate, gradient, self.step_length(threat)), x),
+            **(self._watch(state, following, fooled) if query.repeatable else {}),
+            "iterate": following,
             "adversarial": torch.where(per_slot(better, x), iterate, state["adversarial"]),
             "best_loss": torch.where(better, loss, state["best_loss"]),
             "found": state["found"] | fooled,
             "iteration": state["iteration"] + 1,
+        }
+
+    def _watch(self, state: State, following: Tensor, fooled: Tensor) -> State:
+        """Compare the next iterate with a landmark, an earlier one that is renewed at growing intervals (Brent 1980).
+
+        Where they are equal the ascent goes round in circles, and has looked at every point of the circle. A landmark
+        behind a point that fools the model counts for nothing: whoever runs the attack may ask for that point again.
+        """
+        count = state["iteration"] + 1
+        over = state["over"] | (~fooled & (following == state["landmark"]).flatten(1).all(1))
+        renewed = fooled | (2 * count >= 3 * state["landmark_at"] + 2)
+        return {
+            "over": over,
+            "landmark": torch.where(per_slot(renewed, following), following, state["landmark"]),
+            "landmark_at": torch.where(renewed, count, state["landmark_at"]),
         }

@@ -182,6 +182,7 @@ def train(
         err,
         out,
         print_row_lights,
+        print_sequence,
         progress_bar,
     )
     from dualhead.runs import RunFolder, changes
@@ -223,10 +224,13 @@ def train(
         err.print(f"{folder.path}: {told}", soft_wrap=True)
     rows = [row.describe() for row in result.rows]
     if as_json:
-        typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
+        more = {} if result.sequence is None else {"sequence": result.sequence}
+        typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows, **more}, indent=2))
         return
     print_row_lights(rows)
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
+    if result.sequence is not None:
+        print_sequence(result.sequence)
     if not quiet:
         if profile:
             out.print(f"profile: {folder.profile}, a table and a trace for each stage", soft_wrap=True)
@@ -358,6 +362,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--ood", help="Images that are not in distribution: a source, uniform or gaussian; repeatable."),
     ] = None,
+    transfer_from: Annotated[
+        str | None,
+        typer.Option("--transfer-from", help="Another model: also measure on images made against it alone."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
     factory: Factory = None,
     plugin: Plugins = None,
@@ -409,6 +417,7 @@ def evaluate(
         device=device,
         precision=precision,
         save_adversarial=save_adversarial,
+        transfer_from=transfer_from,
         overwrite=overwrite,
         command=_command(),
         generation=generation,
@@ -438,7 +447,7 @@ def evaluate(
     out.print(accuracy_table(title, rows))
     if by_kind := corruption_table(rows):
         out.print(by_kind)
-    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results)]:
+    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results), *_transfer(evaluation.results)]:
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
@@ -502,6 +511,12 @@ def _targeted(results: Any) -> list[str]:
     return lines
 
 
+def _transfer(results: Any) -> list[str]:
+    """What images made against another network alone say."""
+    told = results.get("transfer")
+    return [f"transfer: {told['note']}"] if told else []
+
+
 def _title(evaluation: Any) -> str:
     from dualhead.report import threat_text
 
@@ -516,6 +531,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
         "corruptions": evaluation.results.get("corruptions"),
+        "transfer": evaluation.results.get("transfer"),
         **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
     }
 
@@ -858,20 +874,23 @@ def compare(
 ) -> None:
     """Set runs side by side: accuracy over seeds, cost, Pareto front at equal cost, and paired tests with the first."""
     del quiet  # there are results only
-    from dualhead.commands.compare import normalised, read_entries, standings
-    from dualhead.commands.terminal import out, print_standings
+    from dualhead.commands.compare import normalised, read_entries, sequences, standings
+    from dualhead.commands.terminal import out, print_sequences, print_standings
     from dualhead.system.files import write_json
 
-    entries = read_entries(places)
+    entries, made_for_one = read_entries(places), []
     found = standings(entries)
     if specialist:
-        found["against_specialists"] = normalised(entries, read_entries(specialist))
+        made_for_one = read_entries(specialist)
+        found["against_specialists"] = normalised(entries, made_for_one)
+    found["sequences"] = sequences(entries, made_for_one)
     if output is not None:
         write_json(output, found)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     print_standings(found)
+    print_sequences(found["sequences"])
     for row in found.get("against_specialists", []):
         shares = ", ".join(f"{label} {share:.1%}" for label, share in row["shares"].items())
         name = f"{row['label']}, {row['name']}" if row["name"] else row["label"]

@@ -119,6 +119,7 @@ class Subject:
         self.device = device_of(model)
         self.batch_size = self.forward_batch_size = padded(batch_size)
         self.arithmetic: Arithmetic = FLOAT32
+        self.repeatable = False  # see `Query.repeatable`
         self._heads = heads
         self._in_place: bool | None = None  # whether the model changes its images; None: not known yet
         self._search_model, self._layout = model, torch.contiguous_format
@@ -154,10 +155,12 @@ class Subject:
         model, outputs = self._search_model, outputs_of(self._search_model, self._heads)
         # Somebody's own function of the images may not take another layout.
         layout = self._layout if self._heads is None else torch.contiguous_format
-        return Query(
+        query = Query(
             self._searching(lambda x: read_logits(model, x), self._layout, render),
             None if outputs is None else self._searching(outputs, layout, render),
         )
+        query.repeatable = self.repeatable
+        return query
 
     def _searching(self, function: LogitsFn, layout: torch.memory_format, render: LogitsFn) -> LogitsFn:
         def ask(point: Tensor) -> Tensor:

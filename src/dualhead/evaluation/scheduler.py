@@ -170,7 +170,13 @@ class Hunt:
     def _restore(
         self, flight: Sequence[Mapping[str, NDArray[Any]]], known: Mapping[tuple[int, int], bool]
     ) -> set[tuple[int, int]]:
-        """Take up tries that were under way, each where it had got furthest: which ones."""
+        """Take up tries that were under way, each where it had got furthest: which ones.
+
+        Those of a version whose searches kept other state are begun anew.
+        """
+        if flight and self.first_success:
+            kept = {f"state_{name}" for name in self._begin([(next(iter(self.first_success)), 0)])}
+            flight = [rows for rows in flight if kept == {name for name in rows if name.startswith("state_")}]
         furthest: dict[tuple[int, int], tuple[int, int, int]] = {}
         for number, rows in enumerate(flight):
             for row, (sample, job, age) in enumerate(
@@ -337,6 +343,8 @@ class Hunt:
         """Decide about rows that have found something or run out of steps."""
         held = self._held.cpu().numpy()
         live, spent = self._sample >= 0, self._age >= self.max_steps
+        if "over" in self._state:
+            spent = spent | self._state["over"].cpu().numpy()
         # A search in reduced precision may hold an example that only the float32 model sees to be one; one that missed
         # its goal may have got another wrong answer.
         doubtful = held | spent if self.subject.reduced or self._goals is not None else held
@@ -345,7 +353,7 @@ class Hunt:
         again, reached = [], False
         for row in (live & (held | spent)).nonzero()[0].tolist():
             sample, job = int(self._sample[row]), int(self._job[row])
-            outcome = outcomes.get(row) or Try(sample, job, False, self.max_steps)
+            outcome = outcomes.get(row) or Try(sample, job, False, int(min(self._age[row], self.max_steps)))
             if not outcome.reached and not spent[row]:
                 again.append(row)
                 continue
