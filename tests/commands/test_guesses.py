@@ -46,6 +46,8 @@ UNDERSTOOD = [
     ("show digits --no-cost model.backbone=ResNet-18 model.attach_at=layer1", "depth: 18\n"),
     ("show digits --no-cost model.backbone=WideResNet28-10 model.attach_at=block1", "width: 10\n"),
     ("show digits --no-cost model.aggregator=Pairwise-CNN", "name: pairwise_cnn\n"),
+    ("show digits --no-cost threat.norm=l2", "norm: L2\n"),
+    ("show digits --no-cost threat.norm=L_inf", "norm: Linf\n"),
     ("show digits --no-cost data.source=cifar10", "source: hf:uoft-cs/cifar10\n"),
     ("show digits --no-cost data.source=CIFAR-100", "source: hf:uoft-cs/cifar100\n"),
 ]
@@ -69,6 +71,7 @@ TOLD = [
     (f"{SHOW} --epochs 3 stages.*.epochs=4", "--epochs and stages.*.epochs say the same"),
     ("train digit", "did you mean 'digits'?"),
     ("list everything", "unknown kind; known: aggregators, attacks"),
+    ("show digits --no-cost stages.*.attack=pdg-10", "did you mean 'pgd'?"),
     ("sweep digits --lr 0.1,0.01", "for an axis write stages.*.optimiser.lr=0.1,0.01"),
     ("sweep digits --epochs 2 stages.main_head.epochs=1,2", "--epochs and stages.main_head.epochs say the same"),
     (f"{SHOW} model.attach_at=null", "stages.main_head.train: the model has no second head"),

@@ -465,3 +465,98 @@ def test_functions_are_attacks_and_their_images_come_back(whole, digits, tmp_pat
     with pytest.raises(dualhead.UserError, match="must return images"):
         dualhead.evaluate(whole.model, x, y, threat=threat, attacks=[lambda m, a, b: a[:1]], diagnostics=False)
     assert len(repr(found)) < 200
+
+
+# ---- natural guesses
+
+
+def seen_as(digits, **changed):
+    """The recipe that a call of `fit` means, and its images, with arguments changed."""
+    given = {"model": net(), "train": digits[0], "test": digits[1], "recipe": PLAIN, "progress": False, **changed}
+    with mock.patch("dualhead.commands.fit.train_run", lambda recipe, **_: (recipe, load_images(recipe))):
+        return dualhead.fit(**given)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y: (x.permute(0, 2, 3, 1), y),
+        lambda x, y: (x[:, 0], y),
+        lambda x, y: (x.double(), y),
+        lambda x, y: (x * 255, y),
+        lambda x, y: ((x * 255).round().byte(), y),
+        lambda x, y: (x.clone().requires_grad_(), y),
+        lambda x, y: (x, torch.eye(10)[y]),
+        lambda x, y: (x, torch.eye(10).long()[y]),
+        lambda x, y: (x, y[:, None]),
+        lambda x, y: (x, y.float()),
+        lambda x, y: (x, y.tolist()),
+        lambda x, y: (list(x), list(y)),
+        lambda x, y: [x.numpy(), y.numpy()],
+    ],
+)
+def test_images_and_labels_as_newcomers_have_them_are_the_same_images(digits, change):
+    usual, changed = (seen_as(digits, train=train)[1].training for train in (digits[0], change(*digits[0])))
+    assert torch.equal(usual.images[:], changed.images[:])
+    assert torch.equal(usual.labels, changed.labels)
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "value"),
+    [
+        ({"device": torch.device("cpu")}, lambda recipe: recipe.runtime.device, "cpu"),
+        ({"overrides": "stages.*.epochs=3"}, lambda recipe: recipe.stages[0].epochs, 3),
+        ({"epochs": "3"}, lambda recipe: recipe.stages[0].epochs, 3),
+        ({"eps": "8 / 255"}, lambda recipe: recipe.threat.eps, 8 / 255),
+        ({"overrides": {"threat.norm": "l2"}}, lambda recipe: recipe.threat.norm, "L2"),
+    ],
+)
+def test_arguments_as_newcomers_write_them_are_understood(digits, more, key, value):
+    assert key(seen_as(digits, **more)[0]) == value
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"model": OwnNet}, "got the class OwnNet"),
+        ({"model": "resnet-19"}, "model.depth: input should be 18, 34 or 50"),
+        ({"recipe": "digit"}, "did you mean 'digits'"),
+        (
+            {"recipe": ["digits"]},
+            "must be the name of a shipped recipe, a path, a mapping or a Recipe, got list",
+        ),
+        ({"recipe": {}}, "threat: missing"),
+        ({"eps": 8}, "did you mean 8/255"),
+        ({"eps": "eight"}, "'eight' is not a number"),
+        ({"epochs": 1.5}, "stages.main.epochs: input should be a valid integer"),
+        ({"seed": -1}, "runtime.seed: input should be greater than or equal to 0"),
+        ({"overrides": ["epochs"]}, "write KEY=VALUE"),
+        ({"class_names": ["a", "b"]}, r"labels must lie in 0\.\.1"),
+        ({"train": ([[1, 2], "x"], [0, 1])}, "a list of images must hold tensors or arrays"),
+    ],
+)
+def test_arguments_that_cannot_be_are_told_in_one_line(digits, more, said):
+    with pytest.raises(dualhead.UserError, match=said) as caught:
+        seen_as(digits, **more)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m, x, y: dualhead.attack(m, x, y, "pdg-10", eps=0.1), "did you mean 'pgd'"),
+        (lambda m, x, y: dualhead.attack(m, x, y, ["pgd-2"], eps=0.1), "is one attack"),
+        (lambda m, x, y: dualhead.attack(x, y, m, "pgd-2", eps=0.1), r"the order is attack\(model, images, labels"),
+        (lambda m, x, y: dualhead.attack("resnet18", x, y, eps=0.1), "must be a torch.nn.Module, got str"),
+        (lambda m, x, y: dualhead.attack(m, x.permute(0, 2, 3, 1), y, eps=0.1), r"permute\(0, 3, 1, 2\)"),
+        (lambda m, x, y: dualhead.attack(m, x[0], y[0], eps=0.1), "must have shape"),
+        (lambda m, x, y: dualhead.attack(m, x, torch.eye(10)[y], eps=0.1), "one per image"),
+        (lambda m, x, y: dualhead.attack(m, x, y, eps=8), "did you mean 8/255"),
+        (lambda m, x, y: dualhead.save("mine", m), r"save\(model, path\)"),
+        (lambda m, x, y: dualhead.train(m), r"dualhead.fit\(model, ...\) trains one"),
+        (lambda m, x, y: dualhead.load("nowhere"), "nowhere: holds no finished model"),
+    ],
+)
+def test_calls_in_the_wrong_order_or_words_are_told(digits, call, said):
+    with pytest.raises(dualhead.UserError, match=said):
+        call(net().eval(), *digits[1])

@@ -12,6 +12,7 @@ from scipy.optimize import minimize
 from dualhead.components.fields import parse_real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
+from dualhead.threats.build import build_threat
 from dualhead.threats.lp import ThreatModel, finite, project_l1
 
 NORMS = ["Linf", "L2", "L1"]
@@ -264,10 +265,19 @@ def test_parse_real_refuses_what_is_not_finite_without_long_thought(value):
 
 
 @pytest.mark.parametrize(
+    ("said", "norm"),
+    [("linf", "Linf"), ("L_inf", "Linf"), ("inf", "Linf"), (math.inf, "Linf"), ("l2", "L2"), (2, "L2"), (1.0, "L1")],
+)
+def test_norms_are_understood_as_other_libraries_write_them(said, norm):
+    assert ThreatModel(said, 0.1) == ThreatModel(norm, 0.1) == build_threat({"norm": said, "eps": 0.1})
+    assert build_threat(f"{said}:0.1").norm == norm
+
+
+@pytest.mark.parametrize(
     ("norm", "eps", "words"),
     [
         ("L3", 1, "norm 'L3' is not known; use one of Linf, L2, L1"),
-        ("linf", 1, "use one of Linf, L2"),
+        ("L0", 1, "use one of Linf, L2"),
         ("Linf", 0, "greater than 0"),
         ("L2", "-1/255", "greater than 0"),
         ("Linf", 8, "did you mean 8/255"),

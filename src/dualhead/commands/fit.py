@@ -42,7 +42,7 @@ def fit(
     eps: float | str | None = None,
     epochs: int | None = None,
     seed: int | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     attach_at: str | None = None,
     class_names: Sequence[str] | None = None,
     factory: Callable[..., nn.Module] | None = None,
@@ -120,11 +120,17 @@ def _overrides(
     source: str | None,
     eps: float | str | None,
     seed: int | None,
-    device: str | None,
+    device: str | torch.device | None,
 ) -> list[tuple[str, Any]]:
     """Return keys and values; what has a name of its own in the call comes last."""
+    given = [given] if isinstance(given, str) else given
     found = list(given.items()) if isinstance(given, Mapping) else [parse_override(text) for text in given]
-    own = {"data.source": source, "threat.eps": eps, "runtime.seed": seed, "runtime.device": device}
+    own = {
+        "data.source": source,
+        "threat.eps": eps,
+        "runtime.seed": seed,
+        "runtime.device": None if device is None else str(device),
+    }
     return found + [(key, value) for key, value in own.items() if value is not None]
 
 
@@ -191,6 +197,11 @@ def _part(given: Any, part: str) -> tuple[Labelled | str, tuple[str, ...] | None
     if isinstance(given, Split):
         return (np.asarray(given.images[:]), given.labels.numpy()), given.class_names
     names = None
+    if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[0], list):  # of images
+        try:
+            given = np.stack([_array(one) for one in given[0]]), np.asarray([_array(one) for one in given[1]])
+        except (TypeError, ValueError):
+            raise UserError(f"{part}: a list of images must hold tensors or arrays of one shape, and labels") from None
     if isinstance(given, tuple | list) and len(given) == 2 and _is_array(given[0]):
         images, labels = (_array(one) for one in given)
     elif _is_array(given):
@@ -280,7 +291,8 @@ def _settle_model(
             section["attach_at"] = attach_at or known
         return None, None
     if not isinstance(model, nn.Module):
-        raise UserError(f"model: must be a torch.nn.Module or the name of a backbone, got {type(model).__name__}")
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise UserError(f"model: must be a torch.nn.Module or the name of a backbone, got {kind}")
     shown = Data.read(content.get("data")).load("train")
     size = content["data"].get("image_size")
     shape = (shown.image_shape[0], *((int(size[0]), int(size[1])) if size else shown.image_shape[1:]))

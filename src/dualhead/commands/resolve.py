@@ -20,7 +20,7 @@ from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
 from dualhead.system.processes import group
-from dualhead.threats import Norm, Threat, build_threat
+from dualhead.threats import Norm, Threat, build_threat, norm_named
 from dualhead.threats import threats as registered
 
 _log = logging.getLogger(__name__)
@@ -346,7 +346,7 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
     """
     if "name" not in known:
         known = {"norm": "Linf", **{key: value for key, value in known.items() if key in ("norm", "eps")}}
-    if request.threat in get_args(Norm):
+    if norm_named(request.threat) in get_args(Norm):
         raise UserError(f"--threat {request.threat}: write its budget too, as in --threat {request.threat}:0.5")
     if request.threat is not None and request.norm is not None:
         raise UserError("--threat and --norm: give one of them, since a norm is a threat")
@@ -355,7 +355,7 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
     if request.threat is not None and request.threat != known.get("name"):
         chosen = {"name": request.threat}
     elif request.norm is not None:
-        chosen = {"norm": request.norm}
+        chosen = {"norm": norm_named(request.norm)}
     if request.eps is None and "eps" in known and chosen != own:
         ((key, kind),) = chosen.items()
         if kind in (*get_args(Norm), *registered.names()):

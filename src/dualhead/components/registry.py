@@ -169,7 +169,7 @@ class Registry(Generic[T]):
         if name not in self._classes and plugins.split_address(name):
             return self._addressed(name)[1]
         if name not in self._classes:
-            near = get_close_matches(name, self._classes, n=1)
+            near = get_close_matches(name.lower().rstrip("-0123456789"), self._classes, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             known = ", ".join(self.names())
             raise UserError(f"unknown {self.kind} {name!r}; {hint}known: {known}{plugins.broken()}")

@@ -45,7 +45,7 @@ def attack(
         labels: integers [N].
         attack: a name (`pgd-40`), a mapping, an attack, or a function of (model, images, labels) to images.
         eps: radius, 0.03 or `8/255`.
-        norm: `Linf` or `L2`.
+        norm: `Linf`, `L2` or `L1`.
         threat: in place of eps and norm, as `evaluate` takes it.
         batch_size: images at once at most.
         seed: of all random numbers.
@@ -56,6 +56,12 @@ def attack(
     Raises:
         UserError: for images, labels, an attack or a threat that do not fit.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model: must be a torch.nn.Module, got {type(model).__name__}; the order is attack(model, images, labels)"
+        )
+    if isinstance(attack, list | tuple):
+        raise UserError("attack: is one attack, as in attack(model, images, labels, 'pgd-40'); call it for each")
     if (threat is None) == (eps is None):
         raise UserError("give eps, e.g. eps='8/255', or threat" if eps is None else "give eps or threat, not both")
     pixels, numbers = check_images(torch.as_tensor(np.asarray(images) if not isinstance(images, Tensor) else images),

@@ -42,6 +42,10 @@ def recipe_content(recipe: Recipe | Mapping[str, Any] | str | Path, folders: lis
         base = {} if parent is None else _extended(str(parent), (), folders)[0]
         base.pop("name", None)
         return {"name": "recipe", **_merge(base, content)}
+    if not isinstance(recipe, str | Path):
+        raise UserError(
+            f"recipe: must be the name of a shipped recipe, a path, a mapping or a Recipe, got {type(recipe).__name__}"
+        )
     content, label = _extended(str(recipe), (), folders)
     return {"name": label, **content}
 

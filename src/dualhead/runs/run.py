@@ -123,6 +123,8 @@ def train(
 
 
 def _read(recipe: Recipe | str | Path, overrides: Sequence[str], plugins: Sequence[str]) -> Recipe:
+    if isinstance(recipe, nn.Module):
+        raise UserError(f"recipe: got a network ({type(recipe).__name__}); dualhead.fit(model, ...) trains one")
     if not isinstance(recipe, Recipe):
         return load_recipe(str(recipe), overrides, plugins)
     if overrides or plugins:

@@ -88,6 +88,8 @@ def save(model: nn.Module, path: str | Path, *, example: Tensor | None = None) -
     Raises:
         UserError: for a folder that holds something else, or a model of unknown origin without an example.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"save: must be given a torch.nn.Module first, got {type(model).__name__}: save(model, path)")
     folder, origin = Path(path), cast("_Origin | None", model.__dict__.get(_ORIGIN))
     if folder.exists() and not (folder.is_dir() and (holds_model(folder) or not any(folder.iterdir()))):
         raise UserError(f"{folder}: holds something that is no model; choose another folder")

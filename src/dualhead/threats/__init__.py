@@ -4,7 +4,7 @@ from dualhead.threats.base import Threat, Where, threats
 from dualhead.threats.bounded import Bounded
 from dualhead.threats.build import THREAT, build_threat
 from dualhead.threats.few_pixels import FewPixels
-from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of, project_l1, steepest
+from dualhead.threats.lp import Norm, ThreatModel, finite, norm_named, norm_of, project_l1, steepest
 from dualhead.threats.patch import Patch
 from dualhead.threats.rotation import Rotation
 
@@ -25,6 +25,7 @@ __all__ = [
     "build_threat",
     "finite",
     "names",
+    "norm_named",
     "norm_of",
     "project_l1",
     "steepest",

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from dualhead.errors import UserError
 from dualhead.threats.base import Threat, threats
-from dualhead.threats.lp import Norm, ThreatModel
+from dualhead.threats.lp import Norm, ThreatModel, norm_named
 
 
 def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Threat:
@@ -28,7 +28,7 @@ def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Thr
     place = where.removesuffix(".")
     if isinstance(spec, str) and spec.rpartition(":")[0]:
         kind, _, eps = spec.rpartition(":")
-        spec = {"norm" if kind in get_args(Norm) else "name": kind, "eps": eps}
+        spec = {"norm" if norm_named(kind) in get_args(Norm) else "name": kind, "eps": eps}
     if not isinstance(spec, Mapping):
         raise UserError(
             f"{place}: must be {{norm: ..., eps: ...}}, {{name: ..., eps: ...}} or short, as L2:0.5; got {spec!r}"

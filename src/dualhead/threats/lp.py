@@ -16,8 +16,15 @@ from dualhead.threats.base import Threat, Where
 
 Norm = Literal["Linf", "L2", "L1"]
 
+_SPOKEN = {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2", "l1": "L1", "1": "L1"}
 _SPARSE = 0.01
 """The share of an image's values that one step of steepest ascent moves under L1."""
+
+
+def norm_named(name: object) -> str:
+    """Return the norm that a name means, as other libraries write it too (`linf`, `L_inf`, `inf`, 2); else the name."""
+    word = str(name)
+    return _SPOKEN.get(word.lower().replace("_", "").replace("-", "").removesuffix(".0"), word)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -88,6 +95,7 @@ class ThreatModel(Threat):
     eps: Real
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", norm_named(self.norm))
         if self.norm not in get_args(Norm):
             raise UserError(f"norm {self.norm!r} is not known; use one of {', '.join(get_args(Norm))}")
         object.__setattr__(self, "eps", parse_real(self.eps))
