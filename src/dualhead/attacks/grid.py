@@ -12,8 +12,7 @@ from dualhead.attacks.base import Attack, Search, attacks, require_at_least_one
 from dualhead.attacks.proposals import Proposals
 from dualhead.components.fields import unless_given
 from dualhead.noise import Streams
-from dualhead.threats import Threat
-from dualhead.threats.rotation import Rotation
+from dualhead.threats import Rotation, Threat
 
 
 @attacks.register("grid")

@@ -17,9 +17,7 @@ from dualhead.attacks.proposals import Proposals
 from dualhead.components.fields import Real, unless_given
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import Threat
-from dualhead.threats.few_pixels import FewPixels
-from dualhead.threats.patch import Patch
+from dualhead.threats import FewPixels, Patch, Threat
 
 _BOUNDS = (0, 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """After these of 10,000 queries the share that is drawn anew is divided by the next of these numbers:"""

@@ -3,14 +3,20 @@
 from dualhead.threats.base import Threat, Where, threats
 from dualhead.threats.bounded import Bounded
 from dualhead.threats.build import build_threat
+from dualhead.threats.few_pixels import FewPixels
 from dualhead.threats.lp import Norm, ThreatModel, finite, norm_of, project_l1, steepest
+from dualhead.threats.patch import Patch
+from dualhead.threats.rotation import Rotation
 
 build = build_threat
 names = threats.names
 
 __all__ = [
     "Bounded",
+    "FewPixels",
     "Norm",
+    "Patch",
+    "Rotation",
     "Threat",
     "ThreatModel",
     "Where",
