@@ -18,7 +18,7 @@ from dualhead.evaluation.generation import (
     sample,
     sample_at,
 )
-from dualhead.evaluation.given import read_all
+from dualhead.evaluation.given import LABEL_KEYS, read_all
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint, write_arrays
 from dualhead.evaluation.model import outputs_of, read_logits
@@ -39,12 +39,15 @@ from dualhead.evaluation.quality import (
 )
 from dualhead.evaluation.results import Evaluation, Verdicts, balanced
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
-from dualhead.evaluation.union import against_specialists
+from dualhead.evaluation.sequence import MEASURES, Visit, describe_sequence, of_specialists, plasticity
+from dualhead.evaluation.union import against_specialists, column, threat_labels
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
     "ESTIMATE",
     "KINDS",
+    "LABEL_KEYS",
+    "MEASURES",
     "STEPS",
     "Counterfactual",
     "Evaluation",
@@ -58,6 +61,7 @@ __all__ = [
     "Sampling",
     "Sets",
     "Verdicts",
+    "Visit",
     "against_specialists",
     "asks_for_corruptions",
     "attack",
@@ -69,8 +73,10 @@ __all__ = [
     "check_curriculum",
     "check_duplicates",
     "check_single_steps",
+    "column",
     "compare",
     "counterfactual",
+    "describe_sequence",
     "energy",
     "evaluate",
     "evaluate_routes",
@@ -85,14 +91,17 @@ __all__ = [
     "measure_ood",
     "nearest_distance",
     "noise_seeds",
+    "of_specialists",
     "ood_score",
     "outputs_of",
     "parse_kinds",
+    "plasticity",
     "precision_recall",
     "read_all",
     "read_logits",
     "sample",
     "sample_at",
+    "threat_labels",
     "weights_fingerprint",
     "wilson",
     "write_arrays",

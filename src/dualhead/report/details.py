@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dualhead.report import figures, generation, routes, training
+from dualhead.report import figures, generation, routes, sequence, training
 from dualhead.report.comparison import Cell, Table, accuracy_table, conditions, findings
 from dualhead.report.figures import Figure
 from dualhead.report.gallery import Album, Gallery
@@ -54,6 +54,7 @@ class Details:
     further: Table | None
     further_conditions: str
     routes: list[routes.Routes]
+    sequence: sequence.Course | None
     samples: list[generation.Samples]
     galleries: list[Gallery]
     gallery_command: str
@@ -95,6 +96,7 @@ def details(source: Source, album: Album) -> Details:
         further=accuracy_table(source.further) if source.further else None,
         further_conditions=conditions(source.further),
         routes=routes.sections(source, notes),
+        sequence=sequence.section(source, notes),
         samples=generation.samples(everything, notes),
         galleries=galleries,
         gallery_command="" if galleries else _gallery_command(source),
