@@ -38,7 +38,10 @@ RESUMED := tests/runs/test_resume.py::test_stopped_after_every_single_step \
 	tests/objectives/test_distilled.py::test_such_a_stage_resumes_bit_for_bit \
 	tests/objectives/test_joint.py::test_a_joint_stage_within_a_run_resumes_bit_for_bit \
 	tests/objectives/test_several.py::test_a_choice_goes_on_bit_for_bit_where_it_was_stopped \
+	tests/runs/test_sequence_runs.py \
 	tests/e2e/test_tied_heads.py::test_stopped_at_steps_it_goes_on_bit_for_bit \
+	tests/e2e/test_fit.py::test_killed_at_random_moments_and_called_again_equals_the_undisturbed \
+	tests/e2e/test_fit.py::test_two_processes_of_torchrun_share_a_fit \
 	tests/e2e/test_sweep.py::test_killed_and_begun_again_a_sweep_ends_as_one_that_was_not \
 	tests/e2e/test_dispatch.py::test_a_job_that_fails_is_told_and_the_others_are_done
 

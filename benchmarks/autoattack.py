@@ -29,7 +29,7 @@ from dualhead.evaluation.model import Subject, frozen
 from dualhead.noise import Streams
 from dualhead.saving.models import load
 from dualhead.system.arithmetic import BF16, FLOAT32
-from dualhead.system.devices import describe_environment
+from dualhead.system.devices import describe_environment, find_device
 from dualhead.system.memory import keep_freed_blocks
 from dualhead.threats.lp import ThreatModel
 
@@ -186,21 +186,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attacks", default="autoattack,pgd-20", help="of these two")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--output", type=Path, default=None)
     given = parser.parse_args()
     keep_freed_blocks()  # as the command line does; the reference has it too
     torch.set_num_threads(given.threads)
-    threat, model = ThreatModel(given.norm, given.eps), load(given.model).requires_grad_(False)
+    device = find_device(given.device)
+    threat, model = ThreatModel(given.norm, given.eps), load(given.model).requires_grad_(False).to(device)
     counts = [int(count) for count in given.samples.split(",")]
     test = load_split(given.data, "test", limit=max(counts))
     results: dict[str, Any] = {
-        "environment": describe_environment(torch.device("cpu")),
+        "environment": describe_environment(device),
         "threat": {"norm": threat.norm, "eps": threat.eps},
         "seed": given.seed,
     }
     sizes = [int(size) for size in given.reference_batch_sizes.split(",")]
     for count in counts:
-        x, y = test.images[:count].float() / 255, test.labels[:count].long()
+        x, y = test.images[:count].float().to(device) / 255, test.labels[:count].long().to(device)
         own = partial(ours, model, x, y, threat, batch=given.batch_size, seed=given.seed)
         contests = {
             "autoattack": {

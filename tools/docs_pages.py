@@ -149,14 +149,17 @@ def _written(value: Any) -> Any:
 
 def _attack_cost(component: Any) -> str:
     """Steps of an image that stays robust, by parts, and under L2 where they are others."""
-    linf, l2 = (_queries(component(), norm, eps) for norm, eps in (("Linf", 8 / 255), ("L2", 0.5)))
+    from dualhead.threats import build_threat, threats
+
+    attack = component()
+    if attack.norms is not None and "Linf" not in attack.norms:
+        return f"{_queries(attack, build_threat(f'{attack.norms[0]}:{threats.get(attack.norms[0]).typical_eps}'))}."
+    linf, l2 = (_queries(attack, build_threat(text)) for text in ("Linf:8/255", "L2:0.5"))
     return f"{linf}." if l2 == linf else f"{linf}; under L2 {l2}."
 
 
-def _queries(attack: Any, norm: Any, eps: float) -> str:
-    from dualhead.threats.lp import ThreatModel
-
-    parts = attack.parts(10, ThreatModel(norm, eps), 2)
+def _queries(attack: Any, threat: Any) -> str:
+    parts = attack.parts(10, threat, 2)
     queries = [part.max_steps() * getattr(part, "eot", 1) for part in parts]  # a step may average several
     told = [f"{part.label} {part.jobs(10)} x {count:,}" for part, count in zip(parts, queries, strict=True)]
     total = sum(part.jobs(10) * count for part, count in zip(parts, queries, strict=True))

@@ -1,17 +1,22 @@
 """Draw the figures of README and docs, and write the tables of measured results as CSV.
 
-    python tools/make_figures.py          # docs/images/*.svg and docs/results/*.csv
+    python tools/make_figures.py                            # docs/images/*.svg and docs/results/*.csv
+    python tools/make_figures.py --screenshots runs/demo    # docs/images/*.png, of what `dualhead demo` left
 
-All numbers come from `benchmarks/results/strongest.json`. The figures are plain SVG, so that nothing has to be
-installed and the same numbers give the same bytes.
+All numbers come from `benchmarks/results/strongest.json`, those of the frontier from `frontier.json` beside it, without
+which it is not drawn. The figures are plain SVG, so that nothing has to be installed and the same numbers give the same
+bytes. The screenshots need playwright and a Chromium of the system.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -20,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "strongest.json"
+FRONTIER = RESULTS.with_name("frontier.json")
 IMAGES, TABLES = ROOT / "docs" / "images", ROOT / "docs" / "results"
 FAST = "autoattack-fast"
 GREY, VIOLET, GREEN, BLUE, RED, INK, FAINT = (
@@ -351,6 +357,58 @@ def cost(found: dict[str, Any]) -> str:
     return drawing.svg()
 
 
+FRONTIER_COLOURS = {
+    "fgsm_rs": RED, "n_fgsm": GREEN, "pgd_2": BLUE, "free": "#8a6d1a", "grad_align": VIOLET, "elle": "#0f7490",
+    "sat": "#8f3f71", "trades": GREY, "distilled": INK,
+}  # fmt: skip
+"""Of the methods of benchmarks/frontier.py."""
+SMALL, LARGE = 8, 16
+"""Radii of the frontier, in 1/255."""
+
+
+def frontier(found: dict[str, Any]) -> str:
+    """Draw robust accuracy over training cost for cheap methods, and how they stand at a large eps."""
+    rows = [row for row in found["summary"] if row["eps"] == SMALL]
+    costs = [row["forward_equivalents"] / 2250 for row in rows]
+    shares = [100 * row[FAST]["mean"] for row in rows]
+    drawing = Drawing(
+        880, 500, "Robust accuracy over training cost: cheap adversarial training, SAT, TRADES, distillation"
+    )
+    top, bottom = 2 * math.ceil(max(shares) / 2 + 0.5), 2 * math.floor(min(shares) / 2)
+    axes = Axes(66, 30, 560, 380, (min(costs) / 1.25, max(costs) * 1.6), (bottom, top), log=True)
+    ticks = [tick for tick in (25, 50, 100, 200, 400, 800) if axes.x[0] < tick < axes.x[1]]
+    axes.frame(
+        drawing, ticks, range(bottom, top + 1, 2), "training cost, forward passes per image",
+        "robust accuracy at 8/255 (APGD-CE, APGD-T), %",
+    )  # fmt: skip
+    for name, colour in FRONTIER_COLOURS.items():
+        of = sorted((row for row in rows if row["method"] == name), key=lambda row: row["epochs"])
+        places = [axes.at(row["forward_equivalents"] / 2250, 100 * row[FAST]["mean"]) for row in of]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        drawing.add(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" opacity="0.5"/>')
+        for number, row in enumerate(of):
+            ends = row[FAST]["interval"]
+            Point(
+                row["title"] if number == len(of) - 1 else "",
+                row["forward_equivalents"] / 2250,
+                100 * row[FAST]["mean"],
+                colour,
+                None,
+                None if ends is None else (100 * ends[0], 100 * ends[1]),
+                solid=len(row["seeds"]) > 1,
+            ).draw(drawing, axes)
+    drawing.text(650, 44, "trained and attacked at 16/255", "b")
+    drawing.text(650, 64, "robust, and right under one step, %", "s")
+    for number, row in enumerate(row for row in found["summary"] if row["eps"] == LARGE):
+        y = 92 + 44 * number
+        overfits = f"; overfits, {row['seeds_overfitted']} of {len(row['seeds'])}" if row["seeds_overfitted"] else ""
+        drawing.text(650, y, row["title"], "b", FRONTIER_COLOURS[row["method"]])
+        drawing.text(650, y + 18, f"{100 * row[FAST]['mean']:.1f} and {100 * row['fgsm']['mean']:.1f}{overfits}", "s")
+    seeds, images = max(len(row["seeds"]) for row in rows), rows[0]["images"]
+    drawing.text(66, 480, f"up to {seeds} seeds, with 95 % intervals, hollow: one seed; {images:,} test images", "s")
+    return drawing.svg()
+
+
 # ---- how it works
 
 
@@ -470,12 +528,76 @@ def made() -> dict[Path, str]:
         "dhat": paper(),
         "guided-distillation": guided_distillation(),
     }
+    if FRONTIER.is_file():
+        figures["frontier"] = frontier(json.loads(FRONTIER.read_text(encoding="utf-8")))
     return {IMAGES / f"{name}.svg": text for name, text in figures.items()} | {
         TABLES / name: text for name, text in tables(found).items()
     }
 
 
+# ---- screenshots of the report and of the page to play with
+
+
+def screenshots(demo: Path) -> None:
+    """Write the pictures of the pages, as they are now, from the runs of the demonstration."""
+    import threading
+
+    from playwright.sync_api import expect, sync_playwright
+
+    from dualhead.commands.play import Playground, serve
+    from dualhead.commands.resolve import Request, resolve
+    from dualhead.report import write_report
+
+    guided, natural = demo / "digits_guided_distillation", demo / "digits_natural"
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    shown, beside = (resolve(Request(model=str(run), device="cpu")) for run in (guided, natural))
+    server = serve(Playground(shown.model, shown.images, shown.threat, beside=(natural.name, beside.model)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        page_of_run = write_report([guided], Path(folder) / "run.html").as_uri()
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+        def opened(address: str, width: int, height: int) -> Any:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.set_default_timeout(120_000)
+            expect.set_options(timeout=120_000)
+            page.goto(address)
+            return page
+
+        small(opened(page_of_run, 1280, 1000).screenshot(), "report")
+        small(opened(page_of_run, 390, 844).screenshot(), "report-phone")
+        page = opened(page_of_run, 1000, 760)
+        page.get_by_role("button", name="Look closer at sample 2", exact=True).click()
+        expect(page.locator("dialog canvas")).to_be_visible()
+        small(page.get_by_role("dialog").screenshot(), "closer")
+        page = opened(f"http://127.0.0.1:{server.server_port}/", 1000, 760)
+        page.locator(".strip button").nth(6).click()
+        rows = page.locator("#says tr")
+        expect(rows).to_have_count(4)
+        for left in (3, 2, 1, 0):
+            page.locator("#says button").first.click()
+            expect(page.locator("#says button")).to_have_count(left)
+        small(page.screenshot(full_page=True), "play")
+        browser.close()
+    server.shutdown()
+
+
+def small(png: bytes, name: str) -> None:
+    """Write a screenshot in at most 128 colours, which is enough for it."""
+    from PIL import Image
+
+    path = IMAGES / f"{name}.png"
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(path.relative_to(ROOT))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--screenshots", type=Path, metavar="DEMO", help="folder of the demonstration's runs")
+    demo = parser.parse_args().screenshots
+    if demo is not None:
+        screenshots(demo)
+        return
     for path, text in made().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

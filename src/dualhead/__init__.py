@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from dualhead.system.quota import fit_threads
 from dualhead.system.waiting import wait_shortly
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ __all__ = [
     "train",
 ]
 
-wait_shortly()  # before anything loads torch, and with it the runtime that reads the variables
+wait_shortly()
+fit_threads()  # before anything loads torch, and with it the runtime that reads the variables
 
 # Loaded when asked for: torch takes seconds to import, and `dualhead --help` needs none of it.
 _HOMES = {

@@ -106,7 +106,7 @@ def scheduled(number, height, width, norm):
 def test_a_proposal_changes_one_square_of_the_scheduled_side(number):
     x = torch.full((64, 3, 32, 32), 0.5)
     search, side = Square(), scheduled(number, 32, 32, "Linf")
-    new = search._propose(x, x, torch.full((64,), number), streams(64), LINF)
+    new = search.propose(x, x, torch.full((64,), number), streams(64), LINF)
     changed = (new != x).any(1)
     assert (changed.sum((1, 2)) == side * side).all()
     assert (changed.any(1).sum(1) == side).all()
@@ -129,10 +129,10 @@ def test_squares_lie_whole_in_images_that_are_not_square(threat, height, width, 
         squares[which, row, top : top + side, left : left + side] = True
     assert (squares.sum((2, 3)) == side * side).all()
     first, second = squares
-    new = Square()._propose(x, x, numbers, streams(count), threat)
+    new = Square().propose(x, x, numbers, streams(count), threat)
     assert torch.equal((new != x)[:, 0], first)
     if threat.norm == "L2":  # what was changed in the second is given up
-        new = Square()._propose(x, x + 0.01, numbers, streams(count), threat)
+        new = Square().propose(x, x + 0.01, numbers, streams(count), threat)
         assert torch.equal((new == x)[:, 0] & ~first, second & ~first)
 
 

@@ -389,3 +389,12 @@ def test_what_was_not_finished_says_so(opened, tmp_path):
     notes = " ".join(page.locator(".notes").all_inner_texts())
     for words in ("no epoch has been finished", "not been evaluated", "not finite"):
         assert words in notes
+
+
+def test_accuracies_of_long_names_need_no_scrolling_on_a_phone(opened, tmp_path):
+    runs = [make_run(tmp_path / name, attacks=("pgd-40",)) for name in ("digits_guided_distillation", "digits_base")]
+    page = opened(write_report(runs, tmp_path / "report.html"), viewport=PHONE)
+    assert page.locator("#accuracy .scroll").first.evaluate("node => node.scrollWidth <= node.clientWidth")
+    name = page.locator("#accuracy tbody th").first
+    words = "node => { const at = document.createRange(), text = node.firstChild; at.selectNode(text);"
+    assert name.evaluate(words + " return at.getClientRects().length; }") == 1  # `digits_`, in one piece

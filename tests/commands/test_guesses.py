@@ -11,6 +11,8 @@ import typer
 from dualhead.commands.catalogue import kind_of
 from dualhead.commands.cli import app
 from dualhead.commands.examples import EXAMPLES
+from dualhead.commands.overrides import Shortcuts, settings_with_shortcuts
+from dualhead.commands.sweep import plan
 from dualhead.components.registry import folded
 from dualhead.data.source import name_on_hub
 from dualhead.recipe import load_recipe
@@ -67,6 +69,10 @@ TOLD = [
     (f"{SHOW} --epochs 3 stages.*.epochs=4", "--epochs and stages.*.epochs say the same"),
     ("train digit", "did you mean 'digits'?"),
     ("list everything", "unknown kind; known: aggregators, attacks"),
+    ("sweep digits --lr 0.1,0.01", "for an axis write stages.*.optimiser.lr=0.1,0.01"),
+    ("sweep digits --epochs 2 stages.main_head.epochs=1,2", "--epochs and stages.main_head.epochs say the same"),
+    (f"{SHOW} model.attach_at=null", "stages.main_head.train: the model has no second head"),
+    ("evaluate my_file.py:make --factory my_file.py:make --data digits --eps 0.1", "my_file.py"),
     ("trian digits", "No such command 'trian'"),
     ("report runs -o report.pdf", "is an HTML page, not a .pdf file; write report.html"),
     ("report runs -o report", "not a name without an ending; write report.html"),
@@ -106,6 +112,14 @@ def test_the_advice_on_a_key_is_right():
         written = re.search(r"write (stages\S+|threat\S+|runtime\S+|model\S+)$", answer)
         if written and typed.startswith(SHOW) and "backbone" not in typed:
             load_recipe("digits", [written[1]])
+
+
+def test_options_of_a_sweep_stand_for_keys_of_every_run():
+    written, notes = settings_with_shortcuts("digits", ["threat.eps=0.1,0.2"], [], Shortcuts(epochs=2, lr="0.05"))
+    recipes = [job.recipe for job in plan("digits", written)]
+    assert [recipe.threat.eps for recipe in recipes] == [0.1, 0.2]
+    assert {(stage.epochs, stage.optimiser.lr) for recipe in recipes for stage in recipe.stages} == {(2, 0.05)}
+    assert [note.split()[0] for note in notes] == ["--epochs", "--lr"]
 
 
 def test_an_option_that_levels_stages_says_so():

@@ -35,7 +35,8 @@ NETWORKS = {
 """What else makes recipes small whose names hold these words."""
 WAITS = {"training/loop.py:_check_streak: a number"}
 """What `docs/speed.md` names: every ten steps the loop looks whether steps were dropped."""
-DRAWS = {"cifar10_cpu_union": {"training/curriculum.py:<dictcomp>: a number", "training/curriculum.py:add: a number"}}
+_DRAWN = {"training/curriculum.py:<dictcomp>: a number", "training/curriculum.py:add: a number"}
+DRAWS = {"cifar10_cpu_union": _DRAWN, "digits_continual": _DRAWN}
 """Likewise: a threat is drawn for each step, from what the steps before met."""
 QUICK = ("apgd-t", "cw", "fab-t", "fgsm", "pgd", "square")
 """Attacks of all kinds."""
@@ -122,7 +123,7 @@ def small(recipe):
     for word, network in NETWORKS.items():
         yield from network if word in recipe else ()
     for stage in load_recipe(recipe).stages:
-        if stage.fit is None:
+        if stage.trains:
             yield from (override.replace("*", stage.name) for override in SHORT)
 
 

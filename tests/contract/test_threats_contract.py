@@ -16,9 +16,9 @@ THREATS = {
     "Linf": ThreatModel("Linf", "8/255"),
     "L2": ThreatModel("L2", 0.3),
     "L1": ThreatModel("L1", 2.0),
-    **{name: threats.build({"name": name, "eps": 0.1}) for name in threats.names()},
+    **{name: threats.build({"name": name, "eps": threats.get(name).typical_eps}) for name in threats.names()},
 }
-SHORT = {"steps": 2, "queries": 4, "searches": 2, "targets": 2}
+SHORT = {"steps": 2, "queries": 4, "searches": 2, "targets": 2, "angles": 3, "shifts": 2}
 each_threat = pytest.mark.parametrize("threat", THREATS.values(), ids=THREATS)
 
 
@@ -103,10 +103,10 @@ def test_every_attack_works_or_refuses_in_one_line(threat, name):
     model, x = network(4), images(5)
     outputs = lambda z: torch.stack((model(z),) * 3, 1)  # noqa: E731
     y, attack = model(x).argmax(1), shortened(name)
-    if attack.norms is not None and threat.kind not in attack.norms:
+    if not attack.takes(threat):
         with pytest.raises(UserError) as refused:
             attack(model, x, y, threat, generator=streams(5), outputs_fn=outputs)
-        assert f"attack {name} is defined for norms" in str(refused.value)
+        assert f"attack {name} is defined for " in str(refused.value)
         assert f"threat {threat.kind}; use " in str(refused.value)
         assert "\n" not in str(refused.value)
         return
@@ -125,6 +125,8 @@ def test_every_attack_works_or_refuses_in_one_line(threat, name):
 @pytest.mark.parametrize("name", [name for name in attacks.names() if issubclass(attacks.get(name), Maximiser)])
 def test_what_trains_climbs_within_every_threat(threat, name):
     model, x = network(), images(6)
+    if threat.kind == "rotation":  # one step of 30 degrees goes across many maxima, and need not climb
+        threat = build_threat({"name": "rotation", "eps": 3, "shift": 0.3})
 
     def climb(image):
         assert image.shape == x.shape

@@ -126,6 +126,20 @@ def alone(tmp_path_factory):
             ],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            2,
+            [
+                network("frozen"),
+                "stages.main_head.objective={name: alr, base: {name: agem, among: ['L2:0.5'], images: 20}}",
+                "stages.second_head.objective={name: lwf, base: {name: replay, among: ['Linf:0.15', 'L2:0.5'], "
+                "images: 20, logits: 0.1}}",
+                "stages.second_head.threat=L1:3",
+                "stages.second_head.attack.step_size=null",
+                "stages.aggregator.objective={name: ewc, old: 'L2:0.5', images: 21, weight: 100}",
+                "evaluate.gallery=0",
+            ],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
         pytest.param(2, [network("plain"), "data.poison={name: patch, share: 0.2}"], marks=pytest.mark.slow),
         pytest.param(
@@ -141,6 +155,7 @@ def alone(tmp_path_factory):
         "two, streams and a curriculum, and a teacher from before",
         "two, an energy and its curriculum, statistics of batch norm held",
         "two, aligned features and their balance",
+        "two, threats remembered",
         "two, frozen batch norm, micro-batches",
         "two, poisoned data",
         "three, unequal shares, with all that a stage can add",

@@ -341,7 +341,10 @@ BAD = [
         "stages.main_head.objective.betta: objective 'trades' has no such key; did you mean 'beta'?",
     ),
     ("NEW stages.*.attack=nothing", "stages.0.attack: unknown attack 'nothing'"),
-    ("NEW model.aggregator=mean", "stages.2.train: aggregator has no weights that learn, as of the aggregators mean"),
+    (
+        "NEW model.aggregator=mean",
+        "stages.aggregator.train: aggregator has no weights that learn, as of the",
+    ),
     (
         "NEW stages.*.attack.loss=margin",
         "stages.0: attack.loss: is for measuring; training climbs its objective's loss",
@@ -378,7 +381,7 @@ BAD = [
     ("NEW model.attach_at=stage9", "the model has no layer 'stage9'; did you mean 'stage3', 'stage2', 'stage1'?"),
     (
         "NEW model.attach_at=",
-        "stages.0.train: the model has no second head (model.attach_at is not set), so its parts are model; g",
+        "stages.main_head.train: the model has no second head (model.attach_at is not set), so its parts are model; g",
     ),
     (
         "NEW stages.main_head.train=[model]",
@@ -463,7 +466,7 @@ BAD = [
     ),
     (
         "NEW data.validation=0",
-        "stages.0.keep: best needs held-out images, but data.validation is 0; set keep: last or data.validati",
+        "stages.main_head.keep: best needs held-out images, but data.validation is 0; set keep: last or data.validati",
     ),
     ("NEW data.train_limit=0", "data.train_limit: input should be greater than 0"),
     ("NEW 'evaluate.attacks=[]'", "evaluate.attacks: must name at least one, e.g. [pgd-40]"),

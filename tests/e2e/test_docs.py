@@ -45,6 +45,8 @@ CANNOT = {
     "dualhead evaluate runs/half": "likewise",
     "dualhead report runs/half": "likewise",
     "dualhead list attacks --plugin mine.py": "likewise",
+    "dualhead sample runs/dat": "of what minutes of training leave; tests/commands/test_generate.py draws samples",
+    "dualhead counterfactual runs/dat": "likewise",
     "dualhead play": "serves until it is stopped; tests/e2e/test_play.py starts and stops it",
 }
 """Beginnings of commands that are not run here, unless one of `CAN` fits."""
@@ -291,6 +293,7 @@ def test_python_block_runs(text, place, monkeypatch, tmp_path):
 ATTACK = "one forward and backward pass for each step of the attack, "
 TARGET = "a forward pass for its target, "
 AMONG_THREE = "one forward and backward pass for each step of the attack that makes `attacked{}`, "
+FAR, REHEARSED = (AMONG_THREE.replace("attacked{}", made) for made in ("far", "rehearsed"))
 THREATS = "".join(AMONG_THREE.format(number) for number in ("", 2, 3))
 ONE, TWO, THREE = (f"{number} forward and backward pass" for number in ("one", "two", "three"))
 OBJECTIVE_COSTS = {
@@ -300,6 +303,11 @@ OBJECTIVE_COSTS = {
     "hat": f"{ATTACK}{TARGET}{THREE}es for the loss, and a forward pass of the teacher.",
     "msd": f"{ATTACK}and {ONE} for the loss.",
     "energy": f"{ATTACK}and {THREE}es for the loss.",
+    "ewc": f"{ATTACK}and {ONE} for the loss.",
+    "lwf": f"{ATTACK}{TWO}es for the loss, and two forward passes of the teacher.",
+    "air": f"{ATTACK}{THREE}es for the loss, and two forward passes of the teacher.",
+    "alr": f"{AMONG_THREE.format('')}{FAR}{TARGET}and {THREE}es for the loss.",
+    **dict.fromkeys(("agem", "replay"), f"{AMONG_THREE.format('')}{REHEARSED}and {TWO}es for the loss."),
     "any_of": f"{ATTACK}and {ONE} for the loss.",
     "avg": f"{THREATS}and {THREE}es for the loss.",
     "elle": f"{ATTACK}and 4 forward and backward passes for the loss.",

@@ -1,21 +1,29 @@
 """`dualhead.fit`: runs from Python are those of the command line, and what does not fit is refused in one line."""
 
 import copy
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from torch.utils.data import DataLoader, TensorDataset
+from PIL import Image as Pillow
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import dualhead
 from dualhead.data import load_split
+from dualhead.models import read_state
+from dualhead.runs.prepare import load_images
+from helpers import fit_job
 from helpers.e2e import dualhead as command
 from helpers.own_net import OwnNet
+from helpers.resume import in_spite_of, outcome
 
 SHORT = {
     "data.validation": 20,
@@ -89,6 +97,55 @@ def test_stopped_and_gone_on_with_equals_the_whole(digits, whole, tmp_path, step
     assert weights(tmp_path / "run") == weights(whole.run_dir)
 
 
+def fit_in_process(folder, epochs):
+    torch.set_num_threads(1)
+    train, test = load_split("digits", "train").first(200), load_split("digits", "test").first(40)
+    images = (train.images.float() / 255, train.labels), (test.images, test.labels)
+    often = {**SHORT, "runtime.save_minutes": 1e-9}
+    dualhead.fit(
+        net(), *images, recipe="digits", overrides=often, epochs=epochs, run_dir=folder, progress=False, device="cpu"
+    )
+
+
+@SLOW  # with `make bits`
+def test_killed_at_random_moments_and_called_again_equals_the_undisturbed(tmp_path):
+    began = time.monotonic()
+    assert in_spite_of(0, fit_in_process, tmp_path / "undisturbed", 3) == 0
+    epoch_seconds = (time.monotonic() - began) / (3 * 3)
+    assert in_spite_of(4, fit_in_process, tmp_path / "killed", 3, epoch_seconds) >= 2
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "undisturbed")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def fit_in_processes(count, *words):
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(free_port())]
+    return subprocess.run(
+        [sys.executable, *start, fit_job.__file__, *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@SLOW  # with `make bits`
+def test_two_processes_of_torchrun_share_a_fit(tmp_path):
+    for count in (1, 2):
+        ended = fit_in_processes(count, tmp_path / str(count))
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stderr.count("epoch 1/1") == 2  # two calls, each told once
+    for call in ("0", "1"):
+        alone, shared = (read_state(tmp_path / count / call / "model" / "model.safetensors") for count in ("1", "2"))
+        for name, tensor in alone.items():
+            torch.testing.assert_close(shared[name], tensor, rtol=2e-4, atol=2e-5)
+    ended = fit_in_processes(2, tmp_path / "other", "other")
+    assert "process 1 holds other images than process 0" in ended.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_fresh_weights_do_not_take_the_place_of_lost_ones(digits, tmp_path):
     (x, y), (x_test, y_test) = digits
     np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
@@ -135,6 +192,96 @@ def test_every_form_of_the_same_images_is_the_same_run(digits, tmp_path):
         fitted(net(), form, tmp_path / str(number), PLAIN)
         found.append(weights(tmp_path / str(number)))
     assert found[0] == found[1] == found[2]
+
+
+# ---- sources of several kinds, and the names of classes
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+class Named(TensorDataset):
+    """Images of the digits with the names of `names`, as torchvision's data sets have them."""
+
+    def __init__(self, images, names):
+        self.classes = list(names)
+        super().__init__(images[0], torch.tensor([self.classes.index(WORDS[label]) for label in images[1].tolist()]))
+
+
+def hugging_face(images, names=tuple(WORDS)):
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    x = images[0] if images[0].dtype == torch.uint8 else (images[0] * 255).round().byte()
+    labels = [list(names).index(WORDS[label]) for label in images[1].tolist()]
+    columns = {"img": [Pillow.fromarray(one.numpy()) for one in x[:, 0]], "source": [0] * len(x), "label": labels}
+    kinds = {"img": Image(), "source": ClassLabel(names=["web", "book"]), "label": ClassLabel(names=list(names))}
+    return Dataset.from_dict(columns, features=Features(kinds))
+
+
+def folder_of(root, part, images):
+    x = images[0] if images[0].dtype == torch.uint8 else (images[0] * 255).round().byte()
+    for place, (one, label) in enumerate(zip(x[:, 0], images[1].tolist(), strict=True)):
+        (root / part / WORDS[label]).mkdir(parents=True, exist_ok=True)
+        Pillow.fromarray(one.numpy()).save(root / part / WORDS[label] / f"{place:03d}.png")
+    return root
+
+
+@pytest.fixture
+def seen(digits, monkeypatch):
+    """Returns training and test images as a run sees them, each by the word of its class."""
+    monkeypatch.setattr("dualhead.commands.fit.train_run", lambda recipe, **_: load_images(recipe))
+
+    def fit(train, test, **more):
+        images = dualhead.fit(net(), train, test, recipe=PLAIN, progress=False, **more)
+        found = []
+        for split in (images.training, images.test):
+            names = [split.class_names[label] for label in split.labels.tolist()]
+            found.append(sorted(zip(split.images[:].flatten(1).tolist(), names, strict=True)))
+        return found, images.training.class_names
+
+    return fit
+
+
+def by_word(images):
+    x = images[0] if images[0].dtype == torch.uint8 else (images[0] * 255).round().byte()
+    return sorted((one.flatten().tolist(), WORDS[label]) for one, label in zip(x, images[1].tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("train_as", "test_as"),
+    [
+        (hugging_face, hugging_face),
+        (hugging_face, lambda images: hugging_face(images, WORDS[::-1])),
+        (lambda images: DataLoader(Named(images, WORDS), 64), lambda images: hugging_face(images, sorted(WORDS))),
+        (lambda images: random_split(Named(images, WORDS), [1.0])[0], lambda images: Named(images, WORDS[::-1])),
+        ("folder", hugging_face),
+        (hugging_face, "folder"),
+        (lambda images: Named(images, WORDS), lambda images: images),
+        ("folder", lambda images: Named(images, WORDS[::-1])),
+    ],
+)
+def test_classes_of_mixed_sources_are_matched_by_name(digits, seen, tmp_path, train_as, test_as, caplog):
+    train, test = (
+        str(folder_of(tmp_path / part, part, images)) if form == "folder" else form(images)
+        for part, form, images in (("train", train_as, digits[0]), ("test", test_as, digits[1]))
+    )
+    found, names = seen(train, test)
+    assert found == [by_word(images) for images in digits]
+    assert sorted(names) == sorted(WORDS)
+    assert "trusted" not in caplog.text
+
+
+def test_where_one_side_has_no_names_it_is_told(digits, seen, tmp_path, caplog):
+    train, test = digits
+    found, names = seen(train, hugging_face(test))
+    assert found == [by_word(images) for images in digits]
+    assert list(names) == WORDS
+    assert "train: does not name its classes; their order is taken to be that of test" in caplog.text
+    seen(train, str(folder_of(tmp_path, "test", test)))
+    assert "their order is trusted" in caplog.text
+    with pytest.raises(dualhead.UserError, match=r"classes \(zebra.*are not those of train"):
+        seen(hugging_face(train), Named(test, ["zebra", *WORDS]))
+    with pytest.raises(dualhead.UserError, match=r"keys train, test; give one of its data sets, train=data\[KEY\]"):
+        seen({"train": hugging_face(test), "test": hugging_face(test)}, None)
 
 
 def test_a_model_with_a_second_head(digits, tmp_path):
@@ -209,6 +356,13 @@ def test_a_network_without_an_address_needs_a_factory(digits, tmp_path):
     with pytest.raises(dualhead.UserError, match="other names or shapes"):
         dualhead.load(tmp_path / "run", factory=OwnNet)
     x = digits[1][0].float() / 255
+    (tmp_path / "made.py").write_text("from helpers.own_net import OwnNet\ndef make(): return OwnNet(width=3)\n")
+    short = ["--limit", 4, "--attack", "pgd-1", "--data", "digits", "--device", "cpu", "--quiet"]
+    assert "--factory package.module:MAKE" in command("evaluate", tmp_path / "run", *short).error_line
+    made = ["--factory", tmp_path / "made.py:make"]
+    assert command("evaluate", tmp_path / "run", *short, *made).status == 0
+    assert command("export", tmp_path / "run", "--to", tmp_path / "out", *made).status == 0
+    assert "--factory is for runs" in command("evaluate", tmp_path / "made.py:make", *short, *made).error_line
     again = dualhead.load(tmp_path / "run", factory=lambda: OwnNet(width=3))
     with torch.no_grad():
         assert torch.equal(again(x), run.model(x))

@@ -97,7 +97,7 @@ def test_a_model_of_a_norm_is_measured_under_flow(finished_run, tmp_path):
         (("--norm", "L2"), "--norm L2: --eps is needed, since the model's is of flow; e.g. --eps 0.5"),
         (("--threat", "flow", "--norm", "L2"), "--threat and --norm: give one of them"),
         (("--threat", "flo", "--eps", "0.1"), "unknown threat 'flo'; did you mean 'flow'?"),
-        (("--attack", "square"), "attack square is defined for norms (Linf, L2, L1), not for threat flow; use"),
+        (("--attack", "square"), "attack square is defined for Linf, L2, L1, not for threat flow; use"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(run, options, told):

@@ -76,7 +76,7 @@ def test_an_attack_runs_under_the_threats_that_it_is_defined_for_and_the_rest_is
     found = measure([ThreatModel("L2", 0.3), Flow(0.1)], attacks=["pgd-2", "square-5"], diagnostics=False)
     assert set(found.verdicts) == {"pgd-2@L2", "square-5@L2", "pgd-2@flow"}
     assert found.results["left_out"] == ["square-5 is not defined for flow and was not run under it"]
-    with pytest.raises(UserError, match="attack square is defined for norms"):
+    with pytest.raises(UserError, match="attack square is defined for Linf"):
         measure([ThreatModel("L2", 0.3), Flow(0.1)], attacks=["square-5"])
 
 

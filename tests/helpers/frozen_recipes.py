@@ -259,6 +259,9 @@ SETTINGS = {
     "steps": plain("sat", schedule={"name": "step", "milestones": [1]}),
     "radius and augmentation of a stage": plain(TRADES, eps="4/255", augment=["flip"]),
     "fgsm": plain("sat", attack={"name": "fgsm", "step_size": "10/255", "start": "uniform"}),
+    "n_fgsm": plain("sat", attack={"name": "n_fgsm"}),
+    "grad_align": plain("grad_align", attack={"name": "fgsm"}),
+    "elle": plain({"name": "elle", "weight": 10}, attack={"name": "fgsm"}),
     "second head cloned": {**three_stages(TRADES), "model": {**DUAL, "second_head": "clone"}},
     "second head over a frozen trunk, both heads": dual("sat", ["trunk", "head2"]),
     "begun anew": {

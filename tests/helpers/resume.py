@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +49,41 @@ def train_in_process(folder: str, epochs: int) -> None:
     """What a process of its own does; saves after about every step."""
     torch.set_num_threads(1)
     train_until(Path(folder), lambda: False, "runtime.save_minutes=1e-9", f"stages.*.epochs={epochs}")
+
+
+def newest_state(folder: Path) -> str:
+    """Name of the last state that a run has saved; empty if there is none."""
+    return max((path.name for path in (folder / "checkpoints" / "states").glob("*.pt")), default="")
+
+
+def in_spite_of(
+    kills: int, work: Callable[[str, int], None], folder: Path, epochs: int, epoch_seconds: float = 0.0, seed: int = 0
+) -> int:
+    """Kill a process that trains, again and again, until it gets through; how often it was killed.
+
+    Each time it is killed within about an epoch of its start or of a state that it has saved: by the run's own course
+    and not by the clock alone, so that a busy machine does not let it get through before its time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dualhead.runs.run"])
+    moments, killed = random.Random(seed), 0
+    while True:
+        before, wait_for_state = newest_state(folder), moments.random() < 0.7
+        process = context.Process(target=work, args=(str(folder), epochs))
+        process.start()
+        if killed < kills:
+            while wait_for_state and process.exitcode is None and newest_state(folder) == before:
+                time.sleep(0.002)
+            process.join(moments.uniform(0.0, epoch_seconds))
+        else:
+            process.join()
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            killed += 1
+        else:
+            assert process.exitcode == 0, f"the process ended by itself, with status {process.exitcode}"
+            return killed
 
 
 def outcome(folder: Path) -> dict[str, object]:

@@ -218,10 +218,10 @@ def test_what_cannot_be_a_helper_is_refused_before_anything_is_written(tmp_path)
     for fields, message in (
         ({"weights": "nowhere"}, "stages.1.objective, teacher helper: nowhere: holds no finished model"),
         ({"weights": "hat"}, "stages.1.objective, teacher helper: hat: holds no finished model"),
-        ({"stretch": 1}, "stages.1.objective: stretch must be greater than 1, got 1; 2 is as published"),
-        ({"gamma": -1}, "stages.1.objective: gamma must be at least 0, got -1"),
-        ({"base": {"name": "hat", "weights": "x"}}, "stages.1.objective: hat is its own base method"),
-        ({"base": "natural"}, "stages.1.objective: hat labels attacked images, and its base method has none"),
+        ({"stretch": 1}, "stages.hat.objective: stretch must be greater than 1, got 1; 2 is as published"),
+        ({"gamma": -1}, "stages.hat.objective: gamma must be at least 0, got -1"),
+        ({"base": {"name": "hat", "weights": "x"}}, "stages.hat.objective: hat is its own base method"),
+        ({"base": "natural"}, "stages.hat.objective: hat labels attacked images, and its base method has none"),
     ):
         with pytest.raises(UserError, match=message):
             train(hat_recipe(tmp_path, **fields), run_dir=tmp_path / "run")

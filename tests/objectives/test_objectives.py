@@ -203,7 +203,7 @@ VARIANTS = {
     "joint with ties": {"name": "joint", "attack": "sum", "distillation": 1, "diversity": 1, "head2": "natural"},
     "joint with guidance": {"name": "joint", "attack": "head1", "head2": "natural", "aggregate": None, "guidance": 1},
 }
-PAIRED = ("logit_pairing", "hat around logit_pairing", "joint with guidance", "energy", "grad_align")
+PAIRED = ("air", "alr", "logit_pairing", "hat around logit_pairing", "joint with guidance", "energy", "grad_align")
 """Those whose loss is of logits, or of gradients of images, and not of predictions, as published."""
 ORDER = torch.tensor([3, 1, 5, 0, 4, 2])
 
@@ -312,7 +312,7 @@ def test_a_mixed_image_has_the_mean_weight_of_its_classes():
 
 
 def test_only_what_says_so_depends_on_the_other_images_of_a_batch():
-    assert [name for name in shipped() if not objectives.build(VARIANTS[name]).per_image] == ["ikl", "ramp"]
+    assert [name for name in shipped() if not objectives.build(VARIANTS[name]).per_image] == ["air", "ikl", "ramp"]
 
 
 def test_contract_inner_loss_is_one_number_per_image_by_itself(adversarial):
@@ -346,7 +346,7 @@ def test_contract_a_shift_of_all_logits_of_an_image_does_not_matter(objective, v
     seen, y = seen_for(objective, 4)
     needs = list(dict.fromkeys(objective.needs().values()))
     shift = torch.arange(len(y), dtype=torch.float64)[:, None] * 7 - 11
-    logits = {name: need for name, need in objective.needs().items() if not isinstance(need, Images)}
+    logits = {name: need for name, need in objective.needs().items() if not isinstance(need, Images | Labels)}
     shifted = {**seen, **{name: seen[name] + shift * (1 + needs.index(need)) for name, need in logits.items()}}
     assert torch.allclose(objective.loss(y, seen).total, objective.loss(y, shifted).total)
 

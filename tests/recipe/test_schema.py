@@ -153,7 +153,8 @@ def test_published_settings(name):
 
 PAPERS = [
     name for name in shipped_recipes()
-    if len(stages := load_recipe(name).stages) >= 3 and all(stage.fit is None for stage in stages)
+    if len(stages := (recipe := load_recipe(name)).stages) >= 3
+    and recipe.sequence is None and all(stage.fit is None for stage in stages)
 ]  # fmt: skip
 """Those of the paper's three stages."""
 

@@ -355,6 +355,14 @@ def test_a_later_attack_that_finds_more_takes_the_green_away(tmp_path):
     assert light_of(report(run, at=tmp_path)) == "warning"
 
 
+@pytest.mark.parametrize("statuses", [("ok", "failed"), ("failed", "ok")])
+def test_a_check_that_was_made_twice_counts_once_and_at_its_worst(tmp_path, statuses):
+    checks = [{"name": "randomness", "status": status, "message": f"it is {status}"} for status in statuses]
+    evaluation(tmp_path / "one", 3, diagnostics=checks)
+    page = report(tmp_path / "one", at=tmp_path)
+    assert "0 of 1 fine" in page.text and "1 checks" in page.text and "it is failed" in page.text
+
+
 def test_checks_stand_between_the_verdict_and_the_numbers(tmp_path):
     page = report(make_run(tmp_path / "run"), at=tmp_path)
     assert [tag.get("id") for tag in page.all("section")][1:3] == ["diagnostics", "accuracy"]

@@ -134,8 +134,8 @@ def test_a_stage_may_have_its_own_threat(monkeypatch, tmp_path):
         ([*FLOW, "stages.aggregator.free={}"], "stages.aggregator: free carries a change of pixels, and threat flow"),
         (["stages.0.threat={name: flow, eps: 0}"], "stages.0.threat: eps must be greater than 0"),
         (["stages.0.threat={norm: L3, eps: 1}"], "stages.0.threat: norm 'L3' is not known"),
-        ([*FLOW, "evaluate.attacks=[pgd-1, square]"], "evaluate.attacks.1: attack square is defined for norms"),
-        ([*FLOW, "validation.attack=cw"], "validation.attack: attack cw is defined for norms (Linf, L2), not for"),
+        ([*FLOW, "evaluate.attacks=[pgd-1, square]"], "evaluate.attacks.1: attack square is defined for Linf"),
+        ([*FLOW, "validation.attack=cw"], "validation.attack: attack cw is defined for Linf, L2, not for"),
     ],
 )  # fmt: skip
 def test_threats_that_do_not_fit_a_stage_are_refused_before_anything_runs(changes, told):

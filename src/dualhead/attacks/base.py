@@ -227,7 +227,7 @@ class Attack(ABC):
     needs_heads: ClassVar[bool] = False
     """Whether it attacks only models that show the logits of several heads."""
     norms: ClassVar[tuple[str, ...] | None] = None
-    """The norms for which it is defined; None for any threat, since it only calls the methods of `Threat`."""
+    """The threats for which it is defined, by `Threat.family`; None for any, since it only calls its methods."""
 
     @property
     def single_step(self) -> bool:
@@ -263,17 +263,21 @@ class Attack(ABC):
         del names
         return self
 
+    def takes(self, threat: Threat) -> bool:
+        """Tell whether the attack is defined for a threat."""
+        return self.norms is None or threat.family in self.norms
+
     def check(self, threat: Threat) -> None:
         """Refuse a threat for which the attack is not defined.
 
         Raises:
             UserError: naming both, and attacks that can be used.
         """
-        if self.norms is None or threat.kind in self.norms:
+        if self.takes(threat):
             return
         others = [name for name in attacks.names() if attacks.get(name).norms is None]
         raise UserError(
-            f"attack {self.registered_name} is defined for norms ({', '.join(self.norms)}), not for threat "
+            f"attack {self.registered_name} is defined for {', '.join(self.norms or ())}, not for threat "
             f"{threat.kind}; use {', '.join(others[:-1])} or {others[-1]}"
         )
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dualhead.attacks import losses
-from dualhead.attacks.base import Query, State, attacks, per_slot, require_at_least_one
-from dualhead.attacks.targeted import Targeted, reached
+from dualhead.attacks.base import State, attacks, require_at_least_one
+from dualhead.attacks.proposals import Proposals
 from dualhead.components.fields import Real, unless_given
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -81,7 +80,7 @@ def _norm(delta: Tensor, dims: tuple[int, ...], order: int = 2) -> Tensor:
 
 @attacks.register("square", numbers=("queries",))
 @dataclass(frozen=True)
-class Square(Targeted):
+class Square(Proposals):
     """Random search over squares, on the margin loss.
 
     When: to check for masked gradients: it needs none, so it should find nothing that the others miss.
@@ -98,7 +97,6 @@ class Square(Targeted):
     """
 
     norms = ("Linf", "L2", "L1")
-    uses_gradients = False
 
     queries: int = 5000
     p_init: Real = 0.8
@@ -110,11 +108,6 @@ class Square(Targeted):
         self.settle_target(self)
         if not 0 < self.p_init <= 1:
             raise UserError(f"p_init must lie in (0, 1], got {self.p_init:g}; the published value is 0.8")
-
-    def jobs(self, num_classes: int) -> int:
-        """One per restart."""
-        del num_classes
-        return self.restarts
 
     def max_steps(self) -> int:
         """The look at the start, and the squares."""
@@ -128,61 +121,14 @@ class Square(Targeted):
         """
         if x.ndim != 4:
             raise UserError(f"square needs images of shape [B, C, H, W], got {list(x.shape)}")
-        streams = streams.fork(job)
-        start = _stripes(x, threat, streams) if norm_of(threat) == "Linf" else _tiles(x, threat, streams)
-        state = {
-            "x": x,
-            "y": y,
-            "keys": streams.keys,
-            "start": start,
-            "adversarial": x.clone(),
-            "margin": torch.full_like(clean[:, 0], -torch.inf),
-            "found": torch.zeros_like(y, dtype=torch.bool),
-            "iteration": torch.zeros_like(y),
-        }
-        return self.with_goal(state, clean, y)
+        return super().begin(x, y, clean, job, threat, streams)
 
-    def notes(self, num_classes: int) -> list[str]:
-        """That it is targeted, if it is."""
-        del num_classes
-        return self.target_notes()
+    def first(self, x: Tensor, threat: Threat, streams: Streams) -> Tensor:
+        """Return the published starts: stripes under Linf, tiles else."""
+        return _stripes(x, threat, streams) if norm_of(threat) == "Linf" else _tiles(x, threat, streams)
 
-    def step(self, state: State, query: Query, threat: Threat) -> State:
-        """Draw a candidate, look at it, and keep it where the margin grew or the model is fooled."""
-        return self.leap(state, query, threat, 1)
-
-    def leap(self, state: State, query: Query, threat: Threat, count: int) -> State:
-        """See `LooksAhead.leap`: candidates that follow one another as long as none of them is kept."""
-        ahead = torch.arange(count, device=state["y"].device)
-        number = state["iteration"][:, None] + ahead
-        rows = torch.arange(len(state["y"]), device=ahead.device).repeat_interleave(count)
-        needed = ("x", "start", "adversarial", "keys")
-        repeated = {key: state[key] if count == 1 else state[key][rows] for key in needed}
-        candidates = self._candidates(repeated, number.flatten(), threat)
-        asked: State = {key: state[key][rows] for key in ("y", "goal") if key in state}
-        logits = query.logits(candidates)
-        gap = -losses.margin(logits, asked["goal"]) if "goal" in asked else losses.margin(logits, asked["y"])
-        margin, fooled = gap.view_as(number), reached(logits, asked).view_as(number)
-        kept = ((margin > state["margin"][:, None]) | fooled) & (number < self.max_steps())
-        first = torch.where(kept, ahead, count).amin(1)
-        any_kept, place = first < count, first.clamp_max(count - 1)[:, None]
-        chosen = candidates[torch.arange(0, len(rows), count, device=ahead.device) + place[:, 0]]
-        left = (self.max_steps() - state["iteration"]).clamp_min(0)
-        return {
-            **state,
-            "adversarial": torch.where(per_slot(any_kept, chosen), chosen, state["adversarial"]),
-            "margin": torch.where(any_kept, margin.gather(1, place)[:, 0], state["margin"]),
-            "found": state["found"] | (any_kept & fooled.gather(1, place)[:, 0]),
-            "iteration": state["iteration"] + torch.minimum((first + 1).clamp_max(count), left),
-        }
-
-    def _candidates(self, state: State, number: Tensor, threat: Threat) -> Tensor:
-        """Propose the candidates of step `number`, int64 [B], if the best so far is still the best then."""
-        drawn = self._propose(state["x"], state["adversarial"], number - 1, Streams(state["keys"]), threat)
-        return torch.where(per_slot(number == 0, drawn), state["start"], drawn)
-
-    def _propose(self, x: Tensor, best: Tensor, number: Tensor, streams: Streams, threat: Threat) -> Tensor:
-        """`best` with one more square, number int64 [B] counting those before it."""
+    def propose(self, x: Tensor, best: Tensor, number: Tensor, streams: Streams, threat: Threat) -> Tensor:
+        """Return `best` with one more square."""
         channels, height, width = x.shape[1:]
         bounds, lengths = _schedule(self.p_init, height, width, norm_of(threat), x.device)
         halvings = torch.bucketize(number, bounds)

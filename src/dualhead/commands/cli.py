@@ -35,6 +35,16 @@ STOPPED = 75  # EX_TEMPFAIL: try again later
 # Typer carries its own copy of click, or uses the installed one, by version: the classes are found through its own.
 _UsageError, _ClickError = cast("tuple[type[Any], type[Any]]", typer.BadParameter.__mro__[1:3])
 
+
+def _at_hand(context: typer.Context, address: str | None) -> str | None:
+    """Make networks by the function of `--factory` until the command ends."""
+    if address is not None and not context.resilient_parsing:
+        from dualhead.models import at_hand_by_name
+
+        context.with_resource(at_hand_by_name(address))
+    return address
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE with dotted keys, e.g. threat.eps=4/255")]
 ModelName = Annotated[str, typer.Argument(help="A run, an exported model, a Hub name, or package.module:factory.")]
 Recipes = Annotated[
@@ -51,6 +61,13 @@ Rate = Annotated[str | None, typer.Option("--lr", help="Learning rate of every s
 RunBatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Of every stage; default: the recipe's.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--factory", callback=_at_hand,
+        help="package.module:function that makes the network, where the run's class cannot be imported.",
+    ),
+]  # fmt: skip
 AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 Norm = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; default: the run's.")]
 OutputDir = Annotated[Path | None, typer.Option("--output", help="Where results go; default: the run.")]
@@ -165,6 +182,7 @@ def train(
         err,
         out,
         print_row_lights,
+        print_sequence,
         progress_bar,
     )
     from dualhead.runs import RunFolder, changes
@@ -177,9 +195,10 @@ def train(
     if not quiet and _speaks():
         for note in notes:
             err.print(note, soft_wrap=True)
+    names = [stage.name for stage in read.stages]
     if dry_run:
         changes(folder.path, read)  # refuses a folder that holds something else
-        with naming_stages(read, overrides or []):
+        with naming_stages(names, overrides or []):
             _tell_recipe(read, as_json=as_json, quiet=quiet, cost=True, strict=True)
         return
     done_before = folder.report.is_file()
@@ -187,7 +206,7 @@ def train(
         _stop_on_signals() as stop,
         joined() as group,
         progress_bar(quiet=quiet or not group.first) as bar,
-        naming_stages(read, overrides or []),
+        naming_stages(names, overrides or []),
     ):
         result = run_training(
             read,
@@ -205,10 +224,13 @@ def train(
         err.print(f"{folder.path}: {told}", soft_wrap=True)
     rows = [row.describe() for row in result.rows]
     if as_json:
-        typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows}, indent=2))
+        more = {} if result.sequence is None else {"sequence": result.sequence}
+        typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows, **more}, indent=2))
         return
     print_row_lights(rows)
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
+    if result.sequence is not None:
+        print_sequence(result.sequence)
     if not quiet:
         if profile:
             out.print(f"profile: {folder.profile}, a table and a trace for each stage", soft_wrap=True)
@@ -340,12 +362,18 @@ def evaluate(
         list[str] | None,
         typer.Option("--ood", help="Images that are not in distribution: a source, uniform or gaussian; repeatable."),
     ] = None,
+    transfer_from: Annotated[
+        str | None,
+        typer.Option("--transfer-from", help="Another model: also measure on images made against it alone."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever lies in --output.")] = False,
+    factory: Factory = None,
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure clean and robust accuracy of a run or a model."""
+    del factory  # its callback has put it in place
     from dualhead.commands.evaluate import assess
     from dualhead.commands.resolve import Request, split_attacks
     from dualhead.commands.terminal import (
@@ -389,6 +417,7 @@ def evaluate(
         device=device,
         precision=precision,
         save_adversarial=save_adversarial,
+        transfer_from=transfer_from,
         overwrite=overwrite,
         command=_command(),
         generation=generation,
@@ -418,7 +447,7 @@ def evaluate(
     out.print(accuracy_table(title, rows))
     if by_kind := corruption_table(rows):
         out.print(by_kind)
-    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results)]:
+    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results), *_transfer(evaluation.results)]:
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
@@ -482,6 +511,12 @@ def _targeted(results: Any) -> list[str]:
     return lines
 
 
+def _transfer(results: Any) -> list[str]:
+    """What images made against another network alone say."""
+    told = results.get("transfer")
+    return [f"transfer: {told['note']}"] if told else []
+
+
 def _title(evaluation: Any) -> str:
     from dualhead.report import threat_text
 
@@ -496,6 +531,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
         "corruptions": evaluation.results.get("corruptions"),
+        "transfer": evaluation.results.get("transfer"),
         **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
     }
 
@@ -523,11 +559,13 @@ def gallery(
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     device: Device = "auto",
+    factory: Factory = None,
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Attack some images at several eps and map logits around them, for the gallery of the next report."""
+    del factory  # its callback has put it in place
     from dualhead.commands.evaluate import exhibit
     from dualhead.commands.resolve import Request
 
@@ -574,11 +612,13 @@ def play(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 0,
     open_page: Open = False,
     device: Device = "auto",
+    factory: Factory = None,
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve a page, to this machine only, on which to choose an image, move eps and watch the heads under attack."""
+    del factory  # its callback has put it in place
     from dualhead.commands.play import LOOPBACK, Playground, check_beside, serve
     from dualhead.commands.resolve import Request, resolve
 
@@ -658,10 +698,12 @@ def export(
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also as ONNX, checked with onnxruntime.")] = False,
     push: Annotated[str | None, typer.Option("--push", help="Also upload to the Hub as OWNER/NAME.")] = None,
+    factory: Factory = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write weights, configuration and a model card to a folder that `dualhead.load` reads."""
+    del factory  # its callback has put it in place
     from dataclasses import asdict
 
     from dualhead.commands.terminal import print_lights
@@ -761,11 +803,16 @@ def sweep(
         list[str] | None, typer.Option("--job", help="With --on: KEY=VALUE of submitit, e.g. slurm_partition=gpu.")
     ] = None,
     at_once: Annotated[int | None, typer.Option("--at-once", min=1, help="With --on: jobs queued at a time.")] = None,
+    epochs: Epochs = None,
+    device: RunDevice = None,
+    lr: Rate = None,
+    batch_size: RunBatchSize = None,
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Train and evaluate a grid of settings, and write one table; the same command goes on where it was stopped."""
+    from dualhead.commands.overrides import Shortcuts, settings_with_shortcuts
     from dualhead.commands.submit import dispatch_sweep
     from dualhead.commands.sweep import plan, run_sweep
     from dualhead.commands.terminal import TrainingDisplay, err, progress_bar, sweep_table
@@ -778,11 +825,16 @@ def sweep(
     if scheduler is not None and shard != "0/1":
         raise UserError("--shard shares runs out by hand, which --on leaves to the scheduler; use one of them")
     folder = out_dir or Path("runs") / f"sweep-{Path(recipe).stem}"
-    jobs = plan(recipe, settings or [], seeds, plugin or [])
 
     def tell(line: str) -> None:
         if not quiet:
             err.print(line, soft_wrap=True, markup=False)
+
+    chosen = Shortcuts(epochs, None, device, lr, batch_size)
+    written, notes = settings_with_shortcuts(recipe, settings or [], plugin or [], chosen)
+    for note in notes:
+        tell(note)
+    jobs = plan(recipe, written, seeds, plugin or [])
 
     with progress_bar(quiet=quiet or scheduler is not None) as bar, _stop_on_signals() as stop:
         if scheduler is not None:
@@ -822,20 +874,23 @@ def compare(
 ) -> None:
     """Set runs side by side: accuracy over seeds, cost, Pareto front at equal cost, and paired tests with the first."""
     del quiet  # there are results only
-    from dualhead.commands.compare import normalised, read_entries, standings
-    from dualhead.commands.terminal import out, print_standings
+    from dualhead.commands.compare import normalised, read_entries, sequences, standings
+    from dualhead.commands.terminal import out, print_sequences, print_standings
     from dualhead.system.files import write_json
 
-    entries = read_entries(places)
+    entries, made_for_one = read_entries(places), []
     found = standings(entries)
     if specialist:
-        found["against_specialists"] = normalised(entries, read_entries(specialist))
+        made_for_one = read_entries(specialist)
+        found["against_specialists"] = normalised(entries, made_for_one)
+    found["sequences"] = sequences(entries, made_for_one)
     if output is not None:
         write_json(output, found)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     print_standings(found)
+    print_sequences(found["sequences"])
     for row in found.get("against_specialists", []):
         shares = ", ".join(f"{label} {share:.1%}" for label, share in row["shares"].items())
         name = f"{row['label']}, {row['name']}" if row["name"] else row["label"]
@@ -915,11 +970,13 @@ def sample_images(
     output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: samples in the run.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**62)] = 0,
     device: Device = "auto",
+    factory: Factory = None,
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Let noise climb the logits of classes: samples.npz, and sheets of samples and of the way to them."""
+    del factory  # its callback has put it in place
     from dualhead.commands.generate import draw_samples
     from dualhead.commands.resolve import Request
 
@@ -944,11 +1001,13 @@ def counterfactual_images(
     data: Data = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="A folder; default: in the run.")] = None,
     device: Device = "auto",
+    factory: Factory = None,
     plugin: Plugins = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn test images into other classes within an L2 ball: images, paths, distances, probabilities and a sheet."""
+    del factory  # its callback has put it in place
     from dualhead.commands.generate import draw_counterfactuals
     from dualhead.commands.resolve import Request
 

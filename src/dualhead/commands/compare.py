@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
 from dualhead.evaluation import (
+    MEASURES,
     TRIGGERED,
     Evaluation,
     against_specialists,
@@ -25,6 +26,8 @@ from dualhead.evaluation import (
     interval_over_samples,
     mcnemar,
     mean_std,
+    of_specialists,
+    plasticity,
     successes,
     wilson,
 )
@@ -235,6 +238,68 @@ def normalised(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[d
     ]
 
 
+def sequences(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Say what is left at the end of runs in which threats arrived one after another.
+
+    Args:
+        entries: outputs of runs.
+        specialists: results of runs that were each made for one of the threats; none: what the runs know of some.
+
+    Returns:
+        For each group with a `sequence`, its `name`, `seeds`, `old_attacks`, `order` of the threats, and as means over
+        seeds the measures of the last stage, `spread` (half of Student's 95 % interval over seeds, None of one seed),
+        and the cost in forward passes.
+
+    Raises:
+        UserError: if specialists were not measured by the same attacks under the same threats.
+    """
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.deployed and entry.evaluation.results.get("sequence"):
+            groups.setdefault(entry.group, []).append(entry)
+    labels = _labels(list(groups.values()))
+    return [_ends(label, members, specialists) for label, members in zip(labels, groups.values(), strict=True)]
+
+
+def _ends(label: str, members: Sequence[Entry], specialists: Sequence[Entry]) -> dict[str, Any]:
+    told = [member.evaluation.results["sequence"] for member in members]
+    threats = list(told[0]["threats"])
+    rows = [dict(each["rows"][-1]) for each in told]
+    if specialists:
+        for member in members:
+            against_specialists(member.evaluation, [entry.evaluation for entry in specialists])  # refuses others
+        reached = of_specialists([entry.evaluation for entry in specialists if entry.deployed], threats)
+        for row, each in zip(rows, told, strict=True):
+            row["plasticity"] = plasticity(each, reached)
+    flat = [
+        {**{key: row[key] for key in ("clean_accuracy", "union", *MEASURES) if row.get(key) is not None},
+         **{f"robust {name}": row["robust_accuracy"][name] for name in threats},
+         "forward_equivalents": row["training_cost"]["forward_equivalents"]}
+        for row in rows
+    ]  # fmt: skip
+    names = [key for key in flat[0] if all(key in one for one in flat)]
+    values = {key: [float(one[key]) for one in flat] for key in names}
+    return {
+        "name": label,
+        "seeds": sorted(member.seed for member in members),
+        "old_attacks": told[0]["old_attacks"],
+        "order": list(told[0]["arrived"]),
+        "threats": threats,
+        "stages": [row["stage"] for row in told[0]["rows"]],
+        "means": {key: mean_std(of)[0] for key, of in values.items()},
+        "spread": {key: _half(of) for key, of in values.items()},
+    }
+
+
+def _half(values: Sequence[float]) -> float | None:
+    """Return half the width of Student's 95 % interval of a mean over seeds; None of one seed."""
+    if len(values) < 2:
+        return None
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, len(values) - 1)) * mean_std(values)[1] / math.sqrt(len(values))
+
+
 def _labels(groups: Sequence[Sequence[Entry]]) -> list[str]:
     """Return the name of each group in tables: its label, after as many folders as tell it from its namesakes."""
 
@@ -316,6 +381,7 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
         },
         **_corruptions(members),
         **_poison(members),
+        **_transfer(members),
         "parameters": first.parameters,
         "training_cost": {
             "flops": total,
@@ -350,6 +416,18 @@ def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:
         of_seeds = f"seed {seeds}: " if len(members) > 1 else ""
         checks.append({"name": name, "status": status, "message": of_seeds + seen[0][1]})
     return lights(checks)
+
+
+def _transfer(members: Sequence[Entry]) -> dict[str, Any]:
+    """What `results.json` says of images made against another network, as the mean over seeds; empty if not for all."""
+    told = [member.evaluation.results["transfer"] for member in members if "transfer" in member.evaluation.results]
+    if len(told) < len(members) or len({each["from"] for each in told}) > 1:
+        return {}
+    if len(told) == 1:
+        return {"transfer": told[0]}
+    shares = [float(each["accuracy"]) for each in told]
+    whole = {"accuracy": mean_std(shares)[0], "interval": _interval(shares, members[0].evaluation.num_samples)}
+    return {"transfer": {"from": told[0]["from"], **whole, "note": told[0]["note"]}}
 
 
 def _corruptions(members: Sequence[Entry]) -> dict[str, Any]:

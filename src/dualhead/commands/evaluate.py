@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualhead.commands.quality import assess_further
 from dualhead.commands.resolve import Request, resolve
@@ -78,11 +78,22 @@ def assess(
         resume=not request.overwrite,
         progress=progress,
         command=request.command,
+        transfer_from=None if request.transfer_from is None else _other(request),
+        transfer_name=Path(request.transfer_from or "").name,
         subject={"stage": request.stage, "checkpoint": request.checkpoint, "output": request.output},
         stop=stop,
     )
     assess_further(request, asked, evaluation)
     return asked.results, evaluation
+
+
+def _other(request: Request) -> nn.Module:
+    """Load the network that images are made against, on the images of the first."""
+    assert request.transfer_from is not None
+    asked = replace(request, model=request.transfer_from, stage=None, checkpoint=None, output=None)
+    if not asked.is_run and request.is_run and asked.data is None:
+        asked = replace(asked, data=read_recipe(Path(request.model)).data.source)
+    return resolve(asked).model
 
 
 def assess_routes(
@@ -106,6 +117,8 @@ def assess_routes(
     kinds = parse_kinds(request.routes or "all")
     if request.output is not None:
         raise UserError("--routes measures all routes; leave --output-of out")
+    if request.transfer_from is not None:
+        raise UserError("--transfer-from: not with --routes; evaluate one head with --output-of")
     if request.save_adversarial:
         raise UserError("--save-adversarial: not with --routes; evaluate one head with --output-of")
     if request.precision not in get_args(Precision):

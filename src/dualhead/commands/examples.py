@@ -42,7 +42,7 @@ EXAMPLES: Final[dict[str, tuple[str, str, str]]] = {
     "info": ("info runs/digits", "info runs/digits --quiet", "info runs/digits --json"),
     "sweep": (
         "sweep digits stages.*.objective.beta=3,6",
-        "sweep digits --seeds 3 --out runs/seeds",
+        "sweep digits --seeds 3 --epochs 10 --out runs/seeds",
         "sweep digits --seeds 4 --shard 0/2",
     ),
     "compare": ("compare runs/a runs/b", "compare runs/sweep-digits", "compare runs -o standings.json"),

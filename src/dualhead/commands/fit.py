@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
+from dualhead.commands.overrides import naming_stages
 from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, progress_bar
 from dualhead.components.plugins import searched_in
 from dualhead.data import GivenImages, Labelled, Split, holding, match, one_form
 from dualhead.errors import UserError
-from dualhead.evaluation import read_all
+from dualhead.evaluation import LABEL_KEYS, read_all
 from dualhead.heads import DualHeadClassifier, layers, own_words
 from dualhead.models import address_of, at_hand, backbones, describe_given
 from dualhead.recipe import Data, Recipe, override, parse_override, parse_recipe, recipe_content
 from dualhead.runs import RunResult, train
+from dualhead.system.processes import joined
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +54,8 @@ def fit(
 
     The run is one like those of the command line: the same data, network and seed give the same weights to the bit. The
     same call goes on with a run that was stopped. Images are kept in memory with 8 bits a value; loaders and data sets
-    are read once, so augmentation belongs into the recipe (`data.augment`).
+    are read once, so augmentation belongs into the recipe (`data.augment`). Processes of torchrun make the same call,
+    and share every batch.
 
     Args:
         model: images [B, C, H, W] in [0, 1] to logits [B, classes], with the weights to begin with; it is left as it
@@ -89,13 +93,17 @@ def fit(
     content = recipe_content(recipe, folders)
     images = _images(train, test, class_names)
     source = images.source if images is not None else None if train is None else str(train)
-    for key, value in _overrides(overrides, source, eps, seed, device):
+    given = _overrides(overrides, source, eps, seed, device)
+    for key, value in given:
         override(content, key, value)
     if epochs is not None:
         _set_epochs(content, epochs)
-    with searched_in(folders), holding(images):
+    with joined() as processes, searched_in(folders), holding(images):
+        _refuse_other_images(processes.gather(source))
+        progress = progress and processes.first
         begin_with, maker = _settle_model(content, model, factory, attach_at)
-        with at_hand(maker), progress_bar(quiet=not progress) as bar:
+        names = [stage.get("name") for stage in content.get("stages") or () if isinstance(stage, Mapping)]
+        with at_hand(maker), progress_bar(quiet=not progress) as bar, naming_stages(names, [key for key, _ in given]):
             parsed = parse_recipe(content, "recipe" if not isinstance(recipe, str | Path) else f"recipe {recipe}")
             return train_run(
                 parsed, run_dir=run_dir, stop=stop, begin_with=begin_with,
@@ -130,6 +138,16 @@ def _set_epochs(content: Mapping[str, Any], epochs: int) -> None:
 # ---- images
 
 
+def _refuse_other_images(sources: Sequence[str | None]) -> None:
+    """Refuse processes of torchrun that each hold other images: they share every batch."""
+    other = next((rank for rank, source in enumerate(sources) if source != sources[0]), None)
+    if other is not None:
+        raise UserError(
+            f"train, test: process {other} holds other images than process 0, or in another order; give all processes "
+            "the same: each trains on its share of every batch"
+        )
+
+
 def _images(train: Any, test: Any, class_names: Sequence[str] | None) -> GivenImages | None:
     """Return the images if a program holds any of them; None if a source names them all."""
     if test is not None and train is None:
@@ -145,10 +163,13 @@ def _images(train: Any, test: Any, class_names: Sequence[str] | None) -> GivenIm
     for part, given in (("train", train), ("test", test)):
         if given is not None:
             parts[part], names[part] = _part(given, part)
-    named = names["train"] if class_names is None else tuple(map(str, class_names))
-    theirs, content = names.get("test"), parts.get("test")
+    ours, theirs = names["train"], names.get("test")
+    named = ours or theirs if class_names is None else tuple(map(str, class_names))
+    content = parts.get("test")
     if named is not None and theirs is not None and not isinstance(content, str | None):
         parts["test"] = _renumbered(content, theirs, named)
+    if class_names is None and ours is None and theirs is not None and not isinstance(parts["train"], str):
+        _log.warning("train: does not name its classes; their order is taken to be that of test, 0 is %s", theirs[0])
     return GivenImages(parts, named)
 
 
@@ -174,8 +195,13 @@ def _part(given: Any, part: str) -> tuple[Labelled | str, tuple[str, ...] | None
         images, labels = (_array(one) for one in given)
     elif _is_array(given):
         raise UserError(f"{part}: images alone have no labels; give a pair, {part}=(images, labels)")
+    elif isinstance(given, Mapping):
+        raise UserError(
+            f"{part}: got a {type(given).__name__} with the keys {', '.join(map(str, list(given)[:4]))}; give one of "
+            f"its data sets, {part}=data[KEY], or a pair, {part}=(images, labels)"
+        )
     elif isinstance(given, Iterable) or hasattr(given, "__getitem__"):
-        names = _class_names(getattr(given, "dataset", given))
+        names = _class_names(given.dataset if isinstance(given, DataLoader) else given)
         try:
             read = read_all(given)
         except UserError as error:
@@ -198,11 +224,13 @@ def _array(value: Any) -> NDArray[Any]:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:
-    """Names of classes as torchvision's data sets and those of `datasets` have them."""
+    """Names of classes as torchvision's data sets and those of `datasets` have them, also those of a subset."""
     names = getattr(dataset, "classes", None)
     features = getattr(dataset, "features", None)
     if names is None and isinstance(features, Mapping):
-        names = next((f.names for f in features.values() if getattr(f, "names", None)), None)
+        names = getattr(features.get(next((key for key in LABEL_KEYS if key in features), None)), "names", None)
+    if names is None and isinstance(dataset, Subset):
+        return _class_names(dataset.dataset)
     return tuple(map(str, names)) if isinstance(names, Sequence) and not isinstance(names, str) and names else None
 
 

@@ -26,7 +26,7 @@ from dualhead.system.processes import group
 _log = logging.getLogger(__name__)
 
 SEED: Final = 20_000
-"""Of a judge: one that no run has by default."""
+"""Seed of a judge: one that no run has by default."""
 BACKBONES: Final = ("wideresnet-10-1", "cnn-16")
 """The judge's, the first whose family is not that of the model."""
 EPOCHS: Final = 30

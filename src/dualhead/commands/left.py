@@ -65,7 +65,7 @@ class TimeLeft:
 
 
 def _passes_of_step(stage: Any) -> float:
-    if stage.fit is not None:
+    if not stage.trains:
         return 0.0
     if stage.free is not None:
         return float(stage.free.replays)

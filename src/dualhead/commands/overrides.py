@@ -47,6 +47,42 @@ def with_shortcuts(
     Raises:
         UserError: as `load_recipe`; or if an option and an override say the same key.
     """
+    if shortcuts == Shortcuts():
+        return load_recipe(name, overrides, plugins), []
+    added, notes = written_out(load_recipe(name, overrides, plugins), overrides, shortcuts)
+    return load_recipe(name, [*overrides, *added], plugins), notes
+
+
+def settings_with_shortcuts(
+    name: str, settings: Sequence[str], plugins: Sequence[str], shortcuts: Shortcuts
+) -> tuple[list[str], list[str]]:
+    """Return the settings of a sweep with those that options stand for, and notes as `with_shortcuts` gives them.
+
+    Raises:
+        UserError: as `with_shortcuts`; or if an option has several values.
+    """
+    if shortcuts == Shortcuts():
+        return list(settings), []
+    for option, key, value in (
+        ("--lr", "stages.*.optimiser.lr", shortcuts.lr), ("--device", "runtime.device", shortcuts.device),
+    ):  # fmt: skip
+        if value is not None and "," in value:
+            raise UserError(f"{option} {value}: is one value for all runs; for an axis write {key}={value}")
+    added, notes = written_out(load_recipe(name, (), plugins), settings, shortcuts)
+    return [*settings, *added], notes
+
+
+def written_out(recipe: Recipe, overrides: Sequence[str], shortcuts: Shortcuts) -> tuple[list[str], list[str]]:
+    """Return the overrides that options stand for, and a line for each that changes stages which differ in it.
+
+    Args:
+        recipe: with the stages that the options are for.
+        overrides: `KEY=VALUE`, which must not say the same.
+        shortcuts: the options.
+
+    Raises:
+        UserError: if an option and an override say the same key.
+    """
     keys = [override.partition("=")[0] for override in overrides]
     added: list[str] = []
     notes: list[str] = []
@@ -56,7 +92,7 @@ def with_shortcuts(
             _refuse_twice(option, f"runtime.{field}", keys)
             added.append(f"runtime.{field}={value}")
     if any(getattr(shortcuts, field) is not None for field in _OF_STAGES):
-        stages = [stage for stage in load_recipe(name, overrides, plugins).stages if stage.fit is None]
+        stages = [stage for stage in recipe.stages if stage.trains]
         for field, (option, key, of) in _OF_STAGES.items():
             value = getattr(shortcuts, field)
             if value is None:
@@ -70,7 +106,7 @@ def with_shortcuts(
                     f"{option} {value} holds for each of {len(stages)} stages, which had {had}; for one of them write "
                     f"stages.{stages[0].name}.{key}={value}"
                 )
-    return load_recipe(name, [*overrides, *added], plugins), notes
+    return added, notes
 
 
 def _refuse_twice(option: str, key: str, given: Sequence[str]) -> None:
@@ -88,9 +124,9 @@ def _refuse_twice(option: str, key: str, given: Sequence[str]) -> None:
 
 
 @contextmanager
-def naming_stages(recipe: Recipe, overrides: Sequence[str]) -> Iterator[None]:
+def naming_stages(names: Sequence[object], overrides: Sequence[str]) -> Iterator[None]:
     """Call stages in a `UserError` by the names that overrides use."""
     try:
         yield
     except UserError as error:
-        raise UserError(stages_as_named(str(error), overrides, [stage.name for stage in recipe.stages])) from None
+        raise UserError(stages_as_named(str(error), overrides, names)) from None

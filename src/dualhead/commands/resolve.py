@@ -15,7 +15,7 @@ from dualhead.components.fields import parse_real
 from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
 from dualhead.evaluation import asks_for_corruptions
-from dualhead.models import Backbone, backbones
+from dualhead.models import Backbone, backbones, maker
 from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
@@ -73,6 +73,7 @@ class Request:
     device: str = "auto"
     precision: str = "auto"
     save_adversarial: bool = False
+    transfer_from: str | None = None
     overwrite: bool = False
     command: str | None = None
     generation: bool = False
@@ -257,7 +258,7 @@ def _of_run(request: Request, room: int) -> _Source:
         reading=recipe.data.reading(),
         results=folder.path / "evaluations",
         gallery=folder.evaluation,
-        threats=recipe.evaluate.threats,
+        threats=recipe.threats_measured,
     )
 
 
@@ -280,6 +281,8 @@ def _of_saved(request: Request, room: int) -> _Source:
 
 def _of_factory(request: Request, room: int) -> _Source:
     """Find a factory: it makes what fits the images, which it takes as they are, or as its publisher says."""
+    if maker() is not None:
+        raise UserError(f"--factory is for runs and saved models; {request.model} says itself how it is made")
     backbone = backbones.build(request.model, where="model")
     found = backbone.published_preprocessing()
     reading: dict[str, Any] = {}
@@ -356,7 +359,7 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
     if request.eps is None and "eps" in known and chosen != own:
         ((key, kind),) = chosen.items()
         if kind in (*get_args(Norm), *registered.names()):
-            radius = {"Linf": "8/255", "L2": "0.5", "L1": "12"}.get(kind, "0.05")
+            radius = {"Linf": "8/255", "L2": "0.5", "L1": "12"}.get(kind) or registered.get(kind).typical_eps
             of = known.get("norm") or known.get("name")
             option = "--norm" if key == "norm" else "--threat"
             raise UserError(f"{option} {kind}: --eps is needed, since the model's is of {of}; e.g. --eps {radius}")
@@ -437,6 +440,7 @@ def _folder_name(request: Request) -> str:
     words += [request.image_size, request.image_column, request.label_column, request.resample]
     numbers = (("crop", request.crop), ("channels", request.channels), ("depth", request.depth))
     words += [None if value is None else f"{name}{value}" for name, value in numbers]
+    words += [None if request.transfer_from is None else f"transfer-{request.transfer_from[-40:]}"]
     words += ["adversarial" if request.save_adversarial else None, "generation" if request.generation else None]
     words += ["ood"] if request.ood else []
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from dualhead.commands.left import TimeLeft
 from dualhead.recipe import Recipe
-from dualhead.report import SAMPLE_ROWS, believable, duration, light_lines, poison_columns, threat_text, unequal
+from dualhead.report import (
+    OLD_ATTACKS,
+    SAMPLE_ROWS,
+    believable,
+    duration,
+    light_lines,
+    poison_columns,
+    sequence_cells,
+    threat_text,
+    unequal,
+)
 from dualhead.runs import Trial
 from dualhead.statistics import overfits_single_steps
 
@@ -231,13 +241,12 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable
     worn, even, poisoned = _worn_columns(rows), shows_balanced(rows), poison_columns(rows)
     names = ("clean", *shown, *worn, *even, *poisoned)
     table = NumberTable({"model": "left"} | dict.fromkeys(names, "right"), title)
-    gap = (
-        "\n" if len(shown) + len(poisoned) > 2 else " "
-    )  # many attacks fit a narrow terminal only with the interval below the share
+    # Many attacks fit a narrow terminal only with the interval below the share.
+    gap = "\n" if len(shown) + len(poisoned) > 2 else " "
     for number, row in enumerate(rows):
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
         cells += [_cell(row, name, gap) for name in shown]
-        cells += [_worn_cell(row, gap) for _ in worn]
+        cells += [_worn_cell(row, name, gap) for name in worn]
         cells += [_balanced_cell(row, name) for name in even.values()]
         shares = (column[number] for column in poisoned.values())
         cells += ["-" if share is None else _percent(*share, gap) for share in shares]
@@ -245,13 +254,30 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable
     return table
 
 
+def print_sequence(told: Mapping[str, Any]) -> None:
+    """Print what came of threats one after another: the matrix, and below it the measures.
+
+    Args:
+        told: as `results.json` holds it under `sequence`.
+    """
+    columns, cells = sequence_cells(told)
+    matrix = 3 + len(told["threats"]) + 1  # stage, old attacks, clean, threats, union
+    for first, end, title in ((2, matrix, OLD_ATTACKS.get(told["old_attacks"], "")), (matrix, len(columns), None)):
+        names = columns[:2] + columns[first:end]
+        rows = [
+            [cell.text for cell in row[:2]] + [f"{cell.text}\n{cell.note}".strip() for cell in row[first:end]]
+            for row in cells
+        ]
+        print_table(dict.fromkeys(names[:2], "left") | dict.fromkeys(names[2:], "right"), rows, title)
+
+
 def _worn_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the column of accuracies on corrupted images, if any were measured."""
-    return ["corruptions"] if any(row.get("corruptions") for row in rows) else []
+    """Return the columns of accuracies that no attack on the model itself gave, as far as they were measured."""
+    return [name for name in ("corruptions", "transfer") if any(row.get(name) for row in rows)]
 
 
-def _worn_cell(row: Mapping[str, Any], gap: str) -> str:
-    told = row.get("corruptions")
+def _worn_cell(row: Mapping[str, Any], name: str, gap: str) -> str:
+    told = row.get(name)
     return _percent(told["accuracy"], told["interval"], gap) if told else "-"
 
 
@@ -370,7 +396,7 @@ def print_standings(found: Mapping[str, Any]) -> None:
             _mark(row) + row["name"], str(len(row["seeds"])),
             _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
             *(_cell(row, name, " ") for name in shown),
-            *(_worn_cell(row, " ") for _ in worn),
+            *(_worn_cell(row, name, " ") for name in worn),
             *(_balanced_cell(row, name) for name in even.values()),
             *("-" if share is None else _percent(*share, " ") for share in (c[number] for c in poisoned.values())),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
@@ -403,6 +429,34 @@ def print_standings(found: Mapping[str, Any]) -> None:
         )  # fmt: skip
         if over_images:
             out.print("over images: of the same difference, were these very runs to face other images")
+
+
+def print_sequences(found: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `sequences` found: what is left under each threat at the end, and what was forgotten."""
+    if not found:
+        return
+    threats = list(dict.fromkeys(name for each in found for name in each["threats"]))
+    shares = {"clean": "clean_accuracy", **{name: f"robust {name}" for name in threats}, "union": "union",
+              "seen": "average_seen"}  # fmt: skip
+    differences = {"forgetting": "forgetting", "plasticity": "plasticity"}
+
+    def cell(each: Mapping[str, Any], key: str, *, signed: bool) -> str:
+        value, reach = each["means"].get(key), each["spread"].get(key)
+        if value is None:
+            return "-"
+        told = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+        return told if reach is None else f"{told} ± {100 * reach:.1f}"
+
+    rows = [
+        [each["name"], " ".join(each["order"]), each["old_attacks"] or "-", str(len(each["seeds"])),
+         *(cell(each, key, signed=False) for key in shares.values()),
+         *(cell(each, key, signed=True) for key in differences.values()),
+         f"{each['means']['forward_equivalents']:,.0f}"]
+        for each in found
+    ]  # fmt: skip
+    left = dict.fromkeys(("model", "threats", "old attacks"), "left")
+    right = dict.fromkeys(("seeds", *shares, *differences, "passes"), "right")
+    print_table(left | right, rows, "threats one after another, at the end: percent and points; ± 95 % over seeds")
 
 
 def _verdict(pair: Mapping[str, Any]) -> str:

@@ -328,6 +328,8 @@ class Registry(Generic[T]):
                 inside[key] = [one.describe() for one in value]
             elif isinstance(value, tuple) and value and all(hasattr(one, "registered_name") for one in value):
                 inside[key] = [self.describe(one) for one in value]
+            elif key not in inside and hasattr(value, "describe"):
+                inside[key] = value.describe()
         cls = type(component)
         return {"name": cls.__dict__.get("address", cast("Any", component).registered_name), **values, **inside}
 

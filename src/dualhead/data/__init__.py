@@ -12,7 +12,7 @@ from dualhead.data.poisons import Craft, Poison, Poisoned, Search, Surrogate, po
 from dualhead.data.source import Storage, load_split, resolve
 from dualhead.data.split import HELD_OUT, Split, held_rows, hold_out
 from dualhead.data.stored import in_turn
-from dualhead.data.streams import OpenStream, Stream, StreamImages, StreamSetting, streams
+from dualhead.data.streams import Memory, OpenStream, Stream, StreamImages, StreamSetting, Uniform, streams
 
 __all__ = [
     "GIVEN",
@@ -26,6 +26,7 @@ __all__ = [
     "GivenImages",
     "Labelled",
     "Loader",
+    "Memory",
     "OpenStream",
     "Poison",
     "Poisoned",
@@ -37,6 +38,7 @@ __all__ = [
     "StreamImages",
     "StreamSetting",
     "Surrogate",
+    "Uniform",
     "among",
     "are_numbers",
     "augmentations",

@@ -294,7 +294,7 @@ def _from_given(source: str, options: _Options, storage: Storage) -> Split:
     given = held(source)
     named = given.parts.get(options.part)
     if isinstance(named, str):
-        return _from_source(named, options, storage)
+        return _from_source(named if Path(named).exists() else name_on_hub(named) or named, options, storage)
     arrays = {part: content for part, content in given.parts.items() if not isinstance(content, str)}
     return _of_arrays(
         given_arrays(arrays, given.class_names, options.part, split_off=options.test is not None), options

@@ -151,6 +151,47 @@ class _OpenImages(OpenStream):
             done, step = done + 1, 0
 
 
+@streams.register("memory")
+@dataclass(frozen=True)
+class Memory(Stream):
+    """A few of the training images, the same ones throughout, in an order of their own: an episodic memory.
+
+    Classes are in it as evenly as they can be.
+
+    Args:
+        images: how many, at least 1.
+        seed: of the choice.
+    """
+
+    images: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise UserError(f"images must be at least 1, got {self.images}")
+
+    def chosen(self, labels: Tensor) -> Tensor:
+        """Return positions of the images that are kept, int64 [at most `images`], from all labels int64 [N]."""
+        drawn = Streams.of(self.seed, torch.arange(len(labels))).fork("memory").uniform(1)[:, 0]
+        order = drawn.argsort(stable=True)
+        labels = labels.cpu()[order]
+        turn = torch.empty_like(order)  # which one of its class an image is
+        for label in torch.unique(labels):
+            members = (labels == label).nonzero()[:, 0]
+            turn[members] = torch.arange(len(members))
+        return order[turn.argsort(stable=True)[: self.images]].sort().values
+
+    def open(self, setting: StreamSetting) -> OpenStream:
+        """See `Stream.open`; of fewer images than a batch has, some come twice in it."""
+        chosen = self.chosen(setting.training.labels)
+        times = -(-setting.batch_size // len(chosen))
+        loader = Loader(
+            setting.training.take(chosen.repeat(times)), setting.batch_size, seed=setting.seed, device=setting.device,
+            group=setting.group,
+        )  # fmt: skip
+        return _OpenImages(loader, setting.steps)
+
+
 class _OpenNoise(OpenStream):
     """Noise that belongs to the samples of the batch beside it."""
 

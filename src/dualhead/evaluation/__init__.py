@@ -18,7 +18,7 @@ from dualhead.evaluation.generation import (
     sample,
     sample_at,
 )
-from dualhead.evaluation.given import read_all
+from dualhead.evaluation.given import LABEL_KEYS, read_all
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint, write_arrays
 from dualhead.evaluation.model import outputs_of, read_logits
@@ -49,12 +49,15 @@ from dualhead.evaluation.quality import (
 )
 from dualhead.evaluation.results import Evaluation, Verdicts, balanced
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
-from dualhead.evaluation.union import against_specialists
+from dualhead.evaluation.sequence import MEASURES, Visit, describe_sequence, of_specialists, plasticity
+from dualhead.evaluation.union import against_specialists, column, threat_labels
 from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
 
 __all__ = [
     "ESTIMATE",
     "KINDS",
+    "LABEL_KEYS",
+    "MEASURES",
     "STEPS",
     "TRIGGERED",
     "Counterfactual",
@@ -70,6 +73,7 @@ __all__ = [
     "Sets",
     "TriggeredImages",
     "Verdicts",
+    "Visit",
     "against_specialists",
     "answers",
     "asks_for_corruptions",
@@ -82,9 +86,11 @@ __all__ = [
     "check_curriculum",
     "check_duplicates",
     "check_single_steps",
+    "column",
     "compare",
     "confused",
     "counterfactual",
+    "describe_sequence",
     "energy",
     "evaluate",
     "evaluate_routes",
@@ -102,15 +108,18 @@ __all__ = [
     "measure_triggered",
     "nearest_distance",
     "noise_seeds",
+    "of_specialists",
     "ood_score",
     "outputs_of",
     "parse_kinds",
+    "plasticity",
     "precision_recall",
     "read_all",
     "read_logits",
     "sample",
     "sample_at",
     "successes",
+    "threat_labels",
     "weights_fingerprint",
     "wilson",
     "write_arrays",

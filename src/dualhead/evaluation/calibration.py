@@ -10,7 +10,7 @@ from torch import Tensor
 from dualhead.errors import UserError
 
 BINS = 15
-"""Of equal width, as Guo et al. (2017) have them."""
+"""Bins of equal width, as Guo et al. (2017) have them."""
 
 
 def calibration_error(probabilities: Tensor, y: Tensor, bins: int = BINS) -> tuple[float, Tensor]:

@@ -380,7 +380,7 @@ def check_black_box(white: NDArray[np.bool_], black: NDArray[np.bool_]) -> list[
 
 @dataclass(frozen=True)
 class Audit:
-    """What came of searching again in float32 what had withstood a search in bf16.
+    """Second search in float32, over samples that withstood one in bf16.
 
     Attributes:
         parts: labels of the searches.

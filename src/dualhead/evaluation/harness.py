@@ -44,6 +44,7 @@ from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class, targeted
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
+from dualhead.evaluation.transfer import TRANSFER, transfer_results
 from dualhead.evaluation.union import merged, threat_labels
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision
@@ -81,6 +82,8 @@ def evaluate(
     progress: EvaluationProgress | None = None,
     command: str | None = None,
     subject: Mapping[str, str | None] | None = None,
+    transfer_from: nn.Module | None = None,
+    transfer_name: str = "another network",
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Measure how robust a classifier is.
@@ -131,6 +134,11 @@ def evaluate(
         progress: told how far it is.
         command: the command line, for the results.
         subject: what was evaluated (stage, checkpoint and output of a run), for the results.
+        transfer_from: another network, usually a clean one; the attacks also make images against it, once, and the
+            share of them on which `model` is right stands under `transfer` in the results. No attack saw the model
+            then, so this flatters it; `worst` and robust accuracy do not count it. What was found out about that
+            network lies in the folder `transfer` of the results.
+        transfer_name: what results call it.
         stop: asked again and again; when true, what is under way is put on disk and `Interrupted` raised.
 
     Raises:
@@ -152,7 +160,8 @@ def evaluate(
             "index": index, "batch_size": batch_size, "seed": seed, "precision": precision, "device": device,
             "class_names": class_names, "skipped": skipped, "checks": checks, "heads": heads,
             "save_adversarial": save_adversarial, "resume": resume, "diagnostics": diagnostics, "progress": progress,
-            "command": command, "subject": subject, "stop": stop,
+            "command": command, "subject": subject, "stop": stop, "transfer_from": transfer_from,
+            "transfer_name": transfer_name,
         }  # fmt: skip
         if eps:
             raise UserError("eps: a curve over eps is of one threat; leave it out, or name one threat")
@@ -189,6 +198,14 @@ def evaluate(
         if skipped:
             origin["skipped_images"] = skipped
         evaluation = work.run(names, origin, diagnostics, corrupts=corrupts)
+        _add_transfer(
+            work, evaluation, transfer_from, transfer_name, images, labels, output_dir,
+            {
+                "threat": threat, "attacks": list(built.values()), "index": index, "batch_size": batch_size,
+                "seed": seed, "precision": precision, "device": work.subject.device, "class_names": class_names,
+                "progress": progress, "resume": resume, "stop": stop,
+            },
+        )  # fmt: skip
         if return_adversarial:
             evaluation.keep_clean(images)
         evaluation.results["diagnostics"] += [asdict(check) for check in checks]
@@ -196,6 +213,27 @@ def evaluate(
         folder = output_dir
         work.group.lead(lambda: evaluation.save(folder))
     return evaluation
+
+
+def _add_transfer(
+    work: _Work,
+    evaluation: Evaluation,
+    source: nn.Module | None,
+    name: str,
+    images: Tensor,
+    labels: Tensor,
+    output_dir: str | Path | None,
+    options: dict[str, Any],
+) -> None:
+    """Measure on images that the attacks make against another network, if there is one."""
+    if source is None:
+        return
+    folder = None if output_dir is None else Path(output_dir) / TRANSFER
+    made = evaluate(source, images, labels, return_adversarial=True, diagnostics=False, output_dir=folder, **options)
+    right = {attack: work.right_on(made.adversarial(attack)) for attack in made.verdicts}
+    fooled = {attack: made.correct["clean"] & ~verdict.robust for attack, verdict in made.verdicts.items()}
+    evaluation.transferred = {attack: column & work.correct for attack, column in right.items()}
+    evaluation.results[TRANSFER] = transfer_results(name, evaluation.transferred, fooled, work.correct)
 
 
 def _evaluate_each(
@@ -214,7 +252,7 @@ def _evaluate_each(
         raise UserError("threat: a list names two threats or more; write one threat alone, without a list")
     named, chosen, left_out = _build(attacks), {}, []
     for label, threat in labelled.items():
-        chosen[label] = [attack for attack in named.values() if attack.norms is None or threat.kind in attack.norms]
+        chosen[label] = [attack for attack in named.values() if attack.takes(threat)]
         fitting = {attack.label for attack in chosen[label]}
         left_out += [f"{name} is not defined for {label} and was not run under it" for name in named.keys() - fitting]
         if not fitting:
@@ -269,7 +307,7 @@ def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
 
 
 def _task(attack: Attack, threat: Threat) -> str:
-    """What the journal calls an attack under a threat."""
+    """Return the journal's name of an attack under a threat."""
     return f"{threat.kind} {threat.eps!r} {registry.describe(attack)!r}"
 
 
@@ -337,6 +375,18 @@ class _Work:
         for rank, part in enumerate(gathered):
             clean[rank :: self.world] = part
         return clean
+
+    def right_on(self, images: Tensor) -> NDArray[np.bool_]:
+        """Tell whether the float32 model is right on changed images of all samples [N, C, H, W], bool [N]."""
+        answers = predictions(
+            torch.cat(
+                [
+                    self.subject.verify(chunk.to(self.subject.device)).cpu()
+                    for chunk in torch.split(images, self.subject.batch_size)
+                ]
+            )
+        )
+        return cast("NDArray[np.bool_]", (answers == self.samples.labels).numpy())
 
     def open_journal(self, folder: Path | None, precision: Precision, *, resume: bool) -> None:
         """Resume from the folder, and settle the precision of the search."""
@@ -506,7 +556,8 @@ class _Work:
             blind = np.isin(verdict.part, list(gradient_free[name]))
             black |= blind
             white |= (verdict.part >= 0) & ~blind
-        if any(gradient_free.values()) and with_gradients:
+        # Elsewhere than under norms gradients are known to miss what a search finds, masked or not.
+        if any(gradient_free.values()) and with_gradients and isinstance(self.threat, ThreatModel):
             findings = findings + described(check_black_box(white, black))
         if len(curve) > 1:
             findings = findings + described(check_curve(curve, len(self.correct), self._attack_names))

@@ -115,7 +115,7 @@ def _attacked(model: nn.Module, x: Tensor, kind: Score, threat: Threat, seed: in
 
 
 def _inlier(logits: Tensor, kind: Score) -> Tensor:
-    """What the attack climbs [B]: minus the score, for `msp` its logarithm, whose gradient does not vanish."""
+    """Compute the climbed value [B]: minus the score, for `msp` its logarithm, whose gradient does not vanish."""
     if kind == "lse":
         return logits.logsumexp(1)
     return (logits.log_softmax(1) if kind == "msp" else logits).amax(1)

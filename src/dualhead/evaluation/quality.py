@@ -138,7 +138,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was measured of a model's samples.
+    """Measures of a model's samples.
 
     Args:
         results: JSON values, `generation` in `results.json`; its `checks` tell what makes the figures doubtful.
@@ -438,7 +438,7 @@ def check_compression(training: Tensor, seeds: Tensor) -> Finding:
 
 
 def _traces(images: Tensor) -> Tensor:
-    """What compression leaves in images uint8 [N, C, H, W]: float64 [N, 8]."""
+    """Measure traces of compression in images uint8 [N, C, H, W]: float64 [N, 8]."""
     x = images.double().div(255.0).mean(1, keepdim=True)
     residue = x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 1)
     residue = residue / residue.flatten(1).std(1).clamp_min(1e-6)[:, None, None, None]

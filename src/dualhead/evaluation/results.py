@@ -64,6 +64,8 @@ class Evaluation:
         clean_prediction: int64 [N]; -1 where the logits are not numbers.
         verdicts: attack to what it left.
         results: the content of `results.json`.
+        transferred: bool [N] by attack: right on the clean image and on the one made against another network; empty
+            unless asked for.
     """
 
     index: NDArray[np.int64]
@@ -71,6 +73,7 @@ class Evaluation:
     clean_prediction: NDArray[np.int64]
     verdicts: dict[str, Verdicts]
     results: dict[str, Any] = field(repr=False)
+    transferred: dict[str, NDArray[np.bool_]] = field(default_factory=dict, repr=False)
     _clean: Tensor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
@@ -156,6 +159,7 @@ class Evaluation:
             "label": self.labels,
             "clean_prediction": self.clean_prediction,
         }
+        arrays |= {f"transfer_{name}": right for name, right in self.transferred.items()}
         for name, verdict in self.verdicts.items():
             arrays[f"robust_{name}"] = verdict.robust
             for key in PER_SAMPLE:
@@ -199,7 +203,8 @@ class Evaluation:
                 key: held.get(f"{key}_{name}") for key in ("target", "adversarial", "adversarial_rows")
             }
             verdicts[name] = Verdicts(**found, **kept)
-        return cls(held["index"], held["label"], held["clean_prediction"], verdicts, results)
+        transferred = {name: held[f"transfer_{name}"] for name in verdicts if f"transfer_{name}" in held}
+        return cls(held["index"], held["label"], held["clean_prediction"], verdicts, results, transferred)
 
 
 def share(correct: NDArray[np.bool_]) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dualhead.errors import UserError
 from dualhead.evaluation.results import Evaluation, accuracies, interval, per_class, share
+from dualhead.evaluation.transfer import TRANSFER
 from dualhead.report import threat_text
 from dualhead.threats import Threat
 
@@ -51,6 +52,7 @@ def merged(parts: Mapping[str, Evaluation], class_names: list[str], left_out: Se
             verdicts[column(name, label)] = verdict
             records[column(name, label)] = part.results["attacks"][name]
     evaluation = Evaluation(first.index, first.labels, first.clean_prediction, verdicts, {})
+    transfer = _transfer(parts, evaluation)
     correct = evaluation.correct
     under = {
         label: np.logical_and.reduce([correct["clean"], *(verdict.robust for verdict in part.verdicts.values())])
@@ -58,6 +60,7 @@ def merged(parts: Mapping[str, Evaluation], class_names: list[str], left_out: Se
     }
     evaluation.results = {
         **first.results,
+        **transfer,
         "threat": {"union": [part.results["threat"] for part in parts.values()]},
         **accuracies(correct),
         "threats": {
@@ -72,6 +75,19 @@ def merged(parts: Mapping[str, Evaluation], class_names: list[str], left_out: Se
         "seconds": sum(part.results["seconds"] for part in parts.values()),
     }
     return evaluation
+
+
+def _transfer(parts: Mapping[str, Evaluation], whole: Evaluation) -> dict[str, Any]:
+    """What images made against another network say under all threats together; empty if there are none."""
+    told = {label: part.results[TRANSFER] for label, part in parts.items() if TRANSFER in part.results}
+    if not told:
+        return {}
+    attacks = {column(name, label): each for label, one in told.items() for name, each in one["attacks"].items()}
+    right = {column(name, label): of for label, part in parts.items() for name, of in part.transferred.items()}
+    whole.transferred = right
+    together = np.logical_and.reduce([whole.correct["clean"], *right.values()])
+    first = next(iter(told.values()))
+    return {TRANSFER: {**first, "accuracy": share(together), "interval": interval(together), "attacks": attacks}}
 
 
 def _diagnostics(parts: Mapping[str, Evaluation]) -> list[dict[str, str]]:

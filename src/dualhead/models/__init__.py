@@ -1,7 +1,8 @@
 """Backbones, one a file: each makes an ordinary classifier of images in [0, 1], which normalises them itself."""
 
 from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, last_layer
-from dualhead.models.given import address_of, at_hand, describe_given
+from dualhead.models.factory import maker
+from dualhead.models.given import address_of, at_hand, at_hand_by_name, describe_given
 from dualhead.models.normalize import Normalize, channel_statistics
 from dualhead.models.weights import load_state, normalisation_in, read_state, with_tied, write_state
 from dualhead.system.outputs import logits_of
@@ -12,6 +13,7 @@ __all__ = [
     "Wrapped",
     "address_of",
     "at_hand",
+    "at_hand_by_name",
     "backbones",
     "channel_statistics",
     "count_parameters",
@@ -19,6 +21,7 @@ __all__ = [
     "last_layer",
     "load_state",
     "logits_of",
+    "maker",
     "normalisation_in",
     "read_state",
     "with_tied",

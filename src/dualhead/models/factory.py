@@ -21,8 +21,12 @@ from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of, without_inference_tensors, writes_to_images
 
 
-def _import(path: str) -> Callable[..., Any]:
-    """Return the function that `package.module:factory` names."""
+def function_at(path: str) -> Callable[..., Any]:
+    """Return the function that `package.module:factory` names.
+
+    Raises:
+        UserError: if there is none.
+    """
     if plugins.split_address(path) is None:
         raise UserError(f"model {path!r}: write package.module:factory or my_file.py:factory")
     found = plugins.find(path, f"model {path!r}")[1]
@@ -115,7 +119,7 @@ class FactoryBackbone(Backbone):
 
     def _made(self, num_classes: int) -> tuple[nn.Module, tuple[str, ...]]:
         """Call the function; return the module, and the names of classes that it, the function or its file has."""
-        return made_by(maker() or _import(self.path), self.path, num_classes)
+        return made_by(maker() or function_at(self.path), self.path, num_classes)
 
     def _checked(self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.models.base import ImageShape, backbones
-from dualhead.models.factory import FactoryBackbone, made_by, maker
+from dualhead.models.factory import FactoryBackbone, function_at, made_by, maker
 from dualhead.system.generators import kept_generators
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of
@@ -43,7 +43,8 @@ class GivenBackbone(FactoryBackbone):
         if factory is None:
             raise UserError(
                 f"the network {self.path} was given in Python, and cannot be made from here; load it with "
-                "dualhead.load(PATH, factory=MAKE), or go on with dualhead.fit and the network"
+                "dualhead.load(PATH, factory=MAKE), on the command line with --factory package.module:MAKE, or go on "
+                "with dualhead.fit and the network"
             )
         model, names = made_by(factory, self.path, num_classes)
         if self.digest and _digest(model) != self.digest:
@@ -59,6 +60,15 @@ def at_hand(factory: Callable[..., Any] | None) -> Iterator[None]:
     """Make networks that a recipe calls `given`, and those of a `factory`, by this function while inside."""
     with maker.replaced(factory):
         yield
+
+
+def at_hand_by_name(address: str) -> AbstractContextManager[None]:
+    """Make such networks by the function at `package.module:NAME` or `my_file.py:NAME` while inside.
+
+    Raises:
+        UserError: if there is no such function.
+    """
+    return at_hand(function_at(address))
 
 
 def describe_given(model: nn.Module) -> dict[str, str]:

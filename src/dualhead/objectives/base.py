@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final, cast
 
@@ -14,6 +14,7 @@ from dualhead.attacks import Attack
 from dualhead.components.registry import Registry
 from dualhead.data import Stream
 from dualhead.errors import UserError
+from dualhead.noise import Streams
 from dualhead.threats import Threat
 
 OWN: Final = ""
@@ -132,7 +133,7 @@ class Slope:
 
 
 Passed = Logits | Features
-"""What a pass through the network gives; the rest is at hand, or takes gradients of its own."""
+"""Needs that a pass through the network meets; the others are at hand, or take gradients of their own."""
 Need = Logits | Features | Labels | Images | Slope
 
 
@@ -169,11 +170,14 @@ class LossTerms:
         total: scalar, with its graph.
         terms: scalars by name, weighted as they enter the total; for the log.
         figures: further scalars that are logged and that `Objective.advance` is given, but not descended.
+        constraint: scalar with its graph, a loss that no update is to raise: where the gradient of the total points
+            against its gradient, that part is taken away (A-GEM). None: no constraint.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     figures: dict[str, Tensor] = field(default_factory=dict)
+    constraint: Tensor | None = None
 
     @classmethod
     def sum_of(cls, **terms: Tensor) -> LossTerms:
@@ -183,6 +187,28 @@ class LossTerms:
     def with_figures(self, **figures: Tensor) -> LossTerms:
         """Return the same loss with further figures for the log."""
         return replace(self, figures={**self.figures, **figures})
+
+
+@dataclass(frozen=True)
+class Before:
+    """The network as a stage begins, for objectives that remember something of it.
+
+    Args:
+        weights: the parameters that learn, by name, without a graph.
+        logits: weights and images [B, ...] to logits [B, C] of the output that the stage trains, float32, in eval mode.
+        images: so many of the first training images, this process's share, a few at a time: images float32 [B, ...] in
+            [0, 1], labels int64 [B], and their randomness.
+        attack: the stage's.
+        add_up: sums tensors over all processes, in place.
+        earlier: what the last stage remembered that remembered anything; empty: there was none.
+    """
+
+    weights: Mapping[str, Tensor]
+    logits: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    images: Callable[[int], Iterator[tuple[Tensor, Tensor, Streams]]]
+    attack: Attack
+    add_up: Callable[[Sequence[Tensor]], None]
+    earlier: Mapping[str, Tensor]
 
 
 class Objective(ABC):
@@ -282,6 +308,29 @@ class Objective(ABC):
         del means
         return state
 
+    def recall(self, before: Before) -> Mapping[str, Tensor]:
+        """Return tensors to remember through the stage, by name; they lie beside its weights and are asked for once.
+
+        Args:
+            before: the network as the stage begins.
+        """
+        del before
+        return {}
+
+    def penalty(self, weights: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return terms of the loss that depend on the weights alone, scalars by name; added once a step.
+
+        Args:
+            weights: the parameters that learn, by name, with a graph.
+            memory: what `recall` gave.
+        """
+        del weights, memory
+        return {}
+
+    def threats(self) -> Sequence[Threat | None]:
+        """Return the threats within which it ever attacks, each once; None stands for the stage's own."""
+        return tuple(dict.fromkeys(inner.threat for inner in self.inner().values()))
+
     # ---- what follows from these
 
     @property
@@ -364,6 +413,18 @@ class Around(Objective):
     def advance(self, state: Mapping[str, float], means: Mapping[str, float]) -> Mapping[str, float]:
         """As the base method."""
         return self.base.advance(state, means)
+
+    def recall(self, before: Before) -> Mapping[str, Tensor]:
+        """As the base method."""
+        return self.base.recall(before)
+
+    def penalty(self, weights: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As the base method."""
+        return self.base.penalty(weights, memory)
+
+    def threats(self) -> Sequence[Threat | None]:
+        """Those of the base method, and those of what is added to it."""
+        return tuple(dict.fromkeys((*self.base.threats(), *super().threats())))
 
 
 def check_label_smoothing(value: float) -> None:

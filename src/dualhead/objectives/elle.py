@@ -93,12 +93,12 @@ class ELLE(Around):
         return {**self.base.streams(), "share": UNIFORM}
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, logits at the three points, and the numbers that say where c lies."""
+        """Return the base method's needs, logits at the three points, and the numbers that say where c lies."""
         points = {name: Logits(on=name) for name in ("a", "b", "c")}
         return {**self.base.needs(), **points, "share": Images("share")}
 
     def inner(self) -> Mapping[str, Inner]:
-        """What the base method climbs, and two random points of the ball."""
+        """Return the base method's attack, and two random points of the ball."""
         points = {name: Inner(lambda y, seen: y, uses=(), attack=RandomPoint()) for name in ("a", "b")}
         return {**self.base.inner(), **points}
 

@@ -58,11 +58,11 @@ class GradAlign(Around):
             raise UserError("grad_align is its own base method; raise its weight instead")
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, and gradients at images and beside them."""
+        """Return the base method's needs, and gradients at images and beside them."""
         return {**self.base.needs(), "slope": Slope(on=CLEAN, constant=True), BESIDE: Slope(on=BESIDE)}
 
     def inner(self) -> Mapping[str, Inner]:
-        """What the base method climbs, and a random point of the ball."""
+        """Return the base method's attack, and a random point of the ball."""
         return {**self.base.inner(), BESIDE: Inner(lambda y, seen: y, uses=(), attack=RandomPoint())}
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from dualhead.errors import UserError
 from dualhead.objectives.base import ATTACKED, Around, Inner, LossTerms, Objective, Seen, objectives
 from dualhead.objectives.sat import SAT
 from dualhead.objectives.several import USUAL, Contender, contenders, refuse_base
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat, ThreatModel
 
 _SAT = SAT()
 
@@ -67,6 +67,10 @@ class MSD(Around):
         threats = tuple(contender.threat for contender in self.among)
         ascent = SteepestOfSeveral(threats, self.steps, self.step_factor)
         return {ATTACKED: replace(self.base.inner()[ATTACKED], attack=ascent, threat=threats[0])}
+
+    def threats(self) -> Sequence[Threat | None]:
+        """All norms that it steps along."""
+        return tuple(dict.fromkeys(contender.threat for contender in self.among))
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the base method's loss."""

@@ -84,6 +84,10 @@ class Several(Around):
         """The numbers of the threats that this step trains against."""
         return range(len(self.among))
 
+    def threats(self) -> Sequence[Threat | None]:
+        """All that are named, also those that this step does not meet."""
+        return tuple(dict.fromkeys(contender.threat for contender in self.among))
+
     @property
     def labels(self) -> list[str]:
         """Names of the threats in the log: their kinds, numbered where two share one."""

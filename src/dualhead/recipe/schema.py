@@ -19,10 +19,10 @@ from dualhead.errors import UserError
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
 from dualhead.objectives import check_weighable, objectives
-from dualhead.threats import Threat, threats
+from dualhead.threats import THREAT, Threat, threats
 from dualhead.training.averaging import averagings
 from dualhead.training.optimisation import optimisers, schedules
-from dualhead.training.stage import THREAT, Stage
+from dualhead.training.stage import Stage
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "aggregators": aggregators,
@@ -333,6 +333,8 @@ class Validation(Section):
     attack: Annotated[Attack, *component(attacks)] = Field("pgd-10", validate_default=True)
     every: int = Field(1, ge=1)
     """Epochs between validations; the last epoch of a stage is always validated."""
+    under: Literal["recipe", "stage"] = "recipe"
+    """The recipe's threat, or what the stage trains against: of several threats the mean of the robust accuracies."""
 
 
 class Evaluate(Section):
@@ -378,6 +380,32 @@ class Evaluate(Section):
         return self
 
 
+class ThreatSequence(Section):
+    """Threats that arrive one after another: the network is measured under all of them after each stage."""
+
+    stages: tuple[str, ...] = ()
+    """Names of the stages after which it is measured, in order, the last one among them; empty: all stages."""
+    threats: tuple[Annotated[Threat, *THREAT], ...] = ()
+    """What it is measured under; empty: all that these stages train against, in the order in which they do so first."""
+    specialists: tuple[str, ...] = ()
+    """Folders of runs that were each made for one of the threats, and measured under all of them likewise: the measure
+    of how well each threat was learnt."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_alone(cls, content: Any) -> Any:
+        return {"stages": content} if isinstance(content, list | tuple) else content
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        for key in ("stages", "threats"):
+            values = getattr(self, key)
+            for index, value in enumerate(values):
+                if value in values[:index]:
+                    raise UserError(f".{key}.{index}: is named twice")
+        return self
+
+
 class Runtime(Section):
     """Keys that do not belong to the method: device, arithmetic, seed, saving, logging."""
 
@@ -420,6 +448,8 @@ class Recipe(Section):
     stages: tuple[Stage, ...] = Field(min_length=1)
     validation: Validation = Validation()
     evaluate: Evaluate = Evaluate()
+    sequence: ThreatSequence | None = None
+    """Threats one after another; in short the names of stages, `[linf, l2, l1]`."""
     runtime: Runtime = Runtime()
     plugins: tuple[str, ...] = ()
     """Files (`my_file.py`) or modules (`my_package.module`) that register components by name. They are run."""
@@ -483,6 +513,60 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _interpolations_have_ends(self) -> Self:
+        for index, stage in enumerate(self.stages):
+            earlier = [other.name for other in self.stages[:index]]
+            for name in stage.interpolate.between if stage.interpolate is not None else ():
+                if name not in earlier:
+                    known = ", ".join(earlier) or "none"
+                    raise UserError(f".stages.{index}.interpolate.between: {name!r} is no earlier stage ({known})")
+        return self
+
+    @model_validator(mode="after")
+    def _sequence_fits(self) -> Self:
+        if self.sequence is None:
+            return self
+        names = [stage.name for stage in self.stages]
+        for index, name in enumerate(self.sequence.stages):
+            if name not in names:
+                raise UserError(f".sequence.stages.{index}: no stage is called {name!r}; there are {', '.join(names)}")
+        listed = [names.index(name) for name in self.sequence.stages] or [len(names) - 1]
+        if listed != sorted(listed) or listed[-1] != len(names) - 1:
+            raise UserError(
+                f".sequence.stages: must name stages in their order, with {names[-1]}, the last one, at the end"
+            )
+        if self.evaluate.threats:
+            raise UserError(
+                ".evaluate.threats: a sequence is measured under its own threats; leave it out, and name further ones "
+                "in sequence.threats"
+            )
+        if len(self.threats_measured) < 2:
+            raise UserError(
+                ".sequence: has one threat alone; give stages a threat each, as stages.NAME.threat=L2:0.5, or name "
+                "sequence.threats"
+            )
+        return self
+
+    @property
+    def sequence_stages(self) -> tuple[Stage, ...]:
+        """The stages after which a sequence is measured; none without one."""
+        if self.sequence is None:
+            return ()
+        return tuple(s for s in self.stages if not self.sequence.stages or s.name in self.sequence.stages)
+
+    @property
+    def threats_measured(self) -> tuple[Threat, ...]:
+        """Several threats under which the finished model is measured; none: the recipe's own alone."""
+        if self.sequence is None:
+            return self.evaluate.threats
+        met = (threat for stage in self.stages for threat in stage.met(self.threat))
+        return self.sequence.threats or tuple(dict.fromkeys(met))
+
+    def validated_under(self, stage: Stage) -> tuple[Threat, ...]:
+        """What held-out images are attacked within, by which the epochs of a stage are judged."""
+        return (stage.met(self.threat) or (self.threat,)) if self.validation.under == "stage" else (self.threat,)
+
+    @model_validator(mode="after")
     def _weights_fit_losses(self) -> Self:
         for index, stage in enumerate(self.stages if self.data.class_weights is not None else ()):
             try:
@@ -495,27 +579,32 @@ class Recipe(Section):
     def _attacks_fit_threats(self) -> Self:
         uses: list[tuple[str, Callable[[Threat], object]]]
         uses = [(f"stages.{index}", stage.against) for index, stage in enumerate(self.stages)]
-        if not self.evaluate.threats:
+        if not self.threats_measured:
             measured = enumerate(self.evaluate.attacks)
             uses += [(f"evaluate.attacks.{n}", attacks.build(spec).check) for n, spec in measured]
         if self.data.validation:
             uses.append(("validation.attack", self.validation.attack.check))
+            others = dict.fromkeys(t for stage in self.stages for t in self.validated_under(stage) if t != self.threat)
+            uses += [("validation.attack", _for_another(self.validation.attack, threat)) for threat in others]
         for place, check in uses:
             try:
                 check(self.threat)
             except UserError as error:
                 raise UserError(f".{place}: {error}") from None
-        for index, threat in enumerate(self.evaluate.threats):
-            norms = [attacks.build(spec).norms for spec in self.evaluate.attacks]
-            if all(defined is not None and threat.kind not in defined for defined in norms):
-                raise UserError(
-                    f".evaluate.threats.{index}: no attack of evaluate.attacks is defined for {threat.kind}"
-                )
+        key = "sequence" if self.sequence is not None else "evaluate"
+        for index, threat in enumerate(self.threats_measured):
+            if not any(attacks.build(spec).takes(threat) for spec in self.evaluate.attacks):
+                raise UserError(f".{key}.threats.{index}: no attack of evaluate.attacks is defined for {threat.kind}")
         return self
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe in full, as plain data that `load_recipe` reads back."""
         return self.model_dump(mode="json")
+
+
+def _for_another(attack: Attack, threat: Threat) -> Callable[[Threat], object]:
+    """A check of an attack within a threat that is not the recipe's."""
+    return lambda _: attack.check(threat)
 
 
 def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -109,7 +109,7 @@ def _covers(place: str, key: str) -> bool:
 
 
 def stages_as_named(message: str, overrides: Sequence[str], names: Sequence[object]) -> str:
-    """Return a message in which stages that overrides name are called by these names, not by their numbers.
+    """Return a message in which stages are called by their names, unless overrides call them by number or `*`.
 
     Args:
         message: with `stages.0.epochs`.
@@ -118,6 +118,8 @@ def stages_as_named(message: str, overrides: Sequence[str], names: Sequence[obje
     """
     keys = [override.partition("=")[0].split(".") for override in overrides]
     named = {words[1] for words in keys if words[0] == "stages" and words[1:]}
+    if not any(words[0] == "stages" for words in keys):  # then a file alone calls them anything
+        named = {name for name in names if isinstance(name, str) and names.count(name) == 1}
     for number, name in enumerate(names):
         if isinstance(name, str) and name in named:
             message = re.sub(rf"\bstages\.{number}\b", f"stages.{name}", message)

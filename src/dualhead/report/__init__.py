@@ -9,11 +9,14 @@ from dualhead.report.poisoning import poison_columns
 from dualhead.report.routes import WARNING as ROUTES_WARNING
 from dualhead.report.routes import route_rows
 from dualhead.report.rows import rows_html, rows_text
+from dualhead.report.sequence import OLD as OLD_ATTACKS
+from dualhead.report.sequence import sequence_cells, sequence_text
 from dualhead.report.summary import summary
 from dualhead.report.text import duration, threat_text, unequal
 
 __all__ = [
     "NO_CLASS",
+    "OLD_ATTACKS",
     "ONNX_SECTION",
     "ROUTES_WARNING",
     "SAMPLE_ROWS",
@@ -29,6 +32,8 @@ __all__ = [
     "rows_html",
     "rows_text",
     "save_sheet",
+    "sequence_cells",
+    "sequence_text",
     "summary",
     "threat_text",
     "unequal",

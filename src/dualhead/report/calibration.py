@@ -17,7 +17,7 @@ from dualhead.statistics import wilson
 MOST_DIAGRAMS = 6
 """Diagrams of a page."""
 SIDE = 270.0
-"""Of a diagram's square."""
+"""Side of a diagram's square."""
 LARGEST = 11.0
 """Radius of a disc that holds all images."""
 

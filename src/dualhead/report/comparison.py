@@ -202,11 +202,19 @@ def _against(row: Measured, other: Measured, called: str) -> str:
 
 
 def findings(row: Measured) -> list[Mapping[str, Any]]:
-    """The diagnostics of an evaluation."""
+    """The diagnostics of an evaluation, each check once; one that was made twice counts at its worst."""
     found = row.results.get("diagnostics")
-    return (
-        [entry for entry in found if isinstance(entry, Mapping) and "name" in entry] if isinstance(found, list) else []
-    )
+    entries: dict[str, Mapping[str, Any]] = {}
+    for entry in found if isinstance(found, list) else []:
+        if isinstance(entry, Mapping) and "name" in entry:
+            before = entries.setdefault(str(entry["name"]), entry)
+            if _badness(entry) > _badness(before):
+                entries[str(entry["name"])] = entry
+    return list(entries.values())
+
+
+def _badness(check: Mapping[str, Any]) -> int:
+    return {"ok": 0, "failed": 2}.get(str(check.get("status")), 1)
 
 
 def _doubts(row: Measured) -> list[str]:
@@ -372,14 +380,16 @@ def accuracy_table(rows: Sequence[Measured]) -> Table:
     attacks = list(dict.fromkeys(attack for row in rows for attack in row.attacks))
     shown = [*attacks, *(["worst"] if any(len(row.attacks) > 1 for row in rows) else [])]
     worn = ["corruptions"] if any(row.worn for row in rows) else []
+    static = ["transfer (static)"] if any(row.transferred for row in rows) else []
     told = [] if conditions(rows) else ["threat model", "images"]
     cells = []
     for row in rows:
         met = [Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)] if told else []
         robust = [_accuracy_cell(row.robust.get(name)) for name in shown]
         robust += [_accuracy_cell(row.worn) for _ in worn]
+        robust += [_accuracy_cell(row.transferred) for _ in static]
         cells.append([Cell(row.title), *met, _accuracy_cell(row.clean), *robust])
-    return Table(["model", *told, "clean %", *(f"{name} %" for name in (*shown, *worn))], cells)
+    return Table(["model", *told, "clean %", *(f"{name} %" for name in (*shown, *worn, *static))], cells)
 
 
 def corruption_table(rows: Sequence[Measured]) -> Table | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dualhead.report import figures, generation, poisoning, routes, training
+from dualhead.report import figures, generation, poisoning, routes, sequence, training
 from dualhead.report.comparison import Cell, Table, accuracy_table, conditions, findings
 from dualhead.report.figures import Figure
 from dualhead.report.gallery import Album, Gallery
@@ -55,6 +55,7 @@ class Details:
     further_conditions: str
     routes: list[routes.Routes]
     poisoning: poisoning.Poisoning | None
+    sequence: sequence.Course | None
     samples: list[generation.Samples]
     galleries: list[Gallery]
     gallery_command: str
@@ -97,6 +98,7 @@ def details(source: Source, album: Album) -> Details:
         further_conditions=conditions(source.further),
         routes=routes.sections(source, notes),
         poisoning=poisoning.section(source, notes),
+        sequence=sequence.section(source, notes),
         samples=generation.samples(everything, notes),
         galleries=galleries,
         gallery_command="" if galleries else _gallery_command(source),

@@ -50,7 +50,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Samples:
-    """What the page says of one evaluation's samples and of images out of distribution.
+    """Section of the page on one evaluation's samples and on images out of distribution.
 
     Args:
         name: of the classifier.

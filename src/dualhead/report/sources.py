@@ -107,6 +107,11 @@ class Measured:
         return _worn(self.results.get("corruptions"))
 
     @property
+    def transferred(self) -> Estimate | None:
+        """Accuracy on images made against another network alone; None if not measured."""
+        return _worn(self.results.get("transfer"))
+
+    @property
     def worn_kinds(self) -> dict[str, Estimate]:
         """The same by kind."""
         told = self.results.get("corruptions")
@@ -128,7 +133,7 @@ class Measured:
 
 
 def _worn(told: Any) -> Estimate | None:
-    """An accuracy on corrupted images as `results.json` holds it; None where it is none."""
+    """An accuracy that no attack on the model gave, as `results.json` holds it; None where it is none."""
     try:
         found = Estimate(float(told["accuracy"]), *(float(end) for end in told["interval"]))
     except (KeyError, TypeError, ValueError):

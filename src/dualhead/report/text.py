@@ -68,7 +68,8 @@ def _value_text(value: Any) -> str:
 def attack_text(stage: Mapping[str, Any]) -> str:
     """Name a stage's attack, without the settings that only measuring uses; empty if it has none."""
     objective, free = stage.get("objective"), stage.get("free")
-    if stage.get("fit") is not None or (isinstance(objective, Mapping) and objective.get("name") == "natural"):
+    chooses = any(stage.get(key) is not None for key in ("fit", "interpolate"))
+    if chooses or (isinstance(objective, Mapping) and objective.get("name") == "natural"):
         return ""
     if isinstance(free, Mapping):
         told = component_text({"name": "free", **free})

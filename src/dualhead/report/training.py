@@ -18,6 +18,7 @@ NOT_LOSSES = {
 }  # fmt: skip
 """Keys of a line of metrics besides the loss and its terms."""
 
+
 COLOURS = ("aggregate", "head1", "head2", "mean", "base", "model")
 
 
@@ -50,10 +51,10 @@ def stages(source: Source) -> list[Stage]:
 def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
     name = str(recipe["name"])
     found = source.lines(recipe["name"])
-    if recipe.get("fit") is not None:
-        return Stage(
-            name, "trains nothing: fits the aggregator", _cost(source, recipe, found), _chosen(found), False, []
-        )
+    choices = {"fit": "fits the aggregator", "interpolate": "interpolates weights"}
+    choice = next((words for key, words in choices.items() if recipe.get(key) is not None), None)
+    if choice is not None:
+        return Stage(name, f"trains nothing: {choice}", _cost(source, recipe, found), _chosen(found), False, [])
     best, last = best_line(found), next((line for line in reversed(found) if _validated(line)), None)
     verdict, overfits = _verdict(source, best, last) if best and last else ("", False)
     if not found and recipe.get("epochs") == 0:
@@ -83,10 +84,14 @@ def _chosen(found: Sequence[Mapping[str, Any]]) -> str:
     if line is None or not _validated(line):
         return "Nothing is logged."
     told = ", ".join(
-        f"{key} {_number(line, key):g}" for key in line if key not in NOT_LOSSES and _number(line, key) is not None
+        f"{key} {_number(line, key):g}" for key in line if not _is_no_loss(key) and _number(line, key) is not None
     )
     robust, clean = percent(line["validation_robust"]), percent(line["validation_clean"])
     return f"Chosen on the held-out images: {told}. There: robust {robust} %, clean {clean} %."
+
+
+def _is_no_loss(key: str) -> bool:
+    return key in NOT_LOSSES or key.startswith("validation_")
 
 
 def _validated(line: Mapping[str, Any]) -> bool:
@@ -165,7 +170,7 @@ def _figures(
         marks.append((float(found[-1]["epoch"]), f"last: {found[-1]['epoch']}"))
     elif found[-1] is not best:
         marks = [(marks[0][0], f"best: {best['epoch']}, last: {found[-1]['epoch']}"), (float(found[-1]["epoch"]), "")]
-    terms = list(dict.fromkeys(key for line in found for key in line if key not in NOT_LOSSES and _is_term(found, key)))
+    terms = list(dict.fromkeys(key for line in found for key in line if not _is_no_loss(key) and _is_term(found, key)))
     accuracy = {
         "validation_robust": ("robust", "aggregate"),
         "validation_clean": ("clean", "head1"),

@@ -148,6 +148,10 @@ class RunFolder:
         """Return the folder of another row's results, by the row's name."""
         return self.evaluation / "rows" / row_folder(name)
 
+    def visit(self, stage: str) -> Path:
+        """Return the folder of what was measured after a stage of a sequence."""
+        return self.evaluation / "sequence" / stage
+
     @property
     def gallery(self) -> Path:
         """Return the path of images under attack, for the report."""

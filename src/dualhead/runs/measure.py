@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,24 +17,29 @@ from dualhead.evaluation import (
     Evaluation,
     EvaluationProgress,
     Finding,
+    Visit,
     balanced,
     check_duplicates,
     check_single_steps,
+    describe_sequence,
     evaluate,
     make_gallery,
+    of_specialists,
+    threat_labels,
 )
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import count_parameters
 from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
 from dualhead.runs.folder import load_kept
 from dualhead.runs.poisoned import Measures, summary_of
-from dualhead.runs.prepare import Prepared, count_measured
+from dualhead.runs.prepare import Prepared, chosen_under, count_measured, load_specialists
 from dualhead.runs.stages import precision_of
 from dualhead.saving import view, write_card
 from dualhead.system.files import write_json
 from dualhead.system.flops import CountFlops
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
+from dualhead.threats import Threat
 from dualhead.training import Stage, read_metrics
 
 
@@ -130,19 +136,25 @@ def measure(
     for candidate in _candidates(prepared, model):
         output = candidate.output
         name, deployed = name_of(output, prepared.recipe.name), output == prepared.output
+        where = prepared.folder.evaluation if deployed else prepared.folder.row(name)
         options = _options(prepared, candidate.model, progress(name) if progress else None, command, stop)
-        evaluation = _evaluate(prepared, candidate.model, name, checks, options, deployed=deployed)
+        evaluation = _evaluate(prepared, candidate.model, name, checks, options, where=where)
         if poisoned is not None:
-            folder = prepared.folder.evaluation if deployed else prepared.folder.row(name)
             evaluation.results["poison"] = poisoned.of(
-                candidate.model, evaluation, folder, output=output, deployed=deployed, **options
+                candidate.model, evaluation, where, output=output, deployed=deployed, **options
             )
-            group().lead(partial(evaluation.save, folder))
+            group().lead(partial(evaluation.save, where))
         flops, seconds = costs[output]
         row = Row(name, output, evaluation, _parameters(model, output), flops, flops / unit, seconds)
         (last if deployed else rows).append(row)
     rows += last
-    group().lead(lambda: _write(prepared, model, rows))
+    sequence = None
+    if prepared.recipe.sequence is not None:
+        visits = _visits(prepared, last[0].evaluation, unit, checks, progress, stop, command)
+        threats = threat_labels(prepared.recipe.threats_measured)
+        sequence = describe_sequence(visits, threats, of_specialists(load_specialists(prepared.recipe), threats))
+        last[0].evaluation.results["sequence"] = sequence
+    group().lead(lambda: _write(prepared, model, rows, sequence))
     return rows
 
 
@@ -156,7 +168,7 @@ def _options(
     """Return the arguments of `evaluate` that do not depend on the images."""
     recipe = prepared.recipe
     return {
-        "threat": recipe.evaluate.threats or recipe.threat,
+        "threat": recipe.threats_measured or recipe.threat,
         "attacks": [a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
         "batch_size": recipe.evaluate.batch_size,
         "seed": recipe.runtime.seed,
@@ -174,7 +186,7 @@ def _evaluate(
     checks: Sequence[Finding],
     options: Mapping[str, Any],
     *,
-    deployed: bool,
+    where: Path,
 ) -> Evaluation:
     test = prepared.images.test
     count = count_measured(prepared.recipe, test)
@@ -185,15 +197,71 @@ def _evaluate(
         class_names=list(test.class_names),
         skipped=len(test.skipped),
         checks=checks,
-        output_dir=prepared.folder.evaluation if deployed else prepared.folder.row(name),
+        output_dir=where,
         **options,
     )
 
 
-def _write(prepared: Prepared, model: nn.Module, rows: Sequence[Row]) -> None:
+def _visits(
+    prepared: Prepared,
+    deployed: Evaluation,
+    unit: int,
+    checks: Sequence[Finding],
+    progress: Callable[[str], EvaluationProgress] | None,
+    stop: Callable[[], bool],
+    command: str | None,
+) -> list[Visit]:
+    """Measure the network after each stage of a sequence; after the last one it is what is deployed."""
+    recipe, folder = prepared.recipe, prepared.folder
+    labels = dict(zip(recipe.threats_measured, threat_labels(recipe.threats_measured), strict=True))
+    visits: list[Visit] = []
+    since: list[Stage] = []
+    for stage in recipe.stages:
+        since.append(stage)
+        if stage not in recipe.sequence_stages:
+            continue
+        evaluation = deployed
+        if stage is not recipe.stages[-1]:
+            model = prepared.architecture.create().to(prepared.device)
+            load_kept(folder, stage, model)
+            view_of, where = view(model, stage.output), folder.visit(stage.name)
+            name = f"after {stage.name}"
+            options = _options(prepared, view_of, progress(name) if progress else None, command, stop)
+            evaluation = _evaluate(prepared, view_of, name, checks, options, where=where)
+        summaries = [group().lead(lambda of=each: _summary(prepared, of)) for each in since]  # type: ignore[misc]
+        visits.append(
+            Visit(
+                stage.name,
+                tuple(labels[t] for each in since for t in each.met(recipe.threat) if t in labels),
+                tuple(labels[t] for each in since for t in _used(prepared, each) if t in labels),
+                evaluation,
+                sum(summary["flops"] for summary in summaries) / unit,
+                sum(summary["seconds"] for summary in summaries),
+            )
+        )
+        since = []
+    return visits
+
+
+def _used(prepared: Prepared, stage: Stage) -> tuple[Threat, ...]:
+    """Return the threats whose attacks a stage uses: to train, to choose an epoch, or to choose weights."""
+    recipe = prepared.recipe
+    used = list(stage.met(recipe.threat))
+    if stage.interpolate is not None:
+        used += chosen_under(recipe, stage)
+    elif stage.keep == "best" and stage.epochs and prepared.images.held_out is not None:
+        used += recipe.validated_under(stage)
+    return tuple(dict.fromkeys(used))
+
+
+def _write(prepared: Prepared, model: nn.Module, rows: Sequence[Row], sequence: Mapping[str, Any] | None) -> None:
     """Write the comparison, the model's card and the gallery; a gallery that is there stays."""
     recipe, folder, test = prepared.recipe, prepared.folder, prepared.images.test
-    write_json(folder.comparison, {"rows": [row.describe() for row in rows]})
+    told: dict[str, Any] = {"rows": [row.describe() for row in rows]}
+    if sequence is not None:
+        rows[-1].evaluation.save(folder.evaluation)
+        told["sequence"] = sequence
+    write_json(folder.comparison, told)
     write_card(folder.model, folder.path)
     shown = min(recipe.evaluate.gallery, len(test))
     if shown and not folder.gallery.is_file():
@@ -259,7 +327,7 @@ def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]
     """
     stages = []
     for stage in prepared.recipe.stages:
-        summary = yaml.safe_load(prepared.folder.summary(stage.name).read_text(encoding="utf-8"))
+        summary = _summary(prepared, stage)
         stages.append((set(stage.train), summary["flops"], summary["seconds"]))
 
     def up_to(count: int) -> tuple[int, float]:
@@ -270,6 +338,12 @@ def _costs(prepared: Prepared, model: nn.Module) -> dict[str, tuple[int, float]]
         for output, parts in _parts_of(model).items()
     }
     return {**costs, BASE: up_to(len(_base_stages(prepared)))}
+
+
+def _summary(prepared: Prepared, stage: Stage) -> dict[str, Any]:
+    """Read what a finished stage cost and reached."""
+    found: dict[str, Any] = yaml.safe_load(prepared.folder.summary(stage.name).read_text(encoding="utf-8"))
+    return found
 
 
 def forward_flops(prepared: Prepared, model: nn.Module) -> int:

@@ -30,6 +30,7 @@ from dualhead.data import (
     match,
 )
 from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation, column, threat_labels
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.noise import Streams
@@ -305,6 +306,7 @@ def _fitting_images(recipe: Recipe, loaded: Images, device: torch.device, room: 
     images = _hold_out(recipe, loaded)
     class_weights(recipe, images.training)
     _check_validation(recipe, images)
+    load_specialists(recipe)
     _check_augmented(recipe, images.training)
     _check_evaluation(recipe, images.test, room)
     return images
@@ -359,8 +361,41 @@ def _check_validation(recipe: Recipe, images: Images) -> None:
                 f"stages.{index}.keep: best needs held-out images, but data.validation is 0; "
                 "set keep: last or data.validation: 0.02"
             )
-        if images.held_out is None and stage.fit is not None:
-            raise UserError(f"stages.{index}.fit: needs held-out images, but data.validation is 0; set it to 0.02")
+        if images.held_out is None and not stage.trains:
+            key = "fit" if stage.fit is not None else "interpolate"
+            raise UserError(f"stages.{index}.{key}: needs held-out images, but data.validation is 0; set it to 0.02")
+
+
+def chosen_under(recipe: Recipe, stage: Stage) -> tuple[Threat, ...]:
+    """Return what held-out images are attacked within where a stage interpolates."""
+    assert stage.interpolate is not None
+    return stage.interpolate.threats or (stage.against(recipe.threat),)
+
+
+def load_specialists(recipe: Recipe) -> list[Evaluation]:
+    """Read the evaluations of a sequence's specialists.
+
+    Raises:
+        UserError: if one was not measured under the sequence's threats by the same attacks.
+    """
+    found = []
+    threats = recipe.threats_measured
+    built = [attacks.build(spec) for spec in recipe.evaluate.attacks]
+    wanted = {
+        column(attack.label, label)
+        for attack in built
+        for threat, label in zip(threats, threat_labels(threats), strict=True)
+        if attack.norms is None or threat.kind in attack.norms
+    }
+    for index, place in enumerate(recipe.sequence.specialists if recipe.sequence is not None else ()):
+        with under(f"sequence.specialists.{index}"):
+            inside = RunFolder(Path(place)).evaluation
+            evaluation = Evaluation.load(inside if inside.is_dir() else Path(place))
+            if not wanted <= set(evaluation.verdicts):
+                lacking = ", ".join(sorted(wanted - set(evaluation.verdicts)))
+                raise UserError(f"{place} was not measured by {lacking}; evaluate it as the sequence is")
+            found.append(evaluation)
+    return found
 
 
 def augmentations_of(recipe: Recipe, stage: Stage) -> tuple[Augmentation, ...]:
@@ -608,7 +643,7 @@ def _check_attacks(prepared: Prepared) -> None:
 def _check_stage(prepared: Prepared, number: int) -> None:
     """Refuse a stage that cannot be trained now, not after the hours before it."""
     stage, key = prepared.recipe.stages[number], f"stages.{number}"
-    if stage.fit is None:
+    if stage.trains:
         passes = passes_of(prepared, stage)
         if stage.epochs and not passes.parameters():
             raise UserError(
@@ -620,7 +655,7 @@ def _check_stage(prepared: Prepared, number: int) -> None:
         with under(f"{key}.layer_decay"):
             layer_scales(prepared.model, stage.layer_decay)
     _warn_of_idle(stage, len(prepared.images.training))
-    if stage.objective.adversarial and stage.fit is None and stage.free is None and stage.epochs:
+    if stage.objective.adversarial and stage.trains and stage.free is None and stage.epochs:
         _warn_of_reach(f"{key}.attack", stage.attack, stage.against(prepared.recipe.threat))
     if stage.fit is not None:
         with under(f"{key}.fit"):

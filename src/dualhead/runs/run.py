@@ -6,13 +6,14 @@ import webbrowser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from dualhead.errors import UserError
 from dualhead.evaluation import EvaluationProgress
 from dualhead.recipe import Recipe, load_recipe
-from dualhead.report import rows_html, rows_text, write_report
+from dualhead.report import rows_html, rows_text, sequence_text, write_report
 from dualhead.runs.crafting import craft
 from dualhead.runs.folder import RunFolder, taken
 from dualhead.runs.measure import Row, measure
@@ -52,8 +53,15 @@ class RunResult:
             webbrowser.open(path.absolute().as_uri())
         return path
 
+    @property
+    def sequence(self) -> dict[str, Any] | None:
+        """What came of threats one after another, as `results.json` holds it; None if the recipe has no `sequence`."""
+        found: dict[str, Any] | None = self.rows[-1].evaluation.results.get("sequence")
+        return found
+
     def __str__(self) -> str:
-        return rows_text([row.describe() for row in self.rows])
+        told = rows_text([row.describe() for row in self.rows])
+        return told if self.sequence is None else f"{told}\n\n{sequence_text(self.sequence)}"
 
     def __repr__(self) -> str:
         return f"RunResult({str(self.run_dir)!r}, {len(self.rows)} rows)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,16 +13,18 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dualhead.data import Loader, OpenStream, StreamSetting
+from dualhead.data import Loader, OpenStream, StreamSetting, batches
 from dualhead.errors import Interrupted, UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state, write_state
-from dualhead.objectives import BEFORE
+from dualhead.noise import Streams
+from dualhead.objectives import BEFORE, Before
 from dualhead.recipe import Runtime
 from dualhead.runs.folder import load_kept, open_folder, write_digests, write_manifest
 from dualhead.runs.prepare import (
     Prepared,
     augmentations_of,
+    chosen_under,
     class_weights,
     earlier_stage,
     fresh_model,
@@ -34,10 +36,14 @@ from dualhead.saving import load, read_config, save_model, view
 from dualhead.system.arithmetic import Arithmetic, Precision, choose_arithmetic, slowdown_by_bf16, with_lanes
 from dualhead.system.devices import describe_environment, float32_products
 from dualhead.system.files import write_json
+from dualhead.system.flops import CountFlops
+from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
+from dualhead.threats import Threat
 from dualhead.training import (
     CheckpointStore,
     MetricsLog,
+    Passes,
     Position,
     Saved,
     Selection,
@@ -48,10 +54,15 @@ from dualhead.training import (
     StepProfiler,
     TrainingProgress,
     Validator,
+    interpolate,
 )
 
 _log = logging.getLogger(__name__)
 
+MEMORY = "memory"
+"""What the file is called in which a stage's objective remembers something of the network as it began."""
+RECALLED_AT_ONCE = 16
+"""Images at once of which it finds that out: each may have a gradient of its own."""
 GIVEN_WEIGHTS = "given_weights"
 """Key of `checkpoints/config.json` of a run that began with weights from a program."""
 
@@ -108,10 +119,12 @@ def train_stages(
         log = _open_log(prepared, position)
         training = _Training(prepared, arithmetic, states, log, progress, stop, profile and group().first)
         while position.stage < len(recipe.stages):
-            if recipe.stages[position.stage].fit is None:
+            stage = recipe.stages[position.stage]
+            if stage.trains:
                 finished, steps = _train_stage(training, position, saved)
             else:
-                finished, steps = _fit_stage(training, position), 0
+                choose = _interpolate_stage if stage.fit is None else _fit_stage
+                finished, steps = choose(training, position), 0
             position, saved = _close_stage(training, finished, steps), None
         model = _of_architecture(prepared, arithmetic)
         group().lead(lambda: save_model(prepared.folder.model, model, prepared.architecture, prepared.facts))
@@ -271,6 +284,8 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         _begin_stage(prepared, number)
     teachers = teachers_of(prepared, number, begun=saved is not None)
     passes, loader = passes_of(prepared, stage, teachers), _loader(prepared, number)
+    memory, flops = _memory(prepared, number, passes, training.arithmetic, begun=saved is not None)
+    position.flops += flops
     training.progress.stage(
         stage.name, number + 1, len(recipe.stages), stage.epochs, len(loader),
         position.epoch * len(loader) + position.step,
@@ -279,7 +294,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         stage,
         passes,
         loader,
-        validator=_validator(prepared),
+        validator=_validator(prepared, recipe.validated_under(stage)),
         threat=stage.against(recipe.threat),
         arithmetic=training.arithmetic,
         seed=recipe.runtime.seed,
@@ -292,6 +307,7 @@ def _train_stage(training: _Training, position: Position, saved: Saved | None) -
         profiler=StepProfiler(prepared.folder.profile, stage.name, prepared.device) if training.profile else None,
         streams=_streams(prepared, stage, loader),
         class_weights=_class_weights(prepared),
+        memory=memory,
         watch=_watch(prepared, stage),
     )
     if saved is not None:
@@ -314,6 +330,33 @@ def _fit_stage(training: _Training, position: Position) -> Position:
     files = training.files(stage)
     files.write_best(prepared.model)
     files.write_last(prepared.model)
+    return finished
+
+
+def _interpolate_stage(training: _Training, position: Position) -> Position:
+    """Choose weights between those of two stages; short, so that a stage that was stopped begins anew."""
+    prepared, files = training.prepared, training.files
+    recipe, stage = prepared.recipe, prepared.recipe.stages[position.stage]
+    chosen, validator = stage.interpolate, _validator(prepared, chosen_under(recipe, stage))
+    assert chosen is not None and validator is not None
+
+    def kept(name: str) -> dict[str, Tensor]:
+        earlier = earlier_stage(recipe, position.stage, name)
+        assert earlier is not None
+        load_kept(prepared.folder, earlier, prepared.model)
+        return {key: value.clone() for key, value in prepared.model.state_dict().items()}
+
+    first, second = map(kept, chosen.between)
+    training.progress.stage(stage.name, position.stage + 1, len(recipe.stages), 0, 0, 0)
+    finished = interpolate(
+        passes_of(prepared, stage), first, second, chosen.shares, validator, training.arithmetic, prepared.device,
+        training.stop, Position(stage=position.stage),
+    )  # fmt: skip
+    training.log.write(
+        {"stage": stage.name, "epoch": 1, "step": 0, **finished.best, "seconds": round(finished.seconds, 3)}
+    )
+    files(stage).write_best(prepared.model)
+    files(stage).write_last(prepared.model)
     return finished
 
 
@@ -349,12 +392,12 @@ def _class_weights(prepared: Prepared) -> Tensor | None:
     return None if weights is None else weights.to(prepared.device)
 
 
-def _validator(prepared: Prepared) -> Validator | None:
+def _validator(prepared: Prepared, threats: Sequence[Threat] = ()) -> Validator | None:
     held_out, recipe = prepared.images.held_out, prepared.recipe
     if held_out is None:
         return None
-    settings = recipe.validation
-    return Validator(held_out, settings.attack, settings.every, recipe.threat, recipe.runtime.seed)
+    settings, (threat, *also) = recipe.validation, threats or (recipe.threat,)
+    return Validator(held_out, settings.attack, settings.every, threat, recipe.runtime.seed, also=tuple(also))
 
 
 def _watch(prepared: Prepared, stage: Stage) -> SingleStepWatch | None:
@@ -398,6 +441,52 @@ def teachers_of(prepared: Prepared, number: int, *, begun: bool) -> dict[str, nn
         teacher = _teacher(prepared, number, where).to(prepared.device)
         found[name] = teacher.requires_grad_(requires_grad=False)
     return found
+
+
+def _memory(
+    prepared: Prepared, number: int, passes: Passes, arithmetic: Arithmetic, *, begun: bool
+) -> tuple[dict[str, Tensor], int]:
+    """Return what a stage's objective remembers of the network as the stage began, and what finding it out cost.
+
+    Args:
+        prepared: the run.
+        number: of the stage.
+        passes: of the stage, through the network as it begins.
+        arithmetic: number format of the passes.
+        begun: whether the stage goes on; else it is found out now, and written beside the stage's weights.
+    """
+    recipe, folder = prepared.recipe, prepared.folder
+    stage, processes = recipe.stages[number], group()
+    path, flops = folder.weights(stage.name, MEMORY), 0
+    if not begun:
+        earlier: dict[str, Tensor] = {}
+        for other in recipe.stages[:number]:
+            place = folder.weights(other.name, MEMORY)
+            earlier = processes.lead(lambda at=place, known=earlier: read_state(at) if at.is_file() else known)  # type: ignore[misc]
+        split = prepared.images.training
+
+        def images(count: int) -> Iterator[tuple[Tensor, Tensor, Streams]]:
+            first = split.first(min(count, len(split)))
+            for batch in batches(first, RECALLED_AT_ONCE, prepared.device, processes.share_of(len(first))):
+                yield batch.x, batch.y, Streams.of(recipe.runtime.seed, batch.index).fork(stage.name, MEMORY)
+
+        with in_eval_mode(passes.learners), CountFlops() as counter:
+            found = stage.objective.recall(
+                Before(
+                    {name: p.detach() for name, p in passes.model.named_parameters() if p.requires_grad},
+                    passes.functional,
+                    images,
+                    stage.attack,
+                    processes.sum_,
+                    {name: tensor.to(prepared.device) for name, tensor in earlier.items()},
+                )
+            )
+        flops = sum(processes.gather(counter.total))
+        if found:
+            processes.lead(lambda: write_state({name: value.cpu() for name, value in found.items()}, path))
+    if not processes.lead(path.is_file):
+        return {}, flops
+    return {name: value.to(prepared.device) for name, value in processes.lead(lambda: read_state(path)).items()}, flops
 
 
 def _keep_before(prepared: Prepared, stage: Stage) -> None:

@@ -119,7 +119,7 @@ def trial(recipe: Recipe) -> Trial:
             unit = forward_flops(prepared, prepared.model)
         stages = []
         for number, stage in enumerate(recipe.stages):
-            if stage.fit is None and stage.epochs:
+            if stage.trains and stage.epochs:
                 stages.append(_tried(prepared, number, unit))
             for which in ("best", "last"):  # later stages learn from what this one would have kept
                 write_state(prepared.model.state_dict(), prepared.folder.weights(stage.name, which))

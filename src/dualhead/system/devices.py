@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
+from dualhead.system import quota
 from dualhead.system.processes import group, local_rank
 
 UNKNOWN_MEMORY = 8 * 2**30
@@ -63,9 +64,8 @@ def room_for_images(device: torch.device) -> int:
 
 
 def processors() -> int:
-    """Return this process's share of the machine's processors, at least 1."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // _processes_here())
+    """Return this process's share of the processors that the machine, or the container's quota, has; at least 1."""
+    return max(1, quota.processors() // _processes_here())
 
 
 def _processes_here() -> int:

@@ -7,6 +7,7 @@ the device that they lie on.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,9 @@ T = TypeVar("T")
 
 _PATIENCE: Final = timedelta(days=1)
 """How long a process waits for the others: they end an evaluation hours apart. If one dies, torchrun ends the rest."""
+
+
+_meetings = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ def joined() -> Iterator[Group]:
             # One torchrun keeps one store over its restarts; in it still stand the addresses of processes that died.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # likewise
+        store = dist.PrefixStore(str(next(_meetings)), store)  # type: ignore[attr-defined]  # a program may meet again
         # Without a backend's name: gloo, and what fits the accelerators of this machine.
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     try:

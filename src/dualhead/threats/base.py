@@ -29,7 +29,14 @@ class Threat(ABC):
     """
 
     registered_name: ClassVar[str]
+    typical_eps: ClassVar[str] = "0.05"
+    """A budget of usual size, as text, for messages and tests."""
     eps: float
+
+    @property
+    def family(self) -> str:
+        """The norm or the name, by which attacks say what they are defined for."""
+        return self.registered_name
 
     @property
     def kind(self) -> str:

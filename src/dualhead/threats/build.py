@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Final, get_args
+
+from pydantic import BeforeValidator, PlainSerializer
 
 from dualhead.errors import UserError
 from dualhead.threats.base import Threat, threats
@@ -47,3 +49,10 @@ def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Thr
         return ThreatModel(norm, spec["eps"])
     except UserError as error:
         raise UserError(f"{place}: {error}" if place else str(error)) from None
+
+
+THREAT: Final = (
+    BeforeValidator(lambda spec: build_threat(spec, where=".")),
+    PlainSerializer(lambda threat: threat.describe()),
+)
+"""Annotations of a recipe's field that holds a threat."""

@@ -98,6 +98,11 @@ class ThreatModel(Threat):
             raise UserError(f"eps {self.eps:g} exceeds 1, the whole range of an image in [0, 1]; {hint}")
 
     @property
+    def family(self) -> str:
+        """The norm."""
+        return self.norm
+
+    @property
     def kind(self) -> str:
         """The norm."""
         return self.norm

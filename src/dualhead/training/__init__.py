@@ -2,6 +2,7 @@
 
 from dualhead.training.checkpoint import CheckpointStore, Position, Saved
 from dualhead.training.fit import Selection, check_choosable
+from dualhead.training.interpolation import interpolate
 from dualhead.training.layer_decay import layer_scales
 from dualhead.training.loop import StageFiles, StageRun
 from dualhead.training.metrics import MetricsLog, read_metrics, summary_writer
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingProgress",
     "Validator",
     "check_choosable",
+    "interpolate",
     "layer_scales",
     "read_metrics",
     "summary_writer",

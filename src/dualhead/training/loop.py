@@ -124,6 +124,7 @@ class StageRun:
         profiler: looks at a few steps; None: nobody does.
         streams: the objective's own streams of the data, by name.
         class_weights: float32 [C] on the device, of images' losses; None for equal ones.
+        memory: what the objective remembers of the network as the stage began.
         watch: looks after each epoch whether training on single steps overfits catastrophically; None: nobody does.
     """
 
@@ -146,6 +147,7 @@ class StageRun:
         profiler: StepProfiler | None = None,
         streams: Mapping[str, OpenStream] | None = None,
         class_weights: Tensor | None = None,
+        memory: Mapping[str, Tensor] | None = None,
         watch: SingleStepWatch | None = None,
     ) -> None:
         self._stage = stage
@@ -167,7 +169,7 @@ class StageRun:
         self._optimiser = stage.optimiser.create(
             passes.parameters() if stage.layer_decay is None else decayed_groups(passes, stage.layer_decay)
         )
-        self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic, class_weights)
+        self._step = TrainingStep(passes, stage, threat, self._optimiser, arithmetic, class_weights, memory)
         self._streams = dict(streams or {})
         self._curriculum = Curriculum(stage.objective, len(loader) * (1 if stage.free is None else stage.free.replays))
         self._collapsed = False

@@ -132,6 +132,18 @@ class Passes:
         """Compute logits [B, C] of the deployed output for images [B, ...], differentiable to the images."""
         return self._final.raw({"clean": self.prefix(x)})[""]
 
+    def functional(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Compute logits [B, C] of the output that the parts train, float32, with other weights.
+
+        Args:
+            weights: by their names in the model; those that are left out are the model's own.
+            x: images [B, ...].
+        """
+        outer = _Output(self.model, self.trained)
+        held = {f"model.{name}": tensor for name, tensor in weights.items()}
+        made: Tensor = torch.func.functional_call(outer, held, (x,))
+        return made.float()
+
     def constant(self, x: Tensor) -> Crossing:
         """Run the prefix without a graph."""
         with torch.no_grad():
@@ -449,6 +461,21 @@ class Look:
         if need.reversal is not None:
             value = _reversed(value, need.reversal)
         made: Tensor = head(value)
+        return made
+
+
+class _Output(nn.Module):
+    """One output of a model."""
+
+    def __init__(self, model: nn.Module, output: str) -> None:
+        super().__init__()
+        self.model, self._output = model, output
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.model, DualHeadClassifier):
+            made: Tensor = self.model.view(self._output)(x)
+        else:
+            made = self.model(x)
         return made
 
 

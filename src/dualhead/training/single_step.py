@@ -19,7 +19,7 @@ from dualhead.training.passes import Passes
 WATCHED: Final = 64
 """Images that are looked at after each epoch."""
 STEPS: Final = 5
-"""Of PGD on them, each 2.5 eps / 5."""
+"""Steps of PGD on them, each 2.5 eps / 5."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Final, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
 
 from dualhead.attacks import Attack, Maximiser, attacks
 from dualhead.components.fields import Real
@@ -15,21 +15,17 @@ from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
 from dualhead.heads import Output, Part
 from dualhead.objectives import ATTACKED, CLEAN, OWN, Objective, objectives
-from dualhead.threats import Threat, build_threat
+from dualhead.threats import THREAT, Threat
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.awp import AWP
 from dualhead.training.fit import Fit
 from dualhead.training.free import Free
+from dualhead.training.interpolation import Interpolate
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
 from dualhead.training.passes import refuse_unmet, trained_output
 
 RESET: Final = "reset"
 """Value of `init` for fresh weights."""
-THREAT: Final = (
-    BeforeValidator(lambda spec: build_threat(spec, where=".")),
-    PlainSerializer(lambda threat: threat.describe()),
-)
-"""Annotations of a field that holds a threat."""
 
 
 class Stage(Section):
@@ -80,6 +76,9 @@ class Stage(Section):
     fit: Fit | None = None
     """Choose the aggregator's parameters on the held-out images, in place of training; `train` is the aggregator alone,
     and objective, attack and epochs are left out."""
+    interpolate: Interpolate | None = None
+    """Choose weights between those of two earlier stages on the held-out images, in place of training; objective,
+    attack and epochs are left out."""
     init: str | None = None
     """Weights to start the trained network from: a file, an exported model or a run; `reset`: the parts that this stage
     trains begin afresh, with the weights that the run began with, and not with those of the stage before."""
@@ -106,7 +105,7 @@ class Stage(Section):
     @model_validator(mode="before")
     @classmethod
     def _fit_trains_nothing(cls, content: Any) -> Any:
-        if isinstance(content, Mapping) and content.get("fit") is not None:
+        if isinstance(content, Mapping) and any(content.get(key) is not None for key in ("fit", "interpolate")):
             return {"objective": "natural", "epochs": 0, **content}
         return content
 
@@ -145,6 +144,14 @@ class Stage(Section):
         return self
 
     @model_validator(mode="after")
+    def _interpolation_trains_nothing(self) -> Self:
+        if self.interpolate is not None and (self.fit is not None or self.epochs or self.init is not None):
+            raise UserError("a stage with interpolate trains nothing: leave out fit, init and epochs")
+        if self.interpolate is not None and self.objective != objectives.build("natural"):
+            raise UserError("a stage with interpolate trains nothing; leave its objective out")
+        return self
+
+    @model_validator(mode="after")
     def _statistics_stay(self) -> Self:
         if self.batch_norm == "frozen" and self.average is not None and self.average.batch_norm == "reestimate":
             raise UserError(
@@ -160,13 +167,26 @@ class Stage(Section):
             UserError: if the stage's attack cannot be used with that.
         """
         threat = self.threat or (threat if self.eps is None else threat.within(self.eps))
-        if self.objective.adversarial and self.fit is None:
+        if self.objective.adversarial and self.trains:
             if self.free is not None:
                 self.free.check(threat)
                 return threat
             for inner in self.objective.inner().values():
                 (inner.attack or self.attack).check(inner.threat or threat)
         return threat
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains, and does not choose among what was trained."""
+        return self.fit is None and self.interpolate is None
+
+    def met(self, threat: Threat) -> tuple[Threat, ...]:
+        """Return the threats that its training attacks within, in a recipe with this threat; none if it attacks not."""
+        own = self.against(threat)
+        if not self.trains or not self.objective.adversarial:
+            return ()
+        found = (None,) if self.free is not None else self.objective.threats()
+        return tuple(dict.fromkeys(own if each is None else each for each in found))
 
     @property
     def single_step(self) -> bool:

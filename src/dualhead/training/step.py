@@ -98,6 +98,7 @@ class TrainingStep:
         optimiser: over `passes.parameters()`.
         arithmetic: number format of the passes.
         class_weights: float32 [C], by which an image's loss is multiplied; None: by nothing.
+        memory: what the objective remembers of the network as the stage began.
 
     Attributes:
         guard: drops updates that are not finite, and counts them.
@@ -112,8 +113,11 @@ class TrainingStep:
         optimiser: torch.optim.Optimizer,
         arithmetic: Arithmetic,
         class_weights: Tensor | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._passes = passes
+        self._memory = dict(memory or {})
+        self._reference: list[Tensor] = []
         self._class_weights = class_weights
         self._stage = stage
         self._threat = threat
@@ -256,6 +260,7 @@ class TrainingStep:
                 terms, correct = self._descend(pieces, images)
         self.guard.settle()
         self._add_up(terms, correct, len(batch) / images)
+        self._respect()
         with record_function("update"):
             taken = self.guard.step(terms["loss"])
             if self.carried is not None and attacked is not None:
@@ -359,6 +364,7 @@ class TrainingStep:
     def _descend(self, pieces: Sequence[_Piece], images: int) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of the mean loss, in `.grad`; the loss, its terms and figures, and the number of correct images."""
         sums: dict[str, Tensor] = {}
+        self._reference = []
         correct = torch.zeros((), dtype=torch.int64, device=pieces[0].y.device)
         for piece in pieces:
             share = len(piece.y) / images
@@ -367,13 +373,47 @@ class TrainingStep:
                     seen = {**piece.known, **(self._look if self._counted else self._fast_look)(piece.crossing)}
                 seen |= self._slopes_of(piece)
                 loss = self._loss(piece.y, seen)
+            if loss.constraint is not None:
+                self._add_reference(loss.constraint * share)
             with record_function("loss: backward"):
                 torch.autograd.backward(loss.total * share)
             for name, term in {"loss": loss.total, **loss.terms, **loss.figures}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
             labels = piece.y if piece.y.dim() == 1 else piece.y.argmax(1)
             correct += (seen[self._judged].argmax(1) == labels).sum()
+        if self._memory:
+            share = sum(len(piece.y) for piece in pieces) / images  # over all processes they add up to 1
+            terms = self._objective.penalty(self._weights(), self._memory)
+            for name, term in terms.items():
+                torch.autograd.backward(term * share)
+                for of in (name, "loss"):
+                    sums[of] = sums.get(of, 0.0) + term.detach() * share
         return sums, correct
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self._passes.model.named_parameters() if p.requires_grad}
+
+    def _add_reference(self, constraint: Tensor) -> None:
+        """Add the gradient of a loss that the update is not to raise."""
+        parameters = self._passes.parameters()
+        found = torch.autograd.grad(constraint, parameters, retain_graph=True, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        if self._reference:
+            torch._foreach_add_(self._reference, gradients)
+        else:
+            self._reference = gradients
+
+    def _respect(self) -> None:
+        """Take away the part of the gradient that would raise the constraint (Chaudhry et al. 2019, A-GEM, eq. 11)."""
+        if not self._reference:
+            return
+        parameters = self._passes.parameters()
+        both = [(p.grad, r) for p, r in zip(parameters, self._reference, strict=True) if p.grad is not None]
+        along = torch.stack([(gradient * reference).sum() for gradient, reference in both]).sum()
+        length = torch.stack([reference.square().sum() for reference in self._reference]).sum()
+        factor = along.clamp_max(0.0) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        for gradient, reference in both:
+            gradient.sub_(factor * reference)
 
     def _slopes_of(self, piece: _Piece) -> dict[str, Tensor]:
         """Gradients of the cross-entropy with respect to images, with a graph to what learns unless constant."""
@@ -425,7 +465,7 @@ class TrainingStep:
         moved = self.guard.moved  # the mean over processes: running statistics are linear in those of a batch
         for statistic in moved:
             statistic.mul_(share)
-        processes.sum_([*self._gradients(), *moved, *terms.values(), correct])
+        processes.sum_([*self._gradients(), *self._reference, *moved, *terms.values(), correct])
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._passes.parameters() if p.grad is not None]

@@ -1,4 +1,4 @@
-"""What a poison is: training images and labels in, changed ones out, with a record of every change."""
+"""Poisons: training images and labels in, changed ones out, with a record of every change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ClassName = int | str
 REMOVED: Final = -1
 """The new label of an image that is left out."""
 _EXACT: Final = 1e-6
-"""Of a grey level: what a product such as 8/255 times 255 may lack of a whole number."""
+"""Share of a grey level that a product such as 8/255 times 255 may lack of a whole number."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,173 @@
+"""Threats one after another in a run: what is told, what is refused, and that it resumes to the bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import time
+
+import pytest
+import torch
+
+from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation import Evaluation
+from dualhead.recipe import parse_recipe
+from dualhead.runs.run import train
+from helpers.resume import outcome
+
+ATTACK = {"name": "pgd", "steps": 2}
+
+
+def stage(name, objective="sat", **settings):
+    return {"name": name, "train": ["model"], "keep": "last", "objective": objective, "attack": ATTACK, "epochs": 1,
+            "batch_size": 32, **settings}  # fmt: skip
+
+
+AGAINST = {"among": ["Linf:0.1", "L2:0.5"]}
+STAGES = [
+    stage("linf", {"name": "alr", "base": "sat"}),
+    stage("l2", {"name": "lwf", "base": {"name": "any_of", **AGAINST}}, threat="L2:0.5"),  # draws adaptively
+    stage("l1", {"name": "ewc", "old": "L2:0.5", "images": 8, "base": {"name": "replay", "images": 8, **AGAINST}},
+          threat="L1:3"),
+    {"name": "mixed", "train": ["model"], "keep": "last", "threat": "L1:3",
+     "interpolate": {"between": ["l2", "l1"], "shares": [0, 0.5]}},
+]  # fmt: skip
+EVERYTHING = {
+    "name": "sequence",
+    "data": {"source": "digits", "train_limit": 80, "validation": 16},
+    "model": {"backbone": "cnn-4"},
+    "threat": {"norm": "Linf", "eps": 0.1},
+    "stages": STAGES,
+    "sequence": {},
+    "validation": {"attack": ATTACK, "under": "stage"},
+    "evaluate": {"attacks": ["pgd-2"], "limit": 24, "gallery": 0, "batch_size": 8},
+    "runtime": {"precision": "float32", "layout": "contiguous", "lanes": 1},
+}
+
+
+def recipe(**changes):
+    return parse_recipe({**EVERYTHING, **changes})
+
+
+def told(folder):
+    """All that must come out the same: weights, log, and what was measured, without times."""
+    found = json.loads((folder / "evaluation" / "results.json").read_text())["sequence"]
+    for row in found["rows"]:
+        del row["training_cost"]["seconds"]
+    visits = {
+        name: {key: column.tolist() for key, column in Evaluation.load(path).correct.items()}
+        for name in ("linf", "l2", "l1")
+        for path in [folder / "evaluation" / "sequence" / name]
+    }
+    return {**outcome(folder), "sequence": found, "visits": visits}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = train(recipe(), run_dir=folder)
+    assert "kept" in str(result)
+    return folder
+
+
+@pytest.mark.slow
+def test_what_a_run_tells(undisturbed):
+    found = told(undisturbed)["sequence"]
+    assert found["arrived"] == {"Linf": "linf", "L2": "l2", "L1": "l1"}
+    assert [row["old_attacks"] for row in found["rows"]] == [None, "kept", "kept", "lost"]
+    assert found["rows"][-1]["robust_accuracy"].keys() == {"Linf", "L2", "L1"}
+    comparison = json.loads((undisturbed / "comparison.json").read_text())
+    assert comparison["sequence"]["rows"][-1]["union"] == comparison["rows"][-1]["robust_accuracy"]["worst"]
+    costs = [row["training_cost"]["forward_equivalents"] for row in found["rows"]]
+    assert costs == sorted(costs)
+    page = (undisturbed / "report.html").read_text()
+    assert "Threats one after another" in page
+    assert "After each stage, under each threat" in page
+    saved = torch.load(next((undisturbed / "checkpoints" / "states").glob("*.pt")), weights_only=False)
+    assert saved is not None
+    assert (undisturbed / "checkpoints" / "l1" / "memory.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_stopped_again_and_again_it_ends_as_one_that_was_not(undisturbed, tmp_path):
+    moments, stops = random.Random(0), 0
+    while True:
+        try:
+            train(recipe(), run_dir=tmp_path / "run", stop=lambda: moments.random() < 0.4)
+        except Interrupted:
+            stops += 1
+            continue
+        break
+    assert stops >= 4
+    assert told(tmp_path / "run") == told(undisturbed)
+
+
+def in_a_process(folder):
+    torch.set_num_threads(1)
+    settings = {**EVERYTHING["runtime"], "save_minutes": 1e-9}
+    train(recipe(runtime=settings), run_dir=folder)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(undisturbed, tmp_path):
+    """kill -9 while it trains, remembers, chooses weights or measures."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dualhead.runs.run"])
+    moments, killed, folder = random.Random(1), 0, tmp_path / "run"
+
+    def files():
+        return sum(1 for _ in folder.rglob("*") if _.is_file()) if folder.is_dir() else 0
+
+    while True:
+        before = files()
+        process = context.Process(target=in_a_process, args=(str(folder),))
+        process.start()
+        while killed < 8 and process.exitcode is None and files() == before:
+            time.sleep(0.01)  # until it has done something
+        if killed < 8:
+            time.sleep(moments.random() * 0.6)
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        killed += 1
+    assert killed >= 3
+    assert told(folder) == told(undisturbed)
+
+
+def test_a_recipe_says_what_its_sequence_is_measured_under():
+    made = recipe()
+    assert [threat.kind for threat in made.threats_measured] == ["Linf", "L2", "L1"]
+    assert [s.name for s in made.sequence_stages] == ["linf", "l2", "l1", "mixed"]
+    assert [s.name for s in recipe(sequence=["l2", "mixed"]).sequence_stages] == ["l2", "mixed"]
+    further = recipe(sequence={"threats": ["Linf:0.1", "L1:3", "Linf:0.2"]})
+    assert [threat.eps for threat in further.threats_measured] == [0.1, 3, 0.2]
+    assert recipe(sequence=None).sequence_stages == ()
+    again = parse_recipe(made.resolved())
+    assert again == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence": ["nobody"]}, "sequence.stages.0: no stage is called 'nobody'"),
+        ({"sequence": ["l2", "linf"]}, "in their order, with mixed"),
+        ({"sequence": ["linf", "l2"]}, "in their order, with mixed"),
+        ({"sequence": ["linf", "linf"]}, "is named twice"),
+        ({"sequence": {"threats": ["L2:0.5"]}}, "has one threat alone"),
+        ({"sequence": {"order": []}}, "unknown key"),
+        ({"evaluate": {"threats": ["Linf:0.1", "L2:1"]}}, "evaluate.threats: a sequence is measured under its own"),
+        ({"stages": STAGES[2:]}, "'l2' is no earlier stage"),
+        ({"validation": {"attack": ATTACK, "under": "x"}}, "validation.under"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        recipe(**changes)
+
+
+def test_a_specialist_that_was_measured_otherwise_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"sequence.specialists.0: .* holds no finished evaluation"):
+        train(recipe(sequence={"specialists": [str(tmp_path)]}), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
