@@ -241,9 +241,8 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable
     worn, even, poisoned = _worn_columns(rows), shows_balanced(rows), poison_columns(rows)
     names = ("clean", *shown, *worn, *even, *poisoned)
     table = NumberTable({"model": "left"} | dict.fromkeys(names, "right"), title)
-    gap = (
-        "\n" if len(shown) + len(poisoned) > 2 else " "
-    )  # many attacks fit a narrow terminal only with the interval below the share
+    # Many attacks fit a narrow terminal only with the interval below the share.
+    gap = "\n" if len(shown) + len(poisoned) > 2 else " "
     for number, row in enumerate(rows):
         cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
         cells += [_cell(row, name, gap) for name in shown]
