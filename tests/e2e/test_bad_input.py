@@ -325,7 +325,6 @@ BAD = [
     ("NEW threat.eps=null", "threat: None is not a number; write it like 0.031 or 8/255"),
     ("NEW threat.eps=true", "threat: True is not a number; write it like 0.031 or 8/255"),
     ("NEW threat.norm=L7", "threat: norm 'L7' is not known; use one of Linf, L2, L1"),
-    ("NEW threat.norm=2", "threat: norm 2 is not known; use one of Linf, L2, L1"),
     ("NEW threat=0.3", "threat: must be {norm: ..., eps: ...}, {name: ..., eps: ...} or short, as L2:0.5; got 0.3"),
     ("NEW 'threat={norm: Linf}'", "threat.eps: missing; this key is required, e.g. 8/255"),
     ("NEW threat.epsilon=0.3", "threat.epsilon=0.3: unknown key; write threat.eps=0.3"),

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -228,7 +229,7 @@ def folder_of(root, part, images):
 @pytest.fixture
 def seen(digits, monkeypatch):
     """Returns training and test images as a run sees them, each by the word of its class."""
-    monkeypatch.setattr("dualhead.commands.fit.train_run", lambda recipe, **_: load_images(recipe))
+    monkeypatch.setattr("dualhead.commands.fit.train_run", lambda recipe, **_: load_images(recipe, Path("run")))
 
     def fit(train, test, **more):
         images = dualhead.fit(net(), train, test, recipe=PLAIN, progress=False, **more)
@@ -473,7 +474,7 @@ def test_functions_are_attacks_and_their_images_come_back(whole, digits, tmp_pat
 def seen_as(digits, **changed):
     """The recipe that a call of `fit` means, and its images, with arguments changed."""
     given = {"model": net(), "train": digits[0], "test": digits[1], "recipe": PLAIN, "progress": False, **changed}
-    with mock.patch("dualhead.commands.fit.train_run", lambda recipe, **_: (recipe, load_images(recipe))):
+    with mock.patch("dualhead.commands.fit.train_run", lambda recipe, **_: (recipe, load_images(recipe, Path("run")))):
         return dualhead.fit(**given)
 
 
