@@ -447,11 +447,9 @@ def weights_of(folder):
 LONG = (*TINY, "stages.*.epochs=3", "runtime.lanes=1")  # to the bit, whatever is faster
 
 
+@pytest.mark.slow  # with `make bits`
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_stopped_run_goes_on_to_the_same_bits(number, tmp_path, uninterrupted):
     process = start(tmp_path / "run", LONG)
     metrics = tmp_path / "run" / "metrics.jsonl"

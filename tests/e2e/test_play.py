@@ -166,7 +166,12 @@ def test_nobody_else_is_let_in(server):
 
 
 @pytest.mark.parametrize(
-    ("number", "ignored"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)]
+    ("number", "ignored"),
+    [
+        (signal.SIGINT, False),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+    ],
 )
 def test_the_command_starts_answers_and_stops(finished_run, number, ignored):
     command = [sys.executable, "-m", "dualhead", "play", str(finished_run), "--device", "cpu", "--json"]
