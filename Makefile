@@ -47,7 +47,7 @@ RESUMED := tests/runs/test_resume.py::test_stopped_after_every_single_step \
 	tests/e2e/test_dispatch.py::test_a_job_that_fails_is_told_and_the_others_are_done
 
 bits: $(VENV)/.developer
-	$(BIN)/python -m pytest -n auto tests/numerics tests/contract/test_old_runs.py tests/runs/test_new_methods.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/numerics tests/contract/test_old_runs.py tests/runs/test_new_methods.py \
 		tests/contract/test_every_device.py::test_a_run_from_training_to_export $(RESUMED) \
 		"tests/distributed/test_training_processes.py::test_an_equal_global_batch_gives_the_same_training[two]"
 

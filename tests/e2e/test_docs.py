@@ -47,6 +47,7 @@ CANNOT = {
     "dualhead list attacks --plugin mine.py": "likewise",
     "dualhead sample runs/dat": "of what minutes of training leave; tests/commands/test_generate.py draws samples",
     "dualhead counterfactual runs/dat": "likewise",
+    "dualhead evaluate runs/dat": "likewise; that file measures samples too",
     "dualhead play": "serves until it is stopped; tests/e2e/test_play.py starts and stops it",
 }
 """Beginnings of commands that are not run here, unless one of `CAN` fits."""
@@ -113,7 +114,7 @@ def place(tmp_path_factory, finished_run):
     image_folder(folder / "photos", ("cat", "dog"), random)
     image_folder(folder / "path" / "to" / "images", [f"class {k}" for k in range(10)], random)
     parquet(folder / "path" / "to" / "parquet", random)
-    for name in ("cifar10-jpeg75", "tiny-imagenet-32-jpeg75"):
+    for name in ("cifar10", "cifar10-jpeg75", "tiny-imagenet-32-jpeg75"):
         shutil.copytree(folder / "path/to/parquet", folder / "path/to" / name)
     recipe = next(
         text for text in re.findall(r"```yaml\n(# photos.yaml.*?)```", (ROOT / "docs/tutorial.md").read_text(), re.S)
@@ -137,7 +138,7 @@ def shortened(words, folder):
         given = {word.partition("=")[0] for word in words[2:]}
         short = [pair for pair in TINY if pair.partition("=")[0] not in given | {"model.backbone"}]
         small = [] if words[2].startswith(("cifar10", "tiny", "photos")) else TINY[:1]
-        if words[2].startswith("tiny"):  # its first stage has no attack to shorten
+        if words[2].startswith(("tiny", "digits_natural")):  # a stage has no attack to shorten
             short = [pair for pair in short if not pair.startswith("stages.")]
         held = (
             ["data.validation=10", "data.train_limit=60"]
