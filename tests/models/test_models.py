@@ -145,6 +145,7 @@ def test_published_weights_compute_what_the_papers_say(spec, table, reference):
     state = {name: t.double() if t.is_floating_point() else t for name, t in state_for(table).items()}
     assert load_state(model, state, "test") == ()
     images = torch.rand(2, 3, 16, 24, dtype=torch.float64)
+    mean, std = (torch.tensor(given).double() for given in (mean, std))  # as float32 has them
     shifted = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
     torch.testing.assert_close(model(images), reference(state, shifted), rtol=1e-6, atol=1e-6)
 
