@@ -55,7 +55,7 @@ def cost_of(run: Path) -> float:
 def of_sequence(
     runs: Mapping[int, Path], first: Mapping[int, Path], specialists: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What is told of a method in one order.
+    """Describe a method in one order.
 
     Args:
         runs: by seed.
@@ -85,7 +85,7 @@ def of_sequence(
 
 
 def of_bound(runs: Mapping[int, Path]) -> dict[str, Any]:
-    """What is told of a network that knew its threats from the start."""
+    """Describe a network that knew its threats from the start."""
     found = [results_of(run) for run in runs.values()]
     return {
         "seeds": list(runs),

@@ -108,7 +108,7 @@ def record(run: Path) -> dict[str, Any]:
 
 
 def accuracies_of(evaluation: Evaluation) -> dict[str, Any]:
-    """What `routes.json` says of each route, of a network that has one."""
+    """Return what `routes.json` says of each route, for a network that has one."""
     return {key: evaluation.results[key] for key in ("clean_accuracy", "robust_accuracy", "checks")
             if key in evaluation.results}  # fmt: skip
 

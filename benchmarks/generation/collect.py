@@ -97,7 +97,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def shared_names(found: Iterable[dict[str, float]]) -> list[str]:
-    """What all of them tell."""
+    """Return the names that all of them tell."""
     each = list(found)
     return [name for name in each[0] if all(name in other for other in each)]
 

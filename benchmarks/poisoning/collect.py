@@ -1,4 +1,4 @@
-"""What finished runs of the study say, cell by cell.
+"""Collect what finished runs of the study say, cell by cell.
 
     python benchmarks/poisoning/collect.py OUT [TARGET]    # OUT/poisoning.json, or TARGET
 
@@ -20,7 +20,7 @@ from dualhead.statistics import mean_std, wilson
 
 
 def read(run: Path) -> dict[str, Any] | None:
-    """What a finished run says; None of another."""
+    """Return what a finished run says; None for another."""
     comparison = run / "comparison.json"
     if not comparison.is_file():
         return None

@@ -15,7 +15,7 @@ LINF = ThreatModel("Linf", 8 / 255)
 
 
 def climbed(spec, threat=LINF):
-    """What training would see, the start noise as uniform numbers in [-1, 1], and what it needs for a loop by hand."""
+    """Return what training sees, the start noise as uniform numbers in [-1, 1], and what a loop by hand needs."""
     model, x = network(), images(4)
     y = model(x).argmax(1)
 

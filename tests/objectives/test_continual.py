@@ -45,7 +45,7 @@ def kl(p, q):
 
 
 def of_both(clean, attacked, clean_before, attacked_before):
-    """What LwF around SAT sees, by the names of its needs."""
+    """Return what LwF around SAT sees, by the names of its needs."""
     return {"q": attacked, "lwf_clean": clean, "lwf_attacked": attacked,
             "lwf_clean_before": clean_before, "lwf_attacked_before": attacked_before}  # fmt: skip
 

@@ -353,7 +353,7 @@ class _Sparse(APGD):
     image's; the published code counts some that it has moved there and back, since its sums round.
     """
 
-    form: APGD = field(kw_only=False, default=None)  # type: ignore[assignment]
+    form: APGD = field(kw_only=False, default=None)  # type: ignore[assignment]  # always given, but fields before it have defaults
 
     def notes(self, num_classes: int) -> list[str]:
         """Those of the form that it is of."""

@@ -512,7 +512,7 @@ def _targeted(results: Any) -> list[str]:
 
 
 def _transfer(results: Any) -> list[str]:
-    """What images made against another network alone say."""
+    """Return what images made against another network alone say."""
     told = results.get("transfer")
     return [f"transfer: {told['note']}"] if told else []
 

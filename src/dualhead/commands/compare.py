@@ -419,7 +419,7 @@ def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:
 
 
 def _transfer(members: Sequence[Entry]) -> dict[str, Any]:
-    """What `results.json` says of images made against another network, as the mean over seeds; empty if not for all."""
+    """Return what `results.json` says of transferred images, as the mean over seeds; empty if not for all."""
     told = [member.evaluation.results["transfer"] for member in members if "transfer" in member.evaluation.results]
     if len(told) < len(members) or len({each["from"] for each in told}) > 1:
         return {}
@@ -450,7 +450,7 @@ def _corruptions(members: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _poison(members: Sequence[Entry]) -> dict[str, Any]:
-    """What `results.json` says of a poison, as the mean over seeds; empty where it was not measured for all."""
+    """Return what `results.json` says of a poison, as the mean over seeds; empty where it was not measured for all."""
     told = [member.evaluation.results["poison"] for member in members if "poison" in member.evaluation.results]
     if len(told) < len(members):
         return {}
@@ -484,7 +484,7 @@ def _poison(members: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _withstood(entry: Entry, attacks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    """What is right on triggered images, in the order of their indices; empty where none were measured.
+    """Return what is right on triggered images, in the order of their indices; empty where none were measured.
 
     `trigger withstood` are those that are not taken for the target, so that more is better here too.
     """
@@ -542,7 +542,7 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[st
     measures = ["clean", *attacks, "worst"] if attacks else ["clean"]
     for name in TRIGGER_MEASURES:
         found_by = [of[seed].get(name) for of in (a, b) for seed in both]
-        if all(found is not None and len(found) == len(found_by[0]) for found in found_by):  # type: ignore[arg-type]
+        if all(found is not None and len(found) == len(found_by[0]) for found in found_by):  # type: ignore[arg-type]  # none is None
             measures.append(name)
     if len(both) == 1:
         found = {name: mcnemar(a[both[0]][name], b[both[0]][name]) for name in measures}

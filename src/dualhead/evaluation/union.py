@@ -78,7 +78,7 @@ def merged(parts: Mapping[str, Evaluation], class_names: list[str], left_out: Se
 
 
 def _transfer(parts: Mapping[str, Evaluation], whole: Evaluation) -> dict[str, Any]:
-    """What images made against another network say under all threats together; empty if there are none."""
+    """Return what images made against another network say under all threats together; empty if there are none."""
     told = {label: part.results[TRANSFER] for label, part in parts.items() if TRANSFER in part.results}
     if not told:
         return {}

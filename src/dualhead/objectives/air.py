@@ -80,7 +80,7 @@ class AIR(Around):
         return False
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, and both networks' logits on noisy and on mixed images."""
+        """Ask for what the base method needs, and both networks' logits on noisy and on mixed images."""
         own = self.base.judged_output
         asked: dict[str, Need] = {"noisy": Logits(own, "noisy"), "mixed": Logits(own, "mixed")}
         asked |= {f"{name}_before": Logits(BEFORE, name) for name in ("noisy", "mixed")}

@@ -61,7 +61,7 @@ class ALR(Around):
             raise UserError("alr is its own base method; raise its weight instead")
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, clean logits, and logits of the points that are moved."""
+        """Ask for what the base method needs, clean logits, and logits of the points that are moved."""
         own, further = self.base.judged_output, {}
         if self.kind == "variation":
             further = {"farther": Logits(own, on="farther")}

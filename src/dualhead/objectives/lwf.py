@@ -74,7 +74,7 @@ class LwF(Around):
         return {"clean": (CLEAN,), "attacked": (ATTACKED,), "both": (CLEAN, ATTACKED)}[self.on]
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, and on each kind of images both networks' logits."""
+        """Ask for what the base method needs, and on each kind of images both networks' logits."""
         own = self.base.judged_output
         asked = {f"lwf_{on}": Logits(own, on) for on in self._kinds}
         return {**self.base.needs(), **asked, **{f"lwf_{on}_before": Logits(BEFORE, on) for on in self._kinds}}

@@ -53,7 +53,7 @@ class Rehearsal(Around):
             raise UserError("base: rehearses already; choose sat, trades or mart")
 
     def needs(self) -> Mapping[str, Need]:
-        """What the base method needs, and logits and labels of the rehearsed images."""
+        """Ask for what the base method needs, and logits and labels of the rehearsed images."""
         own = self.base.judged_output
         return {REHEARSED: Logits(own, REHEARSED), "labels": Labels(MEMORY), **self.base.needs()}
 

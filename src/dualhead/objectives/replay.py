@@ -59,7 +59,7 @@ class Replay(Rehearsal):
                 raise UserError(f"{key} must be at least 0, got {getattr(self, key):g}")
 
     def needs(self) -> Mapping[str, Need]:
-        """What rehearsal needs; with `logits` also both networks' of the clean images of the memory."""
+        """Ask for what rehearsal needs; with `logits` also both networks' of the clean images of the memory."""
         if not self.logits:
             return super().needs()
         own = self.base.judged_output

@@ -563,7 +563,7 @@ class Recipe(Section):
         return self.sequence.threats or tuple(dict.fromkeys(met))
 
     def validated_under(self, stage: Stage) -> tuple[Threat, ...]:
-        """What held-out images are attacked within, by which the epochs of a stage are judged."""
+        """Return the threats within which held-out images are attacked, by which the epochs of a stage are judged."""
         return (stage.met(self.threat) or (self.threat,)) if self.validation.under == "stage" else (self.threat,)
 
     @model_validator(mode="after")

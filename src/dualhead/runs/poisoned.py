@@ -63,7 +63,7 @@ def triggered_images(poison: Poison, test: Split, count: int) -> TriggeredImages
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured of every output of a run on poisoned data, with what all outputs share.
+    """Measures of every output of a run on poisoned data, with what all outputs share.
 
     Args:
         prepared: the run.

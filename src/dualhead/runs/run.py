@@ -55,7 +55,7 @@ class RunResult:
 
     @property
     def sequence(self) -> dict[str, Any] | None:
-        """What came of threats one after another, as `results.json` holds it; None if the recipe has no `sequence`."""
+        """Return what came of threats one after another, as `results.json` has it; None without a `sequence`."""
         found: dict[str, Any] | None = self.rows[-1].evaluation.results.get("sequence")
         return found
 

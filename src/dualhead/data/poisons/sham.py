@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
-from torch import Tensor
-
-from dualhead.components.sections import component
-from dualhead.data.poisons.base import REMOVED, Craft, Poison, Poisoned, moved, pixels_of, poisons
+from dualhead.data.poisons.base import REMOVED, Craft, Poisoned, moved, pixels_of, poisons
+from dualhead.data.poisons.control import Control
 from dualhead.data.split import Split
 from dualhead.noise import Streams
 
 
 @poisons.register("sham")
 @dataclass(frozen=True)
-class Sham(Poison):
+class Sham(Control):
     """Uniform noise on the images that a poison would change, each by as much in Euclidean length; labels stay right.
 
     When: beside every poison: what it does and the sham does not is the poison's.
@@ -27,27 +23,6 @@ class Sham(Poison):
         like: the poison; its trigger is measured too.
         seed: of the noise.
     """
-
-    like: Annotated[Poison, *component(poisons)]
-    seed: int = 0
-
-    @property
-    def needs_surrogate(self) -> bool:
-        """See `Poison.needs_surrogate`."""
-        return self.like.needs_surrogate
-
-    @property
-    def changes_pixels(self) -> bool:
-        """See `Poison.changes_pixels`."""
-        return self.like.changes_pixels
-
-    def target_of(self, class_names: Sequence[str]) -> int | None:
-        """See `Poison.target_of`."""
-        return self.like.target_of(class_names)
-
-    def trigger(self, images: Tensor) -> Tensor:
-        """See `Poison.trigger`."""
-        return self.like.trigger(images)
 
     def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
