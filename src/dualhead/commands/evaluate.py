@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from dualhead.commands.quality import assess_further
+from dualhead.commands.quality import assess_further, chosen_by_samples
 from dualhead.commands.resolve import Request, resolve
 from dualhead.data import Split, digests
 from dualhead.errors import UserError
@@ -55,6 +55,7 @@ def assess(
     """
     if request.precision not in ("auto", "float32", "bf16"):
         raise UserError(f"--precision {request.precision}: use auto, float32 or bf16")
+    request, checkpoint = chosen_by_samples(request)
     asked = resolve(request)
     test, count = asked.images, min(request.limit or len(asked.images), len(asked.images))
     if group().first:
@@ -83,7 +84,7 @@ def assess(
         subject={"stage": request.stage, "checkpoint": request.checkpoint, "output": request.output},
         stop=stop,
     )
-    assess_further(request, asked, evaluation)
+    assess_further(request, asked, evaluation, checkpoint)
     return asked.results, evaluation
 
 
