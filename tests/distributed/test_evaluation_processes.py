@@ -24,7 +24,8 @@ TESTS = Path(__file__).parent.parent
 
 
 def start(folder, *group):
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(TESTS / "distributed" / "evaluation_job.py"), str(folder), *map(str, group)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 

@@ -111,13 +111,15 @@ def test_corruptions_of_a_recipe_reach_results_tables_report_and_comparison(tmp_
     ]  # fmt: skip
     for seed in (0, 1):
         result = run.train("digits_sat", [*short, f"runtime.seed={seed}"], run_dir=tmp_path / str(seed))
-    (row,) = json.loads((tmp_path / "0" / "comparison.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "0" / "comparison.json").read_text())["rows"]
+    assert all("corruptions" in each for each in rows)
+    row = rows[-1]
     stored = Evaluation.load(tmp_path / "0" / "evaluation")
     assert row["corruptions"] == stored.results["corruptions"]
     assert stored.measured["corruptions"].shape[0] == 8
     assert set(row["robust_accuracy"]) == {"fgsm", "worst"}
     assert "corruptions" in str(result)
     assert "Common corruptions" in (tmp_path / "0" / "report.html").read_text()
-    (compared,) = standings(read_entries([tmp_path / "0", tmp_path / "1"]))["rows"]
+    compared = standings(read_entries([tmp_path / "0", tmp_path / "1"]))["rows"][-1]
     assert compared["corruptions"]["kinds"].keys() == row["corruptions"]["kinds"].keys()
     assert compared["seeds"] == [0, 1]

@@ -433,31 +433,35 @@ def print_standings(found: Mapping[str, Any]) -> None:
 
 
 def print_samples(found: Mapping[str, Any]) -> None:
-    """Print what `compare_samples` found: measures of samples, a row a classifier, and their paired tests."""
-    forms = {name: (key, form) for name, key, form in SAMPLE_ROWS} | {
-        "diversity": ("diversity", "{:.2f}"), "judge agrees": ("judge_agreement", "{:.1%}"),
+    """Print what `compare_samples` found: a row for each measure, a column for each classifier, and paired tests."""
+    forms = {key: (name, form) for name, key, form in SAMPLE_ROWS} | {
+        "diversity": ("diversity within classes", "{:.2f}"), "judge_agreement": ("judge names the class", "{:.1%}"),
     }  # fmt: skip
-    named = {key: (name, form) for name, (key, form) in forms.items()}
-    lines = []
-    for row in found["rows"]:
-        cells = [_ended(row["values"][key], row["intervals"].get(key), form) for key, form in forms.values()]
-        lines.append([row["name"], str(len(row["seeds"])), ", ".join(map(str, row["steps"])), *cells])
-    if lines:
-        floor = [form.format(found["floor"][key]) if key in found["floor"] else "-" for key, form in forms.values()]
-        lines.append(["training images", "-", "-", *floor])
+    rows = found["rows"]
+    if rows:
         judge = found["judge"]
-        print_table(
-            {"samples of": "left"} | dict.fromkeys(("seeds", "steps", *forms), "right"), lines,
+        title = (
             f"{found['samples']:,} samples against {found['test_images']:,} test images, judge {judge['backbone']} "
-            f"{judge['digest']}; 95 % intervals",
-        )  # fmt: skip
+            f"{judge['digest']}; 95 % intervals"
+        )
+        table = Table(title=title, title_justify="left")
+        table.add_column("measure")
+        for row in rows:
+            table.add_column(row["name"], justify="right", overflow="fold")
+        table.add_column("training images", justify="right", overflow="fold")
+        table.add_row("seeds", *(str(len(row["seeds"])) for row in rows), "-")
+        table.add_row("steps", *(", ".join(map(str, row["steps"])) for row in rows), "-")
+        for key, (name, form) in forms.items():
+            floor = form.format(found["floor"][key]) if key in found["floor"] else "-"
+            table.add_row(name, *(_ended(row["values"][key], row["intervals"].get(key), form) for row in rows), floor)
+        out.print(table)
     if found["pairs"]:
         print_table(
             {"compared": "left", "samples": "left", "difference, 95 % interval": "right", "p": "right",
              "verdict": "left", "test": "left"},
             [
-                [f"{pair['name']} - {pair['reference']}", named[pair["measure"]][0],
-                 _ended(pair["difference"], pair["interval"], named[pair["measure"]][1].replace("{:", "{:+")),
+                [f"{pair['name']} - {pair['reference']}", forms[pair["measure"]][0],
+                 _ended(pair["difference"], pair["interval"], forms[pair["measure"]][1].replace("{:", "{:+")),
                  f"{pair['p_value']:.2g}", pair["verdict"], pair["test"]]
                 for pair in found["pairs"]
             ],
