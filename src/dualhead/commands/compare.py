@@ -127,18 +127,20 @@ def _entries(place: Path) -> list[Entry]:
     group = json.dumps(without_how(recipe), sort_keys=True)
     rows = json.loads(RunFolder(run).comparison.read_text(encoding="utf-8"))["rows"]
     entries = []
-    if chosen:
-        named = [row for row in rows if id_of_row(row) == chosen]
+    if chosen and chosen.output:
+        named = [row for row in rows if id_of_row(row) == chosen.output]
         if not named:
             return [_alone(place, place)]
-        rows, group, label = named, f"{group} {chosen}", f"{label}, {named[0]['name']}"
+        rows, group, label = named, f"{group} {chosen.output}", f"{label}, {named[0]['name']}"
+    if chosen and chosen.rule:
+        group, label = f"{group} {chosen.rule}", f"{label}, {chosen.rule}"
     for row in rows if run == place else rows[-1:]:
         last = row is rows[-1]
         cost = row["training_cost"]
         evaluated = folder if last else RunFolder(run).row(row["name"])
         entries.append(
             Entry(
-                group, label, "" if chosen else row["name"], last, seed,
+                group, label, "" if chosen and chosen.output else row["name"], last, seed,
                 Evaluation.load(evaluated),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
                 Evaluation.load(evaluated / TRIGGERED) if (evaluated / TRIGGERED / "results.json").is_file() else None,
@@ -174,16 +176,24 @@ def _is_finished(run: Path) -> bool:
     return RunFolder(run).begun and RunFolder(run).comparison.is_file()
 
 
-def _chosen(place: Path) -> str | None:
-    """Return the output of an evaluation in a run: empty for the run's own, at its end; None if of something else."""
+@dataclass(frozen=True)
+class _Chosen:
+    """What an evaluation in a run is of: an output, empty for the run's own, and the rule that chose its checkpoint."""
+
+    output: str
+    rule: str
+
+
+def _chosen(place: Path) -> _Chosen | None:
+    """Return what an evaluation in a run is of; None if of another stage, or of a checkpoint that somebody chose."""
     try:
         results = json.loads((place / "results.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     chosen = results.get("subject")
-    if not chosen or chosen.get("stage") or chosen.get("checkpoint"):
+    if not chosen or chosen.get("stage") or (chosen.get("checkpoint") and not chosen.get("chosen")):
         return None
-    return str(chosen.get("output") or "")
+    return _Chosen(str(chosen.get("output") or ""), str(chosen.get("chosen") or ""))
 
 
 def standings(entries: Sequence[Entry]) -> dict[str, Any]:

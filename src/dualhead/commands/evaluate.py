@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.commands.quality import assess_further, chosen_by_samples
-from dualhead.commands.resolve import Request, resolve
+from dualhead.commands.resolve import BY_SAMPLES, Request, resolve
 from dualhead.data import Split, digests
 from dualhead.errors import UserError
 from dualhead.evaluation import (
@@ -81,7 +81,12 @@ def assess(
         command=request.command,
         transfer_from=None if request.transfer_from is None else _other(request),
         transfer_name=Path(request.transfer_from or "").name,
-        subject={"stage": request.stage, "checkpoint": request.checkpoint, "output": request.output},
+        subject={
+            "stage": request.stage,
+            "checkpoint": request.checkpoint,
+            "output": request.output,
+            **({"chosen": BY_SAMPLES} if checkpoint else {}),
+        },
         stop=stop,
     )
     assess_further(request, asked, evaluation, checkpoint)
