@@ -6,7 +6,8 @@ On five models of different kinds: `natural`, `mart` and `sat` (200 classes) are
 `benchmarks/quick`; `trades` and `merged` lie in `benchmarks/results/models`. Each is attacked on the same test images
 by the whole of AutoAttack and by `autoattack-quick`, both in float32; by AutoAttack with the default precision, and
 with queries in bf16 even where that does not pay; and by PGD with and without stopping at cycles. All in this process,
-on the same threads. The same command goes on where it was stopped; `--models` and `--checks` choose a part of it.
+on the same threads. The same command goes on where it was stopped, and leaves rows alone that the results hold for as many
+images; `--models` and `--checks` choose a part of it.
 Process seconds are the processor time of an evaluation that was not interrupted; wall seconds are added up over
 interruptions, and on a busy machine hold what others took.
 """
@@ -160,13 +161,12 @@ def cycles(bench: Bench) -> Row:
             whole, full = bench.measure(f"{key}-full", attack, "float32", count)
         stopped, fast = bench.measure(f"{key}-stops", attack, "float32", count)
         rows[label] = {
-            "images": count,
             "full": full,
             "stops": fast,
             "other_verdicts": [int(i) for i in np.flatnonzero(_robust(whole) != _robust(stopped))],
             "passes_saved": 1 - fast["forward_passes"] / full["forward_passes"],
         }
-    return rows
+    return {"images": count, "attacks": rows}
 
 
 def main() -> None:
@@ -186,12 +186,15 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     known: dict[str, Callable[[Bench], Row]] = {"quick": quick, "precision": precision, "cycles": cycles}
     results: Row = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {}
-    results["environment"] = describe_environment(torch.device("cpu"))
     results["seed"] = given.seed
+    here = describe_environment(torch.device("cpu"))
     for name in given.models.split(","):
-        bench = Bench(name, given)
-        for check in given.checks.split(","):
-            row = known[check](bench)
+        counts = {check: given.pgd_images if check == "cycles" else given.images for check in given.checks.split(",")}
+        left = [c for c, count in counts.items() if results.get(c, {}).get(name, {}).get("images") != count]
+        bench = Bench(name, given) if left else None
+        for check in left:
+            assert bench is not None
+            row = {**known[check](bench), "environment": here}
             results.setdefault(check, {})[name] = row
             write_json(given.output, results)
             print(name, check, json.dumps({k: v for k, v in row.items() if not isinstance(v, dict)}), flush=True)
