@@ -356,7 +356,7 @@ def evaluate(
     step_size: Annotated[float, typer.Option("--step-size", help="With --generation: L2 length of a step.")] = 0.2,
     seeds: Seeds = None,
     judge: Annotated[
-        str | None, typer.Option("--judge", help="With --generation: backbone of the network that judges samples.")
+        str | None, typer.Option("--judge", help="With --generation: backbone, or folder, of the network that judges.")
     ] = None,
     ood: Annotated[
         list[str] | None,

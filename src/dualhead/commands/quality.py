@@ -79,14 +79,14 @@ def _generation(request: Request, asked: Resolved, training: Split, test: Split)
     question = {
         "weights": weights_fingerprint(asked.model), "images": len(test), "training": len(training),
         "samples": request.samples, "steps": list(steps), "step_size": request.step_size, "seeds": kind,
-        "seed": request.seed, "judge": backbone,
+        "seed": request.seed, "judge": request.judge or backbone,
     }  # fmt: skip
     known = group().agreed(lambda: _known(asked.results, question))
     if known is not None and not request.overwrite:
         return dict(known["generation"])
     sets, augment = _sets(request, training, test)
     device = str(find_device(request.device))
-    judge = judge_of(training, asked.images, augment, backbone, device)
+    judge = judge_of(training, asked.images, augment, request.judge or backbone, device)
 
     def score(images: Split) -> NDArray[np.bool_]:
         return score_of(images, test, augment, backbone, device)
@@ -211,7 +211,8 @@ def evaluate_generation(
         seeds: `gaussian`, `uniform`, or images float32 [samples, C, H, W] in [0, 1], where sample i has class i modulo
             the number of classes.
         seed: of the noise.
-        judge: its backbone; None for one of another family than the model's.
+        judge: its backbone, or the folder of a saved classifier; None for a backbone of another family than the
+            model's.
         augment: augmentations of the judge's training images, as a recipe has them.
         output_dir: where pictures for the report go; None for nowhere.
 
@@ -242,7 +243,7 @@ def evaluate_generation(
     found = measure_generation(
         model,
         Sets(kept, held, tested, words),
-        judge_of(whole, tested, augment, backbone, device),
+        judge_of(whole, tested, augment, judge or backbone, device),
         Sampling(samples, tuple(steps), step_size, draw, "given images" if given is not None else str(seeds), seed),
         lambda images: score_of(images, tested, augment, backbone, device),
     )
