@@ -15,7 +15,8 @@ where a policy asks for it) and 200."""
 SHORTER_SPIN: Final = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 """On a machine whose processors are all busy: a core that waits is worth more to the thread that is waited for."""
 STATISTICS: Final = Path("/proc/stat")
-LOOKS, APART: Final = 5, 0.003
+LOOKS: Final = 5
+APART: Final = 0.003
 """How often the number of running tasks is read, and seconds between: the fewest count, since many run for a moment."""
 CHOICES: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Variables by which a user says how threads wait; one of them, and nothing is changed."""
