@@ -188,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"the load is {load:.1f} on {cores()} cores: wait until the machine is quiet, or say --anyway")
     begun = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {"begun": begun, "commit": commit(), "load_before": load, "runs": given.runs, "epochs": given.epochs}
-    turn(SETTINGS[OURS], 1)  # once without counting: files are read, and choices measured, that later turns find
+    turn(
+        SETTINGS[OURS], given.epochs
+    )  # once without counting: files are read, and choices measured, that later turns find
     seconds = measure(given.runs, given.epochs, (OURS, DEFAULT) if given.aims else tuple(SETTINGS))
     results = {**facts, "environment": described(), "seconds": seconds, "rows": compared(seconds)}
     print(table(results), end="")

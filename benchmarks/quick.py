@@ -6,8 +6,9 @@ On five models of different kinds: `natural`, `mart` and `sat` (200 classes) are
 `benchmarks/quick`; `trades` and `merged` lie in `benchmarks/results/models`. Each is attacked on the same test images
 by the whole of AutoAttack and by `autoattack-quick`, both in float32; by AutoAttack with the default precision, and
 with queries in bf16 even where that does not pay; and by PGD with and without stopping at cycles. All in this process,
-on the same threads. The same command goes on where it was stopped, and leaves rows alone that the results hold for as many
-images; `--models` and `--checks` choose a part of it.
+on the same threads. The same command goes on where it was stopped, and leaves rows alone that the results hold for as
+many images; `--models` and `--checks` choose a part of it.
+
 Process seconds are the processor time of an evaluation that was not interrupted; wall seconds are added up over
 interruptions, and on a busy machine hold what others took.
 """

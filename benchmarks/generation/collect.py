@@ -3,9 +3,9 @@
     python benchmarks/generation/collect.py OUT [JSON]
     python benchmarks/generation/collect.py epochs RUN   # epochs of the first stage that cost what the second one did
 
-Reads OUT/VARIANT/seed=N and writes JSON, OUT/generation.json if left out. Seeds that JSON holds already and OUT does not
-are kept, provided that the same judge measured them; each data set has a judge of its own. Intervals are Student's,
-95 %, over seeds; a difference is paired by seed and is the second variant minus the first.
+Reads OUT/VARIANT/seed=N and writes JSON, OUT/generation.json if left out. Seeds that JSON holds already and OUT does
+not are kept, provided that the same judge measured them; each data set has a judge of its own. Intervals are
+Student's, 95 %, over seeds; a difference is paired by seed and is the second variant minus the first.
 """
 
 from __future__ import annotations
@@ -152,10 +152,10 @@ def main() -> None:
         "costs": earlier.get("costs", {}) | costs(out), "variants": {},
     }  # fmt: skip
     for key, seeds in found.items():
-        names = shared_names(seeds.values())
-        made["variants"][key] = {
-            "seeds": sorted(seeds), **{name: over_seeds([seeds[seed][name] for seed in sorted(seeds)]) for name in names}
-        }  # fmt: skip
+        ordered = dict(sorted(seeds.items()))
+        made["variants"][key] = {"seeds": list(ordered)} | {
+            name: over_seeds([each[name] for each in ordered.values()]) for name in shared_names(ordered.values())
+        }
     made["differences"] = []
     for first, second in PAIRS:
         shared = sorted(found.get(first, {}).keys() & found.get(second, {}).keys())

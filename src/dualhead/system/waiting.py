@@ -23,7 +23,7 @@ CHOICES: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIB
 
 
 def others_running(statistics: Path = STATISTICS) -> int | None:
-    """Return how many tasks but this one want a processor now, on the whole machine; None where the kernel does not tell.
+    """Return how many tasks but this one want a processor, on the whole machine; None where the kernel does not tell.
 
     Args:
         statistics: the kernel's, which is read anew at each look.
