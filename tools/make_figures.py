@@ -3,9 +3,10 @@
     python tools/make_figures.py                            # docs/images/*.svg and docs/results/*.csv
     python tools/make_figures.py --screenshots runs/demo    # docs/images/*.png, of what `dualhead demo` left
 
-All numbers come from `benchmarks/results/strongest.json`, those of the frontier from `frontier.json` beside it and those
-of poisoned data from `poisoning.json`; without these they are not drawn. The figures are plain SVG, so that nothing has to be installed and the same numbers give the same
-bytes. The screenshots need playwright and a Chromium of the system.
+All numbers come from `benchmarks/results/strongest.json`, those of the frontier from `frontier.json` beside it and
+those of poisoned data from `poisoning.json`; without these they are not drawn. The figures are plain SVG, so that
+nothing has to be installed and the same numbers give the same bytes. The screenshots need playwright and a Chromium of
+the system.
 """
 
 from __future__ import annotations
@@ -447,12 +448,12 @@ def poisoning(found: dict[str, Any], part: str) -> str:
             drawing.text(axes.left - 12, y + 10, METHODS[each["method"]], "s e")
             middle = axes.at(100 * each["difference"]["mean"], 0)[0]
             if each["difference"]["interval"]:
-                low, high = (
-                    axes.at(max(-wide, min(wide, 100 * end)), 0)[0] for end in each["difference"]["interval"]
-                )
+                low, high = (axes.at(max(-wide, min(wide, 100 * end)), 0)[0] for end in each["difference"]["interval"])
                 drawing.line(low, y, high, y, colour, 2)
             fill = colour if len(each["seeds"]) > 1 else "#f6f7f9"
-            drawing.add(f'<circle cx="{middle:.1f}" cy="{y}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>')
+            drawing.add(
+                f'<circle cx="{middle:.1f}" cy="{y}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
+            )
     x = 24.0
     for answer, colour in ANSWERS.items():
         drawing.add(f'<circle cx="{x + 5:.1f}" cy="{height - 36}" r="4.5" fill="{colour}"/>')

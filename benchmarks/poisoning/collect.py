@@ -158,7 +158,12 @@ def describe(cells: Cells) -> dict[str, Any]:
             values = [told[key] for told in by_seed.values() if told.get(key) is not None]
             if not values:
                 continue
-            images = {CLEAN: "num_samples", ROBUST: "num_samples", STRONG: "strong_images", SUCCESS: "num_triggered"}.get(key)
+            images = {
+                CLEAN: "num_samples",
+                ROBUST: "num_samples",
+                STRONG: "strong_images",
+                SUCCESS: "num_triggered",
+            }.get(key)
             count = None if images is None else first[images]
             entry[key] = summary(values, count)
         both = [seed for seed in by_seed if seed in clean]

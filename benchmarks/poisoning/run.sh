@@ -88,7 +88,8 @@ measured_further() {
 
 # studied METHOD POISON SEED: a cell of the study, or of the same on digits.
 studied() {
-  local recipe words=("name=poisoning" "runtime.precision=$PRECISION" "validation.every=20")
+  local recipe words=("name=poisoning" "runtime.precision=$PRECISION")
+  words+=("validation={attack: {name: pgd, steps: 10}, every: 20}")
   words+=("evaluate={attacks: [pgd-20], limit: $IMAGES, gallery: 0}")
   if [[ $part == small ]]; then
     words=("name=poisoning" "evaluate={attacks: [pgd-20], limit: 400, gallery: 0}")
@@ -101,7 +102,8 @@ studied() {
     study-base_larger_eps) recipe=$here/base.yaml words+=('stages.base.threat={norm: Linf, eps: 12/255}') ;;
     study-dhat) recipe=$here/../strongest/cpu_dhat.yaml ;;
     study-dhat_fitted) recipe=$here/dhat_fitted.yaml ;;
-    study-distilled) recipe=$here/../strongest/cpu_distilled.yaml ;;
+    study-distilled) # its own length of a step, written out, so that its surrogate is that of the others
+      recipe=$here/../strongest/cpu_distilled.yaml words+=("stages.*.attack.step_size=4/255") ;;
     study-ensemble) recipe=$here/../strongest/cpu_ensemble.yaml ;;
     small-natural) recipe=digits_natural ;;
     small-base) recipe=digits_base words+=(stages.base.epochs=43) ;;

@@ -1,4 +1,4 @@
-"""The study of poisoned data: what its script asks for can be run and is not run twice, and what the answers rest on."""
+"""The study of poisoned data: its script asks for what can be run, once, and its answers rest on what was measured."""
 
 from __future__ import annotations
 
@@ -163,7 +163,8 @@ def test_a_kept_run_tells_what_the_answers_need(collect, tmp_path):
 def cells(**values):
     """Cells by name, of runs by seed."""
     return {
-        name.replace("__", "-"): {str(seed): dict(run) for seed, run in enumerate(runs)} for name, runs in values.items()
+        name.replace("__", "-"): {str(seed): dict(run) for seed, run in enumerate(runs)}
+        for name, runs in values.items()
     }
 
 
@@ -197,7 +198,8 @@ def test_one_seed_has_wilsons_interval_and_no_interval_of_a_difference(collect):
 
 def test_the_pilot_tells_what_works_and_what_is_restored(collect):
     given = cells(
-        natural__clean=[run(0.8)], natural__patch=[run(0.8, attack_success_rate=0.7)], natural__blend=[run(0.8, attack_success_rate=0.5)],
+        natural__clean=[run(0.8)], natural__patch=[run(0.8, attack_success_rate=0.7)],
+        natural__blend=[run(0.8, attack_success_rate=0.5)],
         natural__class_noise=[run(0.4)], sat__class_noise=[run(0.7)], natural__one_pixel=[run(0.3)],
         sat__one_pixel=[run(0.32)], natural__label_flip=[run(0.78)],
     )  # fmt: skip

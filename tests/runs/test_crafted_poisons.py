@@ -231,7 +231,9 @@ def turns(search, images, labels):
         model[1].weight.copy_(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
         model[1].bias.zero_()
     clean = Split(images, labels, ("a", "b"))
-    stage = SimpleNamespace(optimiser=optimisers.build({"name": "sgd", "lr": 0.1, "momentum": 0}), batch_size=2)
+    stage = SimpleNamespace(
+        optimiser=optimisers.build({"name": "sgd", "lr": 0.1, "momentum": 0, "nesterov": False}), batch_size=2
+    )
     index = torch.arange(len(labels))
     prepared = SimpleNamespace(model=model, device=torch.device("cpu"))
     return crafting.Turns(prepared, clean, index, labels, search, stage), model

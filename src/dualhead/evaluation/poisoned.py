@@ -278,7 +278,6 @@ def finders(
     return told
 
 
-
 def confused(
     said: NDArray[np.int64], labels: NDArray[np.int64], pairs: Sequence[tuple[int, int]], class_names: Sequence[str]
 ) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ class Crafting(Crafted):
             rounds += 1
         if error > search.error:
             _log.warning(
-                "data.poison: after %d rounds the surrogate still errs on %.1f %% of the training images (wanted: %g %%)",
+                "data.poison: after %d rounds the surrogate still errs on %.1f %% of training images (wanted: %g %%)",
                 rounds, 100 * error, 100 * search.error,
             )  # fmt: skip
         passes = rounds * search.steps * len(index)
@@ -249,7 +249,7 @@ class Turns:
             loss = nn.functional.cross_entropy(self._model(x), y)
             if not bool(loss.isfinite()):
                 raise RunError(f"data.poison: the surrogate's loss is not finite in round {number}; lower the rate")
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(self._model.parameters(), CLIP)
             self._optimiser.step()
         self._optimiser.zero_grad()

@@ -48,14 +48,14 @@ def triggered_images(poison: Poison, test: Split, count: int) -> TriggeredImages
         UserError: if there is no image of another class.
     """
     shown = test.first(count)
-    found = triggered(poison, shown)
-    if found is None:
-        return None
-    rows, marked = found
-    if not len(rows):
-        raise UserError("all test images that are measured are of the target's class; measure more of them")
     target = poison.target_of(test.class_names)
-    assert target is not None
+    if target is None:
+        return None
+    if bool((shown.labels == target).all()):
+        raise UserError("all test images that are measured are of the target's class; measure more of them")
+    found = triggered(poison, shown)
+    assert found is not None, "a poison with a target has a trigger"
+    rows, marked = found
     return TriggeredImages(marked.images[:], marked.labels, rows, target, test.class_names)
 
 

@@ -17,9 +17,10 @@ from dualhead.threats import JPEG_SIDE, jpeg_cosines, jpeg_steps
 @augmentations.register("jpeg")
 @dataclass(frozen=True)
 class Jpeg(Augmentation):
-    """Compress images as JPEG does, and decompress them. Strong compression takes away much of the small noise that
-    poisons hide in images, for most poisons as well as adversarial training does (Liu et al. 2023, Image shortcut
-    squeezing, arXiv 2301.13838).
+    """Compress images as JPEG does, and decompress them.
+
+    Strong compression takes away much of the small noise that poisons hide in images, for most poisons as well as
+    adversarial training does (Liu et al. 2023, Image shortcut squeezing, arXiv 2301.13838).
 
     Transform and rounding are those of the standard at full resolution of the colours, in batch on any device; the
     coding in between loses nothing and is left out. Put it last, as it acts on what the network would see.
@@ -74,7 +75,8 @@ def compressed(images: Tensor, quality: int) -> Tensor:
         )
         values = _whole(values)
     values = pad(values - 128, (0, -width % JPEG_SIDE, 0, -height % JPEG_SIDE), mode="replicate")
-    blocks = values.unflatten(2, (-1, JPEG_SIDE)).unflatten(4, (-1, JPEG_SIDE))  # [B, C, rows, 8, columns, 8]
+    rows, columns = (side // JPEG_SIDE for side in values.shape[2:])
+    blocks = values.reshape(len(values), channels, rows, JPEG_SIDE, columns, JPEG_SIDE)
     wave, steps = jpeg_cosines(torch.float64).to(values), jpeg_steps(quality, channels).to(values)[:, None, :, None, :]
     found = torch.einsum("ki,bcminj,lj->bcmknl", wave, blocks, wave)
     found = _whole(found / steps) * steps

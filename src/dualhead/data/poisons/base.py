@@ -189,7 +189,7 @@ class Search:
                 f"steps must be at least 1 and step_size greater than 0, got {self.steps} and {self.step_size}"
             )
 
-    
+    @property
     def needs_features(self) -> bool:
         """Whether it looks at features, and not at logits alone."""
         return False
@@ -223,9 +223,7 @@ class Entangling(Search):
         assert seen.features is not None and seen.centres is not None, "a search that needs features is given them"
         if not self.towards:
             return (seen.features - seen.centres[labels]).square().mean(1)
-        apart = torch.cdist(
-            seen.features.detach(), seen.centres, compute_mode="donot_use_mm_for_euclid_dist"
-        )
+        apart = torch.cdist(seen.features.detach(), seen.centres, compute_mode="donot_use_mm_for_euclid_dist")
         nearest = apart.scatter(1, labels[:, None], torch.inf).argmin(1)
         return -(seen.features - seen.centres[nearest]).square().mean(1)
 
@@ -456,15 +454,10 @@ def class_vectors(classes: int, seed: int, purpose: str, *shape: int) -> Tensor:
     return Streams.of(seed, torch.arange(classes)).fork(purpose).normal(*shape)
 
 
-def cost_of_search(steps: int, more: str = "") -> str:
-    """Return in words what a poison costs that a trained surrogate is searched for.
-
-    Args:
-        steps: of the search.
-        more: what else it costs.
-    """
+def cost_of_search(steps: int) -> str:
+    """Return in words what a poison costs that a trained surrogate is searched for, in so many steps."""
     return (
-        f"the training of a surrogate, and {steps} forward and backward passes for each changed image{more}; the results "
+        f"the training of a surrogate, and {steps} forward and backward passes for each changed image; the results "
         "tell it, and charge it to no method."
     )
 

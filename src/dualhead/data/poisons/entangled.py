@@ -29,12 +29,11 @@ _SAT = Surrogate("sat", eps=4 / 255)
 @poisons.register("entangled")
 @dataclass(frozen=True)
 class Entangled(Poison):
-    """Images whose features, in a network that was trained adversarially, lie far from the centre of their class
-    (`push`) or near that of another one (`pull`); labels stay.
+    """Images whose features in a robust network lie far from their class's centre, or near another's; labels stay.
 
-    Features that a robust network uses no longer tell the classes apart, so that adversarial training fails on clean
-    and attacked images, where it restores what other noise takes. The published search has another step rule than the
-    projected gradient here.
+    With `push` they are driven from the mean of the features of their class, with `pull` to the nearest mean of another
+    class. Features that a robust network uses no longer tell the classes apart, so that adversarial training loses what
+    it restores under other noise. The published search has another step rule than the projected gradient here.
 
     When: against a method that is adversarial training itself; most other noise is made against natural training.
 
@@ -48,8 +47,8 @@ class Entangled(Poison):
         steps: of projected gradient.
         step_size: length of a step, in the units of eps; None for 2.5 eps / steps.
         share: of all images.
-        surrogate: `objective`, `eps`, `epochs` and `seed` of the network whose features are mixed up; its output must be
-            one network, not merged heads.
+        surrogate: `objective`, `eps`, `epochs` and `seed` of the network whose features are mixed up; its output must
+            be one network, not merged heads.
         seed: of the random start, and of the choice of images.
     """
 

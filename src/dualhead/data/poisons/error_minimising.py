@@ -26,10 +26,9 @@ from dualhead.threats import ThreatModel
 @poisons.register("error_minimising")
 @dataclass(frozen=True)
 class ErrorMinimising(Poison):
-    """Noise of each image that lowers the training loss of a network which learns meanwhile,
-    min over theta and d of CE(f(x + d), y); labels stay.
+    """Noise of each image that lowers the loss of a network which learns from the noisy images meanwhile; labels stay.
 
-    A network that trains on such images errs on none of them, learns the noise, and fails on clean ones. Adversarial
+    It solves min over theta and d of CE(f(x + d), y) in turns. A network that trains on such images errs on none of them, learns the noise, and fails on clean ones. Adversarial
     training with a larger eps than the noise restores most. Made for each image, not for each class.
 
     When: as the standard poison that is to make data useless for natural training, beside `class_noise`, which costs
@@ -79,8 +78,8 @@ class ErrorMinimising(Poison):
     def cost(self) -> str:
         """See `Poison.cost`."""
         return (
-            f"in each of at most {self.rounds} rounds {self.steps} forward and backward passes for each changed image and "
-            f"{self.batches} batches of training; the results tell it, and charge it to no method."
+            f"in each of at most {self.rounds} rounds {self.steps} forward and backward passes for each changed image "
+            f"and {self.batches} batches of training; the results tell it, and charge it to no method."
         )
 
     def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:

@@ -33,10 +33,10 @@ from dualhead.noise import Streams
 class Warp(Poison):
     """A fixed smooth bend of the image, which the network learns to take for a class.
 
-    The places that pixels are taken from are moved by strength / H times a field that is drawn on a coarse grid, divided
-    by the mean of its absolute values and spread over the image. Further images are bent at random as well and keep
-    their labels, so that this very bend is the trigger. The published attack bends images anew in every epoch and needs
-    control of the training; this one is in the data, once.
+    The places that pixels are taken from are moved by strength / H times a field that is drawn on a coarse grid,
+    divided by the mean of its absolute values and spread over the image. Further images are bent at random as well and
+    keep their labels, so that this very bend is the trigger. The published attack bends images anew in every epoch and
+    needs control of the training; this one is in the data, once.
 
     When: beside `patch` and `blend`: a trigger that adds nothing to an image. It is weak where training is short.
 
