@@ -106,10 +106,11 @@ studied() {
       recipe=$here/../strongest/cpu_distilled.yaml words+=("stages.*.attack.step_size=4/255") ;;
     study-ensemble) recipe=$here/../strongest/cpu_ensemble.yaml ;;
     small-natural) recipe=digits_natural ;;
-    small-base) recipe=digits_base words+=(stages.base.epochs=43) ;;
-    small-base_long) recipe=digits_base ;;
+    small-base) recipe=digits_base ;;
+    small-base_long) recipe=digits_base words+=(stages.base.epochs=120) ;;
     small-dhat) recipe=$here/small_dhat.yaml ;;
-    small-distilled) recipe=digits_guided_distillation ;;
+    small-distilled)
+      recipe=digits_guided_distillation words+=(stages.guided.epochs=54 stages.distilled.epochs=58) ;;
     *) return 0 ;;
   esac
   [[ $1 != dhat_fitted || $2 == clean ]] || words+=(data.clean_validation=true)

@@ -28,8 +28,9 @@ from dualhead.threats import ThreatModel
 class ErrorMinimising(Poison):
     """Noise of each image that lowers the loss of a network which learns from the noisy images meanwhile; labels stay.
 
-    It solves min over theta and d of CE(f(x + d), y) in turns. A network that trains on such images errs on none of them, learns the noise, and fails on clean ones. Adversarial
-    training with a larger eps than the noise restores most. Made for each image, not for each class.
+    It solves min over theta and d of CE(f(x + d), y) in turns. A network that trains on such images errs on none of
+    them, learns the noise, and fails on clean ones. Adversarial training with a larger eps than the noise restores
+    most. Made for each image, not for each class.
 
     When: as the standard poison that is to make data useless for natural training, beside `class_noise`, which costs
     nothing.
