@@ -306,6 +306,29 @@ def test_what_is_kept_becomes_a_table_and_answers(collect, tmp_path, capsys, mon
     assert "robust to poisoning" not in said.lower()
 
 
+def test_the_figure_shows_every_answer(collect):
+    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "tools" / "make_figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    sys.modules["make_figures"] = figures  # its data classes look for it there
+    spec.loader.exec_module(figures)
+    study = collect.study({**study_of(0.05), **study_with_a_patch()})
+    drawn = figures.poisoning({"small": json.loads(json.dumps(study))}, "small")
+    assert drawn.startswith("<svg")
+    assert drawn.count("class noise") == drawn.count(">patch<") == 1
+    assert drawn.count(">DH-AT<") == 2
+    assert "nan" not in drawn
+    assert figures.poisoning({"study": {"answers": []}}, "study").startswith("<svg")
+
+
+def study_with_a_patch():
+    return cells(
+        base__clean=[run(0.6, triggers={"patch": 0.1})] * 5,
+        dhat__clean=[run(0.6, triggers={"patch": 0.1})] * 5,
+        base__patch=[run(0.6, attack_success_rate=0.9)],
+        dhat__patch=[run(0.6, attack_success_rate=0.95)],
+    )
+
+
 def test_what_is_committed_is_what_the_kept_runs_say(collect):
     results = ROOT / "benchmarks" / "results"
     told = json.loads(json.dumps(collect.tell(results / "poisoning")))

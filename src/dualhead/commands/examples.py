@@ -16,7 +16,6 @@ EXAMPLES: Final[dict[str, tuple[str, str, str]]] = {
     "evaluate": (
         "evaluate runs/digits --attack autoattack",
         "evaluate runs/digits --attack pgd-100,square --eps 8/255 --limit 200",
-        "evaluate runs/digits --poison patch --limit 200",
         "evaluate my_file.py:make_model --data folder/of/images --norm Linf --eps 8/255",
     ),
     "gallery": (
