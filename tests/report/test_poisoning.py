@@ -100,7 +100,9 @@ def test_a_clean_run_has_none_and_damage_is_noted(source):
 
 def test_no_text_of_the_product_says_that_something_is_robust_to_poisoning():
     root = Path(dualhead.__file__).parent
-    for path in [*root.rglob("*.py"), *root.rglob("*.html"), *root.rglob("*.js"), *root.rglob("*.yaml")]:
+    repository = Path(__file__).resolve().parents[2]
+    pages = [repository / "README.md", *(repository / "docs").rglob("*.md"), *(repository / "benchmarks").rglob("*.md")]
+    for path in [*root.rglob("*.py"), *root.rglob("*.html"), *root.rglob("*.js"), *root.rglob("*.yaml"), *pages]:
         text = " ".join(path.read_text(encoding="utf-8").lower().split())
         for claim in (
             "robust to poison",

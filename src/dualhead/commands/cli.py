@@ -362,6 +362,13 @@ def evaluate(
         list[str] | None,
         typer.Option("--ood", help="Images that are not in distribution: a source, uniform or gaussian; repeatable."),
     ] = None,
+    poison: Annotated[
+        str | None,
+        typer.Option("--poison", help="Also measure the trigger of a poison: patch, or '{name: patch, target: 3}'."),
+    ] = None,
+    clean_model: Annotated[
+        str | None, typer.Option("--clean-model", help="With --poison: a model of clean data, to compare with.")
+    ] = None,
     transfer_from: Annotated[
         str | None,
         typer.Option("--transfer-from", help="Another model: also measure on images made against it alone."),
@@ -427,6 +434,8 @@ def evaluate(
         seeds=seeds,
         judge=judge,
         ood=tuple(ood or ()),
+        poison=poison,
+        clean_model=clean_model,
     )
     if routes is not None and (generation or ood):
         raise UserError("--routes: not with --generation or --ood; evaluate one head with --output-of")
@@ -524,6 +533,10 @@ def _title(evaluation: Any) -> str:
     return f"{met}; percent, 95 % intervals"
 
 
+SHOWN = ("balanced_accuracy", "class_sizes", "poison")
+"""Measures that a table shows where they are there."""
+
+
 def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
     return {
         "name": name,
@@ -532,7 +545,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "intervals": evaluation.results["intervals"],
         "corruptions": evaluation.results.get("corruptions"),
         "transfer": evaluation.results.get("transfer"),
-        **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
+        **{key: evaluation.results[key] for key in SHOWN if key in evaluation.results},
     }
 
 

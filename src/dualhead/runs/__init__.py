@@ -11,6 +11,7 @@ from dualhead.runs.folder import (
     refuse_other_data,
     without_how,
 )
+from dualhead.runs.poisoned import triggered_images
 from dualhead.runs.run import RunResult, train
 from dualhead.runs.trial import StageCost, Trial, trial
 
@@ -28,5 +29,6 @@ __all__ = [
     "refuse_other_data",
     "train",
     "trial",
+    "triggered_images",
     "without_how",
 ]

@@ -90,7 +90,11 @@ class Crafted(Craft):
     def key(self, clean: Split, index: Tensor, labels: Tensor, search: Search) -> str:
         """Return a name that changes with anything that decides what is found."""
         described = {
-            "search": {**asdict(replace(search, threat=None)), "threat": search.threat.describe()},  # type: ignore[arg-type]
+            "search": {
+                **asdict(replace(search, threat=None)),  # type: ignore[arg-type]
+                "threat": search.threat.describe(),
+                **({} if type(search) is Search else {"kind": type(search).__name__}),
+            },
             "surrogate": without_how(surrogate_recipe(self.recipe, search.surrogate).resolved()),
             "images": data_facts(clean),
         }

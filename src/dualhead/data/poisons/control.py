@@ -34,6 +34,11 @@ class Control(Poison):
         """See `Poison.changes_pixels`."""
         return self.like.changes_pixels
 
+    @property
+    def cost(self) -> str:
+        """See `Poison.cost`."""
+        return "what the poison costs that it is the control of."
+
     def target_of(self, class_names: Sequence[str]) -> int | None:
         """See `Poison.target_of`."""
         return self.like.target_of(class_names)
