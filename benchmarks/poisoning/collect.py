@@ -171,8 +171,18 @@ def describe(cells: Cells) -> dict[str, Any]:
             entry["against_clean_data"] = {
                 key: summary([by_seed[seed][key] - clean[seed][key] for seed in both]) for key in (CLEAN, ROBUST)
             }
+        outputs = first.get("outputs", {})
+        if outputs:
+            entry["outputs"] = {output: _of_output(list(by_seed.values()), output) for output in outputs}
         made[name] = entry
     return made
+
+
+def _of_output(runs: Sequence[Run], output: str) -> dict[str, Any]:
+    """Return means and intervals over seeds of an output beside the deployed one: a head, the mean, the base model."""
+    found = [run["outputs"][output] for run in runs if output in run.get("outputs", {})]
+    known = {key: [each[key] for each in found if each.get(key) is not None] for key in (CLEAN, ROBUST, SUCCESS)}
+    return {key: summary(values) for key, values in known.items() if values}
 
 
 # ---- the marks of the pilot

@@ -5,11 +5,11 @@
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol. One
 # run at a time; cells that decide come first, the cheap ones of them before the others. The same command goes on where
-# it was stopped, and collects what is finished into OUT/poisoning.json. In the environment: CELLS, a pattern of cells
-# (`natural-*`); SEEDS of each cell (3, in `study` and `small` 5), MORE_SEEDS of success rates (10); IMAGES, test images
-# of each attack in the study (2000). PRECISION=float32 on a CPU without bf16. KEPT, a folder for what finished runs
-# found, one small file each (../results/poisoning): a seed that has its file there is not trained again. KEY=VALUE goes
-# to all recipes. `digits` and `small` take DATA=digits, and minutes.
+# it was stopped, and collects all that is finished into KEPT.json, its answers into OUT/answers. In the environment:
+# CELLS, a pattern of cells (`natural-*`); SEEDS of each cell (3, in `study` and `small` 5), MORE_SEEDS of success rates
+# (10); IMAGES, test images of each attack in the study (2000). PRECISION=float32 on a CPU without bf16. KEPT, a folder
+# for what finished runs found, one small file each (../results/poisoning): a seed that has its file there is not trained
+# again. KEY=VALUE goes to all recipes. `digits` and `small` take DATA=digits, and minutes.
 set -euo pipefail
 data=$1 out=$2 part=$3
 extra=("${@:4}")
@@ -67,7 +67,7 @@ cell() {
     "data.poison=${poisons[$name]//SEED/$seed}" "$@" "${extra[@]}" --quiet
   [[ $part != study && $part != small ]] || measured_further "$method" "$name" "$seed" "$run"
   python "$here/collect.py" keep "$run" "$found"
-  python "$here/collect.py" tell "$KEPT" "$out/poisoning.json" > "$out/answers"
+  python "$here/collect.py" tell "$KEPT" "$KEPT.json" > "$out/answers"
 }
 
 # measured_further METHOD POISON SEED RUN: success rates of a model that learnt from clean data, and robust accuracy

@@ -113,7 +113,7 @@ def test_a_finished_seed_is_not_trained_again(tmp_path):
     _, again = asked_of(tmp_path, "small", **cells)
     assert list(trained_by(again)) == ["dhat-patch/seed=0"]
     assert [words[1:] for words in again if words[0].endswith("collect.py")][-1] == [
-        "tell", str(tmp_path / "kept"), str(tmp_path / "out/poisoning.json"),
+        "tell", str(tmp_path / "kept"), str(tmp_path / "kept.json"),
     ]  # fmt: skip
     ended, _ = asked_of(tmp_path, "small", CELLS="nothing")
     assert ended.returncode == 2
@@ -194,6 +194,14 @@ def test_one_seed_has_wilsons_interval_and_no_interval_of_a_difference(collect):
     low, high = made["clean_accuracy"]["interval"]
     assert low < 0.7 < high
     assert made["against_clean_data"]["clean_accuracy"]["interval"] is None
+
+
+def test_heads_are_told_beside_what_is_deployed(collect):
+    head = {"clean_accuracy": 0.7, "robust_accuracy": 0.1, "attack_success_rate": 0.8}
+    given = cells(dhat__patch=[run(0.8, outputs={"head1": {**head, "attack_success_rate": x}}) for x in (0.2, 0.4)])
+    told = collect.describe(given)["dhat-patch"]["outputs"]["head1"]
+    assert told["attack_success_rate"]["mean"] == pytest.approx(0.3)
+    assert told["clean_accuracy"]["mean"] == pytest.approx(0.7)
 
 
 def test_the_pilot_tells_what_works_and_what_is_restored(collect):

@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dualhead.data import Alternating, Seen, Split, Surrogate, poisons
+from dualhead.data import Aligning, Alternating, Seen, Split, Surrogate, load_split, poisons
 from dualhead.data.poisons import Entangling
 from dualhead.errors import Interrupted, UserError
+from dualhead.noise import Streams
 from dualhead.recipe import load_recipe
 from dualhead.runs import crafting
 from dualhead.runs.crafted import surrogate_recipe
 from dualhead.runs.crafting import craft
 from dualhead.runs.prepare import prepare
+from dualhead.runs.run import train
 from dualhead.runs.trial import trial
 from dualhead.threats import ThreatModel
 from dualhead.training import Silent
@@ -303,3 +305,63 @@ def test_error_minimising_noise_that_is_stopped_begins_anew(tmp_path):
 def test_impossible_searches_are_one_line(spec, message):
     with pytest.raises(UserError, match=message):
         recipe(f"data.poison={spec}")
+
+
+# ---- gradients matched
+
+
+MATCHING = (
+    "data.poison={name: gradient_matching, image: IMAGE, target: 3, share: 0.1, eps: 0.2, steps: 12, "
+    "surrogate: {epochs: 2}}"
+)
+
+
+def test_misalignment_is_that_of_the_angle():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False))
+    parameters = list(model.parameters())
+    x, y = torch.rand(1, 1, 2, 2), torch.tensor([1])
+    goal = crafting.gradient(model, parameters, x, y)
+    chance = torch.softmax(model(x), 1)[0, 0]
+    torch.testing.assert_close(goal[0], torch.stack((chance * x.flatten(), -chance * x.flatten())))  # (p - y) x
+    same = crafting.gradient(model, parameters, 0.5 * x, y)
+    assert float(crafting.misalignment(goal, same)) == pytest.approx(0.0, abs=1e-6)
+    opposite = crafting.gradient(model, parameters, x, torch.tensor([0]))
+    assert float(crafting.misalignment(goal, opposite)) == pytest.approx(2.0, abs=1e-6)
+
+
+def test_images_are_aligned_within_their_budget():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    parameters = list(model.parameters())
+    x, y = torch.rand(5, 1, 2, 4), torch.full((5,), 2)
+    goal = crafting.gradient(model, parameters, torch.rand(1, 1, 2, 4), torch.tensor([2]))
+    search = Aligning(Surrogate(), ThreatModel("Linf", 0.1), 40, 0.01, towards=True, seed=0)
+    found, value = crafting.aligned(model, parameters, goal, x, y, search, Streams.of(0, torch.arange(5)))
+    assert float((found - x).abs().max()) <= 0.1 + 1e-6
+    assert 0 <= float(found.min()) <= float(found.max()) <= 1
+    assert value < float(crafting.misalignment(goal, crafting.gradient(model, parameters, x, y)))
+
+
+def test_matched_images_are_of_the_wanted_class_and_the_aim_is_measured(tmp_path):
+    labels = load_split("digits", "test").labels
+    image = int((labels != 3).nonzero()[0])
+    given = recipe(MATCHING.replace("IMAGE", str(image)))
+    craft(given, tmp_path / "run", Silent(), never)
+    poisoning = prepare(given, tmp_path / "run").images.poisoning
+    assert poisoning.made.old_label.tolist() == poisoning.made.new_label.tolist() == [3] * 8
+    assert 0 < float(poisoning.made.linf.max()) <= 0.2
+    assert 0 <= poisoning.made.facts["search"]["misalignment"] <= 2
+    result = train(given, run_dir=tmp_path / "run")
+    told = json.loads((result.run_dir / "evaluation" / "results.json").read_text())["poison"]["aimed"]
+    assert (told["image"], told["wanted"], told["class"]) == (image, "3", str(int(labels[image])))
+    assert told["success"] == (told["taken_for"] == "3")
+
+
+def test_an_image_of_the_wanted_class_is_no_aim(tmp_path):
+    labels = load_split("digits", "test").labels
+    for image, message in (
+        (int((labels == 3).nonzero()[0]), r"data\.poison: gradient_matching: image: test image \d+ is of class '3'"),
+        (10_000, r"image: there is no test image 10000; they are 0 to 399"),
+    ):
+        with pytest.raises(UserError, match=message):
+            craft(recipe(MATCHING.replace("IMAGE", str(image))), tmp_path / "run", Silent(), never)

@@ -9,6 +9,7 @@ from dualhead.data.given import GIVEN, GivenImages, Labelled, holding
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.names import among, are_numbers, match, one_form
 from dualhead.data.poisons import (
+    Aligning,
     Alternating,
     Craft,
     Poison,
@@ -27,6 +28,7 @@ from dualhead.data.streams import Memory, OpenStream, Stream, StreamImages, Stre
 __all__ = [
     "GIVEN",
     "HELD_OUT",
+    "Aligning",
     "Alternating",
     "Augmentation",
     "Batch",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dualhead.attacks import Maximiser, attacks, maximise_within, predictions, slope
-from dualhead.data import Alternating, Search, Seen, Split, Surrogate
+from dualhead.data import Aligning, Alternating, Search, Seen, Split, Surrogate
 from dualhead.errors import Interrupted, RunError, UserError
 from dualhead.evaluation import last_linear
 from dualhead.names import AGGREGATE, MEAN
@@ -65,7 +65,8 @@ class Crafting(Crafted):
             else:
                 prepared, model = self._trained(search.surrogate)
                 refuse_without_features(search, prepared, model)
-                processes.lead(lambda: self._search(key, clean, index, labels, search, prepared, model))
+                make = self._align if isinstance(search, Aligning) else self._search
+                processes.lead(lambda: make(key, clean, index, labels, search, prepared, model))
         return super().find(clean, index, labels, search)
 
     def _prepared(self, setting: Surrogate) -> Prepared:
@@ -112,6 +113,35 @@ class Crafting(Crafted):
         self._keep(key, torch.cat(made), facts)
 
     @float32_products()
+    def _align(
+        self, key: str, clean: Split, index: Tensor, labels: Tensor, search: Search, prepared: Prepared,
+        model: nn.Module,
+    ) -> None:  # fmt: skip
+        """Change images until their gradient is aligned, and keep what is found with what it cost."""
+        assert isinstance(search, Aligning)
+        begun, device = time.perf_counter(), prepared.device
+        x, y = clean.images[index].to(device).float() / 255, labels.to(device)
+        wanted = torch.tensor([search.wanted], device=device)
+        with in_eval_mode(model):
+            parameters = [parameter.requires_grad_() for parameter in model.parameters()]
+            goal = gradient(model, parameters, self.aimed(search).to(device).float() / 255, wanted)
+            streams = Streams.of(search.seed, index.to(device)).fork("gradient matching")
+            ends = [
+                aligned(model, parameters, goal, x, y, search, streams.fork(f"start {number}"))
+                for number in range(search.restarts)
+            ]
+        best, value = min(ends, key=lambda end: end[1])
+        passes = search.restarts * search.steps * len(index)
+        facts = {
+            "surrogate": {**asdict(search.surrogate), **_cost(prepared)},
+            "search": {
+                "seconds": round(time.perf_counter() - begun, 1), "forward_passes": passes,
+                "backward_passes": 3 * passes, "misalignment": value,
+            },
+        }  # fmt: skip
+        self._keep(key, best, facts)
+
+    @float32_products()
     def _alternate(
         self, key: str, clean: Split, index: Tensor, labels: Tensor, search: Alternating, prepared: Prepared
     ) -> None:
@@ -148,6 +178,62 @@ class Crafting(Crafted):
         found = {"images": images.cpu().contiguous()}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._place(key), lambda aside: save_file(found, aside, {"facts": json.dumps(facts)}))
+
+
+def gradient(
+    model: nn.Module, parameters: Sequence[Tensor], x: Tensor, y: Tensor, *, graph: bool = False
+) -> list[Tensor]:
+    """Return the gradient of the mean cross-entropy of some images by the parameters.
+
+    Args:
+        model: images float32 [B, C, H, W] in [0, 1] to logits.
+        parameters: of it.
+        x: images.
+        y: labels, int64 [B].
+        graph: keep the graph, so that the gradient can be derived by the images.
+    """
+    loss = nn.functional.cross_entropy(model(x), y)
+    found = torch.autograd.grad(loss, list(parameters), create_graph=graph, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def misalignment(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Return 1 - cos of the angle between two gradients, in [0, 2] (Geiping et al. 2021)."""
+    inner = torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum()
+    lengths = [torch.stack([each.square().sum() for each in of]).sum().sqrt() for of in (first, second)]
+    return 1 - inner / (lengths[0] * lengths[1]).clamp_min(1e-12)
+
+
+def aligned(
+    model: nn.Module, parameters: Sequence[Tensor], goal: Sequence[Tensor], x: Tensor, y: Tensor, search: Aligning,
+    streams: Streams,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Return images, float32 [M, C, H, W], whose gradient is aligned with a goal, and how far it is from it.
+
+    Args:
+        model: in eval mode.
+        parameters: of it.
+        goal: the gradient to be met.
+        x: the images as they were, in [0, 1].
+        y: their labels.
+        search: how.
+        streams: randomness of the start.
+    """
+    assert search.step_size is not None
+    threat = search.threat.for_images(x.shape[1:])
+    now = threat.start(x, streams, "ball").clone().requires_grad_()
+    adam = torch.optim.Adam([now], lr=search.step_size)
+    falls = sorted({max(search.steps * eighths // 8, 1) for eighths in (3, 5, 7)})
+    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, falls, gamma=0.1)
+    for _ in range(search.steps):
+        value = misalignment(goal, gradient(model, parameters, now, y, graph=True))
+        now.grad = torch.autograd.grad(value, now)[0].sign()
+        adam.step()
+        schedule.step()
+        with torch.no_grad():
+            now.copy_(threat.project(now, x))
+    found = now.detach()
+    return found, float(misalignment(goal, gradient(model, parameters, found, y)))
 
 
 class Watched:
@@ -325,4 +411,4 @@ def craft(recipe: Recipe, path: Path, progress: TrainingProgress, stop: Callable
         prepare(without_poison(recipe), path)  # refuses what does not fit before hours go into a surrogate
     images = load_images(without_poison(recipe), path)
     with under(f"data.poison: {poison.registered_name}"):
-        poison.apply(images.training, Crafting(recipe, path, progress=progress, stop=stop))
+        poison.apply(images.training, Crafting(recipe, path, images.test, progress=progress, stop=stop))

@@ -134,8 +134,20 @@ class Measures:
         names = self.prepared.images.test.class_names
         if pairs := self._poison.pairs_of(names):
             told["pairs"] = confused(evaluation.clean_prediction, evaluation.labels, pairs, names)
+        if (aim := self._poison.aims_at(names)) is not None:
+            told["aimed"] = self._aimed(model, *aim)
         epochs = self._epochs() if deployed else {}
         return told | ({"epochs": epochs} if epochs else {})
+
+    def _aimed(self, model: nn.Module, image: int, wanted: int) -> dict[str, Any]:
+        """Tell what a model takes the test image for that a poison aims at."""
+        chosen = self.prepared.images.test.take(torch.tensor([image]))
+        (said,) = answers(model, chosen.images[:].cpu(), 1).tolist()
+        names = chosen.class_names
+        return {
+            "image": image, "class": names[int(chosen.labels[0])], "wanted": names[wanted],
+            "taken_for": names[said] if said >= 0 else None, "success": said == wanted,
+        }  # fmt: skip
 
     def _finders(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """Tell whether features give poisoned images away; where images are on disk, this is left out."""

@@ -1,6 +1,7 @@
 """Poisons, one a file: changes of the training images or their labels, for studies of what training makes of them."""
 
 from dualhead.data.poisons.base import (
+    Aligning,
     Alternating,
     Craft,
     Entangling,
@@ -14,6 +15,7 @@ from dualhead.data.poisons.base import (
 )
 
 __all__ = [
+    "Aligning",
     "Alternating",
     "Craft",
     "Entangling",

@@ -254,6 +254,30 @@ class Alternating(Search):
             )
 
 
+@dataclass(frozen=True)
+class Aligning(Search):
+    """A search for images whose training gradient points where that of a wanted answer does (gradient matching).
+
+    All images are changed together, so that 1 - cos(g, h) falls: g is the gradient of the loss with which one test
+    image is taken for a wanted class, by all parameters, and h that of the mean loss of the changed images with their
+    own labels. Whoever trains on these then takes steps towards the wanted answer.
+
+    Args:
+        image: position of the test image.
+        wanted: the class that it is to be taken for.
+        restarts: independent starts, of which the one that ends best is kept.
+    """
+
+    image: int = 0
+    wanted: int = 0
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restarts < 1 or self.image < 0:
+            raise UserError(f"restarts must be at least 1 and image at least 0, got {self.restarts} and {self.image}")
+
+
 class Craft(ABC):
     """Does for a poison what images alone do not: trains a surrogate on the clean images, and searches with it."""
 
@@ -312,6 +336,10 @@ class Poison(ABC):
     def trigger(self, images: Tensor) -> Tensor:
         """Return test images with the trigger, uint8 [B, C, H, W]; as they are where nothing triggers."""
         return images
+
+    def aims_at(self, class_names: Sequence[str]) -> tuple[int, int] | None:
+        """Return the position of a test image and the class that it is to be taken for; None where none is aimed at."""
+        return None
 
     def pairs_of(self, class_names: Sequence[str]) -> list[tuple[int, int]]:
         """Return the classes whose images get the label of another one, and that one; none for other poisons."""

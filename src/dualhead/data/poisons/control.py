@@ -43,6 +43,10 @@ class Control(Poison):
         """See `Poison.target_of`."""
         return self.like.target_of(class_names)
 
+    def aims_at(self, class_names: Sequence[str]) -> tuple[int, int] | None:
+        """See `Poison.aims_at`."""
+        return self.like.aims_at(class_names)
+
     def trigger(self, images: Tensor) -> Tensor:
         """See `Poison.trigger`."""
         return self.like.trigger(images)
