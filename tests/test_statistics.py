@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dualhead.errors import UserError
-from dualhead.evaluation import interval_over_samples, mcnemar, mean_std, wilson
+from dualhead.evaluation import interval_over_samples, mcnemar, mean_std, paired_shares, wilson
 
 
 @given(st.integers(1, 5000), st.data())
@@ -118,3 +118,25 @@ def test_a_verdict_never_contradicts_the_exact_test(only_second, only_first):
     second = (np.arange(1000) >= only_first) & (np.arange(1000) < only_first + only_second)
     found = mcnemar(first, second)
     assert (found.verdict == "undecided") == (found.p_value >= 0.05)
+
+
+def test_shares_of_samples_are_paired_by_their_mean_difference():
+    random = np.random.default_rng(0)
+    first = random.random(400)
+    second = (first + random.normal(0.02, 0.1, 400)).clip(0, 1)
+    ahead, behind = paired_shares(first, second), paired_shares(second, first)
+    assert ahead.difference == pytest.approx((second - first).mean())
+    assert ahead.interval == interval_over_samples(first[None], second[None])
+    assert ahead.p_value == pytest.approx(stats.ttest_rel(second, first).pvalue, rel=0.2)
+    assert (ahead.verdict, behind.verdict) == ("gain", "loss")
+    assert (ahead.only_first, ahead.only_second) == (behind.only_second, behind.only_first)
+    assert behind.interval == pytest.approx((-ahead.interval[1], -ahead.interval[0]))
+
+
+def test_shares_that_differ_alike_everywhere():
+    same = np.full(5, 0.5)
+    assert (paired_shares(same, same).p_value, paired_shares(same, same).verdict) == (1.0, "undecided")
+    assert paired_shares(same, same + 0.25).verdict == "gain"
+    for wrong in (np.full(4, 0.5), np.full((5, 1), 0.5)):
+        with pytest.raises(UserError, match="the same samples twice"):
+            paired_shares(same, wrong)

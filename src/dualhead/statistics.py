@@ -37,8 +37,9 @@ class Paired:
         only_first: samples that only the first got right.
         only_second: samples that only the second got right.
         difference: second minus first.
-        interval: 95 % interval of the difference (Agresti and Min 2005: half a sample added to each cell).
-        p_value: McNemar's exact two-sided test: are the discordant samples a fair coin?
+        interval: 95 % interval of the difference (Agresti and Min 2005: half a sample added to each cell; of
+            `paired_shares`, its own).
+        p_value: McNemar's exact two-sided test: are the discordant samples a fair coin? Of `paired_shares`, its own.
     """
 
     num_samples: int
@@ -109,6 +110,43 @@ def interval_over_samples(first: ArrayLike, second: ArrayLike, confidence: float
         return -1.0, 1.0
     reach = float(stats.norm.ppf(0.5 + confidence / 2)) * float(np.std(gained, ddof=1)) / math.sqrt(len(gained))
     return max(float(gained.mean()) - reach, -1.0), min(float(gained.mean()) + reach, 1.0)
+
+
+def paired_shares(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Paired:
+    """Compare two classifiers by a share of each sample, as of its corrupted renderings, that they got right.
+
+    The two-sided test that the mean difference over samples is zero, by the normal approximation whose interval is that
+    of `interval_over_samples`. A difference that is the same for all samples leaves no spread to judge it by: its
+    p-value is 1 where it is zero, else 0.
+
+    Args:
+        first: shares in [0, 1], [N].
+        second: the same for the second.
+        confidence: confidence of the interval, in (0, 1).
+
+    Returns:
+        `only_first` and `only_second` are the samples of which the one got a larger share right.
+
+    Raises:
+        UserError: if the samples cannot be the same, or there is one alone.
+    """
+    from scipy import stats
+
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise UserError(f"a paired comparison needs the same samples twice, two at least, got {a.shape} and {b.shape}")
+    gained = b - a
+    mean, error = float(gained.mean()), float(np.std(gained, ddof=1)) / math.sqrt(len(a))
+    p_value = 2.0 * float(stats.norm.sf(abs(mean) / error)) if error else float(mean == 0)
+    return Paired(
+        len(a),
+        (float(a.mean()), float(b.mean())),
+        int((gained < 0).sum()),
+        int((gained > 0).sum()),
+        mean,
+        interval_over_samples(a[None], b[None], confidence),
+        p_value,
+    )
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

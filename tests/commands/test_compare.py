@@ -226,6 +226,14 @@ def test_an_evaluation_of_another_output_stands_for_that_output(tmp_path):
         ("guided", "guided, head 1", "paired t, 2 seeds")
     }
     results = places[2] / "results.json"
+    by_rule = {"stage": None, "checkpoint": "best", "output": None, "chosen": "by-samples"}
+    kept = results.read_text()
+    for place in places[:2]:
+        file = place / "results.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "subject": by_rule}))
+    (row, *_) = standings(read_entries(places))["rows"]
+    assert (row["name"], row["seeds"], row["deployed"]) == ("guided, by-samples: aggregate of heads", [0, 1], True)
+    assert results.read_text() == kept
     for subject in ({"stage": "main_head"}, {"checkpoint": "last"}, {"output": "head7"}):
         results.write_text(json.dumps({**json.loads(results.read_text()), "subject": subject}))
         (alone,) = read_entries([places[2]])

@@ -45,6 +45,17 @@ def test_what_cannot_be_tried_is_said_and_the_recipe_is_shown(tmp_path, monkeypa
     assert dualhead("train", "digits", "data.source=./gone", "--dry-run").status == 2
 
 
+def test_corruptions_take_time_too():
+    told = []
+    for attacks in ("[pgd-4]", "[pgd-4, corruptions]"):
+        recipe = load_recipe("digits_natural", ["evaluate.limit=10", f"evaluate.attacks={attacks}"])
+        left = TimeLeft(recipe, clock=iter(range(10)).__next__)
+        left.stage(0, steps=1, done=0)
+        left.step()
+        told.append(left.seconds())
+    assert told[1] - told[0] == pytest.approx(10 * 75 / recipe.stages[0].batch_size)  # 15 kinds, 5 severities
+
+
 def test_time_left_shrinks_to_that_of_the_evaluation():
     clock = [0.0]
     recipe = load_recipe("digits_natural", ["stages.*.epochs=2", "evaluate.limit=10", "evaluate.attacks=[pgd-4]"])

@@ -98,6 +98,34 @@ WORDS = ("--generation", "--samples", "40", "--sample-steps", "1,2", "--judge", 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
+def test_the_checkpoint_is_chosen_by_samples_on_held_out_images(tmp_path):
+    folder = tmp_path / "run"
+    short = [word.replace("epochs=1", "epochs=3") for word in TINY]
+    assert dualhead("train", "digits_natural", *short, "--run-dir", folder, "--quiet").status == 0
+    words = ("--generation", "--samples", "40", "--sample-steps", "1,2", "--judge", "cnn-4", "--attack", "fgsm",
+             "--limit", "60")  # fmt: skip
+    alone = {}
+    for which in ("best", "last"):
+        ended = dualhead("evaluate", folder, *words, "--checkpoint", which, "--json")
+        assert ended.status == 0, ended.err
+        alone[which] = json.loads(ended.out)
+    least = {which: min(p["held_out"] for p in told["generation"]["curve"]) for which, told in alone.items()}
+    ended = dualhead("evaluate", folder, *words, "--checkpoint", "by-samples", "--json")
+    assert ended.status == 0, ended.err
+    found = json.loads(ended.out)
+    checkpoint = found["generation"].pop("checkpoint")
+    assert checkpoint["chosen"] == min(least, key=least.get)
+    assert {which: each["distance"] for which, each in checkpoint["held_out"].items()} == pytest.approx(least)
+    expected = alone[checkpoint["chosen"]]
+    assert found["generation"] == expected["generation"]
+    assert found["clean_accuracy"] == expected["clean_accuracy"]  # all is of the one network
+    assert found["subject"]["checkpoint"] == checkpoint["chosen"]
+    (place,) = (folder / "evaluations").glob("*by-samples*")
+    assert json.loads((place / "results.json").read_text())["generation"]["checkpoint"] == checkpoint
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hasty")
 def test_samples_and_images_out_of_distribution_are_measured_kept_and_shown(run, tmp_path):
     ended = dualhead("evaluate", run, *WORDS, "--json")
     assert ended.status == 0, ended.err
@@ -159,6 +187,13 @@ def test_a_saved_classifier_judges(run, tmp_path):
 
 
 @pytest.mark.usefixtures("hasty")
+def test_a_checkpoint_is_chosen_by_samples_alone(run):
+    ended = dualhead("evaluate", run, "--checkpoint", "by-samples")
+    assert ended.error_line == "--checkpoint by-samples: chooses by samples; give --generation too"
+    ended = dualhead("evaluate", "a.b:c", "--checkpoint", "by-samples", "--generation", "--data", "digits")
+    assert ended.error_line == "--checkpoint is for runs, and a.b:c is none"
+
+
 def test_options_of_generation_that_do_not_fit_are_told(run):
     for words, message in (
         (("--generation", "--sample-steps", "a"), "--sample-steps"),

@@ -1,4 +1,7 @@
-"""A slow evaluation as a program of its own, to be killed or to be one of several: FOLDER [RANK WORLD PORT]."""
+"""A slow evaluation as a program of its own, to be killed or to be one of several.
+
+evaluation_job.py FOLDER [RANK WORLD PORT [ATTACK ...]]
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,9 @@ if __name__ == "__main__":
     Journal.flight_interval = 0.3
     torch.set_num_threads(1)
     if group:
-        rank, world, port = map(int, group)
+        rank, world, port = map(int, group[:3])
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-        print(main(folder).robust_accuracy)
+        print(main(folder, attacks=group[3:] or ATTACKS).robust_accuracy)
         dist.destroy_process_group()
     else:
         main(folder, seconds=0.03)

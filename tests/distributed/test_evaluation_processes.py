@@ -24,16 +24,17 @@ TESTS = Path(__file__).parent.parent
 
 
 def start(folder, *group):
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(TESTS / "distributed" / "evaluation_job.py"), str(folder), *map(str, group)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def run_group(folder, world):
+def run_group(folder, world, *attacks):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = [start(folder, rank, world, port) for rank in range(world)]
+    group = [start(folder, rank, world, port, *attacks) for rank in range(world)]
     said = [process.communicate(timeout=240)[0] for process in group]
     assert [process.returncode for process in group] == [0] * world
     return said
@@ -133,3 +134,36 @@ def test_one_process_goes_on_where_two_were_killed(reference, tmp_path):
     done = tries_in(tmp_path)
     assert len(done) == len(set(done))
     assert before <= set(done)
+
+
+@pytest.mark.slow
+def test_two_processes_corrupt_and_count_as_one_does(tmp_path):
+    alone = evaluation_job.main(str(tmp_path / "one"), attacks=["corruptions", "pgd-10"])
+    said = run_group(tmp_path / "two", 2, "corruptions", "pgd-10")
+    assert said[0] == said[1]
+    shared = Evaluation.load(tmp_path / "two")
+    assert_same(shared, alone)
+    np.testing.assert_array_equal(shared.measured["corruptions"], alone.measured["corruptions"])
+    assert shared.results["corruptions"] == alone.results["corruptions"]
+    assert shared.results["environment"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_corruptions_where_two_were_killed(tmp_path):
+    """Kinds that both had finished are not rendered anew; the others are, with the same outcome."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    facts = tmp_path / "two" / "progress" / "facts.json"
+    group = [start(tmp_path / "two", rank, 2, port, "corruptions") for rank in range(2)]
+    until = time.monotonic() + 120
+    while time.monotonic() < until and group[0].poll() is None:
+        if facts.is_file() and "corruptions: " in facts.read_text():
+            break
+        time.sleep(0.05)
+    for process in group:
+        process.kill()
+        process.wait()
+    alone = evaluation_job.main(None, attacks=["corruptions"])
+    again = evaluation_job.main(str(tmp_path / "two"), attacks=["corruptions"])
+    np.testing.assert_array_equal(again.measured["corruptions"], alone.measured["corruptions"])

@@ -19,10 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dualhead.commands.play import HALVINGS, Playground, check_beside, serve
+from dualhead.commands.play import FILM, HALVINGS, Playground, check_beside, serve
 from dualhead.commands.resolve import Request, resolve
 from dualhead.data import Framing, Split, load_split
 from dualhead.errors import UserError
+from dualhead.evaluation import counterfactual
+from dualhead.report import picture
 from dualhead.threats import ThreatModel
 from helpers.e2e import dualhead
 
@@ -281,6 +283,45 @@ def test_what_stands_beside_is_attacked_for_itself(playground):
     assert found["targets"] == alone["targets"]
     # The model beside is known by its last output alone, which is then the first to draw a start.
     assert found["beside"]["name"] == "same" and found["beside"]["clean"] == [alone["says"][-1]]
+
+
+def test_an_image_is_turned_into_a_class_as_a_counterfactual_is(server, playground):
+    offer = json.loads(ask(server, "GET", "/offer")[1])
+    assert offer["radius"] == pytest.approx(4 * (64 / 3072) ** 0.5)
+    asked = {"sample": 3, "to": 8, "radius": 1.5, "target": 2}
+    status, body = ask(server, "POST", "/turn", asked)
+    assert status == 200
+    found = json.loads(body)
+    x = playground.images.images[3:4].float() / 255
+    expected = counterfactual(playground.model, x, torch.tensor([8]), ThreatModel("L2", 1.5))
+    pixels = (expected.image[0] * 255).round().to(torch.uint8)
+    assert found["turned"] == found["film"][-1] == picture(pixels.numpy())
+    assert found["film"][0] == picture(playground.images.images[3].numpy())
+    assert len(found["film"]) == FILM
+    assert found["distance"] == pytest.approx(float(expected.distance), rel=1e-5)
+    assert found["distance"] <= 1.5 + 1e-5
+    with torch.no_grad():
+        logits = [
+            *playground.model.head_logits(pixels[None].float() / 255)[0],
+            playground.model(pixels[None].float() / 255)[0],
+        ]
+    names = playground.images.class_names
+    assert [said["class"] for said in found["says"]] == [names[int(each.argmax())] for each in logits]
+    assert [said["of_label"] for said in found["says"]] == pytest.approx(
+        [float(e.softmax(0)[8]) for e in logits], rel=1e-3
+    )
+    other = json.loads(ask(server, "POST", "/turn", {**asked, "target": 0})[1])
+    assert other["turned"] != found["turned"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"to": 10}, {"to": None}, {"to": True}, {"radius": 0}, {"radius": "x"}, {"target": 7}, {"target": None},
+              {"sample": 99}],
+)  # fmt: skip
+def test_what_cannot_be_turned_is_refused_in_words(server, wrong):
+    status, body = ask(server, "POST", "/turn", {"sample": 0, "to": 1, "radius": 1.0, "target": 0, **wrong})
+    assert status == 400
+    assert next(iter(wrong)) in json.loads(body)["error"]
 
 
 @pytest.mark.parametrize("target", [None, "0", 7, True])

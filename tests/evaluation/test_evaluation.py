@@ -40,6 +40,47 @@ def reference():
     return measure()
 
 
+# ---- the budget
+
+
+@pytest.mark.parametrize("eps", ["16/255", 16 / 255, np.float64(16 / 255), ["16/255"]])
+@pytest.mark.parametrize("threat", [{}, {"threat": None}, {"threat": "Linf"}, {"threat": {"norm": "Linf"}}])
+def test_eps_alone_is_the_budget_of_linf(eps, threat):
+    images, labels = patterns(12)
+    asked = {"attacks": ["fgsm"], "precision": "float32", "diagnostics": False}
+    found = evaluate(trained(), images, labels, eps=eps, **threat, **asked)
+    expected = evaluate(trained(), images, labels, threat=THREAT, **asked)
+    assert found.results["threat"] == expected.results["threat"]
+    assert found.results["curve"] == []
+    assert_same(found, expected)
+
+
+def test_the_largest_of_several_is_the_budget():
+    images, labels = patterns(12)
+    asked = {"attacks": ["fgsm"], "precision": "float32", "diagnostics": False}
+    found = evaluate(trained(), images, labels, threat="L2", eps=[0, "0.5", 0.25], **asked)
+    expected = evaluate(trained(), images, labels, threat="L2:0.5", eps=[0, "0.5", 0.25], **asked)
+    assert found.results["threat"] == {"norm": "L2", "eps": 0.5}
+    assert found.results["curve"] == expected.results["curve"]
+    beside = evaluate(trained(), images, labels, threat="L2:0.5", eps=0.25, **asked)  # a curve of one point
+    assert [point["eps"] for point in beside.results["curve"]] == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "threat: give threat=ThreatModel\\('Linf', '8/255'\\), or eps='8/255' for Linf"),
+        ({"threat": "L2"}, "threat: 'L2' has no budget; give"),
+        ({"eps": "8/0"}, "not a number"),
+        ({"eps": 0}, "greater than 0"),
+        ({"threat": "nothing", "eps": 1}, "unknown threat 'nothing'"),
+    ],
+)
+def test_a_budget_that_is_missing_or_none_is_told_in_a_line(given, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(trained(), *patterns(4), attacks=["fgsm"], **given)
+
+
 # ---- exact verdicts
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.evaluation import KINDS, RouteSetting, evaluate_routes, parse_kinds
+from dualhead.evaluation import KINDS, RouteSetting, evaluate, evaluate_routes, parse_kinds
 from dualhead.heads import Route, attach_second_head, between, image_gaps, routes_of, stored_gaps, through
 from dualhead.heads.tied import STATISTICS, tensors_by_name
 from dualhead.models import Normalize, backbones
+from dualhead.report import route_rows
 from dualhead.threats import ThreatModel
 
 X = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -140,6 +141,21 @@ def test_all_of_it_is_measured_told_and_not_measured_again(tmp_path):
         dual.head1.fc.bias.add_(1.0)
     other = evaluate_routes(dual, X, Y, dataclasses.replace(setting, kinds=("gaps",)), output_dir=tmp_path)
     assert "curve" not in other  # of other weights
+
+
+def test_corruptions_are_measured_through_each_route(tmp_path):
+    asked = {"batch_size": 8, "options": {"diagnostics": False}}
+    setting = RouteSetting(
+        ThreatModel("Linf", 8 / 255), ["fgsm", "corruptions"], "head1", "head2", kinds=("own", "merged"), **asked
+    )
+    found = evaluate_routes(tied(), X, Y, setting, output_dir=tmp_path)
+    rows = route_rows(found)
+    assert {row["name"] for row in rows} >= {"clean route (head1)", "robust route (head2)", "merged: mean"}
+    assert all(0 <= row["corruptions"]["accuracy"] <= 1 for row in rows)
+    assert all("corruptions" not in row["robust_accuracy"] for row in rows)
+    for head in ("head1", "head2"):
+        alone = evaluate(tied().view(head), X, Y, threat="Linf:8/255", attacks=["corruptions"], diagnostics=False)
+        assert found["routes"][head]["corruptions"] == alone.results["corruptions"]
 
 
 def test_bad_input(tmp_path):

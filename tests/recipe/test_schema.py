@@ -179,6 +179,35 @@ def test_defaults_are_what_the_fields_say(write):
     assert recipe.evaluate.attacks == ("pgd-40",)
 
 
+def test_corruptions_stand_among_the_attacks_and_are_none(write):
+    recipe = load_recipe(write(), ["evaluate.attacks=[corruptions, pgd-5]"])
+    assert recipe.evaluate.attacks == ("corruptions", "pgd-5")
+    assert set(recipe.evaluate.asked.attacks) == {"pgd-5"}
+    assert set(recipe.evaluate.asked.measurements) == {"corruptions"}
+    assert parse_recipe(recipe.resolved()) == recipe
+    several = load_recipe(write(), ["evaluate.attacks=[corruptions, pgd-5]", "evaluate.threats=[Linf:0.1, L2:0.5]"])
+    assert set(several.evaluate.asked.measurements) == {"corruptions"}
+
+
+@pytest.mark.parametrize(
+    ("attacks", "message"),
+    [
+        ("[corruptions]", r"evaluate.attacks: corruptions are no attack; name one beside them"),
+        ("[pgd-5, corruptions, corruptions]", r"evaluate.attacks.2: corruptions is named twice"),
+        ("[pgd-5, corruption]", r"evaluate.attacks.1: unknown attack 'corruption'; did you mean 'corruptions'\?"),
+        ("[pgd-5, pgd-5]", r"evaluate.attacks.1: pgd-5 is named twice"),
+    ],
+)
+def test_what_is_misnamed_among_the_attacks_is_told_with_its_place(write, attacks, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(), [f"evaluate.attacks={attacks}"])
+
+
+def test_corruptions_train_nothing(write):
+    with pytest.raises(UserError, match="unknown attack 'corruptions'"):
+        load_recipe(write(), ["stages.0.attack=corruptions"])
+
+
 def test_a_recipe_may_name_itself(write):
     assert load_recipe(write("name: other\n" + MINIMAL)).name == "other"
 

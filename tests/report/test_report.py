@@ -606,10 +606,17 @@ def test_ticks_lie_evenly_within_their_reach(low, span, count):
 
 
 def test_eps_is_written_in_steps_of_a_255th_for_all_or_none():
-    assert eps_texts([0, 2 / 255, 8 / 255]) == ["0", "2/255", "8/255"]
-    assert eps_texts([0, 0.1, 0.2]) == ["0", "0.1", "0.2"]  # 0.2 alone would be 51/255
-    assert eps_texts([0.25, 0.5, 1.0]) == ["0.25", "0.5", "1"]  # radii of L2
-    assert [eps_text(eps) for eps in (1e-9, 1.0, 2.0, 254 / 255)] == ["1e-09", "1", "2", "254/255"]
+    assert eps_texts([0, 2 / 255, 8 / 255], "Linf") == ["0", "2/255", "8/255"]
+    assert eps_texts([0, 0.1, 0.2], "Linf") == ["0", "0.1", "0.2"]  # 0.2 alone would be 51/255
+    assert eps_texts([0.2, 0.6, 1.0], "L2") == ["0.2", "0.6", "1"]
+    assert [eps_text(eps, "Linf") for eps in (1e-9, 1.0, 2.0, 254 / 255)] == ["1e-09", "1", "2", "254/255"]
+
+
+@pytest.mark.parametrize("norm", ["L2", "L1", "flow", None])
+def test_eps_of_no_single_pixel_is_told_as_it_is(norm):
+    """0.6 is 153/255 as well, and nobody says so of a distance over all pixels."""
+    assert eps_text(0.6, norm) == "0.6"
+    assert eps_text(8 / 255, norm) == "0.0313725"
 
 
 def test_names_that_are_cut_keep_the_ends_that_tell_them_apart():

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dualhead.commands.compare import read_entries, standings
 from dualhead.data import Split
 from dualhead.errors import UserError
+from dualhead.evaluation import Evaluation
 from dualhead.recipe import load_recipe
 from dualhead.runs import measure, prepare, run, stages
 from helpers.e2e import TINY
@@ -99,3 +101,25 @@ def test_weights_of_classes_reach_the_loss(tmp_path):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append(json.loads(lines[0])["loss"])
     assert 0 < losses[1] < losses[0] / 3
+
+
+def test_corruptions_of_a_recipe_reach_results_tables_report_and_comparison(tmp_path):
+    short = [
+        *TINY[:3], "data.train_limit=80", "stages.*.epochs=1", "evaluate.gallery=0", "evaluate.limit=8",
+        "evaluate.attacks=[fgsm, corruptions]", "runtime.device=cpu", "runtime.lanes=1", "validation.attack.steps=1",
+        "stages.*.attack.steps=1",
+    ]  # fmt: skip
+    for seed in (0, 1):
+        result = run.train("digits_sat", [*short, f"runtime.seed={seed}"], run_dir=tmp_path / str(seed))
+    rows = json.loads((tmp_path / "0" / "comparison.json").read_text())["rows"]
+    assert all("corruptions" in each for each in rows)
+    row = rows[-1]
+    stored = Evaluation.load(tmp_path / "0" / "evaluation")
+    assert row["corruptions"] == stored.results["corruptions"]
+    assert stored.measured["corruptions"].shape[0] == 8
+    assert set(row["robust_accuracy"]) == {"fgsm", "worst"}
+    assert "corruptions" in str(result)
+    assert "Common corruptions" in (tmp_path / "0" / "report.html").read_text()
+    compared = standings(read_entries([tmp_path / "0", tmp_path / "1"]))["rows"][-1]
+    assert compared["corruptions"]["kinds"].keys() == row["corruptions"]["kinds"].keys()
+    assert compared["seeds"] == [0, 1]

@@ -21,6 +21,7 @@ from dualhead.commands.catalogue import first_line, kind_of, recipes, shipped
 from dualhead.commands.examples import examples_of
 from dualhead.errors import Interrupted, RunError, UserError
 from dualhead.system.memory import keep_freed_blocks
+from dualhead.system.told import Once
 
 # What computes is imported by the commands that compute, so that `--help` and a wrong option answer at once.
 
@@ -179,6 +180,7 @@ def train(
         EvaluationDisplay,
         TrainingDisplay,
         accuracy_table,
+        corruption_table,
         err,
         out,
         print_row_lights,
@@ -229,6 +231,8 @@ def train(
         return
     print_row_lights(rows)
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
+    if by_kind := corruption_table(rows):
+        out.print(by_kind)
     if result.sequence is not None:
         print_sequence(result.sequence)
     if not quiet:
@@ -323,7 +327,7 @@ def evaluate(
     stage: Annotated[
         str | None, typer.Option("--stage", help="A finished stage of the run; default: the last.")
     ] = None,
-    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch of that stage.")] = None,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="best or last epoch, or by-samples.")] = None,
     output: Annotated[str | None, typer.Option("--output-of", help="head1, head2, ..., mean or aggregate.")] = None,
     routes: Annotated[
         str | None,
@@ -475,7 +479,14 @@ def evaluate(
 def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
     """Measure routes of tied heads, and print each as the classifier that it is."""
     from dualhead.commands.evaluate import assess_routes
-    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
+    from dualhead.commands.terminal import (
+        EvaluationDisplay,
+        accuracy_table,
+        corruption_table,
+        out,
+        print_lights,
+        progress_bar,
+    )
     from dualhead.report import route_rows
     from dualhead.system.processes import joined
 
@@ -492,6 +503,8 @@ def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
     if rows:
         print_lights([(row["name"], row["checks"]) for row in rows])
         out.print(accuracy_table(f"routes, in percent, of {found['num_samples']} test images", rows))
+    if by_kind := corruption_table(rows):
+        out.print(by_kind)
     out.print(found["warning"], soft_wrap=True)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
@@ -776,7 +789,7 @@ def info(
     run: Annotated[Path, typer.Argument(help="A run, finished or not.")], quiet: Quiet = False, as_json: AsJson = False
 ) -> None:
     """Say where a run stands: stages, epochs, accuracies on held-out and test images, and who works on it."""
-    from dualhead.commands.terminal import accuracy_table, out, print_row_lights, stage_table
+    from dualhead.commands.terminal import accuracy_table, corruption_table, out, print_row_lights, stage_table
     from dualhead.report import summary
     from dualhead.system.lock import owner_of
 
@@ -796,6 +809,8 @@ def info(
     out.print(stage_table(facts["stages"]))
     if facts["rows"]:
         out.print(accuracy_table("test images, accuracy in percent, with 95 % intervals", facts["rows"]))
+    if by_kind := corruption_table(facts["rows"]):
+        out.print(by_kind)
     for note in [] if quiet else facts["notes"]:
         out.print(note, soft_wrap=True, markup=False)
 
@@ -888,7 +903,8 @@ def compare(
     """Set runs side by side: accuracy over seeds, cost, Pareto front at equal cost, and paired tests with the first."""
     del quiet  # there are results only
     from dualhead.commands.compare import normalised, read_entries, sequences, standings
-    from dualhead.commands.terminal import out, print_sequences, print_standings
+    from dualhead.commands.compare_samples import compare_samples
+    from dualhead.commands.terminal import out, print_samples, print_sequences, print_standings
     from dualhead.system.files import write_json
 
     entries, made_for_one = read_entries(places), []
@@ -897,6 +913,9 @@ def compare(
         made_for_one = read_entries(specialist)
         found["against_specialists"] = normalised(entries, made_for_one)
     found["sequences"] = sequences(entries, made_for_one)
+    samples = compare_samples(entries)
+    if samples is not None:
+        found["generation"] = samples
     if output is not None:
         write_json(output, found)
     if as_json:
@@ -904,6 +923,8 @@ def compare(
         return
     print_standings(found)
     print_sequences(found["sequences"])
+    if samples is not None:
+        print_samples(samples)
     for row in found.get("against_specialists", []):
         shares = ", ".join(f"{label} {share:.1%}" for label, share in row["shares"].items())
         name = f"{row['label']}, {row['name']}" if row["name"] else row["label"]
@@ -1075,7 +1096,7 @@ def main() -> None:
     if not _speaks():
         logging.getLogger("dualhead").setLevel(logging.ERROR)
     keep_freed_blocks()
-    said_once = _Once()
+    said_once = Once()
     if logging.lastResort is not None:  # what prints warnings where nobody has set up logging
         logging.lastResort.addFilter(said_once)
     try:
@@ -1099,21 +1120,6 @@ def main() -> None:
     finally:
         if logging.lastResort is not None:
             logging.lastResort.removeFilter(said_once)
-
-
-class _Once(logging.Filter):
-    """Drops what was said before: a folder is read for its training part and again for its test part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record's text is new."""
-        text = record.getMessage()
-        new = text not in self._said
-        self._said.add(text)
-        return new
 
 
 def _speaks() -> bool:

@@ -20,6 +20,7 @@ from dualhead.evaluation import (
     MEASURES,
     TRIGGERED,
     Evaluation,
+    Paired,
     against_specialists,
     balanced,
     compare,
@@ -27,7 +28,9 @@ from dualhead.evaluation import (
     mcnemar,
     mean_std,
     of_specialists,
+    paired_shares,
     plasticity,
+    rendered_alike,
     successes,
     wilson,
 )
@@ -59,6 +62,7 @@ class Entry:
         seconds: of its training; None if unknown.
         where: the folder after which it is called, absolute.
         triggered: what was measured of test images with the trigger of a poison; None if nothing was.
+        folder: that holds the evaluation.
     """
 
     group: str
@@ -73,6 +77,7 @@ class Entry:
     seconds: float | None = None
     where: Path = Path()
     triggered: Evaluation | None = None
+    folder: Path = Path()
 
 
 def read_entries(places: Sequence[Path]) -> list[Entry]:
@@ -108,7 +113,7 @@ def _entries(place: Path) -> list[Entry]:
     if run is None or (run != place and chosen is None):
         inside = RunFolder(place).evaluation
         folder = inside if inside.is_dir() else place
-        return [Entry(str(place), str(place), "", True, 0, Evaluation.load(folder), where=place.absolute())]
+        return [_alone(place, folder)]
     folder = RunFolder(run).evaluation if run == place else place
     recipe = _recipe(run)
     seed = recipe["runtime"].pop("seed")
@@ -122,24 +127,32 @@ def _entries(place: Path) -> list[Entry]:
     group = json.dumps(without_how(recipe), sort_keys=True)
     rows = json.loads(RunFolder(run).comparison.read_text(encoding="utf-8"))["rows"]
     entries = []
-    if chosen:
-        named = [row for row in rows if id_of_row(row) == chosen]
+    if chosen and chosen.output:
+        named = [row for row in rows if id_of_row(row) == chosen.output]
         if not named:
-            return [Entry(str(place), str(place), "", True, 0, Evaluation.load(place), where=place.absolute())]
-        rows, group, label = named, f"{group} {chosen}", f"{label}, {named[0]['name']}"
+            return [_alone(place, place)]
+        rows, group, label = named, f"{group} {chosen.output}", f"{label}, {named[0]['name']}"
+    if chosen and chosen.rule:
+        group, label = f"{group} {chosen.rule}", f"{label}, {chosen.rule}"
     for row in rows if run == place else rows[-1:]:
         last = row is rows[-1]
         cost = row["training_cost"]
         evaluated = folder if last else RunFolder(run).row(row["name"])
         entries.append(
             Entry(
-                group, label, "" if chosen else row["name"], last, seed,
+                group, label, "" if chosen and chosen.output else row["name"], last, seed,
                 Evaluation.load(evaluated),
                 row["parameters"], cost.get("flops"), cost["forward_equivalents"], cost["seconds"], where,
                 Evaluation.load(evaluated / TRIGGERED) if (evaluated / TRIGGERED / "results.json").is_file() else None,
+                evaluated,
             )
         )  # fmt: skip
     return entries
+
+
+def _alone(place: Path, folder: Path) -> Entry:
+    """Return an evaluation that stands for no run."""
+    return Entry(str(place), str(place), "", True, 0, Evaluation.load(folder), where=place.absolute(), folder=folder)
 
 
 def _recipe(run: Path) -> dict[str, Any]:
@@ -163,16 +176,24 @@ def _is_finished(run: Path) -> bool:
     return RunFolder(run).begun and RunFolder(run).comparison.is_file()
 
 
-def _chosen(place: Path) -> str | None:
-    """Return the output of an evaluation in a run: empty for the run's own, at its end; None if of something else."""
+@dataclass(frozen=True)
+class _Chosen:
+    """What an evaluation in a run is of: an output, empty for the run's own, and the rule that chose its checkpoint."""
+
+    output: str
+    rule: str
+
+
+def _chosen(place: Path) -> _Chosen | None:
+    """Return what an evaluation in a run is of; None if of another stage, or of a checkpoint that somebody chose."""
     try:
         results = json.loads((place / "results.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     chosen = results.get("subject")
-    if not chosen or chosen.get("stage") or chosen.get("checkpoint"):
+    if not chosen or chosen.get("stage") or (chosen.get("checkpoint") and not chosen.get("chosen")):
         return None
-    return str(chosen.get("output") or "")
+    return _Chosen(str(chosen.get("output") or ""), str(chosen.get("chosen") or ""))
 
 
 def standings(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -184,28 +205,24 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
         failed and warning `checks` of its runs, and whether it is on the Pareto front: nothing at most as costly has
         more of the one accuracy and no less of the other. A row with a failed check is not ranked. `worst` is over the
         attacks that all of them faced and those that only merged heads can face, such as `multihead`, where it was
-        run. `pairs`: for clean accuracy, each common attack and `worst`, each group's result against the first
-        group's: a paired t-test over the seeds that both have, McNemar's exact test for one seed; `believable` unless
-        a check of either has failed. Over several seeds `interval` is of other seeds on these images, and
-        `images_interval` of these runs on other images. `notes`: what was left out, a sentence each.
+        run. `pairs`: for clean accuracy, each common attack, `worst` and corruptions, each group's result against the
+        first group's: a paired t-test over the seeds that both have; for one seed McNemar's exact test, or of the mean
+        share of corrupted images a paired z-test over images; `believable` unless a check of either has failed. Over
+        several seeds `interval` is of other seeds on these images, and `images_interval` of these runs on other
+        images. `notes`: what was left out, a sentence each.
 
     Raises:
         UserError: if the entries were not measured alike.
     """
     attacks, notes = _common_attacks(entries)
-    groups: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault((entry.group, entry.name), []).append(entry)
-    for members in groups.values():
-        if len({member.seed for member in members}) < len(members):
-            raise UserError(f"{members[0].label}: two runs have the same recipe and seed; compare each run once")
+    groups = _grouped(entries)
     unit = _unit(entries)
-    labels = _labels(list(groups.values()))
-    rows = [_row(label, members, attacks, unit) for label, members in zip(labels, groups.values(), strict=True)]
+    labels = _labels(groups)
+    rows = [_row(label, members, attacks, unit) for label, members in zip(labels, groups, strict=True)]
     ranked = [row for row in rows if believable(row["checks"])]
     for row in rows:
         row["pareto"] = row in ranked and not any(_dominates(other, row) for other in ranked)
-    results = [(label, m) for label, m in zip(labels, groups.values(), strict=True) if m[0].deployed]
+    results = [(label, m) for label, m in zip(labels, groups, strict=True) if m[0].deployed]
     pairs = []
     for label, members in results[1:]:
         found = _pairs(results[0][1], members, attacks)
@@ -213,7 +230,29 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
         pairs += [{"reference": results[0][0], "name": label, "believable": sound, **pair} for pair in found]
         if not found:
             notes.append(f"{label} and {results[0][0]} have no seed in common, and are not compared in pairs")
+    notes += [f"{label}: {told}" for label, members in results if (told := _unpaired(members))]
     return {"rows": rows, "pairs": pairs, "notes": notes}
+
+
+def by_output(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
+    """Return the entries by output and group of runs, each group under the name that tables give it.
+
+    Raises:
+        UserError: if a run is named twice.
+    """
+    groups = _grouped(entries)
+    named = zip(_labels(groups), groups, strict=True)
+    return [(f"{label}: {m[0].name}" if m[0].name else label, m) for label, m in named]
+
+
+def _grouped(entries: Sequence[Entry]) -> list[list[Entry]]:
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.group, entry.name), []).append(entry)
+    for members in groups.values():
+        if len({member.seed for member in members}) < len(members):
+            raise UserError(f"{members[0].label}: two runs have the same recipe and seed; compare each run once")
+    return list(groups.values())
 
 
 def normalised(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -483,6 +522,23 @@ def _poison(members: Sequence[Entry]) -> dict[str, Any]:
     return {"poison": found}
 
 
+def _unpaired(members: Sequence[Entry]) -> str:
+    """Say why corruptions of results are in no pair, though they were measured; empty where all is kept."""
+    lacking = [
+        m for m in members if "corruptions" in m.evaluation.results and "corruptions" not in m.evaluation.measured
+    ]
+    return (
+        "its results do not hold which corrupted images are right, so that corruptions are not compared in pairs; "
+        "measure them again by the same `dualhead evaluate`, which goes on from what is kept"
+    ) if lacking else ""  # fmt: skip
+
+
+def _shares(entry: Entry) -> dict[str, NDArray[np.float64]]:
+    """Return by measurement the share of each image's changed renderings that are right, in the order of indices."""
+    order = np.argsort(entry.evaluation.index)
+    return {name: shares[order] for name, shares in entry.evaluation.shares.items()}
+
+
 def _withstood(entry: Entry, attacks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
     """Return what is right on triggered images, in the order of their indices; empty where none were measured.
 
@@ -529,9 +585,26 @@ def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
     return a != b and a[0] >= b[0] and a[1] >= b[1]
 
 
+def _rendered_alike(entries: Sequence[Entry]) -> list[str]:
+    """Return the measurements that all entries hold image by image, of the same renderings."""
+    one, *others = (entry.evaluation for entry in entries)
+    return [
+        name
+        for name in one.measured
+        if one.num_samples > 1 and all(name in o.measured and rendered_alike(one, o, name) for o in others)
+    ]
+
+
+def _paired(first: NDArray[Any], second: NDArray[Any]) -> tuple[Paired, str]:
+    """Return the test over images of verdicts or of shares, and its name."""
+    if first.dtype == np.bool_:
+        return mcnemar(first, second), "McNemar, exact"
+    return paired_shares(first, second), "paired z, over images"
+
+
 def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[str]) -> list[dict[str, Any]]:
     a, b = (
-        {entry.seed: _correct(entry, attacks) | _withstood(entry, attacks) for entry in group}
+        {entry.seed: {**_correct(entry, attacks), **_withstood(entry, attacks), **_shares(entry)} for entry in group}
         for group in (first, second)
     )
     both = sorted(a.keys() & b.keys())
@@ -540,17 +613,17 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[st
     if not both:
         return []
     measures = ["clean", *attacks, "worst"] if attacks else ["clean"]
-    for name in TRIGGER_MEASURES:
+    for name in (*TRIGGER_MEASURES, *_rendered_alike((*first, *second))):
         found_by = [of[seed].get(name) for of in (a, b) for seed in both]
         if all(found is not None and len(found) == len(found_by[0]) for found in found_by):  # type: ignore[arg-type]  # none is None
             measures.append(name)
     if len(both) == 1:
-        found = {name: mcnemar(a[both[0]][name], b[both[0]][name]) for name in measures}
-        test = "McNemar, exact" + ("" if len(first) == len(second) == 1 else f", seed {both[0]}")
+        of_seed = "" if len(first) == len(second) == 1 else f", seed {both[0]}"
+        found = {name: _paired(a[both[0]][name], b[both[0]][name]) for name in measures}
         return [
             {"accuracy": name, "difference": pair.difference, "interval": list(pair.interval), "p_value": pair.p_value,
-             "verdict": pair.verdict, "test": test}
-            for name, pair in found.items()
+             "verdict": pair.verdict, "test": test + of_seed}
+            for name, (pair, test) in found.items()
         ]  # fmt: skip
     from scipy import stats
 

@@ -10,8 +10,8 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from dualhead.commands.quality import assess_further
-from dualhead.commands.resolve import Request, resolve
+from dualhead.commands.quality import assess_further, chosen_by_samples
+from dualhead.commands.resolve import BY_SAMPLES, Request, resolve
 from dualhead.commands.triggers import assess_trigger, marked_images
 from dualhead.data import Split, digests
 from dualhead.errors import UserError
@@ -56,6 +56,7 @@ def assess(
     """
     if request.precision not in ("auto", "float32", "bf16"):
         raise UserError(f"--precision {request.precision}: use auto, float32 or bf16")
+    request, checkpoint = chosen_by_samples(request)
     asked = resolve(request)
     test, count = asked.images, min(request.limit or len(asked.images), len(asked.images))
     if group().first:
@@ -79,12 +80,17 @@ def assess(
         output_dir=asked.results,
         transfer_from=None if request.transfer_from is None else _other(request),
         transfer_name=Path(request.transfer_from or "").name,
-        subject={"stage": request.stage, "checkpoint": request.checkpoint, "output": request.output},
+        subject={
+            "stage": request.stage,
+            "checkpoint": request.checkpoint,
+            "output": request.output,
+            **({"chosen": BY_SAMPLES} if checkpoint else {}),
+        },
         **options,
     )
     if marked is not None:
         assess_trigger(request, asked, evaluation, marked, options)
-    assess_further(request, asked, evaluation)
+    assess_further(request, asked, evaluation, checkpoint)
     return asked.results, evaluation
 
 

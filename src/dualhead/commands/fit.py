@@ -25,6 +25,7 @@ from dualhead.models import address_of, at_hand, backbones, describe_given
 from dualhead.recipe import Data, Recipe, override, parse_override, parse_recipe, recipe_content
 from dualhead.runs import RunResult, train
 from dualhead.system.processes import joined
+from dualhead.system.told import told_once
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def fit(
         override(content, key, value)
     if epochs is not None:
         _set_epochs(content, epochs)
-    with joined() as processes, searched_in(folders), holding(images):
+    with told_once(), joined() as processes, searched_in(folders), holding(images):
         _refuse_other_images(processes.gather(source))
         progress = progress and processes.first
         begin_with, maker = _settle_model(content, model, factory, attach_at)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from dualhead.attacks import attacks
 from dualhead.recipe import Recipe
 
 _PASSES_OF_OTHERS: Final = 500
@@ -61,7 +60,9 @@ class TimeLeft:
         recipe = self._recipe
         images = recipe.evaluate.limit or _TEST_SHARE * self._images
         outputs = recipe.model.heads + 2 if recipe.model.attach_at else 1
-        return images * outputs * sum(_steps(attacks.build(spec)) for spec in recipe.evaluate.attacks)
+        asked = recipe.evaluate.asked
+        passes = sum(_steps(attack) for attack in asked.attacks.values())
+        return images * outputs * (passes + sum(each.forward_passes for each in asked.measurements.values()))
 
 
 def _passes_of_step(stage: Any) -> float:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from dualhead.data import Framing, Split, decode_single
 from dualhead.errors import UserError
-from dualhead.evaluation import Gallery, make_gallery, outputs_of, read_logits
+from dualhead.evaluation import Gallery, counterfactual, make_gallery, outputs_of, read_logits
 from dualhead.names import name_of
 from dualhead.report import NO_CLASS, change, picture
-from dualhead.threats import Threat
+from dualhead.threats import Threat, ThreatModel
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 64_000_000
@@ -37,6 +37,12 @@ MOST_EPS = 4.0
 """Largest eps at which a fooled output is searched for, as a share of the model's own."""
 HALVINGS = 7
 """Halvings of the interval in which the smallest eps lies: to a part in 128."""
+TURN_RADIUS = 4.0
+"""L2 radius within which an image of `TURN_VALUES` values is turned into another class, as published for CIFAR-10."""
+TURN_VALUES = 3 * 32 * 32
+TURN_STEPS = 40
+FILM = 6
+"""Pictures of the way to another class, both ends included."""
 HTTP_PORT = 80
 """Port that a browser leaves out of an address."""
 PAGE = Path(__file__).with_name("play.html")
@@ -93,6 +99,8 @@ class Playground:
             "shape": list(self.images.image_shape),
             "norm": self.threat.kind,
             "eps": self.threat.eps,
+            # Of larger images a ball of equal radius holds less change in each pixel.
+            "radius": TURN_RADIUS * math.sqrt(math.prod(self.images.image_shape) / TURN_VALUES),
         }
 
     def picture(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +200,46 @@ class Playground:
                 middle = (low + high) / 2
                 low, high = (low, middle) if fooled(middle) else (middle, high)
         return {"eps": high, "most": most}
+
+    def turn(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn one image into another class within an L2 ball, by the gradients of one output.
+
+        Args:
+            asked: the image, as for `attack`; `to`, the position of a class; `radius` of the ball; `target`, the
+                position of an output.
+
+        Returns:
+            `turned`, `change` and `scale`: pictures, as of an attack; `distance`, L2; `film`: the way there; `says`:
+            what each output makes of the picture.
+
+        Raises:
+            UserError: for anything that does not fit.
+        """
+        image, _ = self._image(asked)
+        to, target = asked.get("to"), asked.get("target", -1)
+        if not isinstance(to, int) or isinstance(to, bool) or not 0 <= to < len(self.images.class_names):
+            raise UserError(f"to must lie in 0 to {len(self.images.class_names) - 1}, got {to}")
+        if not isinstance(target, int) or isinstance(target, bool):
+            raise UserError("target must be the position of an output")
+        ball = ThreatModel("L2", _number(asked.get("radius"), "radius", 0.0))
+        with self._busy:
+            parameter = next(self.model.parameters(), None)
+            x = image[None].to("cpu" if parameter is None else parameter.device).float() / 255.0
+            wanted = torch.tensor([to], device=x.device)
+            found = counterfactual(_Last(self.model, target), x, wanted, ball, steps=TURN_STEPS)
+            film = _bytes(found.path[:, 0].cpu())[np.linspace(0, TURN_STEPS, FILM).round().astype(int)]
+            made = make_gallery(self.model, film[-1:], [to], threat=self.threat, landscapes=(), shares=())
+        difference, scale = change(image.numpy(), film[-1].numpy())
+        return {
+            "class": self.images.class_names[to],
+            "turned": picture(film[-1].numpy()),
+            "change": difference,
+            "scale": scale,
+            "distance": float(found.distance[0]),
+            "film": [picture(each.numpy()) for each in film],
+            "outputs": [name_of(str(output)) for output in made.outputs],
+            "says": self._says(made.clean_prediction[0], made.clean_probability[0], to),
+        }
 
     def _target(self, made: Gallery, target: int, name: str, label: int) -> dict[str, Any]:
         altered = made.adversarial[target, 0, 0]
@@ -294,6 +342,7 @@ def serve(playground: Playground, port: int = 0) -> ThreadingHTTPServer:
             short = length.isdecimal() and len(length) < 10 and int(length) <= MOST_BYTES
             answers = {
                 "/attack": playground.attack, "/picture": playground.picture, "/smallest": playground.smallest,
+                "/turn": playground.turn,
             }  # fmt: skip
             if self.path not in answers or not plain or not short:
                 self.send_error(HTTPStatus.BAD_REQUEST)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self, cast
 
 import numpy as np
 import torch
@@ -15,31 +16,35 @@ from torch import Tensor, nn
 
 from dualhead.commands.generate import MOST_SAMPLES, other_images, seeds_for, training_images
 from dualhead.commands.judge import backbone_for, judge_of, score_of
-from dualhead.commands.resolve import Request, Resolved
+from dualhead.commands.resolve import BY_SAMPLES, Request, Resolved, resolve, run_results
 from dualhead.data import Split, hold_out
 from dualhead.errors import UserError
 from dualhead.evaluation import (
     STEPS,
     Evaluation,
     Finding,
+    Judge,
     Sampling,
     Sets,
     check_compression,
     check_curriculum,
     finite,
+    held_out_distances,
     measure_generation,
     measure_ood,
     noise_seeds,
     weights_fingerprint,
     write_arrays,
 )
-from dualhead.runs import RunFolder, read_recipe
+from dualhead.runs import RunFolder, kept_checkpoints, read_recipe
 from dualhead.system.devices import find_device
 from dualhead.system.files import write_json
 from dualhead.system.processes import group
 from dualhead.threats import Threat, build_threat
 from dualhead.training import read_metrics
 
+CHOSEN: Final = "checkpoint.json"
+"""Which checkpoint an earlier call chose by its samples, and by which distances."""
 KEPT: Final = "generation.json"
 """Results of an earlier call, which are taken where nothing that decides them has changed."""
 OOD: Final = "ood.npz"
@@ -50,13 +55,52 @@ NATURAL: Final = 1_000
 """Images in which traces of compression are looked for."""
 
 
-def assess_further(request: Request, asked: Resolved, evaluation: Evaluation) -> None:
+def chosen_by_samples(request: Request) -> tuple[Request, dict[str, Any] | None]:
+    """Choose a run's checkpoint as steps are chosen: by the distance of samples to held-out images.
+
+    Robust accuracy chose `best`; a classifier may generate better after another epoch. All that is then measured,
+    accuracies and samples alike, is of the one network that is chosen.
+
+    Args:
+        request: the options; another `checkpoint` than `by-samples` is left as it is.
+
+    Returns:
+        The request for the chosen checkpoint, whose results lie where those of the whole request do. And `chosen`, and
+        by checkpoint the least `distance` with its number of `steps`; None where nothing was to choose.
+
+    Raises:
+        UserError: if the model is no run, or no samples are asked for.
+    """
+    if request.checkpoint != BY_SAMPLES:
+        return request, None
+    if not request.generation:
+        raise UserError(f"--checkpoint {BY_SAMPLES}: chooses by samples; give --generation too")
+    if not request.is_run:
+        raise UserError(f"--checkpoint is for runs, and {request.model} is none")
+    request = replace(request, output_dir=run_results(request))
+    kept = kept_checkpoints(Path(request.model), request.stage)
+    plans = {which: _Plan.of(replace(request, checkpoint=which)) for which in kept}
+    questions = {which: plan.question for which, plan in plans.items()}
+    folder = cast("Path", request.output_dir)
+    known = group().agreed(lambda: _known(folder / CHOSEN, questions))
+    if known is None or request.overwrite:
+        known = {"asked": questions, "held_out": {which: plan.least_distance() for which, plan in plans.items()}}
+        group().lead(partial(write_json, folder / CHOSEN, known))
+    found = known["held_out"]
+    chosen = min(found, key=lambda which: float(found[which]["distance"]))
+    return replace(request, checkpoint=chosen), {"chosen": chosen, "held_out": found}
+
+
+def assess_further(
+    request: Request, asked: Resolved, evaluation: Evaluation, checkpoint: Mapping[str, Any] | None = None
+) -> None:
     """Add `generation` and `ood` to an evaluation's results, as far as they are asked for, and save them.
 
     Args:
         request: the options.
         asked: what they lead to.
         evaluation: of the same model and images.
+        checkpoint: how it was chosen, as `chosen_by_samples` tells.
 
     Raises:
         UserError: for sources that cannot be read, or numbers that do not fit.
@@ -64,41 +108,83 @@ def assess_further(request: Request, asked: Resolved, evaluation: Evaluation) ->
     if not (request.generation or request.ood):
         return
     test = asked.images.first(evaluation.num_samples)
-    training = training_images(request, asked)
     if request.generation:
-        evaluation.results["generation"] = _generation(request, asked, training, test)
+        told = _generation(request, asked, test)
+        evaluation.results["generation"] = told if checkpoint is None else {**told, "checkpoint": dict(checkpoint)}
     if request.ood:
-        evaluation.results["ood"] = _ood(request, asked, training, test)
+        evaluation.results["ood"] = _ood(request, asked, training_images(request, asked), test)
     group().lead(lambda: evaluation.save(asked.results))
 
 
-def _generation(request: Request, asked: Resolved, training: Split, test: Split) -> dict[str, Any]:
-    steps = _steps(request.sample_steps)
-    backbone = backbone_for(asked.model, request.judge)
-    draw, kind = seeds_for(request, request.seeds, training)
-    question = {
-        "weights": weights_fingerprint(asked.model), "images": len(test), "training": len(training),
-        "samples": request.samples, "steps": list(steps), "step_size": request.step_size, "seeds": kind,
-        "seed": request.seed, "judge": request.judge or backbone,
-    }  # fmt: skip
-    known = group().agreed(lambda: _known(asked.results, question))
+@dataclass(frozen=True)
+class _Plan:
+    """How samples of a model are drawn and judged.
+
+    Args:
+        model: images to logits.
+        sets: training, held-out and test images.
+        sampling: how many samples, and how.
+        judge: makes the judge, which may take its training.
+        score: trains a classifier on images, and tells which test images it gets right.
+        question: all that decides the measures, JSON values.
+        training: all training images, the held-out ones included.
+    """
+
+    model: nn.Module
+    sets: Sets
+    sampling: Sampling
+    judge: Callable[[], Judge]
+    score: Callable[[Split], NDArray[np.bool_]]
+    question: dict[str, Any]
+    training: Split
+
+    @classmethod
+    def of(cls, request: Request, asked: Resolved | None = None, test: Split | None = None) -> Self:
+        """Plan what a request asks for."""
+        asked = asked or resolve(request)
+        test = test or asked.images.first(min(request.limit or len(asked.images), len(asked.images)))
+        tested, training = test, training_images(request, asked)
+        steps = _steps(request.sample_steps)
+        backbone = backbone_for(asked.model, request.judge)
+        draw, kind = seeds_for(request, request.seeds, training)
+        question = {
+            "weights": weights_fingerprint(asked.model), "images": len(test), "training": len(training),
+            "samples": request.samples, "steps": list(steps), "step_size": request.step_size, "seeds": kind,
+            "seed": request.seed, "judge": request.judge or backbone,
+        }  # fmt: skip
+        sets, augment = _sets(request, training, test)
+        device = str(find_device(request.device))
+        return cls(
+            asked.model,
+            sets,
+            Sampling(request.samples, steps, request.step_size, draw, kind, request.seed),
+            lambda: judge_of(training, asked.images, augment, request.judge or backbone, device),
+            lambda images: score_of(images, tested, augment, backbone, device),
+            question,
+            training,
+        )
+
+    def least_distance(self) -> dict[str, Any]:
+        """Return the least `distance` of samples to held-out images, and its number of `steps`."""
+        found = held_out_distances(self.model, self.sets, self.judge(), self.sampling)
+        steps = min(found, key=found.__getitem__)
+        return {"distance": found[steps], "steps": steps}
+
+
+def _generation(request: Request, asked: Resolved, test: Split) -> dict[str, Any]:
+    plan = _Plan.of(request, asked, test)
+    known = group().agreed(lambda: _known(asked.results / KEPT, plan.question))
     if known is not None and not request.overwrite:
         return dict(known["generation"])
-    sets, augment = _sets(request, training, test)
-    device = str(find_device(request.device))
-    judge = judge_of(training, asked.images, augment, request.judge or backbone, device)
-
-    def score(images: Split) -> NDArray[np.bool_]:
-        return score_of(images, test, augment, backbone, device)
-
-    sampling = Sampling(request.samples, steps, request.step_size, draw, kind, request.seed)
-    found = measure_generation(asked.model, sets, judge, sampling, score)
-    found.results["checks"] += [asdict(each) for each in _further_checks(request, kind, training)]
+    found = measure_generation(plan.model, plan.sets, plan.judge(), plan.sampling, plan.score)
+    found.results["checks"] += [
+        asdict(each) for each in _further_checks(request, plan.sampling.seeds_name, plan.training)
+    ]
     results: dict[str, Any] = finite(found.results)
 
     def keep() -> None:
         found.save(asked.results)
-        write_json(asked.results / KEPT, {"asked": question, "generation": results})
+        write_json(asked.results / KEPT, {"asked": plan.question, "generation": results})
 
     group().lead(keep)
     return results
@@ -121,9 +207,9 @@ def _further_checks(request: Request, kind: str, training: Split) -> list[Findin
     return found
 
 
-def _known(folder: Path, question: dict[str, Any]) -> dict[str, Any] | None:
+def _known(file: Path, question: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        told = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+        told = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return told if isinstance(told, dict) and told.get("asked") == question else None

@@ -6,15 +6,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from torch import nn
 
-from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
-from dualhead.evaluation import asks_for_corruptions
+from dualhead.evaluation import Asked
 from dualhead.models import Backbone, backbones, maker
 from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
@@ -27,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 AttackSpec = str | dict[str, Any]
 """An attack by name, or its section of a recipe."""
+BY_SAMPLES: Final = "by-samples"
+"""The checkpoint whose samples are nearest to held-out images, for `--checkpoint`."""
 DEFAULT_ATTACKS = ("pgd-40",)
 """Attacks on a model that no run tells how to measure."""
 
@@ -258,7 +259,7 @@ def _of_run(request: Request, room: int) -> _Source:
         # What is missing is said where the run is loaded.
         trained=folder.checkpoints if (folder.checkpoints / CONFIG).is_file() else None,
         reading=recipe.data.reading(),
-        results=folder.path / "evaluations",
+        results=folder.evaluations,
         gallery=folder.evaluation,
         threats=recipe.threats_measured,
     )
@@ -415,14 +416,19 @@ def _refuse_other_channels(name: str, test: Split, channels: int | None) -> None
 
 def _fitting_attacks(attacks: tuple[AttackSpec, ...], model: nn.Module) -> tuple[AttackSpec, ...]:
     """Return those attacks that a model can face; one that merges heads also faces the attack that knows of them."""
-    searching = [attack for attack in attacks if not asks_for_corruptions(attack)]
-    for_heads = [attack for attack in searching if registry.build(attack).needs_heads]
+    asked = Asked.of(attacks)
     if not hasattr(model, "head_logits"):
-        return tuple(attack for attack in attacks if attack not in for_heads)
-    return attacks if for_heads or not searching else (*attacks, "multihead")
+        return tuple(spec for spec, each in zip(attacks, asked.each, strict=True) if not each.needs_heads)
+    for_heads = any(each.needs_heads for each in asked.each)
+    return attacks if for_heads or not asked.attacks else (*attacks, "multihead")
 
 
 # ---- where results go
+
+
+def run_results(request: Request) -> Path:
+    """Return where an evaluation of a run goes."""
+    return request.output_dir or RunFolder(Path(request.model)).evaluations / _folder_name(request)
 
 
 def _own_folder(request: Request) -> Path:

@@ -173,11 +173,12 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             even = {f"balanced_{name}": value for name, value in row.get("balanced_accuracy", {}).items()}
             robust = {f"robust_{name}": value for name, value in row["robust_accuracy"].items()}
+            worn = {"corruptions": row["corruptions"]["accuracy"]} if "corruptions" in row else {}
             records.append(
                 {
                     "run": job.name, **job.settings, "seed": job.seed, "model": row["name"],
                     "checks": row.get("checks", []),
-                    "clean_accuracy": row["clean_accuracy"], **robust, **even,
+                    "clean_accuracy": row["clean_accuracy"], **robust, **worn, **even,
                     **({"class_sizes": row["class_sizes"]} if even else {}), "parameters": row["parameters"],
                     **{f"training_{name}": value for name, value in row["training_cost"].items()},
                 }

@@ -352,7 +352,7 @@ def _percent(share: float, ends: Sequence[float], gap: str) -> str:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of a sweep: a line for each model at each point of the grid, means over seeds."""
-    told = ("run", "seed", "model", "checks", "clean_accuracy", "class_sizes", "parameters")
+    told = ("run", "seed", "model", "checks", "clean_accuracy", "corruptions", "class_sizes", "parameters")
     found = ("robust_", "balanced_", "train")
     varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(found)]
     print_lights([(f"{row['run']}: {row['model']}", row.get("checks", [])) for row in rows])
@@ -360,6 +360,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         points.setdefault((*(str(row[key]) for key in varied), row["model"]), []).append(row)
     keys = {"clean": "clean_accuracy", "worst": "robust_worst"}
+    keys |= {name: name for name in ("corruptions",) if any(name in row for row in rows)}
     keys |= {column: f"balanced_{name}" for column, name in shows_balanced(rows).items()}
     columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", *keys, "cost"), "right")
     lines = []
@@ -429,6 +430,50 @@ def print_standings(found: Mapping[str, Any]) -> None:
         )  # fmt: skip
         if over_images:
             out.print("over images: of the same difference, were these very runs to face other images")
+
+
+def print_samples(found: Mapping[str, Any]) -> None:
+    """Print what `compare_samples` found: a row for each measure, a column for each classifier, and paired tests."""
+    forms = {key: (name, form) for name, key, form in SAMPLE_ROWS} | {
+        "diversity": ("diversity within classes", "{:.2f}"), "judge_agreement": ("judge names the class", "{:.1%}"),
+    }  # fmt: skip
+    rows = found["rows"]
+    if rows:
+        judge = found["judge"]
+        title = (
+            f"{found['samples']:,} samples against {found['test_images']:,} test images, judge {judge['backbone']} "
+            f"{judge['digest']}; 95 % intervals"
+        )
+        table = Table(title=title, title_justify="left")
+        table.add_column("measure")
+        for row in rows:
+            table.add_column(row["name"], justify="right", overflow="fold")
+        table.add_column("training images", justify="right", overflow="fold")
+        table.add_row("seeds", *(str(len(row["seeds"])) for row in rows), "-")
+        table.add_row("steps", *(", ".join(map(str, row["steps"])) for row in rows), "-")
+        for key, (name, form) in forms.items():
+            floor = form.format(found["floor"][key]) if key in found["floor"] else "-"
+            table.add_row(name, *(_ended(row["values"][key], row["intervals"].get(key), form) for row in rows), floor)
+        out.print(table)
+    if found["pairs"]:
+        print_table(
+            {"compared": "left", "samples": "left", "difference, 95 % interval": "right", "p": "right",
+             "verdict": "left", "test": "left"},
+            [
+                [f"{pair['name']} - {pair['reference']}", forms[pair["measure"]][0],
+                 _ended(pair["difference"], pair["interval"], forms[pair["measure"]][1].replace("{:", "{:+")),
+                 f"{pair['p_value']:.2g}", pair["verdict"], pair["test"]]
+                for pair in found["pairs"]
+            ],
+        )  # fmt: skip
+    for note in found["notes"]:
+        out.print(note, soft_wrap=True)
+
+
+def _ended(value: float, ends: Sequence[float] | None, form: str) -> str:
+    """A number with its interval, if there is one."""
+    told = form.format(value)
+    return told if not ends else f"{told} [{form.format(ends[0])}, {form.format(ends[1])}]"
 
 
 def print_sequences(found: Sequence[Mapping[str, Any]]) -> None:
@@ -521,6 +566,7 @@ def _generation_table(told: Mapping[str, Any]) -> NumberTable:
     title = (
         f"{told['samples']:,} samples, {told['steps']} steps of {told['step_size']:g} from {told['seeds']}; judge "
         f"{judge['backbone']} {judge['digest']}, {judge['accuracy']:.1%} right; beside them as many training images"
+        + (f"; checkpoint {told['checkpoint']['chosen']}" if told.get("checkpoint") else "")
     )
     table = NumberTable({"measure, against test images": "left", "samples": "right", "training images": "right"}, title)
     for name, key, digits in SAMPLE_ROWS:
@@ -539,9 +585,7 @@ def further_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def _with_ends(told: Mapping[str, Any], key: str, digits: str) -> str:
-    ends = told.get(f"{key}_interval")
-    shown = digits.format(told[key])
-    return shown if not ends else f"{shown} [{digits.format(ends[0])}, {digits.format(ends[1])}]"
+    return _ended(told[key], told.get(f"{key}_interval"), digits)
 
 
 def _ood_table(told: Mapping[str, Any]) -> NumberTable:

@@ -1,7 +1,7 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
+from dualhead.evaluation.asked import Asked
 from dualhead.evaluation.calibration import calibration_error
-from dualhead.evaluation.corruptions import asks_for_corruptions
 from dualhead.evaluation.diagnostics import Finding, check_single_steps
 from dualhead.evaluation.duplicates import check_duplicates
 from dualhead.evaluation.gallery import Gallery, make_gallery
@@ -21,10 +21,11 @@ from dualhead.evaluation.generation import (
 from dualhead.evaluation.given import LABEL_KEYS, read_all
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint, write_arrays
+from dualhead.evaluation.measurements import Measurement
 from dualhead.evaluation.model import outputs_of, read_logits
 from dualhead.evaluation.once import attack
 from dualhead.evaluation.ood import auroc_interval, measure_ood
-from dualhead.evaluation.paired import compare
+from dualhead.evaluation.paired import compare, rendered_alike
 from dualhead.evaluation.poisoned import (
     TRIGGERED,
     TriggeredImages,
@@ -37,7 +38,9 @@ from dualhead.evaluation.poisoned import (
     successes,
 )
 from dualhead.evaluation.progress import EvaluationProgress
+from dualhead.evaluation.quality import FILE as SAMPLES_FILE
 from dualhead.evaluation.quality import (
+    SCORED,
     STEPS,
     Generation,
     Judge,
@@ -45,6 +48,7 @@ from dualhead.evaluation.quality import (
     Sets,
     check_compression,
     check_curriculum,
+    held_out_distances,
     kernel_distance,
     measure_generation,
 )
@@ -52,15 +56,18 @@ from dualhead.evaluation.results import Evaluation, Verdicts, balanced
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
 from dualhead.evaluation.sequence import MEASURES, Visit, describe_sequence, of_specialists, plasticity
 from dualhead.evaluation.union import against_specialists, column, threat_labels
-from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, wilson
+from dualhead.statistics import Paired, interval_over_samples, mcnemar, mean_std, paired_shares, wilson
 
 __all__ = [
     "ESTIMATE",
     "KINDS",
     "LABEL_KEYS",
     "MEASURES",
+    "SAMPLES_FILE",
+    "SCORED",
     "STEPS",
     "TRIGGERED",
+    "Asked",
     "Counterfactual",
     "Evaluation",
     "EvaluationProgress",
@@ -68,6 +75,7 @@ __all__ = [
     "Gallery",
     "Generation",
     "Judge",
+    "Measurement",
     "Paired",
     "RouteSetting",
     "Sampling",
@@ -77,7 +85,6 @@ __all__ = [
     "Visit",
     "against_specialists",
     "answers",
-    "asks_for_corruptions",
     "attack",
     "auroc",
     "auroc_interval",
@@ -98,6 +105,7 @@ __all__ = [
     "finders",
     "finite",
     "frechet_distance",
+    "held_out_distances",
     "interval_over_samples",
     "kernel_distance",
     "last_linear",
@@ -113,11 +121,13 @@ __all__ = [
     "of_specialists",
     "ood_score",
     "outputs_of",
+    "paired_shares",
     "parse_kinds",
     "plasticity",
     "precision_recall",
     "read_all",
     "read_logits",
+    "rendered_alike",
     "sample",
     "sample_at",
     "successes",

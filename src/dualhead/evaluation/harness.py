@@ -18,10 +18,9 @@ from dualhead.attacks import Attack, LogitsFn, Search, predictions
 from dualhead.attacks import attacks as registry
 from dualhead.components.fields import parse_real
 from dualhead.components.plugins import sources_in
-from dualhead.data import corruptions as rendering
 from dualhead.errors import Interrupted, UserError
+from dualhead.evaluation.asked import Asked, Spec
 from dualhead.evaluation.calibration import calibration
-from dualhead.evaluation.corruptions import WORD, asks_for_corruptions, corrupted_right, summary
 from dualhead.evaluation.diagnostics import (
     AUDITED,
     PROBES,
@@ -39,8 +38,8 @@ from dualhead.evaluation.diagnostics import (
 )
 from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
+from dualhead.evaluation.measurements import Measurement, right_when_changed, summary
 from dualhead.evaluation.model import Subject, check_images, differ, frozen, worth_reducing
-from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class, targeted
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
@@ -53,8 +52,6 @@ from dualhead.system.outputs import without_inference_tensors
 from dualhead.system.processes import group
 from dualhead.threats import Threat, ThreatModel, build_threat
 
-Spec = str | Mapping[str, Any] | Attack | OwnAttack
-
 
 @float32_products()  # TF32 is no float32, and verdicts are float32's
 def evaluate(
@@ -62,9 +59,9 @@ def evaluate(
     images: Tensor | NDArray[Any] | Iterable[Any],
     labels: Tensor | NDArray[Any] | Sequence[int] | None = None,
     *,
-    threat: Threat | str | Mapping[str, Any] | Sequence[Threat | str | Mapping[str, Any]],
+    threat: Threat | str | Mapping[str, Any] | Sequence[Threat | str | Mapping[str, Any]] | None = None,
     attacks: Sequence[Spec],
-    eps: Sequence[float | str] = (),
+    eps: float | str | Sequence[float | str] = (),
     index: Tensor | NDArray[Any] | Sequence[int] | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -108,12 +105,14 @@ def evaluate(
         threat: what the adversary may do, and the budget: `ThreatModel("Linf", "8/255")`, its fields,
             `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`; or as
             text, `"L2:0.5"`. Several, in a list, make a column each, as `pgd-40@L2`, and `worst` is under all of them;
-            an attack that is not defined for one of them runs under the others, which the results tell.
+            an attack that is not defined for one of them runs under the others, which the results tell. None, or a
+            norm or name alone: `eps` gives the budget, of Linf where nothing says otherwise.
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), attacks,
             or functions of (model, images, labels) to images, which results call by their names and never resume.
             `corruptions`, alone or among them, measures accuracy on the 15 common corruptions of Hendrycks and
-            Dietterich in 5 severities, on all images and apart from the attacks.
-        eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images.
+            Dietterich in 5 severities, on all images and apart from the attacks; under several threats, once.
+        eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images. Where `threat`
+            has no budget, the largest is its.
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
         batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.
         seed: of all random numbers.
@@ -155,6 +154,7 @@ def evaluate(
         raise UserError(f"index must name each of the {len(images)} samples once")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    threat, radii = _settled(threat, eps)
     if isinstance(threat, Sequence) and not isinstance(threat, str):
         options = {
             "index": index, "batch_size": batch_size, "seed": seed, "precision": precision, "device": device,
@@ -163,13 +163,11 @@ def evaluate(
             "command": command, "subject": subject, "stop": stop, "transfer_from": transfer_from,
             "transfer_name": transfer_name,
         }  # fmt: skip
-        if eps:
+        if radii:
             raise UserError("eps: a curve over eps is of one threat; leave it out, or name one threat")
-        if any(map(asks_for_corruptions, attacks)):
-            raise UserError(f"{WORD} are of no threat; measure them apart, or name one threat")
         return _evaluate_each(model, images, labels, threat, attacks, output_dir, options)
-    built, corrupts = _asked(attacks, images, eps)
-    built = {label: attack.for_classes(list(class_names or ())) for label, attack in built.items()}
+    asked = _asked(attacks, images, radii)
+    built = {label: attack.for_classes(list(class_names or ())) for label, attack in asked.attacks.items()}
     threat = build_threat(threat, "threat").for_images(images.shape[1:])
     if device is not None:
         model.to(device)
@@ -183,7 +181,7 @@ def evaluate(
             index.to("cpu", torch.int64),
             threat,
             built,
-            [parse_real(value) for value in eps],
+            [parse_real(value) for value in radii],
             seed,
             progress or Silent(),
             save_adversarial or return_adversarial,
@@ -197,7 +195,7 @@ def evaluate(
         origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
         if skipped:
             origin["skipped_images"] = skipped
-        evaluation = work.run(names, origin, diagnostics, corrupts=corrupts)
+        evaluation = work.run(names, origin, diagnostics, asked.measurements)
         _add_transfer(
             work, evaluation, transfer_from, transfer_name, images, labels, output_dir,
             {
@@ -213,6 +211,43 @@ def evaluate(
         folder = output_dir
         work.group.lead(lambda: evaluation.save(folder))
     return evaluation
+
+
+Given = Threat | str | Mapping[str, Any]
+"""A threat as callers give it."""
+
+
+def _settled(
+    threat: Given | Sequence[Given] | None, eps: float | str | Sequence[float | str]
+) -> tuple[Given | Sequence[Given], list[float | str]]:
+    """Return the threat with its budget, and the budgets of a curve.
+
+    A threat without a budget, or none at all for Linf, takes the largest of `eps`; one number alone is then no curve.
+
+    Raises:
+        UserError: if nothing gives a budget.
+    """
+    radii = [eps] if isinstance(eps, str) or not isinstance(eps, Iterable) else list(eps)
+    bare = isinstance(threat, str) and ":" not in threat
+    if not (threat is None or bare or (isinstance(threat, Mapping) and "eps" not in threat)):
+        return threat, radii
+    if not radii:
+        alone = "" if threat is None else f" {threat!r} has no budget;"
+        raise UserError(f"threat:{alone} give threat=ThreatModel('Linf', '8/255'), or eps='8/255' for Linf")
+    largest = max(radii, key=parse_real)
+    if bare:
+        return f"{threat}:{largest}", radii[1:] and radii
+    return {**cast("Mapping[str, Any]", threat or {}), "eps": largest}, radii[1:] and radii
+
+
+def _asked(attacks: Sequence[Spec], images: Tensor, radii: Sequence[float | str]) -> Asked:
+    """Build what is asked for, and refuse images and budgets that do not suit a measurement."""
+    asked = Asked.of(attacks)
+    for name, measurement in asked.measurements.items():
+        measurement.check(images.shape[1:])
+        if radii and not asked.attacks:
+            raise UserError(f"eps: {name} have no budget; leave it out, or name an attack too")
+    return asked
 
 
 def _add_transfer(
@@ -250,19 +285,23 @@ def _evaluate_each(
     labelled = dict(zip(threat_labels(built), built, strict=True))
     if len(labelled) < 2:
         raise UserError("threat: a list names two threats or more; write one threat alone, without a list")
-    named, chosen, left_out = _build(attacks), {}, []
+    asked = Asked.of(attacks)
+    named, chosen, left_out = asked.attacks, {}, []
+    if asked.measurements and not named:
+        raise UserError(f"threat: {next(iter(asked.measurements))} are of no threat; name one alone, or an attack too")
     for label, threat in labelled.items():
         chosen[label] = [attack for attack in named.values() if attack.takes(threat)]
         fitting = {attack.label for attack in chosen[label]}
         left_out += [f"{name} is not defined for {label} and was not run under it" for name in named.keys() - fitting]
         if not fitting:
             next(iter(named.values())).check(threat)
-    parts = {}
+    parts, once = {}, list(asked.measurements.values())
     for label, threat in labelled.items():
         folder = None if output_dir is None else Path(output_dir) / "threats" / _file_name(label)
         parts[label] = evaluate(
-            model, images, labels, threat=threat, attacks=chosen[label], output_dir=folder, **options
+            model, images, labels, threat=threat, attacks=[*chosen[label], *once], output_dir=folder, **options
         )
+        once = []
     names = options["class_names"]
     count = max(int(entry["label"]) for part in parts.values() for entry in part.results["per_class"]) + 1
     evaluation = merged(parts, list(names) if names is not None else [str(k) for k in range(count)], sorted(left_out))
@@ -278,32 +317,6 @@ def _file_name(label: str) -> str:
 def check_interval(device: torch.device) -> int:
     """Return the steps between looks at a search: on an accelerator each look waits for it, on the CPU none does."""
     return 1 if device.type == "cpu" else 5
-
-
-def _asked(attacks: Sequence[Spec], images: Tensor, eps: Sequence[float | str]) -> tuple[dict[str, Attack], bool]:
-    """Build attacks by label, and tell whether the corruptions are asked for too."""
-    if isinstance(attacks, str | Mapping):
-        return _build(attacks), False
-    built = _build([attack for attack in attacks if not asks_for_corruptions(attack)])
-    corrupts = any(map(asks_for_corruptions, attacks))
-    if corrupts:
-        rendering.check_corruptible(*images.shape[1:])
-        if eps and not built:
-            raise UserError(f"eps: {WORD} have no budget; leave it out, or name an attack too")
-    return built, corrupts
-
-
-def _build(specs: Sequence[Spec]) -> dict[str, Attack]:
-    """Build attacks by label."""
-    if isinstance(specs, str | Mapping):
-        raise UserError(f"attacks must be a list, as in attacks=[{specs!r}]")
-    built: dict[str, Attack] = {}
-    for place, spec in enumerate(specs):
-        attack = registry.build(as_attack(spec), f"attacks.{place}")
-        if attack.label in (*built, "worst", "clean"):
-            raise UserError(f"attacks.{place}: {attack.label} is named twice")
-        built[attack.label] = attack
-    return built
 
 
 def _task(attack: Attack, threat: Threat) -> str:
@@ -563,41 +576,41 @@ class _Work:
             findings = findings + described(check_curve(curve, len(self.correct), self._attack_names))
         return cast("list[dict[str, str]]", findings)
 
-    def _corruptions(self) -> dict[str, Any]:
-        """Measure accuracy on corrupted images, each process on its own share."""
+    def _measure(self, name: str, measurement: Measurement) -> NDArray[np.bool_]:
+        """Tell which changed images are classified correctly, bool [N, K, L], each process on its own share."""
         samples, subject = self.samples, self.subject
-        right: dict[str, NDArray[np.bool_]] = {}
-        mine = torch.from_numpy(self.mine)
+        right: list[NDArray[np.bool_]] = []
+        mine, kinds = torch.from_numpy(self.mine), measurement.kinds()
 
         def answer(images: Tensor) -> Tensor:
             return predictions(subject.verify(images.to(subject.device))).cpu()
 
-        for done, kind in enumerate(rendering.KINDS):
-            self.progress.update(
-                WORD, done, len(rendering.KINDS), float(np.mean([of.mean() for of in right.values()] or [1.0]))
-            )
+        for done, kind in enumerate(kinds):
+            self.progress.update(name, done, len(kinds), float(np.mean(right)) if right else 1.0)
             if any(self.group.any(self.stop())):
-                raise Interrupted(f"stopped in {WORD}; the same command goes on from there")
-            key = f"{WORD}: {kind}"
-            found = np.zeros((len(self.correct), rendering.SEVERITIES), bool)
+                raise Interrupted(f"stopped in {name}; the same command goes on from there")
+            key = f"{name}: {kind}"
+            found = np.zeros((len(self.correct), measurement.levels), bool)
             if not self.group.lead(partial(self.journal.facts.__contains__, key)):
-                own = corrupted_right(
-                    answer, samples.images[mine], samples.labels[mine], samples.keys[mine], kind, self.seed,
-                    subject.batch_size,
+                own = right_when_changed(
+                    measurement, answer, samples.images[mine], samples.labels[mine], samples.keys[mine], kind,
+                    self.seed, subject.batch_size,
                 )  # fmt: skip
                 for rank, part in enumerate(self.group.gather(own)):
                     found[rank :: self.world] = part
             told = self.group.lead(partial(self.journal.fact, key, found.tolist))
-            right[kind] = np.array(told, bool)
-        self.progress.update(
-            WORD, len(rendering.KINDS), len(rendering.KINDS), float(np.mean([of.mean() for of in right.values()]))
-        )
-        return summary(right, samples.images.shape[1:])
+            right.append(np.array(told, bool))
+        self.progress.update(name, len(kinds), len(kinds), float(np.mean(right)))
+        return np.stack(right, 1)
 
     def run(
-        self, class_names: list[str], origin: dict[str, Any], diagnostics: bool, *, corrupts: bool = False
+        self,
+        class_names: list[str],
+        origin: dict[str, Any],
+        diagnostics: bool,
+        measurements: Mapping[str, Measurement],
     ) -> Evaluation:
-        """Run all attacks at all budgets, and the corruptions if asked; `origin` goes into the results as it is."""
+        """Run all attacks at all budgets, then all measurements; `origin` goes into the results as it is."""
         begun = time.perf_counter()
         self.audits = [] if diagnostics else None
         findings = self._diagnose_model(class_names) if diagnostics else []
@@ -610,6 +623,7 @@ class _Work:
             predictions(self.samples.clean).numpy(),
             verdicts,
             {},
+            measured={name: self._measure(name, measurement) for name, measurement in measurements.items()},
         )
         correct = evaluation.correct
         curve = []
@@ -629,7 +643,10 @@ class _Work:
             **balanced(correct, evaluation.labels),
             "calibration": calibration(self.samples.clean, self.samples.labels),
             "attacks": records,
-            **({WORD: self._corruptions()} if corrupts else {}),
+            **{
+                name: summary(measurement, evaluation.measured[name], self.samples.images.shape[1:])
+                for name, measurement in measurements.items()
+            },
             "curve": curve,
             "per_class": per_class(correct, evaluation.labels, class_names),
             "diagnostics": findings,

@@ -8,18 +8,19 @@ import numpy as np
 
 from dualhead.errors import UserError
 from dualhead.evaluation.results import Evaluation
-from dualhead.statistics import Paired, mcnemar
+from dualhead.statistics import Paired, mcnemar, paired_shares
 
 
 def compare(first: Evaluation | str | Path, second: Evaluation | str | Path) -> dict[str, Paired]:
-    """Run McNemar's exact test for clean accuracy and for each attack that both faced.
+    """Run McNemar's exact test for clean accuracy and each attack that both faced, `paired_shares` for corruptions.
 
     Args:
         first: an evaluation, or the folder that `evaluate` wrote.
         second: the same; a `gain` is one of the second over the first.
 
     Returns:
-        By `clean`, each common attack and, if both faced the same attacks, `worst`.
+        By `clean`, each common attack, `worst` if both faced the same attacks, and `corruptions` if both hold which
+        corrupted images are right.
 
     Raises:
         UserError: if the samples or the threat models differ.
@@ -41,4 +42,14 @@ def compare(first: Evaluation | str | Path, second: Evaluation | str | Path) -> 
     if a.verdicts and a.verdicts.keys() == b.verdicts.keys():
         both.append("worst")
     left, right = a.correct, b.correct
-    return {name: mcnemar(left[name][by_a], right[name][by_b]) for name in both}
+    found = {name: mcnemar(left[name][by_a], right[name][by_b]) for name in both}
+    mine, theirs = a.shares, b.shares
+    alike = [name for name in mine if name in theirs and rendered_alike(a, b, name) and a.num_samples > 1]
+    return found | {name: paired_shares(mine[name][by_a], theirs[name][by_b]) for name in alike}
+
+
+def rendered_alike(first: Evaluation, second: Evaluation, name: str) -> bool:
+    """Whether two evaluations showed the same kinds of changed images: of the same rendering, in the same order."""
+    a, b = first.results[name], second.results[name]
+    facts = [{key: each[key] for key in each if key not in ("accuracy", "interval", "kinds")} for each in (a, b)]
+    return facts[0] == facts[1] and list(a["kinds"]) == list(b["kinds"])

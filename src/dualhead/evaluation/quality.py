@@ -27,7 +27,9 @@ from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of
 
 FILE: Final = "generation.npz"
-"""Pictures and energies that the report shows."""
+"""Pictures and energies that the report shows, and which test images are right after training on samples."""
+SCORED: Final = "scored"
+"""The array bool [N] of those test images."""
 STEPS: Final = (0, 4, 8, 12, 16, 24, 32, 48)
 """Numbers of steps among which held-out images choose."""
 NEIGHBOURS: Final = 5
@@ -177,18 +179,7 @@ def measure_generation(
     Raises:
         UserError: for too few images or samples.
     """
-    classes = sets.training.num_classes
-    if sampling.count < 2 * classes or min(len(sets.test), len(sets.held_out)) < 2 * NEIGHBOURS:
-        raise UserError(
-            f"samples: {sampling.count} of {classes} classes against {len(sets.test)} test and {len(sets.held_out)} "
-            f"held-out images; at least two of each class and {2 * NEIGHBOURS} images are needed"
-        )
-    labels = torch.arange(sampling.count) % classes
-    places = torch.arange(sampling.count) // classes
-    device = device_of(model)
-    seeds = sampling.seeds(labels, places).to(device)
-    path = sample_at(model, labels.to(device), seeds, sampling.steps, step_size=sampling.step_size)
-    drawn = [_bytes(images) for images in path]
+    labels, seeds, drawn = _drawn(model, sets, sampling)
     training = _some(sets.training, MOST_REFERENCES)
     test, held = sets.test, sets.held_out
     looks = [judge.look(images) for images in drawn]
@@ -208,6 +199,7 @@ def measure_generation(
     as_many = _some(sets.training, sampling.count)
     floor = judge.look(_pixels(as_many))[0]
     nearest = _nearest(images, test, training)
+    scored = score(Split(images, labels, test.class_names))
     results: dict[str, Any] = {
         "samples": sampling.count,
         "steps": sampling.steps[best],
@@ -223,7 +215,7 @@ def measure_generation(
             "accuracy": float((named == test.labels).double().mean()),
         },
         **_against(features, of_test),
-        **_scored(score(Split(images, labels, test.class_names)), "classification_accuracy_score"),
+        **_scored(scored, "classification_accuracy_score"),
         "judge_agreement": curve[best]["judge_agreement"],
         "diversity": _diversity(features, labels) / _diversity(of_test, test.labels),
         "nearest": nearest,
@@ -242,10 +234,48 @@ def measure_generation(
     results["checks"] = [asdict(finding) for finding in _findings(results)]
     results["energies"] = {name: {"mean": float(e.mean()), "deviation": float(e.std())} for name, e in energies.items()}
     arrays = {
+        SCORED: scored,
         **_pictures(drawn, sampling.steps, best, labels, training),
         **{f"energy_{name}": values.numpy() for name, values in energies.items()},
     }
     return Generation(results, arrays)
+
+
+def held_out_distances(model: nn.Module, sets: Sets, judge: Judge, sampling: Sampling) -> dict[int, float]:
+    """Return the Frechet distance of samples to held-out images, by the number of steps.
+
+    What `measure_generation` chooses the number of steps by; likewise a checkpoint can be chosen, and test images see
+    neither choice.
+
+    Args:
+        model: images to logits [B, K]; asked in eval mode.
+        sets: training, held-out and test images.
+        judge: trained apart from the model.
+        sampling: how many samples, and how.
+
+    Raises:
+        UserError: for too few images or samples.
+    """
+    _, _, drawn = _drawn(model, sets, sampling)
+    of_held = judge.look(_pixels(sets.held_out))[0]
+    found = (frechet_distance(judge.look(images)[0], of_held) for images in drawn)
+    return dict(zip(sampling.steps, found, strict=True))
+
+
+def _drawn(model: nn.Module, sets: Sets, sampling: Sampling) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Draw samples: labels [N], seeds [N, C, H, W], and for each number of steps the images uint8 [N, C, H, W]."""
+    classes = sets.training.num_classes
+    if sampling.count < 2 * classes or min(len(sets.test), len(sets.held_out)) < 2 * NEIGHBOURS:
+        raise UserError(
+            f"samples: {sampling.count} of {classes} classes against {len(sets.test)} test and {len(sets.held_out)} "
+            f"held-out images; at least two of each class and {2 * NEIGHBOURS} images are needed"
+        )
+    labels = torch.arange(sampling.count) % classes
+    places = torch.arange(sampling.count) // classes
+    device = device_of(model)
+    seeds = sampling.seeds(labels, places).to(device)
+    path = sample_at(model, labels.to(device), seeds, sampling.steps, step_size=sampling.step_size)
+    return labels, seeds, [_bytes(images) for images in path]
 
 
 def kernel_distance(features: Tensor, others: Tensor) -> tuple[float, list[float] | None]:

@@ -21,6 +21,8 @@ from dualhead.system.files import write_json
 
 PER_SAMPLE = ("distance", "part", "job", "steps", "margin", "prediction")
 """Arrays [N] in `samples.npz` for each attack, beside `robust`."""
+MEASURED = "measured_"
+"""Before the name of a measurement, the array [N, K, L] in `samples.npz` of which changed images are right."""
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Evaluation:
         results: the content of `results.json`.
         transferred: bool [N] by attack: right on the clean image and on the one made against another network; empty
             unless asked for.
+        measured: bool [N, K, L] by measurement, such as `corruptions`: right on the image as changed by kind and level;
+            empty unless asked for.
     """
 
     index: NDArray[np.int64]
@@ -74,6 +78,7 @@ class Evaluation:
     verdicts: dict[str, Verdicts]
     results: dict[str, Any] = field(repr=False)
     transferred: dict[str, NDArray[np.bool_]] = field(default_factory=dict, repr=False)
+    measured: dict[str, NDArray[np.bool_]] = field(default_factory=dict, repr=False)
     _clean: Tensor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
@@ -151,6 +156,14 @@ class Evaluation:
         columns = {"clean": clean, **{name: verdict.robust for name, verdict in self.verdicts.items()}}
         return {**columns, "worst": np.logical_and.reduce(list(columns.values()))} if self.verdicts else columns
 
+    @property
+    def shares(self) -> dict[str, NDArray[np.float64]]:
+        """Return by measurement, such as `corruptions`, the share of each sample's changed images that are right, [N].
+
+        The mean is over kinds and levels.
+        """
+        return {name: right.mean((1, 2)) for name, right in self.measured.items()}
+
     def save(self, folder: str | Path) -> None:
         """Write `samples.npz` and then `results.json`, each atomically."""
         folder = Path(folder)
@@ -160,6 +173,7 @@ class Evaluation:
             "clean_prediction": self.clean_prediction,
         }
         arrays |= {f"transfer_{name}": right for name, right in self.transferred.items()}
+        arrays |= {f"{MEASURED}{name}": right for name, right in self.measured.items()}
         for name, verdict in self.verdicts.items():
             arrays[f"robust_{name}"] = verdict.robust
             for key in PER_SAMPLE:
@@ -204,7 +218,8 @@ class Evaluation:
             }
             verdicts[name] = Verdicts(**found, **kept)
         transferred = {name: held[f"transfer_{name}"] for name in verdicts if f"transfer_{name}" in held}
-        return cls(held["index"], held["label"], held["clean_prediction"], verdicts, results, transferred)
+        measured = {key.removeprefix(MEASURED): of for key, of in held.items() if key.startswith(MEASURED)}
+        return cls(held["index"], held["label"], held["clean_prediction"], verdicts, results, transferred, measured)
 
 
 def share(correct: NDArray[np.bool_]) -> float:

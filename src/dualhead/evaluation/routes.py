@@ -16,10 +16,10 @@ from dualhead.attacks import Maximiser, maximise_within
 from dualhead.attacks import attacks as registry
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
-from dualhead.evaluation.harness import Spec, evaluate
+from dualhead.evaluation.asked import Asked, Spec
+from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint
 from dualhead.evaluation.model import device_of, frozen
-from dualhead.evaluation.own import as_attack
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, interval, share
 from dualhead.heads import (
@@ -60,7 +60,7 @@ class RouteSetting:
 
     Args:
         threat: what the adversary may do.
-        attacks: on each route; those that need several heads are for merged routes alone.
+        attacks: on each route, and measurements; attacks that need several heads are for merged routes alone.
         clean: the head that was trained on clean images.
         robust: the head that was trained on attacked ones.
         kinds: what is asked.
@@ -132,16 +132,16 @@ def evaluate_routes(
             raise UserError(f"routes: {head!r} is no head of this model; it has {', '.join(classifier.heads)}")
     if setting.clean == setting.robust:
         raise UserError("routes: clean and robust must be two heads")
-    folder, kinds = Path(output_dir), setting.kinds
+    folder, kinds, by = Path(output_dir), setting.kinds, Asked.of(setting.attacks)
     found: dict[str, Any] = {
         "clean": setting.clean, "robust": setting.robust, "threat": setting.threat.describe(),
         "num_samples": len(labels), "weights": weights_fingerprint(classifier), "warning": ROUTES_WARNING,
     }  # fmt: skip
 
     def measured(name: str, model: nn.Module) -> dict[str, Any]:
-        specs = [spec for spec in setting.attacks if not registry.build(as_attack(spec)).needs_heads]
-        if hasattr(model, "head_logits"):
-            knowing = [spec for spec in setting.attacks if registry.build(as_attack(spec)).needs_heads]
+        specs: list[Spec] = [each for each in by.each if not each.needs_heads]
+        if hasattr(model, "head_logits") and by.attacks:
+            knowing = [each for each in by.each if each.needs_heads]
             specs += knowing or [ADAPTIVE]
         evaluation = evaluate(
             model.eval(), images, labels, threat=setting.threat, attacks=specs, batch_size=setting.batch_size,
@@ -193,8 +193,9 @@ def _beside_earlier(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _told(evaluation: Evaluation) -> dict[str, Any]:
     results = evaluation.results
-    return {key: results[key] for key in ("clean_accuracy", "robust_accuracy", "intervals")} | {
-        "checks": evaluation.checks
+    return {
+        **{key: results[key] for key in ("clean_accuracy", "robust_accuracy", "intervals", *evaluation.measured)},
+        "checks": evaluation.checks,
     }
 
 

@@ -51,7 +51,7 @@ def merged(parts: Mapping[str, Evaluation], class_names: list[str], left_out: Se
         for name, verdict in part.verdicts.items():
             verdicts[column(name, label)] = verdict
             records[column(name, label)] = part.results["attacks"][name]
-    evaluation = Evaluation(first.index, first.labels, first.clean_prediction, verdicts, {})
+    evaluation = Evaluation(first.index, first.labels, first.clean_prediction, verdicts, {}, measured=first.measured)
     transfer = _transfer(parts, evaluation)
     correct = evaluation.correct
     under = {

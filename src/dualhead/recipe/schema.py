@@ -16,6 +16,7 @@ from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, Poison, Resample, Split, Storage, augmentations, load_split, poisons, resolve
 from dualhead.errors import UserError
+from dualhead.evaluation import Asked
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
 from dualhead.objectives import check_weighable, objectives
@@ -341,6 +342,7 @@ class Evaluate(Section):
     """Measurements on the test images when training is over."""
 
     attacks: tuple[str | dict[str, Any], ...] = ("pgd-40",)
+    """`corruptions` among them is no attack: accuracy under common corruptions stands apart."""
     threats: tuple[Annotated[Threat, *THREAT], ...] = ()
     """Several threats, `[Linf:8/255, L2:0.5]`, each with columns of its own; empty: the recipe's threat."""
     limit: int | None = Field(None, gt=0)
@@ -365,12 +367,10 @@ class Evaluate(Section):
     def _attacks_exist(self) -> Self:
         if not self.attacks:
             raise UserError(".attacks: must name at least one, e.g. [pgd-40]; clean accuracy is measured besides")
-        labels: list[str] = []
-        for index, spec in enumerate(self.attacks):
-            label = attacks.build(spec, where=f".attacks.{index}").label
-            if label in labels:
-                raise UserError(f".attacks.{index}: {label} is named twice")
-            labels.append(label)
+        asked = Asked.of(self.attacks, ".attacks")
+        if not asked.attacks:
+            named = next(iter(asked.measurements))
+            raise UserError(f".attacks: {named} are no attack; name one beside them, e.g. [pgd-40, {named}]")
         if len(self.threats) == 1:
             raise UserError(".threats: names one; write it as the recipe's threat, or name two or more here")
         kinds = [threat.describe() for threat in self.threats]
@@ -378,6 +378,11 @@ class Evaluate(Section):
             if kind in kinds[:index]:
                 raise UserError(f".threats.{index}: is named twice")
         return self
+
+    @property
+    def asked(self) -> Asked:
+        """The attacks, and the measurements that are none."""
+        return Asked.of(self.attacks, "evaluate.attacks")
 
 
 class ThreatSequence(Section):
@@ -580,8 +585,8 @@ class Recipe(Section):
         uses: list[tuple[str, Callable[[Threat], object]]]
         uses = [(f"stages.{index}", stage.against) for index, stage in enumerate(self.stages)]
         if not self.threats_measured:
-            measured = enumerate(self.evaluate.attacks)
-            uses += [(f"evaluate.attacks.{n}", attacks.build(spec).check) for n, spec in measured]
+            named = enumerate(self.evaluate.asked.each)
+            uses += [(f"evaluate.attacks.{n}", each.check) for n, each in named if isinstance(each, Attack)]
         if self.data.validation:
             uses.append(("validation.attack", self.validation.attack.check))
             others = dict.fromkeys(t for stage in self.stages for t in self.validated_under(stage) if t != self.threat)
@@ -593,7 +598,7 @@ class Recipe(Section):
                 raise UserError(f".{place}: {error}") from None
         key = "sequence" if self.sequence is not None else "evaluate"
         for index, threat in enumerate(self.threats_measured):
-            if not any(attacks.build(spec).takes(threat) for spec in self.evaluate.attacks):
+            if not any(attack.takes(threat) for attack in self.evaluate.asked.attacks.values()):
                 raise UserError(f".{key}.threats.{index}: no attack of evaluate.attacks is defined for {threat.kind}")
         return self
 

@@ -351,7 +351,7 @@ def eps_figures(sources: Sequence[Source]) -> list[Figure]:
         figures.append(
             lines(
                 f"robustness-over-eps-{norm}", f"Accuracy over eps, {norm}, percent", series, x_label=f"eps ({norm})",
-                share=True, describe=told, x_ticks=list(zip(marked, eps_texts(marked), strict=True)),
+                share=True, describe=told, x_ticks=list(zip(marked, eps_texts(marked, norm), strict=True)),
                 caption="The shade is the 95 % interval. A curve that does not fall to zero at large eps, or that "
                 "rises, is a sign of an attack that fails.",
             )

@@ -199,7 +199,7 @@ class Album:
             labels=sorted(set(labels)),
             outcomes=outcomes(count - 1, called[-1]),
             targets=[(t, called[t]) for t in dict.fromkeys(target for target, _ in pictured)],
-            steps=[(-1, "0 (clean)"), *zip(steps, eps_texts(radii), strict=True)],
+            steps=[(-1, "0 (clean)"), *zip(steps, eps_texts(radii, str(arrays["norm"])), strict=True)],
             data={
                 "first": f"{first[0]},{first[1]}",
                 "said": {

@@ -123,11 +123,17 @@ def _lead(told: Mapping[str, Any]) -> str:
     judge = told["judge"]
     return (
         f"{told['samples']:,} samples of all classes in turn, {told['steps']} steps of {told['step_size']:g} from "
-        f"seeds ({told['seeds']}); the number of steps was chosen on {told['chosen_on']}. A sample costs "
-        f"{told['passes']['forward']} forward and as many backward passes. The judge is {judge['backbone']} "
+        f"seeds ({told['seeds']}); the number of steps{_checkpoint(told)} chosen on {told['chosen_on']}. A sample "
+        f"costs {told['passes']['forward']} forward and as many backward passes. The judge is {judge['backbone']} "
         f"({judge['digest']}), trained apart on {judge['training_images']:,} images, {judge['accuracy']:.1%} right on "
         "test images; distances can be compared only under the same judge and as many samples."
     )
+
+
+def _checkpoint(told: Mapping[str, Any]) -> str:
+    """Return the words for what held-out images chose beside the steps, and the verb."""
+    checkpoint = told.get("checkpoint")
+    return f" and the checkpoint ({checkpoint['chosen']}) were" if checkpoint else " was"
 
 
 def measure_table(told: Mapping[str, Any]) -> Table:

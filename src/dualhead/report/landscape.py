@@ -44,7 +44,7 @@ def margins(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
     low, high = min(float(ends[0]), 0.0) - 0.06 * span, max(float(ends[1]), 0.0) + 0.06 * span
     left, right, top, bottom = 44.0, WIDTH - 12, 46.0, 330.0
     at_x, at_y = scale((low, high), (left, right)), scale((low, high), (bottom, top))
-    eps = eps_text(float(arrays["eps"][-1]))
+    eps = eps_text(float(arrays["eps"][-1]), str(arrays["norm"]))
     held = attacked[:, -1] > 0
     both_right = [_share((values[:, :2] > 0).all(axis=1)) for values in (clean, attacked)]
     told = (

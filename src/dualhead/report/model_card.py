@@ -94,7 +94,7 @@ def model_card(
 def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> str:
     budget = f"against {threat_name(threat)} of at most {threat['eps']:g}"
     if "norm" in threat:
-        budget = f"against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'])}"
+        budget = f"against perturbations of {threat['norm']} norm at most {eps_text(threat['eps'], threat['norm'])}"
     if recipe is None:
         return f"Trained {budget}."
     met = [
@@ -108,7 +108,8 @@ def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> st
         return f"Trained {budget}."
     if any(threat_name(one) != threat_name(threat) for one in met):
         return f"Evaluated {budget}; trained against {', '.join(dict.fromkeys(map(threat_text, met)))}."
-    return f"Evaluated {budget}; trained at most {', '.join(map(eps_text, sorted({one['eps'] for one in met})))}."
+    radii = (eps_text(eps, threat.get("norm")) for eps in sorted({one["eps"] for one in met}))
+    return f"Evaluated {budget}; trained at most {', '.join(radii)}."
 
 
 def _output(config: Mapping[str, Any]) -> str:
@@ -185,12 +186,13 @@ def _training(recipe: Mapping[str, Any] | None) -> list[str]:
     if recipe is None:
         return ["- recipe: not recorded"]
     stages: Sequence[Mapping[str, Any]] = recipe["stages"]
+    norm = (recipe.get("threat") or {}).get("norm")
     return [
         f"- data: {_data(recipe['data'])}",
         *(
             f"- stage {_safe(stage['name'])}: {_safe(component_text(stage['objective']))}, "
             f"{', '.join(stage['train'])}, {stage['epochs']} epochs"
-            + (f", attack {_safe(told)}" if (told := attack_text(stage)) else "")
+            + (f", attack {_safe(told)}" if (told := attack_text(stage, norm)) else "")
             for stage in stages
         ),
         f"- seed: {recipe['runtime']['seed']}",

@@ -86,6 +86,11 @@ def sections(source: Source, notes: list[str]) -> list[Routes]:
 
 def _accuracy(rows: list[dict[str, Any]]) -> Table:
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"]))
+    worn = ["corruptions"] if any(row.get("corruptions") for row in rows) else []
+
+    def worn_cell(row: Mapping[str, Any], name: str) -> Cell:
+        told = row.get(name)
+        return Cell("n/a", -1.0) if not told else _share(float(told["accuracy"]), told["interval"])
 
     def cell(row: Mapping[str, Any], name: str) -> Cell:
         value = row["robust_accuracy"].get(name)
@@ -96,10 +101,11 @@ def _accuracy(rows: list[dict[str, Any]]) -> Table:
             Cell(row["name"]),
             _share(float(row["clean_accuracy"]), row["intervals"]["clean_accuracy"]),
             *(cell(row, name) for name in attacks),
+            *(worn_cell(row, name) for name in worn),
         ]
         for row in rows
     ]
-    return Table(["classifier", "clean %", *(f"{name} %" for name in attacks)], cells)
+    return Table(["classifier", "clean %", *(f"{name} %" for name in (*attacks, *worn))], cells)
 
 
 def transfer_table(found: Mapping[str, Any]) -> Table | None:

@@ -39,13 +39,16 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
     poisoned = poison_columns(rows)
-    lines = [["model, accuracy in %", "clean", *shown, *poisoned]]
+    worn = ["corruptions"] if any(row.get("corruptions") for row in rows) else []
+    lines = [["model, accuracy in %", "clean", *shown, *worn, *poisoned]]
     for number, row in enumerate(rows):
         ends = row["intervals"]
         robust = [
             _percent(row["robust_accuracy"][name], ends[name]) if name in row["robust_accuracy"] else "-"
             for name in shown
         ]
+        told = [row.get(name) for name in worn]
+        robust += [_percent(each["accuracy"], each["interval"]) if each else "-" for each in told]
         shares = (column[number] for column in poisoned.values())
         robust += ["-" if share is None else _percent(*share) for share in shares]
         lines.append([row["name"], _percent(row["clean_accuracy"], ends["clean_accuracy"]), *robust])

@@ -22,15 +22,15 @@ def unequal(class_sizes: object) -> bool:
     return bool(class_sizes[1] > 1.5 * class_sizes[0])
 
 
-def eps_text(eps: float) -> str:
-    """A radius, in steps of 1/255 where it is a whole number of them, and less than 1."""
-    levels = eps * 255
+def eps_text(eps: float, norm: object) -> str:
+    """A radius; of Linf in steps of 1/255, a pixel's levels, where it is a whole number of them and less than 1."""
+    levels = eps * 255 if norm == "Linf" else 0.0
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 and 0 < round(levels) < 255 else f"{eps:g}"
 
 
-def eps_texts(radii: Sequence[float]) -> list[str]:
-    """Several radii, all of them in steps of 1/255 or none."""
-    words = [eps_text(radius) if radius else "0" for radius in radii]
+def eps_texts(radii: Sequence[float], norm: object) -> list[str]:
+    """Several radii of one norm, all of them in steps of 1/255 or none."""
+    words = [eps_text(radius, norm) if radius else "0" for radius in radii]
     return words if all(word == "0" or "/" in word for word in words) else [f"{radius:g}" for radius in radii]
 
 
@@ -47,7 +47,7 @@ def threat_text(threat: Mapping[str, Any] | None) -> str:
         return "threat model not recorded"
     if "union" in threat:
         return ", ".join(threat_text(each) for each in threat["union"])
-    budget = f"eps {eps_text(threat['eps'])}" if "norm" in threat else f"{threat['eps']:g}"
+    budget = f"eps {eps_text(threat['eps'], threat['norm'])}" if "norm" in threat else f"{threat['eps']:g}"
     return f"{threat_name(threat)} {budget}"
 
 
@@ -65,8 +65,13 @@ def _value_text(value: Any) -> str:
     return component_text(value) if isinstance(value, Mapping) and "name" in value else shortened(str(value), 80)
 
 
-def attack_text(stage: Mapping[str, Any]) -> str:
-    """Name a stage's attack, without the settings that only measuring uses; empty if it has none."""
+def attack_text(stage: Mapping[str, Any], norm: object = None) -> str:
+    """Name a stage's attack, without the settings that only measuring uses; empty if it has none.
+
+    Args:
+        stage: of a recipe.
+        norm: of the recipe's threat, for a stage that has a radius of its own; None if unknown.
+    """
     objective, free = stage.get("objective"), stage.get("free")
     chooses = any(stage.get(key) is not None for key in ("fit", "interpolate"))
     if chooses or (isinstance(objective, Mapping) and objective.get("name") == "natural"):
@@ -77,7 +82,7 @@ def attack_text(stage: Mapping[str, Any]) -> str:
         told = component_text({key: value for key, value in stage["attack"].items() if key not in ("loss", "restarts")})
     if stage.get("threat") is not None:
         return f"{told} within {threat_text(stage['threat'])}"
-    return told if stage.get("eps") is None else f"{told} within eps {eps_text(stage['eps'])}"
+    return told if stage.get("eps") is None else f"{told} within eps {eps_text(stage['eps'], norm)}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -73,7 +73,7 @@ def _stage(source: Source, recipe: Mapping[str, Any]) -> Stage:
             f"one step of FGSM, {pgd} % under a few of PGD. {verdict}"
         )
     return Stage(
-        name, _facts(recipe), _cost(source, recipe, found), verdict, overfits or bool(alone),
+        name, _facts(source, recipe), _cost(source, recipe, found), verdict, overfits or bool(alone),
         _figures(source, name, found, best) if found else [],
     )  # fmt: skip
 
@@ -135,14 +135,16 @@ def _verdict(source: Source, best: Mapping[str, Any], last: Mapping[str, Any]) -
     return f"{words}, which {held_out} held-out images explain by chance.", False
 
 
-def _facts(recipe: Mapping[str, Any]) -> str:
+def _facts(source: Source, recipe: Mapping[str, Any]) -> str:
     parts = []
+    threat = source.recipe.get("threat")
+    norm = threat.get("norm") if isinstance(threat, Mapping) else None
     if isinstance(recipe.get("train"), list):
         parts.append(f"trains {', '.join(map(str, recipe['train']))}")
     for key, word in (("objective", ""), ("attack", "attack "), ("optimiser", ""), ("schedule", "schedule ")):
         component = recipe.get(key)
         if isinstance(component, Mapping) and "name" in component:
-            told = attack_text(recipe) if key == "attack" else component_text(component)
+            told = attack_text(recipe, norm) if key == "attack" else component_text(component)
             parts += [f"{word}{told}"] if told else []
     return "; ".join(parts)
 

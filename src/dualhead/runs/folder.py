@@ -121,6 +121,11 @@ class RunFolder:
         """Return the folder of the surrogates of a poison, and of what was found with them."""
         return self.path / "poison"
 
+    @property
+    def evaluations(self) -> Path:
+        """Return the folder of later evaluations, each in its own."""
+        return self.path / "evaluations"
+
     def weights(self, stage: str, which: str) -> Path:
         """Return the path of a stage's weights, `best` or `last`."""
         return self.checkpoints / stage / f"{which}.safetensors"
@@ -226,14 +231,7 @@ def load_stage(path: Path, stage: str | None = None, checkpoint: str | None = No
     Raises:
         UserError: if the stage does not exist or is not finished.
     """
-    folder = RunFolder(path)
-    finished = [s for s in read_recipe(path).stages if folder.summary(s.name).is_file()]
-    if not finished:
-        raise UserError(f"{path}: no stage is finished yet; `dualhead train` with the same recipe goes on with it")
-    chosen = next((s for s in finished if s.name == stage), None) if stage is not None else finished[-1]
-    if chosen is None:
-        names = ", ".join(s.name for s in finished)
-        raise UserError(f"--stage {stage}: not a finished stage of {path}; finished: {names}")
+    folder, chosen = RunFolder(path), _finished_stage(path, stage)
     if checkpoint not in (None, "best", "last"):
         raise UserError(f"--checkpoint {checkpoint}: use best or last")
     config = read_config(folder.checkpoints)
@@ -241,6 +239,28 @@ def load_stage(path: Path, stage: str | None = None, checkpoint: str | None = No
     weights = folder.weights(chosen.name, checkpoint or chosen.keep)
     load_state(model, read_state(weights), str(weights))
     return model, chosen.output
+
+
+def kept_checkpoints(path: Path, stage: str | None = None) -> list[str]:
+    """Return those of `best` and `last` of which the weights are kept, of a stage as for `load_stage`.
+
+    Raises:
+        UserError: if the stage does not exist or is not finished.
+    """
+    name = _finished_stage(path, stage).name
+    return [which for which in ("best", "last") if RunFolder(path).weights(name, which).is_file()]
+
+
+def _finished_stage(path: Path, stage: str | None) -> Stage:
+    """Return a finished stage by its name; None for the last one."""
+    finished = [s for s in read_recipe(path).stages if RunFolder(path).summary(s.name).is_file()]
+    if not finished:
+        raise UserError(f"{path}: no stage is finished yet; `dualhead train` with the same recipe goes on with it")
+    chosen = next((s for s in finished if s.name == stage), None) if stage is not None else finished[-1]
+    if chosen is None:
+        names = ", ".join(s.name for s in finished)
+        raise UserError(f"--stage {stage}: not a finished stage of {path}; finished: {names}")
+    return chosen
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -76,6 +76,7 @@ class Row:
             **balanced(self.evaluation.correct, self.evaluation.labels),
             "calibration_error": self.evaluation.calibration_error,
             "intervals": {name: list(ends) for name, ends in self.evaluation.intervals.items()},
+            **{name: self.evaluation.results[name] for name in self.evaluation.measured},
             "parameters": self.parameters,
             **(
                 {"poison": summary_of(self.evaluation.results["poison"])} if "poison" in self.evaluation.results else {}
@@ -138,7 +139,8 @@ def measure(
         name, deployed = name_of(output, prepared.recipe.name), output == prepared.output
         where = prepared.folder.evaluation if deployed else prepared.folder.row(name)
         options = _options(prepared, candidate.model, name, progress, command, stop)
-        evaluation = _evaluate(prepared, candidate.model, checks, options, where)
+        besides = {**options, "attacks": [*options["attacks"], *prepared.asked.measurements.values()]}
+        evaluation = _evaluate(prepared, candidate.model, checks, besides, where)
         if poisoned is not None:
             evaluation.results["poison"] = poisoned.of(
                 candidate.model, evaluation, where, output=output, deployed=deployed, **options
@@ -170,7 +172,7 @@ def _options(
     recipe = prepared.recipe
     return {
         "threat": recipe.threats_measured or recipe.threat,
-        "attacks": [a for a in prepared.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
+        "attacks": [a for a in prepared.asked.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
         "batch_size": recipe.evaluate.batch_size,
         "seed": recipe.runtime.seed,
         "precision": precision_of(recipe.runtime),

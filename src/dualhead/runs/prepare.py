@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dualhead.attacks import Attack, attacks
+from dualhead.attacks import Attack
 from dualhead.data import (
     HELD_OUT,
     Augmentation,
@@ -30,7 +30,7 @@ from dualhead.data import (
     match,
 )
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, column, threat_labels
+from dualhead.evaluation import Asked, Evaluation, column, threat_labels
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.noise import Streams
@@ -115,7 +115,7 @@ class Prepared:
         images: what it trains on and is measured on.
         architecture: of the network.
         model: the network, on the device, with the weights that the run begins with; training changes it.
-        attacks: those of the final evaluation, by label.
+        asked: the attacks of the final evaluation, and the measurements that are none.
         image_facts: what tells these images from others, by the key that names their source.
         given_weights: the run begins with weights that only a program holds.
     """
@@ -126,7 +126,7 @@ class Prepared:
     images: Images
     architecture: Architecture
     model: nn.Module
-    attacks: Mapping[str, Attack]
+    asked: Asked
     image_facts: Mapping[str, Any]
     given_weights: bool = False
 
@@ -380,12 +380,11 @@ def load_specialists(recipe: Recipe) -> list[Evaluation]:
     """
     found = []
     threats = recipe.threats_measured
-    built = [attacks.build(spec) for spec in recipe.evaluate.attacks]
     wanted = {
         column(attack.label, label)
-        for attack in built
+        for attack in recipe.evaluate.asked.attacks.values()
         for threat, label in zip(threats, threat_labels(threats), strict=True)
-        if attack.norms is None or threat.kind in attack.norms
+        if attack.takes(threat)
     }
     for index, place in enumerate(recipe.sequence.specialists if recipe.sequence is not None else ()):
         with under(f"sequence.specialists.{index}"):
@@ -425,7 +424,10 @@ def count_measured(recipe: Recipe, test: Split) -> int:
 
 
 def _check_evaluation(recipe: Recipe, test: Split, room: int) -> None:
-    """Refuse more test images than memory holds: an evaluation holds its images, also those of a set on disk."""
+    """Refuse images that a measurement cannot change, and more than memory holds: an evaluation holds its images."""
+    for measurement in recipe.evaluate.asked.measurements.values():
+        with under("evaluate.attacks"):
+            measurement.check(test.image_shape)
     count, free = count_measured(recipe, test), 4 * room
     test.warn_if_sorted(count, "evaluate.limit")
     size = count * math.prod(test.image_shape)
@@ -450,10 +452,8 @@ def _fitting_network(
     if begin_with is not None:
         _fill(model, begin_with, architecture)
     model = model.to(device)
-    built = [attacks.build(spec, "evaluate.attacks") for spec in recipe.evaluate.attacks]
-    measured_by = {attack.label: attack for attack in built}
     prepared = Prepared(
-        recipe, folder, device, images, architecture, model, measured_by, image_facts, begin_with is not None
+        recipe, folder, device, images, architecture, model, recipe.evaluate.asked, image_facts, begin_with is not None
     )
     _check_attacks(prepared)
     for number in range(len(recipe.stages)):
@@ -630,10 +630,11 @@ def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> bool:
 
 def _check_attacks(prepared: Prepared) -> None:
     """Refuse attacks that cannot measure every output: also those of one head are measured."""
-    for_heads = [name for name, attack in prepared.attacks.items() if attack.needs_heads]
+    attacks = prepared.asked.attacks
+    for_heads = [name for name, attack in attacks.items() if attack.needs_heads]
     if for_heads and not isinstance(prepared.model, DualHeadClassifier):
         raise UserError(f"evaluate.attacks: {for_heads[0]} needs several heads, and this model has one")
-    if for_heads and len(for_heads) == len(prepared.attacks):
+    if for_heads and len(for_heads) == len(attacks):
         raise UserError(
             f"evaluate.attacks: {for_heads[0]} cannot attack the outputs of one head, which are measured beside "
             "the aggregate; add one that can, such as autoattack"

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualhead.errors import RunError
+from dualhead.system.told import silent_unless
 
 T = TypeVar("T")
 
@@ -145,9 +146,13 @@ def local_rank() -> int | None:
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """Put a process that torchrun started in a group with the others while inside; any other is alone."""
+    """Put a process that torchrun started in a group with the others while inside; any other is alone.
+
+    The first process alone warns: all of them read the same recipe and images.
+    """
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ or dist.is_initialized():
-        yield group()
+        with silent_unless(first=group().first):
+            yield group()
         return
     with _others():
         store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]  # not in torch's list
@@ -159,7 +164,8 @@ def joined() -> Iterator[Group]:
         # Without a backend's name: gloo, and what fits the accelerators of this machine.
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     try:
-        yield group()
+        with silent_unless(first=group().first):
+            yield group()
     finally:
         dist.destroy_process_group()
 

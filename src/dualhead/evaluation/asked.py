@@ -1,0 +1,76 @@
+"""What an evaluation is asked for: attacks, and measurements that are none, named in one list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Self
+
+from dualhead.attacks import Attack
+from dualhead.attacks import attacks as registry
+from dualhead.errors import UserError
+from dualhead.evaluation.measurements import Measurement, measurements
+from dualhead.evaluation.own import OwnAttack, as_attack
+
+Spec = str | Mapping[str, Any] | Attack | Measurement | OwnAttack
+"""An attack or a measurement by name, by its fields, or itself; or a function that attacks."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The evaluations of a list, built.
+
+    Args:
+        each: in the order of the list.
+    """
+
+    each: tuple[Attack | Measurement, ...]
+
+    @classmethod
+    def of(cls, specs: Sequence[Spec], where: str = "attacks") -> Self:
+        """Build what a list names.
+
+        Args:
+            specs: the list.
+            where: its key, for messages.
+
+        Raises:
+            UserError: if one is unknown, or two have one name.
+        """
+        if isinstance(specs, str | Mapping):
+            raise UserError(f"{where} must be a list, as in {where}=[{specs!r}]")
+        built: dict[str, Attack | Measurement] = {}
+        for place, spec in enumerate(specs):
+            found = _built(spec, f"{where}.{place}")
+            label = found.label if isinstance(found, Attack) else found.registered_name
+            if label in (*built, "worst", "clean"):
+                raise UserError(f"{where}.{place}: {label} is named twice")
+            built[label] = found
+        return cls(tuple(built.values()))
+
+    @property
+    def attacks(self) -> dict[str, Attack]:
+        """Return the attacks by label."""
+        return {each.label: each for each in self.each if isinstance(each, Attack)}
+
+    @property
+    def measurements(self) -> dict[str, Measurement]:
+        """Return the measurements by name."""
+        return {each.registered_name: each for each in self.each if isinstance(each, Measurement)}
+
+
+def _built(spec: Spec, where: str) -> Attack | Measurement:
+    """Build one of a list."""
+    if isinstance(spec, Measurement):
+        return spec
+    name = spec if isinstance(spec, str) else str(spec.get("name")) if isinstance(spec, Mapping) else ""
+    if measurements.known_as(name) in measurements.names():
+        return measurements.build(spec, where)  # type: ignore[arg-type]  # a name or fields that name one
+    try:
+        return registry.build(as_attack(spec), where)
+    except UserError as error:
+        near = get_close_matches(name.lower(), measurements.names(), n=1)
+        if near and "did you mean" not in str(error):
+            raise UserError(f"{where}: unknown attack {name!r}; did you mean {near[0]!r}?") from None
+        raise
