@@ -8,7 +8,8 @@ keeps its last epoch, with averaged weights, and is attacked by APGD-CE and APGD
 seen. Settings are the published ones, scaled to the length; nothing is chosen on test images.
 
 The same command goes on where it was stopped. Seeds are done one after another, all methods in each, cheap ones first;
-what is finished is written to the results after each run. DATA: CIFAR-10 as `dualhead train` takes it.
+what is finished is written to the results after each run. A run whose row stands in the results is not done again, also
+where its folder is gone; take the row out to repeat it. DATA: CIFAR-10 as `dualhead train` takes it.
 """
 
 from __future__ import annotations
@@ -100,11 +101,16 @@ class Run:
         """Folder below OUT."""
         return f"{self.method.name}/eps={self.eps}/epochs={self.epochs}/seed={self.seed}"
 
+    def is_of(self, row: dict[str, Any], images: int) -> bool:
+        """Return whether a row of the results is of this run, evaluated on so many images."""
+        ours = (self.method.name, self.eps, self.epochs, self.seed, images)
+        return ours == tuple(row[key] for key in ("method", "eps", "epochs", "seed", "images"))
 
-def runs(seeds: int, pattern: str, scale: float = 1.0) -> Iterator[Run]:
+
+def runs(seeds: int, pattern: str, scale: float = 1.0, first: int = 0) -> Iterator[Run]:
     """Return all runs, seed by seed: first those at the large eps, then the longest of every method, then the rest."""
     chosen = [method for method in METHODS if fnmatch.fnmatch(method.name, pattern)]
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         lengths = [(method, LARGE, method.epochs[-1]) for method in chosen if method.large]
         lengths += [(method, 8, method.epochs[-1]) for method in chosen]
         lengths += [(method, 8, epochs) for method in chosen for epochs in method.epochs[:-1]]
@@ -161,6 +167,11 @@ def row(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
+def place_in_plan(row: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Return what rows are sorted by: whichever run ended first, the results look the same."""
+    return [method.name for method in METHODS].index(row["method"]), row["eps"], row["epochs"], row["seed"]
+
+
 def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return means over seeds, with Student's 95 % interval where there are several."""
     groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
@@ -190,6 +201,7 @@ def read_arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespa
     parser.add_argument("data", help="CIFAR-10: a folder of parquet files, or a name of the Hub")
     parser.add_argument("out", type=Path, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds from this one on")
     parser.add_argument("--only", default="*", help="methods by a pattern, such as 'n_*'")
     parser.add_argument("--images", type=int, default=1000, help="test images of each evaluation")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all lengths, for a trial")
@@ -204,15 +216,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wrong:
         sys.exit(f"{wrong[0]}: neither an option nor KEY=VALUE; --help tells the options")
     output = given.output or given.out / "frontier.json"
-    rows = []
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"] if output.is_file() else []
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    for run in runs(given.seeds, given.only, given.scale):
+    for run in runs(given.seeds, given.only, given.scale, given.first_seed):
+        if any(run.is_of(each, given.images) for each in rows):
+            continue
         folder = given.out / run.place
         if not (folder / "evaluations" / "frontier" / "results.json").is_file():
             print(run.place, flush=True)
             train(run, given.data, folder, extra)
             evaluate(folder, given.images)
-        rows.append(row(run, folder))
+        rows = sorted([*rows, row(run, folder)], key=place_in_plan)
         output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"rows": rows, "summary": summarised(rows)}, indent=2) + "\n"
         output.with_suffix(".part").write_text(text, encoding="utf-8")

@@ -6,7 +6,9 @@ On five models of different kinds: `natural`, `mart` and `sat` (200 classes) are
 `benchmarks/quick`; `trades` and `merged` lie in `benchmarks/results/models`. Each is attacked on the same test images
 by the whole of AutoAttack and by `autoattack-quick`, both in float32; by AutoAttack with the default precision, and
 with queries in bf16 even where that does not pay; and by PGD with and without stopping at cycles. All in this process,
-on the same threads. The same command goes on where it was stopped; `--models` and `--checks` choose a part of it.
+on the same threads. The same command goes on where it was stopped, and leaves rows alone that the results hold for as
+many images; `--models` and `--checks` choose a part of it.
+
 Process seconds are the processor time of an evaluation that was not interrupted; wall seconds are added up over
 interruptions, and on a busy machine hold what others took.
 """
@@ -112,6 +114,11 @@ def _ratio(slow: Row, fast: Row, key: str) -> float | None:
     return slow[key] / fast[key] if slow[key] and fast[key] else None
 
 
+def _searching(row: Row) -> float:
+    """Wall seconds of the attack's parts and of the audit, without other diagnostics."""
+    return float(sum(part["seconds"] for part in row["parts"]) + row.get("audit", {}).get("seconds", 0.0))
+
+
 def quick(bench: Bench) -> Row:
     """The quick suite beside the whole one, in the same precision."""
     count = bench.given.images
@@ -147,7 +154,8 @@ def precision(bench: Bench) -> Row:
         "other_verdicts": [int(i) for i in np.flatnonzero(_robust(usual) != _robust(whole))],
         "other_verdicts_in_bf16": [int(i) for i in np.flatnonzero(_robust(forced) != _robust(whole))],
         "seconds_per_image": environment["seconds_per_image"],
-        "process_time_ratio": _ratio(full, default, "process_seconds"),
+        "search_time_ratio": _searching(full) / _searching(default),
+        "search_time_ratio_in_bf16": _searching(full) / _searching(reduced),
     }
 
 
@@ -160,13 +168,12 @@ def cycles(bench: Bench) -> Row:
             whole, full = bench.measure(f"{key}-full", attack, "float32", count)
         stopped, fast = bench.measure(f"{key}-stops", attack, "float32", count)
         rows[label] = {
-            "images": count,
             "full": full,
             "stops": fast,
             "other_verdicts": [int(i) for i in np.flatnonzero(_robust(whole) != _robust(stopped))],
             "passes_saved": 1 - fast["forward_passes"] / full["forward_passes"],
         }
-    return rows
+    return {"images": count, "attacks": rows}
 
 
 def main() -> None:
@@ -186,12 +193,15 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     known: dict[str, Callable[[Bench], Row]] = {"quick": quick, "precision": precision, "cycles": cycles}
     results: Row = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {}
-    results["environment"] = describe_environment(torch.device("cpu"))
     results["seed"] = given.seed
+    here = describe_environment(torch.device("cpu"))
     for name in given.models.split(","):
-        bench = Bench(name, given)
-        for check in given.checks.split(","):
-            row = known[check](bench)
+        counts = {check: given.pgd_images if check == "cycles" else given.images for check in given.checks.split(",")}
+        left = [c for c, count in counts.items() if results.get(c, {}).get(name, {}).get("images") != count]
+        bench = Bench(name, given) if left else None
+        for check in left:
+            assert bench is not None
+            row = {**known[check](bench), "environment": here}
             results.setdefault(check, {})[name] = row
             write_json(given.output, results)
             print(name, check, json.dumps({k: v for k, v in row.items() if not isinstance(v, dict)}), flush=True)

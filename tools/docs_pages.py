@@ -226,15 +226,9 @@ def _threat_cost(component: Any) -> str:
 
 
 def _poison_cost(component: Any) -> str:
-    if any(field.name == "like" for field in dataclasses.fields(component)):
-        return "what the poison costs that it is the control of."
-    poison = component()
-    if not poison.needs_surrogate:
-        return "no pass of a network."
-    return (
-        f"the training of a surrogate, and {poison.steps} forward and backward passes for each changed image; the "
-        "results tell it, and charge it to no method."
-    )
+    needed = [field.name for field in dataclasses.fields(component) if field.default is dataclasses.MISSING]
+    told: str = component(**dict.fromkeys(needed)).cost
+    return told
 
 
 COSTS = {

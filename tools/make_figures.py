@@ -3,9 +3,10 @@
     python tools/make_figures.py                            # docs/images/*.svg and docs/results/*.csv
     python tools/make_figures.py --screenshots runs/demo    # docs/images/*.png, of what `dualhead demo` left
 
-All numbers come from `benchmarks/results/strongest.json`, those of the frontier from `frontier.json` beside it, without
-which it is not drawn. The figures are plain SVG, so that nothing has to be installed and the same numbers give the same
-bytes. The screenshots need playwright and a Chromium of the system.
+All numbers come from `benchmarks/results/strongest.json`, those of the frontier from `frontier.json` beside it and
+those of poisoned data from `poisoning.json`; without these they are not drawn. The figures are plain SVG, so that
+nothing has to be installed and the same numbers give the same bytes. The screenshots need playwright and a Chromium of
+the system.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "strongest.json"
 FRONTIER = RESULTS.with_name("frontier.json")
+POISONING = RESULTS.with_name("poisoning.json")
 IMAGES, TABLES = ROOT / "docs" / "images", ROOT / "docs" / "results"
 FAST = "autoattack-fast"
 GREY, VIOLET, GREEN, BLUE, RED, INK, FAINT = (
@@ -409,6 +411,58 @@ def frontier(found: dict[str, Any]) -> str:
     return drawing.svg()
 
 
+ANSWERS = {"helps": GREEN, "harms": RED, "equal": BLUE, "undecided": GREY}
+"""Colours of the answers of the study of poisoned data."""
+METHODS = {
+    "dhat": "DH-AT", "distilled": "guided distillation", "ensemble": "ensemble of two",
+    "dhat_fitted": "DH-AT, fitted aggregator", "base_larger_eps": "TRADES, larger eps",
+}  # fmt: skip
+ON = {"study": "CIFAR-10, WRN-10-1, 2,250 training images", "small": "digits"}
+
+
+def poisoning(found: dict[str, Any], part: str) -> str:
+    """Draw what each attack costs a method more than the base method at equal cost, for both families of attacks."""
+    told = found[part]["answers"]
+    families = {"backdoors": "success rate, points", "others": "accuracy, points"}
+    rows = {name: [each for each in told if each["family"] == name] for name in families}
+    step, top = 26, 92
+    height = top + step * max(len(of) for of in rows.values()) + 86
+    drawing = Drawing(880, height, "Costs of poisons to methods beyond those to the base method at equal cost")
+    drawing.text(24, 34, "What a poison costs beyond what it costs the base method at equal training cost", "b")
+    drawing.text(24, 54, "Left of 0: the method loses less. " + ON[part], "s")
+    for column, (family, label) in enumerate(families.items()):
+        ends = [abs(100 * end) for each in rows[family] for end in each["difference"]["interval"] or ()]
+        ends += [abs(100 * each["difference"]["mean"]) for each in rows[family]]
+        wide = next((size for size in (5, 10, 20, 50) if size >= max(ends, default=0)), 100)
+        axes = Axes(206 + 430 * column, top, 190, step * max(len(of) for of in rows.values()), (-wide, wide), (0, 1))
+        drawing.text(axes.left + 95, 78, label, "m s")
+        bottom = axes.top + axes.height
+        for value in (-wide, 0, wide):
+            x = axes.at(value, 0)[0]
+            drawing.line(x, axes.top, x, bottom, GREY if value == 0 else FAINT, 1)
+            drawing.text(x, bottom + 18, f"{value:+g}" if value else "0", "s m")
+        for number, each in enumerate(rows[family]):
+            y, colour = top + step * number + 14, ANSWERS[each["answer"]]
+            name = each["attack"].replace("_", " ").replace(" self", ", adaptive")
+            drawing.text(axes.left - 12, y - 2, name, "s e")
+            drawing.text(axes.left - 12, y + 10, METHODS[each["method"]], "s e")
+            middle = axes.at(100 * each["difference"]["mean"], 0)[0]
+            if each["difference"]["interval"]:
+                low, high = (axes.at(max(-wide, min(wide, 100 * end)), 0)[0] for end in each["difference"]["interval"])
+                drawing.line(low, y, high, y, colour, 2)
+            fill = colour if len(each["seeds"]) > 1 else "#f6f7f9"
+            drawing.add(
+                f'<circle cx="{middle:.1f}" cy="{y}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
+            )
+    x = 24.0
+    for answer, colour in ANSWERS.items():
+        drawing.add(f'<circle cx="{x + 5:.1f}" cy="{height - 36}" r="4.5" fill="{colour}"/>')
+        drawing.text(x + 16, height - 32, answer, "s")
+        x += 96
+    drawing.text(24, height - 12, "95 %, paired t over seeds; hollow: one seed. Colours after Holm's correction", "s")
+    return drawing.svg()
+
+
 # ---- how it works
 
 
@@ -530,6 +584,13 @@ def made() -> dict[Path, str]:
     }
     if FRONTIER.is_file():
         figures["frontier"] = frontier(json.loads(FRONTIER.read_text(encoding="utf-8")))
+    if POISONING.is_file():
+        told = json.loads(POISONING.read_text(encoding="utf-8"))
+        figures |= {
+            name: poisoning(told, part)
+            for name, part in (("poisoning", "study"), ("poisoning-digits", "small"))
+            if told.get(part, {}).get("answers")
+        }
     return {IMAGES / f"{name}.svg": text for name, text in figures.items()} | {
         TABLES / name: text for name, text in tables(found).items()
     }

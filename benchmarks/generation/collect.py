@@ -1,9 +1,11 @@
 """Everything that benchmarks/generation/run.sh has finished, in one file: means over seeds and paired differences.
 
     python benchmarks/generation/collect.py OUT [JSON]
+    python benchmarks/generation/collect.py epochs RUN   # epochs of the first stage that cost what the second one did
 
-Reads OUT/VARIANT/seed=N and writes JSON, OUT/generation.json if left out. Intervals are Student's, 95 %, over seeds; a
-difference is paired by seed and is the second variant minus the first.
+Reads OUT/VARIANT/seed=N and writes JSON, OUT/generation.json if left out. Seeds that JSON holds already and OUT does
+not are kept, provided that the same judge measured them; each data set has a judge of its own. Intervals are
+Student's, 95 %, over seeds; a difference is paired by seed and is the second variant minus the first.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ PAIRS = (
     ("dat: samples", "two-heads: mean"),
     ("dat: samples", "mean: samples"),
     ("continued: samples", "two-heads: head1"),
+    ("cifar10-continued: samples", "cifar10-dat: samples"),
 )
 """First and second variant of each difference."""
 
@@ -48,15 +51,37 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def read(out: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """Numbers by variant and seed."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+Found = dict[str, dict[int, dict[str, float]]]
+"""Numbers by variant and seed."""
+
+
+def kept(told: dict[str, Any]) -> Found:
+    """Return the numbers that an earlier answer holds."""
+    return {
+        key: {
+            seed: {name: of["seeds"][place] for name, of in entry.items() if isinstance(of, dict)}
+            for place, seed in enumerate(entry["seeds"])
+        }
+        for key, entry in told.get("variants", {}).items()
+    }
+
+
+def data_of(key: str) -> str:
+    """Return the data set of a variant."""
+    return next((name for name in ("cifar10", "fashion") if key.startswith(f"{name}-")), "digits")
+
+
+def read(out: Path, found: Found, judges: dict[str, str]) -> Found:
+    """Add the numbers of what is finished, and the digest of the judge of each data set."""
     for done in sorted(out.glob("*/seed=*/evaluations/*/done")):
         run = done.parents[2]
         results = json.loads((done.parent / "results.json").read_text())
         if "generation" not in results:
             continue
         key = f"{run.parent.name}: {done.parent.name}"
+        digest = results["generation"]["judge"]["digest"]
+        if judges.setdefault(data_of(key), digest) != digest:
+            sys.exit(f"{done.parent}: judged by {digest}, and the others by {judges[data_of(key)]}; one must judge all")
         found.setdefault(key, {})[int(run.name.removeprefix("seed="))] = numbers(results)
         strong = run / "evaluations" / "strong"
         if done.parent.name == "samples" and (strong / "done").is_file():
@@ -102,18 +127,35 @@ def shared_names(found: Iterable[dict[str, float]]) -> list[str]:
     return [name for name in each[0] if all(name in other for other in each)]
 
 
+def epochs_of(run: Path) -> int:
+    """Epochs of the first stage that cost what the second stage did, by counted operations."""
+    base, joint = (json.loads((run / "checkpoints" / name / "summary.json").read_text()) for name in ("base", "joint"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    epochs = max(line["epoch"] for line in lines if line["stage"] == "base")
+    return round(epochs * joint["flops"] / base["flops"])
+
+
 def main() -> None:
     """Read, compare, write."""
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
+    if sys.argv[1] == "epochs":
+        print(epochs_of(Path(sys.argv[2])))
+        return
     out = Path(sys.argv[1])
-    found = read(out)
-    made: dict[str, Any] = {"command": "benchmarks/generation/run.sh OUT", "costs": costs(out), "variants": {}}
+    target = Path(sys.argv[2]) if len(sys.argv) == 3 else out / "generation.json"
+    earlier = json.loads(target.read_text()) if target.is_file() else {}
+    judges = dict(earlier.get("judges", {}))
+    found = read(out, kept(earlier), judges)
+    made: dict[str, Any] = {
+        "command": "benchmarks/generation/run.sh OUT", "judges": judges,
+        "costs": earlier.get("costs", {}) | costs(out), "variants": {},
+    }  # fmt: skip
     for key, seeds in found.items():
-        names = shared_names(seeds.values())
-        made["variants"][key] = {
-            "seeds": list(seeds), **{name: over_seeds([each[name] for each in seeds.values()]) for name in names}
-        }  # fmt: skip
+        ordered = dict(sorted(seeds.items()))
+        made["variants"][key] = {"seeds": list(ordered)} | {
+            name: over_seeds([each[name] for each in ordered.values()]) for name in shared_names(ordered.values())
+        }
     made["differences"] = []
     for first, second in PAIRS:
         shared = sorted(found.get(first, {}).keys() & found.get(second, {}).keys())
@@ -126,7 +168,6 @@ def main() -> None:
             made["differences"].append(
                 {"first": first, "second": second, "seeds": shared, **gains, "frechet_distance ratio": ratio}
             )
-    target = Path(sys.argv[2]) if len(sys.argv) == 3 else out / "generation.json"
     target.write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -1,10 +1,11 @@
-"""Collect what finished runs of the study say, cell by cell.
+"""Keep what a finished run of benchmarks/poisoning/run.sh found in a small file, and answer from all of them.
 
-    python benchmarks/poisoning/collect.py OUT [TARGET]    # OUT/poisoning.json, or TARGET
+    python benchmarks/poisoning/collect.py keep RUN FILE      # accuracies, success rates and cost of a measured run
+    python benchmarks/poisoning/collect.py tell KEPT JSON     # KEPT/PART/CELL/seed=N.json, all of them
 
-A cell is a method on a poison; its runs are seeds. Clean accuracy, robust accuracy and success rate are means over
-seeds with a 95 % interval of Student's t (of Wilson for one seed), and each is set beside the same method on clean
-data, paired by seed. Nothing is collected of a run that is not finished.
+A cell is a method on a poison; its runs are seeds. Means over seeds have a 95 % interval of Student's t (of Wilson for
+one seed). `digits` and `pilot` are set beside the marks of README.md. In `study` and `small` each method is set beside
+its base method at equal cost, paired by seed, and every attack gets one of four answers. README.md says when.
 """
 
 from __future__ import annotations
@@ -13,81 +14,461 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualhead.statistics import mean_std, wilson
+from dualhead.statistics import mean_std, student, wilson
+from dualhead.system.files import write_json
+
+Run = Mapping[str, Any]
+Cells = Mapping[str, Mapping[str, Run]]
+"""Cells by name, their runs by seed."""
+
+SUCCESS, CLEAN, ROBUST, STRONG = "attack_success_rate", "clean_accuracy", "robust_accuracy", "strong_accuracy"
+"""Measures of a run; strong accuracy is under `autoattack-fast`, robust accuracy under PGD."""
+KEYS = (CLEAN, ROBUST, STRONG, SUCCESS, "by_given_label", "by_true_label", "robust_on_triggered", "spectral_signatures")
 
 
-def read(run: Path) -> dict[str, Any] | None:
-    """Return what a finished run says; None for another."""
-    comparison = run / "comparison.json"
-    if not comparison.is_file():
-        return None
-    row = json.loads(comparison.read_text())["rows"][-1]
+@dataclass(frozen=True)
+class Attack:
+    """A poison of the study.
+
+    Args:
+        measure: what it is to change.
+        family: of the correction for several tests.
+        mark: least change on the method that shows whether it works at all, a share.
+        shown_by: that method.
+    """
+
+    measure: str
+    family: str
+    mark: float
+    shown_by: str = "natural"
+
+
+ATTACKS = {
+    "patch": Attack(SUCCESS, "backdoors", 0.6),
+    "sticker": Attack(SUCCESS, "backdoors", 0.6),
+    "class_noise": Attack(CLEAN, "others", 0.15),
+    "label_flip": Attack(CLEAN, "others", 0.05),
+    "hypocritical": Attack(STRONG, "others", 0.03, "base"),
+    "hypocritical_self": Attack(STRONG, "others", 0.03, "base"),
+}
+"""Poisons of the study, by their names in run.sh."""
+BASES = {
+    "dhat": "base", "distilled": "base_long", "ensemble": "base_long", "dhat_fitted": "base", "base_larger_eps": "base",
+}  # fmt: skip
+"""The base method at equal cost of each other method; the last two cost what `base` does and are controls."""
+TWO_HEADS = ("dhat", "distilled")
+CONTROLS = ("ensemble", "dhat_fitted", "base_larger_eps")
+MARGINS = {SUCCESS: 0.1, CLEAN: 0.02, STRONG: 0.02}
+"""Differences that count as none."""
+CHANCE = 0.1
+LEVEL = 0.05
+MOST_SEEDS = 1000
+
+MARKS = {
+    "patch": (SUCCESS, 0.6), "sticker": (SUCCESS, 0.6), "blend": (SUCCESS, 0.6), "sinusoid": (SUCCESS, 0.6),
+    "class_noise": (CLEAN, 0.15), "class_noise_large": (CLEAN, 0.15), "class_blocks": (CLEAN, 0.15),
+    "one_pixel": (CLEAN, 0.15), "label_flip": (CLEAN, 0.05),
+}  # fmt: skip
+"""What an attack must do to natural training in the pilot and on digits: the success rate, or the fall of accuracy."""
+RESTORED = {"class_noise": "most", "class_noise_large": "most", "one_pixel": "nothing"}
+"""Share of what natural training loses that SAT must restore: over a half, or at most a tenth."""
+
+
+# ---- one run
+
+
+def record(run: Path) -> dict[str, Any]:
+    """Return all that is told of a finished run: nothing else of it has to be kept."""
+    rows = json.loads((run / "comparison.json").read_text())["rows"]
     results = json.loads((run / "evaluation" / "results.json").read_text())
-    told: Mapping[str, Any] = row.get("poison") or {}
-    found = {
-        "clean_accuracy": row["clean_accuracy"],
-        "robust_accuracy": row["robust_accuracy"]["worst"],
-        "attack_success_rate": told.get("attack_success_rate"),
-        "by_given_label": told.get("training", {}).get("by_given_label"),
+    row = rows[-1]
+    told: dict[str, Any] = {**_of_row(row), "num_samples": results["num_samples"]}
+    poison: Mapping[str, Any] = row.get("poison") or {}
+    told["num_triggered"] = poison.get("num_triggered")
+    told |= {key: row[key] for key in ("output", "parameters", "training_cost") if key in row}
+    if len(rows) > 1:
+        told["outputs"] = {each["output"]: _of_row(each) for each in rows[:-1]}
+    told |= {key: poison[key] for key in ("crafting", "epochs", "pairs") if key in poison}
+    strong = run / "evaluations" / "strong" / "results.json"
+    if strong.is_file():
+        measured = json.loads(strong.read_text())
+        told |= {STRONG: measured[ROBUST]["worst"], "strong_images": measured["num_samples"]}
+    triggers = {
+        path.parent.name.removeprefix("trigger_"): json.loads(path.read_text())["poison"]
+        for path in sorted(run.glob("evaluations/trigger_*/results.json"))
     }
-    return {**found, "num_samples": results["num_samples"], "num_triggered": told.get("num_triggered")}
+    if triggers:
+        told["triggers"] = {name: each[SUCCESS] for name, each in triggers.items()}
+        told["num_triggered"] = next(iter(triggers.values()))["num_triggered"]
+    environment = run / "environment.json"
+    if environment.is_file():
+        told["environment"] = json.loads(environment.read_text())
+    return told
+
+
+def _of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measures of one output of a run."""
+    poison: Mapping[str, Any] = row.get("poison") or {}
+    training = poison.get("training") or {}
+    finders = {name: (poison.get(name) or {}).get("auroc") for name in ("spectral_signatures", "activation_clustering")}
+    return {
+        CLEAN: row[CLEAN],
+        ROBUST: row[ROBUST]["worst"],
+        SUCCESS: poison.get(SUCCESS),
+        "robust_on_triggered": (poison.get("robust_accuracy_on_triggered") or {}).get("worst"),
+        "by_given_label": training.get("by_given_label"),
+        "by_true_label": training.get("by_true_label"),
+        **{name: value for name, value in finders.items() if value is not None},
+    }
+
+
+# ---- cells
 
 
 def summary(values: Sequence[float], images: int | None = None) -> dict[str, Any]:
-    """Mean and interval over seeds; of one seed over images, and of one difference none."""
+    """Return mean and interval over seeds; of one seed over images, and of one difference none."""
     mean, deviation = mean_std(values)
     if len(values) == 1:
         ends = None if images is None else list(wilson(round(mean * images), images))
         return {"mean": mean, "interval": ends, "runs": 1}
-    from scipy import stats
-
-    reach = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
-    return {"mean": mean, "interval": [mean - reach, mean + reach], "deviation": deviation, "runs": len(values)}
+    return {"mean": mean, "interval": student(values), "deviation": deviation, "runs": len(values)}
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """The cells of a part of the study."""
-    runs: dict[str, dict[str, dict[str, Any]]] = {}
+def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read the kept runs of a part, by cell and seed; seeds in the order of their numbers."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
     for cell in sorted(path for path in folder.iterdir() if path.is_dir()):
-        found = {seed.name: told for seed in sorted(cell.glob("seed=*")) if (told := read(seed)) is not None}
-        if found:
-            runs[cell.name] = found
+        paths = sorted(cell.glob("seed=*.json"), key=lambda path: int(path.stem.removeprefix("seed=")))
+        if paths:
+            cells[cell.name] = {path.stem.removeprefix("seed="): json.loads(path.read_text()) for path in paths}
+    return cells
+
+
+def describe(cells: Cells) -> dict[str, Any]:
+    """Return means and intervals of every cell, and its difference to clean data."""
     made = {}
-    for name, by_seed in runs.items():
-        clean = runs.get(f"{name.partition('-')[0]}-clean", {})
-        entry: dict[str, Any] = {"seeds": [seed.removeprefix("seed=") for seed in by_seed], "runs": by_seed}
-        for key in ("clean_accuracy", "robust_accuracy", "attack_success_rate", "by_given_label"):
-            values = [told[key] for told in by_seed.values() if told[key] is not None]
-            if values:
-                first = next(iter(by_seed.values()))
-                triggered = key == "attack_success_rate"
-                images = first["num_triggered" if triggered else "num_samples"] if key != "by_given_label" else None
-                entry[key] = summary(values, images)
+    for name, by_seed in cells.items():
+        first, clean = next(iter(by_seed.values())), cells.get(f"{name.partition('-')[0]}-clean", {})
+        entry: dict[str, Any] = {"seeds": list(by_seed)}
+        for key in KEYS:
+            values = [told[key] for told in by_seed.values() if told.get(key) is not None]
+            if not values:
+                continue
+            images = {
+                CLEAN: "num_samples",
+                ROBUST: "num_samples",
+                STRONG: "strong_images",
+                SUCCESS: "num_triggered",
+            }.get(key)
+            count = None if images is None else first[images]
+            entry[key] = summary(values, count)
         both = [seed for seed in by_seed if seed in clean]
         if both and not name.endswith("-clean"):
             entry["against_clean_data"] = {
-                key: summary([by_seed[seed][key] - clean[seed][key] for seed in both])
-                for key in ("clean_accuracy", "robust_accuracy")
+                key: summary([by_seed[seed][key] - clean[seed][key] for seed in both]) for key in (CLEAN, ROBUST)
             }
+        outputs = first.get("outputs", {})
+        if outputs:
+            entry["outputs"] = {output: _of_output(list(by_seed.values()), output) for output in outputs}
         made[name] = entry
     return made
 
 
+def _of_output(runs: Sequence[Run], output: str) -> dict[str, Any]:
+    """Return means and intervals over seeds of an output beside the deployed one: a head, the mean, the base model."""
+    found = [run["outputs"][output] for run in runs if output in run.get("outputs", {})]
+    known = {key: [each[key] for each in found if each.get(key) is not None] for key in (CLEAN, ROBUST, SUCCESS)}
+    return {key: summary(values) for key, values in known.items() if values}
+
+
+# ---- the marks of the pilot
+
+
+def check(cells: Cells) -> dict[str, Any]:
+    """Tell which attacks reach their marks on natural training, and how much of its loss SAT restores."""
+    told = describe(cells)
+
+    def mean(cell: str, key: str) -> float | None:
+        found = told.get(cell, {}).get(key)
+        return None if found is None else float(found["mean"])
+
+    made: dict[str, Any] = {}
+    before = mean("natural-clean", CLEAN)
+    for name, (measure, mark) in MARKS.items():
+        after = mean(f"natural-{name}", measure)
+        if after is None or (measure == CLEAN and before is None):
+            continue
+        reached = after if measure == SUCCESS else before - after  # type: ignore[operator]
+        made[name] = {"measure": measure, "mark": mark, "reached": reached, "works": reached >= mark}
+        kept = mean(f"sat-{name}", CLEAN)
+        if name in RESTORED and kept is not None and reached > 0:
+            share = (kept - after) / reached
+            wanted = share > 0.5 if RESTORED[name] == "most" else share <= 0.1
+            made[name]["restored_by_sat"] = {"share": share, "expected": RESTORED[name], "as_expected": wanted}
+    return made
+
+
+# ---- the study
+
+
+def cost_of(cells: Cells, method: str, name: str) -> dict[str, float]:
+    """Return V of an attack by seed: what it costs a method, in the measure that it is to change."""
+    clean, poisoned = cells.get(f"{method}-clean", {}), cells.get(f"{method}-{name}", {})
+    measure = ATTACKS[name].measure
+    found = {}
+    for seed in poisoned:
+        if seed not in clean:
+            continue
+        if measure == SUCCESS:
+            before = clean[seed].get("triggers", {}).get(name)
+            if before is not None:
+                found[seed] = poisoned[seed][SUCCESS] - before
+        else:
+            found[seed] = clean[seed][measure] - poisoned[seed][measure]
+    return found
+
+
+def difference(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+    """Return mean, interval, deviation and p-value of Student's test that the mean is 0; of one value the mean."""
+    mean, deviation = mean_std(values)
+    if len(values) < 2:
+        return {"mean": mean, "interval": None, "narrow": None, "deviation": None, "p_value": None}
+    if deviation == 0.0:
+        p_value = 1.0 if mean == 0 else 0.0
+    else:
+        from scipy import stats
+
+        p_value = float(2 * stats.t.sf(abs(mean) / (deviation / math.sqrt(len(values))), len(values) - 1))
+    return {
+        "mean": mean, "interval": student(values, confidence), "narrow": student(values, 0.9), "deviation": deviation,
+        "p_value": p_value,
+    }  # fmt: skip
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values corrected for as many tests as there are (Holm 1979)."""
+    made, least = {}, 0.0
+    for place, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(p_values) - place) * value))
+        made[name] = least
+    return made
+
+
+def seeds_to_decide(mean: float, deviation: float, margin: float, tests: int) -> int | None:
+    """Return how many seeds would decide, if mean and deviation stayed as they are; None for more than a thousand.
+
+    Decided is a difference at a level of 0.05 / `tests`, or a 90 % interval within the margin.
+    """
+    from scipy import stats
+
+    for count in range(2, MOST_SEEDS + 1):
+        error = deviation / math.sqrt(count)
+        apart = abs(mean) > float(stats.t.ppf(1 - LEVEL / tests / 2, count - 1)) * error
+        equal = abs(mean) + float(stats.t.ppf(0.95, count - 1)) * error < margin
+        if apart or equal:
+            return count
+    return None
+
+
+def verdict(found: Mapping[str, Any], corrected: float | None, better: float, margin: float) -> str:
+    """Return `helps`, `harms`, `equal` or `undecided`.
+
+    Args:
+        found: of `difference`.
+        corrected: its p-value after Holm's correction; None of one seed.
+        better: by how much the method's level under the poison is better than the base's.
+        margin: that counts as none.
+    """
+    if corrected is None:
+        return "undecided"
+    if corrected < LEVEL and found["mean"] < 0 < better:
+        return "helps"
+    if corrected < LEVEL and better < 0 < found["mean"]:
+        return "harms"
+    low, high = found["narrow"]
+    return "equal" if -margin < low and high < margin else "undecided"
+
+
+def compare(cells: Cells, method: str, name: str) -> dict[str, Any] | None:
+    """Set what an attack costs a method beside what it costs the base method at equal cost; None without a pair."""
+    base, attack = BASES[method], ATTACKS[name]
+    costs = {each: cost_of(cells, each, name) for each in (method, base)}
+    seeds = [seed for seed in costs[method] if seed in costs[base]]
+    if not seeds:
+        return None
+    sign = -1 if attack.measure == SUCCESS else 1
+    poisoned = {each: cells[f"{each}-{name}"] for each in (method, base)}
+    better = [sign * (poisoned[method][s][attack.measure] - poisoned[base][s][attack.measure]) for s in seeds]
+    made = {
+        "attack": name, "method": method, "base": base, "measure": attack.measure, "family": attack.family,
+        "seeds": seeds, "cost": {each: summary([of[s] for s in seeds]) for each, of in costs.items()},
+        "difference": difference([costs[method][s] - costs[base][s] for s in seeds]),
+        "level_better_by": summary(better),
+    }  # fmt: skip
+    if attack.measure != SUCCESS:
+        room = {each: [cells[f"{each}-clean"][s][attack.measure] - CHANCE for s in seeds] for each in costs}
+        made["share_lost"] = {
+            each: mean_std([costs[each][s] / r for s, r in zip(seeds, room[each], strict=True)])[0]
+            for each in costs
+            if all(r > 0 for r in room[each])
+        }
+    return made
+
+
+def answers(cells: Cells) -> list[dict[str, Any]]:
+    """Compare every method with its base under every attack, corrected within method and family."""
+    made = []
+    for method in BASES:
+        found = [told for name in ATTACKS if (told := compare(cells, method, name)) is not None]
+        for family in dict.fromkeys(told["family"] for told in found):
+            of = [told for told in found if told["family"] == family]
+            known = {t["attack"]: t["difference"]["p_value"] for t in of if t["difference"]["p_value"] is not None}
+            corrected = holm(known)
+            for told in of:
+                margin, inner = MARGINS[told["measure"]], told["difference"]
+                told["corrected_p_value"] = corrected.get(told["attack"])
+                better = told["level_better_by"]["mean"]
+                told["answer"] = verdict(inner, told["corrected_p_value"], better, margin)
+                if told["answer"] == "undecided" and inner["deviation"] is not None:
+                    tests = sum(each.family == family for each in ATTACKS.values())
+                    told["seeds_that_would_decide"] = seeds_to_decide(inner["mean"], inner["deviation"], margin, tests)
+                told["sentence"] = sentence(told)
+        made += found
+    return made
+
+
+def sentence(told: Mapping[str, Any]) -> str:
+    """Return the answer to one attack on one method."""
+    found, unit = told["difference"], "points of success" if told["measure"] == SUCCESS else "points"
+    ends = found["interval"]
+    reach = "" if ends is None else f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]"
+    shown = f"{100 * found['mean']:+.1f}{reach} {unit}, {len(told['seeds'])} seeds"
+    words = f"{told['method']} under {told['attack']}, against {told['base']}: {told['answer']} ({shown}"
+    if told["answer"] != "undecided":
+        return f"{words})."
+    if found["deviation"] is None:
+        return f"{words}; one seed decides nothing)."
+    needed = told["seeds_that_would_decide"]
+    if needed is not None and needed <= len(told["seeds"]):
+        return f"{words}; more seeds do not decide: the difference and the level point to different methods)."
+    return f"{words}; {f'{needed} seeds' if needed else f'no {MOST_SEEDS} seeds'} would decide)."
+
+
+def strengths(cells: Cells) -> dict[str, Any]:
+    """Tell whether each attack works at all, on the method that is to show it."""
+    made = {}
+    for name, attack in ATTACKS.items():
+        costs = cost_of(cells, attack.shown_by, name)
+        values = list(costs.values())
+        if attack.measure == SUCCESS:  # the mark is of the rate itself
+            values = [told[SUCCESS] for told in cells.get(f"{attack.shown_by}-{name}", {}).values()]
+        if values:
+            reached = summary(values)
+            works = reached["mean"] >= attack.mark
+            made[name] = {"on": attack.shown_by, "mark": attack.mark, "reached": reached, "works": works}
+    return made
+
+
+def beyond_sham(cells: Cells) -> dict[str, Any]:
+    """Return what a poison costs beyond its sham, by cell, where both are finished."""
+    made = {}
+    for cell, runs in cells.items():
+        method, _, name = cell.partition("-")
+        sham = cells.get(f"{method}-sham_{name}", {})
+        seeds = [seed for seed in runs if seed in sham]
+        if name in ATTACKS and seeds:
+            measure, sign = ATTACKS[name].measure, -1 if ATTACKS[name].measure == SUCCESS else 1
+            made[cell] = summary([sign * (sham[seed][measure] - runs[seed][measure]) for seed in seeds])
+    return made
+
+
+def claims(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Tell, for each method with two heads, whether a claim about two heads stands."""
+    made: dict[str, Any] = {}
+    for method in TWO_HEADS:
+        mine = {told["attack"]: told["answer"] for told in found if told["method"] == method}
+        if not mine:
+            continue
+        of = {answer: [name for name in mine if mine[name] == answer] for answer in ("helps", "harms")}
+        known = {(told["method"], told["attack"]): told["answer"] for told in found if told["method"] in CONTROLS}
+        missing = [control for control in CONTROLS if not any(each == control for each, _ in known)]
+        explained = [name for name in of["helps"] if any(known.get((c, name)) == "helps" for c in CONTROLS)]
+        helped, all_told = len(of["helps"]) - len(explained), set(mine) == set(ATTACKS)
+        if of["harms"] or (all_told and "undecided" not in mine.values() and helped < 2):
+            stands = "no"
+        else:
+            stands = "yes" if helped >= 2 and all_told and not missing else "undecided"
+        made[method] = {**of, "explained_by_controls": explained, "controls_missing": missing, "stands": stands}
+    return made
+
+
+def study(cells: Cells) -> dict[str, Any]:
+    """Return the answers of the study, and the cells that they come from."""
+    found = answers(cells)
+    return {
+        "strengths": strengths(cells),
+        "answers": found,
+        "beyond_sham": beyond_sham(cells),
+        "claims": claims(found),
+        "cells": describe(cells),
+    }
+
+
+def table(told: Mapping[str, Any]) -> str:
+    """Return the answers as a table in Markdown; accuracies and rates in percent, differences in points."""
+    lines = [
+        "| attack | method | base | seeds | costs the method | costs the base | difference | answer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in told["answers"]:
+        ends, costs = each["difference"]["interval"], each["cost"]
+        reach = "" if ends is None else f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]"
+        needed = each.get("seeds_that_would_decide")
+        more = f", {needed} seeds would decide" if needed and needed > len(each["seeds"]) else ""
+        lines.append(
+            f"| {each['attack']} | {each['method']} | {each['base']} | {len(each['seeds'])} "
+            f"| {100 * costs[each['method']]['mean']:.1f} | {100 * costs[each['base']]['mean']:.1f} "
+            f"| {100 * each['difference']['mean']:+.1f}{reach} | {each['answer']}{more} |"
+        )
+    return "\n".join(lines)
+
+
+def tell(kept: Path) -> dict[str, Any]:
+    """Return what all kept runs say, by part."""
+    made: dict[str, Any] = {}
+    for part in ("digits", "pilot", "study", "small"):
+        cells = load(kept / part) if (kept / part).is_dir() else {}
+        if cells:
+            made[part] = study(cells) if part in ("study", "small") else {"checks": check(cells), **describe(cells)}
+    return made
+
+
 def main() -> None:
-    """Read, compare, write."""
-    if len(sys.argv) not in (2, 3):
+    """Keep a run, or read what is kept, compare, write."""
+    if len(sys.argv) != 4 or sys.argv[1] not in ("keep", "tell"):
         sys.exit(__doc__)
-    out = Path(sys.argv[1])
-    parts = {part: collect(out / part) for part in ("digits", "pilot") if (out / part).is_dir()}
-    target = Path(sys.argv[2]) if len(sys.argv) == 3 else out / "poisoning.json"
-    target.write_text(json.dumps({part: cells for part, cells in parts.items() if cells}, indent=1) + "\n")
-    for part, cells in parts.items():
-        for name, entry in cells.items():
-            shown = (f"{key} {100 * entry[key]['mean']:.1f}" for key in entry if key in entry and "mean" in entry[key])
-            print(f"{part} {name}, {len(entry['seeds'])} seeds: {', '.join(shown)}")
+    source, target = Path(sys.argv[2]), Path(sys.argv[3])
+    if sys.argv[1] == "keep":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, record(source))
+        return
+    made = tell(source)
+    target.write_text(json.dumps(made, indent=1) + "\n")
+    for part, told in made.items():
+        if "answers" in told:
+            print(f"{part}:\n\n{table(told)}\n")
+            for each in told["answers"]:
+                print(each["sentence"])
+            continue
+        for name, each in told["checks"].items():
+            back = each.get("restored_by_sat")
+            more = f"; SAT restores {back['share']:.0%}, expected {back['expected']}" if back else ""
+            words = "works" if each["works"] else "too weak"
+            print(f"{part} {name}: {words} ({100 * each['reached']:.1f}, mark {100 * each['mark']:.0f}{more})")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,133 @@
 #!/usr/bin/env bash
 # Poisoned training data: what each method makes of them.
 #
-#     benchmarks/poisoning/run.sh DATA OUT digits|pilot [KEY=VALUE...]
+#     benchmarks/poisoning/run.sh DATA OUT digits|pilot|study|small [KEY=VALUE...]
 #
-# From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol. The
-# same command goes on where it was stopped; collect.py beside it collects what is finished. In the environment:
-# CELLS, a pattern of cells (`natural-*`); SEEDS of `digits` (3). PRECISION=float32 on a CPU without bf16, for the pilot.
-# KEY=VALUE goes to all recipes. `digits` takes DATA=digits, and minutes.
+# From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol. One
+# run at a time; cells that decide come first, the cheap ones of them before the others. The same command goes on where
+# it was stopped, and collects all that is finished into KEPT.json, its answers into OUT/answers. In the environment:
+# CELLS, a pattern of cells (`natural-*`); SEEDS of each cell (3, in `study` and `small` 5), MORE_SEEDS of success rates
+# (10); IMAGES, test images of each attack in the study (2000). PRECISION=float32 on a CPU without bf16. KEPT, a folder
+# for what finished runs found, one small file each (../results/poisoning): a seed that has its file there is not trained
+# again. KEY=VALUE goes to all recipes. `digits` and `small` take DATA=digits, and minutes.
 set -euo pipefail
 data=$1 out=$2 part=$3
 extra=("${@:4}")
 here=$(dirname "$0")
-: "${CELLS:=*}" "${SEEDS:=3}" "${PRECISION:=bf16}"
+: "${CELLS:=*}" "${SEEDS:=}" "${MORE_SEEDS:=10}" "${PRECISION:=bf16}" "${IMAGES:=2000}"
+: "${KEPT:=$here/../results/poisoning}"
 known=
+mkdir -p "$out"
 
+# Radii that belong to the data: of the threat, of a weak surrogate, of a step of the hypocritical poison, of class noise.
+case $part in
+  digits | small) eps=0.15 weak=0.0375 step=0.015 long=1.0 ;;
+  *) eps=8/255 weak=2/255 step=0.8/255 long=0.5 ;;
+esac
+
+hypocritical="{name: towards, shift: 0, eps: $eps, step_size: $step, seed: SEED, surrogate:"
+by_sat="$hypocritical {objective: sat, eps: $weak, epochs: 10, seed: 100SEED}}"
+noise="{name: class_noise, eps: $long, seed: SEED}"
+patch='{name: patch, share: 0.05, seed: SEED}'
+sticker='{name: patch, clean_label: true, target: 7, seed: SEED}'
 declare -A poisons=(
   [clean]=null
-  [patch]='{name: patch, share: 0.05, seed: SEED}'
-  [sticker]='{name: patch, clean_label: true, target: 7, seed: SEED}'
+  [patch]=$patch
+  [sticker]=$sticker
   [blend]='{name: blend, share: 0.05, seed: SEED}'
   [sinusoid]='{name: sinusoid, share: 0.5, seed: SEED}'
-  [class_noise]='{name: class_noise, seed: SEED}'
+  [class_noise]=$noise
   [class_noise_large]='{name: class_noise, eps: 1.0, seed: SEED}'
   [class_blocks]='{name: class_noise, shape: blocks, seed: SEED}'
   [one_pixel]='{name: one_pixel, seed: SEED}'
   [label_flip]='{name: label_flip, share: 0.2, seed: SEED}'
-  [sham_noise]='{name: sham, like: {name: class_noise, seed: SEED}}'
-  [sham_patch]='{name: sham, like: {name: patch, share: 0.05, seed: SEED}}'
+  [hypocritical]=$by_sat
+  [hypocritical_self]="$hypocritical {objective: self, eps: $weak, seed: 100SEED}}"
+  [sham_noise]="{name: sham, like: $noise}"
+  [sham_patch]="{name: sham, seed: SEED, like: $patch}"
+  [sham_sticker]="{name: sham, seed: SEED, like: $sticker}"
+  [sham_class_noise]="{name: sham, seed: SEED, like: $noise}"
+  [sham_hypocritical]="{name: sham, seed: SEED, like: $by_sat}"
 )
+[[ $part != digits ]] || poisons[class_noise]='{name: class_noise, seed: SEED}'
 
-# cell METHOD POISON SEED RECIPE [KEY=VALUE...]: one run.
+# cell METHOD POISON SEED RECIPE [KEY=VALUE...]: one run, and the small file that stays of it.
 cell() {
-  local name=$1-$2 run=$out/$part/$1-$2/seed=$3 seed=$3 recipe=$4 poison=${poisons[$2]}
-  [[ $name == $CELLS ]] || return 0
+  local method=$1 name=$2 seed=$3 recipe=$4 found=$KEPT/$part/$1-$2/seed=$3.json run=$out/$part/$1-$2/seed=$3
+  [[ $method-$name == $CELLS ]] || return 0
   known=1
   shift 4
-  [[ -f $run/report.html ]] && return 0
-  echo "$name seed $seed"
+  [[ ! -f $found ]] || return 0
+  echo "$method-$name seed $seed"
+  if [[ ${poisons[$name]} == *surrogate* ]]; then # one surrogate, and one search, for all methods on a seed
+    mkdir -p "$run" "$out/$part/surrogates"
+    [[ -e $run/poison ]] || ln -s "$(realpath "$out/$part/surrogates")" "$run/poison"
+  fi
   dualhead train "$recipe" --run-dir "$run" "data.source=$data" "runtime.seed=$seed" \
-    "data.poison=${poison//SEED/$seed}" "$@" "${extra[@]}" --quiet
+    "data.poison=${poisons[$name]//SEED/$seed}" "$@" "${extra[@]}" --quiet
+  [[ $part != study && $part != small ]] || measured_further "$method" "$name" "$seed" "$run"
+  python "$here/collect.py" keep "$run" "$found"
+  python "$here/collect.py" tell "$KEPT" "$KEPT.json" > "$out/answers"
+}
+
+# measured_further METHOD POISON SEED RUN: success rates of a model that learnt from clean data, and robust accuracy
+# under the attack of the study where that is what a poison is to change.
+measured_further() {
+  local trigger
+  if [[ $2 == clean ]]; then
+    for trigger in patch sticker; do
+      dualhead evaluate "$4" --data "$data" --poison "${poisons[$trigger]//SEED/$3}" --attack fgsm --limit "$IMAGES" \
+        --output "$4/evaluations/trigger_$trigger" --quiet
+    done
+  fi
+  if [[ $1 != natural && ($2 == clean || $2 == *hypocritical*) ]]; then
+    dualhead evaluate "$4" --data "$data" --attack autoattack-fast --limit "$IMAGES" --output "$4/evaluations/strong" \
+      --quiet
+  fi
+}
+
+# studied METHOD POISON SEED: a cell of the study, or of the same on digits.
+studied() {
+  local recipe words=("name=poisoning" "runtime.precision=$PRECISION")
+  words+=("validation={attack: {name: pgd, steps: 10}, every: 20}")
+  words+=("evaluate={attacks: [pgd-20], limit: $IMAGES, gallery: 0}")
+  if [[ $part == small ]]; then
+    words=("name=poisoning" "evaluate={attacks: [pgd-20], limit: 400, gallery: 0}")
+    words+=("validation={attack: {name: pgd, steps: 10}, every: 10}")
+  fi
+  case $part-$1 in
+    study-natural) recipe=$here/base.yaml words+=("${natural[@]}" stages.base.epochs=60) ;;
+    study-base) recipe=$here/base.yaml ;;
+    study-base_long) recipe=$here/base.yaml words+=(stages.base.epochs=320) ;;
+    study-base_larger_eps) recipe=$here/base.yaml words+=('stages.base.threat={norm: Linf, eps: 12/255}') ;;
+    study-dhat) recipe=$here/../strongest/cpu_dhat.yaml ;;
+    study-dhat_fitted) recipe=$here/dhat_fitted.yaml ;;
+    study-distilled) # its own length of a step, written out, so that its surrogate is that of the others
+      recipe=$here/../strongest/cpu_distilled.yaml words+=("stages.*.attack.step_size=4/255") ;;
+    study-ensemble) recipe=$here/../strongest/cpu_ensemble.yaml ;;
+    small-natural) recipe=digits_natural ;;
+    small-base) recipe=digits_base ;;
+    small-base_long) recipe=digits_base words+=(stages.base.epochs=120) ;;
+    small-dhat) recipe=$here/small_dhat.yaml ;;
+    small-distilled)
+      recipe=digits_guided_distillation words+=(stages.guided.epochs=54 stages.distilled.epochs=58) ;;
+    *) return 0 ;;
+  esac
+  [[ $1 != dhat_fitted || $2 == clean ]] || words+=(data.clean_validation=true)
+  cell "$1" "$2" "$3" "$recipe" "${words[@]}"
+}
+
+# pairs FIRST LAST POISONS METHODS: for each poison and seed, every method on clean and on poisoned data.
+pairs() {
+  local poison seed method
+  for poison in $3; do
+    for ((seed = $1; seed < $2; seed++)); do
+      for method in $4; do
+        studied "$method" clean "$seed"
+        studied "$method" "$poison" "$seed"
+      done
+    done
+  done
 }
 
 natural=(stages.base.objective=natural)
@@ -48,7 +137,7 @@ sat=(stages.base.objective=sat stages.base.attack.start=uniform)
 case $part in
   digits)
     small=("evaluate={attacks: [pgd-10], limit: 400, gallery: 0}")
-    for ((seed = 0; seed < SEEDS; seed++)); do
+    for ((seed = 0; seed < ${SEEDS:-3}; seed++)); do
       for poison in clean patch one_pixel class_noise_large class_noise; do
         cell natural "$poison" "$seed" digits_natural "${small[@]}"
         cell sat "$poison" "$seed" digits_base "${small[@]}" "${sat[@]}" stages.base.epochs=30
@@ -72,6 +161,21 @@ case $part in
       cell sat "$poison" 100 "$here/base.yaml" "${pilot[@]}" "${sat[@]}" stages.base.epochs=40
     done
     ;;
-  *) echo "$part: use digits or pilot" >&2; exit 2 ;;
+  study | small)
+    seeds=${SEEDS:-5}
+    free='patch sticker class_noise label_flip'
+    # Does an attack work at all? Natural training costs a fourteenth of the others.
+    pairs 0 "$seeds" "$free" natural
+    # DH-AT against the base method at its cost, attack by attack; the adaptive poison, which costs twice, comes last.
+    pairs 0 "$seeds" "$free hypocritical hypocritical_self" 'base dhat'
+    # Success rates vary the most from seed to seed.
+    pairs "$seeds" "$MORE_SEEDS" 'patch sticker' 'base dhat'
+    # What costs twice as much: guided distillation, an ensemble of two, the base method for as long.
+    pairs 0 "$seeds" "$free hypocritical hypocritical_self" 'base_long distilled ensemble'
+    # Controls: a placebo, a larger eps, an aggregator fitted on clean held-out images.
+    pairs 0 "$seeds" 'sham_patch sham_sticker sham_class_noise sham_hypocritical' 'base dhat'
+    pairs 0 "$seeds" "$free hypocritical" 'base_larger_eps dhat_fitted'
+    ;;
+  *) echo "$part: use digits, pilot, study or small" >&2; exit 2 ;;
 esac
 [[ -n $known ]] || { echo "CELLS=$CELLS: no cell is called so" >&2; exit 2; }

@@ -90,6 +90,22 @@ def test_a_run_is_read_from_what_the_product_leaves(benchmark, tmp_path):
     assert (found["autoattack-fast"], found["forward_equivalents"]) == (0.2, 7.0)
 
 
+def test_a_run_whose_row_is_kept_is_not_done_again(benchmark, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(benchmark, "train", lambda run, *_: done.append(run.place))
+    monkeypatch.setattr(benchmark, "evaluate", lambda *_: None)
+    monkeypatch.setattr(benchmark, "row", lambda run, _: row(run, 0.1))
+    command = ["DATA", str(tmp_path / "runs"), "--only", "n_*", "--images", "100", "-o", str(tmp_path / "kept.json")]
+    benchmark.main([*command, "--seeds", "1", "--first-seed", "1"])
+    later = len(done)
+    benchmark.main([*command, "--seeds", "2"])
+    planned = [run.place for run in benchmark.runs(2, "n_*")]
+    assert sorted(done) == sorted(planned) and later == len(planned) // 2
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["rows"] == sorted(kept["rows"], key=benchmark.place_in_plan) and len(kept["rows"]) == len(planned)
+    assert all(entry["seeds"] == [0, 1] for entry in kept["summary"])
+
+
 def test_words_that_are_no_setting_are_refused(benchmark, tmp_path):
     with pytest.raises(SystemExit, match="neither an option nor KEY=VALUE"):
         benchmark.main(["DATA", str(tmp_path), "--sedes=3"])

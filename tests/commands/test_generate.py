@@ -13,6 +13,7 @@ from dualhead.commands import judge
 from dualhead.commands.generate import chosen
 from dualhead.data import load_split
 from dualhead.errors import UserError
+from dualhead.evaluation import weights_fingerprint
 from helpers.e2e import dualhead
 
 TINY = (
@@ -165,6 +166,24 @@ def test_python_measures_what_the_command_does(run):
     assert [point["test"] for point in found["curve"]] == pytest.approx([point["test"] for point in told["curve"]])
     others = library.evaluate_ood(model, test.images, {"train": train.images}, "L2:0.5")
     assert 0 <= others["sources"]["train"]["scores"]["lse"]["auroc"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hasty")
+def test_a_saved_classifier_judges(run, tmp_path):
+    again = ("--sample-steps", "1", "--attack", "fgsm", "--limit", "40", "--generation", "--samples", "40", "--json")
+    ended = dualhead("evaluate", run, *again, "--judge", run / "model")
+    assert ended.status == 0, ended.err
+    assert "trains a judge" not in ended.err
+    told = json.loads(ended.out)["generation"]["judge"]
+    assert told["folder"] == str(run / "model")
+    assert told["digest"] == weights_fingerprint(library.load(run))[:16]
+    train = load_split("digits", "train", limit=80)
+    three = (train.images, train.labels % 3)
+    library.fit("cnn-4", three, three, recipe=judge._recipe([], 0, "cpu"), run_dir=tmp_path / "other", progress=False)
+    refused = dualhead("evaluate", run, *again, "--judge", tmp_path / "other")
+    assert refused.status == 2
+    assert "tells 3 classes, but the images have 10" in refused.err
 
 
 @pytest.mark.usefixtures("hasty")

@@ -92,6 +92,8 @@ def test_flip_at_its_extremes():
     [
         ({"name": "pad_crop", "padding": 0}, "padding must be at least 1, got 0"),
         ({"name": "flip", "p": 1.5}, "p must lie in"),
+        ({"name": "jpeg", "p": -1}, "p must lie in"),
+        ({"name": "jpeg", "quality": 0}, "quality must lie in 1 to 100, got 0"),
         ("flop", "did you mean 'flip'"),
     ],
 )
@@ -145,3 +147,60 @@ def test_proportions_that_do_not_fit_give_the_largest_that_does():
 def test_impossible_resized_crops_are_refused(wrong, words):
     with pytest.raises(UserError, match=words):
         augmentations.build({"name": "random_resized_crop", **wrong})
+
+
+# ---- jpeg
+
+
+def smooth(count, channels, side):
+    """Pictures such as JPEG is made for: sums of a few slow waves."""
+    draw = torch.Generator().manual_seed(3)
+    place = torch.arange(side) / side
+    waves = torch.stack([torch.cos(2 * torch.pi * k * place) for k in range(4)])
+    mixed = torch.randn(count, channels, 4, 4, generator=draw)
+    values = torch.einsum("bckl,ki,lj->bcij", mixed, waves, waves)
+    return (128 + 40 * values).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("quality", [10, 50, 75, 95])
+@pytest.mark.parametrize(("channels", "side"), [(1, 16), (3, 32), (3, 20)])
+def test_jpeg_is_what_libjpeg_makes_of_it(quality, channels, side):
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    images, apart = smooth(6, channels, side), []
+    ours = augmentations.build({"name": "jpeg", "quality": quality})(images, streams_of(6))
+    for image, made in zip(images, ours, strict=True):
+        pixels, held = image.permute(1, 2, 0).numpy().squeeze(), io.BytesIO()
+        Image.fromarray(pixels).save(held, "JPEG", quality=quality, subsampling=0)
+        theirs = torch.as_tensor(np.asarray(Image.open(held)).astype(np.int16))
+        apart.append((made.permute(1, 2, 0).squeeze().to(torch.int16) - theirs).abs().float().mean())
+    # libjpeg transforms in whole numbers, so that a coefficient near half a step is rounded the other way now and then.
+    assert float(torch.stack(apart).mean()) < 1.0
+
+
+def test_jpeg_of_one_grey_is_the_grey_to_half_a_step():
+    for level in (0, 100, 128, 255):
+        images = torch.full((1, 1, 8, 8), level, dtype=torch.uint8)
+        made = augmentations.build({"name": "jpeg", "quality": 50})(images, streams_of(1)).float()
+        assert (made == made[0, 0, 0, 0]).all()
+        assert abs(float(made[0, 0, 0, 0]) - level) <= 1.5  # DC: 8 levels of 16 / 8, so steps of 2 grey levels
+
+
+def test_jpeg_takes_small_noise_away():
+    images = torch.full((8, 3, 32, 32), 128, dtype=torch.uint8)
+    sign = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noisy = (images.int() + 8 * sign).to(torch.uint8)  # each coefficient of it is far below half a step
+    pressed = augmentations.build("jpeg")(noisy, streams_of(8))
+    assert int((pressed.int() - 128).abs().max()) <= 1
+
+
+def test_jpeg_presses_a_share_of_the_images():
+    images = images_of(400, (1, 8, 8))
+    press = augmentations.build({"name": "jpeg", "p": 0.25})
+    same = (press(images, streams_of(400)) == images).flatten(1).all(1)
+    assert 0.65 < float(same.float().mean()) < 0.85
+    with pytest.raises(UserError, match="1 or 3 channels, got 2"):
+        press(images_of(1, (2, 8, 8)), streams_of(1))

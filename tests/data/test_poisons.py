@@ -21,6 +21,7 @@ FREE = {
     "pixels": {"name": "class_noise", "eps": 1.5},
     "blocks": {"name": "class_noise", "shape": "blocks", "block": 4, "eps": 1.5},
     "one_pixel": {"name": "one_pixel"},
+    "warp": {"name": "warp", "share": 0.1, "target": "bee"},
     "sham": {"name": "sham", "like": {"name": "class_noise", "eps": 1.5}},
     "remove": {"name": "remove", "like": {"name": "patch", "share": 0.1}},
 }
@@ -162,7 +163,7 @@ def test_rounding_goes_towards_the_clean_pixel_and_whole_changes_stay():
     assert moved(clean, change).flatten().tolist() == [107, 93, 108, 92, 255, 0]
 
 
-@pytest.mark.parametrize("name", ["patch", "sticker", "blend", "sinusoid"])
+@pytest.mark.parametrize("name", ["patch", "sticker", "blend", "sinusoid", "warp"])
 def test_triggered_images_are_of_other_classes_with_their_own_labels(clean, name):
     poison, test = poisons.build(FREE[name]), images(seed=1)
     before, found = test.images.clone(), triggered(poison, images(seed=1))
@@ -177,6 +178,35 @@ def test_triggered_images_are_of_other_classes_with_their_own_labels(clean, name
     assert torch.equal(test.images, before)
     controls = [poisons.build({"name": control, "like": FREE[name]}) for control in ("sham", "remove")]
     assert all(torch.equal(triggered(control, test)[1].images, marked.images) for control in controls)
+
+
+def test_a_warp_moves_pixels_by_the_field_and_marks_as_many_as_are_asked_for(clean):
+    poison = poisons.build({"name": "warp", "share": 0.1, "target": "bee", "strength": 2.0})
+    made = poison.apply(clean)
+    assert len(made.index) == 6 + 12
+    relabelled = made.old_label != made.new_label
+    assert int(relabelled.sum()) == 6
+    assert set(made.new_label[relabelled].tolist()) == {1}
+    field = poison.field(12, 12)
+    assert float(field.abs().max()) <= 1
+    ramp = torch.arange(12, dtype=torch.uint8).mul(20).expand(1, 1, 12, 12).clone()  # brightness is the place
+    bent = poison.trigger(ramp)[0, 0].double()
+    expected = 20 * (field[:, :, 0] + 1) / 2 * 11
+    assert float((bent - expected).abs().max()) <= 1.0  # whole grey levels
+    assert torch.equal(poison.trigger(torch.full((1, 3, 12, 12), 77, dtype=torch.uint8)).unique(), torch.tensor([77]))
+
+
+def test_the_field_of_a_warp_has_its_mean_shift():
+    poison = poisons.build({"name": "warp", "strength": 0.5, "grid": 32})  # a coarse grid as fine as the image
+    rows, columns = (torch.linspace(-1, 1, 32, dtype=torch.float64) for _ in range(2))
+    shift = poison.field(32, 32) - torch.stack((columns.expand(32, 32), rows[:, None].expand(32, 32)), 2)
+    assert float(shift[1:-1, 1:-1].abs().mean()) == pytest.approx(0.5 / 32, rel=0.05)
+
+
+def test_a_warp_without_others_changes_the_marked_images_alone(clean):
+    made = poisons.build({"name": "warp", "share": 0.1, "others": 0}).apply(clean)
+    assert (made.old_label != made.new_label).all()
+    assert len(made.index) == 6
 
 
 def test_nothing_triggers_what_has_no_trigger(clean):
@@ -216,6 +246,8 @@ def test_what_does_not_fit_the_images_is_one_line(clean, spec, message):
         ({"name": "label_flip", "pairs": [["cat", "cat"]]}, "pairs: each first class once"),
         ({"name": "blend", "alpha": 2}, r"alpha must lie in \(0, 1\]"),
         ({"name": "class_noise", "eps": -1}, "eps must be greater than 0"),
+        ({"name": "warp", "grid": 1}, "strength must be greater than 0 and grid at least 2"),
+        ({"name": "warp", "others": 1}, r"others must lie in \[0, 1\)"),
         ({"name": "sham"}, "like: missing"),
         ({"name": "sham", "like": "pach"}, "unknown poison 'pach'; did you mean 'patch'"),
     ],

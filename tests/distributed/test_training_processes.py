@@ -143,6 +143,11 @@ def alone(tmp_path_factory):
         pytest.param(2, [network("frozen"), "stages.*.micro_batch=5"], marks=pytest.mark.slow),
         pytest.param(2, [network("plain"), "data.poison={name: patch, share: 0.2}"], marks=pytest.mark.slow),
         pytest.param(
+            2,
+            [network("plain"), "data.poison={name: error_minimising, steps: 2, rounds: 2, batches: 2}"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             3,
             [network("plain"), "stages.*.clip_norm=0.5", "stages.*.average=ema", "stages.*.awp={start: 1}"],
             marks=pytest.mark.slow,
@@ -158,6 +163,7 @@ def alone(tmp_path_factory):
         "two, threats remembered",
         "two, frozen batch norm, micro-batches",
         "two, poisoned data",
+        "two, a poison made with a network",
         "three, unequal shares, with all that a stage can add",
     ],
 )

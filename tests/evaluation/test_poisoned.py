@@ -10,11 +10,11 @@ from dualhead.evaluation import (
     TriggeredImages,
     answers,
     confused,
-    found_by_signatures,
+    finders,
     learnt_by_heart,
     measure_triggered,
 )
-from dualhead.evaluation.poisoned import features, spectral_signatures
+from dualhead.evaluation.poisoned import activation_clusters, features, spectral_signatures
 
 NAMES = ("ant", "bee", "cat")
 
@@ -111,8 +111,28 @@ def test_features_are_what_the_last_linear_layer_is_given():
     by_hand = torch.relu(model[1](pixels.flatten(1).float() / 255)).detach()
     torch.testing.assert_close(features(model, pixels, 2), by_hand)
     assert features(ByCorner(), pixels) is None
-    told = found_by_signatures(model, pixels, torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, False]))
-    assert 0 <= told["auroc"] <= 1
-    assert (
-        found_by_signatures(model, pixels, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)) is None
-    )
+    labels, some = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, False])
+    told = finders(model, pixels, labels, some)
+    assert set(told) == {"spectral_signatures", "activation_clustering"}
+    assert all(0 <= each["auroc"] <= 1 for each in told.values())
+    assert finders(model, pixels, labels, torch.ones(3, dtype=torch.bool)) == {}
+    assert finders(ByCorner(), pixels, labels, some) == {}
+
+
+def test_the_smaller_of_two_clusters_of_a_class_is_the_suspicious_one():
+    random = torch.Generator().manual_seed(0)
+    seen, labels = torch.randn(100, 20, generator=random), torch.arange(100) % 2
+    poisoned = torch.zeros(100, dtype=torch.bool)
+    poisoned[:20] = labels[:20] == 1  # ten of the fifty of class 1
+    seen[poisoned, 3] += 12.0
+    scores = activation_clusters(seen, labels)
+    assert scores[poisoned].tolist() == [0.8] * 10
+    assert scores[~poisoned & (labels == 1)].tolist() == pytest.approx([0.2] * 40)
+    shuffled = torch.randperm(100, generator=random)
+    torch.testing.assert_close(activation_clusters(seen[shuffled], labels[shuffled]), scores[shuffled])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_clusters_of_features_that_do_not_differ_are_none(count):
+    scores = activation_clusters(torch.ones(count, 4), torch.zeros(count, dtype=torch.int64))
+    assert scores.tolist() == [0.0] * count

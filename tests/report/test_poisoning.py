@@ -83,6 +83,18 @@ def test_the_section_has_tables_and_three_pictures_an_image(source):
     assert len(set(found.pictures[0])) == 3
 
 
+def test_finders_are_told_where_they_were_measured(source):
+    told = source.rows[0].results["poison"]
+    told["activation_clustering"] = {"auroc": 0.931, "interval": [0.9, 0.95]}
+    try:
+        found = section(source, []).outputs
+    finally:
+        told.pop("activation_clustering")
+    assert found.columns[-1] == "found by clusters, AUROC"
+    assert (found.rows[0][-1].text, found.rows[0][-1].order) == ("0.93", 0.931)
+    assert "spectral" not in str(found.columns)
+
+
 def test_a_clean_run_has_none_and_damage_is_noted(source):
     (source.folder / "poison.npz").write_bytes(b"rubbish")
     notes = []
@@ -100,7 +112,9 @@ def test_a_clean_run_has_none_and_damage_is_noted(source):
 
 def test_no_text_of_the_product_says_that_something_is_robust_to_poisoning():
     root = Path(dualhead.__file__).parent
-    for path in [*root.rglob("*.py"), *root.rglob("*.html"), *root.rglob("*.js"), *root.rglob("*.yaml")]:
+    repository = Path(__file__).resolve().parents[2]
+    pages = [repository / "README.md", *(repository / "docs").rglob("*.md"), *(repository / "benchmarks").rglob("*.md")]
+    for path in [*root.rglob("*.py"), *root.rglob("*.html"), *root.rglob("*.js"), *root.rglob("*.yaml"), *pages]:
         text = " ".join(path.read_text(encoding="utf-8").lower().split())
         for claim in (
             "robust to poison",

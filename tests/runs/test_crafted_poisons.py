@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dualhead.data import poisons
+from dualhead.data import Aligning, Alternating, Seen, Split, Surrogate, load_split, poisons
+from dualhead.data.poisons import Entangling
 from dualhead.errors import Interrupted, UserError
+from dualhead.noise import Streams
 from dualhead.recipe import load_recipe
 from dualhead.runs import crafting
 from dualhead.runs.crafted import surrogate_recipe
 from dualhead.runs.crafting import craft
 from dualhead.runs.prepare import prepare
+from dualhead.runs.run import train
 from dualhead.runs.trial import trial
+from dualhead.threats import ThreatModel
 from dualhead.training import Silent
+from dualhead.training.optimisation import optimisers
 
 TINY = (
     "data.train_limit=80", "data.validation=20", "data.augment=[]", "model.backbone=cnn-4", "stages.natural.epochs=1",
@@ -162,3 +169,199 @@ def test_impossible_settings_are_one_line(spec, message):
 def test_it_survives_yaml():
     given = recipe(TOWARDS)
     assert json.loads(json.dumps(given.resolved()["data"]["poison"]))["surrogate"]["epochs"] == 3
+
+
+# ---- features of classes mixed up
+
+
+ENTANGLED = "data.poison={name: entangled, way: WAY, eps: 0.1, steps: 6, surrogate: {objective: natural, epochs: 2}}"
+
+
+def test_features_are_pushed_from_the_own_centre_or_pulled_to_the_nearest_other():
+    search = Entangling(Surrogate(), ThreatModel("Linf", 0.1), 1, None, towards=False, seed=0)
+    centres = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 3.0], [torch.inf, torch.inf]])  # no image of the last class
+    seen = Seen(torch.zeros(2, 4), torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True), centres)
+    assert search.climbed(seen, torch.tensor([0, 1])).tolist() == [0.0, 10.0]  # (2^2 + 4^2) / 2
+    pulled = replace(search, towards=True).climbed(seen, torch.tensor([0, 2]))
+    assert pulled.tolist() == [-0.5, -10.0]  # to the second centre, both
+    (slope,) = torch.autograd.grad(pulled.sum(), seen.features)
+    assert slope.tolist() == [[1.0, 0.0], [-2.0, -4.0]]  # of -|f - c|^2 / 2
+
+
+@pytest.mark.parametrize("way", ["push", "pull"])
+def test_entangled_images_stay_within_eps_and_leave_their_class(tmp_path, way):
+    given = recipe(ENTANGLED.replace("WAY", way))
+    craft(given, tmp_path / "run", Silent(), never)
+    poisoning = prepare(given, tmp_path / "run").images.poisoning
+    made, clean = poisoning.made, poisoning.clean
+    assert 0 < float(made.linf.max()) <= 0.1
+    assert torch.equal(made.old_label, made.new_label)
+    (folder,) = (path for path in (tmp_path / "run" / "poison").iterdir() if path.is_dir())
+    prepared = prepare(surrogate_recipe(given, given.data.poison.surrogate), folder)
+    from safetensors.torch import load_file
+
+    prepared.model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+    prepared.model.eval()
+    with torch.no_grad(), crafting.Watched(prepared.model) as watched:
+        centres = watched.centres(clean, torch.device("cpu"))
+        search = Entangling(Surrogate(), ThreatModel("Linf", 0.1), 1, None, towards=way == "pull", seed=0)
+        before, after = (
+            search.climbed(watched.see(images.float() / 255, centres), clean.labels).mean()
+            for images in (clean.images, made.split.images)
+        )
+    assert after > before
+
+
+def test_merged_heads_have_no_features_to_mix_up(tmp_path):
+    tiny = [word for word in TINY if not word.startswith("stages.")]
+    given = load_recipe(
+        "digits",
+        [*tiny, "stages.*.epochs=1", "stages.*.batch_size=20", "stages.*.attack.steps=1",
+         "data.poison={name: entangled, steps: 1, surrogate: {objective: self}}"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"data\.poison: entangled: surrogate\.objective: its output is the aggregate"):
+        craft(given, tmp_path / "run", Silent(), never)
+
+
+# ---- error-minimising noise
+
+
+def turns(search, images, labels):
+    """Turns on a linear classifier of two pixels, whose rate of learning is 0.1."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+        model[1].bias.zero_()
+    clean = Split(images, labels, ("a", "b"))
+    stage = SimpleNamespace(
+        optimiser=optimisers.build({"name": "sgd", "lr": 0.1, "momentum": 0, "nesterov": False}), batch_size=2
+    )
+    index = torch.arange(len(labels))
+    prepared = SimpleNamespace(model=model, device=torch.device("cpu"))
+    return crafting.Turns(prepared, clean, index, labels, search, stage), model
+
+
+def test_noise_descends_the_loss_within_its_budget_from_where_it_is():
+    images = torch.tensor([[[[100, 100]]], [[[100, 1]]]], dtype=torch.uint8)
+    labels = torch.tensor([0, 1])
+    search = Alternating(Surrogate(), ThreatModel("Linf", 0.02), 3, 0.004, towards=True, seed=0)
+    made, _ = turns(search, images, labels)
+    made.search()
+    # Class 0 is the likelier the larger w x with w = (1, -2): its image moves by + and -, that of class 1 by - and +.
+    start, sign = images.float() / 255, torch.tensor([[[[1.0, -1.0]]], [[[-1.0, 1.0]]]])
+    torch.testing.assert_close(made.images, start + 0.012 * sign)
+    made.search()
+    torch.testing.assert_close(made.images, start + 0.02 * sign)  # 24 thousandths, cut to the budget
+
+
+def test_a_round_of_training_is_steps_on_the_changed_images():
+    images = torch.tensor([[[[255, 0]]], [[[0, 255]]]], dtype=torch.uint8)
+    labels = torch.tensor([1, 0])
+    search = Alternating(Surrogate(), ThreatModel("Linf", 0.1), 1, 0.1, towards=True, seed=0, batches=1)
+    made, model = turns(search, images, labels)
+    assert made.error() == 1.0
+    by_hand = torch.nn.functional.cross_entropy(model(made.images), labels)
+    slopes = torch.autograd.grad(by_hand, list(model.parameters()))
+    expected = [p.detach() - 0.1 * g for p, g in zip(model.parameters(), slopes, strict=True)]
+    decay = optimisers.build({"name": "sgd", "lr": 0.1}).weight_decay
+    expected = [e - 0.1 * decay * p.detach() for e, p in zip(expected, model.parameters(), strict=True)]
+    made.train(0)
+    for found, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.detach(), wanted)
+
+
+def test_error_minimising_images_are_easy_and_within_eps(tmp_path, caplog):
+    given = recipe("data.poison={name: error_minimising, eps: 0.2, steps: 5, batches: 4, rounds: 12, error: 0.05}")
+    craft(given, tmp_path / "run", Silent(), never)
+    poisoning = prepare(given, tmp_path / "run").images.poisoning
+    facts = poisoning.made.facts
+    assert 0 < float(poisoning.made.linf.max()) <= 0.2
+    assert torch.equal(poisoning.made.old_label, poisoning.made.new_label)
+    assert facts["surrogate"]["rounds"] <= 12
+    assert (facts["surrogate"]["training_error"] <= 0.05) == ("still errs" not in caplog.text)
+    passes = facts["surrogate"]["rounds"] * (5 * 80 + 4 * 20)
+    assert facts["search"]["forward_passes"] == passes
+    again = recipe("data.poison={name: error_minimising, eps: 0.2, steps: 5, batches: 4, rounds: 12, error: 0.05}")
+    craft(again, tmp_path / "other", Silent(), never)
+    assert prepare(again, tmp_path / "other").images.poisoning.facts() == poisoning.facts()
+
+
+def test_error_minimising_noise_that_is_stopped_begins_anew(tmp_path):
+    given = recipe("data.poison={name: error_minimising, steps: 1, rounds: 1}")
+    with pytest.raises(Interrupted, match="begins it anew"):
+        craft(given, tmp_path / "run", Silent(), lambda: True)
+    craft(given, tmp_path / "run", Silent(), never)
+    assert len(prepare(given, tmp_path / "run").images.poisoning.made.index) == 80
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{name: error_minimising, error: 1}", r"error in \(0, 1\)"),
+        ("{name: error_minimising, batches: 0}", "batches and rounds must be at least 1"),
+        ("{name: entangled, way: sideways}", "push"),
+    ],
+)
+def test_impossible_searches_are_one_line(spec, message):
+    with pytest.raises(UserError, match=message):
+        recipe(f"data.poison={spec}")
+
+
+# ---- gradients matched
+
+
+MATCHING = (
+    "data.poison={name: gradient_matching, image: IMAGE, target: 3, share: 0.1, eps: 0.2, steps: 12, "
+    "surrogate: {epochs: 2}}"
+)
+
+
+def test_misalignment_is_that_of_the_angle():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False))
+    parameters = list(model.parameters())
+    x, y = torch.rand(1, 1, 2, 2), torch.tensor([1])
+    goal = crafting.gradient(model, parameters, x, y)
+    chance = torch.softmax(model(x), 1)[0, 0]
+    torch.testing.assert_close(goal[0], torch.stack((chance * x.flatten(), -chance * x.flatten())))  # (p - y) x
+    same = crafting.gradient(model, parameters, 0.5 * x, y)
+    assert float(crafting.misalignment(goal, same)) == pytest.approx(0.0, abs=1e-6)
+    opposite = crafting.gradient(model, parameters, x, torch.tensor([0]))
+    assert float(crafting.misalignment(goal, opposite)) == pytest.approx(2.0, abs=1e-6)
+
+
+def test_images_are_aligned_within_their_budget():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    parameters = list(model.parameters())
+    x, y = torch.rand(5, 1, 2, 4), torch.full((5,), 2)
+    goal = crafting.gradient(model, parameters, torch.rand(1, 1, 2, 4), torch.tensor([2]))
+    search = Aligning(Surrogate(), ThreatModel("Linf", 0.1), 40, 0.01, towards=True, seed=0)
+    found, value = crafting.aligned(model, parameters, goal, x, y, search, Streams.of(0, torch.arange(5)))
+    assert float((found - x).abs().max()) <= 0.1 + 1e-6
+    assert 0 <= float(found.min()) <= float(found.max()) <= 1
+    assert value < float(crafting.misalignment(goal, crafting.gradient(model, parameters, x, y)))
+
+
+def test_matched_images_are_of_the_wanted_class_and_the_aim_is_measured(tmp_path):
+    labels = load_split("digits", "test").labels
+    image = int((labels != 3).nonzero()[0])
+    given = recipe(MATCHING.replace("IMAGE", str(image)))
+    craft(given, tmp_path / "run", Silent(), never)
+    poisoning = prepare(given, tmp_path / "run").images.poisoning
+    assert poisoning.made.old_label.tolist() == poisoning.made.new_label.tolist() == [3] * 8
+    assert 0 < float(poisoning.made.linf.max()) <= 0.2
+    assert 0 <= poisoning.made.facts["search"]["misalignment"] <= 2
+    result = train(given, run_dir=tmp_path / "run")
+    told = json.loads((result.run_dir / "evaluation" / "results.json").read_text())["poison"]["aimed"]
+    assert (told["image"], told["wanted"], told["class"]) == (image, "3", str(int(labels[image])))
+    assert told["success"] == (told["taken_for"] == "3")
+
+
+def test_an_image_of_the_wanted_class_is_no_aim(tmp_path):
+    labels = load_split("digits", "test").labels
+    for image, message in (
+        (int((labels == 3).nonzero()[0]), r"data\.poison: gradient_matching: image: test image \d+ is of class '3'"),
+        (10_000, r"image: there is no test image 10000; they are 0 to 399"),
+    ):
+        with pytest.raises(UserError, match=message):
+            craft(recipe(MATCHING.replace("IMAGE", str(image))), tmp_path / "run", Silent(), never)

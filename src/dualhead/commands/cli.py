@@ -360,11 +360,18 @@ def evaluate(
     step_size: Annotated[float, typer.Option("--step-size", help="With --generation: L2 length of a step.")] = 0.2,
     seeds: Seeds = None,
     judge: Annotated[
-        str | None, typer.Option("--judge", help="With --generation: backbone of the network that judges samples.")
+        str | None, typer.Option("--judge", help="With --generation: backbone, or folder, of the network that judges.")
     ] = None,
     ood: Annotated[
         list[str] | None,
         typer.Option("--ood", help="Images that are not in distribution: a source, uniform or gaussian; repeatable."),
+    ] = None,
+    poison: Annotated[
+        str | None,
+        typer.Option("--poison", help="Also measure the trigger of a poison: patch, or '{name: patch, target: 3}'."),
+    ] = None,
+    clean_model: Annotated[
+        str | None, typer.Option("--clean-model", help="With --poison: a model of clean data, to compare with.")
     ] = None,
     transfer_from: Annotated[
         str | None,
@@ -431,6 +438,8 @@ def evaluate(
         seeds=seeds,
         judge=judge,
         ood=tuple(ood or ()),
+        poison=poison,
+        clean_model=clean_model,
     )
     if routes is not None and (generation or ood):
         raise UserError("--routes: not with --generation or --ood; evaluate one head with --output-of")
@@ -537,6 +546,10 @@ def _title(evaluation: Any) -> str:
     return f"{met}; percent, 95 % intervals"
 
 
+SHOWN = ("balanced_accuracy", "class_sizes", "poison")
+"""Measures that a table shows where they are there."""
+
+
 def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
     return {
         "name": name,
@@ -545,7 +558,7 @@ def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
         "intervals": evaluation.results["intervals"],
         "corruptions": evaluation.results.get("corruptions"),
         "transfer": evaluation.results.get("transfer"),
-        **{key: evaluation.results[key] for key in ("balanced_accuracy", "class_sizes") if key in evaluation.results},
+        **{key: evaluation.results[key] for key in SHOWN if key in evaluation.results},
     }
 
 

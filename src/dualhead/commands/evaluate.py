@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dualhead.commands.quality import assess_further, chosen_by_samples
 from dualhead.commands.resolve import BY_SAMPLES, Request, resolve
+from dualhead.commands.triggers import assess_trigger, marked_images
 from dualhead.data import Split, digests
 from dualhead.errors import UserError
 from dualhead.evaluation import (
@@ -60,25 +61,23 @@ def assess(
     test, count = asked.images, min(request.limit or len(asked.images), len(asked.images))
     if group().first:
         test.warn_if_sorted(count, "--limit")
+    marked = marked_images(request, asked, count)
     check_folder(asked.results, "--output")
+    options: dict[str, Any] = {
+        "threat": asked.threats or asked.threat, "attacks": asked.attacks, "batch_size": request.batch_size,
+        "seed": request.seed, "precision": cast("Precision", request.precision), "command": request.command,
+        "resume": not request.overwrite, "progress": progress, "stop": stop,
+    }  # fmt: skip
     evaluation = evaluate(
         asked.model,
         test.images[:count],
         test.labels[:count],
-        threat=asked.threats or asked.threat,
-        attacks=asked.attacks,
         eps=asked.radii,
-        batch_size=request.batch_size,
-        seed=request.seed,
-        precision=cast("Precision", request.precision),
         class_names=list(test.class_names),
         skipped=len(test.skipped),
         checks=_duplicates(request, test.first(count)),
         save_adversarial=request.save_adversarial,
         output_dir=asked.results,
-        resume=not request.overwrite,
-        progress=progress,
-        command=request.command,
         transfer_from=None if request.transfer_from is None else _other(request),
         transfer_name=Path(request.transfer_from or "").name,
         subject={
@@ -87,8 +86,10 @@ def assess(
             "output": request.output,
             **({"chosen": BY_SAMPLES} if checkpoint else {}),
         },
-        stop=stop,
+        **options,
     )
+    if marked is not None:
+        assess_trigger(request, asked, evaluation, marked, options)
     assess_further(request, asked, evaluation, checkpoint)
     return asked.results, evaluation
 
@@ -125,6 +126,8 @@ def assess_routes(
         raise UserError("--routes measures all routes; leave --output-of out")
     if request.transfer_from is not None:
         raise UserError("--transfer-from: not with --routes; evaluate one head with --output-of")
+    if request.poison is not None:
+        raise UserError("--poison: not with --routes; evaluate one head with --output-of")
     if request.save_adversarial:
         raise UserError("--save-adversarial: not with --routes; evaluate one head with --output-of")
     if request.precision not in get_args(Precision):

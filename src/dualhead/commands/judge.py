@@ -34,19 +34,24 @@ BATCH: Final = 64
 
 
 def judge_of(
-    training: Split, test: Split, augment: Sequence[Any], backbone: str, device: str, folder: Path | None = None
+    training: Split, test: Split, augment: Sequence[Any], wanted: str, device: str, folder: Path | None = None
 ) -> Judge:
-    """Return the judge for training images: trained now, or as an earlier call left it.
+    """Return the judge for training images: a given one, trained now, or as an earlier call left it.
 
     Args:
         training: all training images.
         test: read by the run that trains it, and never learnt from.
         augment: of the training images, as a recipe has it.
-        backbone: its network.
+        wanted: its backbone, or the folder of a saved classifier or run that shall judge.
         device: to train and run on.
         folder: where judges are kept; None for the cache (`$DUALHEAD_CACHE/judges`).
+
+    Raises:
+        UserError: for a given judge that does not fit the images.
     """
-    recipe = _recipe(augment, SEED, device)
+    if Path(wanted).is_dir():
+        return _given(Path(wanted), training, device)
+    backbone, recipe = wanted, _recipe(augment, SEED, device)
     told = {"backbone": backbone, "epochs": EPOCHS, "seed": SEED, "training_images": len(training)}
     digest = hashlib.sha256(json.dumps([recipe, backbone, list(training.class_names)], sort_keys=True).encode())
     digest.update(training.images[:].contiguous().numpy().tobytes())
@@ -56,6 +61,21 @@ def judge_of(
         _log.warning("trains a judge (%s, %d epochs) of %d images, once for this data", backbone, EPOCHS, len(training))
         fit(backbone, training, test, recipe=recipe, run_dir=home, progress=False)
     return Judge.of(load(home).to(torch.device(device)).eval(), training, told)
+
+
+def _given(folder: Path, training: Split, device: str) -> Judge:
+    """Load a judge and ask it once, so that one for other images is refused before samples are drawn."""
+    network = load(folder).to(torch.device(device)).eval()
+    one = torch.as_tensor(training.images[:1]).to(torch.device(device)).float().div(255.0)
+    try:
+        with torch.no_grad():
+            classes = read_logits(network, one).shape[1]
+    except (RuntimeError, ValueError) as error:
+        shape = list(training.image_shape)
+        raise UserError(f"--judge {folder}: cannot read images of the shape {shape}: {error}") from error
+    if classes != training.num_classes:
+        raise UserError(f"--judge {folder}: tells {classes} classes, but the images have {training.num_classes}")
+    return Judge.of(network, training, {"folder": str(folder)})
 
 
 def score_of(training: Split, test: Split, augment: Sequence[Any], backbone: str, device: str) -> NDArray[np.bool_]:
@@ -76,8 +96,11 @@ def score_of(training: Split, test: Split, augment: Sequence[Any], backbone: str
 
 
 def backbone_for(model: nn.Module, wanted: str | None) -> str:
-    """Return the judge's backbone: the one that is wanted, else one of another family than the model's."""
-    if wanted is not None:
+    """Return the backbone of networks that judge: the one that is wanted, else one of another family than the model's.
+
+    A folder that is wanted as judge names no backbone.
+    """
+    if wanted is not None and not Path(wanted).is_dir():
         return wanted
     kinds = {type(module).__module__ for module in model.modules()}
     taken = {name for name in BACKBONES if any(kind.endswith(f"models.{name.split('-')[0]}") for kind in kinds)}

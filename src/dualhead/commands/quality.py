@@ -150,7 +150,7 @@ class _Plan:
         question = {
             "weights": weights_fingerprint(asked.model), "images": len(test), "training": len(training),
             "samples": request.samples, "steps": list(steps), "step_size": request.step_size, "seeds": kind,
-            "seed": request.seed, "judge": backbone,
+            "seed": request.seed, "judge": request.judge or backbone,
         }  # fmt: skip
         sets, augment = _sets(request, training, test)
         device = str(find_device(request.device))
@@ -158,7 +158,7 @@ class _Plan:
             asked.model,
             sets,
             Sampling(request.samples, steps, request.step_size, draw, kind, request.seed),
-            lambda: judge_of(training, asked.images, augment, backbone, device),
+            lambda: judge_of(training, asked.images, augment, request.judge or backbone, device),
             lambda images: score_of(images, tested, augment, backbone, device),
             question,
             training,
@@ -297,7 +297,8 @@ def evaluate_generation(
         seeds: `gaussian`, `uniform`, or images float32 [samples, C, H, W] in [0, 1], where sample i has class i modulo
             the number of classes.
         seed: of the noise.
-        judge: its backbone; None for one of another family than the model's.
+        judge: its backbone, or the folder of a saved classifier; None for a backbone of another family than the
+            model's.
         augment: augmentations of the judge's training images, as a recipe has them.
         output_dir: where pictures for the report go; None for nowhere.
 
@@ -328,7 +329,7 @@ def evaluate_generation(
     found = measure_generation(
         model,
         Sets(kept, held, tested, words),
-        judge_of(whole, tested, augment, backbone, device),
+        judge_of(whole, tested, augment, judge or backbone, device),
         Sampling(samples, tuple(steps), step_size, draw, "given images" if given is not None else str(seeds), seed),
         lambda images: score_of(images, tested, augment, backbone, device),
     )

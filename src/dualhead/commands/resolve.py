@@ -84,6 +84,8 @@ class Request:
     seeds: str | None = None
     judge: str | None = None
     ood: tuple[str, ...] = ()
+    poison: str | None = None
+    clean_model: str | None = None
 
     @property
     def label(self) -> str:
@@ -449,5 +451,6 @@ def _folder_name(request: Request) -> str:
     words += [None if request.transfer_from is None else f"transfer-{request.transfer_from[-40:]}"]
     words += ["adversarial" if request.save_adversarial else None, "generation" if request.generation else None]
     words += ["ood"] if request.ood else []
+    words += [None if request.poison is None else f"poison-{request.poison[:60]}"]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
     return name if request.is_run else name or "default"

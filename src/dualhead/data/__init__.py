@@ -8,7 +8,18 @@ from dualhead.data.duplicates import Digests, digests, shared_images
 from dualhead.data.given import GIVEN, GivenImages, Labelled, holding
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.names import among, are_numbers, match, one_form
-from dualhead.data.poisons import Craft, Poison, Poisoned, Search, Surrogate, poisons, triggered
+from dualhead.data.poisons import (
+    Aligning,
+    Alternating,
+    Craft,
+    Poison,
+    Poisoned,
+    Search,
+    Seen,
+    Surrogate,
+    poisons,
+    triggered,
+)
 from dualhead.data.source import Storage, load_split, resolve
 from dualhead.data.split import HELD_OUT, Split, held_rows, hold_out
 from dualhead.data.stored import in_turn
@@ -17,6 +28,8 @@ from dualhead.data.streams import Memory, OpenStream, Stream, StreamImages, Stre
 __all__ = [
     "GIVEN",
     "HELD_OUT",
+    "Aligning",
+    "Alternating",
     "Augmentation",
     "Batch",
     "Craft",
@@ -32,6 +45,7 @@ __all__ = [
     "Poisoned",
     "Resample",
     "Search",
+    "Seen",
     "Split",
     "Storage",
     "Stream",

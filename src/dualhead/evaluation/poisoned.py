@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -150,6 +150,12 @@ def learnt_by_heart(
     }
 
 
+def last_linear(model: nn.Module) -> nn.Linear | None:
+    """Return the last linear layer of a model, which is given its features; None where there is none."""
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return linear[-1] if linear else None
+
+
 def features(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor | None:
     """Return what a model's last linear layer is given, float32 [N, D] on the CPU; None for a model without one.
 
@@ -158,11 +164,11 @@ def features(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor 
         images: uint8 [N, C, H, W].
         batch_size: images at once.
     """
-    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    if not linear:
+    linear = last_linear(model)
+    if linear is None:
         return None
     seen: list[Tensor] = []
-    hook = linear[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
+    hook = linear.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
     try:
         answers(model, images, batch_size)
     finally:
@@ -194,10 +200,58 @@ def spectral_signatures(found: Tensor, labels: Tensor) -> Tensor:
     return scores
 
 
-def found_by_signatures(
+COMPONENTS: Final = 10
+"""Directions of the features that clusters are sought in."""
+
+
+def activation_clusters(found: Tensor, labels: Tensor, rounds: int = 100) -> Tensor:
+    """Score images by how small the cluster is that their features lie in, of two in each class.
+
+    Where some images of a class are there for another reason than the rest, they tend to form a cluster of their own,
+    and it is the smaller one (Chen et al. 2018, Detecting backdoor attacks on deep neural networks by activation
+    clustering, arXiv 1811.03728). The features are reduced to ten directions by principal components, where the paper
+    has independent ones; 2-means begins at the two sides of the first.
+
+    Args:
+        found: features, [N, D].
+        labels: that were trained on, int64 [N].
+        rounds: of 2-means, at most.
+
+    Returns:
+        Float64 [N]: the share of its class that lies in the other cluster, in [0, 1); the higher, the more suspicious.
+        0 for a class whose features do not differ.
+    """
+    scores = torch.zeros(len(found), dtype=torch.float64)
+    for label in torch.unique(labels):
+        rows = labels == label
+        centred = found[rows].double()
+        centred = centred - centred.mean(0)
+        reduced = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:COMPONENTS].T
+        side = reduced[:, 0] > 0
+        for _ in range(rounds):
+            if bool(side.all()) or not bool(side.any()):
+                break
+            near, far = (torch.norm(reduced - reduced[of].mean(0), dim=1) for of in (side, ~side))
+            moved = near < far
+            if torch.equal(moved, side):
+                break
+            side = moved
+        share = side.double().mean()
+        scores[rows] = torch.where(side, 1 - share, share) if 0 < float(share) < 1 else 0.0
+    return scores
+
+
+FINDERS: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "spectral_signatures": spectral_signatures,
+    "activation_clustering": activation_clusters,
+}
+"""Scores of suspicion by features [N, D] and labels [N], by the names that results have for them."""
+
+
+def finders(
     model: nn.Module, images: Tensor, labels: Tensor, poisoned: Tensor, batch_size: int = 256
-) -> dict[str, Any] | None:
-    """Tell how well spectral signatures find the poisoned among the training images.
+) -> dict[str, dict[str, Any]]:
+    """Tell how well each finder tells the poisoned among the training images.
 
     Args:
         model: as `answers` takes it.
@@ -207,19 +261,21 @@ def found_by_signatures(
         batch_size: images at once.
 
     Returns:
-        `auroc`, how often a poisoned image is more suspicious than one that is not, and its 95 % interval; None where
-        all images are poisoned, or none, the model has no linear layer, or its features are no finite numbers.
+        By finder `auroc`, how often a poisoned image is more suspicious than one that is not, and its 95 % interval;
+        empty where all images are poisoned, or none, the model has no linear layer, or its features are no finite
+        numbers.
     """
     if bool(poisoned.all()) or not bool(poisoned.any()):
-        return None
+        return {}
     seen = features(model, images, batch_size)
     if seen is None or not bool(seen.isfinite().all()):
-        return None
-    scores = spectral_signatures(seen, labels)
-    return {
-        "auroc": auroc(scores[~poisoned], scores[poisoned]),
-        "interval": auroc_interval(scores[~poisoned], scores[poisoned]),
-    }
+        return {}
+    told = {}
+    for name, find in FINDERS.items():
+        scores = find(seen, labels)
+        apart = scores[~poisoned], scores[poisoned]
+        told[name] = {"auroc": auroc(*apart), "interval": auroc_interval(*apart)}
+    return told
 
 
 def confused(

@@ -19,6 +19,11 @@ from dualhead.report.text import percent
 
 TIMES: Final = 10
 """Of the difference that is shown."""
+FINDERS: Final = {
+    "spectral_signatures": "found by spectral signatures, AUROC",
+    "activation_clustering": "found by clusters, AUROC",
+}
+"""Columns of the finders of poisoned images, by their names in `results.json`."""
 LEAD: Final = (
     "Of one poison, one share of images and one seed of it. Another poison may fare otherwise, and so may an adversary "
     "who makes one against this very method."
@@ -156,7 +161,20 @@ def _outputs(rows: Sequence[Measured]) -> Table | None:
             line.append(
                 _share(told["by_true_label"], told["intervals"]["by_true_label"]) if known_share else Cell("n/a")
             )
+    for key, title in FINDERS.items():
+        found = [row.results["poison"].get(key) for row in known]
+        if any(found):
+            names.append(title)
+            for line, told in zip(cells, found, strict=True):
+                line.append(_auroc(told) if told else Cell("n/a", -1.0))
     return Table(["model", *names], cells) if names else None
+
+
+def _auroc(told: Mapping[str, Any]) -> Cell:
+    value, (low, high) = float(told["auroc"]), told["interval"]
+    if not math.isfinite(value):
+        raise ValueError("an AUROC is not finite")
+    return Cell(f"{value:.2f}", value, f"[{low:.2f}, {high:.2f}]")
 
 
 def _classes(told: Mapping[str, Any]) -> Table | None:

@@ -12,6 +12,7 @@ from dualhead.runs.folder import (
     refuse_other_data,
     without_how,
 )
+from dualhead.runs.poisoned import triggered_images
 from dualhead.runs.run import RunResult, train
 from dualhead.runs.trial import StageCost, Trial, trial
 
@@ -30,5 +31,6 @@ __all__ = [
     "refuse_other_data",
     "train",
     "trial",
+    "triggered_images",
     "without_how",
 ]

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dualhead.data import Craft, Search, Split, Surrogate
+from dualhead.data import Aligning, Craft, Search, Split, Surrogate
 from dualhead.errors import UserError
 from dualhead.recipe import Recipe, parse_recipe
 from dualhead.runs.folder import RunFolder, data_facts, without_how
@@ -62,10 +63,12 @@ class Crafted(Craft):
     Args:
         recipe: the victim's.
         path: the victim's folder.
+        test: test images, one of which a search may aim at.
     """
 
     recipe: Recipe
     path: Path
+    test: Split
     _told: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,13 +93,32 @@ class Crafted(Craft):
     def key(self, clean: Split, index: Tensor, labels: Tensor, search: Search) -> str:
         """Return a name that changes with anything that decides what is found."""
         described = {
-            "search": {**asdict(replace(search, threat=None)), "threat": search.threat.describe()},  # type: ignore[arg-type]
+            "search": {
+                **asdict(replace(search, threat=None)),  # type: ignore[arg-type]
+                "threat": search.threat.describe(),
+                **({} if type(search) is Search else {"kind": type(search).__name__}),
+            },
             "surrogate": without_how(surrogate_recipe(self.recipe, search.surrogate).resolved()),
             "images": data_facts(clean),
         }
         known = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+        if isinstance(search, Aligning):
+            known.update(self.aimed(search).numpy().tobytes())
         known.update(clean.images[:].numpy().tobytes() + index.numpy().tobytes() + labels.numpy().tobytes())
         return known.hexdigest()[:24]
+
+    def aimed(self, search: Aligning) -> Tensor:
+        """Return the test image that a search aims at, uint8 [1, C, H, W].
+
+        Raises:
+            UserError: if there is none, or it is of the wanted class.
+        """
+        if search.image >= len(self.test):
+            raise UserError(f"image: there is no test image {search.image}; they are 0 to {len(self.test) - 1}")
+        if int(self.test.labels[search.image]) == search.wanted:
+            name = self.test.class_names[search.wanted]
+            raise UserError(f"image: test image {search.image} is of class {name!r}; choose another image or target")
+        return self.test.take(torch.tensor([search.image])).images[:]
 
     def _place(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -22,13 +22,13 @@ from dualhead.evaluation import (
     TriggeredImages,
     answers,
     confused,
-    found_by_signatures,
+    finders,
     learnt_by_heart,
     measure_triggered,
 )
 from dualhead.models import load_state, read_state
 from dualhead.names import AGGREGATE, MEAN
-from dualhead.runs.prepare import Prepared, count_measured
+from dualhead.runs.prepare import Prepared, count_measured, under
 from dualhead.saving import load, view
 from dualhead.system.processes import group
 
@@ -48,16 +48,14 @@ def triggered_images(poison: Poison, test: Split, count: int) -> TriggeredImages
         UserError: if there is no image of another class.
     """
     shown = test.first(count)
-    found = triggered(poison, shown)
-    if found is None:
-        return None
-    rows, marked = found
-    if not len(rows):
-        raise UserError(
-            "data.poison: all test images that are measured are of the target's class; raise evaluate.limit"
-        )
     target = poison.target_of(test.class_names)
-    assert target is not None
+    if target is None:
+        return None
+    if bool((shown.labels == target).all()):
+        raise UserError("all test images that are measured are of the target's class; measure more of them")
+    found = triggered(poison, shown)
+    assert found is not None, "a poison with a target has a trigger"
+    rows, marked = found
     return TriggeredImages(marked.images[:], marked.labels, rows, target, test.class_names)
 
 
@@ -80,7 +78,8 @@ class Measures:
     @cached_property
     def _triggered(self) -> TriggeredImages | None:
         test = self.prepared.images.test
-        return triggered_images(self._poison, test, count_measured(self.prepared.recipe, test))
+        with under("data.poison"):
+            return triggered_images(self._poison, test, count_measured(self.prepared.recipe, test))
 
     @cached_property
     def _clean_rate(self) -> NDArray[np.bool_] | None:
@@ -130,25 +129,36 @@ class Measures:
                 told["clean_model"]["where"] = recipe.evaluate.clean_model
         if self._learnt is not None:
             told["training"] = learnt_by_heart(model, *self._learnt, recipe.evaluate.batch_size)
-        signatures = self._signatures(model) if output_has_features(output) else None
-        if signatures is not None:
-            told["spectral_signatures"] = signatures
+        if output_has_features(output):
+            told |= self._finders(model)
         names = self.prepared.images.test.class_names
         if pairs := self._poison.pairs_of(names):
             told["pairs"] = confused(evaluation.clean_prediction, evaluation.labels, pairs, names)
+        if (aim := self._poison.aims_at(names)) is not None:
+            told["aimed"] = self._aimed(model, *aim)
         epochs = self._epochs() if deployed else {}
         return told | ({"epochs": epochs} if epochs else {})
 
-    def _signatures(self, model: nn.Module) -> dict[str, Any] | None:
+    def _aimed(self, model: nn.Module, image: int, wanted: int) -> dict[str, Any]:
+        """Tell what a model takes the test image for that a poison aims at."""
+        chosen = self.prepared.images.test.take(torch.tensor([image]))
+        (said,) = answers(model, chosen.images[:].cpu(), 1).tolist()
+        names = chosen.class_names
+        return {
+            "image": image, "class": names[int(chosen.labels[0])], "wanted": names[wanted],
+            "taken_for": names[said] if said >= 0 else None, "success": said == wanted,
+        }  # fmt: skip
+
+    def _finders(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """Tell whether features give poisoned images away; where images are on disk, this is left out."""
         poisoning, training = self.prepared.images.poisoning, self.prepared.images.training
         assert poisoning is not None
         recipe = self.prepared.recipe
         if training.is_stored or recipe.data.train_size is not None:
-            return None
+            return {}
         poisoned = torch.isin(poisoning.trained, poisoning.made.index)
         images, labels = training.images[:].cpu(), training.labels.cpu()
-        return found_by_signatures(model, images, labels, poisoned, recipe.evaluate.batch_size)
+        return finders(model, images, labels, poisoned, recipe.evaluate.batch_size)
 
     def _epochs(self) -> dict[str, dict[str, Any]]:
         """Tell best and last epoch of the last stage apart: the best may end before a poison is learnt."""

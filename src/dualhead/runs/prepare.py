@@ -223,7 +223,7 @@ def _poisoned(recipe: Recipe, path: Path, images: Images) -> Images:
         return images
     with under(f"data.poison: {poison.registered_name}"):
         poison.target_of(clean.class_names)
-        made = poison.apply(clean, Crafted(recipe, path) if poison.needs_surrogate else None)
+        made = poison.apply(clean, Crafted(recipe, path, images.test) if poison.needs_surrogate else None)
     if images.extra is not None and group().first:
         _log.warning("data.poison: the images of data.extra are not poisoned")
     return replace(images, training=made.split, poisoning=Poisoning(clean, made, made.rows))

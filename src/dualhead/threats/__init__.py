@@ -4,6 +4,7 @@ from dualhead.threats.base import Threat, Where, threats
 from dualhead.threats.bounded import Bounded
 from dualhead.threats.build import THREAT, build_threat
 from dualhead.threats.few_pixels import FewPixels
+from dualhead.threats.jpeg import JPEG_SIDE, jpeg_cosines, jpeg_steps
 from dualhead.threats.lp import Norm, ThreatModel, finite, norm_named, norm_of, project_l1, steepest
 from dualhead.threats.patch import Patch
 from dualhead.threats.rotation import Rotation
@@ -12,6 +13,7 @@ build = build_threat
 names = threats.names
 
 __all__ = [
+    "JPEG_SIDE",
     "THREAT",
     "Bounded",
     "FewPixels",
@@ -24,6 +26,8 @@ __all__ = [
     "build",
     "build_threat",
     "finite",
+    "jpeg_cosines",
+    "jpeg_steps",
     "names",
     "norm_named",
     "norm_of",

@@ -14,7 +14,8 @@ from dualhead.errors import UserError
 from dualhead.threats.base import threats
 from dualhead.threats.bounded import Bounded
 
-_SIDE = 8
+JPEG_SIDE = 8
+"""Of a block, in pixels."""
 _LIGHT = (
     (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
     (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
@@ -64,18 +65,16 @@ class Jpeg(Bounded):
         if len(image_shape) != 3 or image_shape[0] not in (1, 3):
             raise UserError(f"threat jpeg needs images of shape [1, H, W] or [3, H, W], got {list(image_shape)}")
         channels, height, width = image_shape
-        return (channels, -(-height // _SIDE), -(-width // _SIDE), _SIDE, _SIDE)
+        return (channels, -(-height // JPEG_SIDE), -(-width // JPEG_SIDE), JPEG_SIDE, JPEG_SIDE)
 
     def steps(self, channels: int) -> Tensor:
         """Return the quantisation steps [C, 8, 8] of values in 0 to 255."""
-        scale = 5000 // self.quality if self.quality < 50 else 200 - 2 * self.quality
-        tables = torch.tensor((_LIGHT, _CHROMA, _CHROMA)[:channels])
-        return ((tables * scale + 50) // 100).clamp(1, 255)
+        return jpeg_steps(self.quality, channels)
 
     def apply(self, x: Tensor, parameters: Tensor) -> Tensor:
         """Return the images [B, C, H, W] with what the changed coefficients add."""
         channels, height, width = x.shape[1:]
-        cosines, steps = _cosines().to(x), self.steps(channels).to(x)
+        cosines, steps = jpeg_cosines().to(x), self.steps(channels).to(x)
         moved = parameters.nan_to_num(0.0) * steps[:, None, None]
         blocks = torch.einsum("ki,bcmnkl,lj->bcminj", cosines, moved, cosines) / 255.0
         change = blocks.flatten(4, 5).flatten(2, 3)[..., :height, :width]
@@ -86,8 +85,21 @@ class Jpeg(Bounded):
         return x + change
 
 
-def _cosines() -> Tensor:
+def jpeg_steps(quality: int, channels: int) -> Tensor:
+    """Return the quantisation steps [C, 8, 8] of values in 0 to 255: of luma, then of the two chromas.
+
+    Args:
+        quality: 1 to 100, as in libjpeg.
+        channels: 1 or 3.
+    """
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    tables = torch.tensor((_LIGHT, _CHROMA, _CHROMA)[:channels])
+    return ((tables * scale + 50) // 100).clamp(1, 255)
+
+
+def jpeg_cosines(dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the orthonormal cosine transform of 8 values, [frequency, place]."""
-    place, frequency = torch.arange(_SIDE), torch.arange(_SIDE)[:, None]
-    waves = torch.cos((2 * place + 1) * frequency * (math.pi / (2 * _SIDE))) * math.sqrt(2 / _SIDE)
+    place, frequency = torch.arange(JPEG_SIDE), torch.arange(JPEG_SIDE)[:, None]
+    angles = ((2 * place + 1) * frequency).to(dtype) * (math.pi / (2 * JPEG_SIDE))
+    waves = torch.cos(angles) * math.sqrt(2 / JPEG_SIDE)
     return torch.cat((waves[:1] / math.sqrt(2), waves[1:]))

@@ -34,9 +34,18 @@ class Control(Poison):
         """See `Poison.changes_pixels`."""
         return self.like.changes_pixels
 
+    @property
+    def cost(self) -> str:
+        """See `Poison.cost`."""
+        return "what the poison costs that it is the control of."
+
     def target_of(self, class_names: Sequence[str]) -> int | None:
         """See `Poison.target_of`."""
         return self.like.target_of(class_names)
+
+    def aims_at(self, class_names: Sequence[str]) -> tuple[int, int] | None:
+        """See `Poison.aims_at`."""
+        return self.like.aims_at(class_names)
 
     def trigger(self, images: Tensor) -> Tensor:
         """See `Poison.trigger`."""

@@ -18,8 +18,8 @@ from dualhead.data.poisons.base import (
     Surrogate,
     check_share,
     class_number,
-    moved,
-    pixels_of,
+    cost_of_search,
+    crafted,
     poisons,
 )
 from dualhead.data.poisons.patch import add_patch, backdoored
@@ -88,11 +88,13 @@ class LabelConsistent(Poison):
         """See `Poison.trigger`."""
         return add_patch(images, self.size, self.gap, self.pattern)
 
+    @property
+    def cost(self) -> str:
+        """See `Poison.cost`."""
+        return cost_of_search(self.steps)
+
     def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
-        assert craft is not None, "whoever applies it must bring what trains its surrogate"
-        pixels = pixels_of(clean)
         index = backdoored(clean, self.target_of(clean.class_names), self.share, self.seed, clean_label=True)
-        change = 255 * craft.find(clean, index, clean.labels[index], self._search()).double() - pixels[index].double()
-        images = self.trigger(moved(pixels[index], change))
-        return Poisoned.of(clean, index, images=images, facts=craft.facts())
+        images, facts = crafted(clean, index, clean.labels[index], self._search(), craft)
+        return Poisoned.of(clean, index, images=self.trigger(images), facts=facts)

@@ -16,8 +16,8 @@ from dualhead.data.poisons.base import (
     Surrogate,
     check_share,
     choose,
-    moved,
-    pixels_of,
+    cost_of_search,
+    crafted,
     poisons,
 )
 from dualhead.data.split import Split
@@ -81,11 +81,14 @@ class Towards(Poison):
         """See `Poison.needs_surrogate`."""
         return True
 
+    @property
+    def cost(self) -> str:
+        """See `Poison.cost`."""
+        return cost_of_search(self.steps)
+
     def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
-        assert craft is not None, "whoever applies it must bring what trains its surrogate"
-        pixels = pixels_of(clean)
         index = choose(torch.arange(len(clean)), round(self.share * len(clean)), self.seed)
         labels = (clean.labels[index] + self.shift) % clean.num_classes
-        change = 255 * craft.find(clean, index, labels, self._search()).double() - pixels[index].double()
-        return Poisoned.of(clean, index, images=moved(pixels[index], change), facts=craft.facts())
+        images, facts = crafted(clean, index, labels, self._search(), craft)
+        return Poisoned.of(clean, index, images=images, facts=facts)

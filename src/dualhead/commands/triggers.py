@@ -1,0 +1,88 @@
+"""Do what `dualhead evaluate --poison` is asked for: measure the trigger of a poison on any model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dualhead.commands.resolve import Request, Resolved
+from dualhead.data import Poison, poisons
+from dualhead.errors import UserError
+from dualhead.evaluation import TRIGGERED, Evaluation, TriggeredImages, answers, measure_triggered
+from dualhead.runs import triggered_images
+from dualhead.saving import load
+from dualhead.system.processes import group
+
+
+def read_poison(text: str) -> Poison:
+    """Return the poison that `--poison` names.
+
+    Args:
+        text: its name, `patch`, or its section of a recipe, `{name: patch, target: 3}`.
+
+    Raises:
+        UserError: if there is no such poison, or its settings are impossible.
+    """
+    try:
+        spec = yaml.safe_load(text)
+    except yaml.YAMLError:
+        spec = None
+    if not isinstance(spec, str | Mapping):
+        raise UserError(f"--poison {text}: write a name, as patch, or its section of a recipe, '{{name: patch}}'")
+    return poisons.build(spec, where="--poison")
+
+
+def marked_images(request: Request, asked: Resolved, count: int) -> TriggeredImages | None:
+    """Return the test images that carry the trigger of `--poison`; None where it is not asked for.
+
+    Raises:
+        UserError: for a poison without a trigger, a class that is not there, or `--clean-model` without `--poison`.
+    """
+    if request.poison is None:
+        if request.clean_model is not None:
+            raise UserError("--clean-model: is compared under a trigger; say which by --poison, or leave it out")
+        return None
+    poison = read_poison(request.poison)
+    try:
+        found = triggered_images(poison, asked.images, count)
+    except UserError as error:
+        raise UserError(f"--poison: {poison.registered_name}: {error}") from None
+    if found is None:
+        raise UserError(
+            f"--poison: {poison.registered_name} has no trigger, so that test images tell nothing of it; train on it "
+            "with data.poison"
+        )
+    return found
+
+
+def assess_trigger(
+    request: Request, asked: Resolved, evaluation: Evaluation, marked: TriggeredImages, options: Mapping[str, Any]
+) -> None:
+    """Add `poison` to an evaluation's results and save them; the triggered images' own evaluation lies beside.
+
+    Args:
+        request: what is asked for.
+        asked: what that leads to.
+        evaluation: of the same model on the images without the trigger.
+        marked: the images with it.
+        options: threat, attacks and the like, for `evaluate`.
+
+    Raises:
+        UserError: for a clean model that cannot be loaded.
+    """
+    assert request.poison is not None
+    clean_rate = None
+    if request.clean_model is not None:
+        other = load(request.clean_model).to(next(asked.model.parameters()).device)
+        clean_rate = np.asarray(answers(other, marked.images, request.batch_size) == marked.target)
+    told: dict[str, Any] = {"name": read_poison(request.poison).registered_name}
+    told |= measure_triggered(
+        asked.model, marked, output_dir=asked.results / TRIGGERED, clean_rate=clean_rate, **options
+    )
+    if request.clean_model is not None:
+        told["clean_model"]["where"] = request.clean_model
+    evaluation.results["poison"] = told
+    group().lead(lambda: evaluation.save(asked.results))
