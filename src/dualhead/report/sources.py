@@ -21,6 +21,8 @@ from dualhead.names import MODEL, head_number, id_of, id_of_row, name_of, read_i
 COLUMNS = ("index", "label", "clean_prediction")
 PER_ATTACK = ("robust_", "distance_", "steps_", "margin_", "prediction_")
 """Names of the arrays [N] of `samples.npz` beside those of each attack."""
+WORN = "measured_corruptions"
+"""Which corrupted images are right, bool [N, K, L]; here the share of each image's, [N]."""
 
 
 def role_of(output: str) -> str:
@@ -409,6 +411,8 @@ def _samples(path: Path, count: object, notes: list[str]) -> dict[str, NDArray[A
     try:
         with np.load(path) as stored:
             held = {name: stored[name] for name in stored.files if name in COLUMNS or name.startswith(PER_ATTACK)}
+            if WORN in stored.files and stored[WORN].ndim == 3:
+                held[WORN] = stored[WORN].mean((1, 2))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         notes.append(f"{path.name} in {path.parent.name} cannot be read: {error}")
         return {}
