@@ -48,6 +48,7 @@ from dualhead.evaluation.quality import (
     measure_generation,
 )
 from dualhead.evaluation.results import Evaluation, Verdicts, balanced
+from dualhead.evaluation.routers import RouterSetting, evaluate_routers
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
 from dualhead.evaluation.sequence import MEASURES, Visit, describe_sequence, of_specialists, plasticity
 from dualhead.evaluation.union import against_specialists, column, threat_labels
@@ -69,6 +70,7 @@ __all__ = [
     "Judge",
     "Paired",
     "RouteSetting",
+    "RouterSetting",
     "Sampling",
     "Sets",
     "TriggeredImages",
@@ -93,6 +95,7 @@ __all__ = [
     "describe_sequence",
     "energy",
     "evaluate",
+    "evaluate_routers",
     "evaluate_routes",
     "finite",
     "found_by_signatures",
