@@ -100,7 +100,7 @@ def test_stopped_again_and_again_it_ends_as_one_that_was_not(undisturbed, tmp_pa
     moments, stops = random.Random(0), 0
     while True:
         try:
-            train(recipe(), run_dir=tmp_path / "run", stop=lambda: moments.random() < 0.4)
+            train(recipe(), run_dir=tmp_path / "run", stop=lambda: moments.random() < 0.1)
         except Interrupted:
             stops += 1
             continue

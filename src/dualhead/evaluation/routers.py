@@ -101,7 +101,7 @@ def evaluate_routers(
     if not classifier.routers:
         raise UserError("routers: the aggregator of this model has none; after_dder has")
     folder, names = Path(output_dir), threat_labels(setting.threats)
-    models = {DEPLOYED: classifier, UNIFORM: evenly(classifier)}
+    models: dict[str, nn.Module] = {DEPLOYED: classifier, UNIFORM: evenly(classifier)}
     models |= {router: classifier.view(router) for router in classifier.routers}
 
     def measured(model: nn.Module, name: str, of: tuple[Tensor, Tensor], attacks: Sequence[Spec]) -> Evaluation:
