@@ -15,6 +15,7 @@ from dualhead.evaluation import Evaluation
 from dualhead.recipe import parse_recipe
 from dualhead.runs.run import train
 from dualhead.saving import export, export_onnx, load
+from helpers.e2e import dualhead
 from helpers.resume import outcome
 
 ATTACK = {"name": "pgd", "steps": 2}
@@ -107,6 +108,21 @@ def test_stopped_again_and_again_it_ends_as_one_that_was_not(undisturbed, tmp_pa
         break
     assert stops >= 4
     assert told(tmp_path / "run") == told(undisturbed)
+
+
+@pytest.mark.slow
+def test_routers_are_measured_on_the_command_line(undisturbed):
+    ended = dualhead("evaluate", undisturbed, "--routers", "--limit", 8, "--json")
+    assert ended.status == 0, ended.err
+    found = json.loads(ended.out)
+    assert set(found["routers"]) == {"router1", "router2"}
+    assert found["held_out"] == 8
+    assert set(found["deployed"]["threats"]) == {"Linf", "L2"}
+    assert dualhead("evaluate", undisturbed, "--routers", "--limit", 8).status == 0
+    wrong = dualhead("evaluate", undisturbed, "--routers", "--output-of", "router1")
+    assert "not with --routers" in wrong.error_line
+    alone = dualhead("evaluate", undisturbed, "--output-of", "router1", "--attack", "pgd-2", "--limit", 8, "--json")
+    assert alone.status == 0, alone.err
 
 
 def in_a_process(folder):

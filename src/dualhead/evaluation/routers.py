@@ -104,9 +104,11 @@ def evaluate_routers(
     models: dict[str, nn.Module] = {DEPLOYED: classifier, UNIFORM: evenly(classifier)}
     models |= {router: classifier.view(router) for router in classifier.routers}
 
+    within = list(setting.threats) if len(names) > 1 else setting.threats[0]
+
     def measured(model: nn.Module, name: str, of: tuple[Tensor, Tensor], attacks: Sequence[Spec]) -> Evaluation:
         return evaluate(
-            model.eval(), *of, threat=list(setting.threats), attacks=attacks, batch_size=setting.batch_size,
+            model.eval(), *of, threat=within, attacks=attacks, batch_size=setting.batch_size,
             seed=setting.seed, output_dir=folder / name, progress=progress(name) if progress else None, stop=stop,
             **(setting.options or {}),
         )  # fmt: skip
