@@ -34,7 +34,9 @@ def measured(folder, threats=THREATS, **settings):
     with torch.no_grad():
         y = dual(x).argmax(1)
     y[:4] = (y[:4] + 1) % 4
-    setting = RouterSetting(threats, ["pgd-3", "multihead-1", "steered-1"], batch_size=8, **settings)
+    setting = RouterSetting(
+        threats, ["pgd-3", "multihead-1", "steered-1"], batch_size=8, options={"diagnostics": False}, **settings
+    )
     return evaluate_routers(dual, x[:16], y[:16], setting, held_out=(x[16:], y[16:]), output_dir=folder)
 
 
