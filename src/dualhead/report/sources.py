@@ -16,7 +16,7 @@ import yaml
 from numpy.typing import NDArray
 
 from dualhead.errors import UserError
-from dualhead.names import MODEL, head_number, id_of, id_of_row, name_of, read_id, row_folder
+from dualhead.names import MODEL, head_number, id_of, id_of_row, name_of, read_id, router_number, row_folder
 
 COLUMNS = ("index", "label", "clean_prediction")
 PER_ATTACK = ("robust_", "distance_", "steps_", "margin_", "prediction_")
@@ -26,8 +26,8 @@ WORN = "measured_corruptions"
 
 
 def role_of(output: str) -> str:
-    """Return the colour of an output: its id, but `further` for heads after the second."""
-    return "further" if (head_number(output) or 0) > 2 else output
+    """Return the colour of an output: its id, but `further` for heads after the second and for routers."""
+    return "further" if (head_number(output) or 0) > 2 or router_number(output) is not None else output
 
 
 @dataclass(frozen=True)
