@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.attacks import attacks as registry
 from dualhead.errors import UserError
-from dualhead.evaluation.harness import Spec, evaluate
+from dualhead.evaluation.asked import Asked, Spec
+from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint
-from dualhead.evaluation.own import as_attack
 from dualhead.evaluation.paired import compare
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, interval, share
@@ -113,8 +112,9 @@ def evaluate_routers(
             **(setting.options or {}),
         )  # fmt: skip
 
-    plain = [spec for spec in setting.attacks if not registry.build(as_attack(spec)).needs_heads]
-    attacks = setting.attacks if len(plain) < len(setting.attacks) else [*setting.attacks, *ADAPTIVE]
+    asked = Asked.of(setting.attacks)
+    plain: list[Spec] = [attack for attack in asked.attacks.values() if not attack.needs_heads]
+    attacks = [*asked.each, *(ADAPTIVE if len(plain) == len(asked.attacks) else ())]
     chosen = {router: measured(models[router], f"held_out/{router}", held_out, plain) for router in classifier.routers}
     found = {name: measured(model, name, (images, labels), attacks) for name, model in models.items()}
     right = {name: _right(each, names) for name, each in found.items()}
