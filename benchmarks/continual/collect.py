@@ -71,6 +71,9 @@ def record(run: Path, first: Path | None = None) -> dict[str, Any]:
     }
     if "sequence" in evaluation.results:
         told["sequence"] = evaluation.results["sequence"]
+    routers = run / "evaluations" / "routers" / "routers.json"
+    if routers.is_file():
+        told["routers"] = json.loads(routers.read_text(encoding="utf-8"))
     return told
 
 
@@ -111,10 +114,23 @@ def of_sequence(runs: Mapping[int, Mapping[str, Any]], specialists: Mapping[str,
         ],
         "matrix_seed": next(iter(runs)),
     }
+    if "routers" in next(iter(runs.values())):
+        made["routers"] = of_routers([each["routers"] for each in runs.values()])
     if set(threats) <= set(specialists):
         found = [plasticity(each, specialists) for each in told]
         made["plasticity"] = over_seeds([value for value in found if value is not None])
     return made
+
+
+def of_routers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Describe what the sentinel reaches beside its controls, each attacked by itself: unions over seeds."""
+    names = ("deployed", "uniform", "best_fixed", "oracle")
+    unions = {name: [each[name]["union"] for each in found] for name in names}
+    gains = {
+        f"over_{name}": [a - b for a, b in zip(unions["deployed"], unions[name], strict=True)]
+        for name in ("uniform", "best_fixed")
+    }
+    return {**{name: over_seeds(each) for name, each in {**unions, **gains}.items()}, "images": found[0]["num_samples"]}
 
 
 def of_bound(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

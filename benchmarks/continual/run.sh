@@ -76,12 +76,14 @@ interpolated() {
 
 # routed NAME COST2 COST3 SECOND THIRD: after DDeR; it has a first stage of its own, since a router trains with it.
 routed() {
-  local name=$order/$1 first=$(((EPOCHS * 13 + 8) / 16))
+  local name=$order/$1 first=$(((EPOCHS * 13 + 9) / 18))
   wanted "$name" || return 0
   trained "$name" "$here/routed.yaml" "stages.first.threat=${threats[0]}" "stages.first.epochs=$first" \
     "stages.second.threat=${threats[1]}" "stages.second.epochs=$(((LATER * 13 + $2 / 2) / $2))" \
     "stages.third.threat=${threats[2]}" "stages.third.epochs=$(((LATER * 13 + $3 / 2) / $3))" \
     "stages.second.objective=$4" "stages.third.objective=$5"
+  dualhead evaluate "$out/$name/seed=$seed" --data "$data" --routers --attack apgd-ce,multihead-5,steered-5 \
+    --limit 500 --output "$out/$name/seed=$seed/evaluations/routers" --quiet
   keep "$name"
 }
 
@@ -110,6 +112,8 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     method air 21 air air
     method derpp 30 "{name: replay, weight: 0.5, logits: 0.2, among: [$a]}" "{name: replay, weight: 0.5, logits: 0.2, among: [$a, $b]}"
     method agem 26 "{name: agem, among: [$a]}" "{name: agem, among: [$a, $b]}"
+    routed routed-lost 22 29 "{name: after_dder, router: 2}" "{name: after_dder, router: 3}"
+    routed routed-kept 33 56 "{name: after_dder, router: 2, old: [$a]}" "{name: after_dder, router: 3, old: [$a, $b]}"
     interpolated interpolate-kept "$a, $b" "$a, $b, $c"
   done
   bound joint "stages.base.objective={name: any_of, choose: adaptive, among: [$linf, $l2, $l1]}"

@@ -19,7 +19,20 @@ if [[ $1 == train ]]; then run=${@: -2:1}; mkdir -p "$run"; touch "$run/report.h
 if [[ $2 == keep ]]; then mkdir -p "$(dirname "$4")"; touch "$4"; fi
 """
 """In place of dualhead and of python: writes down what it was asked; leaves runs and small files."""
-LAST = ["finetune", "seen", "lwf", "alr", "ramp", "interpolate-lost", "replay", "ewc", "air", "derpp", "agem"]
+LAST = [
+    "finetune",
+    "seen",
+    "lwf",
+    "alr",
+    "ramp",
+    "interpolate-lost",
+    "replay",
+    "ewc",
+    "air",
+    "derpp",
+    "agem",
+    "routed-lost",
+]
 
 
 def asked_of(folder, **environment):
@@ -104,3 +117,16 @@ def test_kept_files_are_told_together(collect, tmp_path):
     assert found["bounds"]["specialist-l2"]["L2"]["mean"] == pytest.approx(0.2)
     # learnt first: 0.4 under Linf, and 0.35 and 0.25 under L2; the best specialists have 0.5 and 0.3
     assert found["forward"]["lwf"]["plasticity"]["seeds"] == pytest.approx([-0.025, -0.075])
+
+
+def test_what_routing_gains_is_told_beside_its_controls(collect, tmp_path):
+    for seed, deployed in enumerate((0.3, 0.4)):
+        path = tmp_path / "reverse" / "routed-lost" / f"seed={seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unions = {"deployed": deployed, "uniform": 0.2, "best_fixed": 0.4, "oracle": 0.5}
+        routers = {"num_samples": 500, **{name: {"union": union} for name, union in unions.items()}}
+        path.write_text(json.dumps({**sequence((0.3, 0.35)), "routers": routers}))
+    told = collect.tell(tmp_path)["reverse"]["routed-lost"]["routers"]
+    assert told["deployed"]["mean"] == pytest.approx(0.35)
+    assert told["over_best_fixed"]["seeds"] == pytest.approx([-0.1, 0.0])
+    assert told["over_uniform"]["mean"] == pytest.approx(0.15)

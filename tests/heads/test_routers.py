@@ -274,3 +274,16 @@ def test_what_does_not_fit_a_model_is_refused():
         aggregators.build("after_dder").create(10)
     with pytest.raises(UserError, match="'router4' is no output"):
         classifier().view("router4")
+
+
+def test_a_router_runs_the_heads_that_it_knows_alone():
+    dual, calls = classifier(experts="grown"), []
+    for part in ("trunk", *dual.heads):
+        dual.part(part).register_forward_hook(lambda *_, part=part: calls.append(part))
+    for number, name in enumerate(dual.routers, 1):
+        calls.clear()
+        dual.view(name)(X)
+        assert calls == ["trunk", *dual.heads[:number]]
+        assert dual.heads_of(name) == dual.heads[:number]
+    assert not dual.is_shaped_by("router1", "head2")
+    assert dual.is_shaped_by("aggregate", "head2")

@@ -177,3 +177,13 @@ def test_what_cannot_be_is_refused(fields, message):
 def test_a_router_that_the_model_lacks_is_refused():
     with pytest.raises(UserError, match="router4"):
         Passes.of(model(), stage_of(build(router=4), ("router4",)))
+
+
+def test_heads_that_the_router_does_not_know_do_not_run():
+    dual, data = model(experts="grown"), batch(0)
+    step = step_of(dual, build(router=1), ("trunk", "head1", "router1"))
+    with counting(dual, len(data.x)) as counter:
+        step(data, streams_of(data), further(data), one_thread=True)
+    assert not counter.of("forward", "head2")
+    assert set(counter.of("forward", "head1").values()) == {12}
+    assert set(counter.of("forward", "trunk").values()) == {14}  # scores of noisy and mixed images see features alone

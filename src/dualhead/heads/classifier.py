@@ -181,7 +181,8 @@ class DualHeadClassifier(nn.Module):
 
     def is_shaped_by(self, output: str, part: str) -> bool:
         """Whether training a part changes an output: a part that it runs, or head 1, to which its heads are tied."""
-        return depends_on(output, part) or bool(self.tied and part == "head1")
+        runs = depends_on(output, part) and (not is_head(part) or part in self.heads_of(output))
+        return runs or bool(self.tied and part == "head1")
 
     @property
     def is_mean(self) -> bool:
@@ -191,6 +192,12 @@ class DualHeadClassifier(nn.Module):
     def part(self, name: str) -> nn.Module:
         """Return the module of a part; a router's lies in the aggregator."""
         return self.aggregator.get_submodule(name) if is_router(name) else self.get_submodule(name)
+
+    def heads_of(self, output: str) -> tuple[str, ...]:
+        """Return the heads that an output runs; a router may look at some of them alone."""
+        if is_head(output):
+            return (output,)
+        return self.heads[: cast("SeesFeatures", self.part(output)).known] if is_router(output) else self.heads
 
     @property
     def sees_features(self) -> bool:
@@ -238,7 +245,7 @@ class DualHeadClassifier(nn.Module):
 
         Args:
             output: which one.
-            head_logits: [B, H, C].
+            head_logits: [B, H, C]; for a router those of `heads_of` suffice.
             features: what crosses the cut; needed if the aggregator sees it.
         """
         if output == "mean":
@@ -272,18 +279,18 @@ class DualHeadClassifier(nn.Module):
         """Logits [B, C] of the aggregate; see `merge`."""
         return self.merge("aggregate", head_logits, features)
 
-    def _each(self, features: Features) -> Tensor:
-        """Logits of all heads [B, H, C] from what crosses the cut."""
-        return torch.stack([self.head(name, features) for name in self.heads], 1)
+    def _each(self, features: Features, output: str = "mean") -> Tensor:
+        """Logits of all heads that an output runs [B, H, C] from what crosses the cut."""
+        return torch.stack([self.head(name, features) for name in self.heads_of(output)], 1)
 
     def head_logits(self, x: Tensor) -> Tensor:
         """Logits of all heads [B, H, C] from images [B, ...]; runs the trunk once."""
         return self._each(self.features(x))
 
-    def before_merging(self, x: Tensor) -> tuple[Tensor, Features]:
-        """All that is merged, from one pass of images [B, ...]: head logits [B, H, C], and what crosses the cut."""
+    def before_merging(self, x: Tensor, output: str = "aggregate") -> tuple[Tensor, Features]:
+        """All that an output merges, from a pass of images [B, ...]: head logits [B, H, C], and features."""
         features = self.features(x)
-        return self._each(features), features
+        return self._each(features, output), features
 
     def all_logits(self, x: Tensor) -> Tensor:
         """Logits of `shown_outputs` [B, O, C] from images [B, ...], from one pass: what attacks may see.
@@ -515,4 +522,4 @@ class RouterView(HeadView):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] from images [B, ...]."""
         (classifier,) = self._classifier
-        return classifier.merge(self.output, *classifier.before_merging(x))
+        return classifier.merge(self.output, *classifier.before_merging(x, self.output))

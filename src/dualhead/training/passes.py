@@ -341,7 +341,7 @@ class Look:
 
             merged = {output: on(partial(_gives, output)) for output in ("mean", *model.routers, "aggregate")}
             merged = {output: names for output, names in merged.items() if names}
-            heads = {head: on(partial(_runs, head)) for head in model.heads}
+            heads = {head: on(partial(_runs, model, head)) for head in model.heads}
             heads = {head: names for head, names in heads.items() if names}
             looked = {router: on(partial(_looks_into, router)) for router in model.routers}
             looked = {router: names for router, names in looked.items() if names}
@@ -447,7 +447,7 @@ class Look:
         """Logits of the mean, the routers and the aggregate, each merging once."""
         merged = {}
         for output, images in step.merged.items():
-            rows = [torch.stack([heads[head][on] for head in model.heads], 1) for on in images]
+            rows = [torch.stack([heads[head][on] for head in model.heads_of(output)], 1) for on in images]
             every = rows[0] if len(rows) == 1 else torch.cat(rows)
             features = self._seen_by_routers(middle, images) if model.sees_features else None
             merged[output] = _split(model.merge(output, every, features), middle, images)
@@ -541,10 +541,10 @@ def _looks_into(part: str, need: Need) -> bool:
     return isinstance(need, Features) and need.part == part
 
 
-def _runs(head: str, need: Need) -> bool:
+def _runs(model: DualHeadClassifier, head: str, need: Need) -> bool:
     """Whether a head must run for a need."""
     if isinstance(need, Logits):
-        return need.output == head or not is_head(need.output)
+        return head in model.heads_of(need.output)
     return _looks_into(head, need)
 
 

@@ -89,6 +89,7 @@ class Router(SeesFeatures):
 
     def __init__(self, features: int, heads: int, top: int, known: int) -> None:
         super().__init__()
+        self.known = known
         self.gate = Gate(features, heads, top, known)
         self.score = nn.Linear(features, 1)
         self.register_buffer("trained", torch.zeros((), dtype=torch.int64))
@@ -102,7 +103,7 @@ class Router(SeesFeatures):
             self.trained.fill_(1)
         seen = pooled(features)
         weights: Tensor = self.gate(seen)
-        mixed = torch.einsum("bh,bhc->bc", weights, head_logits)
+        mixed = torch.einsum("bh,bhc->bc", weights[:, : self.known], head_logits[:, : self.known])
         return mixed.log_softmax(1) + self.score(seen), weights
 
     def look(self, features: Any) -> None:

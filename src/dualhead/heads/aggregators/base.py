@@ -63,9 +63,12 @@ class SeesFeatures(nn.Module):
 
     Attributes:
         routers: names of the routers; empty if there are none.
+        known: a router may look at so many of the heads, from the first on, and then takes logits of these alone too;
+            None: at all of them.
     """
 
     routers: tuple[str, ...] = ()
+    known: int | None = None
 
     def forward(self, head_logits: Tensor, features: Any) -> Tensor:
         """Return logits [B, C].
