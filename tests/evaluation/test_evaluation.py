@@ -72,6 +72,7 @@ def test_the_largest_of_several_is_the_budget():
         ({}, "threat: give threat=ThreatModel\\('Linf', '8/255'\\), or eps='8/255' for Linf"),
         ({"threat": "L2"}, "threat: 'L2' has no budget; give"),
         ({"eps": "8/0"}, "not a number"),
+        ({"eps": torch.tensor(0.1)}, "not a number"),
         ({"eps": 0}, "greater than 0"),
         ({"threat": "nothing", "eps": 1}, "unknown threat 'nothing'"),
     ],

@@ -227,7 +227,7 @@ def _settled(
     Raises:
         UserError: if nothing gives a budget.
     """
-    radii = [eps] if isinstance(eps, str) or not isinstance(eps, Iterable) else list(eps)
+    radii = [cast("float | str", eps)] if np.ndim(eps) == 0 else list(cast("Sequence[float | str]", eps))
     bare = isinstance(threat, str) and ":" not in threat
     if not (threat is None or bare or (isinstance(threat, Mapping) and "eps" not in threat)):
         return threat, radii
