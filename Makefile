@@ -38,7 +38,7 @@ RESUMED := tests/runs/test_resume.py::test_stopped_after_every_single_step \
 	tests/objectives/test_distilled.py::test_such_a_stage_resumes_bit_for_bit \
 	tests/objectives/test_joint.py::test_a_joint_stage_within_a_run_resumes_bit_for_bit \
 	tests/objectives/test_several.py::test_a_choice_goes_on_bit_for_bit_where_it_was_stopped \
-	tests/runs/test_sequence_runs.py \
+	tests/runs/test_sequence_runs.py tests/runs/test_routed_runs.py \
 	tests/e2e/test_tied_heads.py::test_stopped_at_steps_it_goes_on_bit_for_bit \
 	tests/e2e/test_commands.py::test_a_stopped_run_goes_on_to_the_same_bits \
 	tests/e2e/test_fit.py::test_killed_at_random_moments_and_called_again_equals_the_undisturbed \

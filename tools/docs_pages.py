@@ -186,7 +186,7 @@ def _objective_cost(component: Any) -> str:
         learnt = sum(not need.constant for need in slopes)
         cost.append(f"{_number(len(slopes), 'forward and backward pass')} for gradients of images")
         cost.append(f"{_number(2 * learnt, 'forward and backward pass')} to differentiate one of these again")
-    searching = {made: inner for made, inner in objective.inner().items() if inner.uses}
+    searching = {made: inner for made, inner in objective.inner().items() if inner.uses or inner.through}
     if not objective.inner():
         return f"{', '.join(cost)}; no attack."
     attacks = []
@@ -206,17 +206,22 @@ def _number(count: int, what: str) -> str:
 
 
 def _aggregator_cost(component: Any) -> str:
-    """Parameters at several numbers of classes."""
-    from dualhead.errors import UserError
+    """Parameters at several numbers of classes, of two heads."""
+    from torch import Size
 
-    told = []
+    from dualhead.errors import UserError
+    from dualhead.heads import SeesFeatures
+
+    told, channels = [], 64
     for classes in (10, 100, 1000):
         try:
-            module = component().create(classes)
+            module = component().create_over([Size((channels, 8, 8))], classes)
         except UserError:
             told.append(f"refused at {classes:,}")
         else:
             told.append(f"{sum(p.numel() for p in module.parameters()):,} parameters at {classes:,} classes")
+            if isinstance(module, SeesFeatures):
+                told[-1] += f" and {channels} channels at the cut"
     return ", ".join(told) + "."
 
 

@@ -4,36 +4,59 @@
 #     benchmarks/continual/run.sh DATA OUT [KEY=VALUE...]
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol. All
-# methods of one seed run before those of the next. The same command goes on where it was stopped, and collects what is
-# finished into OUT/continual.json. In the environment: METHODS, a pattern (`lwf`, `inter*`); SEEDS, how many (3);
-# ORDERS (`forward reverse`); EPOCHS of a first stage (40); LATER, epochs of SAT in each later one (12). KEY=VALUE goes
-# to all recipes.
+# methods of one seed run before those of the next. The same command goes on where it was stopped, and tells what is
+# finished in OUT/continual.json. In the environment: METHODS, a pattern (`lwf`, `inter*`); SEEDS, how many (3);
+# ORDERS (`forward reverse`); EPOCHS of a first stage (40); LATER, epochs of SAT in each later one (12); KEPT, a folder
+# for what each finished seed reached and cost, one small file each (../results/continual): a seed that has its file
+# there is not trained again. KEY=VALUE goes to all recipes.
 set -euo pipefail
 data=$(realpath "$1") out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
 : "${METHODS:=*}" "${SEEDS:=3}" "${ORDERS:=forward reverse}" "${EPOCHS:=40}" "${LATER:=12}"
+: "${KEPT:=$here/../results/continual}"
 linf=Linf:8/255 l2=L2:0.5 l1=L1:12
 known=
+mkdir -p "$out"
 
-# run NAME RECIPE [KEY=VALUE...]: one run, in OUT/NAME/seed=SEED.
-run() {
-  local name=$1 recipe=$2
+# trained NAME RECIPE [KEY=VALUE...]: one run, in OUT/NAME/seed=SEED.
+trained() {
+  local run=$out/$1/seed=$seed recipe=$2
   shift 2
-  [[ ${name##*/} == $METHODS || ${name##*/} == first ]] || return 0
+  [[ ! -f $run/report.html ]] || return 0
+  echo "${run#"$out"/}"
+  dualhead train "$recipe" "data.source=$data" "runtime.seed=$seed" "$@" "${extra[@]}" --run-dir "$run" --quiet \
+    > /dev/null
+}
+
+# wanted NAME: whether a method is asked for and has not been kept.
+wanted() {
+  [[ ${1##*/} == $METHODS ]] || return 1
   known=1
-  [[ -f $out/$name/seed=$seed/report.html ]] && return 0
-  echo "$name, seed $seed"
-  dualhead train "$recipe" "data.source=$data" "runtime.seed=$seed" "$@" "${extra[@]}" \
-    --run-dir "$out/$name/seed=$seed" --quiet > /dev/null
-  python "$here/collect.py" "$out" "$out/continual.json"
+  [[ ! -f $KEPT/$1/seed=$seed.json ]]
+}
+
+# keep NAME [FIRST]: its small file, and all files told together.
+keep() {
+  python "$here/collect.py" keep "$out/$1/seed=$seed" "$KEPT/$1/seed=$seed.json" ${2:+"$2"}
+  python "$here/collect.py" tell "$KEPT" "$out/continual.json"
+}
+
+# later NAME [KEY=VALUE...]: a sequence that goes on from the first stage, which is trained when it is needed.
+later() {
+  local name=$order/$1
+  shift
+  wanted "$name" || return 0
+  trained "$order/first" "$here/base.yaml" "stages.base.threat=${threats[0]}" "stages.base.epochs=$EPOCHS"
+  trained "$name" "$here/sequence.yaml" "$@"
+  keep "$name" "$out/$order/first/seed=$seed"
 }
 
 # method NAME COST SECOND THIRD [KEY=VALUE...]: later stages with these objectives, at the cost of SAT, which is 13.
 method() {
   local name=$1 epochs=$(((LATER * 13 + $2 / 2) / $2)) second=$3 third=$4
   shift 4
-  run "$order/$name" "$here/sequence.yaml" "stages.first.init=$out/$order/first/seed=$seed" \
+  later "$name" "stages.first.init=$out/$order/first/seed=$seed" \
     "stages.first.threat=${threats[0]}" "stages.second.threat=${threats[1]}" "stages.third.threat=${threats[2]}" \
     "stages.second.epochs=$epochs" "stages.third.epochs=$epochs" \
     "stages.second.objective=$second" "stages.third.objective=$third" "$@"
@@ -48,11 +71,27 @@ interpolated() {
   stages+=", {name: second, train: [model], keep: last, threat: \"${threats[1]}\", interpolate: {between: [first, tuned2], threats: [$2]}}"
   stages+=", {name: tuned3, $tuned, threat: \"${threats[2]}\"}"
   stages+=", {name: third, train: [model], keep: last, threat: \"${threats[2]}\", interpolate: {between: [second, tuned3], threats: [$3]}}]"
-  run "$order/$1" "$here/sequence.yaml" "stages=$stages"
+  later "$1" "stages=$stages"
 }
 
-sat() { # NAME THREAT EPOCHS
-  run "$1" "$here/base.yaml" "stages.base.threat=$2" "stages.base.epochs=$3"
+# routed NAME COST2 COST3 SECOND THIRD: after DDeR; it has a first stage of its own, since a router trains with it.
+routed() {
+  local name=$order/$1 first=$(((EPOCHS * 13 + 8) / 16))
+  wanted "$name" || return 0
+  trained "$name" "$here/routed.yaml" "stages.first.threat=${threats[0]}" "stages.first.epochs=$first" \
+    "stages.second.threat=${threats[1]}" "stages.second.epochs=$(((LATER * 13 + $2 / 2) / $2))" \
+    "stages.third.threat=${threats[2]}" "stages.third.epochs=$(((LATER * 13 + $3 / 2) / $3))" \
+    "stages.second.objective=$4" "stages.third.objective=$5"
+  keep "$name"
+}
+
+# bound NAME [KEY=VALUE...]: a network that knows its threats from the start.
+bound() {
+  local name=bounds/$1
+  shift
+  wanted "$name" || return 0
+  trained "$name" "$here/base.yaml" "stages.base.epochs=$((EPOCHS + 2 * LATER))" "$@"
+  keep "$name"
 }
 
 for ((seed = 0; seed < SEEDS; seed++)); do
@@ -60,7 +99,6 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     threats=("$linf" "$l2" "$l1")
     [[ $order == reverse ]] && threats=("$l1" "$l2" "$linf")
     a="'${threats[0]}'" b="'${threats[1]}'" c="'${threats[2]}'"
-    sat "$order/first" "${threats[0]}" "$EPOCHS"
     method finetune 13 sat sat
     method seen 13 "{name: any_of, choose: adaptive, among: [$a, $b]}" "{name: any_of, choose: adaptive, among: [$a, $b, $c]}"
     method lwf 18 lwf lwf
@@ -74,11 +112,10 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     method agem 26 "{name: agem, among: [$a]}" "{name: agem, among: [$a, $b]}"
     interpolated interpolate-kept "$a, $b" "$a, $b, $c"
   done
-  run bounds/joint "$here/base.yaml" "stages.base.epochs=$((EPOCHS + 2 * LATER))" \
-    "stages.base.objective={name: any_of, choose: adaptive, among: [$linf, $l2, $l1]}"
-  sat bounds/specialist-linf $linf $((EPOCHS + 2 * LATER))
-  sat bounds/specialist-l2 $l2 $((EPOCHS + 2 * LATER))
-  sat bounds/specialist-l1 $l1 $((EPOCHS + 2 * LATER))
+  bound joint "stages.base.objective={name: any_of, choose: adaptive, among: [$linf, $l2, $l1]}"
+  bound specialist-linf "stages.base.threat=$linf"
+  bound specialist-l2 "stages.base.threat=$l2"
+  bound specialist-l1 "stages.base.threat=$l1"
 done
 
 [[ -n $known ]] || { echo "METHODS=$METHODS: no method is called so" >&2; exit 2; }

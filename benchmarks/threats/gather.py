@@ -1,48 +1,63 @@
-"""Everything that benchmarks/threats/run.sh has finished, in one file.
+"""What benchmarks/threats/run.sh has finished: each seed in a small file of its own, and all of them in one answer.
 
-    python benchmarks/threats/gather.py OUT [JSON]
+    python benchmarks/threats/gather.py keep RUN FILE    # accuracies, cost and verdicts of a measured run
+    python benchmarks/threats/gather.py tell KEPT JSON   # KEPT/VARIANT/seed=N.json, all of them, told together
 
-Reads OUT/VARIANT/seed=N and writes JSON, OUT/threats.json if left out: for each variant clean accuracy, robust accuracy
-under each threat, their mean and `union` (right under all of them), as means over the seeds that are finished, with
-Student's 95 % interval over seeds (none of one seed); what training cost; and shares of the specialists.
+The answer has for each variant clean accuracy, robust accuracy under each threat, their mean and `union` (right under
+all of them), as means over the finished seeds, with Student's 95 % interval over seeds (none of one seed); what
+training cost; and shares of the specialists.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dualhead.evaluation import Evaluation
+from dualhead.system.files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "domains"))
-from collect import over_seeds  # the other study's, which has the same intervals
+from collect import over_seeds, packed  # the other study's, which has the same intervals
 
 MEASURED = "evaluations/threats"
 SPECIALISTS = {"Linf": "sat-linf", "L2": "sat-l2", "L1": "sat-l1"}
 
 
-def describe(runs: dict[int, Path]) -> dict[str, Any]:
-    """Return what the finished seeds of a variant reached and cost."""
-    results = [Evaluation.load(run / MEASURED).results for run in runs.values()]
-    rows = [json.loads((run / "comparison.json").read_text())["rows"][0] for run in runs.values()]
+def record(run: Path) -> dict[str, Any]:
+    """All that is told of a measured run: nothing else of it has to be kept."""
+    evaluation = Evaluation.load(run / MEASURED)
+    results, row = evaluation.results, json.loads((run / "comparison.json").read_text())["rows"][0]
+    return {
+        "environment": json.loads((run / "environment.json").read_text()),
+        "images": results["num_samples"],
+        "clean": results["clean_accuracy"],
+        "threats": {label: each["robust_accuracy"] for label, each in results["threats"].items()},
+        "average": results["average"],
+        "union": results["robust_accuracy"]["worst"],
+        "cost": row["training_cost"],
+        "parameters": row["parameters"],
+        "checks": sorted({check["name"] for check in results["diagnostics"] if check["status"] != "ok"}),
+        "correct": {what: packed(right) for what, right in evaluation.correct.items()},
+    }
+
+
+def describe(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the finished seeds of a variant reached and cost, from their records."""
+    found = list(runs.values())
     return {
         "seeds": list(runs),
-        "images": results[0]["num_samples"],
-        "clean": over_seeds([each["clean_accuracy"] for each in results]),
-        **{
-            label: over_seeds([each["threats"][label]["robust_accuracy"] for each in results])
-            for label in results[0]["threats"]
-        },
-        "average": over_seeds([each["average"] for each in results]),
-        "union": over_seeds([each["robust_accuracy"]["worst"] for each in results]),
-        "forward_equivalents": over_seeds([row["training_cost"]["forward_equivalents"] for row in rows]),
-        "seconds": over_seeds([row["training_cost"]["seconds"] for row in rows]),
-        "parameters": rows[0]["parameters"],
-        "checks": sorted(
-            {check["name"] for each in results for check in each["diagnostics"] if check["status"] != "ok"}
-        ),
+        "images": found[0]["images"],
+        "clean": over_seeds([each["clean"] for each in found]),
+        **{label: over_seeds([each["threats"][label] for each in found]) for label in found[0]["threats"]},
+        "average": over_seeds([each["average"] for each in found]),
+        "union": over_seeds([each["union"] for each in found]),
+        "forward_equivalents": over_seeds([each["cost"]["forward_equivalents"] for each in found]),
+        "seconds": over_seeds([each["cost"]["seconds"] for each in found]),
+        "parameters": found[0]["parameters"],
+        "checks": sorted({check for each in found for check in each["checks"]}),
     }
 
 
@@ -56,14 +71,13 @@ def shares(variant: dict[str, Any], variants: dict[str, Any]) -> dict[str, float
     return {**found, "average": sum(found.values()) / len(found), "worst": min(found.values())}
 
 
-def gather(out: Path, wanted: int = 3) -> dict[str, Any]:
-    """Return all that is finished; `under_way` as long as a variant has fewer than `wanted` seeds."""
+def tell(kept: Path, wanted: int = 3) -> dict[str, Any]:
+    """Return all that is kept; `under_way` as long as a variant has fewer than `wanted` seeds."""
     variants = {}
-    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
-        done = sorted(run for run in folder.glob("seed=*") if (run / MEASURED / "done").is_file())
-        runs = {int(run.name.removeprefix("seed=")): run for run in done}
-        if runs:
-            variants[folder.name] = describe(runs)
+    for folder in sorted(path for path in kept.iterdir() if path.is_dir()):
+        files = {int(file.stem.removeprefix("seed=")): file for file in folder.glob("seed=*.json")}
+        if files:
+            variants[folder.name] = describe({seed: json.loads(files[seed].read_text()) for seed in sorted(files)})
     for variant in variants.values():
         variant["shares_of_specialists"] = shares(variant, variants)
     whole = len(variants) == 9 and all(len(variant["seeds"]) >= wanted for variant in variants.values())
@@ -71,15 +85,20 @@ def gather(out: Path, wanted: int = 3) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the file and print a line for each variant."""
-    out = Path(sys.argv[1])
-    found = gather(out)
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else out / "threats.json"
-    target.write_text(json.dumps(found, indent=1) + "\n")
-    for name, variant in found["variants"].items():
-        columns = ("clean", *SPECIALISTS, "union")
-        told = "  ".join(f"{key} {100 * variant[key]['mean']:.1f}" for key in columns)
-        print(f"{name:10} {told}  ({len(variant['seeds'])} seeds)")
+    """Keep a run; or write what is kept, and print a line for each variant."""
+    match sys.argv[1:]:
+        case ["keep", run, file]:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            write_json(Path(file), record(Path(run)))
+        case ["tell", kept, target]:
+            found = tell(Path(kept))
+            Path(target).write_text(json.dumps(found, indent=1) + "\n")
+            for name, variant in found["variants"].items():
+                columns = ("clean", *SPECIALISTS, "union")
+                told = "  ".join(f"{key} {100 * variant[key]['mean']:.1f}" for key in columns)
+                print(f"{name:10} {told}  ({len(variant['seeds'])} seeds)")
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":

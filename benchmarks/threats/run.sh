@@ -4,15 +4,19 @@
 #     benchmarks/threats/run.sh DATA OUT [KEY=VALUE...]
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol.
-# The same command goes on where it was stopped, and collects what is finished into OUT/threats.json. In the environment:
+# The same command goes on where it was stopped, and tells what is finished in OUT/threats.json. In the environment:
 # STUDIES, a pattern of variants (`sat-*`); SEEDS, how many (3); COST, forward passes for each training image (640);
-# IMAGES, test images (1000). PRECISION=float32 on a CPU without bf16. KEY=VALUE goes to all runs.
+# IMAGES, test images (1000); PRECISION=float32 on a CPU without bf16; KEPT, a folder for the finished seeds' accuracies
+# and verdicts, one small file each (../results/threats): a seed that has its file there is not trained again.
+# KEY=VALUE goes to all runs.
 set -euo pipefail
 data=$1 out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
 : "${STUDIES:=*}" "${SEEDS:=3}" "${COST:=640}" "${IMAGES:=1000}" "${PRECISION:=bf16}"
+: "${KEPT:=$here/../results/threats}"
 known=
+mkdir -p "$out"
 
 # study NAME PASSES [KEY=VALUE...]: a variant that costs so many forward passes for each image of an epoch.
 study() {
@@ -20,18 +24,17 @@ study() {
   [[ $name == $STUDIES ]] || return 0
   known=1
   shift 2
+  [[ ! -f $KEPT/$name/seed=$seed.json ]] || return 0
   echo "$name, seed $seed"
   run=$out/$name/seed=$seed
   if [[ ! -f $run/model/config.json ]]; then
     dualhead train "$here/base.yaml" "data.source=$data" "stages.base.epochs=$(((COST + passes / 2) / passes))" \
       "runtime.precision=$PRECISION" "runtime.seed=$seed" "$@" "${extra[@]}" --run-dir "$run" --quiet
   fi
-  if [[ ! -f $run/evaluations/threats/done ]]; then
-    dualhead evaluate "$run" --data "$data" --threat Linf:8/255 --threat L2:0.5 --threat L1:12 \
-      --attack apgd-ce --attack apgd-t --limit "$IMAGES" --output "$run/evaluations/threats" --quiet
-    touch "$run/evaluations/threats/done"
-  fi
-  python "$here/gather.py" "$out" "$out/threats.json"
+  dualhead evaluate "$run" --data "$data" --threat Linf:8/255 --threat L2:0.5 --threat L1:12 \
+    --attack apgd-ce --attack apgd-t --limit "$IMAGES" --output "$run/evaluations/threats" --quiet
+  python "$here/gather.py" keep "$run" "$KEPT/$name/seed=$seed.json"
+  python "$here/gather.py" tell "$KEPT" "$out/threats.json"
 }
 
 for ((seed = 0; seed < SEEDS; seed++)); do

@@ -29,6 +29,12 @@ def head_id(number: int) -> str:
     return f"head{number}"
 
 
+def router_number(output: str) -> int | None:
+    """Return which router of the aggregator an output is, counted from 1; None if it is none."""
+    found = re.fullmatch(r"router([1-9]\d*)", output)
+    return int(found[1]) if found else None
+
+
 def head_number(output: str) -> int | None:
     """Return which head an output is, counted from 1; None if it is no head."""
     found = re.fullmatch(r"head([1-9]\d*)", output)
@@ -45,19 +51,21 @@ def name_of(output: str, model: str = MODEL) -> str:
     number = head_number(output)
     if number is not None:
         return f"head {number}"
+    if (router := router_number(output)) is not None:
+        return f"router {router}"
     return model if output == MODEL else _CALLED.get(output, output)
 
 
 def id_of(name: str) -> str:
     """Return the id of the output that tables call by a name; `model` for any other name."""
     by_name = {called: output for output, called in _CALLED.items()} | _CALLED_EARLIER
-    found = re.fullmatch(r"head ([1-9]\d*)", name)
-    return f"head{found[1]}" if found else by_name.get(name, MODEL)
+    found = re.fullmatch(r"(head|router) ([1-9]\d*)", name)
+    return f"{found[1]}{found[2]}" if found else by_name.get(name, MODEL)
 
 
 def read_id(text: str) -> str:
     """Return the id of an output as a file tells it: the id, or in files of earlier versions the name."""
-    known = text in (*_CALLED, MODEL) or head_number(text) is not None
+    known = text in (*_CALLED, MODEL) or head_number(text) is not None or router_number(text) is not None
     return text if known else id_of(text)
 
 
@@ -71,14 +79,19 @@ def row_folder(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def described(output: str, heads: int) -> str:
+def described(output: str, heads: int, aggregator: str = "") -> str:
     """Return how the card of a model describes its output.
 
     Args:
         output: its id.
         heads: how many the model has.
+        aggregator: the name of what merges them; "" if it is not known.
     """
     number = head_number(output)
     if number is not None:
         return f"Head {number} of a classifier of {heads} heads"
+    if (router := router_number(output)) is not None:
+        return f"Router {router} of a classifier of {heads} heads"
+    if output == AGGREGATE and aggregator and not aggregator.startswith("pairwise"):  # those of the paper
+        return f"A classifier of {heads} heads and the aggregator {aggregator}"
     return _DESCRIBED.get(output, "A classifier").format(heads=heads)

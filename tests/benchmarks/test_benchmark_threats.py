@@ -16,7 +16,7 @@ RECORDER = """#!/usr/bin/env bash
 printf '%s\\n' "$@" END >> "$ASKED"
 if [[ $1 == train ]]; then
   run=${@: -2:1}; mkdir -p "$run/model"; touch "$run/model/config.json"
-elif [[ $1 == evaluate ]]; then mkdir -p "${@: -2:1}"; fi
+elif [[ $2 == keep ]]; then mkdir -p "$(dirname "$4")"; touch "$4"; fi
 """
 """In place of dualhead and of python: writes down what it was asked, and leaves runs and evaluations."""
 PASSES = {"sat": 13, "any_of": 13, "avg": 39, "msd": 28, "ramp": 26}
@@ -24,15 +24,16 @@ PASSES = {"sat": 13, "any_of": 13, "avg": 39, "msd": 28, "ramp": 26}
 
 def asked_of(folder, **environment):
     (folder / "bin").mkdir(exist_ok=True)
-    for name, text in (("dualhead", RECORDER), ("python", "#!/usr/bin/env bash\n")):
-        (folder / "bin" / name).write_text(text)
+    for name in ("dualhead", "python"):
+        (folder / "bin" / name).write_text(RECORDER)
         (folder / "bin" / name).chmod(0o755)
     (folder / "asked").write_text("")
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     ended = subprocess.run(
         ["benchmarks/threats/run.sh", "DATA", str(folder / "out")],
         cwd=ROOT,
-        env={**os.environ, "PATH": path, "ASKED": str(folder / "asked"), "SEEDS": "1", **environment},
+        env={**os.environ, "PATH": path, "ASKED": str(folder / "asked"), "KEPT": str(folder / "kept"), "SEEDS": "1",
+             **environment},
         check=False, capture_output=True, text=True,
     )  # fmt: skip
     return ended, [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]

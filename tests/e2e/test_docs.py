@@ -307,6 +307,7 @@ OBJECTIVE_COSTS = {
     "ewc": f"{ATTACK}and {ONE} for the loss.",
     "lwf": f"{ATTACK}{TWO}es for the loss, and two forward passes of the teacher.",
     "air": f"{ATTACK}{THREE}es for the loss, and two forward passes of the teacher.",
+    "after_dder": f"{ATTACK}and 4 forward and backward passes for the loss.",
     "alr": f"{AMONG_THREE.format('')}{FAR}{TARGET}and {THREE}es for the loss.",
     **dict.fromkeys(("agem", "replay"), f"{AMONG_THREE.format('')}{REHEARSED}and {TWO}es for the loss."),
     "any_of": f"{ATTACK}and {ONE} for the loss.",

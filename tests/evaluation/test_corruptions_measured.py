@@ -16,6 +16,8 @@ from dualhead.data.corruptions import KINDS, TITLE, corrupt
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import Measurement, compare
 from dualhead.report import write_report
+from dualhead.report.comparison import as_records, difference_table
+from dualhead.report.sources import read_sources
 
 THREAT = dualhead.ThreatModel("Linf", 8 / 255)
 X = (torch.rand(10, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
@@ -215,6 +217,22 @@ def test_the_order_of_samples_does_not_matter_to_the_pair(tmp_path):
     assert one["verdict"] == other["verdict"]
     for key in ("difference", "interval", "p_value"):
         assert one[key] == pytest.approx(other[key])
+
+
+def test_the_report_pairs_them_too(tmp_path):
+    measure(["fgsm", "corruptions"], output_dir=tmp_path / "a")
+    asked = {"threat": THREAT, "attacks": ["fgsm", "corruptions"], "diagnostics": False}
+    dualhead.evaluate(Darker(), X, Y, output_dir=tmp_path / "b", **asked)
+    pair = pairs_of(tmp_path / "a", tmp_path / "b")["corruptions"]
+    table = difference_table(read_sources([tmp_path / "a", tmp_path / "b"]))
+    assert table.columns == ["model", "compared with", "clean, points", "robust, points", "corruptions, points"]
+    ((*_, cell),) = table.rows
+    assert cell.order == pytest.approx(pair["difference"])
+    assert "undecided" in cell.note
+    (record, _) = as_records([row for source in read_sources([tmp_path / "a", tmp_path / "b"]) for row in source.rows])
+    assert record["corruptions low"] <= record["corruptions"] <= record["corruptions high"]
+    page = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report.html").read_text()
+    assert "of corruptions a z-test over images" in page
 
 
 def test_results_that_do_not_hold_the_images_are_told_and_not_paired(tmp_path):

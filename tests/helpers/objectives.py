@@ -12,6 +12,7 @@ REQUIRED = {
     "energy": {"start_steps": 1},
     "hat": {"weights": "standard"},
     "elle": {"adaptive": False, "weight": 0.1},
+    "after_dder": {"sentinel": 0, "balance": 0},
     "align": {"distance": "kl", "output": "own", "stop_gradient": False},
 }
 """Fields without a default, by objective, and those that let it show all that it does, or see logits alone."""

@@ -125,4 +125,5 @@ def test_the_sentence_at_a_recipe_s_head_is_whole(tmp_path):
 def test_every_recipe_that_ships_says_what_it_is_in_a_sentence(name):
     said = recipes()[name]
     assert said.endswith(".") and said.count("(") == said.count(")")
-    assert ("not a reproduction" in said) == ("aligned" in name or name == "cifar10_wrn34_dat")
+    after = "aligned" in name or "routed" in name or name == "cifar10_wrn34_dat"
+    assert ("not a reproduction" in said) == after

@@ -335,6 +335,9 @@ def evaluate(
             "--routes", help="Of tied heads: all, or some of own, crossed, merged, curve, transfer, gaps, with commas."
         ),
     ] = None,
+    routers: Annotated[
+        bool, typer.Option("--routers", help="Of an aggregator: the sentinel, each router, and controls.")
+    ] = False,
     output_dir: OutputDir = None,
     image_size: ImageSize = None,
     image_column: ImageColumn = None,
@@ -414,6 +417,7 @@ def evaluate(
         checkpoint=checkpoint,
         output=output,
         routes=routes,
+        routers=routers,
         output_dir=output_dir,
         image_size=image_size,
         image_column=image_column,
@@ -441,10 +445,8 @@ def evaluate(
         poison=poison,
         clean_model=clean_model,
     )
-    if routes is not None and (generation or ood):
-        raise UserError("--routes: not with --generation or --ood; evaluate one head with --output-of")
-    if routes is not None:
-        _evaluate_routes(request, quiet=quiet, as_json=as_json)
+    if routes is not None or routers:
+        _evaluate_ways(request, quiet=quiet, as_json=as_json)
         return
     with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
         quiet = quiet or not group.first
@@ -474,6 +476,15 @@ def evaluate(
         out.print(line, soft_wrap=True, markup=False, style="yellow")
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _evaluate_ways(request: Any, *, quiet: bool, as_json: bool) -> None:
+    """Measure routes of tied heads, or routers of an aggregator."""
+    if request.routes is not None and request.routers:
+        raise UserError("--routes and --routers: give one of them")
+    if request.routes is not None and (request.generation or request.ood):
+        raise UserError("--routes: not with --generation or --ood; evaluate one head with --output-of")
+    (_evaluate_routers if request.routers else _evaluate_routes)(request, quiet=quiet, as_json=as_json)
 
 
 def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
@@ -506,6 +517,31 @@ def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
     if by_kind := corruption_table(rows):
         out.print(by_kind)
     out.print(found["warning"], soft_wrap=True)
+    if not quiet:
+        out.print(f"results: {folder}", soft_wrap=True)
+
+
+def _evaluate_routers(request: Any, *, quiet: bool, as_json: bool) -> None:
+    """Measure routers and their controls, and print a line for each."""
+    from dualhead.commands.evaluate import assess_routers
+    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
+    from dualhead.report import router_lines, router_rows
+    from dualhead.system.processes import joined
+
+    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
+        quiet = quiet or not group.first
+        display = None if quiet else lambda name: EvaluationDisplay(bar, name)
+        folder, found = assess_routers(request, display, stop)
+    if not group.first:
+        return
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = router_rows(found)
+    print_lights([(row["name"], row["checks"]) for row in rows])
+    out.print(accuracy_table(f"routers, in percent, of {found['num_samples']} test images", rows))
+    for line in router_lines(found):
+        out.print(line, soft_wrap=True, markup=False)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dualhead.commands.quality import assess_further, chosen_by_samples
 from dualhead.commands.resolve import BY_SAMPLES, Request, resolve
 from dualhead.commands.triggers import assess_trigger, marked_images
-from dualhead.data import Split, digests
+from dualhead.data import Split, digests, hold_out
 from dualhead.errors import UserError
 from dualhead.evaluation import (
     ESTIMATE,
@@ -21,9 +21,11 @@ from dualhead.evaluation import (
     EvaluationProgress,
     Finding,
     Gallery,
+    RouterSetting,
     RouteSetting,
     check_duplicates,
     evaluate,
+    evaluate_routers,
     evaluate_routes,
     make_gallery,
     parse_kinds,
@@ -162,6 +164,78 @@ def assess_routes(
         stop=stop,
     )
     return asked.results, found
+
+
+def assess_routers(
+    request: Request,
+    progress: Callable[[str], EvaluationProgress] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[Path, dict[str, Any]]:
+    """Evaluate what weighs the routers of an aggregator, each router, and the controls.
+
+    Args:
+        request: the options.
+        progress: gives, for the name of a classifier, who is told how far its evaluation is.
+        stop: as in `evaluate`.
+
+    Returns:
+        The folder with the results, and the content of `routers.json`.
+
+    Raises:
+        UserError: for a model without routers or no run, and as `assess`.
+    """
+    for option, value in (
+        ("--output-of", request.output), ("--transfer-from", request.transfer_from),
+        ("--save-adversarial", request.save_adversarial), ("--generation", request.generation), ("--ood", request.ood),
+    ):  # fmt: skip
+        if value:
+            raise UserError(f"{option}: not with --routers; evaluate one router with --output-of router1")
+    if request.precision not in get_args(Precision):
+        raise UserError(f"--precision {request.precision}: use {', '.join(get_args(Precision))}")
+    if not request.is_run:
+        raise UserError("--routers: the best router is chosen on images that a run held out; name a run")
+    asked = resolve(replace(request, output="aggregate"))
+    if asked.radii:
+        raise UserError("--eps: --routers measures at one radius")
+    classifier = asked.model
+    if not isinstance(classifier, DualHeadClassifier) or not classifier.routers:
+        raise UserError(f"--routers: {request.model} has no routers (model.aggregator: after_dder)")
+    test, count = asked.images, min(request.limit or len(asked.images), len(asked.images))
+    if group().first:
+        test.warn_if_sorted(count, "--limit")
+    check_folder(asked.results, "--output")
+    options = {
+        "precision": request.precision, "class_names": list(test.class_names), "skipped": len(test.skipped),
+        "resume": not request.overwrite, "command": request.command,
+    }  # fmt: skip
+    setting = RouterSetting(
+        threats=asked.threats or (asked.threat,), attacks=asked.attacks, batch_size=request.batch_size,
+        seed=request.seed, options=options,
+    )  # fmt: skip
+    found = evaluate_routers(
+        classifier,
+        torch.as_tensor(test.images[:count]),
+        test.labels[:count],
+        setting,
+        held_out=_held_out(request, count),
+        output_dir=asked.results,
+        progress=progress,
+        stop=stop,
+    )
+    return asked.results, found
+
+
+def _held_out(request: Request, most: int) -> tuple[Tensor, Tensor]:
+    """Load the training images that a run held out, at most as many as are measured.
+
+    Raises:
+        UserError: if it held none out.
+    """
+    recipe = read_recipe(Path(request.model))
+    if not recipe.data.validation:
+        raise UserError("--routers: the best router is chosen on held-out images, and data.validation of the run is 0")
+    _, held = hold_out(recipe.data.load("train"), recipe.data.validation, recipe.runtime.seed)
+    return torch.as_tensor(held.images[:most]), held.labels[:most]
 
 
 def _roles(request: Request, classifier: DualHeadClassifier) -> tuple[str, str]:

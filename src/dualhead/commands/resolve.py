@@ -60,6 +60,7 @@ class Request:
     checkpoint: str | None = None
     output: str | None = None
     routes: str | None = None
+    routers: bool = False
     output_dir: Path | None = None
     image_size: str | None = None
     image_column: str | None = None
@@ -439,6 +440,7 @@ def _own_folder(request: Request) -> Path:
 def _folder_name(request: Request) -> str:
     """Return a name made of the options: another question is another folder."""
     words = [request.stage, request.checkpoint, "routes" if request.routes else request.output, *request.attacks]
+    words += ["routers" if request.routers else None]
     words += [request.norm, request.threat, *request.threats, request.eps]
     words += [None if request.limit is None else f"first{request.limit}", (request.data or "")[-60:]]
     words += [

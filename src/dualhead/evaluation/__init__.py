@@ -53,6 +53,7 @@ from dualhead.evaluation.quality import (
     measure_generation,
 )
 from dualhead.evaluation.results import Evaluation, Verdicts, balanced
+from dualhead.evaluation.routers import RouterSetting, evaluate_routers
 from dualhead.evaluation.routes import ESTIMATE, KINDS, RouteSetting, evaluate_routes, parse_kinds
 from dualhead.evaluation.sequence import MEASURES, Visit, describe_sequence, of_specialists, plasticity
 from dualhead.evaluation.union import against_specialists, column, threat_labels
@@ -78,6 +79,7 @@ __all__ = [
     "Measurement",
     "Paired",
     "RouteSetting",
+    "RouterSetting",
     "Sampling",
     "Sets",
     "TriggeredImages",
@@ -101,6 +103,7 @@ __all__ = [
     "describe_sequence",
     "energy",
     "evaluate",
+    "evaluate_routers",
     "evaluate_routes",
     "finders",
     "finite",

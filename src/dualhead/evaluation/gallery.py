@@ -167,7 +167,8 @@ class _Visit:
         self.streams = Streams.of(seed, names.to(device)).fork("gallery")
         self.clean = self._said(self.x, self.y)
         count = self.clean.margin.shape[1]
-        self.ids = [*map(head_id, range(1, count)), _merged(model)] if heads else [MODEL]
+        shown: tuple[str, ...] | None = getattr(model, "shown_outputs", None)
+        self.ids = list(shown or (*map(head_id, range(1, count)), _merged(model))) if heads else [MODEL]
 
     def _ask(self, x: Tensor) -> Tensor:
         """Logits [B, O, K] of all outputs."""

@@ -67,7 +67,12 @@ def read_logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:
-    """Images to the logits of all heads and, last, of the aggregate, [B, H + 1, C]; None if there are no heads."""
+    """Images to the logits of all heads and, last, of the aggregate, [B, H + 1, C]; None if there are no heads.
+
+    A model that has `all_logits` says itself what it shows, which may be more than heads.
+    """
+    if heads is None and hasattr(model, "all_logits"):
+        return cast("LogitsFn", model.all_logits)
     if heads is None and not hasattr(model, "head_logits"):
         return None
     ask = cast("LogitsFn", heads or model.head_logits)

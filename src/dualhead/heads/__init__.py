@@ -1,8 +1,18 @@
 """Two heads or more on one trunk: cutting a model at a layer, the further heads, and the aggregator over all."""
 
-from dualhead.heads.aggregators import Aggregator, Chosen, aggregators, default_aggregator
+from dualhead.heads.aggregators import Aggregator, Chosen, SeesFeatures, aggregators, default_aggregator
 from dualhead.heads.attach import attach_second_head
-from dualhead.heads.classifier import DualHeadClassifier, Output, Part, depends_on, is_head, mean_of
+from dualhead.heads.classifier import (
+    DualHeadClassifier,
+    Output,
+    Part,
+    depends_on,
+    is_head,
+    is_merging,
+    is_router,
+    mean_of,
+    number_of,
+)
 from dualhead.heads.joint_pass import Rows, joint_pass, refuse_unroutable
 from dualhead.heads.layers import LayerInfo, layers
 from dualhead.heads.routes import (
@@ -31,6 +41,7 @@ __all__ = [
     "Part",
     "Route",
     "Rows",
+    "SeesFeatures",
     "aggregators",
     "attach_second_head",
     "between",
@@ -38,9 +49,12 @@ __all__ = [
     "depends_on",
     "image_gaps",
     "is_head",
+    "is_merging",
+    "is_router",
     "joint_pass",
     "layers",
     "mean_of",
+    "number_of",
     "own_words",
     "refuse_unroutable",
     "routes_of",

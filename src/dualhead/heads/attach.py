@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dualhead.errors import UserError
 from dualhead.heads.aggregators import Aggregator, aggregators, default_aggregator
@@ -61,7 +62,7 @@ def attach_second_head(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         model = copy.deepcopy(model).requires_grad_()  # frozen as a whole, for evaluation: no wish for what trains here
     cut = split_model(model, at, example)
-    num_outputs = _num_outputs(cut, cut.tail, example)
+    num_outputs, shapes = _num_outputs(cut, cut.tail, example)
     if num_classes not in (None, num_outputs):
         raise UserError(
             f"num_classes is {num_classes}, but the model gives {num_outputs} logits; replace its last layer"
@@ -71,7 +72,7 @@ def attach_second_head(
         if heads != 2:
             raise UserError(f"a module as init is the second head of two, and heads is {heads}; use reset or clone")
         others = [init]
-        if (given := _num_outputs(cut, init, example)) != num_outputs:
+        if (given := _num_outputs(cut, init, example)[0]) != num_outputs:
             raise UserError(f"the second head given as init gives {given} logits; the model gives {num_outputs}")
         guard_features(cut, two_images(example), init)
     else:
@@ -85,7 +86,7 @@ def attach_second_head(
     reference = next(model.parameters())
     if not isinstance(aggregator, nn.Module):
         component = aggregators.build(default_aggregator(num_outputs) if aggregator is None else aggregator)
-        aggregator = component.create(num_outputs, heads)
+        aggregator = component.create_over(shapes, num_outputs, heads)
         aggregator = aggregator.to(torch.promote_types(reference.dtype, torch.float32))  # as logits are merged
     aggregator = aggregator.to(reference.device)
     return DualHeadClassifier(cut, others, aggregator, num_outputs, tied=tied).train(model.training)
@@ -98,7 +99,8 @@ def _refuse_unknown(init: object, own: Sequence[str] | None) -> None:
         raise UserError("own says what tied heads do not share, and other heads share nothing; use init='tied'")
 
 
-def _num_outputs(cut: Cut, head: nn.Module, example: Tensor) -> int:
+def _num_outputs(cut: Cut, head: nn.Module, example: Tensor) -> tuple[int, list[Size]]:
+    """Return how many logits a head gives, and the shape of one image's features for each tensor that it takes."""
     images = example[:2]
     with undisturbed(images, cut.trunk, head):
         features = cut.trunk.eval()(images.clone())
@@ -112,4 +114,4 @@ def _num_outputs(cut: Cut, head: nn.Module, example: Tensor) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"a head must give logits [B, C]; got {shape} for {len(images)} images")
-    return logits.shape[1]
+    return logits.shape[1], [tensor.shape[1:] for tensor in tree_leaves(features)]

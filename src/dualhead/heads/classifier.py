@@ -10,14 +10,17 @@ from typing import Annotated, Any, Final, Self, cast
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dualhead.errors import UserError
+from dualhead.heads.aggregators.base import SeesFeatures
 from dualhead.heads.aggregators.mean import MeanOfHeads
 from dualhead.heads.joint_pass import Rows, joint_pass
 from dualhead.heads.splitting import Cut, Features, How
 from dualhead.heads.tied import moving_modules, share_tensors, tensors_by_name
 
 _HEAD: Final = re.compile(r"head[1-9][0-9]?")
+_ROUTER: Final = re.compile(r"router[1-9][0-9]?")
 
 
 def is_head(name: str) -> bool:
@@ -25,9 +28,24 @@ def is_head(name: str) -> bool:
     return _HEAD.fullmatch(name) is not None
 
 
+def is_router(name: str) -> bool:
+    """Whether a part or an output is a router of the aggregator: `router1`, `router2`, ..."""
+    return _ROUTER.fullmatch(name) is not None
+
+
+def is_merging(part: str) -> bool:
+    """Whether a part merges heads: the aggregator or one of its routers."""
+    return part == "aggregator" or is_router(part)
+
+
+def number_of(name: str) -> int:
+    """Return the number of a head or router, counted from 1."""
+    return int(name.removeprefix("head").removeprefix("router"))
+
+
 def _checked(kind: str, others: Sequence[str]) -> AfterValidator:
     def check(name: str) -> str:
-        if not is_head(name) and name not in others:
+        if not is_head(name) and not is_router(name) and name not in others:
             raise UserError(f": must be {kind}, one of head1, head2, ..., {', '.join(others)}; got {name!r}")
         return name
 
@@ -35,29 +53,46 @@ def _checked(kind: str, others: Sequence[str]) -> AfterValidator:
 
 
 Part = Annotated[str, _checked("a part", ("trunk", "aggregator", "model"))]
-"""A piece that learns or is frozen as one: the trunk, a head or the aggregator, or a plain model as a whole."""
+"""A piece that learns or is frozen as one: trunk, a head, aggregator or one of its routers, or a plain model."""
 
 Output = Annotated[str, _checked("an output", ("mean", "aggregate"))]
-"""Whose logits a view gives: a head's, their mean's or the aggregate's."""
+"""Whose logits a view gives: a head's, their mean's, a router's or the aggregate's."""
 
 
 def depends_on(output: str, part: str) -> bool:
     """Whether an output runs a part. Of tied heads see `DualHeadClassifier.is_shaped_by` too."""
     if is_head(output):
         return part in ("trunk", output)
-    return part == "trunk" or is_head(part) or (output, part) == ("aggregate", "aggregator")
+    if part == "trunk" or is_head(part):
+        return True
+    return is_merging(part) if output == "aggregate" else is_router(output) and part in (output, "aggregator")
 
 
 class _KeepFrozen:
-    """A pre-hook by which a frozen part is in evaluation mode whenever it runs, whoever called `.train()` on what."""
+    """A pre-hook by which a frozen part is in evaluation mode whenever it runs, whoever called `.train()` on what.
 
-    def __init__(self) -> None:
+    Args:
+        apart: modules inside that are parts of their own, and stay as they are.
+    """
+
+    def __init__(self, apart: Sequence[nn.Module] = ()) -> None:
         self.frozen = False
+        self._apart = tuple(apart)
 
     def __call__(self, module: nn.Module, args: object) -> None:
         del args
         if self.frozen:
+            self.hold(module)
+
+    def hold(self, module: nn.Module) -> None:
+        """Put the part into evaluation mode."""
+        if not self._apart:
             module.eval()
+            return
+        others = {id(inside) for part in self._apart for inside in part.modules()}
+        for inside in module.modules():
+            if id(inside) not in others:
+                inside.training = False
 
 
 def mean_of(head_logits: Tensor) -> Tensor:
@@ -73,14 +108,15 @@ class DualHeadClassifier(nn.Module):
     Args:
         cut: the model that was cut; its tail becomes the first head.
         others: the heads after the first, at least one, each what crosses the cut to logits [B, C].
-        aggregator: head logits [B, H, C] to logits [B, C].
+        aggregator: head logits [B, H, C] to logits [B, C]; a `SeesFeatures` gets what crosses the cut too.
         num_classes: C.
         tied: names of the tensors that each further head shares with the first; empty: heads of their own.
 
     Attributes:
         heads: names of the heads: `head1`, `head2`, ...
-        parts: of what it consists, in the order of a pass: `trunk`, the heads, `aggregator`.
-        outputs: whose logits a view can give: the heads, `mean`, `aggregate`.
+        routers: names of the aggregator's routers, if it has any: `router1`, `router2`, ...
+        parts: of what it consists, in the order of a pass: `trunk`, the heads, the routers, `aggregator`.
+        outputs: whose logits a view can give: the heads, `mean`, the routers, `aggregate`.
     """
 
     trunk: nn.Module
@@ -100,17 +136,20 @@ class DualHeadClassifier(nn.Module):
         super().__init__()
         self.tied = frozenset(tied)
         self.heads = tuple(f"head{number}" for number in range(1, len(others) + 2))
-        self.parts = ("trunk", *self.heads, "aggregator")
-        self.outputs = (*self.heads, "mean", "aggregate")
-        for name, module in zip(self.parts, (cut.trunk, cut.tail, *others, aggregator), strict=True):
+        self.routers = aggregator.routers if isinstance(aggregator, SeesFeatures) else ()
+        self.parts = ("trunk", *self.heads, *self.routers, "aggregator")
+        self.outputs = (*self.heads, "mean", *self.routers, "aggregate")
+        own = [part for part in self.parts if not is_router(part)]
+        for name, module in zip(own, (cut.trunk, cut.tail, *others, aggregator), strict=True):
             self.add_module(name, module)
         self.num_classes = num_classes
         self.split_at = cut.at
         self.split_how: How = cut.how
         self._fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        self._freezers = {name: _KeepFrozen() for name in self.parts}
+        routers = [self.part(name) for name in self.routers]
+        self._freezers = {name: _KeepFrozen(routers if name == "aggregator" else ()) for name in self.parts}
         for name, freezer in self._freezers.items():
-            self.get_submodule(name).register_forward_pre_hook(freezer)
+            self.part(name).register_forward_pre_hook(freezer)
         self._still = {head: _KeepFrozen() for head in self.heads[1:]}  # of layers whose statistics are head 1's
         for head, module in self._moving():
             module.register_forward_pre_hook(self._still[head])
@@ -149,6 +188,20 @@ class DualHeadClassifier(nn.Module):
         """Whether the aggregate is the mean of the heads' logits."""
         return isinstance(self.aggregator, MeanOfHeads)
 
+    def part(self, name: str) -> nn.Module:
+        """Return the module of a part; a router's lies in the aggregator."""
+        return self.aggregator.get_submodule(name) if is_router(name) else self.get_submodule(name)
+
+    @property
+    def sees_features(self) -> bool:
+        """Whether the aggregator sees what crosses the cut beside the heads' logits."""
+        return isinstance(self.aggregator, SeesFeatures)
+
+    @property
+    def shown_outputs(self) -> tuple[str, ...]:
+        """The outputs that `all_logits` gives."""
+        return (*self.heads, *self.routers, "mean" if self.is_mean else "aggregate")
+
     def features(self, x: Tensor) -> Features:
         """Run the trunk once on images [B, ...]; return what crosses the cut, a tensor or a tuple of tensors."""
         return self.trunk(x)
@@ -180,33 +233,83 @@ class DualHeadClassifier(nn.Module):
             logits: Tensor = first(features)
         return logits
 
-    def aggregate(self, head_logits: Tensor) -> Tensor:
-        """Logits [B, C] from head logits [B, H, C], at least in float32 whatever the heads compute in."""
+    def merge(self, output: str, head_logits: Tensor, features: Features | None = None) -> Tensor:
+        """Logits [B, C] of `mean`, a router or `aggregate`, at least in float32 whatever the heads compute in.
+
+        Args:
+            output: which one.
+            head_logits: [B, H, C].
+            features: what crosses the cut; needed if the aggregator sees it.
+        """
+        if output == "mean":
+            return mean_of(head_logits)
+        return self._merge(self.part(output) if is_router(output) else self.aggregator, head_logits, features)
+
+    def look(self, router: str, features: Features) -> None:
+        """Run what a router makes of what crosses the cut, without any head: for hooks on its layers."""
+        module = cast("SeesFeatures", self.part(router))
+        with torch.autocast(next(module.parameters()).device.type, enabled=False):
+            module.look(self._wide(features))
+
+    def _wide(self, tensors: Any) -> Any:
+        """Tensors in the type in which heads are merged, at least float32."""
+        return tree_map(lambda tensor: tensor.to(self._merging_type(tensor)), tensors)
+
+    def _merging_type(self, tensor: Tensor) -> torch.dtype:
+        own = next(self.aggregator.parameters(), tensor).dtype  # logits may be of another type than weights
+        return torch.promote_types(own, torch.float32)
+
+    def _merge(self, merging: Callable[..., Tensor], head_logits: Tensor, features: Features | None) -> Tensor:
         # It costs little beside the heads, and bf16 turns gradients round where an aggregator's map is steep.
         with torch.autocast(head_logits.device.type, enabled=False):
-            own = next(self.aggregator.parameters(), head_logits).dtype  # logits may be of another type than weights
-            wide = head_logits.to(torch.promote_types(own, torch.float32))
-            logits: Tensor = self.aggregator(wide)
-        return logits
+            wide = self._wide(head_logits)
+            if not self.sees_features:
+                return merging(wide)
+            assert features is not None, "an aggregator that sees features needs them"
+            return merging(wide, self._wide(features))
+
+    def aggregate(self, head_logits: Tensor, features: Features | None = None) -> Tensor:
+        """Logits [B, C] of the aggregate; see `merge`."""
+        return self.merge("aggregate", head_logits, features)
+
+    def _each(self, features: Features) -> Tensor:
+        """Logits of all heads [B, H, C] from what crosses the cut."""
+        return torch.stack([self.head(name, features) for name in self.heads], 1)
 
     def head_logits(self, x: Tensor) -> Tensor:
         """Logits of all heads [B, H, C] from images [B, ...]; runs the trunk once."""
+        return self._each(self.features(x))
+
+    def before_merging(self, x: Tensor) -> tuple[Tensor, Features]:
+        """All that is merged, from one pass of images [B, ...]: head logits [B, H, C], and what crosses the cut."""
         features = self.features(x)
-        return torch.stack([self.head(name, features) for name in self.heads], 1)
+        return self._each(features), features
+
+    def all_logits(self, x: Tensor) -> Tensor:
+        """Logits of `shown_outputs` [B, O, C] from images [B, ...], from one pass: what attacks may see.
+
+        Those of heads and routers may differ by a constant in each image from the outputs', see `SeesFeatures.shown`.
+        """
+        head_logits, features = self.before_merging(x)
+        if isinstance(self.aggregator, SeesFeatures):
+            return self._merge(self.aggregator.shown, head_logits, features)
+        return torch.cat((head_logits, self.aggregate(head_logits)[:, None]), 1)  # of the wider type
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] of the aggregate from images [B, ...]."""
-        return self.aggregate(self.head_logits(x))
+        return self.aggregate(*self.before_merging(x))
 
     def view(self, output: Output) -> HeadView:
         """An ordinary classifier over these very modules, that runs only what its output needs.
 
         Args:
-            output: a head, `mean` (of the heads' logits) or `aggregate`.
+            output: a head, `mean` (of the heads' logits), a router or `aggregate`.
 
         Raises:
             UserError: for any other output.
         """
+        if is_router(output):
+            return RouterView(self, output)
         return MeanView(self, output) if output == "mean" else HeadView(self, output)
 
     def set_trainable(self, parts: AbstractSet[str]) -> None:
@@ -229,6 +332,7 @@ class DualHeadClassifier(nn.Module):
         for name in parts:
             if name not in self.parts:
                 raise UserError(f"{name!r} is no part of this classifier; its parts are {', '.join(self.parts)}")
+        parts = self._meant(parts)
         self._refuse_half_frozen(parts)
         for name, freezer in self._freezers.items():
             freezer.frozen = name not in parts
@@ -241,6 +345,10 @@ class DualHeadClassifier(nn.Module):
                 parameter.grad = None
         self.train(self.training)
 
+    def _meant(self, parts: AbstractSet[str]) -> set[str]:
+        """Return the parts, with the routers if the aggregator is among them: they lie in it."""
+        return {*parts, *(self.routers if "aggregator" in parts else ())}
+
     def _refuse_half_frozen(self, parts: AbstractSet[str]) -> None:
         owners: dict[int, str] = {}
         for part in self.parts:
@@ -252,9 +360,12 @@ class DualHeadClassifier(nn.Module):
                     )
 
     def _held_by(self, part: str) -> dict[str, Tensor]:
-        """Parameters and buffers that belong to a part, under its own names; tied ones are head 1's."""
+        """Parameters and buffers that belong to a part alone, under its own names; tied ones are head 1's."""
         shared = self.tied if part in self.heads[1:] else frozenset()
-        return {name: t for name, t in tensors_by_name(self.get_submodule(part)).items() if name not in shared}
+        held = {name: t for name, t in tensors_by_name(self.part(part)).items() if name not in shared}
+        if part == "aggregator" and self.routers:
+            return {name: t for name, t in held.items() if name.partition(".")[0] not in self.routers}
+        return held
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen parts, which stay in evaluation mode."""
@@ -266,7 +377,7 @@ class DualHeadClassifier(nn.Module):
         """Put what is frozen of some parts into evaluation mode."""
         for name in parts:
             if self._freezers[name].frozen:
-                self.get_submodule(name).eval()
+                self._freezers[name].hold(self.part(name))
         for head, module in self._moving(set(parts)):
             if self._still[head].frozen:
                 module.eval()
@@ -275,11 +386,12 @@ class DualHeadClassifier(nn.Module):
     def load_part(self, part: str, other: DualHeadClassifier) -> None:
         """Give a part the values that it has in another classifier of the same make.
 
-        Of a tied head after the first, only what it has of its own.
+        Of a tied head after the first, only what it has of its own; of the aggregator, its routers too.
         """
-        theirs = other._held_by(part)
-        for name, tensor in self._held_by(part).items():
-            tensor.copy_(theirs[name])
+        for each in self._meant({part}):
+            theirs = other._held_by(each)
+            for name, tensor in self._held_by(each).items():
+                tensor.copy_(theirs[name])
 
     def base_state_dict(self, head: str = "head1") -> dict[str, Tensor]:
         """The original model's state dict, from the trunk and a head, under its own keys.
@@ -332,12 +444,16 @@ class HeadView(nn.Module):
                 f"{output!r} is no output of this classifier; its outputs are {', '.join(classifier.outputs)}"
             )
         self.output = output
-        self._parts = tuple(part for part in classifier.parts if depends_on(output, part))
+        self._parts = tuple(part for part in classifier.parts if depends_on(output, part) and self._runs(part))
         self.num_classes = classifier.num_classes
         self.training = classifier.training
         self._classifier = (classifier,)  # in a tuple, so that its unused parts are not this module's
         for name in self._parts:
-            self.add_module(name, classifier.get_submodule(name))
+            self.add_module(name, classifier.part(name))
+
+    def _runs(self, part: str) -> bool:
+        """Whether the view holds a part: one that lies in another, or holds another, is left to that one."""
+        return not is_router(part) if self.output == "aggregate" else part != "aggregator"
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] from images [B, ...]."""
@@ -376,3 +492,27 @@ class MeanView(HeadView):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] from images [B, ...]."""
         return self.aggregate(self.head_logits(x))
+
+
+class RouterView(HeadView):
+    """One router's output, which shows the heads too, as `MeanView` does."""
+
+    @property
+    def shown_outputs(self) -> tuple[str, ...]:
+        """The outputs that `all_logits` gives."""
+        return (*self._classifier[0].heads, self.output)
+
+    def head_logits(self, x: Tensor) -> Tensor:
+        """Logits of all heads [B, H, C]."""
+        return self._classifier[0].head_logits(x)
+
+    def all_logits(self, x: Tensor) -> Tensor:
+        """Logits of the heads and, last, of the router [B, H + 1, C]; see `DualHeadClassifier.all_logits`."""
+        (classifier,) = self._classifier
+        router = cast("SeesFeatures", classifier.part(self.output))
+        return classifier._merge(router.shown, *classifier.before_merging(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C] from images [B, ...]."""
+        (classifier,) = self._classifier
+        return classifier.merge(self.output, *classifier.before_merging(x))

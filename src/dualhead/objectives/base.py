@@ -153,6 +153,8 @@ class Inner:
         start: the images that are perturbed.
         attack: None for the stage's.
         threat: None for the stage's.
+        through: further needs on the images that are made, by name, which this maximisation alone sees: logits of what
+            need not learn, such as an output that the stage leaves as it is.
     """
 
     loss: Callable[[Tensor, Seen], Tensor]
@@ -160,6 +162,7 @@ class Inner:
     start: str = CLEAN
     attack: Attack | None = None
     threat: Threat | None = None
+    through: Mapping[str, Logits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -479,7 +479,8 @@ class Recipe(Section):
     def _parts_fit(self) -> Self:
         names = [stage.name for stage in self.stages]
         heads = [f"head{number}" for number in range(1, self.model.heads + 1)]
-        parts = ("trunk", *heads, "aggregator") if self.model.attach_at else ("model",)
+        routers = self.model.aggregator.router_names if self.model.aggregator is not None else ()
+        parts = ("trunk", *heads, *routers, "aggregator") if self.model.attach_at else ("model",)
         if self.model.heads != 2 and not self.model.attach_at:
             raise UserError(".model.heads: needs model.attach_at, the layer from which each head has a tail of its own")
         for index, stage in enumerate(self.stages):
@@ -503,7 +504,7 @@ class Recipe(Section):
                     stage.check_parts(tied=self.model.tied is not None)
                 except UserError as error:
                     raise UserError(f".stages.{index}: {error}") from None
-            known = (*heads, "mean", "aggregate")
+            known = (*heads, "mean", *routers, "aggregate")
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:
                     raise UserError(f".stages.{index}: {output!r} is no output of the model; it has {', '.join(known)}")

@@ -6,6 +6,7 @@ from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
 from dualhead.report.poisoning import poison_columns
+from dualhead.report.routers import router_lines, router_rows
 from dualhead.report.routes import WARNING as ROUTES_WARNING
 from dualhead.report.routes import route_rows
 from dualhead.report.rows import rows_html, rows_text
@@ -29,6 +30,8 @@ __all__ = [
     "picture",
     "poison_columns",
     "route_rows",
+    "router_lines",
+    "router_rows",
     "rows_html",
     "rows_text",
     "save_sheet",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.report.differences import broken_later, comparable, difference, repeats, same_model
+from dualhead.report.differences import broken_later, comparable, difference, repeats, same_model, worn_difference
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.lights import believable, lights
 from dualhead.report.sources import Estimate, Measured, Source
@@ -460,16 +460,20 @@ def difference_table(sources: Sequence[Source]) -> Table:
         base = next((row for row in source.rows if row.role == "base"), None)
         pairs += [(row, base) for row in source.rows if base and row is not base]
     told = any(_times(*pair) for pair in pairs)
+    worn = {number: found for number, pair in enumerate(pairs) if (found := worn_difference(*pair))}
     cells = []
-    for row, other in pairs:
+    for number, (row, other) in enumerate(pairs):
         clean, robust = difference(row, other, "clean"), difference(row, other, "worst")
         if clean and robust:
             times = _times(row, other)
             cost = [Cell(times_text(times) if times else "n/a", times or -1.0)] if told else []
             differences = [_difference_cell(clean), _difference_cell(robust)]
+            if worn:
+                differences += [_difference_cell(worn[number]) if number in worn else Cell("n/a", -1.0)]
             cells.append([Cell(row.title), Cell(other.title), *differences, *cost])
     costs = ["training cost"] if told else []
-    return Table(["model", "compared with", "clean, points", "robust, points", *costs], cells)
+    corrupted = ["corruptions, points"] if worn else []
+    return Table(["model", "compared with", "clean, points", "robust, points", *corrupted, *costs], cells)
 
 
 def _times(row: Measured, other: Measured) -> float | None:
@@ -499,7 +503,8 @@ def as_records(rows: Sequence[Measured]) -> list[dict[str, Any]]:
             "run": row.run, "model": row.name, "norm": threat_name(row.threat) if row.threat else None,
             "eps": row.threat.get("eps") if row.threat else None, "num_samples": row.num_samples,
         }  # fmt: skip
-        for name, value in {"clean": row.clean, **row.robust}.items():
+        worn = {} if row.worn is None else {"corruptions": row.worn}
+        for name, value in {"clean": row.clean, **row.robust, **worn}.items():
             record |= {name: value.value, f"{name} low": value.low, f"{name} high": value.high}
         record |= {
             "parameters": row.parameters,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.report.sources import Measured
-from dualhead.statistics import Paired, mcnemar
+from dualhead.report.sources import WORN, Measured
+from dualhead.statistics import Paired, mcnemar, paired_shares
 
 
 def difference(first: Measured, second: Measured, what: str) -> Paired | None:
@@ -27,6 +27,22 @@ def difference(first: Measured, second: Measured, what: str) -> Paired | None:
         return None
     a, b = a[np.argsort(first.samples["index"])], b[np.argsort(second.samples["index"])]
     return mcnemar(b, a)
+
+
+def worn_difference(first: Measured, second: Measured) -> Paired | None:
+    """Compare the first with the second on corrupted images: its mean share that is right minus the second's.
+
+    Returns:
+        None where they did not face the same samples in the same rendering, or samples are not stored.
+    """
+    told = [row.results.get("corruptions") for row in (first, second)]
+    renderings = [(each.get("name"), each.get("constants")) for each in told if isinstance(each, Mapping)]
+    if len(renderings) < 2 or renderings[0] != renderings[1] or set(first.worn_kinds) != set(second.worn_kinds):
+        return None
+    if WORN not in first.samples or WORN not in second.samples or not comparable(first, second):
+        return None
+    a, b = (row.samples[WORN][np.argsort(row.samples["index"])] for row in (first, second))
+    return paired_shares(b, a) if len(a) > 1 else None
 
 
 def comparable(first: Measured, second: Measured) -> bool:

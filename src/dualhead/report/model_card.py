@@ -115,7 +115,8 @@ def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> st
 def _output(config: Mapping[str, Any]) -> str:
     """Which output it is: of tied heads what each has of its own, of an exported head where it came from."""
     output, architecture = config.get("output", MODEL), config["architecture"]
-    told = described(output, architecture.get("heads", 2))
+    merged = (architecture.get("aggregator") or {}).get("name", "")
+    told = described(output, architecture.get("heads", 2), merged)
     if output != MODEL and (own := architecture.get("own")) is not None:
         return f"{told} (tied heads: {_own(own)} of their own{_added(config)})"
     if output == MODEL and (number := head_number(config.get("exported_output", ""))):

@@ -16,16 +16,18 @@ import yaml
 from numpy.typing import NDArray
 
 from dualhead.errors import UserError
-from dualhead.names import MODEL, head_number, id_of, id_of_row, name_of, read_id, row_folder
+from dualhead.names import MODEL, head_number, id_of, id_of_row, name_of, read_id, router_number, row_folder
 
 COLUMNS = ("index", "label", "clean_prediction")
 PER_ATTACK = ("robust_", "distance_", "steps_", "margin_", "prediction_")
 """Names of the arrays [N] of `samples.npz` beside those of each attack."""
+WORN = "measured_corruptions"
+"""Which corrupted images are right, bool [N, K, L]; here the share of each image's, [N]."""
 
 
 def role_of(output: str) -> str:
-    """Return the colour of an output: its id, but `further` for heads after the second."""
-    return "further" if (head_number(output) or 0) > 2 else output
+    """Return the colour of an output: its id, but `further` for heads after the second and for routers."""
+    return "further" if (head_number(output) or 0) > 2 or router_number(output) is not None else output
 
 
 @dataclass(frozen=True)
@@ -409,6 +411,8 @@ def _samples(path: Path, count: object, notes: list[str]) -> dict[str, NDArray[A
     try:
         with np.load(path) as stored:
             held = {name: stored[name] for name in stored.files if name in COLUMNS or name.startswith(PER_ATTACK)}
+            if WORN in stored.files and stored[WORN].ndim == 3:
+                held[WORN] = stored[WORN].mean((1, 2))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         notes.append(f"{path.name} in {path.parent.name} cannot be read: {error}")
         return {}

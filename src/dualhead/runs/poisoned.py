@@ -27,7 +27,7 @@ from dualhead.evaluation import (
     measure_triggered,
 )
 from dualhead.models import load_state, read_state
-from dualhead.names import AGGREGATE, MEAN
+from dualhead.names import AGGREGATE, MEAN, router_number
 from dualhead.runs.prepare import Prepared, count_measured, under
 from dualhead.saving import load, view
 from dualhead.system.processes import group
@@ -184,7 +184,7 @@ class Measures:
 
 def output_has_features(output: str) -> bool:
     """Tell whether an output is one network, whose last linear layer sees the features of images."""
-    return output not in (MEAN, AGGREGATE)
+    return output not in (MEAN, AGGREGATE) and router_number(output) is None
 
 
 def summary_of(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -688,6 +688,8 @@ def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
     with under(f"stages.{number}.objective"):
         passes.look(passed(needs))
+        for inner in stage.objective.inner().values():
+            passes.look(inner.through)
     if group().world > 1 and not stage.objective.per_image:
         _log.warning(
             "stage %s: the loss of %s is taken over each process's share of the batch: it is another one than on one "

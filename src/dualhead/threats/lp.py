@@ -50,7 +50,9 @@ def project_l1(delta: Tensor, x: Tensor, radius: float | Tensor) -> Tensor:
     """
     size, centre = delta.flatten(1).abs(), x.flatten(1)
     room = torch.where(delta.flatten(1) > 0, 1.0 - centre, centre)
-    limit = torch.as_tensor(radius, dtype=x.dtype, device=x.device).expand(len(x))[:, None]
+    if not isinstance(radius, Tensor):
+        radius = torch.full((len(x),), radius, dtype=x.dtype, device=x.device)
+    limit = radius.to(x.dtype)[:, None]
     capped = torch.minimum(size, room)
     # From the largest amount down: a value begins to move where the amount is its size, and stops `room` below that.
     places, order = torch.cat((size, (size - room).clamp_min(0.0)), 1).sort(1, descending=True)
@@ -238,7 +240,9 @@ def steepest(gradient: Tensor, count: int | Tensor) -> Tensor:
         count: a number, or one per image [B], at least 1. Slopes as steep as the last of them count too.
     """
     size = gradient.flatten(1).abs()
-    place = size.shape[1] - torch.as_tensor(count, device=gradient.device).expand(len(gradient))
+    if isinstance(count, int):
+        count = torch.full((len(gradient),), count, device=gradient.device)
+    place = size.shape[1] - count
     least = size.sort(1)[0].gather(1, place.clamp(0, size.shape[1] - 1)[:, None])
     signs = gradient.flatten(1).sign() * (size >= least)
     return (signs / signs.abs().sum(1, keepdim=True).clamp_min(1.0)).reshape(gradient.shape)

@@ -13,7 +13,16 @@ from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dualhead.errors import UserError
-from dualhead.heads import DualHeadClassifier, Rows, depends_on, is_head, joint_pass, mean_of, refuse_unroutable
+from dualhead.heads import (
+    DualHeadClassifier,
+    Rows,
+    depends_on,
+    is_head,
+    is_merging,
+    joint_pass,
+    number_of,
+    refuse_unroutable,
+)
 from dualhead.objectives import Features, Images, Labels, Logits, Need, Objective
 from dualhead.system.modes import in_eval_mode
 
@@ -25,12 +34,13 @@ Crossing = Any
 
 
 def trained_output(parts: Collection[str]) -> str:
-    """Return the output that a stage trains, given the parts that learn: aggregate, last head or head 1."""
+    """Return the output that a stage trains, given its parts: the aggregate, the last router or head, or head 1."""
     if "model" in parts:
         return "model"
     if "aggregator" in parts:
         return "aggregate"
-    return max(filter(is_head, parts), default="head1", key=lambda head: int(head.removeprefix("head")))
+    routers = list(filter(is_merging, parts))
+    return max(routers or filter(is_head, parts), default="head1", key=number_of)
 
 
 def feeds(part: str, need: Need) -> bool:
@@ -38,7 +48,8 @@ def feeds(part: str, need: Need) -> bool:
     if isinstance(need, Labels | Images):
         return False
     if isinstance(need, Features):
-        return need.part == part or (need.part != "trunk" and part == "trunk")
+        inside = part == "aggregator" and is_merging(need.part)  # a router lies in it
+        return need.part == part or inside or (need.part != "trunk" and part == "trunk")
     return need.output == part == "model" or (need.output != "model" and depends_on(need.output, part))
 
 
@@ -81,8 +92,8 @@ class Passes:
         self.prefix: Callable[[Tensor], Crossing] = lambda x: x
         if isinstance(model, DualHeadClassifier):
             model.set_trainable(set(parts))
-            if self.parts == {"aggregator"}:
-                self.prefix = model.head_logits
+            if self.merging_alone:
+                self.prefix = model.before_merging if model.sees_features else model.head_logits
             elif "trunk" not in self.parts:
                 self.prefix = model.features
         elif self.parts != {"model"}:
@@ -118,6 +129,11 @@ class Passes:
             heads = stage.objective.heads(bare.shapes(needs, example))
             heads = {name: head.to(example.device) for name, head in heads.items()}
         return cls(model, stage.train, deployed=stage.output, heads=heads, teachers=teachers)
+
+    @property
+    def merging_alone(self) -> bool:
+        """Whether only the aggregator or routers of it learn, so that the heads belong to the prefix."""
+        return bool(self.parts) and all(map(is_merging, self.parts))
 
     @property
     def learners(self) -> nn.Module:
@@ -207,6 +223,7 @@ class _Pass:
         needs: what it gives, by name.
         heads: on which of the images each head runs.
         merged: on which of them each merging of the heads runs.
+        looked: on which of them each router shows its layers, without the heads.
         layers: (part, layer) whose output is wanted.
         counted: those of the images that batch norm takes its statistics from.
     """
@@ -215,6 +232,7 @@ class _Pass:
     needs: dict[str, Need]
     heads: dict[str, tuple[str, ...]]
     merged: dict[str, tuple[str, ...]]
+    looked: dict[str, tuple[str, ...]]
     layers: tuple[tuple[str, str], ...]
     counted: frozenset[str]
 
@@ -260,13 +278,13 @@ class Look:
                 raise UserError(f"{name}: needs features of {need.part}; this model has {', '.join(parts)}")
             if need.layer is None and need.part != "trunk":
                 raise UserError(f"{name}: name a layer of {need.part}; only the trunk's features need none")
-            inside = model.get_submodule(need.part) if dual else model
+            inside = model.part(need.part) if isinstance(model, DualHeadClassifier) else model
             if need.layer is not None and need.layer not in dict(inside.named_modules()):
                 known = ", ".join(n for n, _ in inside.named_children())
                 raise UserError(f"{name}: {need.part} has no layer {need.layer!r}; it has {known}")
             if dual and need.layer is not None and need.part == "trunk" and "trunk" not in passes.parts:
                 raise UserError(f"{name}: the trunk is frozen; its features are to be had where it ends, without layer")
-            if dual and passes.parts == {"aggregator"}:
+            if dual and passes.merging_alone and not is_merging(need.part):
                 raise UserError(f"{name}: a stage that trains the aggregator alone sees logits of the heads only")
             if need.through is not None and need.through not in passes.heads:
                 raise UserError(f"{name}: the objective has no head {need.through!r}")
@@ -296,7 +314,7 @@ class Look:
     def _is_routed(self, step: _Pass) -> bool:
         """Whether tied heads run as one: what they share is to see the rows of all."""
         model = self._passes.model
-        if not isinstance(model, DualHeadClassifier) or self._passes.parts == {"aggregator"}:
+        if not isinstance(model, DualHeadClassifier) or self._passes.merging_alone:
             return False
         return len(step.images) > 1 and len(step.heads) > 1 and model.shares_statistics
 
@@ -314,20 +332,23 @@ class Look:
         layers = {(n.part, n.layer): None for n in needs.values() if isinstance(n, Features) and n.layer is not None}
         heads: dict[str, tuple[str, ...]] = {}
         merged: dict[str, tuple[str, ...]] = {}
+        looked: dict[str, tuple[str, ...]] = {}
         if isinstance(model, DualHeadClassifier):
 
             def on(asks: Callable[[Need], bool]) -> tuple[str, ...]:
                 asked = {need.on for need in needs.values() if asks(need)}
                 return tuple(name for name in images if name in asked)
 
-            merged = {output: on(partial(_gives, output)) for output in ("mean", "aggregate")}
+            merged = {output: on(partial(_gives, output)) for output in ("mean", *model.routers, "aggregate")}
             merged = {output: names for output, names in merged.items() if names}
             heads = {head: on(partial(_runs, head)) for head in model.heads}
             heads = {head: names for head, names in heads.items() if names}
+            looked = {router: on(partial(_looks_into, router)) for router in model.routers}
+            looked = {router: names for router, names in looked.items() if names}
         counted = frozenset(images if self._counted is None else self._counted) & frozenset(images)
         if len(images) == 1 or not counted:
             counted = frozenset(images)
-        return _Pass(tuple(images), needs, heads, merged, tuple(layers), counted)
+        return _Pass(tuple(images), needs, heads, merged, looked, tuple(layers), counted)
 
     @property
     def has_layers(self) -> bool:
@@ -358,7 +379,8 @@ class Look:
             if isinstance(model, DualHeadClassifier):
                 middle = self._middle(model, step, crossing)
                 logits = self._heads(model, step, middle)
-                logits |= self._merged(model, step, crossing, logits)
+                logits |= self._merged(model, step, middle, logits)
+                self._look_into_routers(model, step, middle)
             else:
                 middle = {}
                 whole = self._whole(step, model, crossing, step.images)
@@ -392,8 +414,9 @@ class Look:
         self, model: DualHeadClassifier, step: _Pass, middle: Mapping[str, Crossing]
     ) -> dict[str, dict[str, Tensor]]:
         """Logits of the heads, each on the images that it is needed for."""
-        if self._passes.parts == {"aggregator"}:
-            return {h: {on: middle[on][:, model.heads.index(h)] for on in images} for h, images in step.heads.items()}
+        if self._passes.merging_alone:
+            logits = {on: crossed[0] if model.sees_features else crossed for on, crossed in middle.items()}
+            return {h: {on: logits[on][:, model.heads.index(h)] for on in images} for h, images in step.heads.items()}
         if self._is_routed(step):
             return self._routed(model, step, middle)
         return {
@@ -418,21 +441,33 @@ class Look:
         self,
         model: DualHeadClassifier,
         step: _Pass,
-        crossing: Mapping[str, Crossing],
+        middle: Mapping[str, Crossing],
         heads: Mapping[str, Mapping[str, Tensor]],
     ) -> dict[str, dict[str, Tensor]]:
-        """Logits of the mean and the aggregate, each merging once."""
+        """Logits of the mean, the routers and the aggregate, each merging once."""
         merged = {}
         for output, images in step.merged.items():
             rows = [torch.stack([heads[head][on] for head in model.heads], 1) for on in images]
             every = rows[0] if len(rows) == 1 else torch.cat(rows)
-            merged[output] = _split(mean_of(every) if output == "mean" else model.aggregate(every), crossing, images)
+            features = self._seen_by_routers(middle, images) if model.sees_features else None
+            merged[output] = _split(model.merge(output, every, features), middle, images)
         return merged
+
+    def _seen_by_routers(self, middle: Mapping[str, Crossing], images: Sequence[str]) -> Crossing:
+        """What crosses the cut, of several images; heads' logits cross beside it where they belong to the prefix."""
+        alone = self._passes.merging_alone
+        return _cat({on: middle[on][1] if alone else middle[on] for on in images}, images)
+
+    def _look_into_routers(self, model: DualHeadClassifier, step: _Pass, middle: Mapping[str, Crossing]) -> None:
+        """Run what routers make of features alone, last, so that it is what their taps keep."""
+        for router, images in step.looked.items():
+            model.look(router, self._seen_by_routers(middle, images))
 
     def _tap(self, key: tuple[str, str], tapped: dict[tuple[str, str], Tensor]) -> Callable[[], None]:
         """Keep what a layer gives; return what ends it."""
         part, layer = key
-        inside = self._passes.model if part == "model" else self._passes.model.get_submodule(part)
+        model = self._passes.model
+        inside = model.part(part) if isinstance(model, DualHeadClassifier) else model
 
         def keep(module: nn.Module, args: object, output: Tensor) -> None:
             del module, args
@@ -451,7 +486,7 @@ class Look:
         if need.layer is None:
             value = middle[need.on]
         else:
-            images = step.heads.get(need.part, step.images)
+            images = step.looked.get(need.part) or step.heads.get(need.part, step.images)
             value = _split(tapped[need.part, need.layer], crossing, images)[need.on]
         if not isinstance(value, Tensor):
             raise UserError("several tensors cross the cut of this model; name a layer whose features are one tensor")
@@ -502,11 +537,15 @@ def _gives(output: str, need: Need) -> bool:
     return isinstance(need, Logits) and need.output == output
 
 
+def _looks_into(part: str, need: Need) -> bool:
+    return isinstance(need, Features) and need.part == part
+
+
 def _runs(head: str, need: Need) -> bool:
     """Whether a head must run for a need."""
     if isinstance(need, Logits):
         return need.output == head or not is_head(need.output)
-    return isinstance(need, Features) and need.part == head
+    return _looks_into(head, need)
 
 
 def _rows(value: Crossing) -> int:

@@ -191,7 +191,8 @@ class Stage(Section):
     @property
     def single_step(self) -> bool:
         """Whether the images that it trains on are attacked with one gradient each, as with `free`."""
-        attacking = [inner for inner in self.objective.inner().values() if inner.uses and inner.start == CLEAN]
+        made = self.objective.inner().values()
+        attacking = [inner for inner in made if (inner.uses or inner.through) and inner.start == CLEAN]
         if self.fit is not None or not attacking:
             return False
         return self.free is not None or any((inner.attack or self.attack).single_step for inner in attacking)

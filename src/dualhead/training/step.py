@@ -538,7 +538,7 @@ class _Climb:
     """
 
     def __init__(self, passes: Passes, needs: Mapping[str, Need], made: str, inner: Inner) -> None:
-        used = {name: needs[name] for name in inner.uses}
+        used = {**{name: needs[name] for name in inner.uses}, **inner.through}
         self._passes, self._made, self._inner = passes, made, inner
         own = {n: need for n, need in used.items() if need.on == made}
         self._asked = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Final, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+import torch
+from torch import Size, Tensor, nn
 
 from dualhead.components.registry import Registry
 
@@ -31,8 +32,64 @@ class Aggregator(ABC):
             heads: H, at least 2.
 
         Raises:
-            UserError: if it cannot be used with that many classes or heads.
+            UserError: if it cannot be used with that many classes or heads, or sees features, see `create_over`.
         """
+
+    def create_over(self, features: Sequence[Size], num_classes: int, heads: int = 2) -> nn.Module:
+        """A fresh module for a trunk: `create`'s, or a `SeesFeatures` where the aggregator needs features too.
+
+        Args:
+            features: shape of one image's features [...], for each tensor that crosses the cut.
+            num_classes: C.
+            heads: H, at least 2.
+
+        Raises:
+            UserError: if it cannot be used with these.
+        """
+        del features
+        return self.create(num_classes, heads)
+
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        """Names of its routers, see `SeesFeatures`; most have none."""
+        return ()
+
+
+class SeesFeatures(nn.Module):
+    """Base of aggregators' modules that see what crosses the cut beside the heads' logits.
+
+    Such a module may have routers: submodules `router1`, `router2`, ..., each of which merges the heads in its own way.
+    A router is a part of the classifier, which trains apart from the others, and one of its outputs.
+
+    Attributes:
+        routers: names of the routers; empty if there are none.
+    """
+
+    routers: tuple[str, ...] = ()
+
+    def forward(self, head_logits: Tensor, features: Any) -> Tensor:
+        """Return logits [B, C].
+
+        Args:
+            head_logits: [B, H, C].
+            features: what crosses the cut, a tensor [B, ...] or a tuple of tensors.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def evenly(self) -> SeesFeatures:
+        """Return the same module on the same tensors, with routers weighed alike whatever the image: the control."""
+        raise NotImplementedError(f"{type(self).__name__} has no routers")
+
+    def look(self, features: Any) -> None:
+        """Run the layers that see features alone, for hooks on them: objectives may need what these give."""
+
+    def shown(self, head_logits: Tensor, features: Any) -> Tensor:
+        """Return what attacks may see, from one pass: logits of heads, routers and, last, its own [B, H + R + 1, C].
+
+        A constant may be added to the logits of a head or router in each image, as the logarithm of its share.
+        """
+        assert not self.routers, "a module with routers shows their logits too"
+        return torch.cat((head_logits, self(head_logits, features)[:, None]), 1)
 
 
 @runtime_checkable

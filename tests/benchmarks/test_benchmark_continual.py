@@ -1,0 +1,106 @@
+"""The study of threats one after another: what its script asks for, what is kept, and how it is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dualhead.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECORDER = """#!/usr/bin/env bash
+printf '%s\\n' "$@" END >> "$ASKED"
+if [[ $1 == train ]]; then run=${@: -2:1}; mkdir -p "$run"; touch "$run/report.html"; fi
+if [[ $2 == keep ]]; then mkdir -p "$(dirname "$4")"; touch "$4"; fi
+"""
+"""In place of dualhead and of python: writes down what it was asked; leaves runs and small files."""
+LAST = ["finetune", "seen", "lwf", "alr", "ramp", "interpolate-lost", "replay", "ewc", "air", "derpp", "agem"]
+
+
+def asked_of(folder, **environment):
+    (folder / "bin").mkdir(exist_ok=True)
+    for name in ("dualhead", "python"):
+        (folder / "bin" / name).write_text(RECORDER)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "asked").write_text("")
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    places = {"PATH": path, "ASKED": str(folder / "asked"), "KEPT": str(folder / "kept")}
+    ended = subprocess.run(
+        ["benchmarks/continual/run.sh", str(folder), str(folder / "out")],
+        cwd=ROOT, env={**os.environ, **places, "SEEDS": "1", **environment},
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    return ended, [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
+
+
+def trained(asked):
+    return ["/".join(Path(words[-2]).parts[-3:-1]) for words in asked if words[0] == "train"]
+
+
+def test_every_method_has_a_recipe_and_what_is_kept_is_not_trained_again(tmp_path):
+    ended, asked = asked_of(tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    names = trained(asked)
+    assert names[0] == "forward/first"
+    assert len(names) == len(set(names))
+    assert {f"{order}/{name}" for order in ("forward", "reverse") for name in (*LAST, "interpolate-kept")} <= set(names)
+    protocol = (ROOT / "benchmarks/continual/README.md").read_text()
+    for words in (words for words in asked if words[0] == "train"):
+        name = Path(words[-2]).parent.name
+        assert f"`{name}`" in protocol or name == "first", name
+        recipe = load_recipe(str(ROOT / words[1]), words[2 : words.index("--run-dir")])
+        assert recipe.sequence is not None or "base.yaml" in words[1]
+    _, again = asked_of(tmp_path)
+    assert again == []
+    (tmp_path / "kept/forward/lwf/seed=0.json").unlink()
+    for run in ("first", "lwf"):
+        (tmp_path / f"out/forward/{run}/seed=0/report.html").unlink()
+    _, again = asked_of(tmp_path)
+    assert trained(again) == ["forward/first", "forward/lwf"]  # on another machine the first stage is not there
+    ended, _ = asked_of(tmp_path, METHODS="nothing")
+    assert ended.returncode == 2
+
+
+@pytest.fixture(scope="module")
+def collect():
+    spec = importlib.util.spec_from_file_location("collect_continual", ROOT / "benchmarks/continual/collect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sequence(last):
+    rows = [
+        {"stage": stage, "clean_accuracy": 0.5, "robust_accuracy": {"Linf": linf, "L2": l2}, "union": min(linf, l2),
+         "average_seen": 0.3, "forgetting": 0.1, "backward_transfer": -0.1, "clean_drop": 0.0}
+        for stage, linf, l2 in (("first", 0.4, 0.2), ("second", *last))
+    ]  # fmt: skip
+    arrived = {"Linf": "first", "L2": "second"}
+    told = {"threats": ["Linf", "L2"], "old_attacks": "lost", "arrived": arrived, "rows": rows}
+    return {"sequence": told, "passes": 7.0, "parameters": 5}
+
+
+def test_kept_files_are_told_together(collect, tmp_path):
+    def keep(name, seed, content):
+        path = tmp_path / name / f"seed={seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+    keep("forward/lwf", 0, sequence((0.3, 0.35)))
+    keep("forward/lwf", 1, sequence((0.1, 0.25)))
+    found = collect.tell(tmp_path)
+    assert found["forward"]["lwf"]["Linf"]["mean"] == pytest.approx(0.2)
+    assert found["forward"]["lwf"]["Linf"]["seeds"] == [0.3, 0.1]
+    assert "plasticity" not in found["forward"]["lwf"]
+    for number, name in enumerate(collect.SPECIALISTS):
+        threats = {"Linf": 0.5 - 0.1 * number, "L2": 0.1 + 0.1 * number}
+        keep(f"bounds/{name}", 0, {"clean": 0.6, "threats": threats, "union": 0.1, "passes": 9.0})
+    found = collect.tell(tmp_path)
+    assert found["bounds"]["specialist-l2"]["L2"]["mean"] == pytest.approx(0.2)
+    # learnt first: 0.4 under Linf, and 0.35 and 0.25 under L2; the best specialists have 0.5 and 0.3
+    assert found["forward"]["lwf"]["plasticity"]["seeds"] == pytest.approx([-0.025, -0.075])
