@@ -50,12 +50,20 @@ class Attack:
 ATTACKS = {
     "patch": Attack(SUCCESS, "backdoors", 0.6),
     "sticker": Attack(SUCCESS, "backdoors", 0.6),
+    "blend": Attack(SUCCESS, "backdoors", 0.6),
+    "sinusoid": Attack(SUCCESS, "backdoors", 0.6),
     "class_noise": Attack(CLEAN, "others", 0.15),
+    "class_blocks": Attack(CLEAN, "others", 0.15),
     "label_flip": Attack(CLEAN, "others", 0.05),
     "hypocritical": Attack(STRONG, "others", 0.03, "base"),
     "hypocritical_self": Attack(STRONG, "others", 0.03, "base"),
 }
-"""Poisons of the study, by their names in run.sh."""
+"""Poisons that a study may have, by their names in run.sh."""
+PLANNED = {
+    "study": ("blend", "sinusoid", "class_blocks", "label_flip", "hypocritical", "hypocritical_self"),
+    "small": ("patch", "blend", "class_noise", "label_flip", "hypocritical", "hypocritical_self"),
+}
+"""Poisons of each study: of CIFAR-10 those that reached their marks in the pilot."""
 BASES = {
     "dhat": "base", "distilled": "base_long", "ensemble": "base_long", "dhat_fitted": "base", "base_larger_eps": "base",
 }  # fmt: skip
@@ -74,7 +82,7 @@ MARKS = {
     "one_pixel": (CLEAN, 0.15), "label_flip": (CLEAN, 0.05),
 }  # fmt: skip
 """What an attack must do to natural training in the pilot and on digits: the success rate, or the fall of accuracy."""
-RESTORED = {"class_noise": "most", "class_noise_large": "most", "one_pixel": "nothing"}
+RESTORED = {"class_noise": "most", "class_noise_large": "most", "class_blocks": "most", "one_pixel": "nothing"}
 """Share of what natural training loses that SAT must restore: over a half, or at most a tenth."""
 
 
@@ -319,8 +327,13 @@ def compare(cells: Cells, method: str, name: str) -> dict[str, Any] | None:
     return made
 
 
-def answers(cells: Cells) -> list[dict[str, Any]]:
-    """Compare every method with its base under every attack, corrected within method and family."""
+def answers(cells: Cells, planned: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Compare every method with its base under every attack, corrected within method and family.
+
+    Args:
+        cells: of a study.
+        planned: its attacks, which tell how many tests a family has in the end.
+    """
     made = []
     for method in BASES:
         found = [told for name in ATTACKS if (told := compare(cells, method, name)) is not None]
@@ -334,7 +347,7 @@ def answers(cells: Cells) -> list[dict[str, Any]]:
                 better = told["level_better_by"]["mean"]
                 told["answer"] = verdict(inner, told["corrected_p_value"], better, margin)
                 if told["answer"] == "undecided" and inner["deviation"] is not None:
-                    tests = sum(each.family == family for each in ATTACKS.values())
+                    tests = max(len(of), sum(ATTACKS[each].family == family for each in planned))
                     told["seeds_that_would_decide"] = seeds_to_decide(inner["mean"], inner["deviation"], margin, tests)
                 told["sentence"] = sentence(told)
         made += found
@@ -386,7 +399,7 @@ def beyond_sham(cells: Cells) -> dict[str, Any]:
     return made
 
 
-def claims(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def claims(found: Sequence[Mapping[str, Any]], planned: Sequence[str]) -> dict[str, Any]:
     """Tell, for each method with two heads, whether a claim about two heads stands."""
     made: dict[str, Any] = {}
     for method in TWO_HEADS:
@@ -397,7 +410,7 @@ def claims(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         known = {(told["method"], told["attack"]): told["answer"] for told in found if told["method"] in CONTROLS}
         missing = [control for control in CONTROLS if not any(each == control for each, _ in known)]
         explained = [name for name in of["helps"] if any(known.get((c, name)) == "helps" for c in CONTROLS)]
-        helped, all_told = len(of["helps"]) - len(explained), set(mine) == set(ATTACKS)
+        helped, all_told = len(of["helps"]) - len(explained), set(planned) <= set(mine)
         if of["harms"] or (all_told and "undecided" not in mine.values() and helped < 2):
             stands = "no"
         else:
@@ -406,14 +419,14 @@ def claims(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def study(cells: Cells) -> dict[str, Any]:
-    """Return the answers of the study, and the cells that they come from."""
-    found = answers(cells)
+def study(cells: Cells, part: str = "study") -> dict[str, Any]:
+    """Return the answers of a study, and the cells that they come from."""
+    found = answers(cells, PLANNED[part])
     return {
         "strengths": strengths(cells),
         "answers": found,
         "beyond_sham": beyond_sham(cells),
-        "claims": claims(found),
+        "claims": claims(found, PLANNED[part]),
         "cells": describe(cells),
     }
 
@@ -443,7 +456,9 @@ def tell(kept: Path) -> dict[str, Any]:
     for part in ("digits", "pilot", "study", "small"):
         cells = load(kept / part) if (kept / part).is_dir() else {}
         if cells:
-            made[part] = study(cells) if part in ("study", "small") else {"checks": check(cells), **describe(cells)}
+            made[part] = (
+                study(cells, part) if part in ("study", "small") else {"checks": check(cells), **describe(cells)}
+            )
     return made
 
 

@@ -67,12 +67,14 @@ def test_every_cell_has_a_recipe_and_is_measured_as_the_answer_needs(tmp_path, m
     assert order[0] == "natural-clean/seed=0"
     first = order.index("base-clean/seed=0")
     assert all(name.startswith("natural-") for name in order[:first])  # cheap ones
+    backdoor = {"study": "blend", "small": "patch"}[part]
     assert order[first : first + 4] == [
-        "base-clean/seed=0", "base-patch/seed=0", "dhat-clean/seed=0", "dhat-patch/seed=0",
+        "base-clean/seed=0", f"base-{backdoor}/seed=0", "dhat-clean/seed=0", f"dhat-{backdoor}/seed=0",
     ]  # fmt: skip
-    assert "dhat-patch/seed=2" in order
-    assert "dhat-class_noise/seed=2" not in order
+    assert f"dhat-{backdoor}/seed=2" in order
+    assert "dhat-label_flip/seed=2" not in order
     measured = [words for words in asked if words[0] == "evaluate"]
+    backdoors = [name for name in collect.PLANNED[part] if collect.ATTACKS[name].family == "backdoors"]
     recipes, surrogates = {}, {}
     for name, words in trained.items():
         cell, _, seed = name.partition("/seed=")
@@ -87,7 +89,7 @@ def test_every_cell_has_a_recipe_and_is_measured_as_the_answer_needs(tmp_path, m
         told = [w for w in measured if f"/{name}/" in f"{w[1]}/"]
         strong = [w for w in told if "autoattack-fast" in w]
         assert bool(strong) == (method != "natural" and (poison == "clean" or "hypocritical" in poison))
-        assert len([w for w in told if "--poison" in w]) == (2 if poison == "clean" else 0)
+        assert len([w for w in told if "--poison" in w]) == (len(backdoors) if poison == "clean" else 0)
         if poison in ("hypocritical", "sham_hypocritical"):
             given = recipe.data.poison if poison == "hypocritical" else recipe.data.poison.like
             surrogates[cell] = surrogate_recipe(recipe, given.surrogate).resolved()
@@ -95,12 +97,15 @@ def test_every_cell_has_a_recipe_and_is_measured_as_the_answer_needs(tmp_path, m
     for method, base in collect.BASES.items():
         if part == "small" and method in collect.CONTROLS:
             continue
-        assert {f"{method}-{name}" for name in ("clean", "patch", "hypocritical")} <= set(recipes)
+        planned = [
+            name for name in collect.PLANNED[part] if name != "hypocritical_self" or method in ("dhat", "distilled")
+        ]
+        assert {f"{method}-{name}" for name in ("clean", *planned)} <= set(recipes)
         assert f"{base}-hypocritical" in recipes
     if part == "study":
-        assert recipes["dhat_fitted-patch"].data.clean_validation
-        assert recipes["dhat_fitted-patch"].stages[-1].fit is not None
-    assert not recipes["dhat-patch"].data.clean_validation
+        assert recipes["dhat_fitted-blend"].data.clean_validation
+        assert recipes["dhat_fitted-blend"].stages[-1].fit is not None
+    assert not recipes["dhat-blend"].data.clean_validation
     assert recipes["dhat-hypocritical_self"].data.poison.surrogate.objective == "self"
 
 
@@ -282,18 +287,23 @@ def test_a_claim_needs_two_kinds_and_controls(collect):
         return [
             {"method": method, "attack": attack, "answer": answer}
             for method, of in answers.items()
-            for attack, answer in zip(collect.ATTACKS, of, strict=False)
+            for attack, answer in zip(planned, of, strict=False)
         ]
+
+    planned = ("patch", "sticker", "class_noise", "label_flip", "hypocritical", "hypocritical_self")
+
+    def claims(found):
+        return collect.claims(found, planned)
 
     helps = ["helps", "helps", "equal", "equal", "equal", "equal"]
     controls = {control: ["equal"] * 6 for control in collect.CONTROLS}
-    assert collect.claims(told(dhat=helps))["dhat"]["stands"] == "undecided"  # no controls yet
-    assert collect.claims(told(dhat=helps, **controls))["dhat"]["stands"] == "yes"
-    explained = collect.claims(told(dhat=helps, **{**controls, "ensemble": helps}))["dhat"]
+    assert claims(told(dhat=helps))["dhat"]["stands"] == "undecided"  # no controls yet
+    assert claims(told(dhat=helps, **controls))["dhat"]["stands"] == "yes"
+    explained = claims(told(dhat=helps, **{**controls, "ensemble": helps}))["dhat"]
     assert (explained["stands"], explained["explained_by_controls"]) == ("no", ["patch", "sticker"])
-    assert collect.claims(told(dhat=["helps", "harms"]))["dhat"]["stands"] == "no"
-    assert collect.claims(told(dhat=["equal"] * 6, **controls))["dhat"]["stands"] == "no"
-    assert collect.claims(told(dhat=["helps", "undecided"]))["dhat"]["stands"] == "undecided"
+    assert claims(told(dhat=["helps", "harms"]))["dhat"]["stands"] == "no"
+    assert claims(told(dhat=["equal"] * 6, **controls))["dhat"]["stands"] == "no"
+    assert claims(told(dhat=["helps", "undecided"]))["dhat"]["stands"] == "undecided"
 
 
 def test_what_is_kept_becomes_a_table_and_answers(collect, tmp_path, capsys, monkeypatch):
