@@ -114,11 +114,6 @@ def _ratio(slow: Row, fast: Row, key: str) -> float | None:
     return slow[key] / fast[key] if slow[key] and fast[key] else None
 
 
-def _searching(row: Row) -> float:
-    """Wall seconds of the attack's parts and of the audit, without other diagnostics."""
-    return float(sum(part["seconds"] for part in row["parts"]) + row.get("audit", {}).get("seconds", 0.0))
-
-
 def quick(bench: Bench) -> Row:
     """The quick suite beside the whole one, in the same precision."""
     count = bench.given.images
@@ -154,8 +149,6 @@ def precision(bench: Bench) -> Row:
         "other_verdicts": [int(i) for i in np.flatnonzero(_robust(usual) != _robust(whole))],
         "other_verdicts_in_bf16": [int(i) for i in np.flatnonzero(_robust(forced) != _robust(whole))],
         "seconds_per_image": environment["seconds_per_image"],
-        "search_time_ratio": _searching(full) / _searching(default),
-        "search_time_ratio_in_bf16": _searching(full) / _searching(reduced),
     }
 
 
