@@ -127,8 +127,8 @@ def test_merging_that_is_broken_in_bf16_is_found_out(monkeypatch):
     honest = measure(merged, **options)
     assert audit_of(honest)["status"] == "ok"
 
-    def in_low_precision(self, head_logits):
-        merged_logits = plain(self, head_logits)
+    def in_low_precision(self, *given):
+        merged_logits = plain(self, *given)
         return merged_logits.detach().round() if torch.is_autocast_enabled("cpu") else merged_logits
 
     plain = DualHeadClassifier.aggregate

@@ -21,12 +21,12 @@ from dualhead.system.devices import synchronize
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of, two_at_least, writes_to_images
 
-ROWS = 8
+ROWS = 16
 """Batches are padded to a multiple of this many rows. Matrix kernels treat the last few rows of a batch differently,
 in another order of summation, so that an image's logits would depend in the last bit on how many images it came with,
-and a sign of a gradient with it. Measured with oneDNN on AVX512: with multiples of 4 rows logits and gradients are
-equal to the bit for every batch size from 4 to 64 and every order; 8 leaves room for wider kernels. `batch_invariant`
-checks it for the model at hand."""
+and a sign of a gradient with it. Measured with oneDNN: with multiples of 4 rows on AVX512, and of 16 on AVX512 with AMX
+(linear layers, convolutions of 1x1 and 3x3), logits and gradients are equal to the bit for every batch size up to 64
+and every order. `batch_invariant` checks it for the model at hand."""
 
 
 @contextmanager
