@@ -12,7 +12,7 @@ from torch import nn
 from dualhead.errors import Interrupted
 from dualhead.evaluation import diagnostics, evaluate
 from dualhead.evaluation.diagnostics import check_black_box, check_curve
-from dualhead.evaluation.model import Subject
+from dualhead.evaluation.model import ROWS, Subject
 from dualhead.evaluation.scheduler import Samples
 from dualhead.heads import aggregators
 from dualhead.threats.lp import ThreatModel
@@ -280,8 +280,8 @@ def test_checks_keep_to_the_batch_size():
 
     model = Counts()
     images, labels = patterns(80)
-    evaluate(model, images, labels, threat=THREAT, attacks=["fgsm"], batch_size=8)
-    assert model.most == 8
+    evaluate(model, images, labels, threat=THREAT, attacks=["fgsm"], batch_size=ROWS)
+    assert model.most == ROWS
 
 
 def test_robust_accuracy_that_rises_with_eps_is_noted():

@@ -114,7 +114,7 @@ def evaluate(
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images. Where `threat`
             has no budget, the largest is its.
         index: a number per sample that names it, for its random numbers and in the results; None for 0 to N - 1.
-        batch_size: images at once at most, rounded up to a multiple of 8; fewer where that is faster.
+        batch_size: images at once at most, rounded up to a multiple of 16; fewer where that is faster.
         seed: of all random numbers.
         precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for gradients in float32, and
             queries without gradients in bf16 where that saves time on this machine. The results say which it was, and
