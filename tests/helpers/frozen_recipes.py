@@ -29,7 +29,12 @@ PORTABLE = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-"""Environment in which x86-64 processors of any make give the same bits."""
+"""Environment in which x86-64 processors of any make give the same bits, but for MKL's vector math, see `OTHERS`."""
+OTHERS = DIGESTS.with_name("weights_by_vector_math.json")
+"""Logarithms, roots and exponentials come from MKL, whose portable code begins with the processor's own approximation of
+a reciprocal root. So wherever normal noise is drawn or a logarithm taken, makes of processors part by a last bit. The
+file has for each `vector_math` but the first the weights of the cases that differ by it. Where a case was never trained
+on the first, its digests hold no weights."""
 BATCH = 14
 """Of all sizes only those of training batches, halves and pairs of them are multiples of 7, by which they are told from
 held-out, test and example images."""
@@ -473,6 +478,25 @@ def measure_apart(names: list[str], threads: int = 1) -> dict[str, dict]:
         if ended.returncode:
             raise RuntimeError(ended.stderr)
         return json.loads(output.read_text(encoding="utf-8"))
+
+
+def vector_math() -> str:
+    """Return what tells apart processors whose approximations differ."""
+    program = (
+        "import hashlib, torch; x = torch.arange(1, 4097) / 4096;"
+        "print(hashlib.sha256(torch.cat((x.log(), x.sqrt(), x.exp())).numpy().tobytes()).hexdigest()[:16])"
+    )
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, env={**os.environ, **PORTABLE}, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def frozen_here() -> dict[str, dict]:
+    """Return the digests that hold for this processor."""
+    frozen = json.loads(DIGESTS.read_text(encoding="utf-8"))
+    others = json.loads(OTHERS.read_text(encoding="utf-8")).get(vector_math(), {})
+    return {name: case | ({"weights": others[name]} if name in others else {}) for name, case in frozen.items()}
 
 
 def main() -> None:
