@@ -31,10 +31,10 @@ PORTABLE = {
 }
 """Environment in which x86-64 processors of any make give the same bits, but for MKL's vector math, see `OTHERS`."""
 OTHERS = DIGESTS.with_name("weights_by_vector_math.json")
-"""Logarithms, roots and exponentials come from MKL, whose portable code begins with the processor's own approximation of
-a reciprocal root. So wherever normal noise is drawn or a logarithm taken, makes of processors part by a last bit. The
-file has for each `vector_math` but the first the weights of the cases that differ by it. Where a case was never trained
-on the first, its digests hold no weights."""
+"""Logarithms, roots and exponentials come from MKL, whose portable code begins with the processor's own approximation
+of a reciprocal root. So wherever normal noise is drawn or a logarithm taken, makes of processors part by a last bit.
+The file has for each `vector_math` but the first the weights of the cases that differ by it. Where a case was never
+trained on the first, its digests hold no weights."""
 BATCH = 14
 """Of all sizes only those of training batches, halves and pairs of them are multiples of 7, by which they are told from
 held-out, test and example images."""
