@@ -6,7 +6,7 @@ Each setting trains `digits` for 4 epochs a stage and attacks what came of it, i
 beside processes that spin on every core. All settings take turns in every round, each turn alone right before its turn
 beside the others, so that a ratio is of neighbours in time; whoever began a round is last in the next. The machine must
 be quiet otherwise: the benchmark refuses to begin where the load says that it is not. A round takes about 10 minutes on
-two cores.
+two cores; what is finished is written after each.
 
 Two processes that share the cores fairly take twice as long. The aims: at most 2.6 times, and alone no more than 3 %
 longer than with the runtime's own way of waiting.
@@ -97,8 +97,8 @@ def turn(changes: Mapping[str, str], epochs: int) -> dict[str, float]:
     return taken
 
 
-def measure(rounds: int, epochs: int, names: Sequence[str]) -> dict[str, Any]:
-    """Return the seconds of every turn, by work, setting and company."""
+def measure(rounds: int, epochs: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield after each round the seconds of every turn so far, by work, setting and company."""
     seconds: dict[str, Any] = {work: {name: {"alone": [], "beside": []} for name in names} for work in WORK}
     for number in range(rounds):
         for name in [*names[number % len(names) :], *names[: number % len(names)]]:
@@ -110,7 +110,7 @@ def measure(rounds: int, epochs: int, names: Sequence[str]) -> dict[str, Any]:
                 seconds[work][name]["beside"].append(beside[work])
             told = ", ".join(f"{work} {alone[work]:.1f} and {beside[work]:.1f} s" for work in WORK)
             print(f"round {number + 1}, {name}: {told}", flush=True)
-    return seconds
+        yield seconds
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -187,16 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if load > QUIET * cores() and not given.anyway:
         sys.exit(f"the load is {load:.1f} on {cores()} cores: wait until the machine is quiet, or say --anyway")
     begun = datetime.now(UTC).isoformat(timespec="seconds")
-    facts = {"begun": begun, "commit": commit(), "load_before": load, "runs": given.runs, "epochs": given.epochs}
-    turn(
-        SETTINGS[OURS], given.epochs
-    )  # once without counting: files are read, and choices measured, that later turns find
-    seconds = measure(given.runs, given.epochs, (OURS, DEFAULT) if given.aims else tuple(SETTINGS))
-    results = {**facts, "environment": described(), "seconds": seconds, "rows": compared(seconds)}
+    facts = {"begun": begun, "commit": commit(), "load_before": load, "epochs": given.epochs}
+    turn(SETTINGS[OURS], given.epochs)  # not counted: it reads and measures what later turns find read and measured
+    names = (OURS, DEFAULT) if given.aims else tuple(SETTINGS)
+    for number, seconds in enumerate(measure(given.runs, given.epochs, names), start=1):
+        rows = compared(seconds)
+        results = {**facts, "runs": number, "environment": described(), "seconds": seconds, "rows": rows}
+        if given.json is not None:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            given.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(table(results), end="")
-    if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
