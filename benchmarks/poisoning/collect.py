@@ -210,7 +210,7 @@ def check(cells: Cells) -> dict[str, Any]:
         after = mean(f"natural-{name}", measure)
         if after is None or (measure == CLEAN and before is None):
             continue
-        reached = after if measure == SUCCESS else before - after  # type: ignore[operator]
+        reached = after if measure == SUCCESS else before - after  # type: ignore[operator]  # none is None, see above
         made[name] = {"measure": measure, "mark": mark, "reached": reached, "works": reached >= mark}
         kept = mean(f"sat-{name}", CLEAN)
         if name in RESTORED and kept is not None and reached > 0:

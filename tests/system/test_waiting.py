@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dualhead.system import waiting
-from dualhead.system.waiting import CHOICES, SHORT_SPIN, SHORTER_SPIN, others_running, wait_shortly
+from dualhead.system.waiting import CHOICES, SHORT_SPIN, SHORTER_SPIN, all_busy, wait_shortly
 
 _GRANDCHILD = (
     "import json, os, subprocess, sys; import dualhead; assert 'torch' not in sys.modules;"
@@ -42,16 +42,20 @@ def test_the_spin_is_shorter_where_others_keep_every_processor_busy(tmp_path, mo
     assert environment == wanted
 
 
-def test_tasks_that_run_for_a_moment_do_not_count(tmp_path, monkeypatch):
-    counts = iter([9, 3, 9, 9, 9])
-    statistics = tmp_path / "stat"
+@pytest.mark.parametrize(
+    ("running", "busy", "looks"), [([9] * 5, True, 5), ([9, 3, 9, 9, 9], False, 2), ([3, 9, 9, 9, 9], False, 1)]
+)
+def test_tasks_that_run_for_a_moment_do_not_count(tmp_path, monkeypatch, running, busy, looks):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    statistics, left = tmp_path / "stat", list(running)
 
     def look(*_):
-        statistics.write_text(f"procs_running {next(counts)}\n")
+        statistics.write_text(f"procs_running {left.pop(0)}\n")
 
     look()
     monkeypatch.setattr(waiting.time, "sleep", look)
-    assert others_running(statistics) == 2
+    assert all_busy(statistics) is busy
+    assert len(running) - len(left) == looks
 
 
 @pytest.mark.parametrize("name", CHOICES)

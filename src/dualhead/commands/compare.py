@@ -178,7 +178,7 @@ def _is_finished(run: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What an evaluation in a run is of: an output, empty for the run's own, and the rule that chose its checkpoint."""
+    """The subject of an evaluation: an output, empty for the run's own, and the rule that chose its checkpoint."""
 
     output: str
     rule: str

@@ -187,6 +187,7 @@ def assess_routers(
     for option, value in (
         ("--output-of", request.output), ("--transfer-from", request.transfer_from),
         ("--save-adversarial", request.save_adversarial), ("--generation", request.generation), ("--ood", request.ood),
+        ("--poison", request.poison),
     ):  # fmt: skip
         if value:
             raise UserError(f"{option}: not with --routers; evaluate one router with --output-of router1")

@@ -99,7 +99,7 @@ class Playground:
             "shape": list(self.images.image_shape),
             "norm": self.threat.kind,
             "eps": self.threat.eps,
-            # Of larger images a ball of equal radius holds less change in each pixel.
+            # In larger images a ball of equal radius holds less change in each pixel.
             "radius": TURN_RADIUS * math.sqrt(math.prod(self.images.image_shape) / TURN_VALUES),
         }
 

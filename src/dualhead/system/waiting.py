@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import MutableMapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,24 +16,27 @@ SHORTER_SPIN: Final = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 STATISTICS: Final = Path("/proc/stat")
 LOOKS: Final = 5
 APART: Final = 0.003
-"""How often the number of running tasks is read, and seconds between: the fewest count, since many run for a moment."""
+"""Times that the number of running tasks must be high, since many run for a moment, and seconds between them."""
 CHOICES: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Variables by which a user says how threads wait; one of them, and nothing is changed."""
 
 
-def others_running(statistics: Path = STATISTICS) -> int | None:
-    """Return how many tasks but this one want a processor, on the whole machine; None where the kernel does not tell.
+def all_busy(statistics: Path = STATISTICS) -> bool:
+    """Tell whether other tasks keep every processor of the machine busy; not where the kernel does not tell.
 
     Args:
         statistics: the kernel's, which is read anew at each look.
     """
-    seen = []
     for look in range(LOOKS):
         if look:
             time.sleep(APART)
-        with suppress(OSError, ValueError, IndexError):
-            seen.append(int(statistics.read_text("ascii").split("procs_running ")[1].split()[0]) - 1)
-    return min(seen, default=None)
+        try:
+            running = int(statistics.read_text("ascii").split("procs_running ")[1].split()[0])
+        except (OSError, ValueError, IndexError):
+            return False
+        if running - 1 < (os.cpu_count() or 1):  # this process runs too
+            return False
+    return True
 
 
 def wait_shortly(environment: MutableMapping[str, str] = os.environ, statistics: Path = STATISTICS) -> None:
@@ -45,10 +47,7 @@ def wait_shortly(environment: MutableMapping[str, str] = os.environ, statistics:
 
     Args:
         environment: of the process; changed only where it says nothing of waiting.
-        statistics: as for `others_running`.
+        statistics: as for `all_busy`.
     """
-    if any(name in environment for name in CHOICES):
-        return
-    others = others_running(statistics)
-    busy = others is not None and others >= (os.cpu_count() or 1)
-    environment.update(SHORTER_SPIN if busy else SHORT_SPIN)
+    if not any(name in environment for name in CHOICES):
+        environment.update(SHORTER_SPIN if all_busy(statistics) else SHORT_SPIN)

@@ -454,7 +454,7 @@ class Look:
         return merged
 
     def _seen_by_routers(self, middle: Mapping[str, Crossing], images: Sequence[str]) -> Crossing:
-        """What crosses the cut, of several images; heads' logits cross beside it where they belong to the prefix."""
+        """Features at the cut, of several images; heads' logits cross beside it where they belong to the prefix."""
         alone = self._passes.merging_alone
         return _cat({on: middle[on][1] if alone else middle[on] for on in images}, images)
 

@@ -150,7 +150,7 @@ class Surrogate:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a surrogate makes of images.
+    """The answers of a surrogate to images.
 
     Args:
         logits: [B, K].
