@@ -102,14 +102,16 @@ studied() {
   fi
   case $part-$1 in
     study-natural) recipe=$here/base.yaml words+=("${natural[@]}" stages.base.epochs=60) ;;
-    study-base) recipe=$here/base.yaml ;;
-    study-base_long) recipe=$here/base.yaml words+=(stages.base.epochs=320) ;;
-    study-base_larger_eps) recipe=$here/base.yaml words+=('stages.base.threat={norm: Linf, eps: 12/255}') ;;
-    study-dhat) recipe=$here/../strongest/cpu_dhat.yaml ;;
-    study-dhat_fitted) recipe=$here/dhat_fitted.yaml ;;
+    study-base) recipe=$here/base.yaml words+=(stages.base.epochs=40) ;;
+    study-base_long) recipe=$here/base.yaml words+=(stages.base.epochs=80) ;;
+    study-base_larger_eps)
+      recipe=$here/base.yaml words+=(stages.base.epochs=40 'stages.base.threat={norm: Linf, eps: 12/255}') ;;
+    study-dhat) recipe=$here/../strongest/cpu_dhat.yaml words+=("${three[@]}" stages.aggregator.epochs=4) ;;
+    study-dhat_fitted) recipe=$here/dhat_fitted.yaml words+=("${three[@]}") ;;
     study-distilled) # its own length of a step, written out, so that its surrogate is that of the others
-      recipe=$here/../strongest/cpu_distilled.yaml words+=("stages.*.attack.step_size=4/255") ;;
-    study-ensemble) recipe=$here/../strongest/cpu_ensemble.yaml ;;
+      recipe=$here/../strongest/cpu_distilled.yaml
+      words+=(stages.guided.epochs=34 stages.distilled.epochs=38 "stages.*.attack.step_size=4/255") ;;
+    study-ensemble) recipe=$here/../strongest/cpu_ensemble.yaml words+=(stages.first.epochs=40 stages.second.epochs=40) ;;
     small-natural) recipe=digits_natural ;;
     small-base) recipe=digits_base ;;
     small-base_long) recipe=digits_base words+=(stages.base.epochs=120) ;;
@@ -136,6 +138,7 @@ pairs() {
 }
 
 natural=(stages.base.objective=natural)
+three=(stages.main_head.epochs=23 stages.second_head.epochs=15)
 pilot=("runtime.precision=$PRECISION")
 sat=(stages.base.objective=sat stages.base.attack.start=uniform)
 
