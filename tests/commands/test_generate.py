@@ -171,11 +171,14 @@ def test_python_measures_what_the_command_does(run):
 @pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_a_saved_classifier_judges(run, tmp_path):
-    again = ("--sample-steps", "1", "--attack", "fgsm", "--limit", "40", "--generation", "--samples", "40", "--json")
+    again = ("--sample-steps", "1", "--attack", "fgsm", "--limit", "40", "--generation", "--samples", "40")
     ended = dualhead("evaluate", run, *again, "--judge", run / "model")
     assert ended.status == 0, ended.err
     assert "trains a judge" not in ended.err
-    told = json.loads(ended.out)["generation"]["judge"]
+    told = json.loads(dualhead("evaluate", run, *again, "--judge", run / "model", "--json").out)["generation"]["judge"]
+    assert f"judge model ({told['digest']})" in " ".join(ended.out.split())
+    assert dualhead("report", run, "-o", tmp_path / "page.html").status == 0
+    assert f"The judge is model ({told['digest']}), as given, " in (tmp_path / "page.html").read_text("utf-8")
     assert told["folder"] == str(run / "model")
     assert told["digest"] == weights_fingerprint(library.load(run))[:16]
     train = load_split("digits", "train", limit=80)

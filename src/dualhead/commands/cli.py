@@ -446,7 +446,7 @@ def evaluate(
         clean_model=clean_model,
     )
     if routes is not None or routers:
-        _evaluate_ways(request, quiet=quiet, as_json=as_json)
+        _evaluate_parts(request, quiet=quiet, as_json=as_json)
         return
     with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
         quiet = quiet or not group.first
@@ -478,18 +478,9 @@ def evaluate(
         out.print(f"results: {folder}", soft_wrap=True)
 
 
-def _evaluate_ways(request: Any, *, quiet: bool, as_json: bool) -> None:
-    """Measure routes of tied heads, or routers of an aggregator."""
-    if request.routes is not None and request.routers:
-        raise UserError("--routes and --routers: give one of them")
-    if request.routes is not None and (request.generation or request.ood):
-        raise UserError("--routes: not with --generation or --ood; evaluate one head with --output-of")
-    (_evaluate_routers if request.routers else _evaluate_routes)(request, quiet=quiet, as_json=as_json)
-
-
-def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
-    """Measure routes of tied heads, and print each as the classifier that it is."""
-    from dualhead.commands.evaluate import assess_routes
+def _evaluate_parts(request: Any, *, quiet: bool, as_json: bool) -> None:
+    """Measure routes of tied heads, or routers of an aggregator, and print each as the classifier that it is."""
+    from dualhead.commands.evaluate import assess_routers, assess_routes
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         accuracy_table,
@@ -498,49 +489,30 @@ def _evaluate_routes(request: Any, *, quiet: bool, as_json: bool) -> None:
         print_lights,
         progress_bar,
     )
-    from dualhead.report import route_rows
+    from dualhead.report import route_rows, router_lines, router_rows
     from dualhead.system.processes import joined
 
+    if request.routes is not None and request.routers:
+        raise UserError("--routes and --routers: give one of them")
+    parts, assess, rows_of, lines_of = (
+        ("routers", assess_routers, router_rows, router_lines)
+        if request.routers
+        else ("routes", assess_routes, route_rows, lambda found: [found["warning"]])
+    )
     with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
         quiet = quiet or not group.first
-        display = None if quiet else lambda name: EvaluationDisplay(bar, name)
-        folder, found = assess_routes(request, display, stop)
+        folder, found = assess(request, None if quiet else lambda name: EvaluationDisplay(bar, name), stop)
     if not group.first:
         return
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    rows = route_rows(found)
-    if rows:
+    if rows := rows_of(found):
         print_lights([(row["name"], row["checks"]) for row in rows])
-        out.print(accuracy_table(f"routes, in percent, of {found['num_samples']} test images", rows))
+        out.print(accuracy_table(f"{parts}, in percent, of {found['num_samples']} test images", rows))
     if by_kind := corruption_table(rows):
         out.print(by_kind)
-    out.print(found["warning"], soft_wrap=True)
-    if not quiet:
-        out.print(f"results: {folder}", soft_wrap=True)
-
-
-def _evaluate_routers(request: Any, *, quiet: bool, as_json: bool) -> None:
-    """Measure routers and their controls, and print a line for each."""
-    from dualhead.commands.evaluate import assess_routers
-    from dualhead.commands.terminal import EvaluationDisplay, accuracy_table, out, print_lights, progress_bar
-    from dualhead.report import router_lines, router_rows
-    from dualhead.system.processes import joined
-
-    with _stop_on_signals() as stop, joined() as group, progress_bar(quiet=quiet or not group.first) as bar:
-        quiet = quiet or not group.first
-        display = None if quiet else lambda name: EvaluationDisplay(bar, name)
-        folder, found = assess_routers(request, display, stop)
-    if not group.first:
-        return
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    rows = router_rows(found)
-    print_lights([(row["name"], row["checks"]) for row in rows])
-    out.print(accuracy_table(f"routers, in percent, of {found['num_samples']} test images", rows))
-    for line in router_lines(found):
+    for line in lines_of(found):
         out.print(line, soft_wrap=True, markup=False)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.commands.quality import assess_further, chosen_by_samples
-from dualhead.commands.resolve import BY_SAMPLES, Request, resolve
+from dualhead.commands.resolve import BY_SAMPLES, Request, Resolved, resolve
 from dualhead.commands.triggers import assess_trigger, marked_images
 from dualhead.data import Split, digests, hold_out
 from dualhead.errors import UserError
@@ -124,39 +124,19 @@ def assess_routes(
         UserError: for a model without tied heads, and as `assess`.
     """
     kinds = parse_kinds(request.routes or "all")
-    if request.output is not None:
-        raise UserError("--routes measures all routes; leave --output-of out")
-    if request.transfer_from is not None:
-        raise UserError("--transfer-from: not with --routes; evaluate one head with --output-of")
-    if request.poison is not None:
-        raise UserError("--poison: not with --routes; evaluate one head with --output-of")
-    if request.save_adversarial:
-        raise UserError("--save-adversarial: not with --routes; evaluate one head with --output-of")
-    if request.precision not in get_args(Precision):
-        raise UserError(f"--precision {request.precision}: use {', '.join(get_args(Precision))}")
-    asked = resolve(replace(request, output="aggregate"))
-    if asked.radii:
-        raise UserError("--eps: --routes measures at one radius")
+    asked, test, options = _of_parts(request, "--routes", "evaluate one head with --output-of")
     classifier = asked.model
     if not isinstance(classifier, DualHeadClassifier) or not classifier.tied:
         raise UserError(f"--routes: {request.model} has no tied heads (model.second_head: tied)")
     clean, robust = _roles(request, classifier)
-    test, count = asked.images, min(request.limit or len(asked.images), len(asked.images))
-    if group().first:
-        test.warn_if_sorted(count, "--limit")
-    check_folder(asked.results, "--output")
-    options = {
-        "precision": request.precision, "class_names": list(test.class_names), "skipped": len(test.skipped),
-        "resume": not request.overwrite, "command": request.command, "checks": _duplicates(request, test.first(count)),
-    }  # fmt: skip
     setting = RouteSetting(
         threat=asked.threat, attacks=asked.attacks, clean=clean, robust=robust, kinds=kinds,
         batch_size=request.batch_size, seed=request.seed, options=options,
     )  # fmt: skip
     found = evaluate_routes(
         classifier,
-        torch.as_tensor(test.images[:count]),
-        test.labels[:count],
+        torch.as_tensor(test.images[:]),
+        test.labels,
         setting,
         output_dir=asked.results,
         estimate_on=_training_images(request) if request.is_run else None,
@@ -184,46 +164,64 @@ def assess_routers(
     Raises:
         UserError: for a model without routers or no run, and as `assess`.
     """
-    for option, value in (
-        ("--output-of", request.output), ("--transfer-from", request.transfer_from),
-        ("--save-adversarial", request.save_adversarial), ("--generation", request.generation), ("--ood", request.ood),
-        ("--poison", request.poison),
-    ):  # fmt: skip
-        if value:
-            raise UserError(f"{option}: not with --routers; evaluate one router with --output-of router1")
-    if request.precision not in get_args(Precision):
-        raise UserError(f"--precision {request.precision}: use {', '.join(get_args(Precision))}")
     if not request.is_run:
         raise UserError("--routers: the best router is chosen on images that a run held out; name a run")
-    asked = resolve(replace(request, output="aggregate"))
-    if asked.radii:
-        raise UserError("--eps: --routers measures at one radius")
+    asked, test, options = _of_parts(request, "--routers", "evaluate one router with --output-of router1")
     classifier = asked.model
     if not isinstance(classifier, DualHeadClassifier) or not classifier.routers:
         raise UserError(f"--routers: {request.model} has no routers (model.aggregator: after_dder)")
-    test, count = asked.images, min(request.limit or len(asked.images), len(asked.images))
-    if group().first:
-        test.warn_if_sorted(count, "--limit")
-    check_folder(asked.results, "--output")
-    options = {
-        "precision": request.precision, "class_names": list(test.class_names), "skipped": len(test.skipped),
-        "resume": not request.overwrite, "command": request.command,
-    }  # fmt: skip
     setting = RouterSetting(
         threats=asked.threats or (asked.threat,), attacks=asked.attacks, batch_size=request.batch_size,
         seed=request.seed, options=options,
     )  # fmt: skip
     found = evaluate_routers(
         classifier,
-        torch.as_tensor(test.images[:count]),
-        test.labels[:count],
+        torch.as_tensor(test.images[:]),
+        test.labels,
         setting,
-        held_out=_held_out(request, count),
+        held_out=_held_out(request, len(test)),
         output_dir=asked.results,
         progress=progress,
         stop=stop,
     )
     return asked.results, found
+
+
+def _of_parts(request: Request, option: str, instead: str) -> tuple[Resolved, Split, dict[str, Any]]:
+    """Resolve what is asked for a network whose parts are measured one by one.
+
+    Args:
+        request: the options.
+        option: that asks for it.
+        instead: says how one part is measured, with any option.
+
+    Returns:
+        The aggregate and what else was found, the images that are measured, and options of each evaluation.
+
+    Raises:
+        UserError: for options that such a measurement does not take, and as `assess`.
+    """
+    given = {
+        "--output-of": request.output, "--transfer-from": request.transfer_from, "--poison": request.poison,
+        "--save-adversarial": request.save_adversarial, "--generation": request.generation, "--ood": request.ood,
+    }  # fmt: skip
+    for refused, value in given.items():
+        if value:
+            raise UserError(f"{refused}: not with {option}; {instead}")
+    if request.precision not in get_args(Precision):
+        raise UserError(f"--precision {request.precision}: use {', '.join(get_args(Precision))}")
+    asked = resolve(replace(request, output="aggregate"))
+    if asked.radii:
+        raise UserError(f"--eps: {option} measures at one radius")
+    test = asked.images.first(min(request.limit or len(asked.images), len(asked.images)))
+    if group().first:
+        asked.images.warn_if_sorted(len(test), "--limit")
+    check_folder(asked.results, "--output")
+    options = {
+        "precision": request.precision, "class_names": list(test.class_names), "skipped": len(test.skipped),
+        "resume": not request.overwrite, "command": request.command, "checks": _duplicates(request, test),
+    }  # fmt: skip
+    return asked, test, options
 
 
 def _held_out(request: Request, most: int) -> tuple[Tensor, Tensor]:

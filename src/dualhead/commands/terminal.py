@@ -21,6 +21,7 @@ from dualhead.report import (
     SAMPLE_ROWS,
     believable,
     duration,
+    judge_name,
     light_lines,
     poison_columns,
     sequence_cells,
@@ -439,10 +440,9 @@ def print_samples(found: Mapping[str, Any]) -> None:
     }  # fmt: skip
     rows = found["rows"]
     if rows:
-        judge = found["judge"]
         title = (
-            f"{found['samples']:,} samples against {found['test_images']:,} test images, judge {judge['backbone']} "
-            f"{judge['digest']}; 95 % intervals"
+            f"{found['samples']:,} samples against {found['test_images']:,} test images, judge "
+            f"{judge_name(found['judge'])}; 95 % intervals"
         )
         table = Table(title=title, title_justify="left")
         table.add_column("measure")
@@ -562,10 +562,9 @@ def further_tables(results: Mapping[str, Any]) -> list[NumberTable]:
 
 
 def _generation_table(told: Mapping[str, Any]) -> NumberTable:
-    judge = told["judge"]
     title = (
         f"{told['samples']:,} samples, {told['steps']} steps of {told['step_size']:g} from {told['seeds']}; judge "
-        f"{judge['backbone']} {judge['digest']}, {judge['accuracy']:.1%} right; beside them as many training images"
+        f"{judge_name(told['judge'])}, {told['judge']['accuracy']:.1%} right; beside them as many training images"
         + (f"; checkpoint {told['checkpoint']['chosen']}" if told.get("checkpoint") else "")
     )
     table = NumberTable({"measure, against test images": "left", "samples": "right", "training images": "right"}, title)

@@ -2,6 +2,7 @@
 
 from dualhead.report.gallery import NO_CLASS, change, picture, save_sheet
 from dualhead.report.generation import ROWS as SAMPLE_ROWS
+from dualhead.report.generation import judge_name
 from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
@@ -24,6 +25,7 @@ __all__ = [
     "believable",
     "change",
     "duration",
+    "judge_name",
     "light_lines",
     "lights",
     "model_card",

@@ -124,10 +124,16 @@ def _lead(told: Mapping[str, Any]) -> str:
     return (
         f"{told['samples']:,} samples of all classes in turn, {told['steps']} steps of {told['step_size']:g} from "
         f"seeds ({told['seeds']}); the number of steps{_checkpoint(told)} chosen on {told['chosen_on']}. A sample "
-        f"costs {told['passes']['forward']} forward and as many backward passes. The judge is {judge['backbone']} "
-        f"({judge['digest']}), trained apart on {judge['training_images']:,} images, {judge['accuracy']:.1%} right on "
-        "test images; distances can be compared only under the same judge and as many samples."
+        f"costs {told['passes']['forward']} forward and as many backward passes. The judge is {judge_name(judge)}"
+        + (f", trained apart on {judge['training_images']:,} images" if "training_images" in judge else ", as given")
+        + f", {judge['accuracy']:.1%} right on test images; distances can be compared only under the same judge and as "
+        "many samples."
     )
+
+
+def judge_name(judge: Mapping[str, Any]) -> str:
+    """Return what people read for a judge: its backbone, or the name of the folder that was given, and its digest."""
+    return f"{judge['backbone'] if 'backbone' in judge else Path(judge['folder']).name} ({judge['digest']})"
 
 
 def _checkpoint(told: Mapping[str, Any]) -> str:
