@@ -8,6 +8,10 @@ beside the others, so that a ratio is of neighbours in time; whoever began a rou
 be quiet otherwise: the benchmark refuses to begin where the load says that it is not. A round takes about 10 minutes on
 two cores; what is finished is written after each.
 
+    python benchmarks/contention.py benchmarks/results/contention.json --runs 0 --pairs 6
+
+adds turns alone to a file of the same machine: a difference of a few percent needs more of them than the rounds have.
+
 Two processes that share the cores fairly take twice as long. The aims: at most 2.6 times, and alone no more than 3 %
 longer than with the runtime's own way of waiting.
 """
@@ -113,19 +117,35 @@ def measure(rounds: int, epochs: int, names: Sequence[str]) -> Iterator[dict[str
         yield seconds
 
 
+def measure_pairs(count: int, epochs: int) -> dict[str, Any]:
+    """Return the seconds of further turns alone, by work and setting: the product's and the runtime's own in turns."""
+    seconds: dict[str, Any] = {work: {name: [] for name in (OURS, DEFAULT)} for work in WORK}
+    for number in range(count):
+        for name in (OURS, DEFAULT)[:: 1 if number % 2 == 0 else -1]:
+            alone = turn(SETTINGS[name], epochs)
+            for work in WORK:
+                seconds[work][name].append(alone[work])
+            print(
+                f"pair {number + 1}, {name}: " + ", ".join(f"{work} {alone[work]:.1f} s" for work in WORK), flush=True
+            )
+    return seconds
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median, lowest and highest."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def compared(seconds: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return for each work and setting the medians and the ratios, which are taken round by round."""
+def compared(seconds: Mapping[str, Any], pairs: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Return for each work and setting the medians and the ratios, which are taken round by round, and pair by pair."""
     rows = []
     for work, by_setting in seconds.items():
         own = by_setting[DEFAULT]["alone"]
         for name, taken in by_setting.items():
             beside = [b / a for a, b in zip(taken["alone"], taken["beside"], strict=True)]
             alone = [a / d for a, d in zip(taken["alone"], own, strict=True)]
+            if pairs and name in pairs[work]:
+                alone += [a / d for a, d in zip(pairs[work][name], pairs[work][DEFAULT], strict=True)]
             row: dict[str, Any] = {"work": work, "setting": name}
             row |= {"alone": spread(taken["alone"]), "beside": spread(taken["beside"])}
             row |= {"beside_over_alone": spread(beside), "alone_over_default": spread(alone)}
@@ -170,32 +190,56 @@ def read_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", nargs="?", type=Path, default=None, help="where results are written")
-    parser.add_argument("--runs", type=int, default=3, help="rounds")
+    parser.add_argument("--runs", type=int, default=3, help="rounds; 0 for further pairs alone")
+    parser.add_argument(
+        "--pairs", type=int, default=0, help="further turns alone of the two settings, after the rounds"
+    )
     parser.add_argument("--epochs", type=int, default=4, help="of each stage")
     parser.add_argument("--aims", action="store_true", help="only the two settings that the aims compare")
     parser.add_argument("--anyway", action="store_true", help="measure on a machine that is busy, too")
     return parser.parse_args(given)
 
 
+def earlier(path: Path | None) -> dict[str, Any]:
+    """Read the rounds that further pairs are added to; ends the program where they are of another machine."""
+    if path is None or not path.is_file():
+        sys.exit("--runs 0: name the file of earlier rounds")
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    here = described()
+    if any(results["environment"][key] != here[key] for key in ("cpu", "cores", "torch")):
+        sys.exit(f"--runs 0: {path} was measured on another machine, or with another torch; begin with --runs 3")
+    return results
+
+
+def write(results: Mapping[str, Any], path: Path | None) -> None:
+    """Write what is known so far, if there is a place for it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, compare, write."""
     given = read_arguments(arguments)
-    if given.runs < 1:
-        sys.exit(f"--runs must be at least 1, got {given.runs}")
+    if given.runs < 0 or given.pairs < 0 or not given.runs + given.pairs:
+        sys.exit(f"--runs and --pairs must be at least 0, and not both 0; got {given.runs} and {given.pairs}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what spins is ended, too
     load = os.getloadavg()[0]
     if load > QUIET * cores() and not given.anyway:
         sys.exit(f"the load is {load:.1f} on {cores()} cores: wait until the machine is quiet, or say --anyway")
     begun = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {"begun": begun, "commit": commit(), "load_before": load, "epochs": given.epochs}
+    results = {} if given.runs else earlier(given.json)
     turn(SETTINGS[OURS], given.epochs)  # not counted: it reads and measures what later turns find read and measured
     names = (OURS, DEFAULT) if given.aims else tuple(SETTINGS)
     for number, seconds in enumerate(measure(given.runs, given.epochs, names), start=1):
         rows = compared(seconds)
         results = {**facts, "runs": number, "environment": described(), "seconds": seconds, "rows": rows}
-        if given.json is not None:
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write(results, given.json)
+    if given.pairs:
+        pairs = {**facts, "seconds": measure_pairs(given.pairs, given.epochs)}
+        results |= {"pairs": pairs, "rows": compared(results["seconds"], pairs["seconds"])}
+        write(results, given.json)
     print(table(results), end="")
 
 

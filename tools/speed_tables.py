@@ -33,8 +33,10 @@ def contention(results: dict[str, Any]) -> str:
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     where = results["environment"]
+    pairs = len(results["pairs"]["seconds"]["training"][benchmark.OURS]) if "pairs" in results else 0
     facts = (
-        f"Medians of {results['runs']} rounds, and lowest to highest of the ratios; {where['cores']} CPU cores with "
+        f"Medians of {results['runs']} rounds{f' and {pairs} further pairs alone' if pairs else ''}, and lowest to "
+        f"highest of the ratios; {where['cores']} CPU cores with "
         f"{where['cpu_capability']}, torch {where['torch']}, {results['begun'][:10]}, commit `{results['commit']}`.\n"
     )
     return f"{facts}\n{benchmark.table(results)}"

@@ -66,6 +66,22 @@ def test_ratios_are_of_turns_side_by_side(measured, benchmark):
     assert [len(times["alone"]) for times in measured["seconds"]["training"].values()] == [2] * len(benchmark.SETTINGS)
 
 
+def test_further_pairs_count_beside_the_rounds(measured, benchmark, tmp_path, monkeypatch):
+    path = tmp_path / "found.json"
+    monkeypatch.setattr(benchmark, "turn", lambda changes, _: dict.fromkeys(benchmark.WORK, 9.0 if changes else 12.0))
+    benchmark.main([str(path), "--runs", "0", "--pairs", "5"])
+    told = json.loads(path.read_text())
+    assert told["seconds"] == measured["seconds"]
+    row = next(row for row in told["rows"] if row["setting"] == benchmark.OURS)
+    assert row["alone_over_default"]["median"] == pytest.approx(12 / 9)
+    assert row["beside_over_alone"]["median"] == 2.0
+    assert not row["met_alone"]
+    told["environment"]["cpu"] = "another"
+    path.write_text(json.dumps(told))
+    with pytest.raises(SystemExit, match="another machine"):
+        benchmark.main([str(path), "--runs", "0", "--pairs", "1"])
+
+
 def test_a_busy_machine_is_refused(benchmark, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0))
     monkeypatch.setattr(benchmark.signal, "signal", lambda *_: None)
