@@ -22,6 +22,7 @@ _OUTSIDE = "(?:CITATION|LICENSE|examples|src|benchmarks|tools)"
 PAGES = {
     "objectives": ["objectives"],
     "attacks": ["attacks"],
+    "measurements": ["measurements"],
     "threats": ["threats"],
     "aggregators": ["aggregators"],
     "backbones": ["backbones"],
@@ -35,6 +36,8 @@ INTRODUCTIONS = {
     "attacks": "Ways to look for adversarial examples. `--attack NAME`, `evaluate.attacks` and, for those that can "
     "climb any loss, `attack` in a stage. The cost is that of an image that stays robust, with 10 classes; one that is "
     "fooled costs less.",
+    "measurements": "Accuracy on images as the world changes them, not an adversary; named among the attacks of an "
+    "evaluation: `--attack NAME`, `evaluate.attacks`. [One of your own](../howto/extend.md) is a class.",
     "threats": "What an adversary may do, beside norms (`threat: {norm: Linf, eps: 8/255}`): `threat: {name: NAME, "
     "eps: ...}` in a recipe or a stage, `dualhead evaluate MODEL --threat NAME --eps ...`.",
     "aggregators": "How the logits of two heads become one. `model.aggregator`.",
@@ -230,6 +233,10 @@ def _threat_cost(component: Any) -> str:
     return "the passes of the attack, as under a norm; images are made of points before each."
 
 
+def _measurement_cost(component: Any) -> str:
+    return f"{component().forward_passes} forward passes for each image."
+
+
 def _poison_cost(component: Any) -> str:
     needed = [field.name for field in dataclasses.fields(component) if field.default is dataclasses.MISSING]
     told: str = component(**dict.fromkeys(needed)).cost
@@ -240,6 +247,7 @@ COSTS = {
     "attacks": _attack_cost,
     "objectives": _objective_cost,
     "aggregators": _aggregator_cost,
+    "measurements": _measurement_cost,
     "poisons": _poison_cost,
     "threats": _threat_cost,
 }

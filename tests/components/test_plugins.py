@@ -37,6 +37,7 @@ KINDS = {
     "augmentations": "dualhead.data.augmentations.flip:Flip",
     "averages": "dualhead.training.averaging:EMA",
     "backbones": "dualhead.models.cnn:CNNBackbone",
+    "measurements": "dualhead.evaluation.measurements.corruptions:Corruptions",
     "objectives": "dualhead.objectives.natural:Natural",
     "optimisers": "dualhead.training.optimisation:SGD",
     "poisons": "dualhead.data.poisons.one_pixel:OnePixel",

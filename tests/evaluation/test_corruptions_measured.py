@@ -101,7 +101,7 @@ def test_compare_has_their_column(tmp_path):
 def test_the_report_has_them_by_kind(tmp_path):
     measure(["fgsm", "corruptions"], output_dir=tmp_path / "a")
     page = write_report([tmp_path / "a"], tmp_path / "report.html").read_text()
-    assert "Common corruptions" in page
+    assert f"{TITLE}, constants of CIFAR-10-C, means over 5 severities" in page
     assert "glass blur" in page
     assert "corruptions %" in page
 
@@ -232,7 +232,7 @@ def test_the_report_pairs_them_too(tmp_path):
     (record, _) = as_records([row for source in read_sources([tmp_path / "a", tmp_path / "b"]) for row in source.rows])
     assert record["corruptions low"] <= record["corruptions"] <= record["corruptions high"]
     page = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report.html").read_text()
-    assert "of corruptions a z-test over images" in page
+    assert "of changed images a z-test over images" in page
 
 
 def test_results_that_do_not_hold_the_images_are_told_and_not_paired(tmp_path):
@@ -244,4 +244,4 @@ def test_results_that_do_not_hold_the_images_are_told_and_not_paired(tmp_path):
     found = standings(read_entries([tmp_path / "a", tmp_path / "b"]))
     assert {pair["accuracy"] for pair in found["pairs"]} == {"clean", "fgsm", "worst"}
     (note,) = found["notes"]
-    assert "do not hold which corrupted images are right" in note
+    assert "do not hold which changed images are right, so that corruptions are not compared" in note

@@ -11,8 +11,8 @@ from dualhead.system.files import head_sentence
 
 _REGISTRIES: Final = {
     "aggregators": "aggregators", "attacks": "attacks", "augmentations": "augmentations", "averagings": "averages",
-    "backbones": "backbones", "objectives": "objectives", "optimisers": "optimisers", "poisons": "poisons",
-    "schedules": "schedules", "threats": "threats",
+    "backbones": "backbones", "measurements": "measurements", "objectives": "objectives", "optimisers": "optimisers",
+    "poisons": "poisons", "schedules": "schedules", "threats": "threats",
 }  # fmt: skip
 """Registries by their names in the code, with the kind that people read."""
 _SAID: Final = {"optimizers": "optimisers", "averagings": "averages", "models": "backbones", "losses": "objectives"}

@@ -127,8 +127,8 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
         EvaluationDisplay,
         TrainingDisplay,
         accuracy_table,
-        corruption_table,
         out,
+        print_changed,
         print_row_lights,
         progress_bar,
     )
@@ -146,8 +146,7 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
         return
     print_row_lights(comparison.rows)
     out.print(accuracy_table(comparison.title, comparison.rows))
-    if by_kind := corruption_table(comparison.rows):
-        out.print(by_kind)
+    print_changed(comparison.rows)
     if quiet:
         return
     for line in comparison.remarks:
@@ -180,9 +179,9 @@ def train(
         EvaluationDisplay,
         TrainingDisplay,
         accuracy_table,
-        corruption_table,
         err,
         out,
+        print_changed,
         print_row_lights,
         print_sequence,
         progress_bar,
@@ -231,8 +230,7 @@ def train(
         return
     print_row_lights(rows)
     out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
-    if by_kind := corruption_table(rows):
-        out.print(by_kind)
+    print_changed(rows)
     if result.sequence is not None:
         print_sequence(result.sequence)
     if not quiet:
@@ -393,10 +391,10 @@ def evaluate(
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         accuracy_table,
-        corruption_table,
         further_lines,
         further_tables,
         out,
+        print_changed,
         print_lights,
         progress_bar,
     )
@@ -460,8 +458,7 @@ def evaluate(
     print_lights([("", evaluation.checks)])
     rows = [_as_row(request.label, evaluation)]
     out.print(accuracy_table(title, rows))
-    if by_kind := corruption_table(rows):
-        out.print(by_kind)
+    print_changed(rows)
     for line in [*_under_each(evaluation.results), *_targeted(evaluation.results), *_transfer(evaluation.results)]:
         out.print(line, soft_wrap=True, markup=False)
     for point in evaluation.results.get("curve", []):
@@ -484,8 +481,8 @@ def _evaluate_parts(request: Any, *, quiet: bool, as_json: bool) -> None:
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         accuracy_table,
-        corruption_table,
         out,
+        print_changed,
         print_lights,
         progress_bar,
     )
@@ -510,8 +507,7 @@ def _evaluate_parts(request: Any, *, quiet: bool, as_json: bool) -> None:
     if rows := rows_of(found):
         print_lights([(row["name"], row["checks"]) for row in rows])
         out.print(accuracy_table(f"{parts}, in percent, of {found['num_samples']} test images", rows))
-    if by_kind := corruption_table(rows):
-        out.print(by_kind)
+    print_changed(rows)
     for line in lines_of(found):
         out.print(line, soft_wrap=True, markup=False)
     if not quiet:
@@ -559,12 +555,14 @@ SHOWN = ("balanced_accuracy", "class_sizes", "poison")
 
 
 def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
+    from dualhead.report import measured_in
+
     return {
         "name": name,
         "clean_accuracy": evaluation.clean_accuracy,
         "robust_accuracy": evaluation.robust_accuracy,
         "intervals": evaluation.results["intervals"],
-        "corruptions": evaluation.results.get("corruptions"),
+        **measured_in(evaluation.results),
         "transfer": evaluation.results.get("transfer"),
         **{key: evaluation.results[key] for key in SHOWN if key in evaluation.results},
     }
@@ -797,7 +795,7 @@ def info(
     run: Annotated[Path, typer.Argument(help="A run, finished or not.")], quiet: Quiet = False, as_json: AsJson = False
 ) -> None:
     """Say where a run stands: stages, epochs, accuracies on held-out and test images, and who works on it."""
-    from dualhead.commands.terminal import accuracy_table, corruption_table, out, print_row_lights, stage_table
+    from dualhead.commands.terminal import accuracy_table, out, print_changed, print_row_lights, stage_table
     from dualhead.report import summary
     from dualhead.system.lock import owner_of
 
@@ -817,8 +815,7 @@ def info(
     out.print(stage_table(facts["stages"]))
     if facts["rows"]:
         out.print(accuracy_table("test images, accuracy in percent, with 95 % intervals", facts["rows"]))
-    if by_kind := corruption_table(facts["rows"]):
-        out.print(by_kind)
+    print_changed(facts["rows"])
     for note in [] if quiet else facts["notes"]:
         out.print(note, soft_wrap=True, markup=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from dualhead.evaluation import (
     wilson,
 )
 from dualhead.names import id_of_row
-from dualhead.report import believable, lights
+from dualhead.report import MEANS, believable, lights, measured_in
 from dualhead.runs import RunFolder, read_recipe, without_how
 
 _log = logging.getLogger(__name__)
@@ -369,7 +369,8 @@ def _common_attacks(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
     for entry in entries[1:]:
         compare(first, entry.evaluation)  # refuses other samples and other threat models
     common = [name for name in first.verdicts if all(name in entry.evaluation.verdicts for entry in entries)]
-    if not common and not all("corruptions" in entry.evaluation.results for entry in entries):
+    measured = set.intersection(*(set(measured_in(entry.evaluation.results)) for entry in entries))
+    if not common and not measured:
         raise UserError("no attack was run on all of them; `dualhead evaluate` each with the same --attack")
     faced = dict.fromkeys(name for entry in entries for name in entry.evaluation.verdicts if name not in common)
     notes = []
@@ -418,7 +419,7 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
             "clean_accuracy" if name == "clean" else name: _interval(shares, len(measured[0][name]))
             for name, shares in values.items()
         },
-        **_corruptions(members),
+        **_changed(members),
         **_transfer(members),
         **_poison(members),
         "parameters": first.parameters,
@@ -469,23 +470,27 @@ def _transfer(members: Sequence[Entry]) -> dict[str, Any]:
     return {"transfer": {"from": told[0]["from"], **whole, "note": told[0]["note"]}}
 
 
-def _corruptions(members: Sequence[Entry]) -> dict[str, Any]:
-    """Read corruptions from `results.json`, as the mean over seeds; empty where they were not measured for all."""
-    told = [
-        member.evaluation.results["corruptions"] for member in members if "corruptions" in member.evaluation.results
-    ]
-    if len(told) < len(members):
-        return {}
+def _changed(members: Sequence[Entry]) -> dict[str, Any]:
+    """Return what `results.json` says of measurements that all of them had, such as `corruptions`: means over seeds."""
+    told = [measured_in(member.evaluation.results) for member in members]
+    names = [name for name in told[0] if all(name in each for each in told)]
     if len(told) == 1:
-        return {"corruptions": told[0]}
+        return {name: told[0][name] for name in names}
     count = members[0].evaluation.num_samples
 
-    def over_seeds(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def over_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         shares = [float(entry["accuracy"]) for entry in entries]
-        return {"accuracy": mean_std(shares)[0], "interval": _interval(shares, count)}
+        levels = [entry["severities"] for entry in entries if "severities" in entry]
+        means = {"severities": np.mean(levels, 0).tolist()} if len(levels) == len(entries) else {}
+        return {"accuracy": mean_std(shares)[0], "interval": _interval(shares, count), **means}
 
-    kinds = {kind: over_seeds([each["kinds"][kind] for each in told]) for kind in told[0]["kinds"]}
-    return {"corruptions": {**{key: told[0][key] for key in ("name", "constants")}, **over_seeds(told), "kinds": kinds}}
+    found = {}
+    for name in names:
+        each = [one[name] for one in told]
+        facts = {key: value for key, value in each[0].items() if key not in MEANS}
+        kinds = {kind: over_seeds([one["kinds"][kind] for one in each]) for kind in each[0]["kinds"]}
+        found[name] = {**facts, **over_seeds(each), "kinds": kinds}
+    return found
 
 
 def _poison(members: Sequence[Entry]) -> dict[str, Any]:
@@ -523,13 +528,11 @@ def _poison(members: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _unpaired(members: Sequence[Entry]) -> str:
-    """Say why corruptions of results are in no pair, though they were measured; empty where all is kept."""
-    lacking = [
-        m for m in members if "corruptions" in m.evaluation.results and "corruptions" not in m.evaluation.measured
-    ]
+    """Say why measurements of results are in no pair; empty where all is kept."""
+    lacking = {name for m in members for name in measured_in(m.evaluation.results) if name not in m.evaluation.measured}
     return (
-        "its results do not hold which corrupted images are right, so that corruptions are not compared in pairs; "
-        "measure them again by the same `dualhead evaluate`, which goes on from what is kept"
+        f"its results do not hold which changed images are right, so that {', '.join(sorted(lacking))} are not "
+        "compared in pairs; measure them again by the same `dualhead evaluate`, which goes on from what is kept"
     ) if lacking else ""  # fmt: skip
 
 
@@ -554,8 +557,9 @@ def _withstood(entry: Entry, attacks: Sequence[str]) -> dict[str, NDArray[np.boo
 
 
 def _robust(row: dict[str, Any]) -> float:
-    """Robust accuracy under all attacks; where there was none, that on corrupted images."""
-    return float(row["robust_accuracy"].get("worst", row.get("corruptions", {}).get("accuracy", 0.0)))
+    """Robust accuracy under all attacks; where there was none, that on changed images, of the first measurement."""
+    changed = next((float(told["accuracy"]) for told in measured_in(row).values()), 0.0)
+    return float(row["robust_accuracy"].get("worst", changed))
 
 
 def _interval(shares: Sequence[float], images: int) -> list[float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dualhead.errors import RunError, UserError
 from dualhead.recipe import Recipe, load_recipe
+from dualhead.report import measured_in
 from dualhead.runs import RunFolder, changes, train
 from dualhead.system.files import check_folder, write_json, write_text
 from dualhead.training import TrainingProgress
@@ -173,7 +174,7 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             even = {f"balanced_{name}": value for name, value in row.get("balanced_accuracy", {}).items()}
             robust = {f"robust_{name}": value for name, value in row["robust_accuracy"].items()}
-            worn = {"corruptions": row["corruptions"]["accuracy"]} if "corruptions" in row else {}
+            worn = {f"measured_{name}": told["accuracy"] for name, told in measured_in(row).items()}
             records.append(
                 {
                     "run": job.name, **job.settings, "seed": job.seed, "model": row["name"],

@@ -23,6 +23,8 @@ from dualhead.report import (
     duration,
     judge_name,
     light_lines,
+    measured_in,
+    measured_title,
     poison_columns,
     sequence_cells,
     threat_text,
@@ -274,7 +276,8 @@ def print_sequence(told: Mapping[str, Any]) -> None:
 
 def _worn_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the columns of accuracies that no attack on the model itself gave, as far as they were measured."""
-    return [name for name in ("corruptions", "transfer") if any(row.get(name) for row in rows)]
+    measured = dict.fromkeys(name for row in rows for name in measured_in(row))
+    return [*measured, *(["transfer"] if any(row.get("transfer") for row in rows) else [])]
 
 
 def _worn_cell(row: Mapping[str, Any], name: str, gap: str) -> str:
@@ -282,27 +285,26 @@ def _worn_cell(row: Mapping[str, Any], name: str, gap: str) -> str:
     return _percent(told["accuracy"], told["interval"], gap) if told else "-"
 
 
-def corruption_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Return a table of accuracies on corrupted images by kind; None where none were measured.
+def print_changed(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print accuracies on changed images by kind, a table for each measurement, such as `corruptions`.
 
     Args:
-        rows: as `comparison.json` holds them, with `corruptions` as `results.json` does.
+        rows: as `comparison.json` holds them, with measurements as `results.json` does.
     """
-    told = {row["name"]: row["corruptions"] for row in rows if row.get("corruptions")}
-    if not told:
-        return None
-    first = next(iter(told.values()))
-    title = f"{first['name']}, constants of {first['constants']}; percent, means over 5 severities, 95 % intervals"
-    table = Table(title=title, title_justify="left")
-    table.add_column("kind")
-    for name in told:
-        table.add_column(name, justify="right", overflow="fold")
-    for kind in first["kinds"]:
-        cells = [
-            _percent(each["kinds"][kind]["accuracy"], each["kinds"][kind]["interval"], " ") for each in told.values()
-        ]
-        table.add_row(kind.replace("_", " "), *cells)
-    return table
+    for name in dict.fromkeys(name for row in rows for name in measured_in(row)):
+        told = {row["name"]: row[name] for row in rows if name in measured_in(row)}
+        first = next(iter(told.values()))
+        title = f"{measured_title(first)}; percent, 95 % intervals"
+        table = Table(title=title, title_justify="left")
+        table.add_column("kind")
+        for model in told:
+            table.add_column(model, justify="right", overflow="fold")
+        for kind in first["kinds"]:
+            cells = [each["kinds"][kind] for each in told.values()]
+            table.add_row(
+                kind.replace("_", " "), *(_percent(cell["accuracy"], cell["interval"], " ") for cell in cells)
+            )
+        out.print(table)
 
 
 def shows_balanced(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -353,15 +355,16 @@ def _percent(share: float, ends: Sequence[float], gap: str) -> str:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of a sweep: a line for each model at each point of the grid, means over seeds."""
-    told = ("run", "seed", "model", "checks", "clean_accuracy", "corruptions", "class_sizes", "parameters")
-    found = ("robust_", "balanced_", "train")
+    told = ("run", "seed", "model", "checks", "clean_accuracy", "class_sizes", "parameters")
+    found = ("robust_", "balanced_", "measured_", "train")
     varied = [key for key in (rows[0] if rows else {}) if key not in told and not key.startswith(found)]
     print_lights([(f"{row['run']}: {row['model']}", row.get("checks", [])) for row in rows])
     points: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         points.setdefault((*(str(row[key]) for key in varied), row["model"]), []).append(row)
     keys = {"clean": "clean_accuracy", "worst": "robust_worst"}
-    keys |= {name: name for name in ("corruptions",) if any(name in row for row in rows)}
+    measured = dict.fromkeys(key for row in rows for key in row if key.startswith("measured_"))
+    keys |= {key.removeprefix("measured_"): key for key in measured}
     keys |= {column: f"balanced_{name}" for column, name in shows_balanced(rows).items()}
     columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", *keys, "cost"), "right")
     lines = []
@@ -408,8 +411,7 @@ def print_standings(found: Mapping[str, Any]) -> None:
     numbers = ("seeds", "clean", *shown, *worn, *even, *poisoned, "parameters", "cost", "seconds")
     columns = {"model": "left"} | dict.fromkeys(numbers, "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
-    if by_kind := corruption_table(rows):
-        out.print(by_kind)
+    print_changed(rows)
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
     if not all(believable(row.get("checks", [])) for row in rows):
         out.print(f"{DOUBTED}, and it is not ranked")

@@ -1,6 +1,6 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
-from dualhead.evaluation.asked import Asked
+from dualhead.evaluation.asked import Asked, located
 from dualhead.evaluation.calibration import calibration_error
 from dualhead.evaluation.diagnostics import Finding, check_single_steps
 from dualhead.evaluation.duplicates import check_duplicates
@@ -21,7 +21,7 @@ from dualhead.evaluation.generation import (
 from dualhead.evaluation.given import LABEL_KEYS, read_all
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint, write_arrays
-from dualhead.evaluation.measurements import Measurement
+from dualhead.evaluation.measurements import Measurement, measurements
 from dualhead.evaluation.model import outputs_of, read_logits
 from dualhead.evaluation.once import attack
 from dualhead.evaluation.ood import auroc_interval, measure_ood
@@ -113,12 +113,14 @@ __all__ = [
     "kernel_distance",
     "last_linear",
     "learnt_by_heart",
+    "located",
     "make_gallery",
     "mcnemar",
     "mean_std",
     "measure_generation",
     "measure_ood",
     "measure_triggered",
+    "measurements",
     "nearest_distance",
     "noise_seeds",
     "of_specialists",

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from dualhead.attacks import Attack
 from dualhead.attacks import attacks as registry
+from dualhead.components import plugins
 from dualhead.errors import UserError
 from dualhead.evaluation.measurements import Measurement, measurements
 from dualhead.evaluation.own import OwnAttack, as_attack
 
 Spec = str | Mapping[str, Any] | Attack | Measurement | OwnAttack
 """An attack or a measurement by name, by its fields, or itself; or a function that attacks."""
+RESERVED: Final = frozenset({
+    "num_samples", "threat", "threats", "clean_accuracy", "robust_accuracy", "intervals", "balanced_accuracy",
+    "average", "left_out", "calibration", "attacks", "curve", "per_class", "class_sizes", "diagnostics",
+    "environment", "seconds", "seed", "command", "subject", "skipped_images", "transfer", "poison", "generation",
+    "ood", "sequence",
+})  # fmt: skip
+"""Keys of `results.json` that no measurement may take."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ class Asked:
             label = found.label if isinstance(found, Attack) else found.registered_name
             if label in (*built, "worst", "clean"):
                 raise UserError(f"{where}.{place}: {label} is named twice")
+            if isinstance(found, Measurement) and label in RESERVED:
+                raise UserError(f"{where}.{place}: {label} is a key of results.json; register it by another name")
             built[label] = found
         return cls(tuple(built.values()))
 
@@ -65,7 +75,7 @@ def _built(spec: Spec, where: str) -> Attack | Measurement:
     if isinstance(spec, Measurement):
         return spec
     name = spec if isinstance(spec, str) else str(spec.get("name")) if isinstance(spec, Mapping) else ""
-    if measurements.known_as(name) in measurements.names():
+    if _names_measurement(name):
         return measurements.build(spec, where)  # type: ignore[arg-type]  # a name or fields that name one
     try:
         return registry.build(as_attack(spec), where)
@@ -74,3 +84,22 @@ def _built(spec: Spec, where: str) -> Attack | Measurement:
         if near and "did you mean" not in str(error):
             raise UserError(f"{where}: unknown attack {name!r}; did you mean {near[0]!r}?") from None
         raise
+
+
+def _names_measurement(name: str) -> bool:
+    """Tell whether a name is a measurement's, or the address of one, whose code is run to see that."""
+    if measurements.known_as(name) in measurements.names():
+        return True
+    if registry.known_as(name) in registry.names() or not plugins.split_address(name):
+        return False
+    try:
+        _, found = plugins.find(name)
+    except UserError:
+        return False  # told as an attack that cannot be found
+    return isinstance(found, type) and issubclass(found, Measurement)
+
+
+def located(spec: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """Return an attack or a measurement as it was written, with an address that means the same in any folder."""
+    name = spec if isinstance(spec, str) else str(spec.get("name"))
+    return measurements.located(spec) if _names_measurement(name) else registry.located(spec)

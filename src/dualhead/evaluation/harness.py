@@ -39,6 +39,7 @@ from dualhead.evaluation.diagnostics import (
 from dualhead.evaluation.given import read_all
 from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.measurements import Measurement, right_when_changed, summary
+from dualhead.evaluation.measurements import measurements as measurement_registry
 from dualhead.evaluation.model import Subject, check_images, differ, frozen, worth_reducing
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class, targeted
@@ -191,7 +192,8 @@ def evaluate(
         names = list(class_names) if class_names is not None else [str(k) for k in range(work.num_classes)]
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
-        work.open_journal(None if output_dir is None else Path(output_dir) / "progress", precision, resume=resume)
+        progress_of = None if output_dir is None else Path(output_dir) / "progress"
+        work.open_journal(progress_of, precision, asked.measurements, resume=resume)
         origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
         if skipped:
             origin["skipped_images"] = skipped
@@ -401,7 +403,9 @@ class _Work:
         )
         return cast("NDArray[np.bool_]", (answers == self.samples.labels).numpy())
 
-    def open_journal(self, folder: Path | None, precision: Precision, *, resume: bool) -> None:
+    def open_journal(
+        self, folder: Path | None, precision: Precision, measurements: Mapping[str, Measurement], *, resume: bool
+    ) -> None:
         """Resume from the folder, and settle the precision of the search."""
         samples = self.samples
         identity = {
@@ -434,7 +438,14 @@ class _Work:
                 "batch_invariant": self.subject.batch_invariant(x, y),
             }
 
-        self.group.lead(lambda: self._refuse_changed_attacks(folder))
+        built = {label: registry.describe(attack) for label, attack in self.attacks.items()}
+        built |= {name: measurement_registry.describe(each) for name, each in measurements.items()}
+
+        def refuse_changed() -> None:
+            for label, spec in built.items():
+                self._refuse_changed_code(label, spec, folder)
+
+        self.group.lead(refuse_changed)
         self.settled = self.group.lead(lambda: self.journal.fact("arithmetic", settle))
         self._check_answers()
         self.shown, self.usual = x, BF16 if self.settled["precision"] == "bf16" else FLOAT32
@@ -464,16 +475,15 @@ class _Work:
         logits = self.subject.verify(self.samples.fetch(rows, self.subject.device)).cpu()
         return torch.where(logits.isfinite(), logits, torch.nan)
 
-    def _refuse_changed_attacks(self, folder: Path | None) -> None:
-        """Refuse an attack from outside whose file has changed since the earlier results."""
-        for label, attack in self.attacks.items():
-            for source in sources_in(registry.describe(attack)):
-                before = self.journal.fact(f"code of {label} in {source.name}", partial(str, source.sha256))
-                if before != source.sha256:
-                    raise UserError(
-                        f"{folder}: holds results of {label} with another version of {source.file}; put that version "
-                        "back, choose another --output, or --overwrite it"
-                    )
+    def _refuse_changed_code(self, label: str, described: Mapping[str, Any], folder: Path | None) -> None:
+        """Refuse an attack or a measurement from outside whose file has changed since the earlier results."""
+        for source in sources_in(described):
+            before = self.journal.fact(f"code of {label} in {source.name}", partial(str, source.sha256))
+            if before != source.sha256:
+                raise UserError(
+                    f"{folder}: holds results of {label} with another version of {source.file}; put that version "
+                    "back, choose another --output, or --overwrite it"
+                )
 
     def _check_answers(self) -> None:
         """Refuse to resume with a model whose answers have changed.
@@ -585,11 +595,13 @@ class _Work:
         def answer(images: Tensor) -> Tensor:
             return predictions(subject.verify(images.to(subject.device))).cpu()
 
+        # Results of other settings are not these.
+        settings = {key: value for key, value in measurement_registry.describe(measurement).items() if key != "name"}
         for done, kind in enumerate(kinds):
             self.progress.update(name, done, len(kinds), float(np.mean(right)) if right else 1.0)
             if any(self.group.any(self.stop())):
                 raise Interrupted(f"stopped in {name}; the same command goes on from there")
-            key = f"{name}: {kind}"
+            key = f"{name} {settings!r}: {kind}" if settings else f"{name}: {kind}"
             found = np.zeros((len(self.correct), measurement.levels), bool)
             if not self.group.lead(partial(self.journal.facts.__contains__, key)):
                 own = right_when_changed(
@@ -635,7 +647,9 @@ class _Work:
             if not any(one["name"] == "one_class" and one["status"] == "failed" for one in findings):
                 findings += self._diagnose_attacks(verdicts, records, curve)
         findings += described(check_precision(self.audits or ()))
-        code = [source.describe() for source in sources_in([registry.describe(a) for a in self.attacks.values()])]
+        built = [registry.describe(attack) for attack in self.attacks.values()]
+        built += [measurement_registry.describe(measurement) for measurement in measurements.values()]
+        code = [source.describe() for source in sources_in(built)]
         evaluation.results = {
             "num_samples": len(self.correct),
             "threat": self.threat.describe(),

@@ -16,7 +16,7 @@ from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, Poison, Resample, Split, Storage, augmentations, load_split, poisons, resolve
 from dualhead.errors import UserError
-from dualhead.evaluation import Asked
+from dualhead.evaluation import Asked, located, measurements
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
 from dualhead.objectives import check_weighable, objectives
@@ -31,6 +31,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "augmentations": augmentations,
     "averages": averagings,
     "backbones": backbones,
+    "measurements": measurements,
     "objectives": objectives,
     "optimisers": optimisers,
     "poisons": poisons,
@@ -361,7 +362,7 @@ class Evaluate(Section):
     @field_validator("attacks")
     @classmethod
     def _attacks_are_found_anywhere(cls, specs: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
-        return tuple(attacks.located(spec) for spec in specs)
+        return tuple(located(spec) for spec in specs)
 
     @model_validator(mode="after")
     def _attacks_exist(self) -> Self:

@@ -13,10 +13,12 @@ from dualhead.report.routes import route_rows
 from dualhead.report.rows import rows_html, rows_text
 from dualhead.report.sequence import OLD as OLD_ATTACKS
 from dualhead.report.sequence import sequence_cells, sequence_text
+from dualhead.report.sources import MEANS, measured_in, measured_title
 from dualhead.report.summary import summary
 from dualhead.report.text import duration, threat_text, unequal
 
 __all__ = [
+    "MEANS",
     "NO_CLASS",
     "OLD_ATTACKS",
     "ONNX_SECTION",
@@ -28,6 +30,8 @@ __all__ = [
     "judge_name",
     "light_lines",
     "lights",
+    "measured_in",
+    "measured_title",
     "model_card",
     "picture",
     "poison_columns",

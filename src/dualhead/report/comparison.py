@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dualhead.report.differences import broken_later, comparable, difference, repeats, same_model, worn_difference
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.lights import believable, lights
-from dualhead.report.sources import Estimate, Measured, Source
+from dualhead.report.sources import Estimate, Measured, Source, measured_in, measured_title
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text, times_text
 from dualhead.report.training import COLOURS, best_line
 from dualhead.statistics import Paired
@@ -379,27 +379,32 @@ def accuracy_table(rows: Sequence[Measured]) -> Table:
     """Every number of the comparison; what is the same for all of them is left to `conditions`."""
     attacks = list(dict.fromkeys(attack for row in rows for attack in row.attacks))
     shown = [*attacks, *(["worst"] if any(len(row.attacks) > 1 for row in rows) else [])]
-    worn = ["corruptions"] if any(row.worn for row in rows) else []
+    worn = list(dict.fromkeys(name for row in rows for name in row.worn))
     static = ["transfer (static)"] if any(row.transferred for row in rows) else []
     told = [] if conditions(rows) else ["threat model", "images"]
     cells = []
     for row in rows:
         met = [Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)] if told else []
         robust = [_accuracy_cell(row.robust.get(name)) for name in shown]
-        robust += [_accuracy_cell(row.worn) for _ in worn]
+        robust += [_accuracy_cell(row.worn.get(name)) for name in worn]
         robust += [_accuracy_cell(row.transferred) for _ in static]
         cells.append([Cell(row.title), *met, _accuracy_cell(row.clean), *robust])
     return Table(["model", *told, "clean %", *(f"{name} %" for name in (*shown, *worn, *static))], cells)
 
 
-def corruption_table(rows: Sequence[Measured]) -> Table | None:
-    """Accuracy on corrupted images by kind, the mean over severities; None where none were measured."""
-    known = [row for row in rows if row.worn is not None]
-    kinds = list(dict.fromkeys(kind for row in known for kind in row.worn_kinds))
-    cells = [
-        [Cell(kind.replace("_", " ")), *(_accuracy_cell(row.worn_kinds.get(kind)) for row in known)] for kind in kinds
-    ]
-    return Table(["kind", *(f"{row.title} %" for row in known)], cells) if known else None
+def changed_tables(rows: Sequence[Measured]) -> dict[str, Table]:
+    """Return accuracies on changed images by kind, the mean over levels: by measurement, under a title for people."""
+    tables = {}
+    for name in dict.fromkeys(name for row in rows for name in row.worn):
+        known = [row for row in rows if name in row.worn]
+        found = [row.worn_kinds(name) for row in known]
+        cells = [
+            [Cell(kind.replace("_", " ")), *(_accuracy_cell(each.get(kind)) for each in found)]
+            for kind in dict.fromkeys(kind for each in found for kind in each)
+        ]
+        title = measured_title(measured_in(known[0].results)[name])
+        tables[title] = Table(["kind", *(f"{row.title} %" for row in known)], cells)
+    return tables
 
 
 def conditions(rows: Sequence[Measured]) -> str:
@@ -460,7 +465,9 @@ def difference_table(sources: Sequence[Source]) -> Table:
         base = next((row for row in source.rows if row.role == "base"), None)
         pairs += [(row, base) for row in source.rows if base and row is not base]
     told = any(_times(*pair) for pair in pairs)
-    worn = {number: found for number, pair in enumerate(pairs) if (found := worn_difference(*pair))}
+    measured = list(dict.fromkeys(name for pair in pairs for name in pair[0].worn if name in pair[1].worn))
+    worn = [{name: found for name in measured if (found := worn_difference(*pair, name))} for pair in pairs]
+    measured = [name for name in measured if any(name in found for found in worn)]
     cells = []
     for number, (row, other) in enumerate(pairs):
         clean, robust = difference(row, other, "clean"), difference(row, other, "worst")
@@ -468,12 +475,12 @@ def difference_table(sources: Sequence[Source]) -> Table:
             times = _times(row, other)
             cost = [Cell(times_text(times) if times else "n/a", times or -1.0)] if told else []
             differences = [_difference_cell(clean), _difference_cell(robust)]
-            if worn:
-                differences += [_difference_cell(worn[number]) if number in worn else Cell("n/a", -1.0)]
+            changed = worn[number]
+            differences += [_difference_cell(changed[n]) if n in changed else Cell("n/a", -1.0) for n in measured]
             cells.append([Cell(row.title), Cell(other.title), *differences, *cost])
     costs = ["training cost"] if told else []
-    corrupted = ["corruptions, points"] if worn else []
-    return Table(["model", "compared with", "clean, points", "robust, points", *corrupted, *costs], cells)
+    more = [f"{name}, points" for name in measured]
+    return Table(["model", "compared with", "clean, points", "robust, points", *more, *costs], cells)
 
 
 def _times(row: Measured, other: Measured) -> float | None:
@@ -503,8 +510,7 @@ def as_records(rows: Sequence[Measured]) -> list[dict[str, Any]]:
             "run": row.run, "model": row.name, "norm": threat_name(row.threat) if row.threat else None,
             "eps": row.threat.get("eps") if row.threat else None, "num_samples": row.num_samples,
         }  # fmt: skip
-        worn = {} if row.worn is None else {"corruptions": row.worn}
-        for name, value in {"clean": row.clean, **row.robust, **worn}.items():
+        for name, value in {"clean": row.clean, **row.robust, **row.worn}.items():
             record |= {name: value.value, f"{name} low": value.low, f"{name} high": value.high}
         record |= {
             "parameters": row.parameters,

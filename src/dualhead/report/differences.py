@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.report.sources import WORN, Measured
+from dualhead.report.sources import MEANS, WORN, Measured, measured_in
 from dualhead.statistics import Paired, mcnemar, paired_shares
 
 
@@ -29,19 +29,29 @@ def difference(first: Measured, second: Measured, what: str) -> Paired | None:
     return mcnemar(b, a)
 
 
-def worn_difference(first: Measured, second: Measured) -> Paired | None:
-    """Compare the first with the second on corrupted images: its mean share that is right minus the second's.
+def worn_difference(first: Measured, second: Measured, measurement: str) -> Paired | None:
+    """Compare the first with the second on changed images: its mean share that is right minus the second's.
+
+    Args:
+        first: a classifier.
+        second: the other one.
+        measurement: that changed the images, such as `corruptions`.
 
     Returns:
         None where they did not face the same samples in the same rendering, or samples are not stored.
     """
-    told = [row.results.get("corruptions") for row in (first, second)]
-    renderings = [(each.get("name"), each.get("constants")) for each in told if isinstance(each, Mapping)]
-    if len(renderings) < 2 or renderings[0] != renderings[1] or set(first.worn_kinds) != set(second.worn_kinds):
+    told = [measured_in(row.results).get(measurement) for row in (first, second)]
+    facts = [{k: v for k, v in each.items() if k not in MEANS} for each in told if each is not None]
+    if (
+        len(facts) < 2
+        or facts[0] != facts[1]
+        or set(first.worn_kinds(measurement)) != set(second.worn_kinds(measurement))
+    ):
         return None
-    if WORN not in first.samples or WORN not in second.samples or not comparable(first, second):
+    stored = f"{WORN}{measurement}"
+    if stored not in first.samples or stored not in second.samples or not comparable(first, second):
         return None
-    a, b = (row.samples[WORN][np.argsort(row.samples["index"])] for row in (first, second))
+    a, b = (row.samples[stored][np.argsort(row.samples["index"])] for row in (first, second))
     return paired_shares(b, a) if len(a) > 1 else None
 
 

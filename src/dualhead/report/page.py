@@ -102,7 +102,7 @@ def _view(found: Sequence[Source]) -> dict[str, Any]:
         "accuracy": comparison.accuracy_figures(sources),
         "numbers": comparison.accuracy_table(rows) if rows else None,
         "conditions": comparison.conditions(rows),
-        "corruptions": comparison.corruption_table([*rows, *(row for source in sources for row in source.further)]),
+        "changed": comparison.changed_tables([*rows, *(row for source in sources for row in source.further)]),
         "calibration": calibration_table(rows),
         "reliability": reliability_diagrams(rows),
         "downloads": comparison.downloads(rows) if rows else {},

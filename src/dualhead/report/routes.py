@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dualhead.report.comparison import Cell, Table
-from dualhead.report.sources import Source
+from dualhead.report.sources import Source, measured_in
 from dualhead.report.text import percent
 
 WARNING: Final = (
@@ -86,7 +86,7 @@ def sections(source: Source, notes: list[str]) -> list[Routes]:
 
 def _accuracy(rows: list[dict[str, Any]]) -> Table:
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"]))
-    worn = ["corruptions"] if any(row.get("corruptions") for row in rows) else []
+    worn = list(dict.fromkeys(name for row in rows for name in measured_in(row)))
 
     def worn_cell(row: Mapping[str, Any], name: str) -> Cell:
         told = row.get(name)

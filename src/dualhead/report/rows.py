@@ -8,6 +8,7 @@ from typing import Any
 
 from dualhead.report.lights import light_lines
 from dualhead.report.poisoning import poison_columns
+from dualhead.report.sources import measured_in
 
 
 def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -39,7 +40,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
     shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
     poisoned = poison_columns(rows)
-    worn = ["corruptions"] if any(row.get("corruptions") for row in rows) else []
+    worn = list(dict.fromkeys(name for row in rows for name in measured_in(row)))
     lines = [["model, accuracy in %", "clean", *shown, *worn, *poisoned]]
     for number, row in enumerate(rows):
         ends = row["intervals"]

@@ -21,8 +21,30 @@ from dualhead.names import MODEL, head_number, id_of, id_of_row, name_of, read_i
 COLUMNS = ("index", "label", "clean_prediction")
 PER_ATTACK = ("robust_", "distance_", "steps_", "margin_", "prediction_")
 """Names of the arrays [N] of `samples.npz` beside those of each attack."""
-WORN = "measured_corruptions"
-"""Which corrupted images are right, bool [N, K, L]; here the share of each image's, [N]."""
+WORN = "measured_"
+"""Begins the names of arrays of which changed images are right, bool [N, K, L]; here the share of each image's, [N]."""
+
+
+MEANS = ("accuracy", "interval", "kinds")
+"""Keys of a measurement that hold numbers; the others are facts of the rendering."""
+
+
+def measured_in(told: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what is told of measurements that are no attacks, such as `corruptions`, by name.
+
+    Args:
+        told: the content of `results.json`, or a row of `comparison.json`.
+    """
+    both = {"accuracy", "kinds"}
+    return {str(name): value for name, value in told.items() if isinstance(value, Mapping) and both <= value.keys()}
+
+
+def measured_title(told: Mapping[str, Any]) -> str:
+    """Return what people read above the accuracies of a measurement: its name, its facts, the levels of each kind."""
+    facts = [f", {key} of {value}" for key, value in told.items() if key not in (*MEANS, "name")]
+    levels = {len(kind.get("severities", ())) for kind in told["kinds"].values()} - {0}
+    means = f", means over {levels.pop()} severities" if len(levels) == 1 else ""
+    return f"{told.get('name', 'changed images')}{''.join(facts)}{means}"
 
 
 def role_of(output: str) -> str:
@@ -104,19 +126,19 @@ class Measured:
         return self.robust.get("worst") or next(iter(self.robust.values()), None)
 
     @property
-    def worn(self) -> Estimate | None:
-        """Accuracy on images under common corruptions, over all kinds and severities; None if not measured."""
-        return _worn(self.results.get("corruptions"))
+    def worn(self) -> dict[str, Estimate]:
+        """Return by measurement, such as `corruptions`, the accuracy over all kinds and levels of changed images."""
+        told = {name: _worn(each) for name, each in measured_in(self.results).items()}
+        return {name: estimate for name, estimate in told.items() if estimate is not None}
 
     @property
     def transferred(self) -> Estimate | None:
         """Accuracy on images made against another network alone; None if not measured."""
         return _worn(self.results.get("transfer"))
 
-    @property
-    def worn_kinds(self) -> dict[str, Estimate]:
-        """The same by kind."""
-        told = self.results.get("corruptions")
+    def worn_kinds(self, measurement: str) -> dict[str, Estimate]:
+        """Return the same of one measurement by kind."""
+        told = self.results.get(measurement)
         kinds = told.get("kinds") if isinstance(told, Mapping) else None
         found = {str(kind): _worn(of) for kind, of in kinds.items()} if isinstance(kinds, Mapping) else {}
         return {kind: estimate for kind, estimate in found.items() if estimate is not None}
@@ -411,8 +433,8 @@ def _samples(path: Path, count: object, notes: list[str]) -> dict[str, NDArray[A
     try:
         with np.load(path) as stored:
             held = {name: stored[name] for name in stored.files if name in COLUMNS or name.startswith(PER_ATTACK)}
-            if WORN in stored.files and stored[WORN].ndim == 3:
-                held[WORN] = stored[WORN].mean((1, 2))
+            worn = [name for name in stored.files if name.startswith(WORN) and stored[name].ndim == 3]
+            held |= {name: stored[name].mean((1, 2)) for name in worn}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         notes.append(f"{path.name} in {path.parent.name} cannot be read: {error}")
         return {}

@@ -16,7 +16,16 @@ from dualhead.evaluation.measurements.base import Measurement, measurements
 @measurements.register("corruptions")
 @dataclass(frozen=True)
 class Corruptions(Measurement):
-    """The 15 common corruptions of Hendrycks and Dietterich 2019 in 5 severities, in this project's own rendering."""
+    """The 15 common corruptions of Hendrycks and Dietterich 2019 in 5 severities, in this project's own rendering.
+
+    Noise, blur, weather and compression, with the constants of CIFAR-10-C for small images and of ImageNet-C for
+    others. Accuracies are means over severities, of each kind and over all.
+
+    When: for what cameras and weather do to images, which robustness against an adversary neither implies nor excludes.
+
+    Paper: Hendrycks and Dietterich 2019, Benchmarking Neural Network Robustness to Common Corruptions and
+    Perturbations, ICLR, arXiv 1903.12261.
+    """
 
     levels: ClassVar[int] = corruptions.SEVERITIES
 
