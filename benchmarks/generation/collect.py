@@ -47,7 +47,7 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
     found |= {f"nearest {name}": told["nearest"][name] for name in told["nearest"]}
     for source, each in results.get("ood", {}).get("sources", {}).items():
         for score, values in each["scores"].items():
-            found |= {f"{source} {score} {key}": values[key] for key in ("auroc", "auroc_attacked")}
+            found |= {f"{Path(source).name} {score} {key}": values[key] for key in ("auroc", "auroc_attacked")}
     return found
 
 
