@@ -15,9 +15,9 @@ from dualhead.errors import Interrupted, UserError
 from dualhead.noise import Streams
 from dualhead.recipe import load_recipe
 from dualhead.runs import crafting
-from dualhead.runs.crafted import surrogate_recipe
+from dualhead.runs.crafted import Crafted, surrogate_recipe, without_poison
 from dualhead.runs.crafting import craft
-from dualhead.runs.prepare import prepare
+from dualhead.runs.prepare import load_images, prepare
 from dualhead.runs.run import train
 from dualhead.runs.trial import trial
 from dualhead.threats import ThreatModel
@@ -365,3 +365,31 @@ def test_an_image_of_the_wanted_class_is_no_aim(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             craft(recipe(MATCHING.replace("IMAGE", str(image))), tmp_path / "run", Silent(), never)
+
+
+# ---- what was found before
+
+
+@pytest.mark.parametrize(
+    ("spec", "key"),
+    [
+        ("{name: towards, shift: 1, eps: 16/255, steps: 4, surrogate: {objective: sat, epochs: 3}}", "a3d285753b63b7015a5c4983"),
+        ("{name: label_consistent, target: 3, eps: 0.1, step_size: 0.01, steps: 3}", "26285e421b5f5d3b3fe0d6b3"),
+        ("{name: entangled, way: pull, norm: L2, eps: 0.1, steps: 6, share: 0.5, seed: 4}", "e581ef9c4a603c12dbbdbb9f"),
+        ("{name: error_minimising, eps: 0.2, steps: 5, batches: 4, rounds: 12, error: 0.05}", "1a64d141f891aac164af7306"),
+        ("{name: gradient_matching, image: 1, target: 3, share: 0.1, eps: 0.2, steps: 12}", "86e1b341f7c8dfa4ad8fe4e8"),
+        ("{name: gradient_matching, image: 1, target: 3, restarts: 2, step_size: 1/255}", "8a4f0a9d8a020d1f2088ec9b"),
+    ],
+)
+def test_what_was_found_before_is_found_by_the_same_key(tmp_path, spec, key):
+    given, asked = recipe(f"data.poison={spec}"), []
+
+    class Asked(Crafted):
+        def find(self, *search):
+            asked.append(self.key(*search))
+            return super().find(*search)
+
+    images = load_images(without_poison(given), tmp_path)
+    with pytest.raises(UserError, match="was not made yet"):
+        given.data.poison.apply(images.training, Asked(given, tmp_path, images.test))
+    assert asked == [key]
