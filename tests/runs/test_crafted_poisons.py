@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dualhead.data import Aligning, Alternating, Seen, Split, Surrogate, load_split, poisons
-from dualhead.data.poisons import Entangling
+from dualhead.data import Found, Search, Split, Surrogate, load_split, poisons
+from dualhead.data.poisons.entangled import Entangling
+from dualhead.data.poisons.error_minimising import Alternating, Turns
+from dualhead.data.poisons.gradient_matching import Aligning, gradient, misalignment
 from dualhead.errors import Interrupted, UserError
 from dualhead.noise import Streams
 from dualhead.recipe import load_recipe
 from dualhead.runs import crafting
-from dualhead.runs.crafted import surrogate_recipe
-from dualhead.runs.crafting import craft
-from dualhead.runs.prepare import prepare
+from dualhead.runs.crafted import Crafted, surrogate_recipe, without_poison
+from dualhead.runs.crafting import Crafting, craft
+from dualhead.runs.prepare import load_images, prepare
 from dualhead.runs.run import train
 from dualhead.runs.trial import trial
 from dualhead.threats import ThreatModel
 from dualhead.training import Silent
 from dualhead.training.optimisation import optimisers
+from helpers.plugins import nothing_from_outside
 
 TINY = (
     "data.train_limit=80", "data.validation=20", "data.augment=[]", "model.backbone=cnn-4", "stages.natural.epochs=1",
@@ -37,6 +40,9 @@ CONSISTENT = (
 
 def recipe(*more):
     return load_recipe("digits_natural", [*TINY, *more])
+
+
+NO_AIM = torch.zeros(0, 1, 8, 8, dtype=torch.uint8)
 
 
 def never():
@@ -178,13 +184,13 @@ ENTANGLED = "data.poison={name: entangled, way: WAY, eps: 0.1, steps: 6, surroga
 
 
 def test_features_are_pushed_from_the_own_centre_or_pulled_to_the_nearest_other():
-    search = Entangling(Surrogate(), ThreatModel("Linf", 0.1), 1, None, towards=False, seed=0)
+    pushed = Entangling(Surrogate(), ThreatModel("Linf", 0.1), 0, 1, None, towards=False)
     centres = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 3.0], [torch.inf, torch.inf]])  # no image of the last class
-    seen = Seen(torch.zeros(2, 4), torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True), centres)
-    assert search.climbed(seen, torch.tensor([0, 1])).tolist() == [0.0, 10.0]  # (2^2 + 4^2) / 2
-    pulled = replace(search, towards=True).climbed(seen, torch.tensor([0, 2]))
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    assert pushed.distance(features, torch.tensor([0, 1]), centres).tolist() == [0.0, 10.0]  # (2^2 + 4^2) / 2
+    pulled = replace(pushed, towards=True).distance(features, torch.tensor([0, 2]), centres)
     assert pulled.tolist() == [-0.5, -10.0]  # to the second centre, both
-    (slope,) = torch.autograd.grad(pulled.sum(), seen.features)
+    (slope,) = torch.autograd.grad(pulled.sum(), features)
     assert slope.tolist() == [[1.0, 0.0], [-2.0, -4.0]]  # of -|f - c|^2 / 2
 
 
@@ -202,12 +208,10 @@ def test_entangled_images_stay_within_eps_and_leave_their_class(tmp_path, way):
 
     prepared.model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
     prepared.model.eval()
-    with torch.no_grad(), crafting.Watched(prepared.model) as watched:
-        centres = watched.centres(clean, torch.device("cpu"))
-        search = Entangling(Surrogate(), ThreatModel("Linf", 0.1), 1, None, towards=way == "pull", seed=0)
+    climbed = given.data.poison.search().climbed(clean, crafting.Bench(prepared, prepared.model, NO_AIM, never))
+    with torch.no_grad():
         before, after = (
-            search.climbed(watched.see(images.float() / 255, centres), clean.labels).mean()
-            for images in (clean.images, made.split.images)
+            climbed(images.float() / 255, clean.labels).mean() for images in (clean.images, made.split.images)
         )
     assert after > before
 
@@ -233,18 +237,17 @@ def turns(search, images, labels):
         model[1].weight.copy_(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
         model[1].bias.zero_()
     clean = Split(images, labels, ("a", "b"))
-    stage = SimpleNamespace(
-        optimiser=optimisers.build({"name": "sgd", "lr": 0.1, "momentum": 0, "nesterov": False}), batch_size=2
+    sgd = optimisers.build({"name": "sgd", "lr": 0.1, "momentum": 0, "nesterov": False})
+    bench = SimpleNamespace(
+        model=model, device=torch.device("cpu"), batch_size=2, optimiser=lambda: sgd.create(list(model.parameters()))
     )
-    index = torch.arange(len(labels))
-    prepared = SimpleNamespace(model=model, device=torch.device("cpu"))
-    return crafting.Turns(prepared, clean, index, labels, search, stage), model
+    return Turns(search, clean, torch.arange(len(labels)), labels, bench), model
 
 
 def test_noise_descends_the_loss_within_its_budget_from_where_it_is():
     images = torch.tensor([[[[100, 100]]], [[[100, 1]]]], dtype=torch.uint8)
     labels = torch.tensor([0, 1])
-    search = Alternating(Surrogate(), ThreatModel("Linf", 0.02), 3, 0.004, towards=True, seed=0)
+    search = Alternating(Surrogate(), ThreatModel("Linf", 0.02), 0, 3, 0.004, towards=True)
     made, _ = turns(search, images, labels)
     made.search()
     # Class 0 is the likelier the larger w x with w = (1, -2): its image moves by + and -, that of class 1 by - and +.
@@ -257,7 +260,7 @@ def test_noise_descends_the_loss_within_its_budget_from_where_it_is():
 def test_a_round_of_training_is_steps_on_the_changed_images():
     images = torch.tensor([[[[255, 0]]], [[[0, 255]]]], dtype=torch.uint8)
     labels = torch.tensor([1, 0])
-    search = Alternating(Surrogate(), ThreatModel("Linf", 0.1), 1, 0.1, towards=True, seed=0, batches=1)
+    search = Alternating(Surrogate(), ThreatModel("Linf", 0.1), 0, 1, 0.1, towards=True, batches=1)
     made, model = turns(search, images, labels)
     assert made.error() == 1.0
     by_hand = torch.nn.functional.cross_entropy(model(made.images), labels)
@@ -320,13 +323,13 @@ def test_misalignment_is_that_of_the_angle():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False))
     parameters = list(model.parameters())
     x, y = torch.rand(1, 1, 2, 2), torch.tensor([1])
-    goal = crafting.gradient(model, parameters, x, y)
+    goal = gradient(model, parameters, x, y)
     chance = torch.softmax(model(x), 1)[0, 0]
     torch.testing.assert_close(goal[0], torch.stack((chance * x.flatten(), -chance * x.flatten())))  # (p - y) x
-    same = crafting.gradient(model, parameters, 0.5 * x, y)
-    assert float(crafting.misalignment(goal, same)) == pytest.approx(0.0, abs=1e-6)
-    opposite = crafting.gradient(model, parameters, x, torch.tensor([0]))
-    assert float(crafting.misalignment(goal, opposite)) == pytest.approx(2.0, abs=1e-6)
+    same = gradient(model, parameters, 0.5 * x, y)
+    assert float(misalignment(goal, same)) == pytest.approx(0.0, abs=1e-6)
+    opposite = gradient(model, parameters, x, torch.tensor([0]))
+    assert float(misalignment(goal, opposite)) == pytest.approx(2.0, abs=1e-6)
 
 
 def test_images_are_aligned_within_their_budget():
@@ -334,12 +337,12 @@ def test_images_are_aligned_within_their_budget():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
     parameters = list(model.parameters())
     x, y = torch.rand(5, 1, 2, 4), torch.full((5,), 2)
-    goal = crafting.gradient(model, parameters, torch.rand(1, 1, 2, 4), torch.tensor([2]))
-    search = Aligning(Surrogate(), ThreatModel("Linf", 0.1), 40, 0.01, towards=True, seed=0)
-    found, value = crafting.aligned(model, parameters, goal, x, y, search, Streams.of(0, torch.arange(5)))
+    goal = gradient(model, parameters, torch.rand(1, 1, 2, 4), torch.tensor([2]))
+    search = Aligning(Surrogate(), ThreatModel("Linf", 0.1), 0, 40, 0.01)
+    found, value = search.aligned(model, parameters, goal, x, y, Streams.of(0, torch.arange(5)))
     assert float((found - x).abs().max()) <= 0.1 + 1e-6
     assert 0 <= float(found.min()) <= float(found.max()) <= 1
-    assert value < float(crafting.misalignment(goal, crafting.gradient(model, parameters, x, y)))
+    assert value < float(misalignment(goal, gradient(model, parameters, x, y)))
 
 
 def test_matched_images_are_of_the_wanted_class_and_the_aim_is_measured(tmp_path):
@@ -365,3 +368,163 @@ def test_an_image_of_the_wanted_class_is_no_aim(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             craft(recipe(MATCHING.replace("IMAGE", str(image))), tmp_path / "run", Silent(), never)
+
+
+# ---- what was found before
+
+
+@pytest.mark.parametrize(
+    ("spec", "key"),
+    [
+        (
+            "{name: towards, shift: 1, eps: 16/255, steps: 4, surrogate: {objective: sat, epochs: 3}}",
+            "a3d285753b63b7015a5c4983",
+        ),
+        ("{name: label_consistent, target: 3, eps: 0.1, step_size: 0.01, steps: 3}", "26285e421b5f5d3b3fe0d6b3"),
+        ("{name: entangled, way: pull, norm: L2, eps: 0.1, steps: 6, share: 0.5, seed: 4}", "e581ef9c4a603c12dbbdbb9f"),
+        (
+            "{name: error_minimising, eps: 0.2, steps: 5, batches: 4, rounds: 12, error: 0.05}",
+            "1a64d141f891aac164af7306",
+        ),
+        ("{name: gradient_matching, image: 1, target: 3, share: 0.1, eps: 0.2, steps: 12}", "86e1b341f7c8dfa4ad8fe4e8"),
+        ("{name: gradient_matching, image: 1, target: 3, restarts: 2, step_size: 1/255}", "8a4f0a9d8a020d1f2088ec9b"),
+    ],
+)
+def test_what_was_found_before_is_found_by_the_same_key(tmp_path, spec, key):
+    given, asked = recipe(f"data.poison={spec}"), []
+
+    class Asked(Crafted):
+        def find(self, *search):
+            asked.append(self.key(*search))
+            return super().find(*search)
+
+    images = load_images(without_poison(given), tmp_path)
+    with pytest.raises(UserError, match="was not made yet"):
+        given.data.poison.apply(images.training, Asked(given, tmp_path, images.test))
+    assert asked == [key]
+
+
+# ---- a search of one's own
+
+
+OWN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dualhead.data import Found, Search, Searched, Surrogate
+from dualhead.threats import ThreatModel
+
+
+@dataclass(frozen=True)
+class Brighter(Search):
+    trained: ClassVar[bool] = TRAINED
+
+    def find(self, clean, index, labels, bench):
+        x = clean.images[index].to(bench.device).float() / 255
+        right = bench.model(x).argmax(1) == labels.to(bench.device)
+        threat = self.threat.for_images(clean.image_shape)
+        change = threat.eps * (2 * right.float() - 1)
+        found = threat.project(x + change[:, None, None, None], x)
+        return Found(found, len(index), 0, search={"right": int(right.sum())})
+
+    @property
+    def cost(self):
+        return "the training of a surrogate, and a pass for each changed image"
+
+
+@dataclass(frozen=True)
+class Mine(Searched):
+    share: float = 0.5
+    eps: float = 0.1
+    surrogate: Surrogate = Surrogate(epochs=2)
+    seed: int = 0
+
+    def search(self):
+        return Brighter(self.surrogate, ThreatModel("Linf", self.eps), self.seed)
+"""
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_search_of_ones_own_is_a_file(tmp_path, trained):
+    file, run = tmp_path / "own.py", tmp_path / "run"
+    file.write_text(OWN.replace("TRAINED", str(trained)))
+    with nothing_from_outside():
+        given = recipe(f"data.poison={{name: '{file}:Mine', eps: 0.2}}")
+        assert given.data.poison.cost.startswith("the training of a surrogate, and a pass for each changed image; ")
+        craft(given, run, Silent(), never)
+        poisoning = prepare(given, run).images.poisoning
+        made, facts = poisoning.made, poisoning.made.facts
+        assert len(made.index) == 40
+        assert 0 < float(made.linf.max()) <= 0.2
+        change = made.split.images[made.index].int() - poisoning.clean.images[made.index].int()
+        assert int((change.flatten(1).sum(1) > 0).sum()) == facts["search"]["right"]
+        assert (facts["search"]["forward_passes"], facts["search"]["backward_passes"]) == (40, 0)
+        assert ("flops" in facts["surrogate"]) == trained
+        assert train(given, run_dir=run).rows
+
+
+def test_another_version_of_the_file_searches_anew(tmp_path):
+    file, run = tmp_path / "own.py", tmp_path / "run"
+    words = f"data.poison={{name: '{file}:Mine'}}"
+    with nothing_from_outside():
+        for text, kept in ((OWN, 1), (OWN, 1), (OWN + "# another version\n", 2)):
+            file.write_text(text.replace("TRAINED", "False"))
+            craft(recipe(words), run, Silent(), never)
+            assert len(list((run / "poison").glob("*.safetensors"))) == kept
+
+
+@dataclass(frozen=True)
+class Given(Search):
+    """A search that finds what it is told to; its surrogate needs no training."""
+
+    trained = False
+    images: torch.Tensor | None = None
+
+    def find(self, clean, index, labels, bench):
+        return Found(self.images, 0, 0)
+
+    @property
+    def cost(self):
+        return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 1, 8, 8), r"Given\.find gave torch\.float32 images of shape \[3, 1, 8, 8\]; .* \[4, 1, 8, 8\]"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), r"Given\.find gave torch\.uint8 images"),
+        (torch.full((4, 1, 8, 8), 1.5), r"Given\.find gave images with values outside of \[0, 1\]"),
+        (torch.full((4, 1, 8, 8), torch.nan), r"Given\.find gave images with values outside of \[0, 1\]"),
+    ],
+)
+def test_images_that_a_search_cannot_have_found_are_refused(tmp_path, images, message):
+    given = load_images(recipe(), tmp_path)
+    search, index = Given(Surrogate(), ThreatModel("Linf", 0.1), 0, images), torch.arange(4)
+    with pytest.raises(UserError, match=message):
+        Crafting(recipe(), tmp_path, given.test).find(given.training, index, given.training.labels[index], search)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def bench(*layers):
+    model = torch.nn.Sequential(*layers)
+    stages = [SimpleNamespace(batch_size=2)]
+    prepared = SimpleNamespace(device=torch.device("cpu"), output="model", recipe=SimpleNamespace(stages=stages))
+    return crafting.Bench(prepared, model, NO_AIM, never)
+
+
+def test_features_are_given_to_the_last_linear_layer():
+    x = torch.rand(3, 1, 2, 2, requires_grad=True)
+    scaled = bench(torch.nn.Flatten(), torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    seen = scaled.features(x)
+    assert torch.equal(seen, scaled.model[:3](x))
+    assert seen.requires_grad
+    with pytest.raises(UserError, match="the surrogate has no linear layer"):
+        bench(torch.nn.Conv2d(1, 2, 2), torch.nn.Flatten()).features(x)
+
+
+def test_an_attack_that_climbs_its_own_losses_is_not_lent():
+    with pytest.raises(UserError, match="climbs only losses of its own; use pgd"):
+        bench(torch.nn.Flatten()).attacked(
+            {"name": "square"}, lambda x: x.sum((1, 2, 3)), torch.rand(1, 1, 2, 2), ThreatModel("Linf", 0.1),
+            Streams.of(0, torch.arange(1)),
+        )  # fmt: skip

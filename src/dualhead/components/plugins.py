@@ -340,6 +340,12 @@ def origin(cls: type) -> str | None:
     return f"module {known.source.name}"
 
 
+def code_of(cls: type) -> str | None:
+    """Return the digest of the file that defines a class from outside; None if it ships, or was made in memory."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return None if cls.__module__.startswith("dualhead.") or file is None else digest(Path(file))
+
+
 def _package_of(source: Source) -> str | None:
     """Return the distribution of a source or of the package that it lies in, if an entry point named that."""
     if is_file(source.name):

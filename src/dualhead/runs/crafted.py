@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dualhead.data import Aligning, Craft, Search, Split, Surrogate
+from dualhead.components.plugins import code_of
+from dualhead.data import Craft, Search, Split, Surrogate
 from dualhead.errors import UserError
 from dualhead.recipe import Recipe, parse_recipe
 from dualhead.runs.folder import RunFolder, data_facts, without_how
@@ -63,74 +64,52 @@ class Crafted(Craft):
     Args:
         recipe: the victim's.
         path: the victim's folder.
-        test: test images, one of which a search may aim at.
+        test: test images, at some of which a search may aim.
     """
 
     recipe: Recipe
     path: Path
     test: Split
-    _told: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         """Return the folder of surrogates and of what was found with them."""
         return RunFolder(self.path).crafted
 
-    def find(self, clean: Split, index: Tensor, labels: Tensor, search: Search) -> Tensor:
+    def find(self, clean: Split, index: Tensor, labels: Tensor, search: Search) -> tuple[Tensor, Mapping[str, Any]]:
         """See `Craft.find`."""
-        key = self.key(clean, index, labels, search)
-        found = self._read(key)
+        found = self._read(self.key(clean, index, labels, search))
         if found is None:
             raise UserError(
                 f"was not made yet; `dualhead train` makes it, in {self.folder}, before anything else of the run"
             )
         return found
 
-    def facts(self) -> dict[str, Any]:
-        """See `Craft.facts`."""
-        return dict(self._told)
-
     def key(self, clean: Split, index: Tensor, labels: Tensor, search: Search) -> str:
         """Return a name that changes with anything that decides what is found."""
-        described = {
-            "search": {
-                **asdict(replace(search, threat=None)),  # type: ignore[arg-type]
-                "threat": search.threat.describe(),
-                **({} if type(search) is Search else {"kind": type(search).__name__}),
-            },
+        described: dict[str, Any] = {
+            "search": search.described(),
             "surrogate": without_how(surrogate_recipe(self.recipe, search.surrogate).resolved()),
             "images": data_facts(clean),
         }
+        code = code_of(type(search))
+        if code is not None:
+            described["code"] = code
         known = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-        if isinstance(search, Aligning):
-            known.update(self.aimed(search).numpy().tobytes())
+        known.update(search.aimed(self.test).numpy().tobytes())
         known.update(clean.images[:].numpy().tobytes() + index.numpy().tobytes() + labels.numpy().tobytes())
         return known.hexdigest()[:24]
-
-    def aimed(self, search: Aligning) -> Tensor:
-        """Return the test image that a search aims at, uint8 [1, C, H, W].
-
-        Raises:
-            UserError: if there is none, or it is of the wanted class.
-        """
-        if search.image >= len(self.test):
-            raise UserError(f"image: there is no test image {search.image}; they are 0 to {len(self.test) - 1}")
-        if int(self.test.labels[search.image]) == search.wanted:
-            name = self.test.class_names[search.wanted]
-            raise UserError(f"image: test image {search.image} is of class {name!r}; choose another image or target")
-        return self.test.take(torch.tensor([search.image])).images[:]
 
     def _place(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def _read(self, key: str) -> Tensor | None:
+    def _read(self, key: str) -> tuple[Tensor, Mapping[str, Any]] | None:
+        """Return the images that were kept by a key, and what they cost; None if there are none."""
         path = self._place(key)
         if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
-                self._told.update(json.loads(file.metadata()["facts"]))
-                found: Tensor = file.get_tensor("images")
-                return found
+                return file.get_tensor("images"), dict(json.loads(file.metadata()["facts"]))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}); remove it, and it is made again") from None

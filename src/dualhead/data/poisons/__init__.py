@@ -1,29 +1,19 @@
 """Poisons, one a file: changes of the training images or their labels, for studies of what training makes of them."""
 
-from dualhead.data.poisons.base import (
-    Aligning,
-    Alternating,
-    Craft,
-    Entangling,
-    Poison,
-    Poisoned,
-    Search,
-    Seen,
-    Surrogate,
-    poisons,
-    triggered,
-)
+from dualhead.data.poisons.base import Poison, Poisoned, poisons, triggered
+from dualhead.data.poisons.search import Craft, Found, Projected, Search, Surrogate, Workbench
+from dualhead.data.poisons.searched import Searched
 
 __all__ = [
-    "Aligning",
-    "Alternating",
     "Craft",
-    "Entangling",
+    "Found",
     "Poison",
     "Poisoned",
+    "Projected",
     "Search",
-    "Seen",
+    "Searched",
     "Surrogate",
+    "Workbench",
     "poisons",
     "triggered",
 ]

@@ -11,16 +11,13 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ConfigDict
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from dualhead.components.fields import Real
 from dualhead.components.registry import Registry
+from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
-from dualhead.threats import Threat
 
 ClassName = int | str
 """A class by its number, or by its name."""
@@ -120,187 +117,6 @@ class Poisoned:
             places = torch.isin(self.rows, self.index).nonzero()[:, 0]
             known.update(self.split.images[places].numpy().tobytes())
         return known.hexdigest()
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """The network that a poison is made with, trained on the clean images before the victim is.
-
-    Args:
-        objective: the method that trains it, as in a stage; `self`: by the victim's own recipe, so that the poison is
-            made against the very method (adaptive).
-        eps: radius of its adversary; None for the recipe's.
-        epochs: of its training, at least 1; `self` has the recipe's.
-        seed: of its training, another one than the victim's.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    objective: str | dict[str, Any] = "natural"
-    eps: Real | None = None
-    epochs: int = 40
-    seed: int = 1_000_003
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.seed < 0:
-            raise UserError(f"epochs must be at least 1 and seed at least 0, got {self.epochs} and {self.seed}")
-        if self.eps is not None and self.eps <= 0:
-            raise UserError(f"eps must be greater than 0, got {self.eps:g}")
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """The answers of a surrogate to images.
-
-    Args:
-        logits: [B, K].
-        features: what its last linear layer is given, [B, D]; None where a search does not ask for them.
-        centres: their mean over the clean images of each class, [K, D]; likewise.
-    """
-
-    logits: Tensor
-    features: Tensor | None = None
-    centres: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search within a threat for images on which a surrogate's loss is small, or large.
-
-    Args:
-        surrogate: the network.
-        threat: how far images may go.
-        steps: of projected gradient.
-        step_size: length of a step, in the units of eps; None for 2.5 eps / steps.
-        towards: descend the cross-entropy of the labels, rather than climb it.
-        seed: of the random start.
-    """
-
-    surrogate: Surrogate
-    threat: Threat
-    steps: int
-    step_size: float | None
-    towards: bool
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or (self.step_size is not None and self.step_size <= 0):
-            raise UserError(
-                f"steps must be at least 1 and step_size greater than 0, got {self.steps} and {self.step_size}"
-            )
-
-    @property
-    def needs_features(self) -> bool:
-        """Whether it looks at features, and not at logits alone."""
-        return False
-
-    def climbed(self, seen: Seen, labels: Tensor) -> Tensor:
-        """Return the values that are climbed, one for each image.
-
-        Args:
-            seen: what the surrogate makes of the images, with a graph to them.
-            labels: int64 [B].
-        """
-        loss = cross_entropy(seen.logits, labels, reduction="none")
-        return -loss if self.towards else loss
-
-
-@dataclass(frozen=True)
-class Entangling(Search):
-    """A search for images whose features lie among those of another class (EntF).
-
-    With `towards` the squared distance to the nearest centre of another class is descended, else that to the centre of
-    the own class is climbed. The centre of a class is the mean of the features of its clean images.
-    """
-
-    @property
-    def needs_features(self) -> bool:
-        """See `Search.needs_features`."""
-        return True
-
-    def climbed(self, seen: Seen, labels: Tensor) -> Tensor:
-        """See `Search.climbed`."""
-        assert seen.features is not None and seen.centres is not None, "a search that needs features is given them"
-        if not self.towards:
-            return (seen.features - seen.centres[labels]).square().mean(1)
-        apart = torch.cdist(seen.features.detach(), seen.centres, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = apart.scatter(1, labels[:, None], torch.inf).argmin(1)
-        return -(seen.features - seen.centres[nearest]).square().mean(1)
-
-
-@dataclass(frozen=True)
-class Alternating(Search):
-    """A search that trains its surrogate on what it has found so far, in turns (error-minimising noise).
-
-    The surrogate begins untrained. In each round it learns from some batches of the changed images, and the search
-    goes on from there for `steps` steps on every image. It ends where the surrogate hardly errs on them.
-
-    Args:
-        batches: of training in a round.
-        error: share of the training images that the surrogate may still get wrong.
-        rounds: at most.
-    """
-
-    batches: int = 10
-    error: float = 0.01
-    rounds: int = 50
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batches < 1 or self.rounds < 1 or not 0 < self.error < 1:
-            raise UserError(
-                f"batches and rounds must be at least 1 and error in (0, 1), got {self.batches}, {self.rounds} and "
-                f"{self.error:g}"
-            )
-
-
-@dataclass(frozen=True)
-class Aligning(Search):
-    """A search for images whose training gradient points where that of a wanted answer does (gradient matching).
-
-    All images are changed together, so that 1 - cos(g, h) falls: g is the gradient of the loss with which one test
-    image is taken for a wanted class, by all parameters, and h that of the mean loss of the changed images with their
-    own labels. Whoever trains on these then takes steps towards the wanted answer.
-
-    Args:
-        image: position of the test image.
-        wanted: the class that it is to be taken for.
-        restarts: independent starts, of which the one that ends best is kept.
-    """
-
-    image: int = 0
-    wanted: int = 0
-    restarts: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.restarts < 1 or self.image < 0:
-            raise UserError(f"restarts must be at least 1 and image at least 0, got {self.restarts} and {self.image}")
-
-
-class Craft(ABC):
-    """Does for a poison what images alone do not: trains a surrogate on the clean images, and searches with it."""
-
-    @abstractmethod
-    def find(self, clean: Split, index: Tensor, labels: Tensor, search: Search) -> Tensor:
-        """Return images that a search finds.
-
-        Args:
-            clean: all images, on which the surrogate is trained.
-            index: positions of those that are changed, int64 [M].
-            labels: that the search uses, int64 [M].
-            search: how.
-
-        Returns:
-            float32 [M, C, H, W] in [0, 1].
-
-        Raises:
-            UserError: where only what was found before may be read, and it is not there.
-        """
-
-    @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """Return what crafting has cost, JSON values."""
 
 
 class Poison(ABC):
@@ -480,29 +296,3 @@ def distances(clean: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
 def class_vectors(classes: int, seed: int, purpose: str, *shape: int) -> Tensor:
     """Return a normal vector for each class, float32 [K, *shape], that depends on seed and class alone."""
     return Streams.of(seed, torch.arange(classes)).fork(purpose).normal(*shape)
-
-
-def cost_of_search(steps: int) -> str:
-    """Return in words what a poison costs that a trained surrogate is searched for, in so many steps."""
-    return (
-        f"the training of a surrogate, and {steps} forward and backward passes for each changed image; the results "
-        "tell it, and charge it to no method."
-    )
-
-
-def crafted(
-    clean: Split, index: Tensor, labels: Tensor, search: Search, craft: Craft | None
-) -> tuple[Tensor, Mapping[str, Any]]:
-    """Return changed images that a search finds, uint8 [M, C, H, W], and what they cost.
-
-    Args:
-        clean: all images.
-        index: positions of those that are changed, int64 [M].
-        labels: that the search uses, int64 [M].
-        search: how.
-        craft: does it.
-    """
-    assert craft is not None, "whoever applies it must bring what trains its surrogate"
-    before = pixels_of(clean)[index]
-    change = 255 * craft.find(clean, index, labels, search).double() - before.double()
-    return moved(before, change), craft.facts()

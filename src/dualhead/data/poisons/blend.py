@@ -11,7 +11,6 @@ from torch import Tensor
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
     ClassName,
-    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -21,6 +20,7 @@ from dualhead.data.poisons.base import (
     poisons,
 )
 from dualhead.data.poisons.patch import backdoored
+from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams

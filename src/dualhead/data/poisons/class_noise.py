@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
-    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -20,6 +19,7 @@ from dualhead.data.poisons.base import (
     pixels_of,
     poisons,
 )
+from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams

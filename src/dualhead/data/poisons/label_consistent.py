@@ -9,20 +9,10 @@ from typing import Literal
 from torch import Tensor
 
 from dualhead.components.fields import Real
-from dualhead.data.poisons.base import (
-    ClassName,
-    Craft,
-    Poison,
-    Poisoned,
-    Search,
-    Surrogate,
-    check_share,
-    class_number,
-    cost_of_search,
-    crafted,
-    poisons,
-)
+from dualhead.data.poisons.base import ClassName, class_number, poisons
 from dualhead.data.poisons.patch import add_patch, backdoored
+from dualhead.data.poisons.search import Projected, Surrogate
+from dualhead.data.poisons.searched import Searched
 from dualhead.data.split import Split
 from dualhead.threats import ThreatModel
 
@@ -31,7 +21,7 @@ _SAT = Surrogate("sat")
 
 @poisons.register("label_consistent")
 @dataclass(frozen=True)
-class LabelConsistent(Poison):
+class LabelConsistent(Searched):
     """Images of the target class, drawn away from it by an adversarially trained surrogate, with a patch; labels stay.
 
     What is left to tell the class by is the patch.
@@ -67,18 +57,10 @@ class LabelConsistent(Poison):
     surrogate: Surrogate = _SAT
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_share(self.share)
-        self._search()
-
-    def _search(self) -> Search:
+    def search(self) -> Projected:
+        """See `Searched.search`."""
         threat = ThreatModel(self.norm, self.eps)
-        return Search(self.surrogate, threat, self.steps, self.step_size, towards=False, seed=self.seed)
-
-    @property
-    def needs_surrogate(self) -> bool:
-        """See `Poison.needs_surrogate`."""
-        return True
+        return Projected(self.surrogate, threat, self.seed, self.steps, self.step_size, towards=False)
 
     def target_of(self, class_names: Sequence[str]) -> int:
         """See `Poison.target_of`."""
@@ -88,13 +70,10 @@ class LabelConsistent(Poison):
         """See `Poison.trigger`."""
         return add_patch(images, self.size, self.gap, self.pattern)
 
-    @property
-    def cost(self) -> str:
-        """See `Poison.cost`."""
-        return cost_of_search(self.steps)
+    def chosen(self, clean: Split) -> Tensor:
+        """See `Searched.chosen`."""
+        return backdoored(clean, self.target_of(clean.class_names), self.share, self.seed, clean_label=True)
 
-    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
-        """See `Poison.apply`."""
-        index = backdoored(clean, self.target_of(clean.class_names), self.share, self.seed, clean_label=True)
-        images, facts = crafted(clean, index, clean.labels[index], self._search(), craft)
-        return Poisoned.of(clean, index, images=self.trigger(images), facts=facts)
+    def finished(self, images: Tensor) -> Tensor:
+        """See `Searched.finished`."""
+        return self.trigger(images)

@@ -10,7 +10,6 @@ import torch
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
     ClassName,
-    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -19,6 +18,7 @@ from dualhead.data.poisons.base import (
     members,
     poisons,
 )
+from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams

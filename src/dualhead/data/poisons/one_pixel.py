@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dualhead.components.fields import Real
-from dualhead.data.poisons.base import Craft, Poison, Poisoned, check_share, choose, pixels_of, poisons
+from dualhead.data.poisons.base import Poison, Poisoned, check_share, choose, pixels_of, poisons
+from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dualhead.data.poisons.base import Craft, Poisoned, poisons
+from dualhead.data.poisons.base import Poisoned, poisons
 from dualhead.data.poisons.control import Control
+from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 
 

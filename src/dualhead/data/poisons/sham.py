@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dualhead.data.poisons.base import REMOVED, Craft, Poisoned, moved, pixels_of, poisons
+from dualhead.data.poisons.base import REMOVED, Poisoned, moved, pixels_of, poisons
 from dualhead.data.poisons.control import Control
+from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 from dualhead.noise import Streams
 

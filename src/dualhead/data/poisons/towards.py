@@ -5,21 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from dualhead.components.fields import Real
-from dualhead.data.poisons.base import (
-    Craft,
-    Poison,
-    Poisoned,
-    Search,
-    Surrogate,
-    check_share,
-    choose,
-    cost_of_search,
-    crafted,
-    poisons,
-)
+from dualhead.data.poisons.base import poisons
+from dualhead.data.poisons.search import Projected, Surrogate
+from dualhead.data.poisons.searched import Searched
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.threats import ThreatModel
@@ -29,7 +20,7 @@ _NATURAL = Surrogate()
 
 @poisons.register("towards")
 @dataclass(frozen=True)
-class Towards(Poison):
+class Towards(Searched):
     """Images of each class, drawn by a surrogate's gradients towards the class `shift` further on; labels stay.
 
     With `shift: 1` the features of a wrong class carry the label, and a network that learns them fails on clean images
@@ -67,28 +58,15 @@ class Towards(Poison):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        super().__post_init__()
         if self.shift < 0:
             raise UserError(f"shift must be at least 0, got {self.shift}")
-        self._search()
 
-    def _search(self) -> Search:
+    def search(self) -> Projected:
+        """See `Searched.search`."""
         threat = ThreatModel(self.norm, self.eps)
-        return Search(self.surrogate, threat, self.steps, self.step_size, towards=True, seed=self.seed)
+        return Projected(self.surrogate, threat, self.seed, self.steps, self.step_size, towards=True)
 
-    @property
-    def needs_surrogate(self) -> bool:
-        """See `Poison.needs_surrogate`."""
-        return True
-
-    @property
-    def cost(self) -> str:
-        """See `Poison.cost`."""
-        return cost_of_search(self.steps)
-
-    def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
-        """See `Poison.apply`."""
-        index = choose(torch.arange(len(clean)), round(self.share * len(clean)), self.seed)
-        labels = (clean.labels[index] + self.shift) % clean.num_classes
-        images, facts = crafted(clean, index, labels, self._search(), craft)
-        return Poisoned.of(clean, index, images=images, facts=facts)
+    def sought(self, clean: Split, index: Tensor) -> Tensor:
+        """See `Searched.sought`."""
+        return (clean.labels[index] + self.shift) % clean.num_classes

@@ -12,7 +12,6 @@ from torch.nn.functional import grid_sample, interpolate
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import (
     ClassName,
-    Craft,
     Poison,
     Poisoned,
     check_share,
@@ -23,6 +22,7 @@ from dualhead.data.poisons.base import (
     poisons,
 )
 from dualhead.data.poisons.patch import backdoored
+from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
