@@ -119,7 +119,7 @@ def test_corruptions_of_a_recipe_reach_results_tables_report_and_comparison(tmp_
     assert stored.measured["corruptions"].shape[0] == 8
     assert set(row["robust_accuracy"]) == {"fgsm", "worst"}
     assert "corruptions" in str(result)
-    assert "Common corruptions" in (tmp_path / "0" / "report.html").read_text()
+    assert "corruptions after Hendrycks and Dietterich" in (tmp_path / "0" / "report.html").read_text()
     compared = standings(read_entries([tmp_path / "0", tmp_path / "1"]))["rows"][-1]
     assert compared["corruptions"]["kinds"].keys() == row["corruptions"]["kinds"].keys()
     assert compared["seeds"] == [0, 1]
