@@ -8,18 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 
 from dualhead.commands.sweep import plan
-from dualhead.data import Batch
-from dualhead.heads import attach_second_head
-from dualhead.models import Normalize
-from dualhead.noise import Streams
-from dualhead.system.arithmetic import FLOAT32
-from dualhead.system.flops import CountFlops
-from dualhead.training import Passes
-from dualhead.training.step import TrainingStep
+from helpers.costs import training_cost
 
 ROOT = Path(__file__).parents[2]
 RECORDER = """#!/usr/bin/env bash
@@ -57,25 +49,6 @@ def jobs_of(words):
     return plan(words[1], words[2 : words.index("--seeds")], int(after("--seeds", words)))
 
 
-def cost(recipe):
-    """Floating-point operations of training, from one small step of each stage; the images are equally many."""
-    model = recipe.model.backbone.create(10, (3, 32, 32), Normalize([0.5] * 3, [0.25] * 3))
-    if recipe.model.attach_at:
-        kind = recipe.model.aggregator
-        model = attach_second_head(
-            model, recipe.model.attach_at, example=torch.rand(2, 3, 32, 32), heads=recipe.model.heads, aggregator=kind
-        )
-    data = Batch(torch.arange(2), torch.rand(2, 3, 32, 32), torch.arange(2))
-    total = 0.0
-    for stage in recipe.stages:
-        program = Passes.of(model, stage)
-        step = TrainingStep(program, stage, recipe.threat, stage.optimiser.create(program.parameters()), FLOAT32)
-        with CountFlops() as counter:
-            step(data, Streams.of(0, data.index))
-        total += counter.total * stage.epochs
-    return total
-
-
 @pytest.mark.parametrize(("scale", "studies"), [("cpu", 49), ("gpu", 11)])
 def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -109,14 +82,16 @@ def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
     _, asked = asked_of(scale, tmp_path, SEEDS="1")
     sweeps = {Path(after("--out", words)).name: jobs_of(words)[0].recipe for words in asked if words[0] == "sweep"}
     for method in ("trades", "sat", "mart"):
-        base, long = (cost(sweeps.get(f"{method}-{name}", sweeps[f"{method}-base"])) for name in ("base", "base-long"))
+        base, long = (
+            training_cost(sweeps.get(f"{method}-{name}", sweeps[f"{method}-base"])) for name in ("base", "base-long")
+        )
         for other, most in (("dhat", base), ("distilled", long), ("ensemble", long)):
             if other != "ensemble" or method == "trades":
-                assert 0.95 * most <= cost(sweeps[f"{method}-{other}"]) <= 1.001 * most, (method, other)
+                assert 0.95 * most <= training_cost(sweeps[f"{method}-{other}"]) <= 1.001 * most, (method, other)
     if scale == "cpu":
-        short, long, mart = (cost(sweeps[name]) for name in ("trades-base", "trades-base-long", "mart-base"))
+        short, long, mart = (training_cost(sweeps[name]) for name in ("trades-base", "trades-base-long", "mart-base"))
         for name, most in (("trades-three", long), ("trades-three-short", short), ("mart-distilled-short", mart)):
-            assert 0.95 * most <= cost(sweeps[name]) <= 1.001 * most, name
+            assert 0.95 * most <= training_cost(sweeps[name]) <= 1.001 * most, name
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path):
