@@ -10,7 +10,6 @@ they hold.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import sys
@@ -20,29 +19,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from dualhead.evaluation import Evaluation, interval_over_samples
+from dualhead.statistics import student
 from dualhead.system.files import write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kept import over_seeds, packed, unpacked
 
 CLEAN_ROUTE, ROBUST_ROUTE = "head1", "head2"
 CROSSED = {"clean": "statistics-head2_affine-head1", "robust": "statistics-head1_affine-head2"}
 """The clean and the robust affine map, each with the other's statistics."""
 MARGIN = 0.015
 """Robust accuracies that differ by no more count as equal in H1'."""
-
-
-def interval(values: Sequence[float]) -> list[float] | None:
-    """Student's 95 % interval of a mean; None of one value."""
-    if len(values) < 2:
-        return None
-    reach = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return [float(np.mean(values)) - reach, float(np.mean(values)) + reach]
-
-
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, interval and each seed's value."""
-    return {"mean": float(np.mean(values)), "interval": interval(values), "seeds": [float(v) for v in values]}
 
 
 def averaged(found: Sequence[Any]) -> Any:
@@ -62,16 +51,6 @@ def accuracies(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{name: over_seeds([each["robust_accuracy"][name] for each in found]) for name in names},
         **({"checks": sorted(checks)} if checks else {}),
     }
-
-
-def packed(right: NDArray[np.bool_]) -> str:
-    """Bits of a bool [N] as text."""
-    return base64.b64encode(np.packbits(right).tobytes()).decode()
-
-
-def unpacked(text: str, count: int) -> NDArray[np.bool_]:
-    """The bool [count] that `packed` made text of."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -171,7 +150,7 @@ def difference(first: tuple[Variant, str], second: tuple[Variant, str], what: st
     gains = [float(b.mean() - a.mean()) for a, b in zip(*right, strict=True)]
     return {
         "first": f"{first[0].name}: {first[1]}", "second": f"{second[0].name}: {second[1]}", "what": what,
-        "difference": float(np.mean(gains)), "seeds": gains, "seeds_interval": interval(gains),
+        "difference": float(np.mean(gains)), "seeds": gains, "seeds_interval": student(gains),
         "images_interval": list(interval_over_samples(*right)),
     }  # fmt: skip
 

@@ -19,8 +19,8 @@ from typing import Any
 from dualhead.evaluation import Evaluation
 from dualhead.system.files import write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "domains"))
-from collect import over_seeds, packed  # the other study's, which has the same intervals
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kept import over_seeds, packed
 
 MEASURED = "evaluations/threats"
 SPECIALISTS = {"Linf": "sat-linf", "L2": "sat-l2", "L1": "sat-l1"}
