@@ -3,49 +3,86 @@
 #
 #     benchmarks/strongest/run.sh cpu|gpu DATA OUT [I/N [KEY=VALUE...]]
 #
-# From the root of the repository, with `dualhead` on the path. The same command goes on where it was stopped, so that it
-# can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`. I/N: every N-th seed from the I-th on,
-# for N of these side by side. KEY=VALUE: for all recipes, e.g. runtime.precision=float32 on a CPU without bf16. STUDIES,
-# SEEDS and IMAGES in the environment: which studies (a pattern, such as `mart-*`), how many runs (of the pairs that
-# decide, two more), and test images of each. Then: `dualhead compare OUT/*/*/evaluations/strong`. `adaptive` beside it
-# holds Square, which needs no gradients and must find nothing new, and for merged heads the attack that knows of them;
-# `autoattack` the whole of that. To choose, HELD_OUT=FOLDER attacks the images that held_out.py put there instead; what
-# it finds lies in `evaluations/held_out`.
+# From the root of the repository, with `dualhead` and its `python` on the path. The same command goes on where it was
+# stopped, so that it can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`; also on another
+# machine, since each finished seed leaves a small file in KEPT (../results/strongest/cpu or gpu), and is not trained again
+# as long as that is there. I/N: every N-th seed from the I-th on, for N of these side by side. KEY=VALUE: for all recipes,
+# e.g. runtime.precision=float32 on a CPU without bf16. STUDIES, SEEDS and IMAGES in the environment: which studies (a
+# pattern, such as `mart-*`), how many runs (of the pairs that decide, two more), and test images of each. Then: `dualhead
+# compare OUT/*/*/evaluations/strong`; OUT/answers tells what is kept. `adaptive` beside `strong` holds Square, which needs
+# no gradients and must find nothing new, and for merged heads the attack that knows of them; `autoattack` the whole of
+# that, last, of runs whose folders are here. To choose, HELD_OUT=FOLDER attacks the images that held_out.py put there
+# instead; what it finds lies in `evaluations/held_out`. README.md has the rows that are still to be measured.
 set -euo pipefail
 scale=$1 data=$2 out=$3 shard=${4:-0/1}
 extra=("${@:5}")
 here=$(dirname "$0")
-: "${STUDIES:=*}" "${SEEDS:=3}" "${IMAGES:=5000}" "${HELD_OUT:=}"
+: "${STUDIES:=*}" "${SEEDS:=3}" "${IMAGES:=5000}" "${HELD_OUT:=}" "${KEPT:=$here/../results/strongest/$scale}"
 known=
 
 # study NAME RECIPE SEEDS HEADS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys,
 # one head or merged heads.
 study() {
-  local name=$1 recipe=$here/${scale}_$2.yaml seeds=$3 adaptive=+pgd-40+square-500
+  local name=$1 recipe=$2 seeds=$3 heads=$4 seed
   [[ $name == $STUDIES ]] || return 0
   known=1
-  [[ $4 == one ]] || adaptive+=+multihead-20
   shift 4
   echo "$name"
-  dualhead sweep "$recipe" "data.source=$data" "$@" "${extra[@]}" --seeds "$seeds" --shard "$shard" --out "$out/$name" \
-    --quiet
+  for ((seed = ${shard%/*}; seed < seeds; seed += ${shard#*/})); do
+    ! is_kept "$name" "$seed" || continue
+    trained "$name" "$recipe" "$seed" "$@"
+    measured "$name" "$seed" "$heads"
+  done
+}
+
+# merged NAME STUDY RECIPE SEEDS: head 1 of two runs of a study, seeds 2 N and 2 N + 1, merged to their mean.
+merged() {
+  local name=$1 seed
+  [[ $name == $STUDIES ]] || return 0
+  known=1
+  echo "$name"
+  for ((seed = ${shard%/*}; seed < $4; seed += ${shard#*/})); do
+    ! is_kept "$name" "$seed" || continue
+    trained "$2" "$3" $((2 * seed))
+    trained "$2" "$3" $((2 * seed + 1))
+    python "$here/merge.py" "$out/$2/seed=$((2 * seed))" "$out/$2/seed=$((2 * seed + 1))" "$out/$name/seed=$seed"
+    measured "$name" "$seed" merged
+  done
+}
+
+is_kept() { [[ -z $HELD_OUT && -f $KEPT/$1/seed=$2.json ]]; }
+
+# trained NAME RECIPE SEED [KEY=VALUE...]
+trained() {
+  dualhead train "$here/${scale}_$2.yaml" "data.source=$data" "${@:4}" "${extra[@]}" "runtime.seed=$3" \
+    --run-dir "$out/$1/seed=$3" --quiet
+}
+
+# measured NAME SEED HEADS: attacks on a finished run, and the small file that stays of it.
+measured() {
+  local adaptive=+pgd-40+square-500
+  [[ $3 == one ]] || adaptive+=+multihead-20
   if [[ -n $HELD_OUT ]]; then
-    attacked "$name" "$seeds" held_out +pgd-20+cw-20 "$IMAGES"
+    attacked "$1" "$2" held_out +pgd-20+cw-20 "$IMAGES"
   else
-    attacked "$name" "$seeds" strong +pgd-40+autoattack-fast "$IMAGES"
-    attacked "$name" "$seeds" adaptive "$adaptive" 1000
+    attacked "$1" "$2" strong +pgd-40+autoattack-fast "$IMAGES"
+    attacked "$1" "$2" adaptive "$adaptive" 1000
+    keep "$1" "$2" strong adaptive
   fi
 }
 
-# attacked NAME SEEDS FOUND ATTACKS IMAGES: each run of a study, into its folder evaluations/FOUND.
+# attacked NAME SEED FOUND ATTACKS IMAGES: a run of a study, into its folder evaluations/FOUND.
 attacked() {
-  local run seed
-  for ((seed = ${shard%/*}; seed < $2; seed += ${shard#*/})); do
-    run=$out/$1/seed=$seed
-    [[ -f $run/evaluations/$3/results.json ]] && continue
-    dualhead evaluate "$run" --data "${HELD_OUT:-$data}" ${4//+/ --attack } --limit "$5" --output "$run/evaluations/$3" \
-      --quiet
-  done
+  local run=$out/$1/seed=$2
+  [[ ! -f $run/evaluations/$3/results.json ]] || return 0
+  dualhead evaluate "$run" --data "${HELD_OUT:-$data}" ${4//+/ --attack } --limit "$5" --output "$run/evaluations/$3" \
+    --quiet
+}
+
+# keep NAME SEED FOUND...
+keep() {
+  python "$here/collect.py" keep "$out/$1/seed=$2" "$KEPT/$1/seed=$2.json" "${@:3}"
+  python "$here/collect.py" tell "$KEPT" "$out/strongest.json" > "$out/answers"
 }
 
 [[ -z $HELD_OUT || $scale == cpu ]] || { echo "HELD_OUT: the recipes for a GPU train on those images" >&2; exit 2; }
@@ -62,6 +99,7 @@ case $scale in
   gpu) sat_epochs=254 mart_epochs=238 ;;
   *) echo "$scale: use cpu or gpu" >&2; exit 2 ;;
 esac
+mkdir -p "$out"
 
 pair=$((SEEDS + 2)) # of the pairs whose difference is to be known best
 study trades-base base "$pair" one
@@ -82,16 +120,35 @@ if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the b
   study sat-base-long base "$SEEDS" one "${sat[@]}" stages.base.epochs=375
   study mart-base-long base "$SEEDS" one "stages.base.objective=$mart" stages.base.epochs=331
   finals+=(trades-base-long)
+  # SAT that keeps the best epoch of its held-out images, the usual remedy for robust overfitting.
+  best=(stages.base.keep=best validation.every=5)
+  study sat-base-best base "$SEEDS" one "${sat[@]}" "${best[@]}" "stages.base.epochs=$sat_epochs"
+  study sat-base-long-best base "$SEEDS" one "${sat[@]}" "${best[@]}" stages.base.epochs=375
   # Less clean, more robust accuracy: a second point of either curve.
   study trades-base-beta-12 base "$pair" one stages.base.objective.beta=12
   study trades-base-long-beta-12 base "$pair" one stages.base.epochs=320 stages.base.objective.beta=12
   study trades-distilled-beta-6 distilled "$pair" merged stages.guided.objective.head1.beta=6
+  # A single head of as many parameters as two, at the most robust beta.
+  study trades-wide-beta-12 wide "$SEEDS" one stages.wide.objective.beta=12
+  study trades-wide-long-beta-12 wide "$SEEDS" one stages.wide.objective.beta=12 stages.wide.epochs=176
+  # Two and three models at the cost of `distilled`.
+  merged trades-guided-merged trades-guided guided "$SEEDS"
+  study trades-three three "$SEEDS" merged
   # And `distilled` at half its length, which costs what the others do.
   study mart-distilled-short distilled "$SEEDS" merged "$(guided "$half")" "${short[@]}"
 fi
 if [[ -z $HELD_OUT ]]; then
   for name in "${finals[@]}"; do
-    [[ $name != $STUDIES ]] || attacked "$name" "$SEEDS" autoattack +autoattack 1000
+    [[ $name == $STUDIES ]] || continue
+    for ((seed = ${shard%/*}; seed < SEEDS; seed += ${shard#*/})); do
+      [[ ! -f $out/$name/seed=$seed/evaluations/autoattack/results.json ]] || continue
+      if [[ -d $out/$name/seed=$seed ]]; then
+        attacked "$name" "$seed" autoattack +autoattack 1000
+        keep "$name" "$seed" strong adaptive autoattack
+      else
+        echo "$name seed $seed: its run is not here, so AutoAttack is left out"
+      fi
+    done
   done
 fi
 named() { [[ -n $known ]] || { echo "STUDIES=$STUDIES: no study of this scale is called so" >&2; exit 2; }; }
@@ -123,7 +180,6 @@ for beta in 3 6; do
   study "trades-distilled-short-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta" \
     "${short[@]}"
 done
-study trades-three three 1 merged
 study trades-three-short three 1 merged stages.guided.epochs=50 stages.distilled.epochs=47 stages.third.epochs=47
 study trades-ensemble-short ensemble 1 merged "stages.*.epochs=80"
 study trades-distilled-unguided distilled 1 merged "stages.guided.train=[head1]" \
