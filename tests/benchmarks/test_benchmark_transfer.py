@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import dualhead
+from dualhead.models import Normalize
 from dualhead.recipe import load_recipe
+from dualhead.runs.prepare import prepare, start_from
 from helpers.costs import training_cost
 from helpers.studies import ROOT, after, asked_of, made_run, measured, module_of
 
@@ -73,6 +78,29 @@ def test_methods_cost_the_same_and_start_from_the_trunk(tmp_path, monkeypatch):
             assert set(rates) == {0.03}, name
     assert recipes["dhat-frozen-500"].stages[0].train == ("head1",)
     assert recipes["dhat-thawed-500"].stages[0].train == ("trunk", "head1")
+
+
+def test_the_trunk_fits_every_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    network = load_recipe("benchmarks/transfer/pretrain.yaml", ["data.source=digits"]).model.backbone
+    trunk = network.create(200, (3, 32, 32), Normalize([0.5] * 3, [0.25] * 3))
+    dualhead.save(trunk, tmp_path / "kept/trunk/seed=0", example=torch.rand(2, 3, 32, 32))
+    (tmp_path / "kept/trunk/seed=0.json").touch()
+    rng = np.random.default_rng(0)
+    images = {f"x_{part}": rng.integers(0, 256, (40, 32, 32, 3), np.uint8) for part in ("train", "test")}
+    labels = {f"y_{part}": np.arange(40) % 10 for part in ("train", "test")}
+    np.savez(tmp_path / "few.npz", **images, **labels)
+    few = [f"data.source={tmp_path / 'few.npz'}", "data.validation=10", "data.train_limit=40"]
+    _, asked = run_of(tmp_path, CELLS="*-500")
+    for name in ("tuned", "distilled", "dhat-thawed", "dhat-frozen"):
+        words = trained(asked)[f"{name}-500/seed=0"]
+        recipe = load_recipe(words[1], [*words[2 : words.index("--run-dir")], *few])
+        prepared = prepare(recipe, tmp_path / name)
+        start_from(prepared, recipe.stages[0], prepared.model)
+        model = prepared.model
+        found = model.base_state_dict() if hasattr(model, "base_state_dict") else model.state_dict()
+        for key, tensor in trunk.state_dict().items():
+            assert len(found[key]) == 10 if key.startswith("fc.") else torch.equal(found[key], tensor), (name, key)
 
 
 def test_it_goes_on_from_what_is_kept_the_trunk_too(tmp_path):
