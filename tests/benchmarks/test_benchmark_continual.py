@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from dualhead.recipe import load_recipe
+from helpers import studies
+from helpers.studies import ROOT, module_of
 
-ROOT = Path(__file__).parents[2]
-RECORDER = """#!/usr/bin/env bash
-printf '%s\\n' "$@" END >> "$ASKED"
-if [[ $1 == train ]]; then run=${@: -2:1}; mkdir -p "$run"; touch "$run/report.html"; fi
-if [[ $2 == keep ]]; then mkdir -p "$(dirname "$4")"; touch "$4"; fi
-"""
-"""In place of dualhead and of python: writes down what it was asked; leaves runs and small files."""
 LAST = [
     "finetune",
     "seen",
@@ -36,19 +28,8 @@ LAST = [
 
 
 def asked_of(folder, **environment):
-    (folder / "bin").mkdir(exist_ok=True)
-    for name in ("dualhead", "python"):
-        (folder / "bin" / name).write_text(RECORDER)
-        (folder / "bin" / name).chmod(0o755)
-    (folder / "asked").write_text("")
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    places = {"PATH": path, "ASKED": str(folder / "asked"), "KEPT": str(folder / "kept")}
-    ended = subprocess.run(
-        ["benchmarks/continual/run.sh", str(folder), str(folder / "out")],
-        cwd=ROOT, env={**os.environ, **places, "SEEDS": "1", **environment},
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    return ended, [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
+    asked = {"SEEDS": "1", **environment}
+    return studies.asked_of("benchmarks/continual/run.sh", folder, str(folder), str(folder / "out"), **asked)
 
 
 def trained(asked):
@@ -81,10 +62,7 @@ def test_every_method_has_a_recipe_and_what_is_kept_is_not_trained_again(tmp_pat
 
 @pytest.fixture(scope="module")
 def collect():
-    spec = importlib.util.spec_from_file_location("collect_continual", ROOT / "benchmarks/continual/collect.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("continual/collect.py")
 
 
 def sequence(last):

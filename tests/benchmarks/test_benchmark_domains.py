@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,43 +11,18 @@ import pytest
 from dualhead.evaluation import Evaluation, Verdicts
 from dualhead.evaluation.results import accuracies
 from dualhead.recipe import load_recipe
-
-ROOT = Path(__file__).parents[2]
-RECORDER = """#!/usr/bin/env bash
-printf '%s\\n' "$@" END >> "$ASKED"
-if [[ $2 == keep ]]; then mkdir -p "$(dirname "$4")"; touch "$4"; fi
-"""
-"""In place of dualhead and of python: writes down what it was asked; a run that is to be kept leaves its file."""
+from helpers import studies
+from helpers.studies import ROOT, after, module_of
 
 
 def asked_of(folder, **environment):
-    """How the script ended, and the commands that it gave."""
-    (folder / "bin").mkdir(exist_ok=True)
-    for name in ("dualhead", "python"):
-        (folder / "bin" / name).write_text(RECORDER)
-        (folder / "bin" / name).chmod(0o755)
-    (folder / "asked").write_text("")
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    places = {"PATH": path, "ASKED": str(folder / "asked"), "KEPT": str(folder / "kept")}
-    ended = subprocess.run(
-        ["benchmarks/domains/run.sh", "DATA", str(folder / "out")],
-        cwd=ROOT,
-        env={**os.environ, **places, "SEEDS": "2", **environment},
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    return ended, [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
-
-
-def after(word, words):
-    return words[words.index(word) + 1]
+    asked = {"SEEDS": "2", **environment}
+    return studies.asked_of("benchmarks/domains/run.sh", folder, "DATA", str(folder / "out"), **asked)
 
 
 @pytest.fixture(scope="module")
 def collect():
-    spec = importlib.util.spec_from_file_location("collect_domains", ROOT / "benchmarks/domains/collect.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("domains/collect.py")
 
 
 def test_every_variant_has_a_recipe_of_equal_cost_and_is_measured_as_what_it_is(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ case $1 in
   train)
     model=${@: -2:1}/model
     mkdir -p "$model"
-    touch "$model/config.json" "$model/model.safetensors"
+    touch "$model/config.json" "$model/model.safetensors" "$model/../report.html"
     ;;
   evaluate) while [[ $1 != --output ]]; do shift; done; mkdir -p "$2"; touch "$2/results.json" ;;
   *)
