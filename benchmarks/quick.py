@@ -6,8 +6,11 @@ On five models of different kinds: `natural`, `mart` and `sat` (200 classes) are
 `benchmarks/quick`; `trades` and `merged` lie in `benchmarks/results/models`. Each is attacked on the same test images
 by the whole of AutoAttack and by `autoattack-quick`, both in float32; by AutoAttack with the default precision, and
 with queries in bf16 even where that does not pay; and by PGD with and without stopping at cycles. All in this process,
-on the same threads. The same command goes on where it was stopped, and leaves rows alone that the results hold for as
-many images; `--models` and `--checks` choose a part of it.
+on the same threads. How many targets the quick suite tries was chosen by the check `targets`: verdicts with several
+numbers beside those of the whole of AutoAttack, on training images that no model has learnt from.
+
+The same command goes on where it was stopped, and leaves rows alone that the results hold for as many images;
+`--models` and `--checks` choose a part of it.
 
 Process seconds are the processor time of an evaluation that was not interrupted; wall seconds are added up over
 interruptions, and on a busy machine hold what others took.
@@ -16,9 +19,11 @@ interruptions, and on a busy machine hold what others took.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +33,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dualhead.attacks.apgd_malt import APGDMALT
+from dualhead.attacks.autoattack import AutoAttackQuick
+from dualhead.attacks.base import Search
 from dualhead.attacks.pgd import PGD
 from dualhead.data import load_split
 from dualhead.evaluation import Evaluation, evaluate, harness, wilson
@@ -36,12 +44,15 @@ from dualhead.saving.models import load
 from dualhead.system.devices import describe_environment
 from dualhead.system.files import write_json
 from dualhead.system.memory import keep_freed_blocks
+from dualhead.threats import Norm
 from dualhead.threats.lp import ThreatModel
 
 HERE = Path(__file__).parent
 KEPT = {"trades": "trades-base", "merged": "trades-distilled"}
 MODELS = ("trades", "merged", "natural", "mart", "sat")
-CHECKS = ("quick", "precision", "cycles")
+CHECKS = ("targets", "quick", "precision", "cycles")
+TARGETS = (1, 3, 5)
+"""How many targets are tried to choose from."""
 PGD_LONG = {"name": "pgd", "steps": 100, "step_size": "2/255"}
 Row = dict[str, Any]
 
@@ -59,19 +70,30 @@ class Bench:
         source = given.tiny_imagenet if name == "sat" else given.cifar10
         self.threat = ThreatModel("Linf", "4/255" if name == "sat" else "8/255")
         self.model = _model(name, source, given.work)
-        options: Row = {"image_size": (32, 32)} if name == "sat" else {}
-        self.test = load_split(source, "test", limit=max(given.images, given.pgd_images), **options)
+        self.source = source
+        self.options: Row = {"image_size": (32, 32)} if name == "sat" else {}
+        test = load_split(source, "test", limit=max(given.images, given.pgd_images), **self.options)
+        self.test = test.images, test.labels
 
-    def measure(self, label: str, attack: str | Row, precision: str, count: int) -> tuple[Evaluation, Row]:
+    @functools.cached_property
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Training images that no model has learnt from: the last ones, where all learn from the first ones."""
+        whole = load_split(self.source, "train", **self.options)
+        return whole.images[-self.given.images :], whole.labels[-self.given.images :]
+
+    def measure(
+        self, label: str, attack: str | Row, precision: str, count: int, *, held_out: bool = False
+    ) -> tuple[Evaluation, Row]:
         """Evaluate, or read what was evaluated, and tell what it took."""
         folder = self.given.work / "evaluations" / self.name / f"{label}-{count}"
         took = folder / "took.json"
         if not took.is_file():
+            images, labels = self.held_out if held_out else self.test
             begun, fresh = time.process_time(), not folder.exists()
-            images, labels = self._first(count)
             evaluate(
-                self.model, images, labels, threat=self.threat, attacks=[attack], precision=precision, batch_size=256,
-                seed=self.given.seed, diagnostics=precision != "float32", output_dir=folder,
+                self.model, images[:count], labels[:count].long(), threat=self.threat, attacks=[attack],
+                precision=precision, batch_size=256, seed=self.given.seed, diagnostics=precision != "float32",
+                output_dir=folder,
             )  # fmt: skip
             write_json(took, {"process_seconds": time.process_time() - begun if fresh else None})
         evaluation = Evaluation.load(folder)
@@ -91,9 +113,6 @@ class Bench:
             **({"audit": record["audit"]} if "audit" in record else {}),
         }
 
-    def _first(self, count: int) -> tuple[Tensor, Tensor]:
-        return self.test.images[:count], self.test.labels[:count].long()
-
 
 def _model(name: str, source: str, work: Path) -> nn.Module:
     """The trained classifier, frozen; trained here if need be, going on where that was stopped."""
@@ -112,6 +131,27 @@ def _robust(evaluation: Evaluation) -> NDArray[np.bool_]:
 
 def _ratio(slow: Row, fast: Row, key: str) -> float | None:
     return slow[key] / fast[key] if slow[key] and fast[key] else None
+
+
+def targets(bench: Bench) -> Row:
+    """The quick suite with several numbers of targets beside the whole one, on held-out images."""
+    count, found = bench.given.images, {}
+    whole, full = bench.measure("held-out-autoattack", "autoattack", "float32", count, held_out=True)
+    suite = AutoAttackQuick.members
+    for number in TARGETS:
+
+        def members(self: AutoAttackQuick, norm: Norm = "Linf", number: int = number) -> Sequence[Search]:
+            return [replace(part, targets=number) if isinstance(part, APGDMALT) else part for part in suite(self, norm)]
+
+        with patch.object(AutoAttackQuick, "members", members):
+            label = f"held-out-quick-{number}"
+            short, fast = bench.measure(label, "autoattack-quick", "float32", count, held_out=True)
+        found[str(number)] = {
+            "robust": fast["robust"],
+            "missed": int((_robust(short) & ~_robust(whole)).sum()),
+            "process_time_ratio": _ratio(full, fast, "process_seconds"),
+        }
+    return {"images": count, "robust": full["robust"], "targets": found}
 
 
 def quick(bench: Bench) -> Row:
@@ -184,7 +224,7 @@ def main() -> None:
     given = parser.parse_args()
     keep_freed_blocks()
     torch.set_num_threads(given.threads)
-    known: dict[str, Callable[[Bench], Row]] = {"quick": quick, "precision": precision, "cycles": cycles}
+    known: dict[str, Callable[[Bench], Row]] = {check.__name__: check for check in (targets, quick, precision, cycles)}
     results: Row = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {}
     results["seed"] = given.seed
     here = describe_environment(torch.device("cpu"))

@@ -102,6 +102,6 @@ def test_the_quick_suite_says_that_it_is_not_autoattack():
     suite = attacks.build("autoattack-quick")
     ce, malt, pm = suite.parts(200, LINF)
     assert [ce.label, malt.label, pm.label] == ["apgd-ce", "apgd-malt", "apgd-pm"]
-    assert (malt.targets, malt.candidates) == (5, 50)
+    assert (malt.targets, malt.candidates) == (3, 50)
     assert "upper bound" in suite.notes(200)[0]
     assert "autoattack" in suite.notes(200)[0]

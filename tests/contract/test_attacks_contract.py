@@ -30,7 +30,7 @@ SUITES = {
     ],
     "autoattack-rand": [{"name": "apgd-ce", "eot": 20}, {"name": "apgd-dlr", "eot": 20}],
     "autoattack-fast": ["apgd-ce", "apgd-t"],
-    "autoattack-quick": ["apgd-ce", {"name": "apgd-malt", "targets": 5, "candidates": 9}, "apgd-pm"],
+    "autoattack-quick": ["apgd-ce", {"name": "apgd-malt", "targets": 3, "candidates": 9}, "apgd-pm"],
 }  # fmt: skip
 
 
