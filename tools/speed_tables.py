@@ -44,9 +44,9 @@ def contention(results: dict[str, Any]) -> str:
 
 def quick(results: dict[str, Any]) -> str:
     """Return the tables of cheaper evaluations and where they were measured."""
-    suites, precisions, cycles = (
+    targets, suites, precisions, cycles = (
         {name: results[check][name] for name in MODELS if name in results.get(check, {})}
-        for check in ("quick", "precision", "cycles")
+        for check in ("targets", "quick", "precision", "cycles")
     )
     where = next(iter(suites.values()))["environment"]
     count, long = (next(iter(rows.values()))["images"] for rows in (suites, cycles))
@@ -57,6 +57,14 @@ def quick(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     parts += [f"| {MODELS[name]} | {_suite(row)} |" for name, row in suites.items()]
+    first = next(iter(targets.values()))
+    parts += [
+        "",
+        f"The choice of the number of targets, on {first['images']} training images that no model has learnt from, "
+        f"with {', '.join(first['targets'])} targets:\n",
+        "| model | robust under AutoAttack | missed | processor time, whole over quick |\n|---|---|---|---|",
+    ]
+    parts += [f"| {MODELS[name]} | {_targets(row)} |" for name, row in targets.items()]
     parts += [
         "",
         "| model | other verdicts by default | search time, float32 over default | other verdicts, queries in bf16 | "
@@ -76,6 +84,13 @@ def _suite(row: dict[str, Any]) -> str:
     missed = ", ".join(f"image {each['index']} ({each['found_by']})" for each in row["missed"]) or "none"
     ratio = row["process_time_ratio"]
     return f"{whole} of {row['images']} | {short} | {missed} | {'-' if ratio is None else f'{ratio:.1f}'}"
+
+
+def _targets(row: dict[str, Any]) -> str:
+    tried = row["targets"].values()
+    missed = ", ".join(str(each["missed"]) for each in tried)
+    ratios = ", ".join("-" if (ratio := each["process_time_ratio"]) is None else f"{ratio:.1f}" for each in tried)
+    return f"{row['robust']} of {row['images']} | {missed} | {ratios}"
 
 
 def _precision(row: dict[str, Any]) -> str:
