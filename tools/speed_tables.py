@@ -52,7 +52,8 @@ def quick(results: dict[str, Any]) -> str:
     count, long = (next(iter(rows.values()))["images"] for rows in (suites, cycles))
     parts = [
         f"WRN-10-1 with `stem_stride: 2`; seed {results['seed']}; the first {count} test images, {long:,} for PGD; "
-        f"threads: {where['threads']}, {where['cpu_capability']}, torch {where['torch']}, other work beside it.\n",
+        f"threads: {where['threads']}, {where['cpu_capability']}, torch {where['torch']}, other work beside it; "
+        f"suites on {_processors(targets, suites)}, the last two tables on {_processors(precisions, cycles)}.\n",
         "| model | robust under AutoAttack | under autoattack-quick | missed | processor time, whole over quick |\n"
         "|---|---|---|---|---|",
     ]
@@ -77,6 +78,11 @@ def quick(results: dict[str, Any]) -> str:
             robust, other = each["full"]["robust"], len(each["other_verdicts"])
             parts.append(f"| {MODELS[name]} | {attack} | {robust} | {other} | {100 * each['passes_saved']:.0f} % |")
     return "\n".join(parts) + "\n"
+
+
+def _processors(*checks: dict[str, Any]) -> str:
+    found = {row["environment"]["cpu"] for rows in checks for row in rows.values()}
+    return " and ".join(sorted(found))
 
 
 def _suite(row: dict[str, Any]) -> str:

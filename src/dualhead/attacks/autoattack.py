@@ -134,7 +134,10 @@ class AutoAttackFast(_Suite):
 class AutoAttackQuick(_Suite):
     """APGD-CE, APGD-T towards the 3 targets that MALT puts first, and APGD on the probability margin (PMA).
 
-    An upper bound on AutoAttack's robust accuracy. Not a published suite: this project's own choice of members.
+    An upper bound on AutoAttack's robust accuracy. Not a published suite: this project's own choice of members. On 500
+    test images of each of five models (natural training, TRADES, MART, SAT, two merged heads; 10 and 200 classes) it
+    left the images that AutoAttack left, in a quarter of the time or less where images survived. The number of targets
+    was chosen on other images.
 
     When: while you work, or for many models; run `autoattack` itself for a number to publish.
 
@@ -150,5 +153,8 @@ class AutoAttackQuick(_Suite):
 
     def notes(self, num_classes: int) -> list[str]:
         """That the result is a bound."""
-        bound = f"{self.label}: an upper bound on robust accuracy; it is not the standard version, autoattack"
+        bound = (
+            f"{self.label}: an upper bound on robust accuracy; it is not the standard version, autoattack, which left "
+            "the same images on five models of this project, 500 images each"
+        )
         return [bound, *super().notes(num_classes)]
