@@ -29,7 +29,7 @@ and parameters, same buffers afterwards, same random numbers drawn):
 | `own` | the model's own `split(at)` gives trunk and tail | the model has one that knows the layer |
 | `sequential` | two `nn.Sequential` | every container on the way to the layer is one |
 | `traced` | torch.fx traces the containers on the way, and nothing else | containers branch on sizes and types only |
-| `functional` | a whole forward per head; warns that the trunk is paid twice | containers depend on data, chance or `no_grad` |
+| `functional` | a whole forward per head; warns: trunk paid twice | containers depend on data, chance or `no_grad` |
 
 At `input`, the place in front of the first layer, nothing is cut: the trunk passes the images on, and each head is a
 whole network (`how` is `whole`). If a model has a layer called `input`, that layer is meant.
