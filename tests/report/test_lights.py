@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 
+from dualhead.evaluation import diagnostics, duplicates
 from dualhead.report.lights import CHECKS, MOST_NAMED, believable, light_lines, lights
 
 
@@ -38,5 +42,9 @@ def test_one_line_a_check_names_its_models():
     assert light_lines(many) == ["warning: curve (0, 1, 2, 3 and 3 more): do this"]
 
 
-def test_every_check_has_a_purpose():
+def test_every_check_of_the_diagnostics_has_a_purpose():
+    """Names are read from the code that finds them; those of samples have a section of their own."""
     assert all(purpose.endswith(".") for purpose in CHECKS.values())
+    code = "".join(inspect.getsource(module) for module in (diagnostics, duplicates))
+    found = set(re.findall(r"[Ff]inding\(\s*\"(\w+)\"", code))
+    assert {"more_steps", "precision", "randomness"} <= found <= CHECKS.keys()

@@ -20,8 +20,9 @@ CHECKS = {
     "zero_gradient": "Where the gradient is exactly zero, a gradient attack stands still: masked gradients.",
     "large_eps": "A very large perturbation must fool everything; if not, gradients lead nowhere.",
     "black_box": "If an attack without gradients finds what those with gradients miss, gradients are masked.",
-    "more_steps": "If more steps find much more, the attack had not finished.",
+    "more_steps": "More steps must not find less; where they do, they follow gradients that lead astray.",
     "curve": "Robust accuracy must fall with eps, since a larger ball holds the smaller one.",
+    "precision": "Whatever a search in bf16 left standing must stand in float32 too.",
 }
 """Purpose of each check, in the order in which lights are told: causes before their consequences."""
 
