@@ -106,7 +106,7 @@ def test_a_run_from_training_to_export(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_attack(tmp_path):
-    # Suites are made of searches that are here by themselves.
+    # Suites, which cannot be shortened, are made of searches that are here by themselves.
     others = [name for name in attacks.names() if name not in QUICK and not name.startswith("autoattack")]
     _, *found = do(
         ("train_on_the_cpu", tmp_path / "run", "digits", *TINY, *SHORT, "stages.*.attack.steps=1"),

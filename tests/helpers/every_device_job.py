@@ -20,9 +20,10 @@ from torch import Tensor
 import dualhead
 from dualhead.attacks import attacks as registered
 from dualhead.commands.cli import main as run_command
+from dualhead.threats import threats
 from helpers.pretend_accelerator import NAME, Away, install, waits
 
-SHORT = {"steps": 4, "queries": 6, "searches": 2, "targets": 2, "eot": 1}
+SHORT = {"steps": 4, "queries": 6, "searches": 2, "targets": 2, "candidates": 2, "angles": 3, "shifts": 2, "eot": 1}
 """Numbers that make attacks quick where their length does not matter."""
 jobs: dict[str, Callable[..., Any]] = {}
 
@@ -164,20 +165,23 @@ def compare(one: str, other: str) -> list[str]:
 
 @job
 def attack(folder: str, output: str, name: str, *, count: int = 6) -> dict[str, Any]:
-    """Evaluate a model with an attack, here and on the CPU; each one's robust images."""
+    """Evaluate a model with an attack, here and on the CPU, under the first threat it is for; robust images of each."""
     images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     fields = {field.name for field in dataclasses.fields(registered.get(name))}
     spec = {"name": name, **{key: value for key, value in SHORT.items() if key in fields}}
-    eps = 0.5 if name.startswith("autoattack") else 0.02  # suites cannot be shortened: their first part ends them
+    family = next(iter(registered.get(name).norms or ("Linf",)))
+    if family in threats.names():
+        threat = threats.build({"name": family, "eps": threats.get(family).typical_eps})
+    else:
+        threat = dualhead.ThreatModel(family, 0.02)
     found: dict[str, Any] = {}
     for device in (NAME, "cpu"):
         model = dualhead.load(folder)
         with torch.no_grad():
             labels = model(images / 255).argmax(1)
         evaluation = dualhead.evaluate(
-            model, images, labels, threat=dualhead.ThreatModel("Linf", eps), attacks=[spec], device=device,
-            precision="float32", save_adversarial=True, output_dir=Path(output, device), batch_size=8,
-            diagnostics=name == "pgd",
+            model, images, labels, threat=threat, attacks=[spec], device=device, precision="float32",
+            save_adversarial=True, output_dir=Path(output, device), batch_size=8, diagnostics=name == "pgd",
         )  # fmt: skip
         found[device] = {label: verdicts.robust.tolist() for label, verdicts in evaluation.verdicts.items()}
         found["where"] = sorted({str(parameter.device) for parameter in model.parameters()}) + found.get("where", [])
