@@ -112,3 +112,12 @@ def test_a_factory_makes_what_fits_the_images():
     found = resolve(Request(**asked, eps="0.1"))
     assert found.model(found.images.images[:2].float() / 255).shape == (2, 10)
     assert found.results == Path("evaluations/own_factory.make/0.1_digits")
+
+
+def test_held_out_images_of_routers_have_the_size_that_the_network_takes(monkeypatch):
+    recipe = load_recipe("digits_natural", ["data.validation=20", "data.image_size=[8, 8]", "data.train_size=[12, 12]",
+                                            "data.augment=[{name: random_resized_crop, size: [8, 8]}]"])  # fmt: skip
+    monkeypatch.setattr(commands, "read_recipe", lambda path: recipe)
+    images, labels = commands._held_out(Request(model="run"), 5)
+    assert images.shape == (5, 1, 8, 8)
+    assert len(labels) == 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualhead.data import Split, hold_out, poisons, triggered
+from dualhead.data import Craft, Split, hold_out, poisons, triggered
 from dualhead.data.poisons.base import moved
 from dualhead.errors import UserError
 
@@ -161,6 +161,23 @@ def test_rounding_goes_towards_the_clean_pixel_and_whole_changes_stay():
     clean = torch.full((1, 1, 1, 6), 100, dtype=torch.uint8)
     change = torch.tensor([7.9, -7.9, 255 * 8 / 255, 255 * -8 / 255, 300.0, -300.0])
     assert moved(clean, change).flatten().tolist() == [107, 93, 108, 92, 255, 0]
+
+
+class Corner(Craft):
+    """Finds the corner of the ball in the direction of random signs, as attacks give it."""
+
+    def find(self, clean, index, labels, search):
+        x = clean.images[index].float() / 255
+        return search.threat.confine(x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).sign(), x), {}
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4, 8, 16])
+def test_images_that_are_found_at_the_edge_of_a_ball_keep_all_of_its_radius(clean, levels):
+    made = poisons.build({"name": "towards", "eps": f"{levels}/255"}).apply(clean, Corner())
+    before, after = clean.images.int(), made.split.images.int()
+    change = (after - before).abs()
+    assert int(change.max()) == levels
+    assert bool(((change == levels) | (after == 0) | (after == 255)).all())
 
 
 @pytest.mark.parametrize("name", ["patch", "sticker", "blend", "sinusoid", "warp"])

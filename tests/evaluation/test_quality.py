@@ -76,6 +76,21 @@ def test_samples_that_are_the_test_images_are_at_no_distance_from_them(digits):
     assert told["floor"]["frechet_distance"] > told["frechet_distance"]
 
 
+def test_as_many_training_images_show_every_class_however_few_there_are(digits):
+    training, held_out, test = digits
+    trained_on = []
+
+    def score(split):
+        trained_on.append(split.labels)
+        return np.ones(100, bool)
+
+    sampling = Sampling(20, (0,), 0.2, lambda labels, places: pixels(test.first(20)), "given")
+    judge = Judge.of(Net(7), training, {"backbone": "net"})
+    found = measure_generation(Net(), Sets(training, held_out, test, "held-out images"), judge, sampling, score)
+    assert found.results["floor"]["images"] == 20
+    assert [sorted(set(labels.tolist())) for labels in trained_on] == [list(range(10))] * 2
+
+
 def test_copies_of_training_images_are_told(digits):
     told = measured(digits, pixels(digits[0])[:100])
     assert told["nearest"]["copies"] == 1

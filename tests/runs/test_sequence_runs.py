@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import Evaluation
@@ -171,3 +172,34 @@ def test_a_specialist_that_was_measured_otherwise_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"sequence.specialists.0: .* holds no finished evaluation"):
         train(recipe(sequence={"specialists": [str(tmp_path)]}), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "{name: replay, among: [Linf:0.1], images: 20}",
+        "{name: ewc, images: 20}",
+        "{name: energy, seeds: {name: gaussian, covariance: full}}",
+    ],
+)
+def test_a_network_sees_images_of_its_own_size_alone_where_larger_ones_are_cut_from(tmp_path, monkeypatch, objective):
+    seen, usual = set(), nn.Conv2d.forward
+
+    def noted(layer, x):
+        if layer.in_channels == 1:
+            seen.add(tuple(x.shape[-2:]))
+        return usual(layer, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", noted)
+    train(
+        "digits_natural",
+        [
+            "data.train_limit=80", "data.validation=20", "data.image_size=[8, 8]", "data.train_size=[12, 12]",
+            "data.augment=[{name: random_resized_crop, size: [8, 8]}]", "model.backbone=cnn-4",
+            "stages.natural.epochs=1", "stages.natural.batch_size=20", "stages.natural.attack=fgsm",
+            f"stages.natural.objective={objective}", "evaluate={attacks: [fgsm], limit: 16, gallery: 0}",
+            "validation.attack=fgsm", "runtime={device: cpu, precision: float32, layout: contiguous, lanes: 1}",
+        ],
+        run_dir=tmp_path / "run",
+    )  # fmt: skip
+    assert seen == {(8, 8)}

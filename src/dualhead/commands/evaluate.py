@@ -234,6 +234,8 @@ def _held_out(request: Request, most: int) -> tuple[Tensor, Tensor]:
     if not recipe.data.validation:
         raise UserError("--routers: the best router is chosen on held-out images, and data.validation of the run is 0")
     _, held = hold_out(recipe.data.load("train"), recipe.data.validation, recipe.runtime.seed)
+    if recipe.data.train_size and recipe.data.image_size:  # larger ones are for augmentations to cut from
+        held = held.show_middle(*recipe.data.image_size)
     return torch.as_tensor(held.images[:most]), held.labels[:most]
 
 

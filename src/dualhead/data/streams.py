@@ -49,6 +49,8 @@ class StreamSetting:
         device: where images are made.
         group: the processes that share each batch.
         load: reads the images of another source by its name, as `data.source` is read.
+        size: height and width that the model takes, where images may be larger, for augmentations to cut from; None:
+            those of the images.
     """
 
     training: Split
@@ -58,6 +60,13 @@ class StreamSetting:
     device: torch.device
     group: Group = ALONE
     load: Callable[[str], Split] | None = None
+    size: tuple[int, int] | None = None
+
+    def as_seen(self, split: Split) -> Split:
+        """Return images as the model sees them without augmentation: the middle of those that are larger."""
+        if self.size is None or self.size == split.image_shape[1:]:
+            return split
+        return split.show_middle(*self.size)
 
 
 class Stream(ABC):
@@ -129,8 +138,8 @@ class Images(Stream):
                 f"{setting.batch_size}"
             )
         loader = Loader(
-            split, setting.batch_size, seed=setting.seed, augment=self.augment, device=setting.device,
-            group=setting.group,
+            split if self.augment else setting.as_seen(split), setting.batch_size, seed=setting.seed,
+            augment=self.augment, device=setting.device, group=setting.group,
         )  # fmt: skip
         return _OpenImages(loader, setting.steps)
 
@@ -185,10 +194,8 @@ class Memory(Stream):
         """See `Stream.open`; of fewer images than a batch has, some come twice in it."""
         chosen = self.chosen(setting.training.labels)
         times = -(-setting.batch_size // len(chosen))
-        loader = Loader(
-            setting.training.take(chosen.repeat(times)), setting.batch_size, seed=setting.seed, device=setting.device,
-            group=setting.group,
-        )  # fmt: skip
+        kept = setting.as_seen(setting.training.take(chosen.repeat(times)))
+        loader = Loader(kept, setting.batch_size, seed=setting.seed, device=setting.device, group=setting.group)
         return _OpenImages(loader, setting.steps)
 
 
@@ -236,9 +243,11 @@ class Gaussian(Stream):
 
     def open(self, setting: StreamSetting) -> OpenStream:
         """See `Stream.open`."""
-        pixels = setting.training.images[torch.arange(min(4096, len(setting.training)))]
+        first = torch.arange(min(4096, len(setting.training)))
         if self.covariance == "full":
+            pixels = torch.as_tensor(setting.as_seen(setting.training.take(first)).images[:])
             return _OpenNoise(setting.seed, _correlated(pixels, setting.device))
+        pixels = setting.training.images[first]
         values = pixels.to(torch.float64).div(255.0).transpose(0, 1).flatten(1)
         mean, deviation = (v.float().to(setting.device)[:, None, None] for v in (values.mean(1), values.std(1)))
         return _OpenNoise(setting.seed, lambda noise, shape: (mean + deviation * noise.normal(*shape)).clamp_(0.0, 1.0))

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.data import Split
+from dualhead.data import Memory, Split
 from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.generation import auroc, frechet_distance, nearest_distance, precision_recall, sample_at
@@ -196,7 +196,7 @@ def measure_generation(
     ]
     best = min(range(len(curve)), key=lambda place: curve[place]["held_out"])
     images, (features, _) = drawn[best], looks[best]
-    as_many = _some(sets.training, sampling.count)
+    as_many = _of_all_classes(sets.training, sampling.count)
     floor = judge.look(_pixels(as_many))[0]
     nearest = _nearest(images, test, training)
     scored = score(Split(images, labels, test.class_names))
@@ -489,6 +489,14 @@ def _traces(images: Tensor) -> Tensor:
 
 def _some(split: Split, count: int) -> Split:
     return split if len(split) <= count else split.take(_spread(len(split), count))
+
+
+def _of_all_classes(split: Split, count: int) -> Split:
+    """As `_some`; where chance would leave a class out, which nothing could then be trained on, as evenly as can be."""
+    found = _some(split, count)
+    if len(found.labels.unique()) == len(split.labels.unique()):
+        return found
+    return split.take(Memory(count).chosen(split.labels))
 
 
 def _spread(total: int, count: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dualhead.data import Loader, OpenStream, StreamSetting, batches
+from dualhead.data import Loader, OpenStream, Split, StreamSetting, batches
 from dualhead.errors import Interrupted, UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import load_state, read_state, write_state
@@ -404,7 +404,13 @@ def _watch(prepared: Prepared, stage: Stage) -> SingleStepWatch | None:
     if not stage.single_step:
         return None
     images = prepared.images.held_out or prepared.images.training
-    return SingleStepWatch(images, stage.against(prepared.recipe.threat))
+    return SingleStepWatch(_as_seen(prepared, images), stage.against(prepared.recipe.threat))
+
+
+def _as_seen(prepared: Prepared, split: Split) -> Split:
+    """Return images as the network takes them without augmentation: the middle of those that are larger."""
+    height, width = prepared.architecture.image_shape[1:]
+    return split if split.image_shape[1:] == (height, width) else split.show_middle(height, width)
 
 
 def _streams(prepared: Prepared, stage: Stage, loader: Loader) -> dict[str, OpenStream]:
@@ -414,7 +420,7 @@ def _streams(prepared: Prepared, stage: Stage, loader: Loader) -> dict[str, Open
         setting = StreamSetting(
             prepared.images.training, len(loader), loader.global_batch,
             zlib.crc32(f"{stage.name}/{name}".encode()) + prepared.recipe.runtime.seed, prepared.device, group(),
-            prepared.images.further.__getitem__,
+            prepared.images.further.__getitem__, prepared.architecture.image_shape[1:],
         )  # fmt: skip
         opened[name] = stream.open(setting)
     return opened
@@ -466,7 +472,7 @@ def _memory(
         split = prepared.images.training
 
         def images(count: int) -> Iterator[tuple[Tensor, Tensor, Streams]]:
-            first = split.first(min(count, len(split)))
+            first = _as_seen(prepared, split.first(min(count, len(split))))
             for batch in batches(first, RECALLED_AT_ONCE, prepared.device, processes.share_of(len(first))):
                 yield batch.x, batch.y, Streams.of(recipe.runtime.seed, batch.index).fork(stage.name, MEMORY)
 

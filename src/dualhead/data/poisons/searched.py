@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from dualhead.data.poisons.base import Poison, Poisoned, check_share, choose, moved, pixels_of
 from dualhead.data.poisons.search import Craft, Search
 from dualhead.data.split import Split
+
+_FLOAT32: Final = 1e-4
+"""Grey levels that images found in float32 may be off by: values up to 1 are rounded by 255 2^-25 each time."""
 
 
 class Searched(Poison):
@@ -78,5 +82,7 @@ class Searched(Poison):
         search, index = self.search_among(clean.class_names), self.chosen(clean)
         before = pixels_of(clean)[index]
         found, facts = craft.find(clean, index, self.sought(clean, index), search)
-        images = moved(before, 255 * found.double() - before.double())
+        change = 255 * found.double() - before.double()
+        whole = change.round()  # on the edge of a ball of 8/255 it is 8, and not 7, where float32 has 7.99999
+        images = moved(before, torch.where((change - whole).abs() <= _FLOAT32, whole, change))
         return Poisoned.of(clean, index, images=self.finished(images), facts=facts)
