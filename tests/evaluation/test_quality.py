@@ -137,8 +137,9 @@ def test_the_kernel_distance_is_that_of_the_definition_and_knows_no_order_of_cla
     assert value == pytest.approx(sum(within) - 2 * across)
     assert ends is None
 
-    classes = 3 * torch.arange(10.0).repeat(40)[:, None] + torch.randn(400, 4)  # class by class in turn
-    _, (low, high) = kernel_distance(classes, classes[torch.randperm(400)])
+    chance = torch.Generator().manual_seed(2)  # one draw in twenty lies beside the interval
+    classes = 3 * torch.arange(10.0).repeat(40)[:, None] + torch.randn(400, 4, generator=chance)  # in turn
+    _, (low, high) = kernel_distance(classes, classes[torch.randperm(400, generator=chance)])
     assert low < 0 < high
 
 

@@ -494,7 +494,7 @@ def _some(split: Split, count: int) -> Split:
 def _of_all_classes(split: Split, count: int) -> Split:
     """As `_some`; where chance would leave a class out, which nothing could then be trained on, as evenly as can be."""
     found = _some(split, count)
-    if len(found.labels.unique()) == len(split.labels.unique()):
+    if np.unique(found.labels).size == np.unique(split.labels).size:
         return found
     return split.take(Memory(count).chosen(split.labels))
 
