@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from dualhead.commands.compare import read_entries, standings
+from dualhead.data import hold_out
 from dualhead.data.poisons.patch import Patch
 from dualhead.errors import UserError
 from dualhead.recipe import load_recipe
+from dualhead.runs import RunFolder, parted
+from dualhead.runs.folder import write_manifest
 from dualhead.runs.prepare import prepare
 from dualhead.runs.run import train
 from dualhead.runs.stages import train_stages
@@ -52,6 +55,26 @@ def test_clean_validation_holds_out_the_same_images_as_they_were(tmp_path):
     held = np.setdiff1d(np.arange(80), trusted.poisoning.trained.numpy())
     assert torch.equal(trusted.held_out.images, trusted.poisoning.clean.images[held])
     assert torch.equal(trusted.held_out.labels, trusted.poisoning.clean.labels[held])
+
+
+@pytest.mark.parametrize("poison", [
+    "{name: label_flip, share: 0.4}", "{name: patch, target: 3, share: 0.4}",
+    "{name: remove, like: {name: patch, target: 3, share: 0.4}}",
+])  # fmt: skip
+def test_later_commands_part_images_as_the_run_did(tmp_path, poison):
+    """Which images a run holds out depends on the labels that its poison gave."""
+    poisoned, folder = recipe(f"data.poison={poison}"), RunFolder(tmp_path / "run")
+    poisoning = prepare(poisoned, folder.path).images.poisoning
+    clean, learnt = poisoning.clean, poisoning.trained
+    folder.path.mkdir()
+    write_manifest(folder, poisoning.made, clean)
+    kept, held = parted(folder.path, poisoned, clean)
+    left = poisoning.made.rows[~torch.isin(poisoning.made.rows, learnt)]
+    for part, rows in ((kept, learnt), (held, left)):
+        assert torch.equal(part.images, clean.images[rows])
+        assert torch.equal(part.labels, clean.labels[rows])
+    by_clean_labels = hold_out(clean, 20, poisoned.runtime.seed)[1]
+    assert not torch.equal(by_clean_labels.images, held.images)
 
 
 def test_the_seed_of_the_run_does_not_change_the_poison(tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dualhead.commands.quality import assess_further, chosen_by_samples
 from dualhead.commands.resolve import BY_SAMPLES, Request, Resolved, resolve
 from dualhead.commands.triggers import assess_trigger, marked_images
-from dualhead.data import Split, digests, hold_out
+from dualhead.data import Split, digests
 from dualhead.errors import UserError
 from dualhead.evaluation import (
     ESTIMATE,
@@ -33,7 +33,7 @@ from dualhead.evaluation import (
 from dualhead.heads import DualHeadClassifier, LayerInfo, layers
 from dualhead.models import Normalize, backbones
 from dualhead.objectives import ATTACKED, CLEAN, Logits
-from dualhead.runs import GALLERY, RunFolder, read_digests, read_recipe
+from dualhead.runs import GALLERY, RunFolder, parted, read_digests, read_recipe
 from dualhead.saving import Architecture, find_model, read_config
 from dualhead.system.arithmetic import Precision
 from dualhead.system.files import check_folder
@@ -233,7 +233,7 @@ def _held_out(request: Request, most: int) -> tuple[Tensor, Tensor]:
     recipe = read_recipe(Path(request.model))
     if not recipe.data.validation:
         raise UserError("--routers: the best router is chosen on held-out images, and data.validation of the run is 0")
-    _, held = hold_out(recipe.data.load("train"), recipe.data.validation, recipe.runtime.seed)
+    _, held = parted(Path(request.model), recipe, recipe.data.load("train"))
     if recipe.data.train_size and recipe.data.image_size:  # larger ones are for augmentations to cut from
         held = held.show_middle(*recipe.data.image_size)
     return torch.as_tensor(held.images[:most]), held.labels[:most]

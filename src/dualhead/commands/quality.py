@@ -36,7 +36,7 @@ from dualhead.evaluation import (
     weights_fingerprint,
     write_arrays,
 )
-from dualhead.runs import RunFolder, kept_checkpoints, read_recipe
+from dualhead.runs import RunFolder, kept_checkpoints, parted, read_recipe
 from dualhead.system.devices import find_device
 from dualhead.system.files import write_json
 from dualhead.system.processes import group
@@ -232,7 +232,7 @@ def _sets(request: Request, training: Split, test: Split) -> tuple[Sets, tuple[A
     recipe = read_recipe(Path(request.model))
     augment = tuple(recipe.resolved()["data"]["augment"])
     if recipe.data.validation:
-        kept, held = hold_out(training, recipe.data.validation, recipe.runtime.seed)
+        kept, held = parted(Path(request.model), recipe, training)
         return Sets(kept, held, test, f"{len(held)} held-out training images"), augment
     kept, held = _tenth(training)
     return Sets(kept, held, test, f"{len(held)} training images, since the run held none out"), augment

@@ -12,7 +12,7 @@ from dualhead.runs.folder import (
     refuse_other_data,
     without_how,
 )
-from dualhead.runs.poisoned import triggered_images
+from dualhead.runs.poisoned import parted, triggered_images
 from dualhead.runs.run import RunResult, train
 from dualhead.runs.trial import StageCost, Trial, trial
 
@@ -26,6 +26,7 @@ __all__ = [
     "data_facts",
     "kept_checkpoints",
     "load_stage",
+    "parted",
     "read_digests",
     "read_recipe",
     "refuse_other_data",

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.data import Poison, Split, triggered
+from dualhead.data import HELD_OUT, Poison, Split, held_rows, triggered
+from dualhead.data.poisons.base import REMOVED
 from dualhead.errors import UserError
 from dualhead.evaluation import (
     TRIGGERED,
@@ -28,9 +29,31 @@ from dualhead.evaluation import (
 )
 from dualhead.models import load_state, read_state
 from dualhead.names import AGGREGATE, MEAN, router_number
+from dualhead.recipe import Recipe
+from dualhead.runs.folder import RunFolder
 from dualhead.runs.prepare import Prepared, count_measured, under
 from dualhead.saving import load, view
 from dualhead.system.processes import group
+
+
+def parted(run: Path, recipe: Recipe, clean: Split) -> tuple[Split, Split]:
+    """Part training images as a run did, which held images out by the labels that its poison gave.
+
+    Args:
+        run: its folder.
+        recipe: of the run; it holds images out.
+        clean: the training images as they are read, without the poison.
+
+    Returns:
+        What the run learnt from, and what it held out, both without the poison's changes and what it removed.
+    """
+    labels, rows, record = clean.labels.cpu().clone(), torch.arange(len(clean)), RunFolder(run).poison
+    if recipe.data.poison is not None and record.is_file():
+        with np.load(record) as made:
+            labels[torch.from_numpy(made["index"])] = torch.from_numpy(made["new_label"])
+        rows = (labels != REMOVED).nonzero()[:, 0]
+    chosen = held_rows(labels[rows], clean.class_names, recipe.data.validation, recipe.runtime.seed, HELD_OUT)
+    return clean.take(rows[~chosen]), clean.take(rows[chosen])
 
 
 def triggered_images(poison: Poison, test: Split, count: int) -> TriggeredImages | None:
