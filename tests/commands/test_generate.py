@@ -189,6 +189,17 @@ def test_a_saved_classifier_judges(run, tmp_path):
     assert "tells 3 classes, but the images have 10" in refused.err
 
 
+def test_another_judge_in_the_same_folder_is_another_judge(run, tmp_path):
+    """What an evaluation keeps answers for that judge alone."""
+    model, found = library.load(run), []
+    for _ in range(2):
+        library.save(model, tmp_path / "judge")
+        found.append(judge.identity_of(str(tmp_path / "judge")))
+        next(model.parameters()).data.add_(1)
+    assert found[0] != found[1]
+    assert judge.identity_of("cnn-4") == "cnn-4"
+
+
 @pytest.mark.usefixtures("hasty")
 def test_a_checkpoint_is_chosen_by_samples_alone(run):
     ended = dualhead("evaluate", run, "--checkpoint", "by-samples")

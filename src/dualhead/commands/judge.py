@@ -19,7 +19,7 @@ from torch import nn
 from dualhead.commands.fit import fit
 from dualhead.data import Split, cache_folder
 from dualhead.errors import UserError
-from dualhead.evaluation import Judge, read_logits
+from dualhead.evaluation import Judge, read_logits, weights_fingerprint
 from dualhead.saving import load
 from dualhead.system.processes import group
 
@@ -76,6 +76,13 @@ def _given(folder: Path, training: Split, device: str) -> Judge:
     if classes != training.num_classes:
         raise UserError(f"--judge {folder}: tells {classes} classes, but the images have {training.num_classes}")
     return Judge.of(network, training, {"folder": str(folder)})
+
+
+def identity_of(wanted: str) -> str:
+    """Return what tells a wanted judge from others: its backbone, or its folder and the digest of its weights."""
+    if not Path(wanted).is_dir():
+        return wanted
+    return f"{wanted} {weights_fingerprint(load(Path(wanted)))[:16]}"
 
 
 def score_of(training: Split, test: Split, augment: Sequence[Any], backbone: str, device: str) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.commands.generate import MOST_SAMPLES, other_images, seeds_for, training_images
-from dualhead.commands.judge import backbone_for, judge_of, score_of
+from dualhead.commands.judge import backbone_for, identity_of, judge_of, score_of
 from dualhead.commands.resolve import BY_SAMPLES, Request, Resolved, resolve, run_results
 from dualhead.data import Split, hold_out
 from dualhead.errors import UserError
@@ -150,7 +150,7 @@ class _Plan:
         question = {
             "weights": weights_fingerprint(asked.model), "images": len(test), "training": len(training),
             "samples": request.samples, "steps": list(steps), "step_size": request.step_size, "seeds": kind,
-            "seed": request.seed, "judge": request.judge or backbone,
+            "seed": request.seed, "judge": identity_of(request.judge or backbone),
         }  # fmt: skip
         sets, augment = _sets(request, training, test)
         device = str(find_device(request.device))
