@@ -374,40 +374,44 @@ def frontier(found: dict[str, Any]) -> str:
     costs = [row["forward_equivalents"] / 2250 for row in rows]
     shares = [100 * row[FAST]["mean"] for row in rows]
     drawing = Drawing(
-        880, 500, "Robust accuracy over training cost: cheap adversarial training, SAT, TRADES, distillation"
+        960, 500, "Robust accuracy over training cost: cheap adversarial training, SAT, TRADES, distillation"
     )
-    top, bottom = 2 * math.ceil(max(shares) / 2 + 0.5), 2 * math.floor(min(shares) / 2)
-    axes = Axes(66, 30, 560, 380, (min(costs) / 1.25, max(costs) * 1.6), (bottom, top), log=True)
+    top, bottom = 2 * math.ceil(max(shares) / 2 + 1), 2 * math.floor(min(shares) / 2 - 0.5)
+    axes = Axes(66, 30, 480, 380, (min(costs) / 1.25, max(costs) * 1.25), (bottom, top), log=True)
     ticks = [tick for tick in (25, 50, 100, 200, 400, 800) if axes.x[0] < tick < axes.x[1]]
     axes.frame(
         drawing, ticks, range(bottom, top + 1, 2), "training cost, forward passes per image",
         "robust accuracy at 8/255 (APGD-CE, APGD-T), %",
     )  # fmt: skip
+    ends = []
     for name, colour in FRONTIER_COLOURS.items():
         of = sorted((row for row in rows if row["method"] == name), key=lambda row: row["epochs"])
         places = [axes.at(row["forward_equivalents"] / 2250, 100 * row[FAST]["mean"]) for row in of]
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         drawing.add(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" opacity="0.5"/>')
-        for number, row in enumerate(of):
-            ends = row[FAST]["interval"]
+        ends.append((places[-1][1], of[-1]["title"], colour))
+        for row in of:
+            low, high = row[FAST]["interval"] or (None, None)
+            within = None if low is None or high is None else (max(100 * low, bottom), min(100 * high, top))
             Point(
-                row["title"] if number == len(of) - 1 else "",
-                row["forward_equivalents"] / 2250,
-                100 * row[FAST]["mean"],
-                colour,
-                None,
-                None if ends is None else (100 * ends[0], 100 * ends[1]),
+                "", row["forward_equivalents"] / 2250, 100 * row[FAST]["mean"], colour, None, within,
                 solid=len(row["seeds"]) > 1,
-            ).draw(drawing, axes)
-    drawing.text(650, 44, "trained and attacked at 16/255", "b")
-    drawing.text(650, 64, "robust, and right under one step, %", "s")
+            ).draw(drawing, axes)  # fmt: skip
+    beside = -math.inf
+    for y, title, colour in sorted(ends):  # names in the order of the lines' ends, none upon another
+        beside = max(y + 4, beside + 17)
+        drawing.text(556, beside, title, "b", colour)
+    drawing.text(770, 44, "at 16/255", "b")
+    drawing.text(770, 64, "robust, right under a step, %", "s")
     for number, row in enumerate(row for row in found["summary"] if row["eps"] == LARGE):
-        y = 92 + 44 * number
-        overfits = f"; overfits, {row['seeds_overfitted']} of {len(row['seeds'])}" if row["seeds_overfitted"] else ""
-        drawing.text(650, y, row["title"], "b", FRONTIER_COLOURS[row["method"]])
-        drawing.text(650, y + 18, f"{100 * row[FAST]['mean']:.1f} and {100 * row['fgsm']['mean']:.1f}{overfits}", "s")
+        y = 96 + 62 * number
+        drawing.text(770, y, row["title"], "b", FRONTIER_COLOURS[row["method"]])
+        drawing.text(770, y + 18, f"{100 * row[FAST]['mean']:.1f}, {100 * row['fgsm']['mean']:.1f}", "s")
+        overfitted = f"overfits in {row['seeds_overfitted']} of {len(row['seeds'])} seeds"
+        drawing.text(770, y + 34, overfitted, "s")
     seeds, images = max(len(row["seeds"]) for row in rows), rows[0]["images"]
-    drawing.text(66, 480, f"up to {seeds} seeds, with 95 % intervals, hollow: one seed; {images:,} test images", "s")
+    told = f"up to {seeds} seeds, with 95 % intervals as far as the plot goes, hollow: one seed; {images:,} test images"
+    drawing.text(66, 480, told, "s")
     return drawing.svg()
 
 

@@ -69,7 +69,7 @@ def test_results_are_means_over_seeds_and_are_drawn(benchmark, tmp_path):
     figures = loaded(Path("tools/make_figures.py"))
     drawn = figures.frontier({"summary": told})
     assert all(method.title in drawn for method in benchmark.METHODS)
-    assert "overfits, 2 of 2" in drawn
+    assert "overfits in 2 of 2 seeds" in drawn
     assert drawn.count("<circle") == sum(len(method.epochs) for method in benchmark.METHODS)
 
 
