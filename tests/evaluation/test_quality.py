@@ -91,6 +91,15 @@ def test_as_many_training_images_show_every_class_however_few_there_are(digits):
     assert [sorted(set(labels.tolist())) for labels in trained_on] == [list(range(10))] * 2
 
 
+@pytest.mark.parametrize(("classes", "count"), [(10, 19), (2, 9)])
+def test_too_few_samples_are_refused_before_any_is_drawn(digits, classes, count):
+    names = digits[0].class_names[:classes]
+    sets = Sets(*(Split(part.images, part.labels % classes, names) for part in digits), "held-out images")
+    sampling = Sampling(count, (0,), 0.2, lambda labels, places: pytest.fail("drew seeds"), "given")
+    with pytest.raises(UserError, match=rf"samples: {count} of {classes} classes .* two of each class, and 10 of each"):
+        measure_generation(Net(), sets, Judge.of(Net(7), digits[0], {}), sampling, lambda split: np.ones(1, bool))
+
+
 def test_copies_of_training_images_are_told(digits):
     told = measured(digits, pixels(digits[0])[:100])
     assert told["nearest"]["copies"] == 1

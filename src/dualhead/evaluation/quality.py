@@ -265,10 +265,11 @@ def held_out_distances(model: nn.Module, sets: Sets, judge: Judge, sampling: Sam
 def _drawn(model: nn.Module, sets: Sets, sampling: Sampling) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Draw samples: labels [N], seeds [N, C, H, W], and for each number of steps the images uint8 [N, C, H, W]."""
     classes = sets.training.num_classes
-    if sampling.count < 2 * classes or min(len(sets.test), len(sets.held_out)) < 2 * NEIGHBOURS:
+    fewest = min(sampling.count, len(sets.test), len(sets.held_out))
+    if sampling.count < 2 * classes or fewest < 2 * NEIGHBOURS:
         raise UserError(
             f"samples: {sampling.count} of {classes} classes against {len(sets.test)} test and {len(sets.held_out)} "
-            f"held-out images; at least two of each class and {2 * NEIGHBOURS} images are needed"
+            f"held-out images; at least two of each class, and {2 * NEIGHBOURS} of each of the three, are needed"
         )
     labels = torch.arange(sampling.count) % classes
     places = torch.arange(sampling.count) // classes
