@@ -9,6 +9,7 @@ from dualhead.data.given import GIVEN, GivenImages, Labelled, holding
 from dualhead.data.loader import Batch, Loader, batches
 from dualhead.data.names import among, are_numbers, match, one_form
 from dualhead.data.poisons import (
+    REMOVED,
     Craft,
     Found,
     Poison,
@@ -29,6 +30,7 @@ from dualhead.data.streams import Memory, OpenStream, Stream, StreamImages, Stre
 __all__ = [
     "GIVEN",
     "HELD_OUT",
+    "REMOVED",
     "Augmentation",
     "Batch",
     "Craft",

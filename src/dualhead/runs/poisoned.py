@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.data import HELD_OUT, Poison, Split, held_rows, triggered
-from dualhead.data.poisons.base import REMOVED
+from dualhead.data import HELD_OUT, REMOVED, Poison, Split, held_rows, triggered
 from dualhead.errors import UserError
 from dualhead.evaluation import (
     TRIGGERED,
