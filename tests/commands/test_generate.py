@@ -190,7 +190,7 @@ def test_a_saved_classifier_judges(run, tmp_path):
 
 
 def test_another_judge_in_the_same_folder_is_another_judge(run, tmp_path):
-    """What an evaluation keeps answers for that judge alone."""
+    """Kept measures answer for the judge that made them alone."""
     model, found = library.load(run), []
     for _ in range(2):
         library.save(model, tmp_path / "judge")

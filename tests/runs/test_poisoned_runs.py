@@ -66,6 +66,8 @@ def test_later_commands_part_images_as_the_run_did(tmp_path, poison):
     poisoned, folder = recipe(f"data.poison={poison}"), RunFolder(tmp_path / "run")
     poisoning = prepare(poisoned, folder.path).images.poisoning
     clean, learnt = poisoning.clean, poisoning.trained
+    with pytest.raises(UserError, match=r"poison.npz: the record of the run's poison is gone"):
+        parted(folder.path, poisoned, clean)
     folder.path.mkdir()
     write_manifest(folder, poisoning.made, clean)
     kept, held = parted(folder.path, poisoned, clean)

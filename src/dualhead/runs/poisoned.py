@@ -45,9 +45,14 @@ def parted(run: Path, recipe: Recipe, clean: Split) -> tuple[Split, Split]:
 
     Returns:
         What the run learnt from, and what it held out, both without the poison's changes and what it removed.
+
+    Raises:
+        UserError: if the record of the run's poison is gone.
     """
     labels, rows, record = clean.labels.cpu().clone(), torch.arange(len(clean)), RunFolder(run).poison
-    if recipe.data.poison is not None and record.is_file():
+    if recipe.data.poison is not None:
+        if not record.is_file():
+            raise UserError(f"{record}: the record of the run's poison is gone, and with it which images it held out")
         with np.load(record) as made:
             labels[torch.from_numpy(made["index"])] = torch.from_numpy(made["new_label"])
         rows = (labels != REMOVED).nonzero()[:, 0]
