@@ -13,7 +13,7 @@ from dualhead.components.fields import parse_real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats.build import build_threat
-from dualhead.threats.lp import ThreatModel, finite, project_l1
+from dualhead.threats.lp import ThreatModel, _descending, finite, project_l1
 
 NORMS = ["Linf", "L2", "L1"]
 SHAPES = [(1, 8, 8), (3, 4, 5), (2,), (1, 1, 1), (3, 16, 16)]
@@ -121,6 +121,18 @@ def test_projection_onto_l1_and_box_solves_the_quadratic_program(size, radius, s
     assert ((x + found >= -1e-15) & (x + found <= 1 + 1e-15)).all()
     np.testing.assert_allclose(found, solved.x[:size] - solved.x[size:], atol=2e-5)
     assert ((found - delta) ** 2).sum() <= solved.fun + 1e-9
+
+
+@pytest.mark.parametrize("grid", [0, 4])
+def test_single_precision_is_put_in_order_as_double_is(grid):
+    """Both sort; float32 does it on keys of its own. Among equal places only the sum of turns is settled."""
+    start, stop = torch.rand(5, 40), torch.rand(5, 40).sub(0.5).clamp_min(0.0)
+    if grid:
+        start, stop = (start * grid).round() / grid, (stop * grid).round() / grid
+    (places, turns), (expected, counted) = _descending(start, stop), _descending(start.double(), stop.double())
+    assert torch.equal(places, expected.float())
+    settled = torch.cat((places[:, :-1] > places[:, 1:], torch.ones(5, 1, dtype=torch.bool)), 1)
+    assert torch.equal(turns.cumsum(1)[settled], counted.float().cumsum(1)[settled])
 
 
 def test_projection_onto_l1_takes_a_radius_for_each_image():
