@@ -5,7 +5,7 @@
 
 The answer has for each variant clean accuracy, robust accuracy under each threat, their mean and `union` (right under
 all of them), as means over the finished seeds, with Student's 95 % interval over seeds (none of one seed); what
-training cost; and shares of the specialists.
+training cost; and shares of the specialists. `questions` are those of README.md, by differences of paired seeds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dualhead.evaluation import Evaluation
 from dualhead.system.files import write_json
 
@@ -23,6 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kept import over_seeds, packed
 
 MEASURED = "evaluations/threats"
+Runs = Mapping[int, Mapping[str, Any]]
+"""Records by seed."""
+THREE = ("max", "avg")
+"""Variants with three attacks for each batch."""
 SPECIALISTS = {"Linf": "sat-linf", "L2": "sat-l2", "L1": "sat-l1"}
 
 
@@ -44,7 +50,7 @@ def record(run: Path) -> dict[str, Any]:
     }
 
 
-def describe(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def describe(runs: Runs) -> dict[str, Any]:
     """Return what the finished seeds of a variant reached and cost, from their records."""
     found = list(runs.values())
     return {
@@ -71,17 +77,55 @@ def shares(variant: dict[str, Any], variants: dict[str, Any]) -> dict[str, float
     return {**found, "average": sum(found.values()) / len(found), "worst": min(found.values())}
 
 
+def difference(of: Runs, less: Runs, what: str) -> dict[str, Any]:
+    """Return by how much one variant exceeds another, paired by seed, and whether this is a `gain` or a `loss`."""
+
+    def value(record: Mapping[str, Any]) -> float:
+        return float(record[what] if what == "union" else record["threats"][what])
+
+    found = over_seeds([value(of[seed]) - value(less[seed]) for seed in of if seed in less])
+    low, high = found["interval"] or (-1.0, 1.0)
+    return {**found, "answer": "gain" if low > 0 else "loss" if high < 0 else "undecided"}
+
+
+def questions(runs: Mapping[str, Runs]) -> dict[str, Any]:
+    """Answer the questions of README.md.
+
+    Args:
+        runs: records by variant and seed; of all variants.
+    """
+    own: dict[str, Any] = {}
+    for norm, specialist in SPECIALISTS.items():
+        found = {name: difference(runs[specialist], runs[name], norm) for name in runs if name != specialist}
+        answers = {each["answer"] for each in found.values()}
+        holds = "does not hold" if "loss" in answers else "holds" if answers == {"gain"} else "undecided"
+        own[norm] = {"answer": holds, "above": found}
+
+    def union(name: str) -> float:
+        return float(np.mean([each["union"] for each in runs[name].values()]))
+
+    best = max(SPECIALISTS.values(), key=union)
+    several = [name for name in runs if name not in SPECIALISTS.values()]
+    beyond = {name: difference(runs[name], runs[best], "union") for name in several}
+    return {
+        "specialist_is_best_under_its_norm": own,
+        "union_beyond_best_specialist": {"best": best, "above": beyond},
+        "one_adaptive_attack_beyond_three": {name: difference(runs["e-at"], runs[name], "union") for name in THREE},
+    }
+
+
 def tell(kept: Path, wanted: int = 3) -> dict[str, Any]:
-    """Return all that is kept; `under_way` as long as a variant has fewer than `wanted` seeds."""
-    variants = {}
+    """Return all that is kept; `under_way`, nothing answered, while a variant has fewer than `wanted` seeds."""
+    runs: dict[str, Runs] = {}
     for folder in sorted(path for path in kept.iterdir() if path.is_dir()):
         files = {int(file.stem.removeprefix("seed=")): file for file in folder.glob("seed=*.json")}
         if files:
-            variants[folder.name] = describe({seed: json.loads(files[seed].read_text()) for seed in sorted(files)})
+            runs[folder.name] = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
+    variants = {name: describe(found) for name, found in runs.items()}
     for variant in variants.values():
         variant["shares_of_specialists"] = shares(variant, variants)
     whole = len(variants) == 9 and all(len(variant["seeds"]) >= wanted for variant in variants.values())
-    return {"under_way": not whole, "variants": variants}
+    return {"under_way": not whole, "variants": variants, "questions": questions(runs) if whole else None}
 
 
 def main() -> None:

@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from dualhead.recipe import load_recipe
+from helpers import studies
+from helpers.studies import ROOT, after, module_of
 
-ROOT = Path(__file__).parents[2]
-RECORDER = """#!/usr/bin/env bash
-printf '%s\\n' "$@" END >> "$ASKED"
-if [[ $1 == train ]]; then
-  run=${@: -2:1}; mkdir -p "$run/model"; touch "$run/model/config.json"
-elif [[ $2 == keep ]]; then mkdir -p "$(dirname "$4")"; touch "$4"; fi
-"""
-"""In place of dualhead and of python: writes down what it was asked, and leaves runs and evaluations."""
 PASSES = {"sat": 13, "any_of": 13, "avg": 39, "msd": 28, "ramp": 26}
 
 
 def asked_of(folder, **environment):
-    (folder / "bin").mkdir(exist_ok=True)
-    for name in ("dualhead", "python"):
-        (folder / "bin" / name).write_text(RECORDER)
-        (folder / "bin" / name).chmod(0o755)
-    (folder / "asked").write_text("")
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    ended = subprocess.run(
-        ["benchmarks/threats/run.sh", "DATA", str(folder / "out")],
-        cwd=ROOT,
-        env={**os.environ, "PATH": path, "ASKED": str(folder / "asked"), "KEPT": str(folder / "kept"), "SEEDS": "1",
-             **environment},
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    return ended, [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
+    return studies.asked_of(
+        "benchmarks/threats/run.sh", folder, "DATA", str(folder / "out"), **{"SEEDS": "1", **environment}
+    )
 
 
 def test_every_variant_costs_the_same_and_nothing_is_done_twice(tmp_path):
@@ -46,7 +26,7 @@ def test_every_variant_costs_the_same_and_nothing_is_done_twice(tmp_path):
     assert len(trained) == len([words for words in asked if words[0] == "evaluate"]) == 9
     protocol = (ROOT / "benchmarks/threats/README.md").read_text()
     for words in trained:
-        name = Path(words[words.index("--run-dir") + 1]).parent.name
+        name = Path(after("--run-dir", words)).parent.name
         assert f"`{name}`" in protocol
         recipe = load_recipe(str(ROOT / words[1]), words[2 : words.index("--run-dir")])
         (stage,) = recipe.stages
@@ -58,10 +38,43 @@ def test_every_variant_costs_the_same_and_nothing_is_done_twice(tmp_path):
     assert ended.returncode == 2
 
 
-def test_shares_are_of_the_specialist_of_each_norm():
-    spec = importlib.util.spec_from_file_location("gather_threats", ROOT / "benchmarks/threats/gather.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture(scope="module")
+def module():
+    return module_of("threats/gather.py")
+
+
+def test_questions_are_answered_by_paired_seeds(module):
+    def records(linf, l2, l1, union):
+        def each(value, seed):
+            return value + 0.001 * seed
+
+        return {
+            seed: {"threats": {"Linf": each(linf, seed), "L2": each(l2, 0), "L1": each(l1, 0)}, "union": each(union, 0)}
+            for seed in range(3)
+        }
+
+    runs = {
+        "sat-linf": records(0.3, 0.3, 0.1, 0.1), "sat-l2": records(0.1, 0.4, 0.2, 0.05),
+        "sat-l1": records(0.1, 0.2, 0.3, 0.08), "e-at": records(0.25, 0.35, 0.35, 0.2),
+        "max": records(0.2, 0.3, 0.2, 0.1), "avg": records(0.2, 0.3, 0.2, 0.25),
+    }  # fmt: skip
+    runs["max"] = {seed: {**of, "union": (0.1, 0.2, 0.3)[seed]} for seed, of in runs["max"].items()}
+    found = module.questions(runs)
+    own = {norm: each["answer"] for norm, each in found["specialist_is_best_under_its_norm"].items()}
+    assert own == {"Linf": "holds", "L2": "holds", "L1": "does not hold"}
+    beyond = found["union_beyond_best_specialist"]
+    assert beyond["best"] == "sat-linf"
+    assert {name: each["answer"] for name, each in beyond["above"].items()} == {
+        "e-at": "gain",
+        "max": "undecided",
+        "avg": "gain",
+    }
+    three = found["one_adaptive_attack_beyond_three"]
+    assert (three["max"]["answer"], three["avg"]["answer"]) == ("undecided", "loss")
+    assert three["avg"]["mean"] == pytest.approx(-0.05)
+
+
+def test_shares_are_of_the_specialist_of_each_norm(module):
 
     def made(clean, linf, l2, l1):
         return {key: {"mean": value} for key, value in {"clean": clean, "Linf": linf, "L2": l2, "L1": l1}.items()}
