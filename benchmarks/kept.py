@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from dualhead.commands.compare import Entry, standings
 from dualhead.evaluation import Evaluation, Verdicts
 from dualhead.evaluation.results import accuracies
 from dualhead.names import id_of_row
-from dualhead.statistics import student
+from dualhead.statistics import mean_std, student
 from dualhead.system.files import write_json
 
 FAST = "autoattack-fast"
@@ -31,6 +33,30 @@ FAST = "autoattack-fast"
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, Student's 95 % interval (None of one seed) and each seed's value."""
     return {"mean": float(np.mean(values)), "interval": student(values), "seeds": [float(v) for v in values]}
+
+
+def difference(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+    """Return mean, interval, deviation and p-value of Student's test that the mean is 0; of one value the mean."""
+    mean, deviation = mean_std(values)
+    if len(values) < 2:
+        return {"mean": mean, "interval": None, "narrow": None, "deviation": None, "p_value": None}
+    if deviation == 0.0:
+        p_value = 1.0 if mean == 0 else 0.0
+    else:
+        p_value = float(2 * stats.t.sf(abs(mean) / (deviation / math.sqrt(len(values))), len(values) - 1))
+    return {
+        "mean": mean, "interval": student(values, confidence), "narrow": student(values, 0.9), "deviation": deviation,
+        "p_value": p_value,
+    }  # fmt: skip
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values corrected for as many tests as there are (Holm 1979)."""
+    made, least = {}, 0.0
+    for place, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(p_values) - place) * value))
+        made[name] = least
+    return made
 
 
 def packed(right: NDArray[np.bool_]) -> str:

@@ -1,42 +1,46 @@
 """What benchmarks/continual/run.sh has finished: each seed in a small file of its own, and all of them in one answer.
 
-    python benchmarks/continual/collect.py keep RUN FILE [FIRST]   # what a finished run reached and cost; FIRST: that
-                                                                   # of the first stage, whose cost belongs to it
-    python benchmarks/continual/collect.py tell KEPT JSON          # KEPT/ORDER/METHOD/seed=N.json and KEPT/bounds/...
+    python benchmarks/continual/collect.py keep RUN FILE STATIC [FIRST]
+    python benchmarks/continual/collect.py tell KEPT JSON [N]   # KEPT/ORDER/METHOD/seed=N.json and KEPT/bounds/...
 
-Numbers are means over seeds with Student's 95 % interval over seeds, none of one seed. README.md beside it is the
-protocol.
+Kept is what a finished run reached and cost. STATIC is an evaluation of another network with its attacked images, FIRST
+the run of the first stage, whose cost belongs to this one. Numbers are means over seeds with Student's 95 % interval
+over seeds, none of one seed. README.md beside it is the protocol; its questions are answered once every method has N
+seeds (3).
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import torch
 
+import dualhead
 from dualhead.evaluation import Evaluation, plasticity
 from dualhead.system.files import write_json
+from dualhead.system.flops import CountFlops
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kept import difference, holm, over_seeds, packed
 
 KNOWN = ("union", "average_seen", "forgetting", "backward_transfer", "clean_drop")
 """Measures of the last stage."""
 SPECIALISTS = ("specialist-linf", "specialist-l2", "specialist-l1")
-
-
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, Student's 95 % interval (None of one value), and each seed's value."""
-    mean, count = float(np.mean(values)), len(values)
-    interval = None
-    if count > 1:
-        reach = float(stats.t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
-        interval = [mean - reach, mean + reach]
-    return {"mean": mean, "interval": interval, "seeds": [float(value) for value in values]}
+ORDERS = ("forward", "reverse")
+METHODS = (
+    "finetune", "lwf", "alr", "ewc", "air", "interpolate-lost", "routed-lost",
+    "seen", "replay", "derpp", "agem", "ramp", "interpolate-kept", "routed-kept",
+)  # fmt: skip
+LEVEL = 0.05
+Runs = Mapping[int, Mapping[str, Any]]
+"""Records by seed."""
+Kept = dict[str, dict[str, Runs]]
+"""Records by place, which is an order or `bounds`, by method and seed."""
 
 
 def deployed(run: Path) -> dict[str, Any]:
@@ -45,11 +49,61 @@ def deployed(run: Path) -> dict[str, Any]:
     return found
 
 
-def record(run: Path, first: Path | None = None) -> dict[str, Any]:
+def on_static(run: Path, static: Path) -> dict[str, Any]:
+    """Judge images that were made once, against another network: the field's static protocol.
+
+    Args:
+        run: whose deployed model judges.
+        static: an evaluation of the other network under several threats, with one attack and its images. An image
+            that fooled nobody is left clean.
+
+    Returns:
+        Share of images that are right, by threat and, as `union`, under all of them; and by threat the share of images
+        that `fooled` the network that they were made against.
+    """
+    clean = Evaluation.load(run / "evaluation")
+    order = np.argsort(clean.index)
+    right = {"clean": clean.correct["clean"][order]}
+    fooled, model = {}, dualhead.load(run).eval()
+    for folder in sorted((static / "threats").iterdir()):
+        made = Evaluation.load(folder)
+        (verdict,) = made.verdicts.values()
+        assert verdict.adversarial is not None and verdict.adversarial_rows is not None, f"{folder} kept no images"
+        if not np.array_equal(made.index, clean.index[order]):
+            sys.exit(f"{folder} is not of the images of {run}")
+        rows = verdict.adversarial_rows
+        with torch.no_grad():
+            answers = [model(part) for part in torch.split(torch.from_numpy(verdict.adversarial), 64)]
+        found = torch.cat([getattr(each, "logits", each) for each in answers]).argmax(1).numpy() == made.labels[rows]
+        right[folder.name] = right["clean"].copy()
+        right[folder.name][rows] &= found
+        fooled[folder.name] = len(rows) / len(made.labels)
+    together = np.logical_and.reduce(list(right.values()))
+    shares = {name: float(column.mean()) for name, column in {**right, "union": together}.items() if name != "clean"}
+    return {**shares, "fooled": fooled}
+
+
+def answer_cost(run: Path, row: Mapping[str, Any]) -> float:
+    """Return what one answer of the deployed model costs, in forward passes through the base network.
+
+    Args:
+        run: its folder.
+        row: that of `comparison.json`, which knows the operations of such a pass.
+    """
+    model = dualhead.load(run).eval()
+    counter = CountFlops()
+    with counter, torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    cost = row["training_cost"]
+    return counter.total * float(cost["forward_equivalents"]) / float(cost["flops"])
+
+
+def record(run: Path, static: Path, first: Path | None = None) -> dict[str, Any]:
     """All that is told of a finished run: nothing else of it has to be kept.
 
     Args:
         run: a sequence, or a network that knew its threats from the start.
+        static: see `on_static`.
         first: the run that a sequence goes on from; None: it has its first stage itself.
     """
     evaluation, row = Evaluation.load(run / "evaluation"), deployed(run)
@@ -64,10 +118,9 @@ def record(run: Path, first: Path | None = None) -> dict[str, Any]:
         "union": evaluation.results["robust_accuracy"]["worst"],
         "passes": cost + before,
         "parameters": row["parameters"],
-        "correct": {  # bits, image by image
-            what: base64.b64encode(np.packbits(right[order]).tobytes()).decode()
-            for what, right in evaluation.correct.items()
-        },
+        "answer": answer_cost(run, row),
+        "transfer": on_static(run, static),
+        "correct": {what: packed(right[order]) for what, right in evaluation.correct.items()},
     }
     if "sequence" in evaluation.results:
         told["sequence"] = evaluation.results["sequence"]
@@ -90,7 +143,7 @@ def best_of(specialists: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {threat: max(each["threats"][threat] for each in specialists) for threat in specialists[0]["threats"]}
 
 
-def of_sequence(runs: Mapping[int, Mapping[str, Any]], specialists: Mapping[str, float]) -> dict[str, Any]:
+def of_sequence(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
     """Describe a method in one order.
 
     Args:
@@ -108,6 +161,8 @@ def of_sequence(runs: Mapping[int, Mapping[str, Any]], specialists: Mapping[str,
         **{key: over_seeds([row[key] for row in rows]) for key in KNOWN},
         "passes": over_seeds([each["passes"] for each in runs.values()]),
         "parameters": next(iter(runs.values()))["parameters"],
+        "answer": next(iter(runs.values()))["answer"],
+        "transfer": transferred(list(runs.values())),
         "matrix": [
             {"stage": row["stage"], "clean": row["clean_accuracy"], **row["robust_accuracy"], "union": row["union"]}
             for row in told[0]["rows"]
@@ -122,6 +177,15 @@ def of_sequence(runs: Mapping[int, Mapping[str, Any]], specialists: Mapping[str,
     return made
 
 
+def transferred(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return over seeds the shares of images that are right of those made against another network."""
+    return {
+        name: over_seeds([each["transfer"][name] for each in found])
+        for name in found[0]["transfer"]
+        if name != "fooled"
+    }
+
+
 def of_routers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Describe what the sentinel reaches beside its controls, each attacked by itself: unions over seeds."""
     names = ("deployed", "uniform", "best_fixed", "oracle")
@@ -133,7 +197,7 @@ def of_routers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**{name: over_seeds(each) for name, each in {**unions, **gains}.items()}, "images": found[0]["num_samples"]}
 
 
-def of_bound(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def of_bound(runs: Runs) -> dict[str, Any]:
     """Describe a network that knew its threats from the start."""
     found = list(runs.values())
     return {
@@ -142,29 +206,129 @@ def of_bound(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         **{name: over_seeds([each["threats"][name] for each in found]) for name in found[0]["threats"]},
         "union": over_seeds([each["union"] for each in found]),
         "passes": over_seeds([each["passes"] for each in found]),
+        "parameters": found[0]["parameters"],
+        "answer": found[0]["answer"],
+        "transfer": transferred(found),
     }
 
 
-def tell(kept: Path) -> dict[str, Any]:
-    """Return everything that is kept, put together."""
-    bounds = {folder.name: finished(folder) for folder in sorted((kept / "bounds").glob("*"))}
-    there = [run for name in SPECIALISTS for run in bounds.get(name, {}).values()]
-    specialists = best_of(there) if all(bounds.get(name) for name in SPECIALISTS) else {}
-    made: dict[str, Any] = {"bounds": {name: of_bound(runs) for name, runs in bounds.items() if runs}}
-    for order in ("forward", "reverse"):
-        folders = {folder.name: finished(folder) for folder in sorted((kept / order).glob("*"))}
-        made[order] = {name: of_sequence(runs, specialists) for name, runs in folders.items() if runs}
+def tested(of: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return what is known of differences from 0, with p-values corrected for as many as there are.
+
+    Args:
+        of: paired differences by method, one per seed.
+    """
+    found = {name: {**difference(values), "seeds": list(values)} for name, values in of.items()}
+    corrected = holm({name: each["p_value"] for name, each in found.items()})
+    for name, each in found.items():
+        decided = corrected[name] < LEVEL
+        each |= {
+            "corrected_p_value": corrected[name],
+            "answer": ("loss", "gain")[each["mean"] > 0] if decided else "undecided",
+        }
+    return found
+
+
+def questions(kept: Kept, specialists: Mapping[str, float]) -> dict[str, Any]:
+    """Answer the questions of README.md; a gain is what one would wish for, whatever the sign of its measure.
+
+    Args:
+        kept: records of all methods; the same seeds of each.
+        specialists: robust accuracy of the network that was made for a threat.
+    """
+
+    def last(place: str, method: str, what: str) -> dict[int, float]:
+        if place == "bounds":
+            return {seed: each[what] for seed, each in kept[place][method].items()}
+        found = {}
+        for seed, each in kept[place][method].items():
+            told = each["sequence"]
+            value = plasticity(told, specialists) if what == "plasticity" else told["rows"][-1][what]
+            assert value is not None, f"{place}/{method}: no {what}"
+            found[seed] = value
+        return found
+
+    def less(a: Mapping[int, float], b: Mapping[int, float], sign: float = 1.0) -> list[float]:
+        return [sign * (a[seed] - b[seed]) for seed in a if seed in b]
+
+    made: dict[str, Any] = {}
+    for order in ORDERS:
+        methods = {kind: [name for name, runs in kept[order].items() if old(runs) == kind] for kind in ("lost", "kept")}
+        forgets, learns = (
+            tested({
+                name: less(last(order, name, what), last(order, "finetune", what), sign)
+                for name in methods["lost"] if name != "finetune"
+            })
+            for what, sign in (("forgetting", -1.0), ("plasticity", 1.0))
+        )  # fmt: skip
+        union = {name: last(order, name, "union") for name in kept[order]}
+        best = max(union, key=lambda name: float(np.mean(list(union[name].values()))))
+        made[order] = {
+            "forgets_less_than_finetune": forgets,
+            "learns_more_than_finetune": learns,
+            "union_beyond_seen": tested(
+                {name: less(union[name], union["seen"]) for name in methods["kept"] if name != "seen"}
+            ),
+            "best": best,
+            "union_beyond_joint": tested({best: less(union[best], last("bounds", "joint", "union"))}),
+        }
+        routed = {
+            name: [each["routers"] for each in runs.values()] for name, runs in kept[order].items() if has_routers(runs)
+        }
+        for control in ("best_fixed", "uniform"):
+            made[order][f"routing_beyond_{control}"] = tested(
+                {
+                    name: [each["deployed"]["union"] - each[control]["union"] for each in found]
+                    for name, found in routed.items()
+                }
+            )
+    made["union_forward_beyond_reverse"] = tested(
+        {name: less(last("forward", name, "union"), last("reverse", name, "union")) for name in kept["forward"]}
+    )
     return made
+
+
+def old(runs: Runs) -> str:
+    """Return whether old attacks were `kept` or `lost`."""
+    return str(next(iter(runs.values()))["sequence"]["old_attacks"])
+
+
+def has_routers(runs: Runs) -> bool:
+    """Tell whether a method has routers that were measured."""
+    return "routers" in next(iter(runs.values()))
+
+
+def tell(kept: Path, wanted: int = 3) -> dict[str, Any]:
+    """Return everything that is kept, put together.
+
+    Args:
+        kept: its folder.
+        wanted: seeds of every method; as long as one has fewer the answer is `under_way`, and no question is answered.
+    """
+    places = ("bounds", *ORDERS)
+    read = {place: {folder.name: finished(folder) for folder in sorted((kept / place).glob("*"))} for place in places}
+    known: Kept = {place: {name: runs for name, runs in of.items() if runs} for place, of in read.items()}
+    there = [run for name in SPECIALISTS for run in known["bounds"].get(name, {}).values()]
+    specialists = best_of(there) if all(known["bounds"].get(name) for name in SPECIALISTS) else {}
+    counts = [len(known[order].get(name, {})) for order in ORDERS for name in METHODS]
+    counts += [len(known["bounds"].get(name, {})) for name in ("joint", *SPECIALISTS)]
+    whole = min(counts) >= wanted
+    return {
+        "under_way": not whole,
+        "bounds": {name: of_bound(runs) for name, runs in known["bounds"].items()},
+        **{order: {name: of_sequence(runs, specialists) for name, runs in known[order].items()} for order in ORDERS},
+        "questions": questions(known, specialists) if whole else None,
+    }
 
 
 def main() -> None:
     """Keep a run, or tell what is kept."""
     match sys.argv[1:]:
-        case ["keep", run, file, *first] if len(first) < 2:
+        case ["keep", run, file, static, *first] if len(first) < 2:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            write_json(Path(file), record(Path(run), *map(Path, first)))
-        case ["tell", kept, target]:
-            Path(target).write_text(json.dumps(tell(Path(kept)), indent=1) + "\n", encoding="utf-8")
+            write_json(Path(file), record(Path(run), Path(static), *map(Path, first)))
+        case ["tell", kept, target, *wanted] if len(wanted) < 2:
+            Path(target).write_text(json.dumps(tell(Path(kept), *map(int, wanted)), indent=1) + "\n", encoding="utf-8")
         case _:
             sys.exit(__doc__)
 

@@ -8,13 +8,14 @@
 # finished in OUT/continual.json. In the environment: METHODS, a pattern (`lwf`, `inter*`); SEEDS, how many (3);
 # ORDERS (`forward reverse`); EPOCHS of a first stage (40); LATER, epochs of SAT in each later one (12); KEPT, a folder
 # for what each finished seed reached and cost, one small file each (../results/continual): a seed that has its file
-# there is not trained again. KEY=VALUE goes to all recipes.
+# there is not trained again; CLEAN, the clean network that images are made against once
+# (../results/models/continual-clean). KEY=VALUE goes to all recipes.
 set -euo pipefail
 data=$(realpath "$1") out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
 : "${METHODS:=*}" "${SEEDS:=3}" "${ORDERS:=forward reverse}" "${EPOCHS:=40}" "${LATER:=12}"
-: "${KEPT:=$here/../results/continual}"
+: "${KEPT:=$here/../results/continual}" "${CLEAN:=$here/../results/models/continual-clean}"
 linf=Linf:8/255 l2=L2:0.5 l1=L1:12
 known=
 mkdir -p "$out"
@@ -36,9 +37,13 @@ wanted() {
   [[ ! -f $KEPT/$1/seed=$seed.json ]]
 }
 
-# keep NAME [FIRST]: its small file, and all files told together.
+# keep NAME [FIRST]: its small file, and all files told together. Images are made against the clean network once.
 keep() {
-  python "$here/collect.py" keep "$out/$1/seed=$seed" "$KEPT/$1/seed=$seed.json" ${2:+"$2"}
+  if [[ ! -f $out/static/results.json ]]; then
+    dualhead evaluate "$CLEAN" --data "$data" --threat "$linf" --threat "$l2" --threat "$l1" --attack pgd-40 \
+      --limit 1000 --precision float32 --save-adversarial --output "$out/static" --quiet
+  fi
+  python "$here/collect.py" keep "$out/$1/seed=$seed" "$KEPT/$1/seed=$seed.json" "$out/static" ${2:+"$2"}
   python "$here/collect.py" tell "$KEPT" "$out/continual.json"
 }
 

@@ -21,6 +21,9 @@ from typing import Any
 from dualhead.statistics import mean_std, student, wilson
 from dualhead.system.files import write_json
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kept import difference, holm
+
 Run = Mapping[str, Any]
 Cells = Mapping[str, Mapping[str, Run]]
 """Cells by name, their runs by seed."""
@@ -238,32 +241,6 @@ def cost_of(cells: Cells, method: str, name: str) -> dict[str, float]:
         else:
             found[seed] = clean[seed][measure] - poisoned[seed][measure]
     return found
-
-
-def difference(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
-    """Return mean, interval, deviation and p-value of Student's test that the mean is 0; of one value the mean."""
-    mean, deviation = mean_std(values)
-    if len(values) < 2:
-        return {"mean": mean, "interval": None, "narrow": None, "deviation": None, "p_value": None}
-    if deviation == 0.0:
-        p_value = 1.0 if mean == 0 else 0.0
-    else:
-        from scipy import stats
-
-        p_value = float(2 * stats.t.sf(abs(mean) / (deviation / math.sqrt(len(values))), len(values) - 1))
-    return {
-        "mean": mean, "interval": student(values, confidence), "narrow": student(values, 0.9), "deviation": deviation,
-        "p_value": p_value,
-    }  # fmt: skip
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return p-values corrected for as many tests as there are (Holm 1979)."""
-    made, least = {}, 0.0
-    for place, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        least = max(least, min(1.0, (len(p_values) - place) * value))
-        made[name] = least
-    return made
 
 
 def seeds_to_decide(mean: float, deviation: float, margin: float, tests: int) -> int | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import dualhead
 from dualhead.recipe import load_recipe
 from helpers import studies
-from helpers.studies import ROOT, module_of
+from helpers.studies import ROOT, evaluation, module_of
 
 LAST = [
     "finetune",
@@ -65,45 +69,119 @@ def collect():
     return module_of("continual/collect.py")
 
 
-def sequence(last):
+NO_TRANSFER = {"Linf": 0.5, "L2": 0.5, "union": 0.5, "fooled": {"Linf": 0.9, "L2": 0.6}}
+
+
+def sequence(last, old="lost"):
     rows = [
         {"stage": stage, "clean_accuracy": 0.5, "robust_accuracy": {"Linf": linf, "L2": l2}, "union": min(linf, l2),
-         "average_seen": 0.3, "forgetting": 0.1, "backward_transfer": -0.1, "clean_drop": 0.0}
+         "average_seen": 0.3, "forgetting": 0.4 - linf, "backward_transfer": -0.1, "clean_drop": 0.0}
         for stage, linf, l2 in (("first", 0.4, 0.2), ("second", *last))
     ]  # fmt: skip
     arrived = {"Linf": "first", "L2": "second"}
-    told = {"threats": ["Linf", "L2"], "old_attacks": "lost", "arrived": arrived, "rows": rows}
-    return {"sequence": told, "passes": 7.0, "parameters": 5}
+    told = {"threats": ["Linf", "L2"], "old_attacks": old, "arrived": arrived, "rows": rows}
+    return {"sequence": told, "passes": 7.0, "parameters": 5, "answer": 1.0, "transfer": NO_TRANSFER}
+
+
+def bound(linf, l2, union=0.1):
+    told = {"clean": 0.6, "threats": {"Linf": linf, "L2": l2}, "union": union, "passes": 9.0}
+    return {**told, "parameters": 5, "answer": 1.0, "transfer": NO_TRANSFER}
+
+
+def keep(folder, name, seed, content):
+    path = folder / name / f"seed={seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
 
 
 def test_kept_files_are_told_together(collect, tmp_path):
-    def keep(name, seed, content):
-        path = tmp_path / name / f"seed={seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-
-    keep("forward/lwf", 0, sequence((0.3, 0.35)))
-    keep("forward/lwf", 1, sequence((0.1, 0.25)))
+    keep(tmp_path, "forward/lwf", 0, sequence((0.3, 0.35)))
+    keep(tmp_path, "forward/lwf", 1, sequence((0.1, 0.25)))
     found = collect.tell(tmp_path)
     assert found["forward"]["lwf"]["Linf"]["mean"] == pytest.approx(0.2)
     assert found["forward"]["lwf"]["Linf"]["seeds"] == [0.3, 0.1]
+    assert found["forward"]["lwf"]["transfer"].keys() == {"Linf", "L2", "union"}
     assert "plasticity" not in found["forward"]["lwf"]
     for number, name in enumerate(collect.SPECIALISTS):
-        threats = {"Linf": 0.5 - 0.1 * number, "L2": 0.1 + 0.1 * number}
-        keep(f"bounds/{name}", 0, {"clean": 0.6, "threats": threats, "union": 0.1, "passes": 9.0})
+        keep(tmp_path, f"bounds/{name}", 0, bound(0.5 - 0.1 * number, 0.1 + 0.1 * number))
     found = collect.tell(tmp_path)
     assert found["bounds"]["specialist-l2"]["L2"]["mean"] == pytest.approx(0.2)
     # learnt first: 0.4 under Linf, and 0.35 and 0.25 under L2; the best specialists have 0.5 and 0.3
     assert found["forward"]["lwf"]["plasticity"]["seeds"] == pytest.approx([-0.025, -0.075])
+    assert (found["under_way"], found["questions"]) == (True, None)
+
+
+def test_questions_are_answered_when_all_seeds_are_there(collect, tmp_path):
+    """`lwf` forgets less than fine-tuning in every seed, `ewc` differs by chance alone; `replay` beats `seen`."""
+    last = {"lwf": (0.35, 0.3), "seen": (0.2, 0.25), "replay": (0.3, 0.3)}
+    for order in collect.ORDERS:
+        for name in collect.METHODS:
+            old = "kept" if name in ("seen", "replay", "derpp", "agem", "ramp") or name.endswith("-kept") else "lost"
+            for seed in range(3):
+                linf, l2 = last.get(name, (0.2, 0.3))
+                chance = 0.01 * (seed - 1) if name == "ewc" else 0.0001 * seed * (name != "finetune")
+                made = sequence((linf + chance, l2), old)
+                if name.startswith("routed"):
+                    unions = {"deployed": 0.3, "uniform": 0.25, "best_fixed": 0.4 - 0.01 * seed, "oracle": 0.5}
+                    made |= {"routers": {"num_samples": 500, **{key: {"union": of} for key, of in unions.items()}}}
+                keep(tmp_path, f"{order}/{name}", seed, made)
+    for name in ("joint", *collect.SPECIALISTS):
+        for seed in range(3):
+            keep(tmp_path, f"bounds/{name}", seed, bound(0.5, 0.4, 0.45 + 0.001 * seed))
+    assert collect.tell(tmp_path, wanted=4)["questions"] is None
+    found = collect.tell(tmp_path)
+    assert not found["under_way"]
+    told = found["questions"]["reverse"]
+    assert told["forgets_less_than_finetune"].keys() == {
+        "lwf", "alr", "ewc", "air", "interpolate-lost", "routed-lost"
+    }  # fmt: skip
+    assert told["forgets_less_than_finetune"]["lwf"]["mean"] == pytest.approx(0.1501)
+    assert told["forgets_less_than_finetune"]["lwf"]["answer"] == "gain"
+    assert told["forgets_less_than_finetune"]["ewc"]["answer"] == "undecided"
+    assert told["union_beyond_seen"]["replay"]["answer"] == "gain"
+    assert set(told["union_beyond_seen"]) == {"replay", "derpp", "agem", "ramp", "interpolate-kept", "routed-kept"}
+    assert told["best"] in ("lwf", "replay")
+    assert next(iter(told["union_beyond_joint"].values()))["answer"] == "loss"
+    assert {each["answer"] for each in told["routing_beyond_best_fixed"].values()} == {"loss"}
+    assert {each["answer"] for each in told["routing_beyond_uniform"].values()} == {"gain"}
+    assert {each["answer"] for each in found["questions"]["union_forward_beyond_reverse"].values()} == {"undecided"}
+
+
+def test_images_made_once_are_judged_by_the_model_that_a_run_deploys(collect, tmp_path):
+    """Only rows that fooled the other network are other images; what is wrong without an attack stays wrong."""
+    torch.manual_seed(0)
+    run, static, count = tmp_path / "run", tmp_path / "static", 12
+    shutil.copytree(ROOT / "benchmarks/results/models/continual-clean", run)
+    model = dualhead.load(run).eval()
+    images, attacked = torch.rand(2, count, 3, 32, 32)
+    with torch.no_grad():
+        labels, answers = (model(each).argmax(1).numpy() for each in (images, attacked))
+    labels[:3] = (labels[:3] + 1) % 10  # three that the model gets wrong
+    clean = evaluation(labels == model(images).argmax(1).numpy(), apgd_ce=np.ones(count, bool))
+    clean.save(run / "evaluation")
+    rows = np.array([0, 3, 4, 5, 9])
+    for name in ("Linf", "L2"):
+        made = evaluation(np.ones(count, bool), pgd_40=~np.isin(np.arange(count), rows))
+        made.labels[:] = labels
+        verdict = made.verdicts["pgd-40"]
+        verdict.adversarial, verdict.adversarial_rows = attacked[rows].numpy(), rows
+        if name == "L2":
+            verdict.adversarial = images[rows].numpy()
+        made.save(static / "threats" / name)
+    found = collect.on_static(run, static)
+    fallen = sum(answers[row] != labels[row] for row in rows if row > 2)
+    assert fallen > 0
+    assert found == {
+        "Linf": pytest.approx((9 - fallen) / 12), "L2": 9 / 12, "union": pytest.approx((9 - fallen) / 12),
+        "fooled": {"Linf": 5 / 12, "L2": 5 / 12},
+    }  # fmt: skip
 
 
 def test_what_routing_gains_is_told_beside_its_controls(collect, tmp_path):
     for seed, deployed in enumerate((0.3, 0.4)):
-        path = tmp_path / "reverse" / "routed-lost" / f"seed={seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         unions = {"deployed": deployed, "uniform": 0.2, "best_fixed": 0.4, "oracle": 0.5}
         routers = {"num_samples": 500, **{name: {"union": union} for name, union in unions.items()}}
-        path.write_text(json.dumps({**sequence((0.3, 0.35)), "routers": routers}))
+        keep(tmp_path, "reverse/routed-lost", seed, {**sequence((0.3, 0.35)), "routers": routers})
     told = collect.tell(tmp_path)["reverse"]["routed-lost"]["routers"]
     assert told["deployed"]["mean"] == pytest.approx(0.35)
     assert told["over_best_fixed"]["seeds"] == pytest.approx([-0.1, 0.0])
