@@ -3,10 +3,10 @@
     python tools/make_figures.py                            # docs/images/*.svg and docs/results/*.csv
     python tools/make_figures.py --screenshots runs/demo    # docs/images/*.png, of what `dualhead demo` left
 
-All numbers come from `benchmarks/results/strongest.json`, those of the frontier from `frontier.json` beside it and
-those of poisoned data from `poisoning.json`; without these they are not drawn. The figures are plain SVG, so that
-nothing has to be installed and the same numbers give the same bytes. The screenshots need playwright and a Chromium of
-the system.
+All numbers come from `benchmarks/results/strongest.json`, those of the frontier from `frontier.json` beside it, of
+poisoned data from `poisoning.json`, of many threats from `threats.json` and of threats one after another from
+`continual.json`; without these they are not drawn. The figures are plain SVG, so that nothing has to be installed and
+the same numbers give the same bytes. The screenshots need playwright and a Chromium of the system.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "strongest.json"
 FRONTIER = RESULTS.with_name("frontier.json")
 POISONING = RESULTS.with_name("poisoning.json")
+Line = tuple[Mapping[str, Any] | None, str]
+"""Mean and interval over seeds, in shares, and a colour; None while nothing is measured."""
 IMAGES, TABLES = ROOT / "docs" / "images", ROOT / "docs" / "results"
 FAST = "autoattack-fast"
 GREY, VIOLET, GREEN, BLUE, RED, INK, FAINT = (
@@ -467,6 +469,111 @@ def poisoning(found: dict[str, Any], part: str) -> str:
     return drawing.svg()
 
 
+def column(drawing: Drawing, axes: Axes, title: str, ticks: Sequence[float], lines: Sequence[Line]) -> None:
+    """Draw means over seeds below one another, with intervals as far as the column is wide; hollow of one seed."""
+    step, bottom = axes.height / len(lines), axes.top + axes.height
+    drawing.text(axes.left + axes.width / 2, axes.top - 14, title, "m s")
+    for value in ticks:
+        x = axes.at(value, 0)[0]
+        drawing.line(x, axes.top, x, bottom, FAINT, 1)
+        drawing.text(x, bottom + 18, f"{value:g}", "s m")
+    for number, (of, colour) in enumerate(lines):
+        if of is None:
+            continue
+        y = axes.top + step * (number + 0.5)
+        if of["interval"]:
+            low, high = (axes.at(min(max(100 * end, axes.x[0]), axes.x[1]), 0)[0] for end in of["interval"])
+            drawing.line(low, y, high, y, colour, 2, 'opacity="0.45"')
+        fill = colour if of["interval"] else "#f6f7f9"
+        place = f'cx="{axes.at(100 * of["mean"], 0)[0]:.1f}" cy="{y:.1f}" r="4.5"'
+        drawing.add(f'<circle {place} fill="{fill}" stroke="{colour}" stroke-width="2"/>')
+
+
+def reach(lines: Sequence[Line], unit: int = 10) -> tuple[int, int]:
+    """Return the whole tens around means, of which none is left out."""
+    means = [100 * of["mean"] for of, _ in lines if of is not None]
+    return unit * math.floor(min(means) / unit), unit * math.ceil(max(means) / unit + 1e-9)
+
+
+VARIANTS = {
+    "sat-linf": "SAT, Linf", "sat-l2": "SAT, L2", "sat-l1": "SAT, L1", "random": "random norm", "e-at": "E-AT",
+    "max": "MAX", "avg": "AVG", "msd": "MSD", "ramp": "RAMP's pairing",
+}  # fmt: skip
+"""Of the study of many threats, as benchmarks/threats calls them."""
+
+
+def threats(found: dict[str, Any]) -> str:
+    """Draw clean accuracy, robust accuracy under each norm and under all of them."""
+    step, top = 28, 84
+    height = top + step * len(VARIANTS) + 60
+    drawing = Drawing(880, height, "Accuracy of ways to train against three norms at equal cost")
+    drawing.text(24, 34, "Trained against one norm or several, at equal cost; accuracy, %", "b")
+    for number, name in enumerate(VARIANTS):
+        drawing.text(24, top + step * (number + 0.5) + 4, VARIANTS[name], "s")
+    columns = {"clean": "clean", "Linf": "Linf 8/255", "L2": "L2 0.5", "L1": "L1 12", "union": "all three"}
+    for number, (key, title) in enumerate(columns.items()):
+        lines = [
+            (found["variants"].get(name, {}).get(key), GREY if name.startswith("sat") else BLUE) for name in VARIANTS
+        ]
+        low, high = reach(lines)
+        axes = Axes(146 + 146 * number, top, 120, step * len(VARIANTS), (low, high), (0, 1))
+        column(drawing, axes, title, range(low, high + 1, 10), lines)
+    under_way = " Under way." if found["under_way"] else ""
+    drawing.text(
+        24, height - 14,
+        "APGD-CE and APGD-T, 1,000 test images of CIFAR-10, JPEG-75; WRN-10-1, 2,250 training images; 95 % over seeds, "
+        "hollow: one." + under_way, "s",
+    )  # fmt: skip
+    return drawing.svg()
+
+
+SEQUENCES = {
+    "finetune": "fine-tuning", "lwf": "LwF", "alr": "ALR", "ewc": "EWC", "air": "after AIR",
+    "interpolate-lost": "interpolation", "routed-lost": "after DDeR", "seen": "E-AT, seen", "replay": "replay",
+    "derpp": "DER++", "agem": "A-GEM", "ramp": "RAMP's pairing", "interpolate-kept": "interpolation",
+    "routed-kept": "after DDeR", "joint": "knows all three",
+}  # fmt: skip
+"""Methods of benchmarks/continual: seven without old attacks, seven with them, and the bound."""
+
+
+def continual(found: dict[str, Any]) -> str:
+    """Draw what methods forget and what stands under all threats, in both orders, beside the static protocol."""
+    step, top = 24, 104
+    height = top + step * len(SEQUENCES) + 74
+    drawing = Drawing(960, height, "Forgetting, union and the static protocol's union of methods in both orders")
+    drawing.text(24, 34, "Three threats one after another, at equal cost; %", "b")
+    names = list(SEQUENCES)
+    colours = {name: GREY if name == "joint" else VIOLET if number < 7 else BLUE for number, name in enumerate(names)}
+    for number, name in enumerate(names):
+        drawing.text(24, top + step * (number + 0.5) + 4, SEQUENCES[name], "s", colours[name])
+    for side, (order, words) in enumerate((("forward", "Linf, L2, L1"), ("reverse", "L1, L2, Linf"))):
+        left = 146 + 408 * side
+        drawing.text(left + 186, 62, words, "b m")
+        methods = {**found[order], "joint": found["bounds"].get("joint", {})}
+        columns = {
+            "forgets": [methods.get(name, {}).get("forgetting") for name in names],
+            "all three, attacked": [methods.get(name, {}).get("union") for name in names],
+            "all three, static": [methods.get(name, {}).get("transfer", {}).get("union") for name in names],
+        }
+        for number, (title, told) in enumerate(columns.items()):
+            lines = list(zip(told, colours.values(), strict=True))
+            if not any(told):
+                continue
+            low, high = reach(lines)
+            axes = Axes(left + 128 * number, top, 108, step * len(names), (low, high), (0, 1))
+            column(drawing, axes, title, range(low, high + 1, 10), lines)
+    for x, words, colour in ((24, "old attacks lost", VIOLET), (170, "old attacks kept", BLUE), (316, "bound", GREY)):
+        drawing.add(f'<circle cx="{x + 5}" cy="{height - 38}" r="4.5" fill="{colour}"/>')
+        drawing.text(x + 16, height - 34, words, "s")
+    under_way = " Under way." if found["under_way"] else ""
+    drawing.text(
+        24, height - 12,
+        "APGD-CE on the network itself; static: images made once against another network, which flatters. 95 % over "
+        "seeds, hollow: one." + under_way, "s",
+    )  # fmt: skip
+    return drawing.svg()
+
+
 # ---- how it works
 
 
@@ -595,6 +702,9 @@ def made() -> dict[Path, str]:
             for name, part in (("poisoning", "study"), ("poisoning-digits", "small"))
             if told.get(part, {}).get("answers")
         }
+    for name, draw in {"threats": threats, "continual": continual}.items():
+        if (RESULTS.parent / f"{name}.json").is_file():
+            figures[name] = draw(json.loads((RESULTS.parent / f"{name}.json").read_text(encoding="utf-8")))
     return {IMAGES / f"{name}.svg": text for name, text in figures.items()} | {
         TABLES / name: text for name, text in tables(found).items()
     }

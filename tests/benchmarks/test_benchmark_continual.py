@@ -145,6 +145,8 @@ def test_questions_are_answered_when_all_seeds_are_there(collect, tmp_path):
     assert {each["answer"] for each in told["routing_beyond_best_fixed"].values()} == {"loss"}
     assert {each["answer"] for each in told["routing_beyond_uniform"].values()} == {"gain"}
     assert {each["answer"] for each in found["questions"]["union_forward_beyond_reverse"].values()} == {"undecided"}
+    drawn = module_of("../tools/make_figures.py").continual(found)
+    assert drawn.count("<circle") == 2 * (3 * len(collect.METHODS) + 2) + 3  # the bound forgets nothing; and a legend
 
 
 def test_images_made_once_are_judged_by_the_model_that_a_run_deploys(collect, tmp_path):

@@ -84,3 +84,14 @@ def test_shares_are_of_the_specialist_of_each_norm(module):
     variants["sat-l1"] = made(0.5, 0.0, 0.1, 0.2)
     found = module.shares(made(0.4, 0.1, 0.3, 0.1), variants)
     assert found == pytest.approx({"clean": 0.5, "Linf": 0.5, "L2": 0.75, "L1": 0.5, "average": 0.5625, "worst": 0.5})
+
+
+def test_the_figure_has_a_point_for_each_accuracy_and_none_for_what_is_not_measured():
+    figures = module_of("../tools/make_figures.py")
+    known = {"mean": 0.3, "interval": [0.28, 0.32]}
+    of = dict.fromkeys(("clean", "Linf", "L2", "L1", "union"), known)
+    found = {"under_way": True, "variants": {"sat-linf": of, "e-at": {**of, "union": {"mean": 0.1, "interval": None}}}}
+    drawn = figures.threats(found)
+    assert drawn.count("<circle") == 10
+    assert drawn.count('fill="#f6f7f9" stroke') == 1  # of one seed
+    assert "Under way." in drawn
