@@ -50,11 +50,16 @@ def difference(values: Sequence[float], confidence: float = 0.95) -> dict[str, A
     }  # fmt: skip
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return p-values corrected for as many tests as there are (Holm 1979)."""
-    made, least = {}, 0.0
+def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
+    """Return p-values corrected for as many tests as there are, or will be (Holm 1979).
+
+    Args:
+        p_values: by name.
+        tests: in the end, those included that are not finished.
+    """
+    made, least, count = {}, 0.0, max(tests, len(p_values))
     for place, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        least = max(least, min(1.0, (len(p_values) - place) * value))
+        least = max(least, min(1.0, (count - place) * value))
         made[name] = least
     return made
 

@@ -417,11 +417,11 @@ def frontier(found: dict[str, Any]) -> str:
     return drawing.svg()
 
 
-ANSWERS = {"helps": GREEN, "harms": RED, "equal": BLUE, "undecided": GREY}
+ANSWERS = {"helps": GREEN, "harms": RED, "equal": BLUE, "undecided": GREY, "no effect": "#b4bcc6"}
 """Colours of the answers of the study of poisoned data."""
 METHODS = {
     "dhat": "DH-AT", "distilled": "guided distillation", "ensemble": "ensemble of two",
-    "dhat_fitted": "DH-AT, fitted aggregator", "base_larger_eps": "TRADES, larger eps",
+    "dhat_fitted": "DH-AT, fitted aggregator", "base_larger_eps": "TRADES, larger eps", "base_short": "TRADES, shorter",
 }  # fmt: skip
 ON = {"study": "CIFAR-10, WRN-10-1, 2,250 training images", "small": "digits"}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from kept import difference, holm, over_seeds, packed
 
 KNOWN = ("union", "average_seen", "forgetting", "backward_transfer", "clean_drop")
 """Measures of the last stage."""
-SPECIALISTS = ("specialist-linf", "specialist-l2", "specialist-l1")
+SPECIALISTS = {"Linf": "specialist-linf", "L2": "specialist-l2", "L1": "specialist-l1"}
 ORDERS = ("forward", "reverse")
 METHODS = (
     "finetune", "lwf", "alr", "ewc", "air", "interpolate-lost", "routed-lost",
@@ -95,7 +95,7 @@ def answer_cost(run: Path, row: Mapping[str, Any]) -> float:
     with counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
     cost = row["training_cost"]
-    return counter.total * float(cost["forward_equivalents"]) / float(cost["flops"])
+    return round(counter.total * float(cost["forward_equivalents"]) / float(cost["flops"]), 3)
 
 
 def record(run: Path, static: Path, first: Path | None = None) -> dict[str, Any]:
@@ -136,11 +136,25 @@ def finished(folder: Path) -> dict[int, dict[str, Any]]:
     return {seed: json.loads(files[seed].read_text(encoding="utf-8")) for seed in sorted(files)}
 
 
-def best_of(specialists: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Highest robust accuracy of some networks under each threat; none where there are no networks."""
-    if not specialists:
+def made_for(specialists: Mapping[str, Runs]) -> dict[str, float]:
+    """Return for each threat the robust accuracy of the network that was made for it, as the mean over seeds.
+
+    Args:
+        specialists: records of those networks by name and seed; while one has none, nothing is returned.
+    """
+    if not all(specialists.get(name) for name in SPECIALISTS.values()):
         return {}
-    return {threat: max(each["threats"][threat] for each in specialists) for threat in specialists[0]["threats"]}
+    found = {threat: specialists[name].values() for threat, name in SPECIALISTS.items()}
+    return {threat: float(np.mean([run["threats"][threat] for run in runs])) for threat, runs in found.items()}
+
+
+def shares(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
+    """Return mean and least of what a method reaches under each threat as a share of its specialist, over seeds."""
+    found = [[run["threats"][threat] / value for threat, value in specialists.items()] for run in runs.values()]
+    return {
+        "mean_share": over_seeds([float(np.mean(each)) for each in found]),
+        "least_share": over_seeds([min(each) for each in found]),
+    }
 
 
 def of_sequence(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
@@ -171,9 +185,10 @@ def of_sequence(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
     }
     if "routers" in next(iter(runs.values())):
         made["routers"] = of_routers([each["routers"] for each in runs.values()])
-    if set(threats) <= set(specialists):
+    if specialists:
         found = [plasticity(each, specialists) for each in told]
         made["plasticity"] = over_seeds([value for value in found if value is not None])
+        made |= shares(runs, specialists)
     return made
 
 
@@ -197,7 +212,7 @@ def of_routers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**{name: over_seeds(each) for name, each in {**unions, **gains}.items()}, "images": found[0]["num_samples"]}
 
 
-def of_bound(runs: Runs) -> dict[str, Any]:
+def of_bound(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
     """Describe a network that knew its threats from the start."""
     found = list(runs.values())
     return {
@@ -209,16 +224,17 @@ def of_bound(runs: Runs) -> dict[str, Any]:
         "parameters": found[0]["parameters"],
         "answer": found[0]["answer"],
         "transfer": transferred(found),
+        **(shares(runs, specialists) if specialists else {}),
     }
 
 
-def tested(of: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def tested(of: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
     """Return what is known of differences from 0, with p-values corrected for as many as there are.
 
     Args:
-        of: paired differences by method, one per seed.
+        of: paired differences by method and seed.
     """
-    found = {name: {**difference(values), "seeds": list(values)} for name, values in of.items()}
+    found = {name: {**difference(list(by_seed.values())), "seeds": dict(by_seed)} for name, by_seed in of.items()}
     corrected = holm({name: each["p_value"] for name, each in found.items()})
     for name, each in found.items():
         decided = corrected[name] < LEVEL
@@ -229,61 +245,77 @@ def tested(of: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return found
 
 
-def questions(kept: Kept, specialists: Mapping[str, float]) -> dict[str, Any]:
-    """Answer the questions of README.md; a gain is what one would wish for, whatever the sign of its measure.
+Differences = dict[str, dict[int, float]]
+"""Of a method from what it is set beside, by name and seed; more is what one would wish for."""
+
+
+def differences(runs: Mapping[str, Runs], joint: Runs, specialists: Mapping[str, float]) -> dict[str, Differences]:
+    """Return what the questions of README.md ask about, in one order of the threats.
 
     Args:
-        kept: records of all methods; the same seeds of each.
+        runs: records of all methods.
+        joint: of the network that knew all threats.
         specialists: robust accuracy of the network that was made for a threat.
     """
 
-    def last(place: str, method: str, what: str) -> dict[int, float]:
-        if place == "bounds":
-            return {seed: each[what] for seed, each in kept[place][method].items()}
-        found = {}
-        for seed, each in kept[place][method].items():
-            told = each["sequence"]
-            value = plasticity(told, specialists) if what == "plasticity" else told["rows"][-1][what]
-            assert value is not None, f"{place}/{method}: no {what}"
-            found[seed] = value
+    def forgetting(run: Mapping[str, Any]) -> float:
+        return -float(run["sequence"]["rows"][-1]["forgetting"])
+
+    def learning(run: Mapping[str, Any]) -> float:
+        found = plasticity(run["sequence"], specialists)
+        assert found is not None
         return found
 
-    def less(a: Mapping[int, float], b: Mapping[int, float], sign: float = 1.0) -> list[float]:
-        return [sign * (a[seed] - b[seed]) for seed in a if seed in b]
+    def union(run: Mapping[str, Any]) -> float:
+        return float(run["union"])
 
-    made: dict[str, Any] = {}
-    for order in ORDERS:
-        methods = {kind: [name for name, runs in kept[order].items() if old(runs) == kind] for kind in ("lost", "kept")}
-        forgets, learns = (
-            tested({
-                name: less(last(order, name, what), last(order, "finetune", what), sign)
-                for name in methods["lost"] if name != "finetune"
-            })
-            for what, sign in (("forgetting", -1.0), ("plasticity", 1.0))
-        )  # fmt: skip
-        union = {name: last(order, name, "union") for name in kept[order]}
-        best = max(union, key=lambda name: float(np.mean(list(union[name].values()))))
-        made[order] = {
-            "forgets_less_than_finetune": forgets,
-            "learns_more_than_finetune": learns,
-            "union_beyond_seen": tested(
-                {name: less(union[name], union["seen"]) for name in methods["kept"] if name != "seen"}
-            ),
-            "best": best,
-            "union_beyond_joint": tested({best: less(union[best], last("bounds", "joint", "union"))}),
+    def less(name: str, other: Runs, what: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:
+        return {seed: what(run) - what(other[seed]) for seed, run in runs[name].items() if seed in other}
+
+    lost = [name for name in runs if old(runs[name]) == "lost" and name != "finetune"]
+    seen = [name for name in runs if old(runs[name]) == "kept" and name != "seen"]
+    routed = {
+        name: {seed: run["routers"] for seed, run in runs[name].items()} for name in runs if has_routers(runs[name])
+    }
+    return {
+        "forgets_less_than_finetune": {name: less(name, runs["finetune"], forgetting) for name in lost},
+        "learns_more_than_finetune": {name: less(name, runs["finetune"], learning) for name in lost},
+        "union_beyond_seen": {name: less(name, runs["seen"], union) for name in seen},
+        "union_beyond_joint": {name: less(name, joint, union) for name in runs},
+        **{
+            f"routing_beyond_{control}": {
+                name: {seed: each["deployed"]["union"] - each[control]["union"] for seed, each in found.items()}
+                for name, found in routed.items()
+            }
+            for control in ("best_fixed", "uniform")
+        },
+    }
+
+
+def questions(kept: Kept, specialists: Mapping[str, float]) -> dict[str, Any]:
+    """Answer the questions of README.md, for each order and for `both`, where a seed counts by the mean of its orders.
+
+    Args:
+        kept: records of all methods.
+        specialists: robust accuracy of the network that was made for a threat.
+    """
+    of = {order: differences(kept[order], kept["bounds"]["joint"], specialists) for order in ORDERS}
+    first, second = of.values()
+    of["both"] = {
+        question: {
+            name: {seed: (value + second[question][name][seed]) / 2 for seed, value in by_seed.items()}
+            for name, by_seed in methods.items()
         }
-        routed = {
-            name: [each["routers"] for each in runs.values()] for name, runs in kept[order].items() if has_routers(runs)
+        for question, methods in first.items()
+    }
+    made: dict[str, Any] = {
+        order: {question: tested(methods) for question, methods in asked.items()} for order, asked in of.items()
+    }
+    made["forward_beyond_reverse"] = tested(
+        {
+            name: {seed: run["union"] - kept["reverse"][name][seed]["union"] for seed, run in runs.items()}
+            for name, runs in kept["forward"].items()
         }
-        for control in ("best_fixed", "uniform"):
-            made[order][f"routing_beyond_{control}"] = tested(
-                {
-                    name: [each["deployed"]["union"] - each[control]["union"] for each in found]
-                    for name, found in routed.items()
-                }
-            )
-    made["union_forward_beyond_reverse"] = tested(
-        {name: less(last("forward", name, "union"), last("reverse", name, "union")) for name in kept["forward"]}
     )
     return made
 
@@ -308,14 +340,13 @@ def tell(kept: Path, wanted: int = 3) -> dict[str, Any]:
     places = ("bounds", *ORDERS)
     read = {place: {folder.name: finished(folder) for folder in sorted((kept / place).glob("*"))} for place in places}
     known: Kept = {place: {name: runs for name, runs in of.items() if runs} for place, of in read.items()}
-    there = [run for name in SPECIALISTS for run in known["bounds"].get(name, {}).values()]
-    specialists = best_of(there) if all(known["bounds"].get(name) for name in SPECIALISTS) else {}
+    specialists = made_for(known["bounds"])
     counts = [len(known[order].get(name, {})) for order in ORDERS for name in METHODS]
-    counts += [len(known["bounds"].get(name, {})) for name in ("joint", *SPECIALISTS)]
+    counts += [len(known["bounds"].get(name, {})) for name in ("joint", *SPECIALISTS.values())]
     whole = min(counts) >= wanted
     return {
         "under_way": not whole,
-        "bounds": {name: of_bound(runs) for name, runs in known["bounds"].items()},
+        "bounds": {name: of_bound(runs, specialists) for name, runs in known["bounds"].items()},
         **{order: {name: of_sequence(runs, specialists) for name, runs in known[order].items()} for order in ORDERS},
         "questions": questions(known, specialists) if whole else None,
     }

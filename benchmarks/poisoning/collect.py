@@ -41,25 +41,27 @@ class Attack:
         measure: what it is to change.
         family: of the correction for several tests.
         mark: least change on the method that shows whether it works at all, a share.
-        shown_by: that method.
+        kind: a claim needs two of them.
+        shown_by: the method of the mark.
     """
 
     measure: str
     family: str
     mark: float
+    kind: str
     shown_by: str = "natural"
 
 
 ATTACKS = {
-    "patch": Attack(SUCCESS, "backdoors", 0.6),
-    "sticker": Attack(SUCCESS, "backdoors", 0.6),
-    "blend": Attack(SUCCESS, "backdoors", 0.6),
-    "sinusoid": Attack(SUCCESS, "backdoors", 0.6),
-    "class_noise": Attack(CLEAN, "others", 0.15),
-    "class_blocks": Attack(CLEAN, "others", 0.15),
-    "label_flip": Attack(CLEAN, "others", 0.05),
-    "hypocritical": Attack(STRONG, "others", 0.03, "base"),
-    "hypocritical_self": Attack(STRONG, "others", 0.03, "base"),
+    "patch": Attack(SUCCESS, "backdoors", 0.6, "backdoor"),
+    "sticker": Attack(SUCCESS, "backdoors", 0.6, "backdoor"),
+    "blend": Attack(SUCCESS, "backdoors", 0.6, "backdoor"),
+    "sinusoid": Attack(SUCCESS, "backdoors", 0.6, "backdoor"),
+    "class_noise": Attack(CLEAN, "others", 0.15, "availability"),
+    "class_blocks": Attack(CLEAN, "others", 0.15, "availability"),
+    "label_flip": Attack(CLEAN, "others", 0.05, "labels"),
+    "hypocritical": Attack(STRONG, "others", 0.03, "stability", "base"),
+    "hypocritical_self": Attack(STRONG, "others", 0.03, "stability", "base"),
 }
 """Poisons that a study may have, by their names in run.sh."""
 PLANNED = {
@@ -69,10 +71,12 @@ PLANNED = {
 """Poisons of each study: of CIFAR-10 those that reached their marks in the pilot."""
 BASES = {
     "dhat": "base", "distilled": "base_long", "ensemble": "base_long", "dhat_fitted": "base", "base_larger_eps": "base",
+    "base_short": "base",
 }  # fmt: skip
-"""The base method at equal cost of each other method; the last two cost what `base` does and are controls."""
+"""The base method at equal cost of each other method; `base_short`, as long as the first stage of DH-AT, costs less."""
 TWO_HEADS = ("dhat", "distilled")
-CONTROLS = ("ensemble", "dhat_fitted", "base_larger_eps")
+CONTROLS = ("ensemble", "base_larger_eps", "base_short")
+"""What helps under an attack and has no second head that explains it."""
 MARGINS = {SUCCESS: 0.1, CLEAN: 0.02, STRONG: 0.02}
 """Differences that count as none."""
 CHANCE = 0.1
@@ -259,21 +263,24 @@ def seeds_to_decide(mean: float, deviation: float, margin: float, tests: int) ->
     return None
 
 
-def verdict(found: Mapping[str, Any], corrected: float | None, better: float, margin: float) -> str:
-    """Return `helps`, `harms`, `equal` or `undecided`.
+def verdict(found: Mapping[str, Any], corrected: float | None, better: float, margin: float, base: float) -> str:
+    """Return `helps`, `harms`, `equal`, `undecided`, or `no effect` where the attack costs the base method nothing.
 
     Args:
         found: of `difference`.
         corrected: its p-value after Holm's correction; None of one seed.
         better: by how much the method's level under the poison is better than the base's.
         margin: that counts as none.
+        base: what the attack costs the base method; below the margin nothing is left to help with.
     """
     if corrected is None:
         return "undecided"
-    if corrected < LEVEL and found["mean"] < 0 < better:
-        return "helps"
     if corrected < LEVEL and better < 0 < found["mean"]:
         return "harms"
+    if base < margin:
+        return "no effect"
+    if corrected < LEVEL and found["mean"] < 0 < better:
+        return "helps"
     low, high = found["narrow"]
     return "equal" if -margin < low and high < margin else "undecided"
 
@@ -317,14 +324,15 @@ def answers(cells: Cells, planned: Sequence[str] = ()) -> list[dict[str, Any]]:
         for family in dict.fromkeys(told["family"] for told in found):
             of = [told for told in found if told["family"] == family]
             known = {t["attack"]: t["difference"]["p_value"] for t in of if t["difference"]["p_value"] is not None}
-            corrected = holm(known)
+            tests = max(len(of), sum(ATTACKS[each].family == family for each in planned))
+            corrected = holm(known, tests)
             for told in of:
                 margin, inner = MARGINS[told["measure"]], told["difference"]
                 told["corrected_p_value"] = corrected.get(told["attack"])
                 better = told["level_better_by"]["mean"]
-                told["answer"] = verdict(inner, told["corrected_p_value"], better, margin)
+                base = told["cost"][told["base"]]["mean"]
+                told["answer"] = verdict(inner, told["corrected_p_value"], better, margin, base)
                 if told["answer"] == "undecided" and inner["deviation"] is not None:
-                    tests = max(len(of), sum(ATTACKS[each].family == family for each in planned))
                     told["seeds_that_would_decide"] = seeds_to_decide(inner["mean"], inner["deviation"], margin, tests)
                 told["sentence"] = sentence(told)
         made += found
@@ -338,6 +346,8 @@ def sentence(told: Mapping[str, Any]) -> str:
     reach = "" if ends is None else f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]"
     shown = f"{100 * found['mean']:+.1f}{reach} {unit}, {len(told['seeds'])} seeds"
     words = f"{told['method']} under {told['attack']}, against {told['base']}: {told['answer']} ({shown}"
+    if told["answer"] == "no effect":
+        return f"{words}; the attack costs {told['base']} {100 * told['cost'][told['base']]['mean']:+.1f} {unit})."
     if told["answer"] != "undecided":
         return f"{words})."
     if found["deviation"] is None:
@@ -387,7 +397,8 @@ def claims(found: Sequence[Mapping[str, Any]], planned: Sequence[str]) -> dict[s
         known = {(told["method"], told["attack"]): told["answer"] for told in found if told["method"] in CONTROLS}
         missing = [control for control in CONTROLS if not any(each == control for each, _ in known)]
         explained = [name for name in of["helps"] if any(known.get((c, name)) == "helps" for c in CONTROLS)]
-        helped, all_told = len(of["helps"]) - len(explained), set(planned) <= set(mine)
+        helped = len({ATTACKS[name].kind for name in of["helps"] if name not in explained})
+        all_told = set(planned) <= set(mine)
         if of["harms"] or (all_told and "undecided" not in mine.values() and helped < 2):
             stands = "no"
         else:

@@ -6,15 +6,15 @@
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol. One
 # run at a time; cells that decide come first, the cheap ones of them before the others. The same command goes on where
 # it was stopped, and collects all that is finished into KEPT.json, its answers into OUT/answers. In the environment:
-# CELLS, a pattern of cells (`natural-*`); SEEDS of each cell (3, in `study` and `small` 5), MORE_SEEDS of success rates
-# (10); IMAGES, test images of each attack in the study (2000). PRECISION=float32 on a CPU without bf16. KEPT, a folder
+# CELLS, a pattern of cells (`natural-*`); SEEDS of each cell (3, in `study` and `small` 5), FEW_SEEDS of controls (3),
+# MORE_SEEDS of success rates (as SEEDS); IMAGES, test images of each attack in the study (1000). PRECISION=float32 on a CPU without bf16. KEPT, a folder
 # for what finished runs found, one small file each (../results/poisoning): a seed that has its file there is not trained
 # again. KEY=VALUE goes to all recipes. `digits` and `small` take DATA=digits, and minutes.
 set -euo pipefail
 data=$1 out=$2 part=$3
 extra=("${@:4}")
 here=$(dirname "$0")
-: "${CELLS:=*}" "${SEEDS:=}" "${MORE_SEEDS:=10}" "${PRECISION:=bf16}" "${IMAGES:=2000}"
+: "${CELLS:=*}" "${SEEDS:=}" "${FEW_SEEDS:=3}" "${MORE_SEEDS:=}" "${PRECISION:=bf16}" "${IMAGES:=1000}"
 : "${KEPT:=$here/../results/poisoning}"
 known=
 mkdir -p "$out"
@@ -26,12 +26,15 @@ case $part in
   *) eps=8/255 weak=2/255 step=0.8/255 long=0.5 backdoors='blend sinusoid' others='class_blocks label_flip' ;;
 esac
 
+to= # in the study the target goes through the classes, seed by seed
+[[ $part != study && $part != small ]] || to=', target: TARGET'
+
 hypocritical="{name: towards, shift: 0, eps: $eps, step_size: $step, seed: SEED, surrogate:"
 by_sat="$hypocritical {objective: sat, eps: $weak, epochs: 10, seed: 100SEED}}"
 noise="{name: class_noise, eps: $long, seed: SEED}"
-patch='{name: patch, share: 0.05, seed: SEED}'
-blend='{name: blend, share: 0.05, seed: SEED}'
-wave='{name: sinusoid, share: 0.5, seed: SEED}'
+patch="{name: patch, share: 0.05, seed: SEED$to}"
+blend="{name: blend, share: 0.05, seed: SEED$to}"
+wave="{name: sinusoid, share: 0.5, seed: SEED$to}"
 blocks='{name: class_noise, shape: blocks, seed: SEED}'
 declare -A poisons=(
   [clean]=null
@@ -56,6 +59,12 @@ declare -A poisons=(
 )
 [[ $part != digits ]] || poisons[class_noise]='{name: class_noise, seed: SEED}'
 
+# poison NAME SEED: as a recipe writes it.
+poison() {
+  local text=${poisons[$1]//TARGET/$(($2 % 10))}
+  echo "${text//SEED/$2}"
+}
+
 # cell METHOD POISON SEED RECIPE [KEY=VALUE...]: one run, and the small file that stays of it.
 cell() {
   local method=$1 name=$2 seed=$3 recipe=$4 found=$KEPT/$part/$1-$2/seed=$3.json run=$out/$part/$1-$2/seed=$3
@@ -69,8 +78,8 @@ cell() {
     [[ -e $run/poison ]] || ln -s "$(realpath "$out/$part/surrogates")" "$run/poison"
   fi
   dualhead train "$recipe" --run-dir "$run" "data.source=$data" "runtime.seed=$seed" \
-    "data.poison=${poisons[$name]//SEED/$seed}" "$@" "${extra[@]}" --quiet
-  [[ $part != study && $part != small ]] || measured_further "$method" "$name" "$seed" "$run"
+    "data.poison=$(poison "$name" "$seed")" "$@" "${extra[@]}" --quiet
+  [[ $part == digits || ($part == pilot && $method != base) ]] || measured_further "$method" "$name" "$seed" "$run"
   python "$here/collect.py" keep "$run" "$found"
   python "$here/collect.py" tell "$KEPT" "$KEPT.json" > "$out/answers"
 }
@@ -81,7 +90,7 @@ measured_further() {
   local trigger
   if [[ $2 == clean ]]; then
     for trigger in $backdoors; do
-      dualhead evaluate "$4" --data "$data" --poison "${poisons[$trigger]//SEED/$3}" --attack fgsm --limit "$IMAGES" \
+      dualhead evaluate "$4" --data "$data" --poison "$(poison "$trigger" "$3")" --attack fgsm --limit "$IMAGES" \
         --output "$4/evaluations/trigger_$trigger" --quiet
     done
   fi
@@ -104,23 +113,28 @@ studied() {
     study-natural) recipe=$here/base.yaml words+=("${natural[@]}" stages.base.epochs=60) ;;
     study-base) recipe=$here/base.yaml words+=(stages.base.epochs=40) ;;
     study-base_long) recipe=$here/base.yaml words+=(stages.base.epochs=80) ;;
+    study-base_short) recipe=$here/base.yaml words+=(stages.base.epochs=22) ;;
     study-base_larger_eps)
       recipe=$here/base.yaml words+=(stages.base.epochs=40 'stages.base.threat={norm: Linf, eps: 12/255}') ;;
     study-dhat) recipe=$here/../strongest/cpu_dhat.yaml words+=("${three[@]}" stages.aggregator.epochs=4) ;;
     study-dhat_fitted) recipe=$here/dhat_fitted.yaml words+=("${three[@]}") ;;
-    study-distilled) # its own length of a step, written out, so that its surrogate is that of the others
-      recipe=$here/../strongest/cpu_distilled.yaml
-      words+=(stages.guided.epochs=34 stages.distilled.epochs=38 "stages.*.attack.step_size=4/255") ;;
+    study-distilled)
+      recipe=$here/../strongest/cpu_distilled.yaml words+=(stages.guided.epochs=34 stages.distilled.epochs=38) ;;
     study-ensemble) recipe=$here/../strongest/cpu_ensemble.yaml words+=(stages.first.epochs=40 stages.second.epochs=40) ;;
     small-natural) recipe=digits_natural ;;
     small-base) recipe=digits_base ;;
     small-base_long) recipe=digits_base words+=(stages.base.epochs=120) ;;
+    small-base_short) recipe=digits_base words+=(stages.base.epochs=22) ;;
     small-dhat) recipe=$here/small_dhat.yaml ;;
     small-distilled)
       recipe=digits_guided_distillation words+=(stages.guided.epochs=54 stages.distilled.epochs=58) ;;
     *) return 0 ;;
   esac
   [[ $1 != dhat_fitted || $2 == clean ]] || words+=(data.clean_validation=true)
+  case $part-$1 in # steps follow eps, here and in the surrogate, which all methods share
+    study-dhat_fitted) words+=(stages.main_head.attack.step_size=null stages.second_head.attack.step_size=null) ;;
+    study-*) words+=("stages.*.attack.step_size=null") ;;
+  esac
   cell "$1" "$2" "$3" "$recipe" "${words[@]}"
 }
 
@@ -138,7 +152,7 @@ pairs() {
 }
 
 natural=(stages.base.objective=natural)
-three=(stages.main_head.epochs=23 stages.second_head.epochs=15)
+three=(stages.main_head.epochs=22 stages.second_head.epochs=15)
 pilot=("runtime.precision=$PRECISION")
 sat=(stages.base.objective=sat stages.base.attack.start=uniform)
 
@@ -165,6 +179,9 @@ case $part in
     for poison in sticker blend sinusoid class_blocks label_flip sham_noise; do
       cell natural "$poison" 100 "$here/base.yaml" "${pilot[@]}" "${natural[@]}" stages.base.epochs=60
     done
+    for poison in clean hypocritical; do # is the surrogate strong enough?
+      cell base "$poison" 100 "$here/base.yaml" "${pilot[@]}" stages.base.epochs=40 "evaluate.limit=$IMAGES"
+    done
     for poison in patch sticker; do
       cell sat "$poison" 100 "$here/base.yaml" "${pilot[@]}" "${sat[@]}" stages.base.epochs=40
     done
@@ -177,16 +194,18 @@ case $part in
     # DH-AT against the base method at its cost, attack by attack; the adaptive poison, which costs twice, comes last.
     pairs 0 "$seeds" "$free hypocritical hypocritical_self" 'base dhat'
     # Success rates vary the most from seed to seed.
-    pairs "$seeds" "$MORE_SEEDS" "$backdoors" 'base dhat'
+    pairs "$seeds" "${MORE_SEEDS:-$seeds}" "$backdoors" 'base dhat'
     # What costs twice as much: guided distillation, an ensemble of two, the base method for as long.
     pairs 0 "$seeds" "$free hypocritical hypocritical_self" 'base_long distilled ensemble'
-    # Controls: a placebo, a larger eps, an aggregator fitted on clean held-out images.
+    # Controls: the base method for as long as the first stage of DH-AT, when triggers may not have been learnt yet; a
+    # larger eps; an aggregator fitted on clean held-out images; a placebo.
+    pairs 0 "$seeds" "$backdoors" base_short
+    pairs 0 "$FEW_SEEDS" "$free hypocritical" 'base_larger_eps dhat_fitted'
     shams=
     for poison in $free hypocritical; do
       [[ $poison == label_flip ]] || shams+=" sham_$poison" # it changes no pixel, so that nothing is left of its sham
     done
-    pairs 0 "$seeds" "$shams" 'base dhat'
-    pairs 0 "$seeds" "$free hypocritical" 'base_larger_eps dhat_fitted'
+    pairs 0 "$FEW_SEEDS" "$shams" 'base dhat'
     ;;
   *) echo "$part: use digits, pilot, study or small" >&2; exit 2 ;;
 esac

@@ -80,11 +80,12 @@ def sequence(last, old="lost"):
     ]  # fmt: skip
     arrived = {"Linf": "first", "L2": "second"}
     told = {"threats": ["Linf", "L2"], "old_attacks": old, "arrived": arrived, "rows": rows}
-    return {"sequence": told, "passes": 7.0, "parameters": 5, "answer": 1.0, "transfer": NO_TRANSFER}
+    reached = {"threats": {"Linf": last[0], "L2": last[1], "L1": 0.1}, "union": min(last)}
+    return {"sequence": told, "passes": 7.0, "parameters": 5, "answer": 1.0, "transfer": NO_TRANSFER, **reached}
 
 
 def bound(linf, l2, union=0.1):
-    told = {"clean": 0.6, "threats": {"Linf": linf, "L2": l2}, "union": union, "passes": 9.0}
+    told = {"clean": 0.6, "threats": {"Linf": linf, "L2": l2, "L1": 0.2}, "union": union, "passes": 9.0}
     return {**told, "parameters": 5, "answer": 1.0, "transfer": NO_TRANSFER}
 
 
@@ -102,12 +103,14 @@ def test_kept_files_are_told_together(collect, tmp_path):
     assert found["forward"]["lwf"]["Linf"]["seeds"] == [0.3, 0.1]
     assert found["forward"]["lwf"]["transfer"].keys() == {"Linf", "L2", "union"}
     assert "plasticity" not in found["forward"]["lwf"]
-    for number, name in enumerate(collect.SPECIALISTS):
-        keep(tmp_path, f"bounds/{name}", 0, bound(0.5 - 0.1 * number, 0.1 + 0.1 * number))
+    for name, linf, l2 in (("specialist-linf", 0.5, 0.1), ("specialist-l2", 0.4, 0.3), ("specialist-l1", 0.3, 0.35)):
+        for seed in range(2):
+            keep(tmp_path, f"bounds/{name}", seed, bound(linf + 0.1 * seed, l2))
     found = collect.tell(tmp_path)
-    assert found["bounds"]["specialist-l2"]["L2"]["mean"] == pytest.approx(0.2)
-    # learnt first: 0.4 under Linf, and 0.35 and 0.25 under L2; the best specialists have 0.5 and 0.3
-    assert found["forward"]["lwf"]["plasticity"]["seeds"] == pytest.approx([-0.025, -0.075])
+    assert found["bounds"]["specialist-l2"]["L2"]["mean"] == pytest.approx(0.3)
+    # learnt first: 0.4 under Linf, and 0.35 and 0.25 under L2; those made for them have 0.55 in the mean, and 0.3
+    assert found["forward"]["lwf"]["plasticity"]["seeds"] == pytest.approx([-0.05, -0.1])
+    assert found["forward"]["lwf"]["least_share"]["seeds"] == pytest.approx([0.1 / 0.2, 0.1 / 0.55])
     assert (found["under_way"], found["questions"]) == (True, None)
 
 
@@ -125,26 +128,26 @@ def test_questions_are_answered_when_all_seeds_are_there(collect, tmp_path):
                     unions = {"deployed": 0.3, "uniform": 0.25, "best_fixed": 0.4 - 0.01 * seed, "oracle": 0.5}
                     made |= {"routers": {"num_samples": 500, **{key: {"union": of} for key, of in unions.items()}}}
                 keep(tmp_path, f"{order}/{name}", seed, made)
-    for name in ("joint", *collect.SPECIALISTS):
+    for name in ("joint", *collect.SPECIALISTS.values()):
         for seed in range(3):
             keep(tmp_path, f"bounds/{name}", seed, bound(0.5, 0.4, 0.45 + 0.001 * seed))
     assert collect.tell(tmp_path, wanted=4)["questions"] is None
     found = collect.tell(tmp_path)
     assert not found["under_way"]
-    told = found["questions"]["reverse"]
-    assert told["forgets_less_than_finetune"].keys() == {
-        "lwf", "alr", "ewc", "air", "interpolate-lost", "routed-lost"
-    }  # fmt: skip
-    assert told["forgets_less_than_finetune"]["lwf"]["mean"] == pytest.approx(0.1501)
-    assert told["forgets_less_than_finetune"]["lwf"]["answer"] == "gain"
-    assert told["forgets_less_than_finetune"]["ewc"]["answer"] == "undecided"
-    assert told["union_beyond_seen"]["replay"]["answer"] == "gain"
-    assert set(told["union_beyond_seen"]) == {"replay", "derpp", "agem", "ramp", "interpolate-kept", "routed-kept"}
-    assert told["best"] in ("lwf", "replay")
-    assert next(iter(told["union_beyond_joint"].values()))["answer"] == "loss"
-    assert {each["answer"] for each in told["routing_beyond_best_fixed"].values()} == {"loss"}
-    assert {each["answer"] for each in told["routing_beyond_uniform"].values()} == {"gain"}
-    assert {each["answer"] for each in found["questions"]["union_forward_beyond_reverse"].values()} == {"undecided"}
+    for order in ("forward", "reverse", "both"):
+        told = found["questions"][order]
+        forgets = told["forgets_less_than_finetune"]
+        assert set(forgets) == {"lwf", "alr", "ewc", "air", "interpolate-lost", "routed-lost"}
+        assert forgets["lwf"]["mean"] == pytest.approx(0.1501)
+        assert (forgets["lwf"]["answer"], forgets["ewc"]["answer"]) == ("gain", "undecided")
+        beyond = told["union_beyond_seen"]
+        assert set(beyond) == {"replay", "derpp", "agem", "ramp", "interpolate-kept", "routed-kept"}
+        assert beyond["replay"]["answer"] == "gain"
+        assert set(told["union_beyond_joint"]) == set(collect.METHODS)
+        assert told["union_beyond_joint"]["replay"]["answer"] == "loss"
+        assert {each["answer"] for each in told["routing_beyond_best_fixed"].values()} == {"loss"}
+        assert {each["answer"] for each in told["routing_beyond_uniform"].values()} == {"gain"}
+    assert {each["answer"] for each in found["questions"]["forward_beyond_reverse"].values()} == {"undecided"}
     drawn = module_of("../tools/make_figures.py").continual(found)
     assert drawn.count("<circle") == 2 * (3 * len(collect.METHODS) + 2) + 3  # the bound forgets nothing; and a legend
 

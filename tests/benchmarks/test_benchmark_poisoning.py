@@ -13,6 +13,7 @@ import pytest
 
 from dualhead.recipe import load_recipe
 from dualhead.runs.crafted import surrogate_recipe
+from helpers.costs import training_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDER = """#!/usr/bin/env bash
@@ -95,14 +96,19 @@ def test_every_cell_has_a_recipe_and_is_measured_as_the_answer_needs(tmp_path, m
             surrogates[cell] = surrogate_recipe(recipe, given.surrogate).resolved()
     assert len({json.dumps(each, sort_keys=True) for each in surrogates.values()}) == 1  # one poison for all methods
     for method, base in collect.BASES.items():
-        if part == "small" and method in collect.CONTROLS:
+        if part == "small" and method in ("ensemble", "base_larger_eps", "dhat_fitted"):
             continue
         planned = [
             name for name in collect.PLANNED[part] if name != "hypocritical_self" or method in ("dhat", "distilled")
         ]
+        if method == "base_short":  # a trigger that is not learnt yet explains a success rate alone
+            planned = backdoors
         assert {f"{method}-{name}" for name in ("clean", *planned)} <= set(recipes)
         assert f"{base}-hypocritical" in recipes
     if part == "study":
+        cost = {name: training_cost(recipes[f"{name}-clean"]) for name in ("base", "dhat", "base_long", "distilled")}
+        assert cost["dhat"] / cost["base"] == pytest.approx(1.0, abs=0.01)
+        assert cost["distilled"] / cost["base_long"] == pytest.approx(1.0, abs=0.03)
         assert recipes["dhat_fitted-blend"].data.clean_validation
         assert recipes["dhat_fitted-blend"].stages[-1].fit is not None
     assert not recipes["dhat-blend"].data.clean_validation
@@ -113,7 +119,7 @@ def test_a_finished_seed_is_not_trained_again(tmp_path):
     cells = {"CELLS": "*-patch", "SEEDS": "1", "MORE_SEEDS": "1"}
     _, first = asked_of(tmp_path, "small", **cells)
     names = list(trained_by(first))
-    assert names == [f"{m}-patch/seed=0" for m in ("natural", "base", "dhat", "base_long", "distilled")]
+    assert names == [f"{m}-patch/seed=0" for m in ("natural", "base", "dhat", "base_long", "distilled", "base_short")]
     (tmp_path / "kept/small/dhat-patch/seed=0.json").unlink()
     _, again = asked_of(tmp_path, "small", **cells)
     assert list(trained_by(again)) == ["dhat-patch/seed=0"]
@@ -275,6 +281,24 @@ def test_the_number_of_seeds_that_would_decide(collect):
     assert collect.seeds_to_decide(0.02, 5.0, 0.02, 1) is None
 
 
+def test_an_attack_that_costs_the_base_method_nothing_leaves_nothing_to_help_with(collect):
+    made = study_of(-0.105)  # the base loses 10 points, DH-AT gains half a point
+    (told,) = collect.answers(made)
+    assert told["answer"] == "helps"
+    for name, lost in (("base", 0.1), ("dhat", -0.005)):
+        for seed, each in made[f"{name}-class_noise"].items():
+            each["clean_accuracy"] = made[f"{name}-clean"][seed]["clean_accuracy"] - 0.1 * lost
+    (told,) = collect.answers(made)
+    assert told["answer"] == "no effect"
+    assert "costs base +1.0 points" in told["sentence"]
+
+
+def test_answers_are_corrected_for_attacks_that_are_still_to_come(collect):
+    (alone,) = collect.answers(study_of(0.05))
+    (planned,) = collect.answers(study_of(0.05), ("class_noise", "label_flip", "hypocritical"))
+    assert planned["corrected_p_value"] == pytest.approx(3 * alone["corrected_p_value"])
+
+
 def test_one_seed_decides_nothing(collect):
     one = {name: {"0": runs["0"]} for name, runs in study_of(0.05).items()}
     (told,) = collect.answers(one)
@@ -295,12 +319,15 @@ def test_a_claim_needs_two_kinds_and_controls(collect):
     def claims(found):
         return collect.claims(found, planned)
 
-    helps = ["helps", "helps", "equal", "equal", "equal", "equal"]
+    helps = ["helps", "equal", "helps", "equal", "equal", "equal"]
     controls = {control: ["equal"] * 6 for control in collect.CONTROLS}
     assert claims(told(dhat=helps))["dhat"]["stands"] == "undecided"  # no controls yet
     assert claims(told(dhat=helps, **controls))["dhat"]["stands"] == "yes"
     explained = claims(told(dhat=helps, **{**controls, "ensemble": helps}))["dhat"]
-    assert (explained["stands"], explained["explained_by_controls"]) == ("no", ["patch", "sticker"])
+    assert (explained["stands"], explained["explained_by_controls"]) == ("no", ["patch", "class_noise"])
+    for alike in (["helps", "helps", *["equal"] * 4], [*["equal"] * 4, "helps", "helps"]):  # two of one kind are one
+        assert claims(told(dhat=alike, **controls))["dhat"]["stands"] == "no"
+    assert claims(told(dhat=helps, dhat_fitted=helps, **controls))["dhat"]["stands"] == "yes"  # it has the heads too
     assert claims(told(dhat=["helps", "harms"]))["dhat"]["stands"] == "no"
     assert claims(told(dhat=["equal"] * 6, **controls))["dhat"]["stands"] == "no"
     assert claims(told(dhat=["helps", "undecided"]))["dhat"]["stands"] == "undecided"

@@ -110,6 +110,8 @@ def test_split_describes_itself_and_takes():
     assert taken.images[:, 0, 0, 0].tolist() == [3, 0]
     assert same(split.first(2), split.take(torch.tensor([0, 1])))
     assert same(split.first(99), split)
+    assert same(split.spread(99), split)
+    assert same(split.spread(2), split.take([0, 2]))
     refused("at least 1, got 0", split.first, 0)
 
 

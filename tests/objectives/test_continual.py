@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from dualhead.attacks.pgd import PGD
-from dualhead.data import Batch, Memory, StreamImages
+from dualhead.data import Batch, Loader, Memory, Split, StreamImages, StreamSetting, augmentations, streams
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.objectives import Before, objectives
@@ -233,6 +234,34 @@ def test_a_memory_holds_each_class_evenly_and_is_a_function_of_its_seed():
     assert torch.equal(chosen, Memory(20, seed=1).chosen(labels))
     assert not torch.equal(chosen, Memory(20, seed=2).chosen(labels))
     assert len(Memory(1000).chosen(labels)) == len(labels)
+
+
+def test_what_is_rehearsed_is_augmented_as_the_stages_own_images_are():
+    labels = torch.arange(24) % 3
+    images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
+    setting = StreamSetting(Split(images, labels, ("a", "b", "c")), 2, 12, seed=0, device=torch.device("cpu"))
+    beside = next(iter(Loader(setting.training, 12, seed=0, device=setting.device).epoch(0)))
+
+    def rehearsed(setting):
+        return next(iter(Memory(12).open(setting).epoch(0, 0)))(beside)
+
+    plain, flipped = rehearsed(setting), rehearsed(replace(setting, augment=(augmentations.build("flip"),)))
+    assert torch.equal(plain.y, flipped.y)
+    turned = [not torch.equal(a, b) for a, b in zip(plain.x, flipped.x, strict=True)]
+    assert 0 < sum(turned) < 12
+    assert all(torch.equal(a.flip(2), b) for a, b, each in zip(plain.x, flipped.x, turned, strict=True) if each)
+
+
+def test_noise_is_fitted_to_all_classes_where_images_are_in_their_order():
+    images = torch.cat([torch.full((5000, 1, 2, 2), value, dtype=torch.uint8) for value in (0, 200)])
+    labels = torch.arange(2).repeat_interleave(5000)
+    setting = StreamSetting(Split(images, labels, ("a", "b")), 1, 8, seed=0, device=torch.device("cpu"))
+    beside = next(iter(Loader(setting.training, 8, seed=0, device=setting.device).epoch(0)))
+    for covariance in ("channel", "full"):
+        found = next(iter(streams.build({"name": "gaussian", "covariance": covariance}).open(setting).epoch(0, 0)))(
+            beside
+        )
+        assert found.x.unique().numel() > 8  # of the first class alone all pixels would be black
 
 
 def test_what_cannot_be_is_refused():

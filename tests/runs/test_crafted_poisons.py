@@ -124,6 +124,10 @@ def test_the_surrogate_is_of_the_victims_backbone_or_the_victim_itself():
     (stage,) = made.stages
     assert (stage.objective.registered_name, stage.epochs, made.threat.eps) == ("sat", 10, 2 / 255)
     assert made.runtime.seed != given.runtime.seed
+    given = load_recipe("cifar10_cpu", ["data.poison={name: towards, surrogate: {objective: sat, eps: 2/255}}"])
+    (stage,) = surrogate_recipe(given, given.data.poison.surrogate).stages
+    assert given.stages[0].attack.step_size == pytest.approx(4 / 255)
+    assert stage.attack.step_size == pytest.approx(1 / 255)  # as long for its eps as the victim's
     own = load_recipe("digits", ["data.poison={name: towards, surrogate: {objective: self}}"])
     adaptive = surrogate_recipe(own, own.data.poison.surrogate)
     assert adaptive.stages == own.stages

@@ -123,3 +123,24 @@ def test_corruptions_of_a_recipe_reach_results_tables_report_and_comparison(tmp_
     compared = standings(read_entries([tmp_path / "0", tmp_path / "1"]))["rows"][-1]
     assert compared["corruptions"]["kinds"].keys() == row["corruptions"]["kinds"].keys()
     assert compared["seeds"] == [0, 1]
+
+
+def test_what_is_deployed_can_be_measured_alone(tmp_path):
+    short = [
+        *TINY[:3], "data.train_limit=80", "stages.*.epochs=1", "evaluate.gallery=0", "evaluate.limit=8",
+        "evaluate.attacks=[fgsm]", "runtime.device=cpu", "runtime.lanes=1", "validation.attack.steps=1",
+        "stages.*.attack.steps=1",
+    ]  # fmt: skip
+    told = {}
+    for outputs in ("all", "deployed"):
+        result = run.train("digits", [*short, f"evaluate.outputs={outputs}"], run_dir=tmp_path / outputs)
+        assert result.rows[-1].name in str(result)
+        told[outputs] = json.loads((tmp_path / outputs / "comparison.json").read_text())["rows"]
+        assert (tmp_path / outputs / "report.html").is_file()
+        assert read_entries([tmp_path / outputs])
+    (alone,) = told["deployed"]
+    assert alone["training_cost"].pop("seconds") >= 0
+    assert told["all"][-1]["training_cost"].pop("seconds") >= 0
+    assert alone == told["all"][-1]
+    assert len(told["all"]) > 3
+    assert not (tmp_path / "deployed" / "evaluation" / "rows").exists()

@@ -152,6 +152,14 @@ class Split:
             raise UserError(f"the number of images must be at least 1, got {n}")
         return self.take(range(min(n, len(self))))
 
+    def spread(self, n: int) -> Split:
+        """So many of the images, evenly spread over all of them, or all if there are fewer.
+
+        A sample that stands for all also where they are in the order of their classes.
+        """
+        count = min(n, len(self))
+        return self.take(torch.arange(count) * len(self) // max(count, 1))
+
 
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -51,6 +51,7 @@ class StreamSetting:
         load: reads the images of another source by its name, as `data.source` is read.
         size: height and width that the model takes, where images may be larger, for augmentations to cut from; None:
             those of the images.
+        augment: what the stage's own images go through, for streams that belong to them.
     """
 
     training: Split
@@ -61,6 +62,7 @@ class StreamSetting:
     group: Group = ALONE
     load: Callable[[str], Split] | None = None
     size: tuple[int, int] | None = None
+    augment: tuple[Augmentation, ...] = ()
 
     def as_seen(self, split: Split) -> Split:
         """Return images as the model sees them without augmentation: the middle of those that are larger."""
@@ -165,7 +167,7 @@ class _OpenImages(OpenStream):
 class Memory(Stream):
     """A few of the training images, the same ones throughout, in an order of their own: an episodic memory.
 
-    Classes are in it as evenly as they can be.
+    Classes are in it as evenly as they can be. What is kept is augmented anew each time, as the stage's own images are.
 
     Args:
         images: how many, at least 1.
@@ -194,8 +196,11 @@ class Memory(Stream):
         """See `Stream.open`; of fewer images than a batch has, some come twice in it."""
         chosen = self.chosen(setting.training.labels)
         times = -(-setting.batch_size // len(chosen))
-        kept = setting.as_seen(setting.training.take(chosen.repeat(times)))
-        loader = Loader(kept, setting.batch_size, seed=setting.seed, device=setting.device, group=setting.group)
+        kept = setting.training.take(chosen.repeat(times))
+        loader = Loader(
+            kept if setting.augment else setting.as_seen(kept), setting.batch_size, seed=setting.seed,
+            augment=setting.augment, device=setting.device, group=setting.group,
+        )  # fmt: skip
         return _OpenImages(loader, setting.steps)
 
 
@@ -230,7 +235,7 @@ class Uniform(Stream):
 class Gaussian(Stream):
     """Pixels drawn from a normal distribution that is fitted to the training images.
 
-    They are clipped to [0, 1]. Where there are many training images, the first 4,096 are fitted.
+    They are clipped to [0, 1]. Where there are many training images, 4,096 are fitted, spread over all of them.
 
     Args:
         covariance: `channel`, each channel's mean and deviation, so that pixels are independent; or `full`, mean and
@@ -243,11 +248,12 @@ class Gaussian(Stream):
 
     def open(self, setting: StreamSetting) -> OpenStream:
         """See `Stream.open`."""
-        first = torch.arange(min(4096, len(setting.training)))
+        some = setting.training.spread(4096)
         if self.covariance == "full":
-            pixels = torch.as_tensor(setting.as_seen(setting.training.take(first)).images[:])
-            return _OpenNoise(setting.seed, _correlated(pixels, setting.device))
-        pixels = setting.training.images[first]
+            return _OpenNoise(
+                setting.seed, _correlated(torch.as_tensor(setting.as_seen(some).images[:]), setting.device)
+            )
+        pixels = torch.as_tensor(some.images[:])
         values = pixels.to(torch.float64).div(255.0).transpose(0, 1).flatten(1)
         mean, deviation = (v.float().to(setting.device)[:, None, None] for v in (values.mean(1), values.std(1)))
         return _OpenNoise(setting.seed, lambda noise, shape: (mean + deviation * noise.normal(*shape)).clamp_(0.0, 1.0))

@@ -346,6 +346,8 @@ class Evaluate(Section):
     """`corruptions` among them is no attack: accuracy under common corruptions stands apart."""
     threats: tuple[Annotated[Threat, *THREAT], ...] = ()
     """Several threats, `[Linf:8/255, L2:0.5]`, each with columns of its own; empty: the recipe's threat."""
+    outputs: Literal["all", "deployed"] = "all"
+    """Of several heads: measure every output and the base model, or what is deployed alone, which is quicker."""
     limit: int | None = Field(None, gt=0)
     """Use only the first so many test images."""
     clean_model: str | None = None

@@ -42,6 +42,10 @@ def surrogate_recipe(recipe: Recipe, setting: Surrogate) -> Recipe:
     plain = without_poison(recipe).resolved()
     plain["runtime"] |= {"seed": setting.seed, "tensorboard": False}
     if setting.eps is not None:
+        for stage in plain["stages"]:  # a step that is written out belongs to the victim's eps
+            if stage["attack"] is not None and stage["attack"].get("step_size") and stage["threat"] is None:
+                share = setting.eps / plain["threat"]["eps"]
+                stage["attack"] = {**stage["attack"], "step_size": share * stage["attack"]["step_size"]}
         plain["threat"]["eps"] = setting.eps
     if setting.objective != "self":
         first = next((stage for stage in plain["stages"] if stage["fit"] is None), plain["stages"][0])

@@ -38,9 +38,9 @@ from dualhead.training import Stage
 _log = logging.getLogger(__name__)
 
 _HOW = re.compile(
-    r"data\.(workers|stream)|evaluate\.clean_model|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations"
+    r"data\.(workers|stream)|evaluate\.(clean_model|outputs)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations"
 )
-"""Keys that do not change results: speed, memory, logging, and what results are set beside."""
+"""Keys that do not change results: speed, memory, logging, and what else is measured."""
 _MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
 changes results a little."""

@@ -110,7 +110,7 @@ def measure(
     *,
     command: str | None = None,
 ) -> list[Row]:
-    """Measure every output of a trained network, and its base model, on the test images.
+    """Measure the outputs of a trained network, and its base model, on the test images; or what is deployed alone.
 
     The deployed output's results are written to `evaluation/`, the others' to `evaluation/rows/`, and all of them side
     by side to `comparison.json`.
@@ -134,7 +134,7 @@ def measure(
     poisoned = None if prepared.images.poisoning is None else Measures(prepared)
     rows: list[Row] = []
     last: list[Row] = []
-    for candidate in _candidates(prepared, model):
+    for candidate in _measured(prepared, model):
         output = candidate.output
         name, deployed = name_of(output, prepared.recipe.name), output == prepared.output
         where = prepared.folder.evaluation if deployed else prepared.folder.row(name)
@@ -279,8 +279,14 @@ def _write(prepared: Prepared, model: nn.Module, rows: Sequence[Row], sequence: 
 # ---- what is measured
 
 
+def _measured(prepared: Prepared, model: nn.Module) -> Iterator[Candidate]:
+    """Yield what the recipe wants measured."""
+    alone = prepared.recipe.evaluate.outputs == "deployed"
+    return (each for each in _candidates(prepared, model) if not alone or each.output == prepared.output)
+
+
 def _candidates(prepared: Prepared, model: nn.Module) -> Iterator[Candidate]:
-    """Yield all that is measured; the base model has the weights that its last stage kept."""
+    """Yield all that can be measured; the base model has the weights that its last stage kept."""
     if not isinstance(model, DualHeadClassifier):
         yield Candidate(MODEL, model)
         return

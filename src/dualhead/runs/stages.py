@@ -421,6 +421,7 @@ def _streams(prepared: Prepared, stage: Stage, loader: Loader) -> dict[str, Open
             prepared.images.training, len(loader), loader.global_batch,
             zlib.crc32(f"{stage.name}/{name}".encode()) + prepared.recipe.runtime.seed, prepared.device, group(),
             prepared.images.further.__getitem__, prepared.architecture.image_shape[1:],
+            augmentations_of(prepared.recipe, stage),
         )  # fmt: skip
         opened[name] = stream.open(setting)
     return opened
@@ -472,8 +473,8 @@ def _memory(
         split = prepared.images.training
 
         def images(count: int) -> Iterator[tuple[Tensor, Tensor, Streams]]:
-            first = _as_seen(prepared, split.first(min(count, len(split))))
-            for batch in batches(first, RECALLED_AT_ONCE, prepared.device, processes.share_of(len(first))):
+            some = _as_seen(prepared, split.spread(count))
+            for batch in batches(some, RECALLED_AT_ONCE, prepared.device, processes.share_of(len(some))):
                 yield batch.x, batch.y, Streams.of(recipe.runtime.seed, batch.index).fork(stage.name, MEMORY)
 
         with in_eval_mode(passes.learners), CountFlops() as counter:

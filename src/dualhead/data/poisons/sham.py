@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dualhead.data.poisons.base import REMOVED, Poisoned, moved, pixels_of, poisons
+import torch
+from torch import Tensor
+
+from dualhead.data.poisons.base import REMOVED, Poisoned, pixels_of, poisons
 from dualhead.data.poisons.control import Control
 from dualhead.data.poisons.search import Craft
 from dualhead.data.split import Split
 from dualhead.noise import Streams
+
+_TRIES = 12
+"""Each brings the length nearer, since what rounding and the ends of the range take changes little with the amount."""
 
 
 @poisons.register("sham")
@@ -33,5 +39,25 @@ class Sham(Control):
         touched = made.index[made.new_label != REMOVED]
         length = made.l2[made.new_label != REMOVED]
         noise = Streams.of(self.seed, touched).fork("sham").uniform(*clean.image_shape).double() * 2 - 1
-        noise = noise * (255 * length / noise.flatten(1).norm(dim=1).clamp_min(1e-12))[:, None, None, None]
-        return Poisoned.of(clean, touched, images=moved(pixels_of(clean)[touched], noise), facts=made.facts)
+        pixels = pixels_of(clean)[touched]
+        return Poisoned.of(clean, touched, images=as_long(pixels, noise, 255 * length), facts=made.facts)
+
+
+def as_long(pixels: Tensor, noise: Tensor, length: Tensor) -> Tensor:
+    """Add noise to images, so much that they have moved by a given length once they are rounded and clipped.
+
+    Args:
+        pixels: uint8 [B, C, H, W].
+        noise: float64 [B, C, H, W].
+        length: Euclidean, in grey levels, float64 [B]; where no amount reaches it, the noise is as large as it can be.
+
+    Returns:
+        uint8 [B, C, H, W].
+    """
+    scale = length / noise.flatten(1).norm(dim=1).clamp_min(1e-12)
+    made = pixels
+    for _ in range(_TRIES):
+        made = (pixels + noise * scale[:, None, None, None]).round().clamp(0, 255).to(torch.uint8)
+        moved = (made.double() - pixels.double()).flatten(1).norm(dim=1)
+        scale = scale * (length / moved.clamp_min(1.0)).clamp(0.5, 2.0)
+    return made
