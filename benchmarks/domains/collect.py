@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from dualhead.evaluation import Evaluation, interval_over_samples
@@ -64,6 +65,7 @@ def record(run: Path) -> dict[str, Any]:
     corrupted = json.loads((run / "evaluations" / "corruptions" / "results.json").read_text())["corruptions"]
     told: dict[str, Any] = {
         "environment": json.loads((run / "environment.json").read_text()),
+        "epochs": [stage["epochs"] for stage in yaml.safe_load((run / "config.yaml").read_text())["stages"]],
         "images": next(iter(found.values())).num_samples,
         "cost": row["training_cost"],
         "parameters": row["parameters"],
@@ -88,8 +90,8 @@ def record(run: Path) -> dict[str, Any]:
 
 def accuracies_of(evaluation: Evaluation) -> dict[str, Any]:
     """Return what `routes.json` says of each route, for a network that has one."""
-    return {key: evaluation.results[key] for key in ("clean_accuracy", "robust_accuracy", "checks")
-            if key in evaluation.results}  # fmt: skip
+    told = {key: evaluation.results[key] for key in ("clean_accuracy", "robust_accuracy")}
+    return {**told, "checks": evaluation.checks}
 
 
 class Variant:
@@ -99,6 +101,12 @@ class Variant:
         self.name = folder.name
         files = {int(file.stem.removeprefix("seed=")): file for file in folder.glob("seed=*.json")}
         self.runs = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
+        settings = {
+            (tuple(run["epochs"]), run["environment"]["precision"], run["images"]) for run in self.runs.values()
+        }
+        if len(settings) > 1:
+            told = "; ".join(f"epochs {list(e)}, {p}, {n} images" for e, p, n in sorted(settings))
+            sys.exit(f"{folder}: its seeds are of several settings ({told}); remove those that are not wanted")
 
     def right(self, classifier: str, what: str) -> dict[int, NDArray[np.bool_]]:
         """Which test images a classifier has right, by seed."""
@@ -142,16 +150,21 @@ class Variant:
 
 def difference(first: tuple[Variant, str], second: tuple[Variant, str], what: str) -> dict[str, Any] | None:
     """Second minus first, in clean accuracy or under all attacks, over the seeds that both have; None without any."""
-    one, other = first[0].right(first[1], what), second[0].right(second[1], what)
+    found = between(first[0].right(first[1], what), second[0].right(second[1], what))
+    names = {"first": f"{first[0].name}: {first[1]}", "second": f"{second[0].name}: {second[1]}", "what": what}
+    return None if found is None else {**names, **found}
+
+
+def between(one: Mapping[int, NDArray[Any]], other: Mapping[int, NDArray[Any]]) -> dict[str, Any] | None:
+    """Return the second's accuracy less the first's, from what is right of each image by seed; None without a pair."""
     seeds = sorted(one.keys() & other.keys())
     if not seeds:
         return None
-    right = [[of[seed] for seed in seeds] for of in (one, other)]
-    gains = [float(b.mean() - a.mean()) for a, b in zip(*right, strict=True)]
+    first, second = ([of[seed] for seed in seeds] for of in (one, other))
+    gains = [float(b.mean() - a.mean()) for a, b in zip(first, second, strict=True)]
     return {
-        "first": f"{first[0].name}: {first[1]}", "second": f"{second[0].name}: {second[1]}", "what": what,
         "difference": float(np.mean(gains)), "seeds": gains, "seeds_interval": student(gains),
-        "images_interval": list(interval_over_samples(*right)),
+        "images_interval": list(interval_over_samples(first, second)),
     }  # fmt: skip
 
 
@@ -205,14 +218,18 @@ def hypotheses(known: Mapping[str, Variant]) -> dict[str, Any]:
         of(("dual", own["clean"]), ("dual", other["robust"]), "worst"),  # both with the clean statistics
         of(("dual", other["clean"]), ("dual", own["robust"]), "worst"),  # both with the robust ones
     ]
-    exchanged = [of(("dual", own[k]), ("dual", other[k]), what) for k in own for what in ("clean", "worst")]
+    exchanged = [  # the clean map is hardly robust, and one that answers alike to all images would be more so
+        of(("dual", own[k]), ("dual", other[k]), what)
+        for k, what in (("clean", "clean"), ("robust", "clean"), ("robust", "worst"))
+    ]
+    joint = of(("single-joint", "all"), ("dual-affine", ROBUST_ROUTE), "worst")
     group = [
         of(("group-single", "all"), ("group-dual", CLEAN_ROUTE), "clean"),
         of(("group-single", "all"), ("group-dual", ROBUST_ROUTE), "worst"),
     ]
     return {
-        "H1": {"answer": answer([(gains["dual"], "gain"), (gains["dual-affine"], "gain"),
-                                 (gains["dual-statistics"], "no gain")]), "differences": list(gains.values())},
+        "H1": {"answer": answer([(gains["dual"], "gain"), (gains["dual-affine"], "gain"), (joint, "gain"),
+                                 (gains["dual-statistics"], "no gain")]), "differences": [*gains.values(), joint]},
         "H1'": {"answer": equal(list(gains.values())), "differences": list(gains.values())},
         "H2": {"answer": answer([*((d, "gain") for d in by_affine), *((d, "loss") for d in exchanged)]),
                "differences": [*by_affine, *exchanged]},
@@ -221,19 +238,37 @@ def hypotheses(known: Mapping[str, Variant]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def mixture(variant: Variant, first: str, second: str, share: float, what: str) -> dict[int, NDArray[np.float64]]:
+    """Return how often each image is right if the first classifier answers with a probability of `share`, by seed."""
+    one, other = variant.right(first, what), variant.right(second, what)
+    return {seed: share * one[seed] + (1 - share) * other[seed] for seed in one.keys() & other.keys()}
+
+
 def merged_or_between(known: Mapping[str, Variant]) -> dict[str, Any]:
-    """H4: each merging against the point of the curve that is the most robust of those at least as accurate."""
+    """H4: each merging against the most robust mixture of two points of the curve that is as accurate as it is.
+
+    A mixture draws one of the two for each answer, so that it costs one pass; one point alone is a mixture too.
+    """
     if "dual" not in known or not known["dual"].runs:
         return {"answer": "undecided", "differences": []}
-    told = known["dual"].describe()
+    dual = known["dual"]
+    told = dual.describe()
     points = {f"t={point['t']:g}": point for point in told.get("curve", [])}
     points |= {head: told["routes"][head] for head in (CLEAN_ROUTE, ROBUST_ROUTE)}
+    clean, robust = ({name: point[what]["mean"] for name, point in points.items()} for what in ("clean", "worst"))
     found = []
     for name, merged in told.get("merged", {}).items():
-        reach = {p: point for p, point in points.items() if point["clean"]["mean"] >= merged["clean"]["mean"]}
-        if reach:
-            best = max(reach, key=lambda p: reach[p]["worst"]["mean"])
-            found.append(difference((known["dual"], best), (known["dual"], name), "worst"))
+        wanted = merged["clean"]["mean"]
+        pairs = [(a, b) for a in points for b in points if clean[a] >= wanted > clean[b]]
+        shares = {(a, b): (wanted - clean[b]) / (clean[a] - clean[b]) for a, b in pairs}
+        shares |= {(a, a): 1.0 for a in points if clean[a] >= wanted}
+        if not shares:
+            continue
+        a, b = max(shares, key=lambda pair: shares[pair] * robust[pair[0]] + (1 - shares[pair]) * robust[pair[1]])
+        difference_of = between(mixture(dual, a, b, shares[a, b], "worst"), dual.right(name, "worst"))
+        if difference_of is not None:
+            mixed = f"dual: {a}" if a == b else f"dual: {shares[a, b]:.2f} {a}, else {b}"
+            found.append({"first": mixed, "second": f"dual: {name}", "what": "worst", **difference_of})
     verdicts = [verdict(each) for each in found]
     answered = (
         "holds" if "gain" in verdicts else "does not hold" if verdicts and set(verdicts) == {"loss"} else "undecided"

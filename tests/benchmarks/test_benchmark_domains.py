@@ -12,7 +12,7 @@ from dualhead.evaluation import Evaluation, Verdicts
 from dualhead.evaluation.results import accuracies
 from dualhead.recipe import load_recipe
 from helpers import studies
-from helpers.studies import ROOT, after, module_of
+from helpers.studies import ROOT, after, made_run, measured, module_of
 
 
 def asked_of(folder, **environment):
@@ -45,9 +45,9 @@ def test_every_variant_has_a_recipe_of_equal_cost_and_is_measured_as_what_it_is(
         assert cost == pytest.approx(640, rel=0.03), name
         routes = [w for w in measured if f"/{name}/" in w[1] and "--routes" in w]
         assert bool(routes) == (recipe.model.tied is not None), name
-    (tmp_path / "kept/dual/seed=1.json").unlink()
+    (tmp_path / "kept/dual/seed=4.json").unlink()
     ended, again = asked_of(tmp_path, STUDIES="dual*")
-    assert [after("--run-dir", words) for words in again if words[0] == "train"] == [str(tmp_path / "out/dual/seed=1")]
+    assert [after("--run-dir", words) for words in again if words[0] == "train"] == [str(tmp_path / "out/dual/seed=4")]
     ended, _ = asked_of(tmp_path, STUDIES="nothing")
     assert ended.returncode == 2
     assert "no variant is called so" in ended.stderr
@@ -104,7 +104,8 @@ def test_a_kept_run_tells_all_that_its_folder_told(collect, tmp_path):
         for name, content in {
             "model/config.json": {"added_parameters": 480},
             "comparison.json": {"rows": [{"training_cost": {"seconds": 60.0 + seed}, "parameters": 77_850}]},
-            "environment.json": {"cpu": "one"},
+            "environment.json": {"cpu": "one", "precision": "bf16"},
+            "config.yaml": {"stages": [{"epochs": 40}]},
             "evaluations/domains/routes.json": {"routes": routes},
             "evaluations/corruptions/results.json": {"corruptions": corruptions},
         }.items():
@@ -125,3 +126,81 @@ def test_a_kept_run_tells_all_that_its_folder_told(collect, tmp_path):
     assert gain["difference"] == pytest.approx(
         told["routes"]["head2"]["worst"]["mean"] - told["routes"]["head1"]["worst"]["mean"]
     )
+    mixed = dict(enumerate(json.loads((kept / f"dual/seed={seed}.json").read_text()) for seed in range(2)))
+    (kept / "dual/seed=1.json").write_text(json.dumps({**mixed[1], "epochs": [20]}))
+    with pytest.raises(SystemExit, match="several settings"):
+        collect.Variant(kept / "dual")
+
+
+class Dual:
+    """A variant whose classifiers have these shares of 1,000 images right, the robust ones among the clean."""
+
+    name = "dual"
+    runs = dict.fromkeys(range(3), "a seed")
+
+    def __init__(self, **shares):
+        self.shares = shares
+
+    def right(self, classifier, what):
+        share = self.shares[classifier][what == "worst"]
+        return {seed: np.arange(1000) < 1000 * share + seed for seed in self.runs}
+
+    def describe(self):
+        def told(name):
+            return {what: {"mean": self.right(name, what)[1].mean()} for what in ("clean", "worst")}
+
+        names = {key: [name for name in self.shares if name.startswith(key)] for key in ("head", "t=", "merge")}
+        return {
+            "routes": {name: told(name) for name in names["head"]},
+            "curve": [{"t": float(name[2:]), **told(name)} for name in names["t="]],
+            "merged": {name: told(name) for name in names["merge"]},
+        }
+
+
+@pytest.mark.parametrize(("robust", "answer"), [(0.20, "holds"), (0.10, "does not hold")])
+def test_a_merging_is_set_beside_the_best_mixture_of_two_points(collect, robust, answer):
+    """Halfway between 0.5 and 0.4 clean, a mixture of head 1 and t=0.5 is right on half of each: 15 % robust."""
+    shares = {"head1": (0.5, 0.0), "t=0.5": (0.4, 0.3), "head2": (0.3, 0.31), "merge": (0.45, robust)}
+    found = collect.merged_or_between({"dual": Dual(**shares)})
+    assert found["answer"] == answer
+    (told,) = found["differences"]
+    assert told["first"] == "dual: 0.50 head1, else t=0.5"
+    assert told["difference"] == pytest.approx(robust - 0.15, abs=0.002)
+
+
+def kept_of(folder, name, robust):
+    for seed, share in enumerate(robust):
+        run = made_run(folder / "runs" / name / str(seed), strong=measured(0.5, share))
+        module_of("kept.py").keep(run, folder / "kept" / name / f"seed={seed}.json", ["strong"])
+
+
+def test_more_classes_are_told_by_shares_of_what_trades_reaches(tmp_path, monkeypatch):
+    told = module_of("domains/classes_told.py")
+    for classes, base, gain in ((20, 0.20, 0.05), (200, 0.04, 0.20)):
+        kept_of(tmp_path, f"trades-{classes}", [base, base, base])
+        kept_of(tmp_path, f"aligned-{classes}", [base * (1 + gain + off) for off in (0, 0.05, -0.05)])
+        kept_of(tmp_path, f"one_head-{classes}", [base * 1.05] * 3)
+    found = told.tell(tmp_path / "kept")
+    assert found["gains"][200]["aligned"]["mean"] == pytest.approx(0.2, abs=0.01)
+    assert found["H5"]["mean"] == pytest.approx(0.15, abs=0.01)
+    assert found["H5"]["answer"] == "holds"
+    assert found["one head grows"]["mean"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_all_numbers_of_classes_have_as_many_images_and_methods_cost_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    ended, asked = studies.asked_of(
+        "benchmarks/domains/classes.sh", tmp_path, "DATA", str(tmp_path / "out"), SEEDS="1", CLASSES="20 200"
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    passes = {"trades": 11, "aligned": 10, "one_head": 10}
+    trained = [words for words in asked if words[0] == "train"]
+    assert len(trained) == 6
+    for words in trained:
+        method = Path(words[1]).stem.removeprefix("tiny_")
+        (stage,) = load_recipe(words[1]).stages
+        assert stage.epochs * passes[method] == 220
+    _, again = studies.asked_of(
+        "benchmarks/domains/classes.sh", tmp_path, "DATA", str(tmp_path / "out"), SEEDS="1", CLASSES="20 200"
+    )
+    assert again == []
