@@ -59,10 +59,10 @@ def length(folder: Path) -> int | None:
 
 
 def betas(folder: Path, epochs: int) -> tuple[int | None, int | None]:
-    """Return the betas of TRADES and of guided distillation at a length; None of one that is open."""
+    """Return the betas of TRADES and of guided distillation at twice a length; None of one that is open."""
     base, guided = (
         _chosen(folder, {beta: f"{method}-beta-{beta}" for beta in BETAS})
-        for method in (f"base-{epochs}", f"guided-{2 * epochs}")
+        for method in (f"base-{2 * epochs}", f"guided-{2 * epochs}")
     )
     return base and best(base), guided and best(guided)
 

@@ -72,7 +72,7 @@ if [[ -z $EPOCHS ]]; then
 fi
 if [[ $phase == choose ]]; then
   for beta in 3 6 12; do
-    base "$EPOCHS" "$beta" 0
+    base "$((2 * EPOCHS))" "$beta" 0
     guided "$((2 * EPOCHS))" "$beta" 0
   done
   chosen=$(python "$here/collect.py" betas "$KEPT/$data" "$EPOCHS")

@@ -33,7 +33,7 @@ COMPARISONS = (
     ("trades-three", "trades-distilled"), ("trades-three", "trades-ensemble"),
     ("sat-base-best", "sat-base"), ("sat-base-long-best", "sat-base-long"),
     ("sat-distilled", "sat-base-best"), ("sat-distilled", "sat-base-long-best"),
-    ("trades-wide-beta-12", "trades-base-long-beta-12"), ("trades-wide-long-beta-12", "trades-base-long-beta-12"),
+    ("trades-wide-beta-12", "trades-base-beta-12"), ("trades-wide-long-beta-12", "trades-base-long-beta-12"),
     ("trades-distilled-beta-6", "trades-wide-long-beta-12"),
 )  # fmt: skip
 """Method and reference, of the rows that are still to be measured."""

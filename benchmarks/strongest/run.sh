@@ -35,17 +35,18 @@ study() {
   done
 }
 
-# merged NAME STUDY RECIPE SEEDS: head 1 of two runs of a study, seeds 2 N and 2 N + 1, merged to their mean.
+# merged NAME RECIPE SEEDS: head 1 of two runs in NAME-half, seeds 2 N and 2 N + 1, merged to their mean. Both scale images
+# alike, which the mean and deviation of other training images would not.
 merged() {
-  local name=$1 seed
+  local name=$1 half=$1-half scaled='model.normalize={mean: [0.4914, 0.4822, 0.4465], std: [0.2470, 0.2435, 0.2616]}' seed
   [[ $name == $STUDIES ]] || return 0
   known=1
   echo "$name"
-  for ((seed = ${shard%/*}; seed < $4; seed += ${shard#*/})); do
+  for ((seed = ${shard%/*}; seed < $3; seed += ${shard#*/})); do
     ! is_kept "$name" "$seed" || continue
-    trained "$2" "$3" $((2 * seed))
-    trained "$2" "$3" $((2 * seed + 1))
-    python "$here/merge.py" "$out/$2/seed=$((2 * seed))" "$out/$2/seed=$((2 * seed + 1))" "$out/$name/seed=$seed"
+    trained "$half" "$2" $((2 * seed)) "$scaled"
+    trained "$half" "$2" $((2 * seed + 1)) "$scaled"
+    python "$here/merge.py" "$out/$half/seed=$((2 * seed))" "$out/$half/seed=$((2 * seed + 1))" "$out/$name/seed=$seed"
     measured "$name" "$seed" merged
   done
 }
@@ -129,10 +130,10 @@ if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the b
   study trades-base-long-beta-12 base "$pair" one stages.base.epochs=320 stages.base.objective.beta=12
   study trades-distilled-beta-6 distilled "$pair" merged stages.guided.objective.head1.beta=6
   # A single head of as many parameters as two, at the most robust beta.
-  study trades-wide-beta-12 wide "$SEEDS" one stages.wide.objective.beta=12
-  study trades-wide-long-beta-12 wide "$SEEDS" one stages.wide.objective.beta=12 stages.wide.epochs=176
+  study trades-wide-beta-12 wide "$SEEDS" one stages.wide.objective.beta=12 stages.wide.epochs=84
+  study trades-wide-long-beta-12 wide "$SEEDS" one stages.wide.objective.beta=12 stages.wide.epochs=168
   # Two and three models at the cost of `distilled`.
-  merged trades-guided-merged trades-guided guided "$SEEDS"
+  merged trades-guided-merged guided "$SEEDS"
   study trades-three three "$SEEDS" merged
   # And `distilled` at half its length, which costs what the others do.
   study mart-distilled-short distilled "$SEEDS" merged "$(guided "$half")" "${short[@]}"

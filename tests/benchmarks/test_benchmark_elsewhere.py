@@ -33,7 +33,7 @@ def test_both_phases_ask_for_recipes_that_can_be_read(data, epochs, tmp_path, mo
     chosen = trained(asked)
     assert set(chosen) == {
         f"{data}/{name}-beta-{beta}/seed=0"
-        for name in (f"base-{epochs}", f"guided-{2 * epochs}")
+        for name in (f"base-{2 * epochs}", f"guided-{2 * epochs}")
         for beta in (3, 6, 12)
     }
     attacked = [words for words in asked if words[0] == "evaluate"]
@@ -92,7 +92,7 @@ def test_choices_follow_the_protocol(collect):
 
 
 def test_betas_are_chosen_once_all_are_measured(collect, tmp_path, capsys):
-    for name, robust in (("base-40", (0.1, 0.12, 0.11)), ("guided-80", (0.13, 0.1, 0.12))):
+    for name, robust in (("base-80", (0.1, 0.12, 0.11)), ("guided-80", (0.13, 0.1, 0.12))):
         for beta, share in zip((3, 6, 12), robust, strict=True):
             run = made_run(tmp_path / "run", held_out=(0, 0))
             measured(0.5, share).save(run / "evaluations" / "held_out")
@@ -105,7 +105,7 @@ def test_betas_are_chosen_once_all_are_measured(collect, tmp_path, capsys):
     collect.main(["betas", str(tmp_path / "kept/tiny"), "40"])
     assert capsys.readouterr().out == "6 3\n"
     assert collect.length(tmp_path / "kept/tiny") is None
-    assert collect.tell(tmp_path / "kept")["tiny"]["choose"]["base-40-beta-6"] == {"clean": 0.5, "robust": 0.12}
+    assert collect.tell(tmp_path / "kept")["tiny"]["choose"]["base-80-beta-6"] == {"clean": 0.5, "robust": 0.12}
 
 
 def test_the_comparison_is_answered_for_both_heads_and_for_head_2(collect, tmp_path, capsys):

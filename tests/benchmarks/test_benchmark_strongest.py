@@ -61,7 +61,7 @@ def recipe_of(words):
     return load_recipe(words[1], words[2 : words.index("--run-dir")])
 
 
-@pytest.mark.parametrize(("scale", "studies"), [("cpu", 53), ("gpu", 11)])
+@pytest.mark.parametrize(("scale", "studies"), [("cpu", 54), ("gpu", 11)])
 def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = asked_of(scale, tmp_path)
@@ -74,10 +74,10 @@ def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, mon
     halves = [tuple(map(Path, words[1:])) for words in asked if words[0].endswith("merge.py")]
     assert all({first, second} <= set(runs) for first, second, _ in halves)
     made = [each for *_, each in halves]
-    of_pairs = [
-        run for run in runs if run.parent.name == "trades-guided" and run.name in ("seed=3", "seed=4", "seed=5")
-    ]
-    assert len(made) == len(of_pairs) == (3 if scale == "cpu" else 0)
+    of_pairs = [run for run in runs if run.parent.name == "trades-guided-merged-half"]
+    assert 2 * len(made) == len(of_pairs) == (6 if scale == "cpu" else 0)
+    scaled = [recipe_of(words).model.normalize for words in trained if run_of(words) in of_pairs]
+    assert all(each == scaled[0] and each.mean for each in scaled)  # else the two could not be merged
     found = {"strong": [], "adaptive": [], "autoattack": []}
     for words in asked:
         if words[0] == "evaluate":
@@ -110,6 +110,9 @@ def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
             if other != "ensemble" or method == "trades":
                 assert 0.95 * most <= training_cost(recipes[f"{method}-{other}"]) <= 1.001 * most, (method, other)
     if scale == "cpu":
+        for length in ("", "-long"):
+            wide, base = (training_cost(recipes[f"trades-{name}{length}-beta-12"]) for name in ("wide", "base"))
+            assert 0.95 * base <= wide <= 1.001 * base
         short, long, mart = (training_cost(recipes[name]) for name in ("trades-base", "trades-base-long", "mart-base"))
         for name, most in (("trades-three", long), ("trades-three-short", short), ("mart-distilled-short", mart)):
             assert 0.95 * most <= training_cost(recipes[name]) <= 1.001 * most, name
@@ -138,7 +141,7 @@ def test_it_goes_on_elsewhere_from_what_was_kept(tmp_path):
         (tmp_path / f"there/kept/{name}.json").unlink()
     ended, asked = asked_of("cpu", tmp_path / "there", **chosen)
     runs = [str(run_of(words)).split("/out/")[1] for words in asked if words[0] == "train"]
-    assert runs == ["mart-distilled/seed=1", "trades-guided/seed=4", "trades-guided/seed=5"]
+    assert runs == ["mart-distilled/seed=1", *(f"trades-guided-merged-half/seed={seed}" for seed in (4, 5))]
     assert "trades-ensemble seed 0: its run is not here, so AutoAttack is left out" in ended.stdout
 
 
