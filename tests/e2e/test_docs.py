@@ -40,6 +40,7 @@ CANNOT = {
     "dualhead train mine.yaml data.source=path/to/my_images": "weights that only the reader has",
     "dualhead train digits_dual_bn": "a minute of training; tests/e2e/test_two_routes.py trains it",
     "dualhead evaluate runs/dual": "of what that leaves; tests/e2e/test_tied_heads.py measures routes",
+    "dualhead evaluate runs/digits_routed": "of what training leaves; tests/runs/test_routed_runs.py measures it",
     "dualhead sweep": "trains many networks; its own tests run small ones",
     "dualhead train half.yaml": "tests/e2e/test_own_components.py runs that page from an empty folder",
     "dualhead evaluate runs/half": "likewise",
