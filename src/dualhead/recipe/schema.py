@@ -347,7 +347,7 @@ class Evaluate(Section):
     threats: tuple[Annotated[Threat, *THREAT], ...] = ()
     """Several threats, `[Linf:8/255, L2:0.5]`, each with columns of its own; empty: the recipe's threat."""
     outputs: Literal["all", "deployed"] = "all"
-    """Of several heads: measure every output and the base model, or what is deployed alone, which is quicker."""
+    """Measure every output of several heads and the base model, or what is deployed alone, which is quicker."""
     limit: int | None = Field(None, gt=0)
     """Use only the first so many test images."""
     clean_model: str | None = None
