@@ -131,6 +131,9 @@ def test_all_of_it_is_measured_told_and_not_measured_again(tmp_path):
     assert set(judged) == set(found["routes"])
     assert all(set(row) == {*found["routes"], "mean"} for row in judged.values())
     assert set(found["gaps"]) == {"stored", "images"}
+    stored = found["gaps"]["stored"]["layers"]
+    for head in ("head1", "head2"):  # one row a layer, whatever is told of it
+        assert set(stored) == {path for path in found["gaps"]["images"][head]["layers"] if "trunk" not in path}
     assert all(torch.equal(before[name], tensor) for name, tensor in dual.state_dict().items())
     held = json.loads((tmp_path / "routes.json").read_text())
     fewer = dataclasses.replace(setting, kinds=("own",))

@@ -272,10 +272,10 @@ def _gaps(
 ) -> dict[str, Any]:
     """Distances of stored tensors, and of clean from attacked images under the tensors of one head."""
     stored = stored_gaps(classifier, setting.clean, setting.robust)
-    seen = {
-        head: image_gaps(models[head], *(_in_batches(of, models[head], setting) for of in (images, made[head])))
-        for head in (setting.clean, setting.robust)
-    }
+    seen: dict[str, dict[str, Gap]] = {}
+    for head in (setting.clean, setting.robust):
+        of = image_gaps(models[head], *(_in_batches(each, models[head], setting) for each in (images, made[head])))
+        seen[head] = {path.removeprefix("head."): gap for path, gap in of.items()}  # as stored ones are called
     return {
         "stored": {"summary": _summary(stored), "layers": stored},
         "images": {head: {"summary": _summary(gap), "layers": gap} for head, gap in seen.items()},
