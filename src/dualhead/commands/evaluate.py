@@ -234,7 +234,7 @@ def _held_out(request: Request, most: int) -> tuple[Tensor, Tensor]:
     if not recipe.data.validation:
         raise UserError("--routers: the best router is chosen on held-out images, and data.validation of the run is 0")
     _, held = parted(Path(request.model), recipe, recipe.data.load("train"))
-    if recipe.data.train_size and recipe.data.image_size:  # larger ones are for augmentations to cut from
+    if recipe.data.image_size:  # larger ones are for augmentations to cut from
         held = held.show_middle(*recipe.data.image_size)
     return torch.as_tensor(held.images[:most]), held.labels[:most]
 

@@ -202,7 +202,7 @@ def training_images(request: Request, asked: Resolved) -> Split:
             )  # fmt: skip
         except UserError:
             return asked.images
-    return found if found.image_shape == shape else found.show_middle(*shape[1:])
+    return found.show_middle(*shape[1:])
 
 
 def _trained_with(request: Request) -> str | None:

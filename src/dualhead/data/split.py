@@ -137,7 +137,9 @@ class Split:
         return replace(self, images=images, labels=self.labels[chosen])
 
     def show_middle(self, height: int, width: int) -> Split:
-        """The middle of each image, of that height and width."""
+        """The middle of each image, of that height and width; all of it where it is no larger."""
+        if self.image_shape[1:] == (height, width):
+            return self
         if isinstance(self.images, StoredImages):
             return replace(self, images=self.images.show_middle(height, width))
         return replace(self, images=middle(self.images[:], height, width))

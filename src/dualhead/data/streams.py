@@ -66,9 +66,7 @@ class StreamSetting:
 
     def as_seen(self, split: Split) -> Split:
         """Return images as the model sees them without augmentation: the middle of those that are larger."""
-        if self.size is None or self.size == split.image_shape[1:]:
-            return split
-        return split.show_middle(*self.size)
+        return split if self.size is None else split.show_middle(*self.size)
 
 
 class Stream(ABC):

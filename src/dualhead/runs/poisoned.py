@@ -126,7 +126,7 @@ class Measures:
             return None
         chosen = poisoning.made.split.take(torch.searchsorted(poisoning.made.rows, rows))
         size = self.prepared.recipe.data.image_size
-        if size is not None and self.prepared.recipe.data.train_size is not None:
+        if size is not None:
             chosen = chosen.show_middle(*size)
         return chosen.images[:].cpu(), chosen.labels.cpu(), poisoning.clean.labels[rows].cpu()
 

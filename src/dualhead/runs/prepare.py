@@ -325,7 +325,7 @@ def _hold_out(recipe: Recipe, loaded: Images) -> Images:
             if data.clean_validation:
                 held_out = poisoning.clean.take(poisoning.made.rows[chosen])
             poisoning = replace(poisoning, trained=poisoning.made.rows[~chosen])
-    if data.train_size and data.image_size:
+    if data.image_size:  # larger ones are for augmentations to cut from
         held_out = held_out.show_middle(*data.image_size)
     return replace(loaded, training=training, held_out=held_out, poisoning=poisoning)
 
@@ -513,8 +513,7 @@ def _tried(recipe: Recipe, stage: Stage, made: Architecture, training: Split, de
             )  # fmt: skip
         return made
     shown = training.take(torch.linspace(0, len(training) - 1, min(TRIED, len(training))).round().long())
-    if tuple(shown.image_shape) != tuple(made.image_shape):
-        shown = shown.show_middle(*made.image_shape[1:])
+    shown = shown.show_middle(*made.image_shape[1:])
     by_data, as_they_are = (_answers(way, stage, shown, device) for way in (made, raw))
     paired = mcnemar(as_they_are.numpy(), by_data.numpy())
     rates = [100 * float(right.float().mean()) for right in (as_they_are, by_data)]

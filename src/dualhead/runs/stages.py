@@ -409,8 +409,7 @@ def _watch(prepared: Prepared, stage: Stage) -> SingleStepWatch | None:
 
 def _as_seen(prepared: Prepared, split: Split) -> Split:
     """Return images as the network takes them without augmentation: the middle of those that are larger."""
-    height, width = prepared.architecture.image_shape[1:]
-    return split if split.image_shape[1:] == (height, width) else split.show_middle(height, width)
+    return split.show_middle(*prepared.architecture.image_shape[1:])
 
 
 def _streams(prepared: Prepared, stage: Stage, loader: Loader) -> dict[str, OpenStream]:
