@@ -343,7 +343,8 @@ def test_every_card_says_when_at_what_cost_and_where_published():
             assert all(len(told[word]) > 4 for word in ("When", "Cost", "Paper")), card
             assert "When: " not in card.partition("* *When")[0]
     costs = dict(re.findall(r"^## (\w+)$.*?^\* \*Cost:\* (.+?)$", made["components/objectives.md"], re.M | re.S))
-    assert costs == {name: OBJECTIVE_COSTS[name] for name in costs}
+    assert set(costs) == set(OBJECTIVE_COSTS), "count the passes of a new objective by hand, and write them there"
+    assert costs == OBJECTIVE_COSTS
     assert "4,040 queries" in made["components/attacks.md"]  # of autoattack-rand: 20 for each gradient
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dualhead.recipe import load_recipe, shipped_recipes
+from dualhead.runs.folder import MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
@@ -225,6 +226,23 @@ def test_what_was_kept_rounded_agrees_with_what_was_not():
         reach = float(stats.t.ppf(0.975, 2)) * spread / 3**0.5
         assert abs(mean - 100 * pair["difference"]) <= 0.15, pair
         assert abs(reach - 50 * (ends[1] - ends[0])) <= 0.45, pair  # seeds rounded to 0.1 move it by that much
+
+
+def test_the_pages_lead_to_every_page():
+    listed = set(re.findall(r"([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    made = {"index.md", "api.md", "contributing.md", "changelog.md"}  # by tools/docs_pages.py
+    assert pages | made == listed
+
+
+def test_the_keys_that_may_change_while_a_run_goes_on_are_told():
+    told = re.search(r"only these\s+keys\s+may change: (.*?)\.\n\n", (ROOT / "docs" / "faq.md").read_text(), re.S)
+    recipe = load_recipe("digits").resolved()
+    keys = [f"{part}.{key}" for part in ("data", "evaluate", "runtime") for key in recipe[part]]
+    keys += [f"stages.0.{key}" for key in recipe["stages"][0]]
+    assert told is not None
+    free = {key.removeprefix("stages.0.") for key in keys if MAY_CHANGE.fullmatch(key)}
+    assert set(re.findall(r"`([\w.]+)`", told[1])) == free
 
 
 def test_choosing_names_every_recipe():

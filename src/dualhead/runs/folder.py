@@ -41,7 +41,7 @@ _HOW = re.compile(
     r"data\.(workers|stream)|evaluate\.(clean_model|outputs)|runtime\.(save_minutes|tensorboard)|stages\.\d+\.checkpoint_activations"
 )
 """Keys that do not change results: speed, memory, logging, and what else is measured."""
-_MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
+MAY_CHANGE = re.compile(rf"{_HOW.pattern}|stages\.\d+\.micro_batch")
 """Keys that may change while a run goes on, as on a machine that has too little memory; with batch norm `micro_batch`
 changes results a little."""
 PLUGINS = "plugins"
@@ -325,7 +325,7 @@ def changes(folder: Path, recipe: Recipe, option: str = "--run-dir") -> dict[str
             raise UserError(f"{folder}: holds something that is not a run; choose another {option}")
         return {}
     found = dict(_differences(read_recipe(folder).resolved(), recipe.resolved()))
-    different = sorted(key for key in found if not _MAY_CHANGE.fullmatch(key))
+    different = sorted(key for key in found if not MAY_CHANGE.fullmatch(key))
     if different:
         if different == ["data.source"] and recipe.data.source.startswith(GIVEN):
             raise UserError(
