@@ -91,6 +91,20 @@ def test_as_many_training_images_show_every_class_however_few_there_are(digits):
     assert [sorted(set(labels.tolist())) for labels in trained_on] == [list(range(10))] * 2
 
 
+def test_the_floor_shows_every_class_of_training_images_that_are_sorted_by_class(digits):
+    training, held_out, test = digits
+    by_class = training.take(training.labels.argsort(stable=True))
+    few = test.first(60)
+    sampling = Sampling(200, (0,), 0.2, lambda labels, places: pixels(test)[places % len(test)], "given")
+    judge = Judge.of(Net(7), training, {"backbone": "net"})
+    floors = []
+    for images in (training, by_class):
+        sets = Sets(images, held_out, few, "held-out images")
+        found = measure_generation(Net(), sets, judge, sampling, lambda _: np.ones(1, bool))
+        floors.append(found.results["floor"])
+    assert floors[1]["coverage"] > 0.8 * floors[0]["coverage"]
+
+
 @pytest.mark.parametrize(("classes", "count"), [(10, 19), (2, 9)])
 def test_too_few_samples_are_refused_before_any_is_drawn(digits, classes, count):
     names = digits[0].class_names[:classes]

@@ -144,6 +144,8 @@ def test_all_of_it_is_measured_told_and_not_measured_again(tmp_path):
         dual.head1.fc.bias.add_(1.0)
     other = evaluate_routes(dual, X, Y, dataclasses.replace(setting, kinds=("gaps",)), output_dir=tmp_path)
     assert "curve" not in other  # of other weights
+    images = evaluate_routes(dual, 1 - X, Y, dataclasses.replace(setting, kinds=("transfer",)), output_dir=tmp_path)
+    assert "gaps" not in images  # of other images
 
 
 def test_corruptions_are_measured_through_each_route(tmp_path):

@@ -47,6 +47,7 @@ def test_and_per_image_is_that_of_the_evaluations_apart(union):
     each = [alone.robust_accuracy["worst"] for alone in apart.values()]
     assert right.mean() < min(each), "one threat decides all: too weak a test"
     assert evaluation.results["average"] == pytest.approx(np.mean(each))
+    assert evaluation.results["balanced_accuracy"] == evaluation.balanced_accuracy
     assert set(evaluation.robust_accuracy) == {f"{n}@{t}" for n, t in itertools.product(ATTACKS, apart)} | {"worst"}
     for label, alone in apart.items():  # each threat's own evaluation lies beside, and is one
         assert Evaluation.load(folder / "threats" / label).robust_accuracy == alone.robust_accuracy

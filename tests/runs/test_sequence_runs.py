@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dualhead.errors import Interrupted, UserError
-from dualhead.evaluation import Evaluation
+from dualhead.evaluation import Evaluation, evaluate
 from dualhead.recipe import parse_recipe
 from dualhead.runs.run import train
 from helpers.resume import outcome
@@ -171,6 +171,14 @@ def test_what_does_not_fit_is_refused(changes, message):
 def test_a_specialist_that_was_measured_otherwise_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"sequence.specialists.0: .* holds no finished evaluation"):
         train(recipe(sequence={"specialists": [str(tmp_path)]}), run_dir=tmp_path / "run")
+    made = recipe()
+    weaker = [threat.within(threat.eps / 2) for threat in made.threats_measured]
+    evaluate(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.rand(8, 1, 8, 8), torch.arange(8), threat=weaker,
+        attacks=["pgd-2"], output_dir=tmp_path / "weaker", diagnostics=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"measured under Linf eps 0.05, .* the sequence is under Linf eps 0.1, "):
+        train(recipe(sequence={"specialists": [str(tmp_path / "weaker")]}), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -214,13 +214,13 @@ def measure_generation(
             "features": features.shape[1],
             "accuracy": float((named == test.labels).double().mean()),
         },
-        **_against(features, of_test),
+        **_against(features, of_test, in_turn=True),
         **_scored(scored, "classification_accuracy_score"),
         "judge_agreement": curve[best]["judge_agreement"],
         "diversity": _diversity(features, labels) / _diversity(of_test, test.labels),
         "nearest": nearest,
         "floor": {
-            "images": len(as_many), **_against(floor, of_test),
+            "images": len(as_many), **_against(floor, of_test, in_turn=False),
             **_scored(score(as_many), "classification_accuracy_score"),
         },
         "curve": curve,
@@ -323,8 +323,14 @@ def _squared_discrepancy(a: Tensor, b: Tensor) -> float:
     return float(own - 2.0 * kernel(a, b).mean())
 
 
-def _against(features: Tensor, of_test: Tensor) -> dict[str, Any]:
-    """All distances of images from test images by their features; neighbours are counted among equally many."""
+def _against(features: Tensor, of_test: Tensor, *, in_turn: bool) -> dict[str, Any]:
+    """All distances of images from test images by their features; neighbours are counted among equally many.
+
+    Args:
+        features: of the images.
+        of_test: of test images.
+        in_turn: whether the images' classes come in turn, as those of samples, so that the first ones show them all.
+    """
     kernel, ends = kernel_distance(features, of_test)
     count = min(len(features), len(of_test))
     real = of_test[_spread(len(of_test), count)]
@@ -332,7 +338,7 @@ def _against(features: Tensor, of_test: Tensor) -> dict[str, Any]:
         "frechet_distance": frechet_distance(features, of_test),
         "kernel_distance": kernel,
         "kernel_distance_interval": ends,
-        **precision_recall(real, features[:count], NEIGHBOURS),
+        **precision_recall(real, features[:count] if in_turn else features[_spread(len(features), count)], NEIGHBOURS),
     }
 
 

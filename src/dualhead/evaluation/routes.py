@@ -18,7 +18,7 @@ from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
 from dualhead.evaluation.asked import Asked, Spec
 from dualhead.evaluation.harness import evaluate
-from dualhead.evaluation.journal import finite, weights_fingerprint
+from dualhead.evaluation.journal import data_fingerprint, finite, weights_fingerprint
 from dualhead.evaluation.model import device_of, frozen
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation, interval, share
@@ -43,7 +43,7 @@ Kind = Literal["own", "crossed", "merged", "curve", "transfer", "gaps"]
 """Names of the questions about routes."""
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 FILE: Final = "routes.json"
-SAME: Final = ("clean", "robust", "threat", "num_samples", "weights")
+SAME: Final = ("clean", "robust", "threat", "num_samples", "weights", "data", "seed")
 """Keys of the settings that must be equal for results of an earlier call to stand beside those of this one."""
 T: Final = (0.25, 0.5, 0.75)
 """Points between two heads at which the curve is measured, beside its ends."""
@@ -135,7 +135,8 @@ def evaluate_routes(
     folder, kinds, by = Path(output_dir), setting.kinds, Asked.of(setting.attacks)
     found: dict[str, Any] = {
         "clean": setting.clean, "robust": setting.robust, "threat": setting.threat.describe(),
-        "num_samples": len(labels), "weights": weights_fingerprint(classifier), "warning": ROUTES_WARNING,
+        "num_samples": len(labels), "weights": weights_fingerprint(classifier), "seed": setting.seed,
+        "data": data_fingerprint(images, labels, torch.arange(len(labels))), "warning": ROUTES_WARNING,
     }  # fmt: skip
 
     def measured(name: str, model: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dualhead.errors import UserError
-from dualhead.evaluation.results import Evaluation, accuracies, interval, per_class, share
+from dualhead.evaluation.results import Evaluation, accuracies, balanced, interval, per_class, share
 from dualhead.evaluation.transfer import TRANSFER
 from dualhead.report import threat_text
 from dualhead.threats import Threat
@@ -63,6 +63,7 @@ def merged(parts: Mapping[str, Evaluation], class_names: list[str], left_out: Se
         **transfer,
         "threat": {"union": [part.results["threat"] for part in parts.values()]},
         **accuracies(correct),
+        **balanced(correct, first.labels),
         "threats": {
             label: {"robust_accuracy": share(right), "interval": interval(right)} for label, right in under.items()
         },

@@ -36,6 +36,7 @@ from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, passed
 from dualhead.recipe import Recipe, Statistics
+from dualhead.report import threat_text
 from dualhead.runs.crafted import Crafted
 from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data, refuse_other_poison
 from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of, view
@@ -211,6 +212,11 @@ def load_images(recipe: Recipe, path: Path, room: int | None = None) -> Images:
         raise UserError(
             f"{source}: training and test images differ in channels (grey and colour); data.channels=3 reads all as "
             "colours, 1 as grey"
+        )
+    if not data.image_size and test.image_shape != training.image_shape:
+        raise UserError(
+            f"{source}: training images are {_listed(training.image_shape)}, test images {_listed(test.image_shape)}; "
+            "data.image_size brings all to one size"
         )
     images = Images(training, test, _load_extra(recipe, training, room), further=_load_further(recipe, training, room))
     return _poisoned(recipe, path, images)
@@ -393,6 +399,12 @@ def load_specialists(recipe: Recipe) -> list[Evaluation]:
             if not wanted <= set(evaluation.verdicts):
                 lacking = ", ".join(sorted(wanted - set(evaluation.verdicts)))
                 raise UserError(f"{place} was not measured by {lacking}; evaluate it as the sequence is")
+            ours, theirs = {"union": [threat.describe() for threat in threats]}, evaluation.results["threat"]
+            if theirs != ours:
+                raise UserError(
+                    f"{place} was measured under {threat_text(theirs)}, the sequence is under {threat_text(ours)}; "
+                    "evaluate it as the sequence is"
+                )
             found.append(evaluation)
     return found
 
