@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dualhead.attacks import attacks
-from dualhead.commands.resolve import split_attacks
+from dualhead.commands.resolve import split_names
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import Evaluation, evaluate
 from dualhead.recipe import load_recipe
@@ -115,7 +115,7 @@ def test_a_stage_refuses_a_target():
 
 
 def test_the_command_line_splits_attacks_outside_of_brackets():
-    assert split_attacks("pgd-40(target=next,restarts=2), square,") == ["pgd-40(target=next,restarts=2)", "square"]
+    assert split_names("pgd-40(target=next,restarts=2), square,") == ["pgd-40(target=next,restarts=2)", "square"]
 
 
 # ---- evaluation

@@ -551,8 +551,15 @@ BAD = [
     ),
     (
         "evaluate nowhere",
-        "nowhere: holds no finished model (model.safetensors and config.json, also not in its folder model/)",
+        "nowhere: there is no such folder",
     ),
+    ("evaluate mymodels.py", "mymodels.py: is a file of code; write mymodels.py:FUNCTION, a function in it"),
+    ("evaluate mymodels.linear", "there is no such folder; a function that makes a network is written mymodels:linear"),
+    (
+        "evaluate runs",
+        "runs: holds no finished model (model.safetensors and config.json, also not in its folder model/)",
+    ),
+    ("evaluate resnet-18", "resnet-18: there is no such folder; it is the name of a network, which has no weights"),
     (
         "evaluate no/such --data digits --eps 0.1",
         "no/such: no such folder, and the Hub gives no such model (there is no network)",

@@ -299,6 +299,28 @@ def test_a_model_with_a_second_head(digits, tmp_path):
         torch.testing.assert_close(again(x), model.view("head1").eval()(x))  # what is not trained stays
 
 
+def test_a_network_that_a_factory_hands_out_again_keeps_its_weights(whole):
+    kept = net(seed=9)
+    before = copy.deepcopy(kept.state_dict())
+    loaded = dualhead.load(whole.run_dir, "head1", factory=lambda: kept)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
+    assert not torch.equal(next(loaded.parameters()), next(kept.parameters()))
+    with pytest.raises(dualhead.UserError, match="must be a function that makes the network, got the network itself"):
+        dualhead.load(whole.run_dir, factory=kept)
+
+
+def test_epochs_are_those_of_stages_that_train(digits, tmp_path):
+    first, second = ({**PLAIN["stages"][0], "name": name, "epochs": epochs} for name, epochs in (("a", 0), ("b", 2)))
+    mixed = {"name": "c", "train": ["model"], "interpolate": {"between": ["a", "b"], "shares": [0.5]}}
+    recipe = {**PLAIN, "stages": [first, second, mixed]}
+    short = {key: value for key, value in SHORT.items() if not key.startswith("stages.*.attack")}
+    run = dualhead.fit(
+        net(), *digits, recipe=recipe, overrides=short, eps=0.1, epochs=1, run_dir=tmp_path / "run", progress=False
+    )
+    told = yaml.safe_load((run.run_dir / "config.yaml").read_text())["stages"]
+    assert [stage["epochs"] for stage in told[:2]] == [0, 1]
+
+
 def moved(model):
     """The same heads, each with weights of its own: they answer otherwise than head 1."""
     for name, tensor in model.head2.named_parameters():
@@ -406,6 +428,7 @@ def test_a_model_of_no_run_is_saved_by_an_example(digits, tmp_path):
         (lambda x, y: (x * 2 - 1, y), r"\[0, 1\]"),
         (lambda x, y: (x * float("nan"), y), "NaN"),
         (lambda x, y: (x.repeat(1, 2, 1, 1), y), "channels"),
+        (lambda x, y: (x.repeat(1, 1, 2, 2), y), r"training images are .*16.*, test images .*8.*; data.image_size"),
         (lambda x, y: x, "no labels"),
         (lambda x, y: 7, "int"),
         (lambda x, y: (x, y + 5), "15 classes"),
@@ -442,6 +465,21 @@ def test_attack_gives_images_within_the_budget_whatever_the_batch(whole, digits)
             dualhead.attack(whole.model, x, y, **wrong)
     with pytest.raises(dualhead.UserError, match="labels"):
         dualhead.attack(whole.model, x, y + 10, eps=0.1)
+
+
+@pytest.mark.parametrize(("attack", "told"), [("pgd-2", True), ("square-5", False)])
+def test_an_attack_that_no_gradient_reaches_says_that_it_is_blind(digits, caplog, attack, told):
+    x, y = digits[1]
+
+    class Detached(OwnNet):
+        def forward(self, images):
+            return super().forward(images.detach())
+
+    dualhead.attack(Detached(), x, y, attack, eps=0.1)
+    assert ("no gradient of the model reaches the images" in caplog.text) == told
+    caplog.clear()
+    dualhead.attack(net(), x, y, attack, eps=0.1)
+    assert not caplog.records
 
 
 def test_functions_are_attacks_and_their_images_come_back(whole, digits, tmp_path):
@@ -555,7 +593,17 @@ def test_arguments_that_cannot_be_are_told_in_one_line(digits, more, said):
         (lambda m, x, y: dualhead.attack(m, x, y, eps=8), "did you mean 8/255"),
         (lambda m, x, y: dualhead.save("mine", m), r"save\(model, path\)"),
         (lambda m, x, y: dualhead.train(m), r"dualhead.fit\(model, ...\) trains one"),
-        (lambda m, x, y: dualhead.load("nowhere"), "nowhere: holds no finished model"),
+        (lambda m, x, y: dualhead.load("nowhere"), "nowhere: there is no such folder"),
+        (lambda m, x, y: dualhead.load("resnet-18"), "the name of a network, which has no weights"),
+        (lambda m, x, y: dualhead.load(__file__), "test_fit.py:FUNCTION, a function in it that makes the network"),
+        (
+            lambda m, x, y: dualhead.save(m, "new", example=(1, 8, 8)),
+            "example must be a tensor of images",
+        ),
+        (lambda m, x, y: dualhead.save(m, "new", example=x[0]), "example must be a tensor of images"),
+        (lambda m, x, y: dualhead.save(m, "new", example=x.repeat(1, 3, 1, 1)), r"fails on images of shape \[3, 8, 8"),
+        (lambda m, x, y: dualhead.energy(m, x), "must be floating in .0, 1., got torch.uint8"),
+        (lambda m, x, y: dualhead.counterfactual(m, x, 3), "must be floating in .0, 1., got torch.uint8"),
     ],
 )
 def test_calls_in_the_wrong_order_or_words_are_told(digits, call, said):

@@ -72,6 +72,12 @@ def test_energies_and_scores_by_hand():
     assert torch.allclose(generation.ood_score(model, x, "max_logit"), -logits.max(1).values)
 
 
+def test_one_target_stands_for_all_images():
+    model, x = Linear(), seeds(3)
+    one, each = (generation.counterfactual(model, x, to, steps=2) for to in (1, torch.ones(3, dtype=torch.int64)))
+    assert torch.equal(one.image, each.image)
+
+
 def test_a_counterfactual_stays_in_its_ball_and_reaches_its_class():
     model, x = Linear(), seeds(4)
     target = (model(x).argmin(1)).detach()

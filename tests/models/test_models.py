@@ -422,6 +422,11 @@ def test_grey_images_do_not_broadcast_to_colour():
         make("cnn")(torch.rand(2, 1, 8, 8))
 
 
+def test_bytes_are_not_taken_for_values_in_0_to_1():
+    with pytest.raises(UserError, match=r"floating images in \[0, 1\], got torch.uint8; divide bytes by 255"):
+        make("cnn")(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "said"),
     [

@@ -182,7 +182,7 @@ def edit(folder, change):
     [
         (lambda f: (f / CONFIG).unlink(), "holds no finished model"),
         (lambda f: (f / WEIGHTS).unlink(), "holds no finished model"),
-        (shutil.rmtree, "holds no finished model"),
+        (shutil.rmtree, "there is no such folder"),
         (lambda f: (f / CONFIG).write_text("{"), r"config\.json: cannot be read"),
         (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), r"config\.json: cannot be read"),
         (lambda f: (f / CONFIG).write_text("[]"), "has no key 'architecture'"),

@@ -318,7 +318,7 @@ def evaluate(
     norm: Norm = None,
     threat: Annotated[
         list[str] | None,
-        typer.Option("--threat", help="KIND:EPS, as L1:12; repeatable: a column each. Or a name, with --eps."),
+        typer.Option("--threat", help="KIND:EPS, as L1:12; several with commas: a column each. Or a name, with --eps."),
     ] = None,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many test images.")] = None,
@@ -387,7 +387,7 @@ def evaluate(
     """Measure clean and robust accuracy of a run or a model."""
     del factory  # its callback has put it in place
     from dualhead.commands.evaluate import assess
-    from dualhead.commands.resolve import Request, split_attacks
+    from dualhead.commands.resolve import Request, split_names
     from dualhead.commands.terminal import (
         EvaluationDisplay,
         accuracy_table,
@@ -401,14 +401,15 @@ def evaluate(
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
-    named = threat is not None and len(threat) == 1 and ":" not in threat[0]
+    threats = tuple(text for given in threat or () for text in split_names(given))
+    named = len(threats) == 1 and ":" not in threats[0]
     request = Request(
         model=model,
-        attacks=tuple(name for given in attack or () for name in split_attacks(given)),
+        attacks=tuple(name for given in attack or () for name in split_names(given)),
         eps=eps,
         norm=norm,
-        threat=threat[0] if threat and named else None,
-        threats=() if named else tuple(threat or ()),
+        threat=threats[0] if named else None,
+        threats=() if named else threats,
         data=data,
         limit=limit,
         stage=stage,

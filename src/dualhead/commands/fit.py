@@ -136,9 +136,15 @@ def _overrides(
 
 
 def _set_epochs(content: Mapping[str, Any], epochs: int) -> None:
+    """Set the epochs of stages that train: those of 0 epochs leave weights that they begin with as they are."""
     stages = content.get("stages")
     for stage in stages if isinstance(stages, list) else []:
-        if isinstance(stage, dict) and stage.get("fit") is None:
+        if (
+            isinstance(stage, dict)
+            and not stage.get("fit")
+            and not stage.get("interpolate")
+            and stage.get("epochs") != 0
+        ):
             stage["epochs"] = epochs
 
 

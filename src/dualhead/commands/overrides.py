@@ -92,7 +92,7 @@ def written_out(recipe: Recipe, overrides: Sequence[str], shortcuts: Shortcuts) 
             _refuse_twice(option, f"runtime.{field}", keys)
             added.append(f"runtime.{field}={value}")
     if any(getattr(shortcuts, field) is not None for field in _OF_STAGES):
-        stages = [stage for stage in recipe.stages if stage.trains]
+        stages = [stage for stage in recipe.stages if stage.trains and stage.epochs]
         for field, (option, key, of) in _OF_STAGES.items():
             value = getattr(shortcuts, field)
             if value is None:

@@ -32,8 +32,8 @@ DEFAULT_ATTACKS = ("pgd-40",)
 """Attacks on a model that no run tells how to measure."""
 
 
-def split_attacks(text: str) -> list[str]:
-    """Split names of attacks at commas, but not at those between brackets: `pgd-40(target=next,restarts=2),square`."""
+def split_names(text: str) -> list[str]:
+    """Split names of attacks or threats at commas, but not between brackets: `pgd-40(target=next,restarts=2),square`."""
     words, depth = [""], 0
     for letter in text:
         depth += (letter == "(") - (letter == ")")

@@ -279,7 +279,7 @@ def _accuracy(correct: NDArray[np.bool_], samples: Samples) -> Finding:
     return _finding("clean_accuracy", good, fine, text, failed=False)
 
 
-def _gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
+def input_gradient(subject: Subject, x: Tensor, y: Tensor) -> Tensor | None:
     """Return the gradient of the cross-entropy, [B, ...]; None if none reaches the images."""
     with torch.enable_grad():
         asked = x.detach().requires_grad_()
@@ -296,7 +296,7 @@ def _other_than(attacks: Set[str], known: Sequence[str]) -> str:
 
 def _gradients(subject: Subject, x: Tensor, y: Tensor, attacks: Set[str]) -> list[Finding]:
     parts = zip(torch.split(x, subject.batch_size), torch.split(y, subject.batch_size), strict=True)
-    found = [_gradient(subject, *part) for part in parts]
+    found = [input_gradient(subject, *part) for part in parts]
     reaches = all(part is not None for part in found)
     gradient = torch.cat(cast("list[Tensor]", found)) if reaches else torch.zeros_like(x)
     blocked = (

@@ -55,6 +55,9 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
 
     Returns:
         float32 [B].
+
+    Raises:
+        UserError: for images that are no floating numbers.
     """
     logits = _answers(model, x)
     return -logits.logsumexp(1) if y is None else -logits.gather(1, y[:, None])[:, 0]
@@ -73,7 +76,7 @@ def ood_score(model: nn.Module, x: Tensor, kind: Score = "lse") -> Tensor:
         float32 [B].
 
     Raises:
-        UserError: for another kind.
+        UserError: for another kind, or images that are no floating numbers.
     """
     if kind not in SCORES:
         raise UserError(f"kind must be one of {', '.join(SCORES)}, got {kind!r}")
@@ -165,7 +168,7 @@ def sample_at(
 def counterfactual(
     model: nn.Module,
     x: Tensor,
-    target: Tensor,
+    target: Tensor | int,
     threat: ThreatModel | None = None,
     *,
     steps: int = 40,
@@ -176,7 +179,7 @@ def counterfactual(
     Args:
         model: images to logits [B, K]; asked in eval mode.
         x: images, float32 [B, C, H, W] in [0, 1].
-        target: the classes, int64 [B].
+        target: the classes, int64 [B], or one for all.
         threat: the ball; None for L2 with a radius of 4, as published for CIFAR-10.
         steps: at least 1.
         step_size: in units of the ball; None for 2.5 times the radius over the steps.
@@ -185,6 +188,8 @@ def counterfactual(
         UserError: for steps, a step size or numbers of targets that do not fit.
     """
     threat = threat or ThreatModel("L2", 4.0)
+    if isinstance(target, int):
+        target = torch.full((len(x),), target, device=x.device)
     length = 2.5 * threat.eps / steps if step_size is None and steps > 0 else (step_size or 0.0)
     path = _ascend(model, target, x, threat, range(steps + 1), length)
     distance = (path[-1] - x).flatten(1).norm(dim=1)
@@ -287,8 +292,15 @@ def _covariance(training: Split) -> str:
 
 def _answers(model: nn.Module, x: Tensor) -> Tensor:
     """Logits float32 [B, K] in eval mode, without a graph."""
+    _refuse_integers(x)
     with torch.no_grad(), in_eval_mode(model):
         return torch.cat([logits_of(model(part)).float() for part in torch.split(x, 256)])
+
+
+def _refuse_integers(x: Tensor) -> None:
+    """Refuse what would be taken for values in [0, 1] and answered without a word."""
+    if not x.is_floating_point():
+        raise UserError(f"images must be floating in [0, 1], got {x.dtype}; divide bytes by 255")
 
 
 def _everywhere(seeds: Tensor) -> ThreatModel:
@@ -302,6 +314,7 @@ def _ascend(
     """Climb f(x)[y] within a ball and the box; the iterates after `kept` steps, ascending, [S, B, ...]."""
     if not kept or kept[0] < 0:
         raise UserError(f"steps must be at least 0, got {kept[0] if kept else -1}")
+    _refuse_integers(x)
     steps = kept[-1]
     if steps and not (step_size > 0 and math.isfinite(step_size)):
         raise UserError(f"step_size must be greater than 0, got {step_size:g}")

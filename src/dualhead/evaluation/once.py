@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 
 from dualhead.attacks import Attack, attacks
 from dualhead.errors import UserError
+from dualhead.evaluation.diagnostics import PROBES, input_gradient
 from dualhead.evaluation.model import Subject, check_images, frozen
 from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.noise import Streams
 from dualhead.system.devices import float32_products
 from dualhead.system.outputs import without_inference_tensors
 from dualhead.threats import Threat, build_threat
+
+_log = logging.getLogger(__name__)
 
 
 @float32_products()
@@ -79,9 +83,26 @@ def attack(
             x = some.float() / 255 if some.dtype == torch.uint8 else some.float()
             y = numbers[rows.to(numbers.device)].to(subject.device, torch.int64)
             _refuse_labels(y, subject.logits(x[:1]).shape[1])
+            if not found:
+                _warn_of_blindness(chosen, subject, x[:PROBES], y[:PROBES], against)
             streams = Streams.of(seed, rows.to(subject.device))
             found.append(chosen.search(subject.query(), x, y, against, streams).detach())
     return torch.cat(found).to(came)
+
+
+def _warn_of_blindness(chosen: Attack, subject: Subject, x: Tensor, y: Tensor, threat: Threat) -> None:
+    """Tell where gradients lead an attack nowhere: its images are then noise, and accuracy on them looks robust."""
+    heads = subject.query().num_heads(x[:1])
+    parts = chosen.parts(subject.logits(x[:1]).shape[1], threat, heads)
+    if not any(part.uses_gradients for part in parts):
+        return
+    gradient = input_gradient(subject, x, y)
+    if gradient is None or not bool(gradient.any()):
+        _log.warning(
+            "attack: no gradient of the model reaches the images (detach, no_grad, rounded or saturated outputs), so "
+            "%s searches blindly: accuracy on what it returns says nothing of robustness; attack with square, or a "
+            "model without that step", chosen.label,
+        )  # fmt: skip
 
 
 def _refuse_labels(y: Tensor, classes: int) -> None:

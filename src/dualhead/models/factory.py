@@ -52,19 +52,22 @@ class _Maker:
 
     def __init__(self) -> None:
         self._now: Callable[..., Any] | None = None
+        self.asked = False  # whether a network has been made by the function since it was put here
 
     def __call__(self) -> Callable[..., Any] | None:
         """Return the function."""
+        self.asked = True
         return self._now
 
     @contextmanager
     def replaced(self, factory: Callable[..., Any] | None) -> Iterator[None]:
         """Take another one while inside; None leaves it."""
-        before, self._now = self._now, factory or self._now
+        before, asked = self._now, self.asked
+        self._now, self.asked = factory or before, False
         try:
             yield
         finally:
-            self._now = before
+            self._now, self.asked = before, asked or self.asked
 
 
 maker = _Maker()
@@ -81,6 +84,10 @@ def made_by(factory: Callable[..., Any], path: str, num_classes: int) -> tuple[n
     Raises:
         UserError: if it fails, or returns something else than a module.
     """
+    if isinstance(factory, nn.Module):
+        raise UserError(
+            f"factory: must be a function that makes the network, got the network itself, {type(factory).__name__}"
+        )
     try:
         model = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
     except Exception as error:  # whatever somebody else's function may raise
@@ -91,6 +98,17 @@ def made_by(factory: Callable[..., Any], path: str, num_classes: int) -> tuple[n
     found = (getattr(place, "class_names", None) for place in places)
     named = next((names for names in found if isinstance(names, Sequence) and not isinstance(names, str)), ())
     return model, tuple(map(str, named))
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a network that a program's function returned, since the program may go on using it.
+
+    One that cannot be copied, as with tensors that layers compute anew, is taken as it came.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # whatever somebody else's modules raise
+        return model
 
 
 @backbones.register("factory", text="path")
@@ -119,7 +137,9 @@ class FactoryBackbone(Backbone):
 
     def _made(self, num_classes: int) -> tuple[nn.Module, tuple[str, ...]]:
         """Call the function; return the module, and the names of classes that it, the function or its file has."""
-        return made_by(maker() or function_at(self.path), self.path, num_classes)
+        given = maker()
+        made, names = made_by(given or function_at(self.path), self.path, num_classes)
+        return own_copy(made) if given else made, names
 
     def _checked(self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}

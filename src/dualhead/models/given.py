@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.models.base import ImageShape, backbones
-from dualhead.models.factory import FactoryBackbone, function_at, made_by, maker
+from dualhead.models.factory import FactoryBackbone, function_at, made_by, maker, own_copy
 from dualhead.system.generators import kept_generators
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of
+
+_log = logging.getLogger(__name__)
 
 
 @backbones.register("given", text="path")
@@ -52,7 +55,7 @@ class GivenBackbone(FactoryBackbone):
                 f"factory: makes {type(model).__name__} with tensors of other names or shapes than those of the "
                 f"{self.path} that was trained"
             )
-        return model, names
+        return own_copy(model), names
 
 
 @contextmanager
@@ -62,13 +65,19 @@ def at_hand(factory: Callable[..., Any] | None) -> Iterator[None]:
         yield
 
 
-def at_hand_by_name(address: str) -> AbstractContextManager[None]:
+@contextmanager
+def at_hand_by_name(address: str) -> Iterator[None]:
     """Make such networks by the function at `package.module:NAME` or `my_file.py:NAME` while inside.
+
+    Where no network was made by it one line says so.
 
     Raises:
         UserError: if there is no such function.
     """
-    return at_hand(function_at(address))
+    with maker.replaced(function_at(address)):
+        yield
+        if not maker.asked:
+            _log.warning("--factory %s: is not used: the model says itself how it is made", address)
 
 
 def describe_given(model: nn.Module) -> dict[str, str]:

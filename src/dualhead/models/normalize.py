@@ -18,6 +18,8 @@ CHUNK = 1 << 24  # values that are squared at once
 def _of_channels(images: Tensor, channels: int) -> Tensor:
     if images.shape[-3] != channels:
         raise UserError(f"the model takes images of {channels} channels, got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise UserError(f"the model takes floating images in [0, 1], got {images.dtype}; divide bytes by 255")
     return images
 
 
@@ -60,7 +62,8 @@ class Normalize(nn.Module):
         """Map images [B, C, H, W] in [0, 1] to the same, normalised.
 
         Raises:
-            UserError: if the images have another number of channels, which would otherwise broadcast.
+            UserError: if the images have another number of channels, which would otherwise broadcast, or are integers,
+                which would be taken for values in [0, 1].
         """
         return (_of_channels(images, self.channels) - self.mean) / self.std
 

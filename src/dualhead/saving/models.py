@@ -11,12 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dualhead.components.plugins import records_in, refuse_changed
+from dualhead.components.plugins import reason, records_in, refuse_changed
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier, is_head
 from dualhead.models import (
     address_of,
     at_hand,
+    backbones,
     describe_given,
     last_layer,
     load_state,
@@ -80,13 +81,14 @@ def save(model: nn.Module, path: str | Path, *, example: Tensor | None = None) -
     Args:
         model: of a run (`run.model`), of `load`, or any `nn.Module`.
         path: the folder; a model in it is replaced.
-        example: images [B, C, H, W] that the model takes; needed for one that no run and no `load` returned.
+        example: images [B, C, H, W] that the model takes, of which the shape alone counts; needed for a model that no
+            run and no `load` returned.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: for a folder that holds something else, or a model of unknown origin without an example.
+        UserError: for a folder that holds something else, or a model of unknown origin without an example of its images.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"save: must be given a torch.nn.Module first, got {type(model).__name__}: save(model, path)")
@@ -109,9 +111,22 @@ def _deployed(model: nn.Module) -> str:
 
 
 def _architecture_of(model: nn.Module, example: Tensor) -> Architecture:
+    if not isinstance(example, Tensor) or example.dim() != 4 or not len(example):
+        shape = list(getattr(example, "shape", ())) or type(example).__name__
+        raise UserError(f"save: example must be a tensor of images [B, C, H, W], got {shape}")
     channels, height, width = example.shape[1:]
-    with in_eval_mode(model), torch.no_grad():
-        classes = logits_of(model(example[:2])).shape[1]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    shown = torch.full((2, channels, height, width), 0.5, device=device)
+    with in_eval_mode(model), torch.no_grad(), kept_generators(device):
+        try:
+            classes = logits_of(model(shown)).shape[1]
+        except UserError:
+            raise
+        except Exception as error:  # whatever somebody else's model may raise
+            raise UserError(
+                f"save: the model fails on images of shape {list(example.shape[1:])} ({reason(error)}); give an "
+                "example of the images that it takes"
+            ) from error
     address = address_of(model, None, classes, (channels, height, width))
     backbone = describe_given(model) if address is None else {"name": "factory", "path": address}
     return Architecture(
@@ -181,7 +196,26 @@ def find_model(path: str | Path) -> Path:
     name = str(path)
     if not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return download(name)
-    raise UserError(f"{path}: holds no finished model ({WEIGHTS} and {CONFIG}, also not in its folder model/)")
+    raise UserError(f"{path}: {_why_no_model(Path(path))}")
+
+
+def _why_no_model(path: Path) -> str:
+    """Say what lies at a path that is no model, and what would be one."""
+    if path.suffix == ".py":
+        return f"is a file of code; write {path}:FUNCTION, a function in it that makes the network"
+    if path.is_file():
+        return "is a file; name the folder of a run or of an exported model, or my_file.py:FUNCTION that loads it"
+    if path.is_dir():
+        inside = sorted(child.name for child in path.iterdir() if holds_model(child) or holds_model(child / "model"))
+        named = f"; name one of those in it: {', '.join(inside[:8])}{', ...' if inside[8:] else ''}" if inside else ""
+        return f"holds no finished model ({WEIGHTS} and {CONFIG}, also not in its folder model/){named}"
+    known = "there is no such folder"
+    try:
+        backbones.build(str(path))
+    except UserError:
+        module, _, function = str(path).rpartition(".")
+        return f"{known}; a function that makes a network is written {module}:{function}" if module else known
+    return f"{known}; it is the name of a network, which has no weights before it is trained"
 
 
 def load_base_weights(
