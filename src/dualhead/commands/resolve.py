@@ -33,7 +33,7 @@ DEFAULT_ATTACKS = ("pgd-40",)
 
 
 def split_names(text: str) -> list[str]:
-    """Split names of attacks or threats at commas, but not between brackets: `pgd-40(target=next,restarts=2),square`."""
+    """Split names of attacks or threats at commas, but not between brackets: `pgd-40(target=next,eot=2),square`."""
     words, depth = [""], 0
     for letter in text:
         depth += (letter == "(") - (letter == ")")

@@ -88,7 +88,7 @@ def save(model: nn.Module, path: str | Path, *, example: Tensor | None = None) -
         The folder.
 
     Raises:
-        UserError: for a folder that holds something else, or a model of unknown origin without an example of its images.
+        UserError: for a folder with something else, or a model of unknown origin without an example of its images.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"save: must be given a torch.nn.Module first, got {type(model).__name__}: save(model, path)")
