@@ -10,6 +10,7 @@ from scipy import stats
 
 from dualhead.errors import UserError
 from dualhead.evaluation import interval_over_samples, mcnemar, mean_std, paired_shares, wilson
+from dualhead.statistics import chance_drop, paired_t, student, student_reach
 
 
 @given(st.integers(1, 5000), st.data())
@@ -140,3 +141,45 @@ def test_shares_that_differ_alike_everywhere():
     for wrong in (np.full(4, 0.5), np.full((5, 1), 0.5)):
         with pytest.raises(UserError, match="the same samples twice"):
             paired_shares(same, wrong)
+
+
+@given(st.lists(st.floats(-1, 1, width=16), min_size=2, max_size=8), st.floats(0.001, 0.5))
+def test_a_floor_makes_the_paired_test_stricter_only(gains, floor):
+    mean, (low, high), p_value = paired_t(gains)
+    same, (lower, higher), larger = paired_t(gains, floor)
+    assert same == mean == pytest.approx(np.mean(gains))
+    assert lower <= low <= high <= higher
+    assert p_value <= larger + 1e-12
+    assert higher - lower >= 2 * stats.t.ppf(0.975, len(gains) - 1) * floor / math.sqrt(len(gains)) * (1 - 1e-9)
+    assert (larger < 0.05) == (lower > 0 or higher < 0) or larger == pytest.approx(0.05)
+
+
+def test_the_paired_test_is_students():
+    gains = [0.1, 0.3, 0.15, 0.2]
+    mean, ends, p_value = paired_t(gains)
+    assert ends == student(gains) == pytest.approx(stats.t.interval(0.95, 3, mean, stats.sem(gains)))
+    assert ends[1] - mean == pytest.approx(student_reach(gains))
+    assert p_value == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
+    with pytest.raises(UserError, match="two pairs at least, got 1"):
+        paired_t([0.1])
+    assert student([0.1]) is student_reach([0.1]) is None
+
+
+def test_pairs_that_differ_alike_are_certain_only_without_a_floor():
+    assert paired_t([0.25, 0.25]) == (0.25, [0.25, 0.25], 0.0)
+    assert paired_t([0.0, 0.0]) == (0.0, [0.0, 0.0], 1.0)
+    assert paired_t([0.25, 0.25], floor=0.01)[2] > 0
+
+
+def test_chance_rarely_explains_a_drop_beyond_its_bound():
+    """Of independent samples as often as 95 % says; of the same samples, nearly all of which agree, less often."""
+    generator, count = np.random.default_rng(0), 400
+    apart, alike = [], []
+    for _ in range(400):
+        first, second = generator.random((2, count)) < 0.6
+        apart.append(abs(first.mean() - second.mean()) <= chance_drop(first.mean(), second.mean(), count))
+        flipped = np.where(generator.random(count) < 0.1, second, first)
+        alike.append(abs(first.mean() - flipped.mean()) <= chance_drop(first.mean(), flipped.mean(), count))
+    assert 0.92 <= np.mean(apart) <= 0.98
+    assert np.mean(alike) > 0.99
+    assert chance_drop(1.0, 0.99, 100) > 0.01  # one image of 100

@@ -170,12 +170,70 @@ def overfits_single_steps(fgsm: float, pgd: float) -> bool:
     return pgd < fgsm / 2 and fgsm - pgd >= LEAST_GAP
 
 
-def student(values: Sequence[float], confidence: float = 0.95) -> list[float] | None:
-    """Return Student's interval of a mean of independent values; None of fewer than two."""
+def student_reach(values: Sequence[float], confidence: float = 0.95, floor: float = 0.0) -> float | None:
+    """Return half the width of Student's interval of a mean (Student 1908); None of fewer than two values.
+
+    Args:
+        values: independent, such as those of seeds.
+        confidence: in (0, 1).
+        floor: least standard deviation that is believed, at least 0. Shares of N samples move in steps of 1 / N: seeds
+            that agree more closely than that do so by chance, and an interval of no width would claim certainty. This
+            floor is our choice, and makes intervals wider only.
+    """
     from scipy import stats
 
     if len(values) < 2:
         return None
-    mean, deviation = mean_std(values)
-    reach = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    deviation = max(mean_std(values)[1], floor)
+    return float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+
+
+def student(values: Sequence[float], confidence: float = 0.95, floor: float = 0.0) -> list[float] | None:
+    """Return Student's interval of a mean of independent values; None of fewer than two. See `student_reach`."""
+    reach = student_reach(values, confidence, floor)
+    if reach is None:
+        return None
+    mean = mean_std(values)[0]
     return [mean - reach, mean + reach]
+
+
+def paired_t(gains: Sequence[float], floor: float = 0.0) -> tuple[float, list[float], float]:
+    """Test whether paired differences have a mean of zero: Student's two-sided t-test for pairs.
+
+    Args:
+        gains: the second's value minus the first's, of each pair, such as of each seed.
+        floor: least standard deviation that is believed, as in `student_reach`.
+
+    Returns:
+        The mean, its 95 % interval, and the p-value. If all gains are one number and there is no floor, the interval
+        has no width, and the p-value is 1 for a mean of zero, else 0.
+
+    Raises:
+        UserError: for fewer than two pairs.
+    """
+    from scipy import stats
+
+    interval = student(gains, floor=floor)
+    if interval is None:
+        raise UserError(f"a paired t-test needs two pairs at least, got {len(gains)}")
+    mean, deviation = mean_std(gains)
+    error = max(deviation, floor) / math.sqrt(len(gains))
+    return mean, interval, 2.0 * float(stats.t.sf(abs(mean) / error, len(gains) - 1)) if error else float(mean == 0)
+
+
+def chance_drop(before: float, after: float, count: int) -> float:
+    """Bound the difference of two measured shares that chance explains, where their pairing is not known.
+
+    The 95 % bound, by the normal approximation, for shares of independent samples. Two shares of the same samples, as
+    of two epochs of one network, vary less: the variance of their difference lacks twice their covariance, and
+    networks that are right about the same samples have a positive one. So this is an upper bound, and misses small
+    drops. It knows nothing of how `before` was chosen: the best of many epochs is partly so by luck.
+
+    Args:
+        before: share in [0, 1].
+        after: the same, later.
+        count: how many samples each is of.
+    """
+    from scipy import stats
+
+    return float(stats.norm.ppf(0.975)) * math.sqrt((before * (1 - before) + after * (1 - after)) / count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from dualhead.evaluation import (
 from dualhead.names import id_of_row
 from dualhead.report import MEANS, believable, lights, measured_in
 from dualhead.runs import RunFolder, read_recipe, without_how
+from dualhead.statistics import paired_t, student, student_reach
 
 _log = logging.getLogger(__name__)
 
@@ -326,17 +326,8 @@ def _ends(label: str, members: Sequence[Entry], specialists: Sequence[Entry]) ->
         "threats": threats,
         "stages": [row["stage"] for row in told[0]["rows"]],
         "means": {key: mean_std(of)[0] for key, of in values.items()},
-        "spread": {key: _half(of) for key, of in values.items()},
+        "spread": {key: student_reach(of) for key, of in values.items()},
     }
-
-
-def _half(values: Sequence[float]) -> float | None:
-    """Return half the width of Student's 95 % interval of a mean over seeds; None of one seed."""
-    if len(values) < 2:
-        return None
-    from scipy import stats
-
-    return float(stats.t.ppf(0.975, len(values) - 1)) * mean_std(values)[1] / math.sqrt(len(values))
 
 
 def _labels(groups: Sequence[Sequence[Entry]]) -> list[str]:
@@ -563,19 +554,11 @@ def _robust(row: dict[str, Any]) -> float:
 
 
 def _interval(shares: Sequence[float], images: int) -> list[float]:
-    if len(shares) == 1:
+    """Return the interval of a share: Wilson's over images for one seed, Student's over several."""
+    ends = student(shares, floor=1.0 / images)
+    if ends is None:
         return list(wilson(round(shares[0] * images), images))
-    from scipy import stats
-
-    mean, error = _mean_and_error(shares, images)
-    reach = float(stats.t.ppf(0.975, len(shares) - 1)) * error
-    return [max(mean - reach, 0.0), min(mean + reach, 1.0)]
-
-
-def _mean_and_error(values: Sequence[float], images: int) -> tuple[float, float]:
-    """The mean over seeds and its standard error; seeds that agree to less than an image do so by chance."""
-    mean, deviation = mean_std(values)
-    return mean, max(deviation, 1.0 / images) / math.sqrt(len(values))
+    return [max(ends[0], 0.0), min(ends[1], 1.0)]
 
 
 def _dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -629,19 +612,15 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[st
              "verdict": pair.verdict, "test": test + of_seed}
             for name, (pair, test) in found.items()
         ]  # fmt: skip
-    from scipy import stats
-
     pairs = []
     for name in measures:
         first_correct, second_correct = ([of[seed][name] for seed in both] for of in (a, b))
         differences = [float(y.mean() - x.mean()) for x, y in zip(first_correct, second_correct, strict=True)]
-        mean, error = _mean_and_error(differences, len(first_correct[0]))
-        reach = float(stats.t.ppf(0.975, len(both) - 1)) * error
-        p_value = 2.0 * float(stats.t.sf(abs(mean) / error, len(both) - 1))
-        verdict = "gain" if mean - reach > 0 else "loss" if mean + reach < 0 else "undecided"
+        mean, ends, p_value = paired_t(differences, floor=1.0 / len(first_correct[0]))
+        verdict = "gain" if ends[0] > 0 else "loss" if ends[1] < 0 else "undecided"
         pairs.append(
-            {"accuracy": name, "difference": mean, "interval": [mean - reach, mean + reach],
-             "p_value": p_value, "verdict": verdict, "test": f"paired t, {len(both)} seeds",
+            {"accuracy": name, "difference": mean, "interval": ends, "p_value": p_value, "verdict": verdict,
+             "test": f"paired t, {len(both)} seeds",
              "images_interval": list(interval_over_samples(first_correct, second_correct))}
         )  # fmt: skip
     return pairs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from dualhead.commands.compare import Entry, by_output
 from dualhead.evaluation import SAMPLES_FILE, SCORED
-from dualhead.statistics import mcnemar, mean_std, student
+from dualhead.statistics import mcnemar, mean_std, paired_t, student
 
 SCORE: Final = "classification_accuracy_score"
 MORE_IS_BETTER: Final = {
@@ -112,24 +111,13 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry]) -> list[dict[str, An
     found = []
     for key, more in MORE_IS_BETTER.items():
         gained = [float(_generation(b[seed])[key]) - float(_generation(a[seed])[key]) for seed in both]
-        ends = student(gained)
-        assert ends is not None  # of two seeds at least
+        mean, ends, p_value = paired_t(gained)
         up, down = ends[0] > 0, ends[1] < 0
         found.append(
-            {"measure": key, "difference": mean_std(gained)[0], "interval": ends, "p_value": _p_value(gained),
+            {"measure": key, "difference": mean, "interval": ends, "p_value": p_value,
              "verdict": _verdict(up, down, more=more), "test": f"paired t, {len(both)} seeds"}
         )  # fmt: skip
     return found
-
-
-def _p_value(gained: Sequence[float]) -> float:
-    """Return that of the t-test that the mean is zero; where all are one number, 1 if it is zero, else 0."""
-    from scipy import stats
-
-    mean, deviation = mean_std(gained)
-    if not deviation:
-        return float(mean == 0)
-    return 2.0 * float(stats.t.sf(abs(mean) / deviation * math.sqrt(len(gained)), len(gained) - 1))
 
 
 def _verdict(up: bool, down: bool, *, more: bool) -> str:

@@ -31,7 +31,7 @@ from dualhead.report import (
     unequal,
 )
 from dualhead.runs import Trial
-from dualhead.statistics import overfits_single_steps
+from dualhead.statistics import mean_std, overfits_single_steps
 
 err = Console(stderr=True, highlight=False, markup=False)  # brackets in names are no markup
 # A file or a pipe has no width to fit into; a table in it must not lose columns.
@@ -382,8 +382,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    mean = sum(values) / len(values)
-    deviation = (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
+    mean, deviation = mean_std(values)
     return f"{100 * mean:.1f}" + (f" +- {100 * deviation:.1f}" if len(values) > 1 else "")
 
 

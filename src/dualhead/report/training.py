@@ -10,7 +10,7 @@ from typing import Any
 from dualhead.report.figures import Figure, Series, lines, slug
 from dualhead.report.sources import Source
 from dualhead.report.text import attack_text, component_text, duration, large, percent
-from dualhead.statistics import overfits_single_steps
+from dualhead.statistics import chance_drop, overfits_single_steps
 
 NOT_LOSSES = {
     "stage", "epoch", "step", "learning_rate", "train_accuracy", "validation_clean", "validation_robust",
@@ -128,9 +128,7 @@ def _verdict(source: Source, best: Mapping[str, Any], last: Mapping[str, Any]) -
     words += f" The last is {100 * drop:.1f} points less robust than the best"
     if held_out is None:
         return f"{words}.", False
-    share = best["validation_robust"]
-    noise = 1.96 * math.sqrt(2 * share * (1 - share) / held_out)
-    if drop > noise:
+    if drop > chance_drop(best["validation_robust"], last["validation_robust"], held_out):
         return f"{words}, more than {held_out} held-out images explain by chance: robust overfitting.", True
     return f"{words}, which {held_out} held-out images explain by chance.", False
 
