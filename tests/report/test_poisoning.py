@@ -7,9 +7,10 @@ import pytest
 
 import dualhead
 from dualhead.commands.terminal import accuracy_table
-from dualhead.report import poison_columns, rows_text
+from dualhead.report import rows_text
 from dualhead.report.poisoning import section
 from dualhead.report.sources import Estimate, Measured, Source
+from dualhead.report.table import poison_columns
 
 TOLD = {
     "name": "patch", "target": 3, "class": "dog", "num_triggered": 90, "attack_success_rate": 0.9,
@@ -34,9 +35,10 @@ def row(name, **more):
 def test_columns_are_of_what_was_measured():
     columns = poison_columns([{"poison": TOLD}, {}, {"poison": {"name": "one_pixel", "training": TOLD["training"]}}])
     assert list(columns) == ["attack success", "robust, triggered", "learnt by heart"]
-    assert columns["attack success"] == [(0.9, [0.85, 0.95]), None, None]
-    assert columns["robust, triggered"][0] == (0.1, [0.05, 0.2])
-    assert columns["learnt by heart"] == [(1.0, [0.7, 1.0]), None, (1.0, [0.7, 1.0])]
+    shown = {name: [cell.whole() for cell in cells] for name, cells in columns.items()}
+    assert shown["attack success"] == ["90.0 [85.0, 95.0]", "-", "-"]
+    assert shown["robust, triggered"] == ["10.0 [5.0, 20.0]", "-", "-"]
+    assert shown["learnt by heart"] == ["100.0 [70.0, 100.0]", "-", "100.0 [70.0, 100.0]"]
     assert poison_columns([{}]) == {}
 
 

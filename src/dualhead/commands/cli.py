@@ -185,6 +185,7 @@ def train(
         print_row_lights,
         print_sequence,
         progress_bar,
+        table_title,
     )
     from dualhead.runs import RunFolder, changes
     from dualhead.runs import train as run_training
@@ -229,7 +230,7 @@ def train(
         typer.echo(json.dumps({"run": str(result.run_dir), "rows": rows, **more}, indent=2))
         return
     print_row_lights(rows)
-    out.print(accuracy_table(_title(result.rows[0].evaluation), rows))
+    out.print(accuracy_table(table_title(result.rows[0].evaluation), rows))
     print_changed(rows)
     if result.sequence is not None:
         print_sequence(result.sequence)
@@ -388,16 +389,7 @@ def evaluate(
     del factory  # its callback has put it in place
     from dualhead.commands.evaluate import assess
     from dualhead.commands.resolve import Request, split_names
-    from dualhead.commands.terminal import (
-        EvaluationDisplay,
-        accuracy_table,
-        further_lines,
-        further_tables,
-        out,
-        print_changed,
-        print_lights,
-        progress_bar,
-    )
+    from dualhead.commands.terminal import EvaluationDisplay, out, print_evaluation, progress_bar
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)
@@ -455,23 +447,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(evaluation.results, indent=2))
         return
-    title = _title(evaluation)
-    print_lights([("", evaluation.checks)])
-    rows = [_as_row(request.label, evaluation)]
-    out.print(accuracy_table(title, rows))
-    print_changed(rows)
-    for line in [*_under_each(evaluation.results), *_targeted(evaluation.results), *_transfer(evaluation.results)]:
-        out.print(line, soft_wrap=True, markup=False)
-    for point in evaluation.results.get("curve", []):
-        robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
-        out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
-    for name, record in evaluation.results["attacks"].items():
-        for note in record["notes"]:
-            out.print(note if note.startswith(f"{name}: ") else f"{name}: {note}", soft_wrap=True, markup=False)
-    for table in further_tables(evaluation.results):
-        out.print(table)
-    for line in further_lines(evaluation.results):
-        out.print(line, soft_wrap=True, markup=False, style="yellow")
+    print_evaluation(request.label, evaluation)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
 
@@ -513,60 +489,6 @@ def _evaluate_parts(request: Any, *, quiet: bool, as_json: bool) -> None:
         out.print(line, soft_wrap=True, markup=False)
     if not quiet:
         out.print(f"results: {folder}", soft_wrap=True)
-
-
-def _under_each(results: Any) -> list[str]:
-    """Print the accuracy under each of several threats, under one on average, and what was left out."""
-    if "threats" not in results:
-        return []
-    lines = [
-        f"{label}: {told['robust_accuracy']:.1%} [{told['interval'][0]:.1%}, {told['interval'][1]:.1%}]"
-        for label, told in results["threats"].items()
-    ]
-    return [*lines, f"average: {results['average']:.1%}", *results["left_out"]]
-
-
-def _targeted(results: Any) -> list[str]:
-    """How often each targeted attack got the answer that it wanted."""
-    lines = []
-    for name, record in results["attacks"].items():
-        told = record.get("targeted")
-        if told and told["attacked"]:
-            low, high = told["interval"]
-            share = f"{told['success']:.1%} [{low:.1%}, {high:.1%}]"
-            lines.append(f"{name}: got its target for an answer on {share} of {told['attacked']:,} attacked images")
-    return lines
-
-
-def _transfer(results: Any) -> list[str]:
-    """Return what images made against another network alone say."""
-    told = results.get("transfer")
-    return [f"transfer: {told['note']}"] if told else []
-
-
-def _title(evaluation: Any) -> str:
-    from dualhead.report import threat_text
-
-    met = f"{evaluation.num_samples:,} test images, {threat_text(evaluation.results['threat'])}"
-    return f"{met}; percent, 95 % intervals"
-
-
-SHOWN = ("balanced_accuracy", "class_sizes", "poison")
-"""Measures that a table shows where they are there."""
-
-
-def _as_row(name: str, evaluation: Any) -> dict[str, Any]:
-    from dualhead.report import measured_in
-
-    return {
-        "name": name,
-        "clean_accuracy": evaluation.clean_accuracy,
-        "robust_accuracy": evaluation.robust_accuracy,
-        "intervals": evaluation.results["intervals"],
-        **measured_in(evaluation.results),
-        "transfer": evaluation.results.get("transfer"),
-        **{key: evaluation.results[key] for key in SHOWN if key in evaluation.results},
-    }
 
 
 @app.command(epilog=examples_of("gallery"))

@@ -15,20 +15,23 @@ from rich.text import Text
 from torch import Tensor
 
 from dualhead.commands.left import TimeLeft
+from dualhead.evaluation import Evaluation
 from dualhead.recipe import Recipe
 from dualhead.report import (
     OLD_ATTACKS,
     SAMPLE_ROWS,
+    accuracy_columns,
+    balanced_columns,
     believable,
     duration,
+    evaluation_row,
     judge_name,
     light_lines,
     measured_in,
     measured_title,
-    poison_columns,
     sequence_cells,
+    share_cell,
     threat_text,
-    unequal,
 )
 from dualhead.runs import Trial
 from dualhead.statistics import mean_std, overfits_single_steps
@@ -239,21 +242,11 @@ def accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> NumberTable
         title: above it.
         rows: as `comparison.json` holds them.
     """
-    attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
-    shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    worn, even, poisoned = _worn_columns(rows), shows_balanced(rows), poison_columns(rows)
-    names = ("clean", *shown, *worn, *even, *poisoned)
-    table = NumberTable({"model": "left"} | dict.fromkeys(names, "right"), title)
-    # Many attacks fit a narrow terminal only with the interval below the share.
-    gap = "\n" if len(shown) + len(poisoned) > 2 else " "
-    for number, row in enumerate(rows):
-        cells = [_percent(row["clean_accuracy"], row["intervals"]["clean_accuracy"], gap)]
-        cells += [_cell(row, name, gap) for name in shown]
-        cells += [_worn_cell(row, name, gap) for name in worn]
-        cells += [_balanced_cell(row, name) for name in even.values()]
-        shares = (column[number] for column in poisoned.values())
-        cells += ["-" if share is None else _percent(*share, gap) for share in shares]
-        table.add_row(row["name"], *cells)
+    columns = accuracy_columns(rows)
+    table = NumberTable({"model": "left"} | dict.fromkeys(columns, "right"), title)
+    gap = "\n" if len(columns) > 3 else " "  # many fit a narrow terminal only with the interval below the share
+    for row, *cells in zip(rows, *columns.values(), strict=True):
+        table.add_row(row["name"], *(cell.whole(gap) for cell in cells))
     return table
 
 
@@ -274,17 +267,6 @@ def print_sequence(told: Mapping[str, Any]) -> None:
         print_table(dict.fromkeys(names[:2], "left") | dict.fromkeys(names[2:], "right"), rows, title)
 
 
-def _worn_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns of accuracies that no attack on the model itself gave, as far as they were measured."""
-    measured = dict.fromkeys(name for row in rows for name in measured_in(row))
-    return [*measured, *(["transfer"] if any(row.get("transfer") for row in rows) else [])]
-
-
-def _worn_cell(row: Mapping[str, Any], name: str, gap: str) -> str:
-    told = row.get(name)
-    return _percent(told["accuracy"], told["interval"], gap) if told else "-"
-
-
 def print_changed(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print accuracies on changed images by kind, a table for each measurement, such as `corruptions`.
 
@@ -300,32 +282,11 @@ def print_changed(rows: Sequence[Mapping[str, Any]]) -> None:
         for model in told:
             table.add_column(model, justify="right", overflow="fold")
         for kind in first["kinds"]:
-            cells = [each["kinds"][kind] for each in told.values()]
+            found = [each["kinds"][kind] for each in told.values()]
             table.add_row(
-                kind.replace("_", " "), *(_percent(cell["accuracy"], cell["interval"], " ") for cell in cells)
+                kind.replace("_", " "), *(share_cell(each["accuracy"], each["interval"]).whole() for each in found)
             )
         out.print(table)
-
-
-def shows_balanced(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the further columns of a table in which some row's classes are unequal, and the accuracies they show.
-
-    Args:
-        rows: as `comparison.json` holds them; those of earlier versions know nothing of it.
-    """
-    if not any(unequal(row.get("class_sizes")) for row in rows):
-        return {}
-    return {"balanced clean": "clean", "balanced robust": "worst"}
-
-
-def _balanced_cell(row: Mapping[str, Any], name: str) -> str:
-    return _share(row.get("balanced_accuracy", {}).get(name))
-
-
-def _cell(row: Mapping[str, Any], name: str, gap: str) -> str:
-    """Return robust accuracy under an attack, or `worst`; a dash where it was not run."""
-    share = row["robust_accuracy"].get(name)
-    return "-" if share is None else _percent(share, row["intervals"][name], gap)
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> NumberTable:
@@ -339,18 +300,11 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> NumberTable:
         best, last, seconds = stage["best"], stage["last"], stage["seconds"]
         table.add_row(
             str(stage["name"]), stage["state"], f"{stage['epoch']}/{stage['epochs']}",
-            "-" if seconds is None else f"{seconds:.0f} s", *(_share(last[key]) for key in ("clean", "robust")),
-            "-" if best is None else f"{_share(best['robust'])} (epoch {best['epoch']})",
+            "-" if seconds is None else f"{seconds:.0f} s",
+            *(share_cell(last[key]).text for key in ("clean", "robust")),
+            "-" if best is None else f"{share_cell(best['robust']).text} (epoch {best['epoch']})",
         )  # fmt: skip
     return table
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _percent(share: float, ends: Sequence[float], gap: str) -> str:
-    return f"{100 * share:.1f}{gap}[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -365,7 +319,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
     keys = {"clean": "clean_accuracy", "worst": "robust_worst"}
     measured = dict.fromkeys(key for row in rows for key in row if key.startswith("measured_"))
     keys |= {key.removeprefix("measured_"): key for key in measured}
-    keys |= {column: f"balanced_{name}" for column, name in shows_balanced(rows).items()}
+    keys |= {column: f"balanced_{name}" for column, name in balanced_columns(rows).items()}
     columns = dict.fromkeys((*varied, "model"), "left") | dict.fromkeys(("seeds", *keys, "cost"), "right")
     lines = []
     for point, members in points.items():
@@ -390,25 +344,17 @@ def print_standings(found: Mapping[str, Any]) -> None:
     """Print what `standings` found."""
     rows = found["rows"]
     print_row_lights(rows)
-    attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
-    shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    worn, even, poisoned = _worn_columns(rows), shows_balanced(rows), poison_columns(rows)
+    shares = accuracy_columns(rows)
     lines = []
-    for number, row in enumerate(rows):
-        ends, cost = row["intervals"], row["training_cost"]
+    for row, *cells in zip(rows, *shares.values(), strict=True):
+        cost = row["training_cost"]
         lines.append([
-            _mark(row) + row["name"], str(len(row["seeds"])),
-            _percent(row["clean_accuracy"], ends["clean_accuracy"], " "),
-            *(_cell(row, name, " ") for name in shown),
-            *(_worn_cell(row, name, " ") for name in worn),
-            *(_balanced_cell(row, name) for name in even.values()),
-            *("-" if share is None else _percent(*share, " ") for share in (c[number] for c in poisoned.values())),
+            _mark(row) + row["name"], str(len(row["seeds"])), *(cell.whole() for cell in cells),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if cost["forward_equivalents"] is None else f"{cost['forward_equivalents']:,.0f}",
             "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
         ])  # fmt: skip
-    numbers = ("seeds", "clean", *shown, *worn, *even, *poisoned, "parameters", "cost", "seconds")
-    columns = {"model": "left"} | dict.fromkeys(numbers, "right")
+    columns = {"model": "left"} | dict.fromkeys(("seeds", *shares, "parameters", "cost", "seconds"), "right")
     print_table(columns, lines, "accuracy in percent, 95 % intervals; cost in forward passes of one image")
     print_changed(rows)
     out.print("* nothing of equal or lower training cost is better in one accuracy and no worse in the other")
@@ -537,12 +483,11 @@ def print_runs(found: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for run in found:
         robust, ends = run["robust_accuracy"] or {}, run["intervals"] or {}
-        worst = "-" if "worst" not in robust else _percent(robust["worst"], ends["worst"], " ")
-        clean = run["clean_accuracy"]
+        shares = (run["clean_accuracy"], ends.get("clean_accuracy")), (robust.get("worst"), ends.get("worst"))
         state = f"{run['state']}, at work" if run["at_work"] else run["state"]
         rows.append([
             run["run"], str(run["recipe"] or "-"), state, f"{run['epoch']}/{run['epochs']}",
-            "-" if clean is None else _percent(clean, ends["clean_accuracy"], " "), worst,
+            *(share_cell(*share).whole() for share in shares),
         ])  # fmt: skip
     print_table(columns, rows, "deployed models on test images, percent, 95 % intervals")
     for run in found:
@@ -550,12 +495,68 @@ def print_runs(found: Sequence[Mapping[str, Any]]) -> None:
             out.print(f"{run['run']}: {note}", soft_wrap=True, markup=False)
 
 
-def further_tables(results: Mapping[str, Any]) -> list[NumberTable]:
-    """Return tables of samples and of images out of distribution; none where neither was measured.
+def table_title(evaluation: Evaluation) -> str:
+    """Return the title of a table of accuracies: how many images were attacked within what."""
+    met = f"{evaluation.num_samples:,} test images, {threat_text(evaluation.results['threat'])}"
+    return f"{met}; percent, 95 % intervals"
+
+
+def print_evaluation(name: str, evaluation: Evaluation) -> None:
+    """Print all that an evaluation says, its checks that are not fine first.
 
     Args:
-        results: the content of `results.json`.
+        name: of the model.
+        evaluation: of it.
     """
+    results, rows = evaluation.results, [evaluation_row(name, evaluation.results)]
+    print_lights([("", evaluation.checks)])
+    out.print(accuracy_table(table_title(evaluation), rows))
+    print_changed(rows)
+    for line in [*_under_each(results), *_targeted(results), *_transfer(results)]:
+        out.print(line, soft_wrap=True)
+    for point in results.get("curve", []):
+        robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
+        out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
+    for attack, record in results["attacks"].items():
+        for note in record["notes"]:
+            out.print(note if note.startswith(f"{attack}: ") else f"{attack}: {note}", soft_wrap=True)
+    for table in _further_tables(results):
+        out.print(table)
+    for line in _further_lines(results):
+        out.print(line, soft_wrap=True, style="yellow")
+
+
+def _under_each(results: Mapping[str, Any]) -> list[str]:
+    """Return lines on the accuracy under each of several threats, under one on average, and what was left out."""
+    if "threats" not in results:
+        return []
+    lines = [
+        f"{label}: {told['robust_accuracy']:.1%} [{told['interval'][0]:.1%}, {told['interval'][1]:.1%}]"
+        for label, told in results["threats"].items()
+    ]
+    return [*lines, f"average: {results['average']:.1%}", *results["left_out"]]
+
+
+def _targeted(results: Mapping[str, Any]) -> list[str]:
+    """Return a line on how often each targeted attack got the answer that it wanted."""
+    lines = []
+    for name, record in results["attacks"].items():
+        told = record.get("targeted")
+        if told and told["attacked"]:
+            low, high = told["interval"]
+            share = f"{told['success']:.1%} [{low:.1%}, {high:.1%}]"
+            lines.append(f"{name}: got its target for an answer on {share} of {told['attacked']:,} attacked images")
+    return lines
+
+
+def _transfer(results: Mapping[str, Any]) -> list[str]:
+    """Return a line on what images made against another network alone say."""
+    told = results.get("transfer")
+    return [f"transfer: {told['note']}"] if told else []
+
+
+def _further_tables(results: Mapping[str, Any]) -> list[NumberTable]:
+    """Return tables of samples and of images out of distribution; none where neither was measured."""
     return [
         *([_generation_table(results["generation"])] if results.get("generation") else []),
         *([_ood_table(results["ood"])] if results.get("ood") else []),
@@ -578,7 +579,7 @@ def _generation_table(told: Mapping[str, Any]) -> NumberTable:
     return table
 
 
-def further_lines(results: Mapping[str, Any]) -> list[str]:
+def _further_lines(results: Mapping[str, Any]) -> list[str]:
     """Return a line for each check of samples that is not fine."""
     checks = (results.get("generation") or {}).get("checks", [])
     return [f"{each['name'].replace('_', ' ')}: {each['message']}" for each in checks if each["status"] != "ok"]

@@ -6,16 +6,16 @@ from dualhead.report.generation import judge_name
 from dualhead.report.lights import believable, light_lines, lights
 from dualhead.report.model_card import ONNX_SECTION, model_card
 from dualhead.report.page import write_report
-from dualhead.report.poisoning import poison_columns
 from dualhead.report.routers import router_lines, router_rows
 from dualhead.report.routes import WARNING as ROUTES_WARNING
 from dualhead.report.routes import route_rows
-from dualhead.report.rows import rows_html, rows_text
+from dualhead.report.rows import evaluation_row, rows_html, rows_text
 from dualhead.report.sequence import OLD as OLD_ATTACKS
 from dualhead.report.sequence import sequence_cells, sequence_text
 from dualhead.report.sources import MEANS, measured_in, measured_title
 from dualhead.report.summary import summary
-from dualhead.report.text import duration, threat_text, unequal
+from dualhead.report.table import accuracy_columns, balanced_columns, share_cell
+from dualhead.report.text import duration, threat_text
 
 __all__ = [
     "MEANS",
@@ -24,9 +24,12 @@ __all__ = [
     "ONNX_SECTION",
     "ROUTES_WARNING",
     "SAMPLE_ROWS",
+    "accuracy_columns",
+    "balanced_columns",
     "believable",
     "change",
     "duration",
+    "evaluation_row",
     "judge_name",
     "light_lines",
     "lights",
@@ -34,7 +37,6 @@ __all__ = [
     "measured_title",
     "model_card",
     "picture",
-    "poison_columns",
     "route_rows",
     "router_lines",
     "router_rows",
@@ -43,8 +45,8 @@ __all__ = [
     "save_sheet",
     "sequence_cells",
     "sequence_text",
+    "share_cell",
     "summary",
     "threat_text",
-    "unequal",
     "write_report",
 ]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualhead.report.comparison import Cell, Table
 from dualhead.report.figures import WIDTH, Figure, horizontal_grid, scale, slug, vertical_grid
 from dualhead.report.sources import Measured
 from dualhead.report.svg import Drawing
+from dualhead.report.table import Cell, Table
 from dualhead.report.text import percent, points
 from dualhead.statistics import wilson
 

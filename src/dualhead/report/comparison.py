@@ -19,6 +19,7 @@ from dualhead.report.differences import broken_later, comparable, difference, re
 from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.lights import believable, lights
 from dualhead.report.sources import Estimate, Measured, Source, measured_in, measured_title
+from dualhead.report.table import MISSING, Cell, Table, accuracy_columns, estimate_cell, page_table
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text, times_text
 from dualhead.report.training import COLOURS, best_line
 from dualhead.statistics import Paired
@@ -51,34 +52,6 @@ class Verdict:
     sentence: str
     caveats: list[str]
     light: str = "none"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Args:
-        text: what it shows.
-        order: what it is sorted by; None: its text.
-        note: in small print behind it.
-    """
-
-    text: str
-    order: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Args:
-        columns: their names.
-        rows: a cell for each column.
-    """
-
-    columns: list[str]
-    rows: list[list[Cell]]
 
 
 # ---- the verdict
@@ -377,19 +350,39 @@ def _curve(row: Measured) -> list[tuple[float, Estimate]]:
 
 def accuracy_table(rows: Sequence[Measured]) -> Table:
     """Every number of the comparison; what is the same for all of them is left to `conditions`."""
-    attacks = list(dict.fromkeys(attack for row in rows for attack in row.attacks))
-    shown = [*attacks, *(["worst"] if any(len(row.attacks) > 1 for row in rows) else [])]
-    worn = list(dict.fromkeys(name for row in rows for name in row.worn))
-    static = ["transfer (static)"] if any(row.transferred for row in rows) else []
-    told = [] if conditions(rows) else ["threat model", "images"]
-    cells = []
-    for row in rows:
-        met = [Cell(threat_text(row.threat)), Cell(large(row.num_samples), row.num_samples)] if told else []
-        robust = [_accuracy_cell(row.robust.get(name)) for name in shown]
-        robust += [_accuracy_cell(row.worn.get(name)) for name in worn]
-        robust += [_accuracy_cell(row.transferred) for _ in static]
-        cells.append([Cell(row.title), *met, _accuracy_cell(row.clean), *robust])
-    return Table(["model", *told, "clean %", *(f"{name} %" for name in (*shown, *worn, *static))], cells)
+    told = {"model": [Cell(row.title) for row in rows]}
+    if not conditions(rows):
+        told["threat model"] = [Cell(threat_text(row.threat)) for row in rows]
+        told["images"] = [Cell(large(row.num_samples), row.num_samples) for row in rows]
+    return page_table(told, accuracy_columns([_described(row) for row in rows]))
+
+
+def _described(row: Measured) -> dict[str, Any]:
+    """Return a classifier as `comparison.json` holds it, but for the poison, which has a section of its own."""
+    ends = {name: (found.low, found.high) for name, found in {"clean_accuracy": row.clean, **row.robust}.items()}
+    return {
+        "clean_accuracy": row.clean.value,
+        "robust_accuracy": {name: found.value for name, found in row.robust.items()},
+        "intervals": ends,
+        **{name: {**_told(found), "kinds": {}} for name, found in row.worn.items()},
+        "transfer": _told(row.transferred) if row.transferred else None,
+        **_balanced(row.results),
+    }
+
+
+def _told(found: Estimate) -> dict[str, Any]:
+    return {"accuracy": found.value, "interval": (found.low, found.high)}
+
+
+def _balanced(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return balanced accuracies and the sizes of the classes, as far as they can be read."""
+    try:
+        means = {name: float(share) for name, share in results["balanced_accuracy"].items()}
+        sizes = [float(size) for size in results["class_sizes"]]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    fine = all(map(math.isfinite, (*means.values(), *sizes)))
+    return {"balanced_accuracy": means, "class_sizes": sizes} if fine else {}
 
 
 def changed_tables(rows: Sequence[Measured]) -> dict[str, Table]:
@@ -399,7 +392,7 @@ def changed_tables(rows: Sequence[Measured]) -> dict[str, Table]:
         known = [row for row in rows if name in row.worn]
         found = [row.worn_kinds(name) for row in known]
         cells = [
-            [Cell(kind.replace("_", " ")), *(_accuracy_cell(each.get(kind)) for each in found)]
+            [Cell(kind.replace("_", " ")), *(estimate_cell(each.get(kind)) for each in found)]
             for kind in dict.fromkeys(kind for each in found for kind in each)
         ]
         title = measured_title(measured_in(known[0].results)[name])
@@ -414,12 +407,6 @@ def conditions(rows: Sequence[Measured]) -> str:
         return ""
     threat, count = met.pop()
     return threat if count is None else f"{threat}, {count:,} test images"
-
-
-def _accuracy_cell(value: Estimate | None) -> Cell:
-    if value is None:
-        return Cell("n/a", -1.0)
-    return Cell(percent(value.value), value.value, f"[{percent(value.low)}, {percent(value.high)}]")
 
 
 def cost_table(rows: Sequence[Measured]) -> Table:
@@ -476,7 +463,7 @@ def difference_table(sources: Sequence[Source]) -> Table:
             cost = [Cell(times_text(times) if times else "n/a", times or -1.0)] if told else []
             differences = [_difference_cell(clean), _difference_cell(robust)]
             changed = worn[number]
-            differences += [_difference_cell(changed[n]) if n in changed else Cell("n/a", -1.0) for n in measured]
+            differences += [_difference_cell(changed[n]) if n in changed else MISSING for n in measured]
             cells.append([Cell(row.title), Cell(other.title), *differences, *cost])
     costs = ["training cost"] if told else []
     more = [f"{name}, points" for name in measured]

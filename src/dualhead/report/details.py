@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from dualhead.report import figures, generation, poisoning, routes, sequence, training
-from dualhead.report.comparison import Cell, Table, accuracy_table, conditions, findings
+from dualhead.report.comparison import accuracy_table, conditions, findings
 from dualhead.report.figures import Figure
 from dualhead.report.gallery import Album, Gallery
 from dualhead.report.lights import CHECKS
 from dualhead.report.sources import Estimate, Measured, Source
-from dualhead.report.text import duration, large, percent, unequal
+from dualhead.report.table import Cell, Table, estimate_cell
+from dualhead.report.text import duration, large, unequal
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def _class_table(entries: Sequence[ClassEntry]) -> Table:
         [
             Cell(name),
             Cell(str(count), count),
-            *(Cell(percent(e.value), e.value, f"[{percent(e.low)}, {percent(e.high)}]") for e in (clean, robust)),
+            estimate_cell(clean),
+            estimate_cell(robust),
         ]
         for _, name, count, clean, robust in entries
     ]

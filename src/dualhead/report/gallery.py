@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from dualhead.names import name_of, read_id
 from dualhead.report import landscape
-from dualhead.report.comparison import Cell, Table
 from dualhead.report.figures import Figure
 from dualhead.report.sources import Measured, role_of
+from dualhead.report.table import Cell, Table
 from dualhead.report.text import eps_texts, percent
 from dualhead.system.files import write_atomically
 

@@ -12,10 +12,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.report.comparison import Cell, Table
 from dualhead.report.figures import Figure, Series, lines
 from dualhead.report.gallery import picture, sheet
 from dualhead.report.sources import Measured
+from dualhead.report.table import Cell, Table
 from dualhead.report.text import threat_text
 
 PICTURES: Final = "generation.npz"

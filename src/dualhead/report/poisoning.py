@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.report.comparison import Cell, Table
 from dualhead.report.gallery import picture
 from dualhead.report.sources import Measured, Source
+from dualhead.report.table import MISSING, Cell, Table, poison_columns, share_cell
 from dualhead.report.text import percent
 
 TIMES: Final = 10
@@ -28,40 +28,6 @@ LEAD: Final = (
     "Of one poison, one share of images and one seed of it. Another poison may fare otherwise, and so may an adversary "
     "who makes one against this very method."
 )
-
-
-def _worst(shares: Mapping[str, Any]) -> str | None:
-    return "worst" if "worst" in shares else next(iter(shares), None)
-
-
-def poison_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, list[float]] | None]]:
-    """Return the columns that poisoned data add to a table: a share with its interval for each row, or None.
-
-    Args:
-        rows: each with `poison` as `results.json` holds it, or without.
-
-    Returns:
-        By their names: `attack success` (triggered images of other classes that are taken for the target), `robust,
-        triggered` (by true label), `learnt by heart` (poisoned training images that get the label they were given).
-        Columns of which no row knows anything are left out.
-    """
-    columns: dict[str, list[tuple[float, list[float]] | None]] = {}
-    for row in rows:
-        told = row.get("poison") or {}
-        ends, robust = told.get("intervals", {}), told.get("robust_accuracy_on_triggered", {})
-        training = told.get("training", {})
-        found: dict[str, tuple[float, list[float]] | None] = dict.fromkeys(
-            ("attack success", "robust, triggered", "learnt by heart")
-        )
-        if "attack_success_rate" in told:
-            found["attack success"] = told["attack_success_rate"], ends["attack_success_rate"]
-        if (name := _worst(robust)) is not None:
-            found["robust, triggered"] = robust[name], ends[name]
-        if "by_given_label" in training:
-            found["learnt by heart"] = training["by_given_label"], training["intervals"]["by_given_label"]
-        for name, cell in found.items():
-            columns.setdefault(name, []).append(cell)
-    return {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
 
 
 @dataclass(frozen=True)
@@ -133,12 +99,6 @@ def _changes(record: Mapping[str, NDArray[Any]]) -> str:
     return told + "."
 
 
-def _share(value: float, ends: Sequence[float]) -> Cell:
-    if not math.isfinite(value):
-        raise ValueError("a share is not finite")
-    return Cell(percent(value), value, f"[{percent(ends[0])}, {percent(ends[1])}]")
-
-
 def _outputs(rows: Sequence[Measured]) -> Table | None:
     known = [row for row in rows if isinstance(row.results.get("poison"), Mapping)]
     columns = poison_columns([row.results for row in known])
@@ -147,26 +107,23 @@ def _outputs(rows: Sequence[Measured]) -> Table | None:
     cells = [[Cell(row.title)] for row in known]
     for name, shares in columns.items():
         for line, share in zip(cells, shares, strict=True):
-            line.append(Cell("n/a", -1.0) if share is None else _share(*share))
+            line.append(share)
         if name == "attack success" and any(above):
             for line, told in zip(cells, above, strict=True):
-                line.append(_share(told["difference"], told["interval"]) if told else Cell("n/a", -1.0))
+                line.append(share_cell(told["difference"], told["interval"]) if told else MISSING)
     names = [f"{name} %" for name in columns]
     if any(above):
         names.insert(names.index("attack success %") + 1, "above a clean model, points")
     if any("by_true_label" in told for told in true):
         names.append("by true label %")
         for line, told in zip(cells, true, strict=True):
-            known_share = "by_true_label" in told
-            line.append(
-                _share(told["by_true_label"], told["intervals"]["by_true_label"]) if known_share else Cell("n/a")
-            )
+            line.append(share_cell(told.get("by_true_label"), told.get("intervals", {}).get("by_true_label")))
     for key, title in FINDERS.items():
         found = [row.results["poison"].get(key) for row in known]
         if any(found):
             names.append(title)
             for line, told in zip(cells, found, strict=True):
-                line.append(_auroc(told) if told else Cell("n/a", -1.0))
+                line.append(_auroc(told) if told else MISSING)
     return Table(["model", *names], cells) if names else None
 
 
@@ -183,8 +140,8 @@ def _classes(told: Mapping[str, Any]) -> Table | None:
         [
             Cell(str(entry["class"])),
             Cell(str(entry["num_samples"]), entry["num_samples"]),
-            _share(entry["attack_success_rate"], entry["intervals"]["attack_success_rate"]),
-            _share(entry["accuracy_on_triggered"], entry["intervals"]["clean_accuracy"]),
+            share_cell(entry["attack_success_rate"], entry["intervals"]["attack_success_rate"]),
+            share_cell(entry["accuracy_on_triggered"], entry["intervals"]["clean_accuracy"]),
         ]
         for entry in entries
     ]

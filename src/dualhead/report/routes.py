@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dualhead.report.comparison import Cell, Table
-from dualhead.report.sources import Source, measured_in
-from dualhead.report.text import percent
+from dualhead.report.sources import Source
+from dualhead.report.table import MISSING, Cell, Table, accuracy_columns, page_table, share_cell
 
 WARNING: Final = (
     "Clean accuracy of one route beside robust accuracy of another is a pair of classifiers, and no defence: whoever "
@@ -77,35 +76,12 @@ def sections(source: Source, notes: list[str]) -> list[Routes]:
     for folder, found in source.routes.items():
         try:
             rows = route_rows(found)
-            table = _accuracy(rows) if rows else None
+            named = {"classifier": [Cell(row["name"]) for row in rows]}
+            table = page_table(named, accuracy_columns(rows)) if rows else None
             made.append(Routes(folder, table, transfer_table(found), gap_table(found), str(found.get("num_samples"))))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
             notes.append(f"evaluations/{folder}/routes.json cannot be read; it is left out.")
     return made
-
-
-def _accuracy(rows: list[dict[str, Any]]) -> Table:
-    attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"]))
-    worn = list(dict.fromkeys(name for row in rows for name in measured_in(row)))
-
-    def worn_cell(row: Mapping[str, Any], name: str) -> Cell:
-        told = row.get(name)
-        return Cell("n/a", -1.0) if not told else _share(float(told["accuracy"]), told["interval"])
-
-    def cell(row: Mapping[str, Any], name: str) -> Cell:
-        value = row["robust_accuracy"].get(name)
-        return Cell("n/a", -1.0) if value is None else _share(float(value), row["intervals"][name])
-
-    cells = [
-        [
-            Cell(row["name"]),
-            _share(float(row["clean_accuracy"]), row["intervals"]["clean_accuracy"]),
-            *(cell(row, name) for name in attacks),
-            *(worn_cell(row, name) for name in worn),
-        ]
-        for row in rows
-    ]
-    return Table(["classifier", "clean %", *(f"{name} %" for name in (*attacks, *worn))], cells)
 
 
 def transfer_table(found: Mapping[str, Any]) -> Table | None:
@@ -115,14 +91,13 @@ def transfer_table(found: Mapping[str, Any]) -> Table | None:
         return None
     judges = list(next(iter(rows.values())))
     cells = [
-        [Cell(_called(against, found)), *(_share(row[judge]["accuracy"], row[judge]["interval"]) for judge in judges)]
+        [
+            Cell(_called(against, found)),
+            *(share_cell(row[judge]["accuracy"], row[judge]["interval"]) for judge in judges),
+        ]
         for against, row in rows.items()
     ]
     return Table(["made against", *(f"{_called(judge, found)} %" for judge in judges)], cells)
-
-
-def _share(value: float, ends: list[float]) -> Cell:
-    return Cell(percent(value), value, f"[{percent(ends[0])}, {percent(ends[1])}]")
 
 
 def gap_table(found: Mapping[str, Any]) -> Table | None:
@@ -145,5 +120,5 @@ def gap_table(found: Mapping[str, Any]) -> Table | None:
 
 def _number(value: float | None) -> Cell:
     if value is None or not math.isfinite(value):
-        return Cell("n/a", -1.0)
+        return MISSING
     return Cell(f"{value:.3g}", value)

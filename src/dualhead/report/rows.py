@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Final
 
 from dualhead.report.lights import light_lines
-from dualhead.report.poisoning import poison_columns
 from dualhead.report.sources import measured_in
+from dualhead.report.table import Cell, accuracy_columns
+
+SHOWN: Final = ("balanced_accuracy", "class_sizes", "poison", "transfer")
+"""What tables show of results beside accuracies and measurements, where it is there."""
+
+
+def evaluation_row(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of an evaluation, as `comparison.json` holds rows, as far as tables need it.
+
+    Args:
+        name: of the row.
+        results: the content of `results.json`.
+    """
+    found = {key: results[key] for key in ("clean_accuracy", "robust_accuracy", "intervals")}
+    more = {key: results[key] for key in SHOWN if key in results}
+    return {"name": name, **found, **measured_in(results), **more}
 
 
 def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -37,24 +52,5 @@ def _lights(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    attacks = list(dict.fromkeys(name for row in rows for name in row["robust_accuracy"] if name != "worst"))
-    shown = [*attacks, "worst"] if len(attacks) > 1 else attacks
-    poisoned = poison_columns(rows)
-    worn = list(dict.fromkeys(name for row in rows for name in measured_in(row)))
-    lines = [["model, accuracy in %", "clean", *shown, *worn, *poisoned]]
-    for number, row in enumerate(rows):
-        ends = row["intervals"]
-        robust = [
-            _percent(row["robust_accuracy"][name], ends[name]) if name in row["robust_accuracy"] else "-"
-            for name in shown
-        ]
-        told = [row.get(name) for name in worn]
-        robust += [_percent(each["accuracy"], each["interval"]) if each else "-" for each in told]
-        shares = (column[number] for column in poisoned.values())
-        robust += ["-" if share is None else _percent(*share) for share in shares]
-        lines.append([row["name"], _percent(row["clean_accuracy"], ends["clean_accuracy"]), *robust])
-    return lines
-
-
-def _percent(share: float, ends: Sequence[float]) -> str:
-    return f"{100 * share:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+    columns = {"model, accuracy in %": [Cell(row["name"]) for row in rows], **accuracy_columns(rows)}
+    return [list(columns), *([cell.whole() for cell in line] for line in zip(*columns.values(), strict=True))]

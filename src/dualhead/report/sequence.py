@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dualhead.report.comparison import Cell, Table
 from dualhead.report.figures import WIDTH, Figure, Series, lines, slug
 from dualhead.report.sources import Source
 from dualhead.report.svg import Drawing
+from dualhead.report.table import Cell, Table, share_cell
 from dualhead.report.text import large, percent, points, shortened
 
 SHARES: Final = {"union": "union", "average_seen": "average seen", "average_all": "average all"}
@@ -48,9 +48,9 @@ def sequence_cells(told: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]
         robust, ends = row["robust_accuracy"], row["intervals"]
         cells.append([
             Cell(str(row["stage"])), Cell(row["old_attacks"] or "-"),
-            _share(row["clean_accuracy"], ends["clean_accuracy"]),
-            *(_share(robust[name], ends[name]) for name in threats),
-            *(_share(row.get(key), ends.get(key)) for key in shares),
+            share_cell(row["clean_accuracy"], ends["clean_accuracy"]),
+            *(share_cell(robust[name], ends[name]) for name in threats),
+            *(share_cell(row.get(key), ends.get(key)) for key in shares),
             *(_difference(row.get(key)) for key in differences),
             Cell(large(row["training_cost"]["forward_equivalents"]), row["training_cost"]["forward_equivalents"]),
         ])  # fmt: skip
@@ -59,13 +59,6 @@ def sequence_cells(told: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]
 
 def _is(row: Mapping[str, Any], key: str) -> bool:
     return isinstance(row.get(key), int | float)
-
-
-def _share(value: float | None, ends: Sequence[float] | None = None) -> Cell:
-    if value is None:
-        return Cell("-", -1.0)
-    note = f"[{percent(ends[0])}, {percent(ends[1])}]" if ends else ""
-    return Cell(percent(value), value, note)
 
 
 def _difference(value: float | None) -> Cell:
