@@ -29,7 +29,7 @@ from dualhead.report import write_report
 from dualhead.report.calibration import calibration_of, reliability_diagrams
 from dualhead.report.comparison import as_csv, as_records, cost_table, difference_table, trade_offs, verdict
 from dualhead.report.differences import difference
-from dualhead.report.figures import pareto
+from dualhead.report.figures import SERIES, pareto
 from dualhead.report.gallery import change, picture, spread
 from dualhead.report.sources import Estimate, read_sources, role_of
 from dualhead.report.summary import summary
@@ -752,7 +752,7 @@ def test_metrics_that_are_no_numbers_leave_a_gap_and_a_note(tmp_path):
     page = report(make_run(tmp_path / "run", stages=["main_head"], lines=lines), at=tmp_path)
     assert "main_head epoch 3 (loss)" in page.text
     assert "nan" not in "".join(str(tag.get("d")) for tag in page.all("path"))
-    losses = [tag for tag in page.all("path") if tag["class"] == "curve aggregate"]
+    losses = [tag for tag in page.all("path") if tag["class"] == "curve series1"]
     assert len(losses) >= 2  # cut in pieces around the gaps
     blind = [{**line, "validation_robust": math.nan} for line in metrics("main_head", 4)]
     run = make_run(tmp_path / "blind", stages=["main_head"], lines=blind)
@@ -998,3 +998,27 @@ def test_every_output_has_a_colour(output, role):
     assert role_of(output) == role
     style = resources.files("dualhead.report").joinpath("templates/page.css").read_text(encoding="utf-8")
     assert f".{role} {{ --tone: var(--{role}); }}" in style
+
+
+def luminance(colour):
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_series_can_be_seen_and_have_the_colour_of_no_output(scheme):
+    style = resources.files("dualhead.report").joinpath("templates/page.css").read_text(encoding="utf-8")
+    light, dark = style.split("prefers-color-scheme: dark")[:2]
+    colours = dict(re.findall(r"--(\w+): (#\w{6});", {"light": light, "dark": dark}[scheme]))
+    outputs = {colours[role] for role in ("base", "head1", "head2", "further", "mean", "aggregate", "model")}
+    assert len({colours[name] for name in SERIES} - outputs) == len(SERIES)
+    for name in SERIES:
+        low, high = sorted(luminance(colours[each]) for each in (name, "card"))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, name
+        assert f".{name} {{ --tone: var(--{name}); }}" in style
+
+
+def test_curves_that_are_no_outputs_do_not_look_like_one(tmp_path):
+    page = report(make_run(tmp_path / "run"), at=tmp_path)
+    assert {tag["class"].split()[-1] for tag in page.all("path") if tag["class"].startswith("curve")} <= set(SERIES)

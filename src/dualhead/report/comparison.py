@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualhead.report.differences import broken_later, comparable, difference, repeats, same_model, worn_difference
-from dualhead.report.figures import Entry, Figure, Series, bars, lines, scatter
+from dualhead.report.figures import SERIES, Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.lights import believable, lights
 from dualhead.report.sources import Estimate, Measured, Source, measured_in, measured_title
 from dualhead.report.table import MISSING, Cell, Table, accuracy_columns, estimate_cell, page_table
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text, times_text
-from dualhead.report.training import COLOURS, best_line
+from dualhead.report.training import best_line
 from dualhead.statistics import Paired
 
 MOST_DIFFERENCES = 60
@@ -309,7 +309,7 @@ def eps_figures(sources: Sequence[Source]) -> list[Figure]:
                 series.append(
                     Series(
                         attacked,
-                        COLOURS[len(series) % len(COLOURS)],
+                        SERIES[len(series) % len(SERIES)],
                         [(eps, estimate.value) for eps, estimate in curve],
                         [(estimate.low, estimate.high) for _, estimate in curve],
                     )

@@ -21,6 +21,9 @@ WIDTH = 360.0
 Entry = tuple[Measured, Estimate]
 """A classifier, and the accuracy that a figure shows of it."""
 
+SERIES = ("series1", "series2", "series3", "series4", "series5", "series6")
+"""Classes of the colours of what is no output of a model: an output has a colour of its own, see `role_of`."""
+
 MOST_CLASSES = 24
 """More classes than this are not drawn one by one."""
 
@@ -219,17 +222,17 @@ def classes(title: str, entries: Sequence[tuple[str, Estimate, Estimate]], capti
     drawing = Drawing(WIDTH, bottom + 24, f"{title}, clean and attacked accuracy in percent. {told}")
     drawing.circle(12, 12, 4.5, "ring ink")
     drawing.text(22, 16, "clean")
-    drawing.circle(74, 12, 4.5, "fill aggregate")
+    drawing.circle(74, 12, 4.5, "fill series1")
     drawing.text(84, 16, "attacked, with 95 % interval")
     at = scale((0, 1), (left, right))
     vertical_grid(drawing, [0, 0.25, 0.5, 0.75, 1], at, top - 4, bottom, lambda value: f"{100 * value:g}")
     for number, (name, clean, robust) in enumerate(entries):
         y = top + pitch * number + pitch / 2
         drawing.text(left - 10, y + 4, shortened(name, 13), "", "end", tip=name)
-        drawing.line(at(robust.low), y, at(robust.high), y, "wide aggregate")
+        drawing.line(at(robust.low), y, at(robust.high), y, "wide series1")
         drawing.line(at(robust.value), y, at(clean.value), y, "join")
         drawing.circle(at(clean.value), y, 4.5, "ring ink", f"{name}, clean: {_with_interval(clean)}")
-        drawing.circle(at(robust.value), y, 4.5, "fill aggregate", f"{name}, attacked: {_with_interval(robust)}")
+        drawing.circle(at(robust.value), y, 4.5, "fill series1", f"{name}, attacked: {_with_interval(robust)}")
     return Figure(slug(title), title, drawing.markup(), caption)
 
 
@@ -257,7 +260,7 @@ def confusion(title: str, counts: NDArray[np.int64], names: Sequence[str], capti
             share, number = float(shares[row, column]), int(counts[row, column])
             place = (left + cell * column, top + cell * row, cell - 1, cell - 1)
             drawing.rectangle(*place, "track")
-            style = "fill aggregate" if row == column else "fill alarm"
+            style = "fill ok" if row == column else "fill alarm"
             opacity = f"{share**0.6:.2f}"
             tip = f"{name} taken for {other}: {number} of {int(counts[row].sum())}"
             drawing.rectangle(*place, style, tip, opacity)

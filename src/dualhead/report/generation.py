@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.report.figures import Figure, Series, lines
+from dualhead.report.figures import SERIES, Figure, Series, lines
 from dualhead.report.gallery import picture, sheet
 from dualhead.report.sources import Measured
 from dualhead.report.table import Cell, Table
@@ -181,9 +181,9 @@ def ood_table(told: Mapping[str, Any]) -> Table:
 def _quality(told: Mapping[str, Any]) -> Figure:
     curve = [point for point in told["curve"] if point["steps"] > 0] or told["curve"]
     series = [
-        Series("samples, test images", "aggregate", [(p["steps"], p["test"]) for p in curve]),
-        Series("samples, held-out images", "head2", [(p["steps"], p["held_out"]) for p in curve]),
-        Series("training images", "base", [(p["steps"], told["floor"]["frechet_distance"]) for p in curve]),
+        Series("samples, test images", "series1", [(p["steps"], p["test"]) for p in curve]),
+        Series("samples, held-out images", "series2", [(p["steps"], p["held_out"]) for p in curve]),
+        Series("training images", "series4", [(p["steps"], told["floor"]["frechet_distance"]) for p in curve]),
     ]
     return lines(
         "quality-over-steps", "Frechet distance over steps", series, x_label="steps of the ascent",
@@ -200,7 +200,6 @@ def _energies(pictures: Mapping[str, NDArray[Any]], outside: Mapping[str, NDArra
     every = np.concatenate([values for _, values in finite])
     edges = np.histogram_bin_edges(every, BINS)
     middles = (edges[:-1] + edges[1:]) / 2
-    styles = ("base", "head1", "model", "aggregate", "head2", "mean")
     series = [
         Series(
             name,
@@ -210,7 +209,7 @@ def _energies(pictures: Mapping[str, NDArray[Any]], outside: Mapping[str, NDArra
                 for x, y in zip(middles, np.histogram(values, edges)[0] / max(1, len(values)), strict=True)
             ],
         )
-        for (name, values), style in zip(finite, styles, strict=False)
+        for (name, values), style in zip(finite, SERIES, strict=False)
     ]
     return lines(
         "energies", "Energies", series, x_label="marginal energy, -log sum exp of the logits",

@@ -55,7 +55,7 @@ def margins(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
     drawing = Drawing(WIDTH, bottom + 40, f"Margins of the heads. {told}")
     x = 12.0
     for style, words in (
-        ("ring ink", "clean"), ("fill aggregate", f"attacked, {called[-1]} right"), ("fill alarm", "wrong"),
+        ("ring ink", "clean"), ("fill ok", f"attacked, {called[-1]} right"), ("fill alarm", "wrong"),
     ):  # fmt: skip
         drawing.circle(x, 12, 4, style)
         drawing.text(x + 9, 16, words)
@@ -77,7 +77,7 @@ def margins(arrays: Mapping[str, NDArray[Any]], called: Sequence[str]) -> Figure
         start, end = place(clean[number]), place(attacked[number])
         drawing.line(*start, *end, "join faint")
         drawing.circle(*start, 2.6, "ring ink", f"{tip}, clean")
-        drawing.circle(*end, 3.2, "fill aggregate" if held[number] else "fill alarm", f"{tip}, attacked")
+        drawing.circle(*end, 3.2, "fill ok" if held[number] else "fill alarm", f"{tip}, attacked")
     caption = (
         "A margin is the label's logit minus the highest other one: right of the upright axis head 1 is right, above "
         f"the level one head 2. A line leads from each clean image to what the attack on {called[-1]} made of it. "

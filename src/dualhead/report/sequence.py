@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dualhead.report.figures import WIDTH, Figure, Series, lines, slug
+from dualhead.report.figures import SERIES, WIDTH, Figure, Series, lines, slug
 from dualhead.report.sources import Source
 from dualhead.report.svg import Drawing
 from dualhead.report.table import Cell, Table, share_cell
@@ -27,7 +27,6 @@ OLD: Final = {
     "lost": "Attacks of threats that had been learnt before were lost: no later stage used them.",
     "all known": "All threats were known from the start: a bound, and no sequence.",
 }
-_COLOURS = ("aggregate", "head1", "head2", "further", "mean", "base")
 
 
 def sequence_cells(told: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
@@ -123,7 +122,7 @@ def matrix(label: str, told: Mapping[str, Any]) -> Figure:
         for number, name in enumerate(names):
             share, x = _of(row, name), left + width * number
             drawing.rectangle(x, y, width - 2, height - 2, "track")
-            style = "fill head1" if name == "clean" else "fill aggregate"
+            style = "fill series2" if name == "clean" else "fill series1"
             tip = f"after {row['stage']}, {name}: {percent(share)} %"
             drawing.rectangle(x, y, width - 2, height - 2, style, tip, f"{share:.2f}")
             style = "cell dense" if share > 0.6 else "cell"
@@ -147,7 +146,7 @@ def course(label: str, told: Mapping[str, Any]) -> Figure:
     series = [
         Series(
             name,
-            _COLOURS[number % len(_COLOURS)],
+            SERIES[number % len(SERIES)],
             [(float(n), _of(row, name)) for n, row in enumerate(rows, 1)],
             [(row["intervals"][name][0], row["intervals"][name][1]) for row in rows],
         )

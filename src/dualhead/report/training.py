@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualhead.report.figures import Figure, Series, lines, slug
+from dualhead.report.figures import SERIES, Figure, Series, lines, slug
 from dualhead.report.sources import Source
 from dualhead.report.text import attack_text, component_text, duration, large, percent
 from dualhead.statistics import chance_drop, overfits_single_steps
@@ -17,9 +17,6 @@ NOT_LOSSES = {
     "validation_largest_answer", "watched_fgsm", "watched_pgd", "seconds", "dropped_steps",
 }  # fmt: skip
 """Keys of a line of metrics besides the loss and its terms."""
-
-
-COLOURS = ("aggregate", "head1", "head2", "mean", "base", "model")
 
 
 @dataclass(frozen=True)
@@ -172,15 +169,19 @@ def _figures(
         marks = [(marks[0][0], f"best: {best['epoch']}, last: {found[-1]['epoch']}"), (float(found[-1]["epoch"]), "")]
     terms = list(dict.fromkeys(key for line in found for key in line if not _is_no_loss(key) and _is_term(found, key)))
     accuracy = {
-        "validation_robust": ("robust", "aggregate"),
-        "validation_clean": ("clean", "head1"),
-        "train_accuracy": ("training batches", "base"),
-        "watched_fgsm": ("a few images, FGSM", "head2"),
-        "watched_pgd": ("a few images, PGD-5", "mean"),
+        "validation_robust": "robust",
+        "validation_clean": "clean",
+        "train_accuracy": "training batches",
+        "watched_fgsm": "a few images, FGSM",
+        "watched_pgd": "a few images, PGD-5",
     }
-    curves = [Series(name, style, _points(found, key)) for key, (name, style) in accuracy.items() if _has(found, key)]
-    losses = [Series(term, COLOURS[n % len(COLOURS)], _points(found, term)) for n, term in enumerate(terms)]
-    rate = [Series("learning rate", "model", _points(found, "learning_rate"))]
+    curves = [
+        Series(name, style, _points(found, key))
+        for (key, name), style in zip(accuracy.items(), SERIES, strict=False)
+        if _has(found, key)
+    ]
+    losses = [Series(term, SERIES[n % len(SERIES)], _points(found, term)) for n, term in enumerate(terms)]
+    rate = [Series("learning rate", SERIES[0], _points(found, "learning_rate"))]
     figures = []
     for title, series, share in (
         ("Accuracy, percent", curves, True),
