@@ -13,6 +13,7 @@ from dualhead.commands import terminal
 from dualhead.report import accuracy_columns, evaluation_row, rows_html, rows_text, share_cell
 from dualhead.report.comparison import accuracy_table
 from dualhead.report.sources import Estimate, Measured
+from dualhead.report.table import described
 
 
 def results(*attacks, **more):
@@ -24,7 +25,8 @@ def results(*attacks, **more):
 
 FULL = results(
     "pgd", "multihead", "worst",
-    corruptions={"accuracy": 0.61, "interval": [0.6, 0.62], "kinds": {}},
+    corruptions={"accuracy": 0.61, "interval": [0.6, 0.62], "severities": 5,
+                 "kinds": {"gaussian_noise": {"accuracy": 0.57, "interval": [0.5, 0.64]}}},
     transfer={"from": "another", "accuracy": 0.7, "interval": [0.68, 0.72], "note": "static"},
     balanced_accuracy={"clean": 0.55, "worst": 0.25}, class_sizes=[10, 40],
 )  # fmt: skip
@@ -76,6 +78,20 @@ def test_a_page_has_all_columns():
     assert [[cell.whole() for cell in row[1:]] for row in table.rows] == [
         [cells[number] for cells in EXPECTED.values()] for number in range(2)
     ]
+
+
+def test_the_state_of_a_run_has_all_columns(monkeypatch):
+    """As `dualhead info` shows it, which reads the files alone."""
+    rows = [described(measured("full", FULL)), described(measured("less", LESS))]
+    assert {name: [cell.whole() for cell in cells] for name, cells in accuracy_columns(rows).items()} == EXPECTED
+    console = Console(width=300, file=io.StringIO())
+    monkeypatch.setattr(terminal, "out", console)
+    terminal.print_changed(rows)
+    assert "gaussian noise" in console.file.getvalue()
+    assert "57.0 [50.0, 64.0]" in console.file.getvalue()
+    damaged = described(measured("damaged", {**FULL, "corruptions": {**FULL["corruptions"], "kinds": ["fog"]}}))
+    terminal.print_changed([*rows, damaged])
+    assert accuracy_columns([damaged])["corruptions"][0].text == "61.0"
 
 
 @pytest.mark.parametrize("hostile", [{"clean": math.nan}, {"clean": "much"}, ["clean"], None])

@@ -282,10 +282,9 @@ def print_changed(rows: Sequence[Mapping[str, Any]]) -> None:
         for model in told:
             table.add_column(model, justify="right", overflow="fold")
         for kind in first["kinds"]:
-            found = [each["kinds"][kind] for each in told.values()]
-            table.add_row(
-                kind.replace("_", " "), *(share_cell(each["accuracy"], each["interval"]).whole() for each in found)
-            )
+            found = [each["kinds"].get(kind, {}) for each in told.values()]
+            cells = [share_cell(each.get("accuracy"), each.get("interval")) for each in found]
+            table.add_row(kind.replace("_", " "), *(cell.whole() for cell in cells))
         out.print(table)
 
 

@@ -19,7 +19,7 @@ from dualhead.report.differences import broken_later, comparable, difference, re
 from dualhead.report.figures import SERIES, Entry, Figure, Series, bars, lines, scatter
 from dualhead.report.lights import believable, lights
 from dualhead.report.sources import Estimate, Measured, Source, measured_in, measured_title
-from dualhead.report.table import MISSING, Cell, Table, accuracy_columns, estimate_cell, page_table
+from dualhead.report.table import MISSING, Cell, Table, accuracy_columns, described, estimate_cell, page_table
 from dualhead.report.text import duration, eps_texts, large, percent, points, threat_name, threat_text, times_text
 from dualhead.report.training import best_line
 from dualhead.statistics import Paired
@@ -354,35 +354,7 @@ def accuracy_table(rows: Sequence[Measured]) -> Table:
     if not conditions(rows):
         told["threat model"] = [Cell(threat_text(row.threat)) for row in rows]
         told["images"] = [Cell(large(row.num_samples), row.num_samples) for row in rows]
-    return page_table(told, accuracy_columns([_described(row) for row in rows]))
-
-
-def _described(row: Measured) -> dict[str, Any]:
-    """Return a classifier as `comparison.json` holds it, but for the poison, which has a section of its own."""
-    ends = {name: (found.low, found.high) for name, found in {"clean_accuracy": row.clean, **row.robust}.items()}
-    return {
-        "clean_accuracy": row.clean.value,
-        "robust_accuracy": {name: found.value for name, found in row.robust.items()},
-        "intervals": ends,
-        **{name: {**_told(found), "kinds": {}} for name, found in row.worn.items()},
-        "transfer": _told(row.transferred) if row.transferred else None,
-        **_balanced(row.results),
-    }
-
-
-def _told(found: Estimate) -> dict[str, Any]:
-    return {"accuracy": found.value, "interval": (found.low, found.high)}
-
-
-def _balanced(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return balanced accuracies and the sizes of the classes, as far as they can be read."""
-    try:
-        means = {name: float(share) for name, share in results["balanced_accuracy"].items()}
-        sizes = [float(size) for size in results["class_sizes"]]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
-    fine = all(map(math.isfinite, (*means.values(), *sizes)))
-    return {"balanced_accuracy": means, "class_sizes": sizes} if fine else {}
+    return page_table(told, accuracy_columns([described(row) for row in rows]))
 
 
 def changed_tables(rows: Sequence[Measured]) -> dict[str, Table]:

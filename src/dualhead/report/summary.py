@@ -9,7 +9,8 @@ from typing import Any
 
 from dualhead.errors import UserError
 from dualhead.report.lights import lights
-from dualhead.report.sources import Measured, Source, read_sources
+from dualhead.report.sources import Source, read_sources
+from dualhead.report.table import described
 from dualhead.report.training import best_line
 
 
@@ -39,7 +40,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "state": "training" if not trained else "finished" if measured else "evaluating",
         "device": source.environment.get("device"),
         "stages": stages,
-        "rows": [_row(row) for row in source.rows],
+        "rows": [{**described(row), "checks": lights(row.results.get("diagnostics"))} for row in source.rows],
         "notes": source.notes,
     }
 
@@ -63,16 +64,3 @@ def _stage(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _accuracies(line: Mapping[str, Any]) -> dict[str, float | None]:
     values = {"clean": line.get("validation_clean"), "robust": line.get("validation_robust")}
     return {k: v if isinstance(v, int | float) and math.isfinite(v) else None for k, v in values.items()}
-
-
-def _row(row: Measured) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "checks": lights(row.results.get("diagnostics")),
-        "clean_accuracy": row.clean.value,
-        "robust_accuracy": {name: estimate.value for name, estimate in row.robust.items()},
-        "intervals": {
-            "clean_accuracy": [row.clean.low, row.clean.high],
-            **{name: [estimate.low, estimate.high] for name, estimate in row.robust.items()},
-        },
-    }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
-from dualhead.report.sources import Estimate, measured_in
+from dualhead.report.sources import MEANS, Estimate, Measured, measured_in
 from dualhead.report.text import percent, unequal
 
 
@@ -88,6 +88,44 @@ def accuracy_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Cell]]
     for title, name in balanced_columns(rows).items():
         columns[title] = [share_cell(row.get("balanced_accuracy", {}).get(name)) for row in rows]
     return columns | poison_columns(rows)
+
+
+def described(row: Measured) -> dict[str, Any]:
+    """Return a classifier as `comparison.json` holds it, but for its poison, which has a section of its own.
+
+    Of files that may be damaged: what cannot be read is left out.
+    """
+    told: dict[str, Any] = {
+        "name": row.name,
+        "clean_accuracy": row.clean.value,
+        "robust_accuracy": {name: found.value for name, found in row.robust.items()},
+        "intervals": {"clean_accuracy": _ends(row.clean), **{name: _ends(found) for name, found in row.robust.items()}},
+    }
+    for name, found in row.worn.items():
+        facts = {key: value for key, value in row.results[name].items() if key not in MEANS}
+        kinds = {kind: _share(of) for kind, of in row.worn_kinds(name).items()}
+        told[name] = {**facts, **_share(found), "kinds": kinds}
+    if row.transferred:
+        told["transfer"] = _share(row.transferred)
+    return told | _balanced(row.results)
+
+
+def _ends(found: Estimate) -> list[float]:
+    return [found.low, found.high]
+
+
+def _share(found: Estimate) -> dict[str, Any]:
+    return {"accuracy": found.value, "interval": _ends(found)}
+
+
+def _balanced(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return balanced accuracies and the sizes of the classes, as far as they can be read."""
+    try:
+        means = {name: float(share) for name, share in results["balanced_accuracy"].items()}
+        sizes = [int(size) for size in results["class_sizes"]]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return {}
+    return {"balanced_accuracy": means, "class_sizes": sizes} if all(map(math.isfinite, means.values())) else {}
 
 
 def page_table(first: Mapping[str, Sequence[Cell]], columns: Mapping[str, Sequence[Cell]]) -> Table:
