@@ -71,7 +71,7 @@ def test_without_steps_the_samples_are_the_seeds():
     _, made, _ = step(model, build())
     images, _, _ = made._make(batch(0), streams_of(batch(0)), further())
     assert "contrast" not in images
-    assert made._needs["made"].on == "seeds"
+    assert made._plan.needs["made"].on == "seeds"
 
 
 @pytest.mark.parametrize("climb", ["class", "marginal"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,14 +85,14 @@ def test_pieces_are_attacked_before_any_of_them_moves_batch_norm(monkeypatch):
     seen = {}
     for name, model, micro_batch in (("whole", whole, None), ("cut", cut, 4)):
         step = step_of(model, stage_of("sat", ("model",), micro_batch=micro_batch))
-        attacked, look = [], step._fast_look
+        attacked, look = [], step._plan.fast_look
         seen[name] = attacked
 
         def watched(crossing, attacked=attacked, look=look):
             attacked.append(crossing["attacked"])
             return look(crossing)
 
-        monkeypatch.setattr(step, "_fast_look", watched)
+        monkeypatch.setattr(step, "_plan", replace(step._plan, fast_look=watched))
         data = batch(0)
         step(data, streams_of(data))
     torch.testing.assert_close(torch.cat(seen["cut"]), torch.cat(seen["whole"]), rtol=0, atol=1e-6)

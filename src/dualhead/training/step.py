@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -72,11 +72,42 @@ class _Piece:
     images: dict[str, Tensor]
 
 
-_PLANNED = (
-    "_objective", "_needs", "_inner", "_judged", "_looks", "_constant", "_crossing", "_look", "_estimates",
-    "_slopes", "_fast_look", "_climbs", "_climbs_in_lanes", "_costs",
-)  # fmt: skip
-"""Attributes that together are the plan for an objective."""
+@dataclass(frozen=True)
+class _Plan:
+    """Passes that an objective needs, with what has been found out about them.
+
+    Args:
+        objective: it is the plan of all that are equal to this one.
+        needs: of its loss, by name.
+        inner: the maximisations that make its attacked images, by these images' names.
+        constant: needs that no trained part feeds.
+        crossing: names of the images for which the frozen prefix is run.
+        look: pass of the loss through what learns.
+        fast_look: the same, compiled if the run compiles. A count of operations sees nothing of a compiled pass, so
+            both forms stay.
+        slopes: of each slope that is needed, name, need and the pass to its logits.
+        estimates: pass by which statistics of batch norm are estimated.
+        climbs: the maximisations through the step's own passes.
+        climbs_in_lanes: the same through those of each lane.
+        looks: passes to constants, by their names; made when they are first needed.
+        costs: floating-point operations of a step over all processes, by whether it perturbs weights, once counted.
+    """
+
+    objective: Objective
+    needs: Mapping[str, Need]
+    inner: Mapping[str, Inner]
+    constant: Mapping[str, Need]
+    crossing: Sequence[str]
+    look: Look
+    fast_look: Callable[[Mapping[str, Crossing]], dict[str, Tensor]]
+    slopes: Sequence[tuple[str, Slope, Look]]
+    estimates: Look
+    climbs: Mapping[str, _Climb]
+    climbs_in_lanes: Sequence[Mapping[str, _Climb]]
+    looks: dict[tuple[str, ...], Look] = field(default_factory=dict)
+    costs: dict[bool, int] = field(default_factory=dict)
+
+
 _MOST_PLANS = 16
 """So many plans are kept; an objective that alternates between a few forms is planned once for each."""
 
@@ -133,86 +164,88 @@ class TrainingStep:
         self._counted = False
         if arithmetic.lanes > 1 and stage.attack_mode == "eval" and not stage.checkpoint_activations:
             self._in_lanes = _lanes(passes, stage, arithmetic.lanes)
-        self._plans: list[tuple[Objective, dict[str, object]]] = []
-        self._see(stage.objective)
+        self._plans: list[_Plan] = []
+        self._objective = stage.objective
+        self._plan = self._plan_of(stage.objective)
 
-    def _see(self, objective: Objective) -> None:
+    def _plan_of(self, objective: Objective) -> _Plan:
         """Plan the passes that an objective needs, or take the plan of one that was seen lately."""
-        for known, plan in self._plans:
-            if known == objective:
-                self.__dict__.update(plan)
-                return
-        self._plan(objective)
-        plan = {name: getattr(self, name) for name in _PLANNED}
-        self._plans = [*self._plans, (objective, plan)][-_MOST_PLANS:]
+        for plan in self._plans:
+            if plan.objective == objective:
+                return plan
+        plan = self._planned(objective)
+        self._plans = [*self._plans, plan][-_MOST_PLANS:]
+        return plan
 
-    def _plan(self, objective: Objective) -> None:
-        self._costs: dict[bool, int] = {}
-        self._objective = objective
-        self._needs, self._inner = dict(objective.needs()), dict(objective.inner())
-        self._judged = objective.judged
-        self._looks: dict[tuple[str, ...], Look] = {}
+    def _planned(self, objective: Objective) -> _Plan:
+        needs, inner = dict(objective.needs()), dict(objective.inner())
         teachers, passes = self._passes.teachers, self._passes
-        told = {n for n, need in self._needs.items() if isinstance(need, Logits) and need.output in teachers}
-        self._constant = {n: need for n, need in self._needs.items() if passes.is_constant(need)}
-        asked = [need for n, need in passed(self._needs).items() if n not in told]
-        self._crossing = list(dict.fromkeys(need.on for need in asked))
-        learning: dict[str, Need] = {n: need for n, need in passed(self._needs).items() if n not in self._constant}
-        together = [CLEAN, *(made for made, inner in self._inner.items() if inner.start == CLEAN)]
+        told = {n for n, need in needs.items() if isinstance(need, Logits) and need.output in teachers}
+        constant = {n: need for n, need in needs.items() if passes.is_constant(need)}
+        asked = [need for n, need in passed(needs).items() if n not in told]
+        learning: dict[str, Need] = {n: need for n, need in passed(needs).items() if n not in constant}
+        together = [CLEAN, *(made for made, of in inner.items() if of.start == CLEAN)]
         forward = self._stage.forward
         if forward == "separate":
             together = []
         counted = (CLEAN,) if forward == "joint_clean" else None
-        self._look = passes.look(learning, together, counted=counted)
-        if self._look.tells_rows and self._forgetful:
+        look = passes.look(learning, together, counted=counted)
+        routed = look.tells_rows
+        if routed and self._forgetful:
             raise UserError(
                 f"checkpoint_activations: not with forward: {forward}, whose layers are told whose their rows are; use "
                 "micro_batch"
             )
-        self._slopes = [
+        slopes = [
             (n, need, passes.look({n: Logits(need.output, need.on)}))
-            for n, need in self._needs.items()
+            for n, need in needs.items()
             if isinstance(need, Slope)
         ]
-        if self._slopes and self._forgetful:
+        if slopes and self._forgetful:
             raise UserError(
                 "checkpoint_activations: not with an objective whose loss sees gradients of images; use micro_batch"
             )
         # Statistics that routes have in common are estimated as they are trained: of the rows of all.
-        routed = self._look.tells_rows
-        self._estimates = passes.look(
-            _estimated(learning), together if routed else (), counted=counted if routed else None
-        )
-        # A count of operations sees nothing of a compiled pass, so both forms stay.
-        self._fast_look: Callable[[Mapping[str, Crossing]], dict[str, Tensor]] = self._look
+        estimates = passes.look(_estimated(learning), together if routed else (), counted=counted if routed else None)
+        fast_look: Callable[[Mapping[str, Crossing]], dict[str, Tensor]] = look
         if self._arithmetic.compiled:
-            if self._look.has_layers:
+            if look.has_layers:
                 raise UserError(
                     "objective: looks inside parts of the model, which cannot be compiled; set runtime.compile=false"
                 )
-            if self._look.tells_rows:
+            if routed:
                 raise UserError(
                     f"forward: {forward}: layers are told whose their rows are, which cannot be compiled; set "
                     "runtime.compile=false"
                 )
-            self._fast_look = compiled(self._look, "the passes of the loss")
-        self._climbs = {made: _Climb(self._passes, self._needs, made, inner) for made, inner in self._inner.items()}
-        self._climbs_in_lanes = [
-            {made: _Climb(lane, self._needs, made, inner) for made, inner in self._inner.items()}
-            for lane in self._in_lanes
-        ]
+            fast_look = compiled(look, "the passes of the loss")
+        climbs = {made: _Climb(passes, needs, made, of) for made, of in inner.items()}
+        in_lanes = [{made: _Climb(lane, needs, made, of) for made, of in inner.items()} for lane in self._in_lanes]
         if self._arithmetic.compiled:
-            for climb in self._climbs.values():
+            for climb in climbs.values():
                 climb.compile()
+        return _Plan(
+            objective=objective,
+            needs=needs,
+            inner=inner,
+            constant=constant,
+            crossing=list(dict.fromkeys(need.on for need in asked)),
+            look=look,
+            fast_look=fast_look,
+            slopes=slopes,
+            estimates=estimates,
+            climbs=climbs,
+            climbs_in_lanes=in_lanes,
+        )
 
     @property
     def cost(self) -> int:
         """Floating-point operations of such a step, over all processes; 0 until they have been counted."""
-        return self._costs.get(self._perturbs, 0)
+        return self._plan.costs.get(self._perturbs, 0)
 
     @cost.setter
     def cost(self, flops: int) -> None:
-        self._costs[self._perturbs] = flops
+        self._plan.costs[self._perturbs] = flops
 
     def begin(self, epoch: int, state: Mapping[str, float] | None = None) -> bool:
         """Prepare for an epoch, counted from 0, or for a new state of the objective.
@@ -224,7 +257,7 @@ class TrainingStep:
         objective = self._stage.objective.at(epoch, state or {})
         changed = objective != self._objective
         if changed:
-            self._see(objective)
+            self._plan = self._plan_of(objective)
         self._objective = objective  # an equal one may differ in what only its loss reads
         self._perturbs = awp is not None and epoch >= awp.start
         return (awp is not None and epoch == awp.start) or (changed and bool(state))
@@ -274,14 +307,14 @@ class TrainingStep:
         on, attacked as in a step.
         """
         device = batch.x.device
-        if {need.on for need in self._estimates.needs.values()} <= {CLEAN}:
+        if {need.on for need in self._plan.estimates.needs.values()} <= {CLEAN}:
             with self._arithmetic.autocast(device):
                 crossing = {CLEAN: self._passes.constant(self._arithmetic.images(batch.x))}
         else:
             with in_eval_mode(self._passes.learners):
                 crossing = self._prepare(batch, streams, further).crossing
         with torch.no_grad(), self._arithmetic.autocast(device):
-            self._estimates(crossing)
+            self._plan.estimates(crossing)
 
     def _cut(
         self, batch: Batch, streams: Streams, further: Mapping[str, StreamImages], attacked: Tensor | None
@@ -303,9 +336,9 @@ class TrainingStep:
         """Make all images of a piece, run the frozen prefix on them, and take what is constant."""
         images, crossing, known = self._make(piece, streams, further, given)
         self._cross(images, crossing)
-        known |= self._take(images, crossing, {n: need for n, need in self._constant.items() if n not in known})
-        known |= {n: images[need.on] for n, need in self._needs.items() if isinstance(need, Images)}
-        return _Piece(crossing, known, piece.y, {need.on: images[need.on] for _, need, _ in self._slopes})
+        known |= self._take(images, crossing, {n: need for n, need in self._plan.constant.items() if n not in known})
+        known |= {n: images[need.on] for n, need in self._plan.needs.items() if isinstance(need, Images)}
+        return _Piece(crossing, known, piece.y, {need.on: images[need.on] for _, need, _ in self._plan.slopes})
 
     def _make(
         self, piece: Batch, streams: Streams, further: Mapping[str, StreamImages], given: Tensor | None = None
@@ -319,10 +352,10 @@ class TrainingStep:
         x = self._arithmetic.images(piece.x)
         images = {CLEAN: x, **{name: self._arithmetic.images(of.x) for name, of in further.items()}}
         labels = {name: of.y for name, of in further.items() if of.y is not None}
-        known = {n: labels[need.on] for n, need in self._needs.items() if isinstance(need, Labels)}
+        known = {n: labels[need.on] for n, need in self._plan.needs.items() if isinstance(need, Labels)}
         crossing: dict[str, Crossing] = {}
         self._cross(images, crossing)
-        for made, inner in self._inner.items():
+        for made, inner in self._plan.inner.items():
             if given is None:
                 known |= self._take(images, crossing, {n: t for n, t in self._targets(made) if n not in known})
                 with record_function("attack"):
@@ -338,12 +371,12 @@ class TrainingStep:
 
     def _targets(self, made: str) -> Iterator[tuple[str, Need]]:
         """Constants that the loss of an attack is given."""
-        uses = self._inner[made].uses
-        return ((n, need) for n, need in self._constant.items() if n in uses and need.on != made)
+        uses = self._plan.inner[made].uses
+        return ((n, need) for n, need in self._plan.constant.items() if n in uses and need.on != made)
 
     def _cross(self, images: Mapping[str, Tensor], crossing: dict[str, Crossing]) -> None:
         """Run the frozen prefix on the images that are new, where anything behind it is needed."""
-        for name in self._crossing:
+        for name in self._plan.crossing:
             if name in images and name not in crossing:
                 with record_function("frozen prefix"), self._arithmetic.autocast(images[name].device):
                     crossing[name] = self._passes.constant(images[name])
@@ -357,9 +390,9 @@ class TrainingStep:
         with torch.no_grad(), self._arithmetic.autocast(images[CLEAN].device):
             taken = self._passes.told(needs, images)
             rest = tuple(n for n in needs if n not in taken)
-            if rest and rest not in self._looks:
-                self._looks[rest] = self._passes.look({n: needs[n] for n in rest})
-            return {**taken, **(self._looks[rest](crossing) if rest else {})}
+            if rest and rest not in self._plan.looks:
+                self._plan.looks[rest] = self._passes.look({n: needs[n] for n in rest})
+            return {**taken, **(self._plan.looks[rest](crossing) if rest else {})}
 
     def _descend(self, pieces: Sequence[_Piece], images: int) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of the mean loss, in `.grad`; the loss, its terms and figures, and the number of correct images."""
@@ -370,7 +403,8 @@ class TrainingStep:
             share = len(piece.y) / images
             with record_function("loss: forward"):
                 with self._arithmetic.autocast(piece.y.device):
-                    seen = {**piece.known, **(self._look if self._counted else self._fast_look)(piece.crossing)}
+                    look = self._plan.look if self._counted else self._plan.fast_look
+                    seen = {**piece.known, **look(piece.crossing)}
                 seen |= self._slopes_of(piece)
                 loss = self._loss(piece.y, seen)
             if loss.constraint is not None:
@@ -380,7 +414,7 @@ class TrainingStep:
             for name, term in {"loss": loss.total, **loss.terms, **loss.figures}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
             labels = piece.y if piece.y.dim() == 1 else piece.y.argmax(1)
-            correct += (seen[self._judged].argmax(1) == labels).sum()
+            correct += (seen[self._objective.judged].argmax(1) == labels).sum()
         if self._memory:
             share = sum(len(piece.y) for piece in pieces) / images  # over all processes they add up to 1
             terms = self._objective.penalty(self._weights(), self._memory)
@@ -418,7 +452,7 @@ class TrainingStep:
     def _slopes_of(self, piece: _Piece) -> dict[str, Tensor]:
         """Gradients of the cross-entropy with respect to images, with a graph to what learns unless constant."""
         found = {}
-        for name, need, look in self._slopes:
+        for name, need, look in self._plan.slopes:
             x = piece.images[need.on].detach().requires_grad_()
             with self._arithmetic.autocast(x.device):
                 logits = look({need.on: self._passes.prefix(x)})[name]
@@ -484,7 +518,7 @@ class TrainingStep:
         if made != ATTACKED:  # several maximisations draw apart
             streams = streams.fork(made)
         within = (inner.attack or self._stage.attack, inner.threat or self._threat)
-        climb = self._climbs[made]
+        climb = self._plan.climbs[made]
         given = climb.given(images, crossing, known)
         if self._stage.attack_mode == "train":
             return climb(*within, self._arithmetic, given, y, streams, plain=self._counted)
@@ -505,7 +539,7 @@ class TrainingStep:
             own = Streams(streams.keys[rows])
             return climbs[made](*within, self._arithmetic, given[rows], y[rows], own, plain=True)
 
-        return torch.cat(list(pool(count).map(share, self._climbs_in_lanes, edges[:-1], edges[1:])))
+        return torch.cat(list(pool(count).map(share, self._plan.climbs_in_lanes, edges[:-1], edges[1:])))
 
 
 @dataclass(frozen=True)
