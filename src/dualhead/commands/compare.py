@@ -34,7 +34,7 @@ from dualhead.evaluation import (
     wilson,
 )
 from dualhead.names import id_of_row
-from dualhead.report import MEANS, believable, lights, measured_in
+from dualhead.report import MEANS, believable, cost_unit, lights, measured_in
 from dualhead.runs import RunFolder, read_recipe, without_how
 from dualhead.statistics import paired_t, student, student_reach
 
@@ -216,7 +216,7 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
     """
     attacks, notes = _common_attacks(entries)
     groups = _grouped(entries)
-    unit = _unit(entries)
+    unit = cost_unit((entry.flops, entry.forward_equivalents) for entry in entries)
     labels = _labels(groups)
     rows = [_row(label, members, attacks, unit) for label, members in zip(labels, groups, strict=True)]
     ranked = [row for row in rows if believable(row["checks"])]
@@ -379,14 +379,6 @@ def _correct(entry: Entry, common: Sequence[str]) -> dict[str, NDArray[np.bool_]
     names = ("clean", *common, *(name for name in faced if name not in common and _for_heads(name)))
     correct = {name: entry.evaluation.correct[name][order] for name in names}
     return {**correct, "worst": np.logical_and.reduce([correct[name] for name in correct])} if names[1:] else correct
-
-
-def _unit(entries: Sequence[Entry]) -> float | None:
-    """Floating-point operations of one forward pass of one image, of the first run that says so."""
-    for entry in entries:
-        if entry.flops and entry.forward_equivalents:
-            return entry.flops / entry.forward_equivalents
-    return None
 
 
 def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: float | None) -> dict[str, Any]:

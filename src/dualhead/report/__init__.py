@@ -1,5 +1,6 @@
 """Reports of runs, made from the files that these left and from nothing else."""
 
+from dualhead.report.comparison import cost_unit
 from dualhead.report.gallery import NO_CLASS, change, picture, save_sheet
 from dualhead.report.generation import ROWS as SAMPLE_ROWS
 from dualhead.report.generation import judge_name
@@ -28,6 +29,7 @@ __all__ = [
     "balanced_columns",
     "believable",
     "change",
+    "cost_unit",
     "duration",
     "evaluation_row",
     "judge_name",

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -383,7 +383,8 @@ def conditions(rows: Sequence[Measured]) -> str:
 
 def cost_table(rows: Sequence[Measured]) -> Table:
     """Parameters and what training cost, of the classifiers for which it is recorded, in one unit for all of them."""
-    unit, first = _unit(rows), next((row for row in rows if row.flops), None)
+    unit = cost_unit((row.flops, row.forward_equivalents) for row in rows)
+    first = next((row for row in rows if row.flops), None)
     cells = [
         [
             Cell(row.title),
@@ -399,9 +400,16 @@ def cost_table(rows: Sequence[Measured]) -> Table:
     return Table(["model", "parameters", *multiples, "in forward passes", "training time"], cells)
 
 
-def _unit(rows: Sequence[Measured]) -> float | None:
-    """Floating-point operations of a forward pass of an image, through the base model of the first run that says so."""
-    return next((row.flops / row.forward_equivalents for row in rows if row.flops and row.forward_equivalents), None)
+def cost_unit(costs: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Return the floating-point operations of a forward pass of an image through the first base model that says so.
+
+    Args:
+        costs: of each classifier's training, in floating-point operations and in forward passes of its own base model.
+
+    Returns:
+        More than 0; None if no classifier has both recorded.
+    """
+    return next((flops / passes for flops, passes in costs if flops and passes), None)
 
 
 def _cost(row: Measured, unit: float | None) -> float | None:
