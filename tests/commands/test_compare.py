@@ -99,27 +99,37 @@ def test_the_order_of_an_evaluations_samples_does_not_matter(seeds):
     assert standings([*first, *reordered])["pairs"] == standings([*first, *second])["pairs"]
 
 
-def faced(entry, attack, robust):
+def faced(entry, attack, robust, **record):
     """An entry that was attacked by something else too, which leaves the first so many images."""
+    entry.evaluation.results.setdefault("attacks", {})[attack] = record
     verdict = next(iter(entry.evaluation.verdicts.values()))
     entry.evaluation.verdicts[attack] = replace(verdict, robust=np.arange(200) < robust)
     return entry
 
 
-def test_what_only_merged_heads_can_face_counts_where_it_was_run():
+@pytest.mark.parametrize(
+    ("square", "merged", "record"),
+    [
+        ("square", "multihead-20", {}),
+        ("square", "theirs", {"needs_heads": True}),  # an attack from outside that nobody has loaded here
+        ("multihead-of-one", "multihead-20", {"needs_heads": True}),
+    ],
+)
+def test_what_only_merged_heads_can_face_counts_where_it_was_run(square, merged, record):
+    of_all = {"needs_heads": False} if record else {}
     found = standings([
-        faced(entry("base", 120, 60, flops=1), "square", 10),
-        faced(entry("merged", 130, 70, flops=1), "multihead-20", 40),
+        faced(entry("base", 120, 60, flops=1), square, 10, **of_all),
+        faced(entry("merged", 130, 70, flops=1), merged, 40, **record),
     ])  # fmt: skip
     assert [row["robust_accuracy"] for row in found["rows"]] == [
-        {"pgd-40": 0.3, "worst": 0.3}, {"pgd-40": 0.35, "multihead-20": 0.2, "worst": 0.2},
+        {"pgd-40": 0.3, "worst": 0.3}, {"pgd-40": 0.35, merged: 0.2, "worst": 0.2},
     ]  # fmt: skip
     assert [(pair["accuracy"], pair["verdict"]) for pair in found["pairs"]] == [
         ("clean", "gain"), ("pgd-40", "gain"), ("worst", "loss"),
     ]  # fmt: skip
     assert found["notes"] == [
-        "square was run on 1 of 2 and is left out",
-        "multihead-20 was run on 1 of 2 and counts in worst there; an attack that all can face, such as autoattack, "
+        f"{square} was run on 1 of 2 and is left out",
+        f"{merged} was run on 1 of 2 and counts in worst there; an attack that all can face, such as autoattack, "
         "compares them alike",
     ]
 

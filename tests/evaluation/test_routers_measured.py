@@ -28,15 +28,13 @@ def classifier(aggregator="after_dder-2") -> DualHeadClassifier:
     return dual
 
 
-def measured(folder, threats=THREATS, **settings):
+def measured(folder, threats=THREATS, attacks=("pgd-3", "multihead-1", "steered-1"), **settings):
     dual = classifier()
     x = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         y = dual(x).argmax(1)
     y[:4] = (y[:4] + 1) % 4
-    setting = RouterSetting(
-        threats, ["pgd-3", "multihead-1", "steered-1"], batch_size=8, options={"diagnostics": False}, **settings
-    )
+    setting = RouterSetting(threats, attacks, batch_size=8, options={"diagnostics": False}, **settings)
     return evaluate_routers(dual, x[:16], y[:16], setting, held_out=(x[16:], y[16:]), output_dir=folder)
 
 
@@ -114,6 +112,12 @@ def test_routers_weighed_alike_are_a_copy():
     each = torch.stack([dual.view(name)(x) for name in dual.routers], 1)
     torch.testing.assert_close(alike(x), each.mean(1))
     assert torch.equal(dual(x), before)
+
+
+@pytest.mark.parametrize("threats", [THREATS, THREATS[:1]])
+def test_attacks_that_all_need_heads_choose_no_router_and_are_refused(tmp_path, threats):
+    with pytest.raises(UserError, match="chosen by an attack that needs no heads"):
+        measured(tmp_path, threats, ["multihead-1"])
 
 
 def test_a_model_without_routers_is_refused(tmp_path):

@@ -345,8 +345,11 @@ def _labels(groups: Sequence[Sequence[Entry]]) -> list[str]:
     return labels
 
 
-def _for_heads(attack: str) -> bool:
-    """Whether an attack of this label can be run on merged heads alone."""
+def _for_heads(evaluation: Evaluation, attack: str) -> bool:
+    """Tell whether an attack that was run can be run on merged heads alone; by its name where results do not say."""
+    recorded = evaluation.results.get("attacks", {}).get(attack, {}).get("needs_heads")
+    if recorded is not None:
+        return bool(recorded)
     attack = attack.partition("@")[0]
     return any(
         registry.get(name).needs_heads and (attack == name or attack.startswith((f"{name}-", f"{name}(")))
@@ -366,17 +369,18 @@ def _common_attacks(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
     faced = dict.fromkeys(name for entry in entries for name in entry.evaluation.verdicts if name not in common)
     notes = []
     for name in faced:
-        count = sum(name in entry.evaluation.verdicts for entry in entries)
-        told = f"{name} was run on {count} of {len(entries)}"
+        tried = [entry.evaluation for entry in entries if name in entry.evaluation.verdicts]
+        told = f"{name} was run on {len(tried)} of {len(entries)}"
         counts = "and counts in worst there; an attack that all can face, such as autoattack, compares them alike"
-        notes.append(f"{told} {counts}" if _for_heads(name) else f"{told} and is left out")
+        notes.append(f"{told} {counts}" if _for_heads(tried[0], name) else f"{told} and is left out")
     return common, notes
 
 
 def _correct(entry: Entry, common: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
     """Tell which samples are right by measure, in the order of their indices; see `standings` for `worst`."""
     order, faced = np.argsort(entry.evaluation.index), entry.evaluation.verdicts
-    names = ("clean", *common, *(name for name in faced if name not in common and _for_heads(name)))
+    for_heads = [name for name in faced if name not in common and _for_heads(entry.evaluation, name)]
+    names = ("clean", *common, *for_heads)
     correct = {name: entry.evaluation.correct[name][order] for name in names}
     return {**correct, "worst": np.logical_and.reduce([correct[name] for name in correct])} if names[1:] else correct
 

@@ -10,10 +10,11 @@ from typing import Any, Final, get_args
 
 from torch import nn
 
+from dualhead.attacks import Attack
 from dualhead.components.fields import parse_real
 from dualhead.data import Framing, Resample, Split, Storage, among, load_split
 from dualhead.errors import UserError
-from dualhead.evaluation import Asked
+from dualhead.evaluation import Asked, Measurement
 from dualhead.models import Backbone, backbones, maker
 from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
@@ -30,6 +31,8 @@ BY_SAMPLES: Final = "by-samples"
 """The checkpoint whose samples are nearest to held-out images, for `--checkpoint`."""
 DEFAULT_ATTACKS = ("pgd-40",)
 """Attacks on a model that no run tells how to measure."""
+ADAPTIVE: Final = ("multihead",)
+"""Attacks on merged heads where a run's recipe names none that knows of heads."""
 
 
 def split_names(text: str) -> list[str]:
@@ -157,7 +160,7 @@ class Resolved:
     threat: Threat
     threats: Sequence[Threat]
     radii: Sequence[str]
-    attacks: tuple[AttackSpec, ...]
+    attacks: Sequence[str | Attack | Measurement]
     results: Path
     gallery: Path
     framing: Framing
@@ -218,7 +221,7 @@ def resolve(request: Request) -> Resolved:
         images = among(images, tuple(named), request.model)
     results = request.output_dir or source.results / _folder_name(request)
     gallery = request.output_dir or source.gallery or results
-    chosen = request.attacks or _fitting_attacks(source.attacks, model)
+    chosen = request.attacks or Asked.of(source.attacks).for_model(model, ADAPTIVE).each
     framing = _framing({**source.reading, **request.reading})
     return Resolved(
         model, images, threat, threats if len(threats) > 1 else (), radii, chosen, results, gallery, framing
@@ -413,15 +416,6 @@ def _refuse_other_channels(name: str, test: Split, channels: int | None) -> None
             f"{test.num_classes} classes of {test.image_shape[0]}-channel images do not fit {name}, which is for "
             f"{channels}-channel images; {key}"
         )
-
-
-def _fitting_attacks(attacks: tuple[AttackSpec, ...], model: nn.Module) -> tuple[AttackSpec, ...]:
-    """Return those attacks that a model can face; one that merges heads also faces the attack that knows of them."""
-    asked = Asked.of(attacks)
-    if not hasattr(model, "head_logits"):
-        return tuple(spec for spec, each in zip(attacks, asked.each, strict=True) if not each.needs_heads)
-    for_heads = any(each.needs_heads for each in asked.each)
-    return attacks if for_heads or not asked.attacks else (*attacks, "multihead")
 
 
 # ---- where results go

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Final, Self
+
+from torch import nn
 
 from dualhead.attacks import Attack
 from dualhead.attacks import attacks as registry
@@ -58,6 +60,25 @@ class Asked:
                 raise UserError(f"{where}.{place}: {label} is a key of results.json; register it by another name")
             built[label] = found
         return cls(tuple(built.values()))
+
+    def for_model(self, model: nn.Module, adaptive: Sequence[Spec] = ()) -> Self:
+        """Return what a model can face: attacks that need heads only where it merges them.
+
+        Args:
+            model: images to logits; it merges heads if it has `head_logits`.
+            adaptive: attacks that need heads, added for a model that merges them where attacks are asked for and none
+                of these needs heads.
+        """
+        if not hasattr(model, "head_logits"):
+            return replace(self, each=tuple(each for each in self.each if not each.needs_heads))
+        if not self.attacks or self.for_heads:
+            return self
+        return replace(self, each=(*self.each, *self.of(adaptive).each))
+
+    @property
+    def for_heads(self) -> list[str]:
+        """Return the labels of the attacks that only a model that merges heads can face."""
+        return [label for label, attack in self.attacks.items() if attack.needs_heads]
 
     @property
     def attacks(self) -> dict[str, Attack]:

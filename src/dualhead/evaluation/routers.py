@@ -94,7 +94,7 @@ def evaluate_routers(
         `best_fixed`, with McNemar's test.
 
     Raises:
-        UserError: if the aggregator has no routers.
+        UserError: if the aggregator has no routers, or every attack needs heads.
         Interrupted: when stopped.
     """
     if not classifier.routers:
@@ -113,8 +113,10 @@ def evaluate_routers(
         )  # fmt: skip
 
     asked = Asked.of(setting.attacks)
-    plain: list[Spec] = [attack for attack in asked.attacks.values() if not attack.needs_heads]
-    attacks = [*asked.each, *(ADAPTIVE if len(plain) == len(asked.attacks) else ())]
+    attacks = asked.for_model(classifier, ADAPTIVE).each
+    plain = [attack for attack in asked.attacks.values() if not attack.needs_heads]
+    if not plain:
+        raise UserError("routers: the best one is chosen by an attack that needs no heads; add one, such as autoattack")
     chosen = {router: measured(models[router], f"held_out/{router}", held_out, plain) for router in classifier.routers}
     found = {name: measured(model, name, (images, labels), attacks) for name, model in models.items()}
     right = {name: _right(each, names) for name, each in found.items()}

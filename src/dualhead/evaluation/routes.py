@@ -48,8 +48,8 @@ SAME: Final = ("clean", "robust", "threat", "num_samples", "weights", "data", "s
 T: Final = (0.25, 0.5, 0.75)
 """Points between two heads at which the curve is measured, beside its ends."""
 TRANSFER: Final = "pgd-20"
-ADAPTIVE: Final = "multihead-20"
-"""Attack on merged routes where none that knows of heads is asked for."""
+ADAPTIVE: Final = ("multihead-20",)
+"""Attacks on merged routes where none that knows of heads is asked for."""
 ESTIMATE: Final = 1024
 """Training images of which statistics between two heads are estimated, at most."""
 
@@ -140,10 +140,7 @@ def evaluate_routes(
     }  # fmt: skip
 
     def measured(name: str, model: nn.Module) -> dict[str, Any]:
-        specs: list[Spec] = [each for each in by.each if not each.needs_heads]
-        if hasattr(model, "head_logits") and by.attacks:
-            knowing = [each for each in by.each if each.needs_heads]
-            specs += knowing or [ADAPTIVE]
+        specs = by.for_model(model, ADAPTIVE).each
         evaluation = evaluate(
             model.eval(), images, labels, threat=setting.threat, attacks=specs, batch_size=setting.batch_size,
             seed=setting.seed, output_dir=folder / name, progress=progress(name) if progress else None, stop=stop,

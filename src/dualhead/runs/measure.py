@@ -172,7 +172,7 @@ def _options(
     recipe = prepared.recipe
     return {
         "threat": recipe.threats_measured or recipe.threat,
-        "attacks": [a for a in prepared.asked.attacks.values() if hasattr(model, "head_logits") or not a.needs_heads],
+        "attacks": list(prepared.asked.for_model(model).attacks.values()),
         "batch_size": recipe.evaluate.batch_size,
         "seed": recipe.runtime.seed,
         "precision": precision_of(recipe.runtime),

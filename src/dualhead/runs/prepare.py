@@ -641,11 +641,10 @@ def start_from(prepared: Prepared, stage: Stage, model: nn.Module) -> bool:
 
 def _check_attacks(prepared: Prepared) -> None:
     """Refuse attacks that cannot measure every output: also those of one head are measured."""
-    attacks = prepared.asked.attacks
-    for_heads = [name for name, attack in attacks.items() if attack.needs_heads]
+    for_heads = prepared.asked.for_heads
     if for_heads and not isinstance(prepared.model, DualHeadClassifier):
         raise UserError(f"evaluate.attacks: {for_heads[0]} needs several heads, and this model has one")
-    if for_heads and len(for_heads) == len(attacks):
+    if for_heads and len(for_heads) == len(prepared.asked.attacks):
         raise UserError(
             f"evaluate.attacks: {for_heads[0]} cannot attack the outputs of one head, which are measured beside "
             "the aggregate; add one that can, such as autoattack"
