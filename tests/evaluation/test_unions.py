@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from dualhead.errors import Interrupted, UserError
-from dualhead.evaluation import Evaluation, against_specialists, compare, evaluate
+from dualhead.evaluation import Evaluation, Finding, against_specialists, compare, evaluate, harness
+from dualhead.evaluation.progress import Silent
 from dualhead.recipe import parse_recipe
 from dualhead.report import threat_text
 from dualhead.threats import ThreatModel, build_threat
@@ -81,6 +85,43 @@ def test_an_attack_runs_under_the_threats_that_it_is_defined_for_and_the_rest_is
         measure([ThreatModel("L2", 0.3), Flow(0.1)], attacks=["square-5"])
 
 
+def test_every_argument_reaches_the_evaluation_under_each_threat(monkeypatch, tmp_path):
+    model, (images, labels) = nn.Sequential(trained()), patterns(8)
+    given = {
+        "model": model, "images": images, "labels": labels, "threat": THREATS, "attacks": ["fgsm"], "eps": (),
+        "index": torch.arange(8).flip(0), "batch_size": 16, "seed": 3, "precision": "float32", "device": "cpu",
+        "class_names": list("abcd"), "skipped": 2, "checks": [Finding("mine", "warning", "odd")],
+        "heads": lambda x: model(x)[:, None], "return_adversarial": True, "save_adversarial": True,
+        "output_dir": tmp_path, "resume": False, "diagnostics": False, "progress": Silent(), "command": "words",
+        "subject": {"output": "mean"}, "transfer_from": trained(), "transfer_name": "other", "stop": lambda: False,
+    }  # fmt: skip
+    assert given.keys() == inspect.signature(evaluate).parameters.keys(), "name the new one here"
+    seen, real = [], harness._under_one
+    monkeypatch.setattr(harness, "_under_one", lambda settings: seen.append(settings) or real(settings))
+    evaluate(**given)
+    own = [settings for settings in seen if settings.model is model]
+    assert [settings.threat for settings in own] == [build_threat(text) for text in THREATS]
+    assert [settings.output_dir for settings in own] == [tmp_path / "threats" / name for name in ("Linf", "L2", "L1")]
+    assert all([*settings.attacks] == ["fgsm"] for settings in own)
+    for name in given.keys() - {"threat", "attacks", "eps", "output_dir"}:  # with several threats there is no curve
+        for settings in own:
+            reached = getattr(settings, name)
+            assert reached is given[name] or torch.equal(reached, given[name]), name
+
+
+def test_adversarial_images_are_returned_by_attack_and_threat():
+    (images, labels), threats = patterns(48), [build_threat(text) for text in THREATS]
+    found = measure(THREATS, diagnostics=False, return_adversarial=True)
+    for threat, attack in itertools.product(threats, ATTACKS):
+        made = found.adversarial(f"{attack}@{threat.kind}")
+        right = trained()(made).argmax(1) == labels
+        assert torch.equal(right, torch.from_numpy(found.verdicts[f"{attack}@{threat.kind}"].robust)), (attack, threat)
+        moved = (made - images.float() / 255).flatten(1).norm(p=float(threat.kind[1:]), dim=1)
+        assert 0 < moved.max() <= threat.eps + 1e-5
+    with pytest.raises(UserError, match="name one of pgd-5@Linf, apgd-ce-5@Linf, pgd-5@L2"):
+        found.adversarial("pgd-5")
+
+
 def test_checks_are_told_once_with_their_worst_outcome():
     found = measure(["Linf:8/255", "L2:0.3"], count=16, attacks=["pgd-2"])
     names = [entry["name"] for entry in found.results["diagnostics"]]
@@ -100,6 +141,7 @@ def test_threats_of_one_kind_are_told_apart_by_their_budgets():
         (["L2:0.3", "L3:1"], {}, "unknown threat 'L3'"),
         (["L2:0.3", "L1"], {}, "threat.1: must be"),
         (THREATS, {"eps": [0.1]}, "a curve over eps is of one threat"),
+        (THREATS, {"attacks": []}, "there is no attack to try under several; name one alone"),
     ],
 )
 def test_what_does_not_fit_is_refused(threat, options, words):

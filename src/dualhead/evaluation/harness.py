@@ -126,7 +126,7 @@ def evaluate(
         checks: what whoever read the images found out about them, to stand among the diagnostics.
         heads: images to the logits of all heads [B, H, K], for attacks that use them; None for `model.head_logits`
             where there is one.
-        return_adversarial: keep the adversarial examples in the result: `Evaluation.adversarial(attack)`.
+        return_adversarial: keep the adversarial examples in the result, for `Evaluation.adversarial(attack)`.
         save_adversarial: keep the adversarial examples in `samples.npz`.
         output_dir: where to write `results.json` and `samples.npz`, and to keep what is found out on the way.
         resume: go on with what lies there; False begins anew.
@@ -155,64 +155,75 @@ def evaluate(
         raise UserError(f"index must name each of the {len(images)} samples once")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    threat, radii = _settled(threat, eps)
-    if isinstance(threat, Sequence) and not isinstance(threat, str):
-        options = {
-            "index": index, "batch_size": batch_size, "seed": seed, "precision": precision, "device": device,
-            "class_names": class_names, "skipped": skipped, "checks": checks, "heads": heads,
-            "save_adversarial": save_adversarial, "resume": resume, "diagnostics": diagnostics, "progress": progress,
-            "command": command, "subject": subject, "stop": stop, "transfer_from": transfer_from,
-            "transfer_name": transfer_name,
-        }  # fmt: skip
-        if radii:
-            raise UserError("eps: a curve over eps is of one threat; leave it out, or name one threat")
-        return _evaluate_each(model, images, labels, threat, attacks, output_dir, options)
+    threats, radii = _settled(threat, eps)
     asked = _asked(attacks, images, radii)
-    built = {label: attack.for_classes(list(class_names or ())) for label, attack in asked.attacks.items()}
-    threat = build_threat(threat, "threat").for_images(images.shape[1:])
-    if device is not None:
-        model.to(device)
-    model = without_inference_tensors(model)
-    came_training = bool(training_modules(model))
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
-        work = _Work(
-            Subject(model, heads, batch_size),
-            images.cpu(),
-            labels.to("cpu", torch.int64),
-            index.to("cpu", torch.int64),
-            threat,
-            built,
-            [parse_real(value) for value in radii],
-            seed,
-            progress or Silent(),
-            save_adversarial or return_adversarial,
-            came_training,
-            stop,
-        )
-        names = list(class_names) if class_names is not None else [str(k) for k in range(work.num_classes)]
-        if len(names) < work.num_classes:
-            raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
-        progress_of = None if output_dir is None else Path(output_dir) / "progress"
-        work.open_journal(progress_of, precision, asked.measurements, resume=resume)
-        origin: dict[str, Any] = {"command": command, "subject": dict(subject or {})}
-        if skipped:
-            origin["skipped_images"] = skipped
-        evaluation = work.run(names, origin, diagnostics, asked.measurements)
-        _add_transfer(
-            work, evaluation, transfer_from, transfer_name, images, labels, output_dir,
-            {
-                "threat": threat, "attacks": list(built.values()), "index": index, "batch_size": batch_size,
-                "seed": seed, "precision": precision, "device": work.subject.device, "class_names": class_names,
-                "progress": progress, "resume": resume, "stop": stop,
-            },
-        )  # fmt: skip
-        if return_adversarial:
-            evaluation.keep_clean(images)
-        evaluation.results["diagnostics"] += [asdict(check) for check in checks]
-    if output_dir is not None:
-        folder = output_dir
-        work.group.lead(lambda: evaluation.save(folder))
-    return evaluation
+    settings = Settings(
+        model=model,
+        images=images,
+        labels=labels,
+        threat=threats[0],
+        attacks=asked.attacks,
+        measurements=asked.measurements,
+        eps=[parse_real(radius) for radius in radii],
+        index=index,
+        batch_size=batch_size,
+        seed=seed,
+        precision=precision,
+        device=device,
+        class_names=class_names,
+        skipped=skipped,
+        checks=checks,
+        heads=heads,
+        return_adversarial=return_adversarial,
+        save_adversarial=save_adversarial,
+        output_dir=None if output_dir is None else Path(output_dir),
+        resume=resume,
+        diagnostics=diagnostics,
+        progress=progress,
+        command=command,
+        subject=subject,
+        transfer_from=transfer_from,
+        transfer_name=transfer_name,
+        stop=stop,
+    )
+    return _under_each(settings, threats) if len(threats) > 1 else _under_one(settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Model, samples, threat and attacks of an evaluation, and how it is done: the arguments of `evaluate`, checked.
+
+    The fields have their names and meaning there; but `threat` is a single one, and `measurements` are told apart from
+    `attacks`, each by label. None of them has a default, so that none is forgotten on the way.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    threat: Threat
+    attacks: Mapping[str, Attack]
+    measurements: Mapping[str, Measurement]
+    eps: Sequence[float]
+    index: Tensor
+    batch_size: int
+    seed: int
+    precision: Precision
+    device: torch.device | str | None
+    class_names: Sequence[str] | None
+    skipped: int
+    checks: Sequence[Finding]
+    heads: LogitsFn | None
+    return_adversarial: bool
+    save_adversarial: bool
+    output_dir: Path | None
+    resume: bool
+    diagnostics: bool
+    progress: EvaluationProgress | None
+    command: str | None
+    subject: Mapping[str, str | None] | None
+    transfer_from: nn.Module | None
+    transfer_name: str
+    stop: Callable[[], bool]
 
 
 Given = Threat | str | Mapping[str, Any]
@@ -221,25 +232,30 @@ Given = Threat | str | Mapping[str, Any]
 
 def _settled(
     threat: Given | Sequence[Given] | None, eps: float | str | Sequence[float | str]
-) -> tuple[Given | Sequence[Given], list[float | str]]:
-    """Return the threat with its budget, and the budgets of a curve.
+) -> tuple[list[Threat], list[float | str]]:
+    """Return the threats with their budgets, and the budgets of a curve.
 
     A threat without a budget, or none at all for Linf, takes the largest of `eps`; one number alone is then no curve.
 
     Raises:
-        UserError: if nothing gives a budget.
+        UserError: if nothing gives a budget, or a list of threats is too short or comes with a curve.
     """
     radii = [cast("float | str", eps)] if np.ndim(eps) == 0 else list(cast("Sequence[float | str]", eps))
+    if isinstance(threat, Sequence) and not isinstance(threat, str):
+        if radii:
+            raise UserError("eps: a curve over eps is of one threat; leave it out, or name one threat")
+        if len(threat) < 2:
+            raise UserError("threat: a list names two threats or more; write one threat alone, without a list")
+        return [build_threat(each, f"threat.{place}") for place, each in enumerate(threat)], []
     bare = isinstance(threat, str) and ":" not in threat
     if not (threat is None or bare or (isinstance(threat, Mapping) and "eps" not in threat)):
-        return threat, radii
+        return [build_threat(threat, "threat")], radii
     if not radii:
         alone = "" if threat is None else f" {threat!r} has no budget;"
         raise UserError(f"threat:{alone} give threat=ThreatModel('Linf', '8/255'), or eps='8/255' for Linf")
     largest = max(radii, key=parse_real)
-    if bare:
-        return f"{threat}:{largest}", radii[1:] and radii
-    return {**cast("Mapping[str, Any]", threat or {}), "eps": largest}, radii[1:] and radii
+    full = f"{threat}:{largest}" if bare else {**cast("Mapping[str, Any]", threat or {}), "eps": largest}
+    return [build_threat(full, "threat")], radii[1:] and radii
 
 
 def _asked(attacks: Sequence[Spec], images: Tensor, radii: Sequence[float | str]) -> Asked:
@@ -252,63 +268,94 @@ def _asked(attacks: Sequence[Spec], images: Tensor, radii: Sequence[float | str]
     return asked
 
 
-def _add_transfer(
-    work: _Work,
-    evaluation: Evaluation,
-    source: nn.Module | None,
-    name: str,
-    images: Tensor,
-    labels: Tensor,
-    output_dir: str | Path | None,
-    options: dict[str, Any],
-) -> None:
+def _under_one(settings: Settings) -> Evaluation:
+    """Evaluate under one threat."""
+    names = list(settings.class_names or ())
+    if settings.device is not None:
+        settings.model.to(settings.device)
+    settings = replace(
+        settings,
+        model=without_inference_tensors(settings.model),
+        threat=settings.threat.for_images(settings.images.shape[1:]),
+        attacks={label: attack.for_classes(names) for label, attack in settings.attacks.items()},
+    )
+    came_training = bool(training_modules(settings.model))
+    with torch.inference_mode(False), torch.enable_grad(), frozen(settings.model):
+        work = _Work(settings, came_training)
+        if settings.class_names is None:
+            names = [str(k) for k in range(work.num_classes)]
+        if len(names) < work.num_classes:
+            raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
+        work.open_journal()
+        evaluation = work.run(names)
+        _add_transfer(work, evaluation)
+        evaluation.results["diagnostics"] += [asdict(check) for check in settings.checks]
+    return _kept(evaluation, settings)
+
+
+def _add_transfer(work: _Work, evaluation: Evaluation) -> None:
     """Measure on images that the attacks make against another network, if there is one."""
-    if source is None:
+    settings = work.settings
+    if settings.transfer_from is None:
         return
-    folder = None if output_dir is None else Path(output_dir) / TRANSFER
-    made = evaluate(source, images, labels, return_adversarial=True, diagnostics=False, output_dir=folder, **options)
+    made = _under_one(
+        replace(
+            settings,
+            model=settings.transfer_from,
+            heads=None,
+            transfer_from=None,
+            device=work.subject.device,
+            measurements={},
+            eps=(),
+            skipped=0,
+            checks=(),
+            command=None,
+            subject=None,
+            return_adversarial=True,
+            save_adversarial=False,
+            output_dir=None if settings.output_dir is None else settings.output_dir / TRANSFER,
+            diagnostics=False,
+        )
+    )
     right = {attack: work.right_on(made.adversarial(attack)) for attack in made.verdicts}
     fooled = {attack: made.correct["clean"] & ~verdict.robust for attack, verdict in made.verdicts.items()}
     evaluation.transferred = {attack: column & work.correct for attack, column in right.items()}
-    evaluation.results[TRANSFER] = transfer_results(name, evaluation.transferred, fooled, work.correct)
+    told = transfer_results(settings.transfer_name, evaluation.transferred, fooled, work.correct)
+    evaluation.results[TRANSFER] = told
 
 
-def _evaluate_each(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threats: Sequence[Threat | str | Mapping[str, Any]],
-    attacks: Sequence[Spec],
-    output_dir: str | Path | None,
-    options: dict[str, Any],
-) -> Evaluation:
+def _under_each(settings: Settings, threats: Sequence[Threat]) -> Evaluation:
     """Evaluate under each of several threats, in a folder of its own, and under their union."""
-    built = [build_threat(spec, f"threat.{place}") for place, spec in enumerate(threats)]
-    labelled = dict(zip(threat_labels(built), built, strict=True))
-    if len(labelled) < 2:
-        raise UserError("threat: a list names two threats or more; write one threat alone, without a list")
-    asked = Asked.of(attacks)
-    named, chosen, left_out = asked.attacks, {}, []
-    if asked.measurements and not named:
-        raise UserError(f"threat: {next(iter(asked.measurements))} are of no threat; name one alone, or an attack too")
+    labelled = dict(zip(threat_labels(threats), threats, strict=True))
+    named, once = settings.attacks, settings.measurements
+    if not named:
+        told = f"{next(iter(once))} are of no threat" if once else "there is no attack to try under several"
+        raise UserError(f"threat: {told}; name one alone, or an attack too")
+    chosen, left_out = {}, []
     for label, threat in labelled.items():
-        chosen[label] = [attack for attack in named.values() if attack.takes(threat)]
-        fitting = {attack.label for attack in chosen[label]}
-        left_out += [f"{name} is not defined for {label} and was not run under it" for name in named.keys() - fitting]
-        if not fitting:
+        chosen[label] = {name: attack for name, attack in named.items() if attack.takes(threat)}
+        left_out += [
+            f"{name} is not defined for {label} and was not run under it" for name in named if name not in chosen[label]
+        ]
+        if not chosen[label]:
             next(iter(named.values())).check(threat)
-    parts, once = {}, list(asked.measurements.values())
+    parts = {}
     for label, threat in labelled.items():
-        folder = None if output_dir is None else Path(output_dir) / "threats" / _file_name(label)
-        parts[label] = evaluate(
-            model, images, labels, threat=threat, attacks=[*chosen[label], *once], output_dir=folder, **options
-        )
-        once = []
-    names = options["class_names"]
+        folder = None if settings.output_dir is None else settings.output_dir / "threats" / _file_name(label)
+        own = replace(settings, threat=threat, attacks=chosen[label], measurements=once, output_dir=folder)
+        parts[label], once = _under_one(own), {}
     count = max(int(entry["label"]) for part in parts.values() for entry in part.results["per_class"]) + 1
-    evaluation = merged(parts, list(names) if names is not None else [str(k) for k in range(count)], sorted(left_out))
-    if output_dir is not None:
-        group().lead(lambda: evaluation.save(output_dir))
+    names = [str(k) for k in range(count)] if settings.class_names is None else list(settings.class_names)
+    return _kept(merged(parts, names, sorted(left_out)), settings)
+
+
+def _kept(evaluation: Evaluation, settings: Settings) -> Evaluation:
+    """Keep of an evaluation what was asked for: clean images beside adversarial ones, and files."""
+    if settings.return_adversarial:
+        evaluation.keep_clean(settings.images)
+    folder = settings.output_dir
+    if folder is not None:
+        group().lead(lambda: evaluation.save(folder))
     return evaluation
 
 
@@ -339,24 +386,15 @@ class _Found:
 class _Work:
     """State of one call of `evaluate`."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        images: Tensor,
-        labels: Tensor,
-        index: Tensor,
-        threat: Threat,
-        attacks: dict[str, Attack],
-        radii: Sequence[float],
-        seed: int,
-        progress: EvaluationProgress,
-        keep_examples: bool,
-        came_training: bool,
-        stop: Callable[[], bool],
-    ) -> None:
-        self.subject, self.threat, self.attacks = subject, threat, attacks
-        self.seed, self.progress, self.keep_examples = seed, progress, keep_examples
-        self.came_training, self.stop = came_training, stop
+    def __init__(self, settings: Settings, came_training: bool) -> None:
+        self.settings, self.came_training = settings, came_training
+        self.subject = subject = Subject(settings.model, settings.heads, settings.batch_size)
+        self.threat, self.attacks = settings.threat, settings.attacks
+        self.seed, self.stop = settings.seed, settings.stop
+        self.progress = settings.progress or Silent()
+        self.keep_examples = settings.save_adversarial or settings.return_adversarial
+        images = settings.images.cpu()
+        labels, index = (numbers.to("cpu", torch.int64) for numbers in (settings.labels, settings.index))
         self.group = group()
         self.rank, self.world = self.group.rank, self.group.world
         self.mine = np.arange(self.rank, len(images), self.world)
@@ -368,9 +406,9 @@ class _Work:
                 f"got {int(labels.min())} to {int(labels.max())}"
             )
         self.num_heads = subject.query().num_heads(self.samples.fetch(torch.arange(1), subject.device))
-        self.threats = {radius: threat.within(radius) if radius else None for radius in radii}
-        for asked in (threat, *self.threats.values()):  # what cannot be done is refused now, not hours later
-            for attack in attacks.values() if asked else ():
+        self.threats = {radius: self.threat.within(radius) if radius else None for radius in settings.eps}
+        for asked in (self.threat, *self.threats.values()):  # what cannot be done is refused now, not hours later
+            for attack in self.attacks.values() if asked else ():
                 attack.check(cast("Threat", asked))
                 attack.parts(self.num_classes, cast("Threat", asked), self.num_heads)
         self.correct = (predictions(self.samples.clean) == labels).numpy()
@@ -403,11 +441,10 @@ class _Work:
         )
         return cast("NDArray[np.bool_]", (answers == self.samples.labels).numpy())
 
-    def open_journal(
-        self, folder: Path | None, precision: Precision, measurements: Mapping[str, Measurement], *, resume: bool
-    ) -> None:
+    def open_journal(self) -> None:
         """Resume from the folder, and settle the precision of the search."""
-        samples = self.samples
+        samples, precision, resume = self.samples, self.settings.precision, self.settings.resume
+        folder = None if self.settings.output_dir is None else self.settings.output_dir / "progress"
         identity = {
             "weights": weights_fingerprint(self.subject.model),
             "data": data_fingerprint(samples.images, samples.labels, samples.keys),
@@ -439,7 +476,7 @@ class _Work:
             }
 
         built = {label: registry.describe(attack) for label, attack in self.attacks.items()}
-        built |= {name: measurement_registry.describe(each) for name, each in measurements.items()}
+        built |= {name: measurement_registry.describe(each) for name, each in self.settings.measurements.items()}
 
         def refuse_changed() -> None:
             for label, spec in built.items():
@@ -615,15 +652,10 @@ class _Work:
         self.progress.update(name, len(kinds), len(kinds), float(np.mean(right)))
         return np.stack(right, 1)
 
-    def run(
-        self,
-        class_names: list[str],
-        origin: dict[str, Any],
-        diagnostics: bool,
-        measurements: Mapping[str, Measurement],
-    ) -> Evaluation:
-        """Run all attacks at all budgets, then all measurements; `origin` goes into the results as it is."""
+    def run(self, class_names: list[str]) -> Evaluation:
+        """Run all attacks at all budgets, then all measurements."""
         begun = time.perf_counter()
+        settings, measurements, diagnostics = self.settings, self.settings.measurements, self.settings.diagnostics
         self.audits = [] if diagnostics else None
         findings = self._diagnose_model(class_names) if diagnostics else []
         records, verdicts = {}, {}
@@ -672,7 +704,9 @@ class _Work:
             },
             "seconds": time.perf_counter() - begun,
             "seed": self.seed,
-            **origin,
+            "command": settings.command,
+            "subject": dict(settings.subject or {}),
+            **({"skipped_images": settings.skipped} if settings.skipped else {}),
         }
         return evaluation
 

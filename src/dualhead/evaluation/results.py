@@ -93,7 +93,7 @@ class Evaluation:
         """Return the images as an attack left them: the clean one where it did not fool the model.
 
         Args:
-            attack: its name; None for the only one.
+            attack: its name, under several threats with the threat's, as `pgd-40@L2`; None for the only one.
 
         Returns:
             Float32 [N, C, H, W] in [0, 1].
