@@ -40,9 +40,9 @@ def handed_over(monkeypatch, **options):
 
 
 def test_what_is_asked_for_is_what_is_evaluated(monkeypatch, tmp_path):
-    told = {"seed": 5, "batch_size": 16, "precision": "float32", "attacks": ("fgsm",), "save_adversarial": True}
+    told = {"seed": 5, "batch_size": 16, "precision": "float32", "save_adversarial": True}
     more = {"eps": "0, 0.02, 0.08, 0.01", "norm": "L2", "limit": 7, "overwrite": True, "output_dir": tmp_path / "out"}
-    folder, given = handed_over(monkeypatch, **told, **more)
+    folder, given = handed_over(monkeypatch, attacks=("fgsm",), **told, **more)
     test = load_split("digits", "test")
     assert folder == tmp_path / "out" == given["output_dir"]
     assert torch.equal(given["images"], test.images[:7])
@@ -50,6 +50,7 @@ def test_what_is_asked_for_is_what_is_evaluated(monkeypatch, tmp_path):
     assert (given["threat"].norm, given["threat"].eps) == ("L2", 0.08)
     assert list(map(float, given["eps"])) == [0.0, 0.02, 0.08, 0.01]
     assert {name: given[name] for name in told} == told
+    assert [attack.label for attack in given["attacks"]] == ["fgsm"]
     assert not given["resume"]
     assert not given["model"].training
 
@@ -98,7 +99,7 @@ def test_a_name_is_looked_up_once(monkeypatch, tmp_path):
     monkeypatch.setattr(resolving, "find_model", lambda name: looked.append(name) or folder)
     found = resolve(Request(model="someone/model", data="digits", device="cpu"))
     assert looked == ["someone/model"]
-    assert (found.attacks, found.results) == (("pgd-40",), Path("evaluations/model/digits"))
+    assert ([each.label for each in found.attacks], found.results) == (["pgd-40"], Path("evaluations/model/digits"))
     assert found.gallery == found.results
     assert not found.model.training
 

@@ -160,7 +160,7 @@ class Resolved:
     threat: Threat
     threats: Sequence[Threat]
     radii: Sequence[str]
-    attacks: Sequence[str | Attack | Measurement]
+    attacks: Sequence[Attack | Measurement]
     results: Path
     gallery: Path
     framing: Framing
@@ -221,10 +221,10 @@ def resolve(request: Request) -> Resolved:
         images = among(images, tuple(named), request.model)
     results = request.output_dir or source.results / _folder_name(request)
     gallery = request.output_dir or source.gallery or results
-    chosen = request.attacks or Asked.of(source.attacks).for_model(model, ADAPTIVE).each
+    asked = Asked.of(request.attacks) if request.attacks else Asked.of(source.attacks).for_model(model, ADAPTIVE)
     framing = _framing({**source.reading, **request.reading})
     return Resolved(
-        model, images, threat, threats if len(threats) > 1 else (), radii, chosen, results, gallery, framing
+        model, images, threat, threats if len(threats) > 1 else (), radii, asked.each, results, gallery, framing
     )
 
 
