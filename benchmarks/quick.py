@@ -38,7 +38,7 @@ from dualhead.attacks.autoattack import AutoAttackQuick
 from dualhead.attacks.base import Search
 from dualhead.attacks.pgd import PGD
 from dualhead.data import load_split
-from dualhead.evaluation import Evaluation, evaluate, harness, wilson
+from dualhead.evaluation import Evaluation, evaluate, wilson, work
 from dualhead.runs.run import train
 from dualhead.saving.models import load
 from dualhead.system.devices import describe_environment
@@ -178,7 +178,7 @@ def precision(bench: Bench) -> Row:
     count = bench.given.images
     whole, full = bench.measure("autoattack-float32", "autoattack", "float32", count)
     usual, default = bench.measure("autoattack-auto", "autoattack", "auto", count)
-    with patch.object(harness, "worth_reducing", lambda *_: True):
+    with patch.object(work, "worth_reducing", lambda *_: True):
         forced, reduced = bench.measure("autoattack-queries-bf16", "autoattack", "auto", count)
     environment = usual.results["environment"]
     return {

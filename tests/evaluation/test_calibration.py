@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.evaluation import Evaluation, calibration_error, evaluate, harness
+from dualhead.evaluation import Evaluation, calibration_error, evaluate, work
 from dualhead.evaluation.calibration import calibration
 from helpers.evaluation import THREAT, patterns, trained
 
@@ -68,7 +68,7 @@ def test_every_evaluation_has_it_without_a_further_pass(monkeypatch, tmp_path):
     models = (_Counted(), _Counted())
     options = {"attacks": [], "diagnostics": False, "precision": "float32"}
     found = evaluate(models[0], images, labels, threat=THREAT, output_dir=tmp_path, **options)
-    monkeypatch.setattr(harness, "calibration", lambda logits, labels: None)
+    monkeypatch.setattr(work, "calibration", lambda logits, labels: None)
     assert evaluate(models[1], images, labels, threat=THREAT, **options).calibration_error is None
     assert models[0].images == models[1].images > 0
     logits = trained()(images.float() / 255 if images.dtype == torch.uint8 else images)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualhead.evaluation import evaluate, harness
+from dualhead.evaluation import evaluate, work
 from dualhead.evaluation.journal import Journal
 from helpers.evaluation import THREAT, StopAfter, StoppedError, assert_same, patterns, trained
 
@@ -27,7 +27,7 @@ def passes(result):
 
 def test_same_verdicts_for_fewer_passes(monkeypatch):
     stopping = measure()
-    monkeypatch.setattr(harness, "is_random", lambda *_: True)
+    monkeypatch.setattr(work, "is_random", lambda *_: True)
     full = measure()
     assert_same(stopping, full)
     assert 0 < stopping.robust_accuracy["worst"] < 1
@@ -36,7 +36,7 @@ def test_same_verdicts_for_fewer_passes(monkeypatch):
 
 def test_looking_less_often_changes_no_verdict(monkeypatch):
     whole = measure()
-    monkeypatch.setattr(harness, "check_interval", lambda device: 5)
+    monkeypatch.setattr(work, "check_interval", lambda device: 5)
     (again,), (expected,) = measure(batch_size=16).verdicts.values(), whole.verdicts.values()
     for column in ("robust", "job", "distance", "margin"):
         np.testing.assert_array_equal(getattr(again, column), getattr(expected, column))

@@ -300,9 +300,9 @@ def test_looking_ahead_gives_the_same_verdicts(precision, monkeypatch):
 
 
 def test_looking_less_often_gives_the_same_verdicts(reference, monkeypatch):
-    from dualhead.evaluation import harness
+    from dualhead.evaluation import work
 
-    monkeypatch.setattr(harness, "check_interval", lambda device: 5)
+    monkeypatch.setattr(work, "check_interval", lambda device: 5)
     again = measure(batch_size=16)
     for name in LABELS:
         for column in ("robust", "job", "distance", "margin"):
@@ -575,9 +575,9 @@ class Late(Liar):
 
 @pytest.mark.parametrize("interval", [1, 3, 7])
 def test_steps_beyond_the_last_find_nothing(monkeypatch, interval):
-    from dualhead.evaluation import harness
+    from dualhead.evaluation import work
 
-    monkeypatch.setattr(harness, "check_interval", lambda device: interval)
+    monkeypatch.setattr(work, "check_interval", lambda device: interval)
     result = measure(attacks=[Late()], threat=ThreatModel("Linf", "24/255"))
     assert result.robust_accuracy["late"] == result.clean_accuracy
 
