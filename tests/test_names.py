@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import pytest
+from torch import Size, nn
 
-from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, described, head_id, id_of, id_of_row, name_of, read_id
+from dualhead.heads import Cut, DualHeadClassifier, aggregators
+from dualhead.names import (
+    AGGREGATE,
+    AGGREGATOR,
+    BASE,
+    MEAN,
+    MODEL,
+    TRUNK,
+    described,
+    head_id,
+    id_of,
+    id_of_row,
+    is_head,
+    is_router,
+    name_of,
+    number_of,
+    outputs_of,
+    parts_of,
+    read_id,
+    router_id,
+)
 
 OUTPUTS = (BASE, head_id(1), head_id(2), head_id(12), MEAN, AGGREGATE)
 
@@ -35,3 +56,27 @@ def test_cards_describe_outputs():
     assert described("head2", 3) == "Head 2 of a classifier of 3 heads"
     assert described(MEAN, 3) == "The mean of 3 heads"
     assert described(MODEL, 2) == "A single-head classifier"
+
+
+@pytest.mark.parametrize("number", [1, 9, 20, 99])
+def test_heads_and_routers_are_told_by_their_ids(number):
+    assert is_head(head_id(number)) and not is_router(head_id(number))
+    assert is_router(router_id(number)) and not is_head(router_id(number))
+    assert number_of(head_id(number)) == number_of(router_id(number)) == number
+
+
+@pytest.mark.parametrize(
+    "name", ["head", "head0", "head01", "heads", "router", "router0", "xhead1", "head1 ", MEAN, TRUNK]
+)
+def test_nothing_else_is_a_head_or_a_router(name):
+    assert not is_head(name) and not is_router(name)
+
+
+def test_a_classifier_has_the_parts_and_outputs_that_its_heads_and_routers_tell():
+    cut = Cut(nn.Identity(), nn.Linear(4, 3), "own", "input")
+    merging = aggregators.build({"name": "after_dder", "routers": 2}).create_over([Size([4])], 3)
+    classifier = DualHeadClassifier(cut, [nn.Linear(4, 3)], merging, 3)
+    heads, routers = [head_id(1), head_id(2)], [router_id(1), router_id(2)]
+    assert classifier.parts == parts_of(heads, routers) == (TRUNK, *heads, *routers, AGGREGATOR)
+    assert classifier.outputs == outputs_of(heads, routers) == (*heads, MEAN, *routers, AGGREGATE)
+    assert all(isinstance(classifier.part(part), nn.Module) for part in classifier.parts)

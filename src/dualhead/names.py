@@ -1,13 +1,17 @@
-"""Outputs of a model: their ids, as recipes and files have them, and what people read."""
+"""Parts and outputs of a model: their ids, as recipes and files have them, and what people read of outputs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 MODEL: Final = "model"
-"""The one output of a classifier without a second head."""
+"""The one part and the one output of a classifier without a second head."""
+TRUNK: Final = "trunk"
+"""The part that all heads share."""
+AGGREGATOR: Final = "aggregator"
+"""The part that merges the heads; its routers, if it has any, are parts too."""
 MEAN: Final = "mean"
 """The mean of the heads' logits."""
 AGGREGATE: Final = "aggregate"
@@ -29,6 +33,11 @@ def head_id(number: int) -> str:
     return f"head{number}"
 
 
+def router_id(number: int) -> str:
+    """Return the id of a router of the aggregator, counted from 1."""
+    return f"router{number}"
+
+
 def router_number(output: str) -> int | None:
     """Return which router of the aggregator an output is, counted from 1; None if it is none."""
     found = re.fullmatch(r"router([1-9]\d*)", output)
@@ -39,6 +48,45 @@ def head_number(output: str) -> int | None:
     """Return which head an output is, counted from 1; None if it is no head."""
     found = re.fullmatch(r"head([1-9]\d*)", output)
     return int(found[1]) if found else None
+
+
+def is_head(name: str) -> bool:
+    """Whether a part or an output is a head: `head1`, `head2`, ..."""
+    return head_number(name) is not None
+
+
+def is_router(name: str) -> bool:
+    """Whether a part or an output is a router of the aggregator: `router1`, `router2`, ..."""
+    return router_number(name) is not None
+
+
+def is_merging(part: str) -> bool:
+    """Whether a part merges heads: the aggregator or one of its routers."""
+    return part == AGGREGATOR or is_router(part)
+
+
+def number_of(name: str) -> int:
+    """Return the number of a head or router, counted from 1.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    return int(name.removeprefix("head").removeprefix("router"))
+
+
+def parts_of(heads: Sequence[str], routers: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the parts of a classifier of two heads or more, in the order of a pass.
+
+    Args:
+        heads: their ids.
+        routers: those of the aggregator's routers, if it has any.
+    """
+    return (TRUNK, *heads, *routers, AGGREGATOR)
+
+
+def outputs_of(heads: Sequence[str], routers: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the outputs of a classifier of two heads or more; arguments as those of `parts_of`."""
+    return (*heads, MEAN, *routers, AGGREGATE)
 
 
 def name_of(output: str, model: str = MODEL) -> str:

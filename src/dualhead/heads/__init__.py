@@ -7,11 +7,7 @@ from dualhead.heads.classifier import (
     Output,
     Part,
     depends_on,
-    is_head,
-    is_merging,
-    is_router,
     mean_of,
-    number_of,
 )
 from dualhead.heads.joint_pass import Rows, joint_pass, refuse_unroutable
 from dualhead.heads.layers import LayerInfo, layers
@@ -48,13 +44,9 @@ __all__ = [
     "default_aggregator",
     "depends_on",
     "image_gaps",
-    "is_head",
-    "is_merging",
-    "is_router",
     "joint_pass",
     "layers",
     "mean_of",
-    "number_of",
     "own_words",
     "refuse_unroutable",
     "routes_of",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Annotated, Any, Final, Self, cast
+from typing import Annotated, Any, Self, cast
 
 import torch
 from pydantic import AfterValidator
@@ -18,29 +17,19 @@ from dualhead.heads.aggregators.mean import MeanOfHeads
 from dualhead.heads.joint_pass import Rows, joint_pass
 from dualhead.heads.splitting import Cut, Features, How
 from dualhead.heads.tied import moving_modules, share_tensors, tensors_by_name
-
-_HEAD: Final = re.compile(r"head[1-9][0-9]?")
-_ROUTER: Final = re.compile(r"router[1-9][0-9]?")
-
-
-def is_head(name: str) -> bool:
-    """Whether a part or an output is a head: `head1`, `head2`, ..."""
-    return _HEAD.fullmatch(name) is not None
-
-
-def is_router(name: str) -> bool:
-    """Whether a part or an output is a router of the aggregator: `router1`, `router2`, ..."""
-    return _ROUTER.fullmatch(name) is not None
-
-
-def is_merging(part: str) -> bool:
-    """Whether a part merges heads: the aggregator or one of its routers."""
-    return part == "aggregator" or is_router(part)
-
-
-def number_of(name: str) -> int:
-    """Return the number of a head or router, counted from 1."""
-    return int(name.removeprefix("head").removeprefix("router"))
+from dualhead.names import (
+    AGGREGATE,
+    AGGREGATOR,
+    MEAN,
+    MODEL,
+    TRUNK,
+    head_id,
+    is_head,
+    is_merging,
+    is_router,
+    outputs_of,
+    parts_of,
+)
 
 
 def _checked(kind: str, others: Sequence[str]) -> AfterValidator:
@@ -52,20 +41,20 @@ def _checked(kind: str, others: Sequence[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-Part = Annotated[str, _checked("a part", ("trunk", "aggregator", "model"))]
+Part = Annotated[str, _checked("a part", (TRUNK, AGGREGATOR, MODEL))]
 """A piece that learns or is frozen as one: trunk, a head, aggregator or one of its routers, or a plain model."""
 
-Output = Annotated[str, _checked("an output", ("mean", "aggregate"))]
+Output = Annotated[str, _checked("an output", (MEAN, AGGREGATE))]
 """Whose logits a view gives: a head's, their mean's, a router's or the aggregate's."""
 
 
 def depends_on(output: str, part: str) -> bool:
     """Whether an output runs a part. Of tied heads see `DualHeadClassifier.is_shaped_by` too."""
     if is_head(output):
-        return part in ("trunk", output)
-    if part == "trunk" or is_head(part):
+        return part in (TRUNK, output)
+    if part == TRUNK or is_head(part):
         return True
-    return is_merging(part) if output == "aggregate" else is_router(output) and part in (output, "aggregator")
+    return is_merging(part) if output == AGGREGATE else is_router(output) and part in (output, AGGREGATOR)
 
 
 class _KeepFrozen:
@@ -135,10 +124,10 @@ class DualHeadClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.tied = frozenset(tied)
-        self.heads = tuple(f"head{number}" for number in range(1, len(others) + 2))
+        self.heads = tuple(map(head_id, range(1, len(others) + 2)))
         self.routers = aggregator.routers if isinstance(aggregator, SeesFeatures) else ()
-        self.parts = ("trunk", *self.heads, *self.routers, "aggregator")
-        self.outputs = (*self.heads, "mean", *self.routers, "aggregate")
+        self.parts = parts_of(self.heads, self.routers)
+        self.outputs = outputs_of(self.heads, self.routers)
         own = [part for part in self.parts if not is_router(part)]
         for name, module in zip(own, (cut.trunk, cut.tail, *others, aggregator), strict=True):
             self.add_module(name, module)
@@ -147,7 +136,7 @@ class DualHeadClassifier(nn.Module):
         self.split_how: How = cut.how
         self._fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         routers = [self.part(name) for name in self.routers]
-        self._freezers = {name: _KeepFrozen(routers if name == "aggregator" else ()) for name in self.parts}
+        self._freezers = {name: _KeepFrozen(routers if name == AGGREGATOR else ()) for name in self.parts}
         for name, freezer in self._freezers.items():
             self.part(name).register_forward_pre_hook(freezer)
         self._still = {head: _KeepFrozen() for head in self.heads[1:]}  # of layers whose statistics are head 1's
@@ -207,7 +196,7 @@ class DualHeadClassifier(nn.Module):
     @property
     def shown_outputs(self) -> tuple[str, ...]:
         """The outputs that `all_logits` gives."""
-        return (*self.heads, *self.routers, "mean" if self.is_mean else "aggregate")
+        return (*self.heads, *self.routers, MEAN if self.is_mean else AGGREGATE)
 
     def features(self, x: Tensor) -> Features:
         """Run the trunk once on images [B, ...]; return what crosses the cut, a tensor or a tuple of tensors."""
@@ -248,7 +237,7 @@ class DualHeadClassifier(nn.Module):
             head_logits: [B, H, C]; for a router those of `heads_of` suffice.
             features: what crosses the cut; needed if the aggregator sees it.
         """
-        if output == "mean":
+        if output == MEAN:
             return mean_of(head_logits)
         return self._merge(self.part(output) if is_router(output) else self.aggregator, head_logits, features)
 
@@ -277,9 +266,9 @@ class DualHeadClassifier(nn.Module):
 
     def aggregate(self, head_logits: Tensor, features: Features | None = None) -> Tensor:
         """Logits [B, C] of the aggregate; see `merge`."""
-        return self.merge("aggregate", head_logits, features)
+        return self.merge(AGGREGATE, head_logits, features)
 
-    def _each(self, features: Features, output: str = "mean") -> Tensor:
+    def _each(self, features: Features, output: str = MEAN) -> Tensor:
         """Logits of all heads that an output runs [B, H, C] from what crosses the cut."""
         return torch.stack([self.head(name, features) for name in self.heads_of(output)], 1)
 
@@ -287,7 +276,7 @@ class DualHeadClassifier(nn.Module):
         """Logits of all heads [B, H, C] from images [B, ...]; runs the trunk once."""
         return self._each(self.features(x))
 
-    def before_merging(self, x: Tensor, output: str = "aggregate") -> tuple[Tensor, Features]:
+    def before_merging(self, x: Tensor, output: str = AGGREGATE) -> tuple[Tensor, Features]:
         """All that an output merges, from a pass of images [B, ...]: head logits [B, H, C], and features."""
         features = self.features(x)
         return self._each(features, output), features
@@ -317,7 +306,7 @@ class DualHeadClassifier(nn.Module):
         """
         if is_router(output):
             return RouterView(self, output)
-        return MeanView(self, output) if output == "mean" else HeadView(self, output)
+        return MeanView(self, output) if output == MEAN else HeadView(self, output)
 
     def set_trainable(self, parts: AbstractSet[str]) -> None:
         """Train these parts and freeze all others.
@@ -354,7 +343,7 @@ class DualHeadClassifier(nn.Module):
 
     def _meant(self, parts: AbstractSet[str]) -> set[str]:
         """Return the parts, with the routers if the aggregator is among them: they lie in it."""
-        return {*parts, *(self.routers if "aggregator" in parts else ())}
+        return {*parts, *(self.routers if AGGREGATOR in parts else ())}
 
     def _refuse_half_frozen(self, parts: AbstractSet[str]) -> None:
         owners: dict[int, str] = {}
@@ -370,7 +359,7 @@ class DualHeadClassifier(nn.Module):
         """Parameters and buffers that belong to a part alone, under its own names; tied ones are head 1's."""
         shared = self.tied if part in self.heads[1:] else frozenset()
         held = {name: t for name, t in tensors_by_name(self.part(part)).items() if name not in shared}
-        if part == "aggregator" and self.routers:
+        if part == AGGREGATOR and self.routers:
             return {name: t for name, t in held.items() if name.partition(".")[0] not in self.routers}
         return held
 
@@ -460,12 +449,12 @@ class HeadView(nn.Module):
 
     def _runs(self, part: str) -> bool:
         """Whether the view holds a part: one that lies in another, or holds another, is left to that one."""
-        return not is_router(part) if self.output == "aggregate" else part != "aggregator"
+        return not is_router(part) if self.output == AGGREGATE else part != AGGREGATOR
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] from images [B, ...]."""
         (classifier,) = self._classifier
-        if self.output == "aggregate":
+        if self.output == AGGREGATE:
             return cast("Tensor", classifier(x))
         return classifier.head(self.output, classifier.features(x))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dualhead.components.fields import Real
 from dualhead.data import Stream, Uniform
 from dualhead.errors import UserError
+from dualhead.names import router_id
 from dualhead.objectives.base import (
     ATTACKED,
     CLEAN,
@@ -106,7 +107,7 @@ class AfterDDeR(Objective):
 
     @property
     def _name(self) -> str:
-        return f"router{self.router}"
+        return router_id(self.router)
 
     @property
     def _own(self) -> tuple[str, ...]:
@@ -136,7 +137,7 @@ class AfterDDeR(Objective):
         for number, (name, old) in enumerate(zip(self._pseudo, self.old, strict=True), 1):
             found[name] = Inner(
                 lambda y, seen: cross_entropies(seen["through"], y), uses=(), attack=old.attack, threat=old.threat,
-                through={"through": Logits(f"router{number}", name)},
+                through={"through": Logits(router_id(number), name)},
             )  # fmt: skip
         return found if self.sentinel else {ATTACKED: found[ATTACKED]}
 

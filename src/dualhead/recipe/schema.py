@@ -19,6 +19,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation import Asked, located, measurements
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
+from dualhead.names import MODEL, head_id, outputs_of, parts_of
 from dualhead.objectives import check_weighable, objectives
 from dualhead.threats import THREAT, Threat, threats
 from dualhead.training.averaging import averagings
@@ -481,9 +482,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         names = [stage.name for stage in self.stages]
-        heads = [f"head{number}" for number in range(1, self.model.heads + 1)]
+        heads = tuple(map(head_id, range(1, self.model.heads + 1)))
         routers = self.model.aggregator.router_names if self.model.aggregator is not None else ()
-        parts = ("trunk", *heads, *routers, "aggregator") if self.model.attach_at else ("model",)
+        parts = parts_of(heads, routers) if self.model.attach_at else (MODEL,)
         if self.model.heads != 2 and not self.model.attach_at:
             raise UserError(".model.heads: needs model.attach_at, the layer from which each head has a tail of its own")
         for index, stage in enumerate(self.stages):
@@ -496,8 +497,8 @@ class Recipe(Section):
                     raise UserError(
                         f".stages.{index}.train: the model {why}, so its parts are {', '.join(parts)}; got {part!r}"
                     )
-            changed = next((teacher for teacher in stage.objective.frozen() if teacher != "head1"), None)
-            if self.model.tied and "head1" in stage.train and changed is not None:
+            changed = next((teacher for teacher in stage.objective.frozen() if teacher != head_id(1)), None)
+            if self.model.tied and head_id(1) in stage.train and changed is not None:
                 raise UserError(
                     f".stages.{index}.train: head1 must not be trained: {changed}, which is tied to it and the "
                     "teacher, would change"
@@ -507,7 +508,7 @@ class Recipe(Section):
                     stage.check_parts(tied=self.model.tied is not None)
                 except UserError as error:
                     raise UserError(f".stages.{index}: {error}") from None
-            known = (*heads, "mean", *routers, "aggregate")
+            known = outputs_of(heads, routers)
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:
                     raise UserError(f".stages.{index}: {output!r} is no output of the model; it has {', '.join(known)}")

@@ -18,7 +18,7 @@ from dualhead.components.plugins import copy_name, is_file, records_in
 from dualhead.errors import UserError
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import read_state, write_state
-from dualhead.names import name_of, row_folder
+from dualhead.names import AGGREGATE, MODEL, name_of, row_folder
 from dualhead.report import ONNX_SECTION, lights, model_card
 from dualhead.saving.architecture import (
     CARD,
@@ -116,7 +116,7 @@ def _of_one_head(folder: Path, config: Mapping[str, Any], head: str) -> tuple[di
         UserError: if the model has no such head.
     """
     architecture = Architecture.parse(config["architecture"], str(folder / CONFIG))
-    model = load(folder, "aggregate" if architecture.attach_at else None)
+    model = load(folder, AGGREGATE if architecture.attach_at else None)
     if not isinstance(model, DualHeadClassifier):
         raise UserError(f"--output-of {head}: the model has no second head; leave it out")
     if head not in model.heads:
@@ -126,7 +126,7 @@ def _of_one_head(folder: Path, config: Mapping[str, Any], head: str) -> tuple[di
     if architecture.own is not None:
         facts["exported_own"] = list(architecture.own)  # of tied heads, which the card tells
     return model.base_state_dict(head), {
-        **facts, "architecture": plain.model_dump(mode="json"), "output": "model", "exported_output": head,
+        **facts, "architecture": plain.model_dump(mode="json"), "output": MODEL, "exported_output": head,
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dualhead.components.plugins import reason, records_in, refuse_changed
 from dualhead.errors import UserError
-from dualhead.heads import DualHeadClassifier, is_head
+from dualhead.heads import DualHeadClassifier
 from dualhead.models import (
     address_of,
     at_hand,
@@ -27,6 +27,7 @@ from dualhead.models import (
     with_tied,
     write_state,
 )
+from dualhead.names import AGGREGATE, AGGREGATOR, MODEL, TRUNK, head_id, is_head
 from dualhead.saving.architecture import CONFIG, PLUGINS, WEIGHTS, Architecture, holds_model, read_config, write_config
 from dualhead.saving.hub import download
 from dualhead.system.generators import kept_generators
@@ -107,7 +108,7 @@ def save(model: nn.Module, path: str | Path, *, example: Tensor | None = None) -
 
 
 def _deployed(model: nn.Module) -> str:
-    return "aggregate" if isinstance(model, DualHeadClassifier) else "model"
+    return AGGREGATE if isinstance(model, DualHeadClassifier) else MODEL
 
 
 def _architecture_of(model: nn.Module, example: Tensor) -> Architecture:
@@ -158,7 +159,7 @@ def load(path: str | Path, output: str | None = None, *, factory: Callable[..., 
     with kept_generators(torch.device("cpu")), at_hand(factory):  # its weights are drawn, and then replaced
         model = architecture.create()
     load_state(model, read_state(folder / WEIGHTS), str(folder / WEIGHTS))
-    chosen = output or config.get("output", "model")
+    chosen = output or config.get("output", MODEL)
     shown = view(model, chosen).eval()
     facts = {key: value for key, value in config.items() if key not in ("architecture", PLUGINS, "added_parameters")}
     remember(shown, model, architecture, {**facts, "output": chosen})
@@ -174,8 +175,8 @@ def view(model: nn.Module, output: str) -> nn.Module:
     if isinstance(model, DualHeadClassifier):
         if output not in model.outputs:
             raise UserError(f"output {output!r}: the model has {', '.join(model.outputs)}")
-        return model if output == "aggregate" else model.view(output)
-    if output != "model":
+        return model if output == AGGREGATE else model.view(output)
+    if output != MODEL:
         raise UserError(f"output {output!r}: the model has no second head; leave it out")
     return model
 
@@ -263,7 +264,7 @@ def load_base_weights(
 def _is_of_heads(state: Mapping[str, Any]) -> bool:
     """Whether weights are those of a dual-head classifier."""
     parts = {name.split(".", 1)[0] for name in state}
-    return {"head1", "head2"} <= parts and all(part in ("trunk", "aggregator") or is_head(part) for part in parts)
+    return {head_id(1), head_id(2)} <= parts and all(part in (TRUNK, AGGREGATOR) or is_head(part) for part in parts)
 
 
 def _classifier(plain: nn.Module, architecture: Architecture, name: bool | str) -> str:

@@ -19,6 +19,7 @@ from dualhead.components.sections import Section
 from dualhead.data import Batch, batches
 from dualhead.errors import Interrupted, UserError
 from dualhead.heads import Chosen, DualHeadClassifier, Output
+from dualhead.names import AGGREGATE
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
@@ -100,7 +101,7 @@ class Selection:
                     break
                 tried.append(chosen)
                 self._aggregator.assign(chosen)
-                self._known.append(self._under_attack("aggregate"))
+                self._known.append(self._under_attack(AGGREGATE))
             best = self._best(tried)
             self._aggregator.assign(best)
             clean, robust, _ = self._counts([best]).tolist()[0]

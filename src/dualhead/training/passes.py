@@ -13,15 +13,17 @@ from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dualhead.errors import UserError
-from dualhead.heads import (
-    DualHeadClassifier,
-    Rows,
-    depends_on,
+from dualhead.heads import DualHeadClassifier, Rows, depends_on, joint_pass, refuse_unroutable
+from dualhead.names import (
+    AGGREGATE,
+    AGGREGATOR,
+    MEAN,
+    MODEL,
+    TRUNK,
+    head_id,
     is_head,
     is_merging,
-    joint_pass,
     number_of,
-    refuse_unroutable,
 )
 from dualhead.objectives import Features, Images, Labels, Logits, Need, Objective
 from dualhead.system.modes import in_eval_mode
@@ -35,12 +37,12 @@ Crossing = Any
 
 def trained_output(parts: Collection[str]) -> str:
     """Return the output that a stage trains, given its parts: the aggregate, the last router or head, or head 1."""
-    if "model" in parts:
-        return "model"
-    if "aggregator" in parts:
-        return "aggregate"
+    if MODEL in parts:
+        return MODEL
+    if AGGREGATOR in parts:
+        return AGGREGATE
     routers = list(filter(is_merging, parts))
-    return max(routers or filter(is_head, parts), default="head1", key=number_of)
+    return max(routers or filter(is_head, parts), default=head_id(1), key=number_of)
 
 
 def feeds(part: str, need: Need) -> bool:
@@ -48,9 +50,9 @@ def feeds(part: str, need: Need) -> bool:
     if isinstance(need, Labels | Images):
         return False
     if isinstance(need, Features):
-        inside = part == "aggregator" and is_merging(need.part)  # a router lies in it
-        return need.part == part or inside or (need.part != "trunk" and part == "trunk")
-    return need.output == part == "model" or (need.output != "model" and depends_on(need.output, part))
+        inside = part == AGGREGATOR and is_merging(need.part)  # a router lies in it
+        return need.part == part or inside or (need.part != TRUNK and part == TRUNK)
+    return need.output == part == MODEL or (need.output != MODEL and depends_on(need.output, part))
 
 
 class Passes:
@@ -94,9 +96,9 @@ class Passes:
             model.set_trainable(set(parts))
             if self.merging_alone:
                 self.prefix = model.before_merging if model.sees_features else model.head_logits
-            elif "trunk" not in self.parts:
+            elif TRUNK not in self.parts:
                 self.prefix = model.features
-        elif self.parts != {"model"}:
+        elif self.parts != {MODEL}:
             raise UserError(f"a model without a second head trains as 'model', not {', '.join(sorted(self.parts))}")
         self._final = self.look({"": Logits(self.output)})
 
@@ -268,21 +270,21 @@ class Look:
         dual = isinstance(model, DualHeadClassifier)
         for name, need in self.needs.items():
             if isinstance(need, Logits):
-                outputs = model.outputs if isinstance(model, DualHeadClassifier) else ("model",)
+                outputs = model.outputs if isinstance(model, DualHeadClassifier) else (MODEL,)
                 if need.output not in outputs:
                     raise UserError(f"{name}: needs the output {need.output}; this model has {', '.join(outputs)}")
             if not isinstance(need, Features):
                 continue
-            parts = model.parts[:-1] if isinstance(model, DualHeadClassifier) else ("model",)
+            parts = model.parts[:-1] if isinstance(model, DualHeadClassifier) else (MODEL,)
             if need.part not in parts:
                 raise UserError(f"{name}: needs features of {need.part}; this model has {', '.join(parts)}")
-            if need.layer is None and need.part != "trunk":
+            if need.layer is None and need.part != TRUNK:
                 raise UserError(f"{name}: name a layer of {need.part}; only the trunk's features need none")
             inside = model.part(need.part) if isinstance(model, DualHeadClassifier) else model
             if need.layer is not None and need.layer not in dict(inside.named_modules()):
                 known = ", ".join(n for n, _ in inside.named_children())
                 raise UserError(f"{name}: {need.part} has no layer {need.layer!r}; it has {known}")
-            if dual and need.layer is not None and need.part == "trunk" and "trunk" not in passes.parts:
+            if dual and need.layer is not None and need.part == TRUNK and TRUNK not in passes.parts:
                 raise UserError(f"{name}: the trunk is frozen; its features are to be had where it ends, without layer")
             if dual and passes.merging_alone and not is_merging(need.part):
                 raise UserError(f"{name}: a stage that trains the aggregator alone sees logits of the heads only")
@@ -339,7 +341,7 @@ class Look:
                 asked = {need.on for need in needs.values() if asks(need)}
                 return tuple(name for name in images if name in asked)
 
-            merged = {output: on(partial(_gives, output)) for output in ("mean", *model.routers, "aggregate")}
+            merged = {output: on(partial(_gives, output)) for output in (MEAN, *model.routers, AGGREGATE)}
             merged = {output: names for output, names in merged.items() if names}
             heads = {head: on(partial(_runs, model, head)) for head in model.heads}
             heads = {head: names for head, names in heads.items() if names}
@@ -384,7 +386,7 @@ class Look:
             else:
                 middle = {}
                 whole = self._whole(step, model, crossing, step.images)
-                logits = {"model": _split(whole, crossing, step.images)}
+                logits = {MODEL: _split(whole, crossing, step.images)}
         for name, need in step.needs.items():
             if isinstance(need, Features):
                 values[name] = self._features(step, need, crossing, middle, tapped)
@@ -394,7 +396,7 @@ class Look:
 
     def _middle(self, model: DualHeadClassifier, step: _Pass, crossing: Mapping[str, Crossing]) -> dict[str, Crossing]:
         """Return the features that cross the cut, for each set of images."""
-        if "trunk" not in self._passes.parts:
+        if TRUNK not in self._passes.parts:
             return {on: crossing[on] for on in step.images}
         trunk = self._whole(step, model.trunk, crossing, step.images)
         return _split(trunk, crossing, step.images)
@@ -581,7 +583,7 @@ def refuse_unmet(objective: Objective, parts: Sequence[str], *, tied: bool = Tru
     """
 
     def shares(part: str, need: Need) -> bool:
-        by_tie = tied and part == "head1" and isinstance(need, Logits) and need.output != "model"
+        by_tie = tied and part == head_id(1) and isinstance(need, Logits) and need.output != MODEL
         return by_tie or feeds(part, need)
 
     own = trained_output(parts)

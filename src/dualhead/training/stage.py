@@ -14,6 +14,7 @@ from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, CutMix, augmentations
 from dualhead.errors import UserError
 from dualhead.heads import Output, Part
+from dualhead.names import AGGREGATOR, MODEL
 from dualhead.objectives import ATTACKED, CLEAN, OWN, Objective, objectives
 from dualhead.threats import THREAT, Threat
 from dualhead.training.averaging import Averaging, averagings
@@ -111,7 +112,7 @@ class Stage(Section):
 
     @model_validator(mode="after")
     def _attack_fits(self) -> Self:
-        if self.fit is not None and (self.train != ("aggregator",) or self.epochs):
+        if self.fit is not None and (self.train != (AGGREGATOR,) or self.epochs):
             raise UserError("a stage with fit trains nothing: write train: [aggregator], without epochs")
         if self.fit is not None and self.objective != objectives.build("natural"):
             raise UserError("a stage with fit trains nothing; leave its objective out")
@@ -214,7 +215,7 @@ class Stage(Section):
         Raises:
             UserError: see `refuse_unmet`; and if the model has no second head, which the objective or `deploy` needs.
         """
-        if "model" in self.train:
+        if MODEL in self.train:
             if self.objective.outputs:
                 raise UserError(f"objective {self.objective.registered_name!r} needs a model with two heads")
             if self.deploy is not None:

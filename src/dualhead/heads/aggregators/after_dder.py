@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from dualhead.components.fields import Real
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.base import Aggregator, SeesFeatures, aggregators
+from dualhead.names import router_id
 
 MOST_ROUTERS: Final = 99
 _NEVER: Final = -1e4
@@ -193,7 +194,7 @@ def _with_shares(head_logits: Tensor, shares: Tensor) -> Tensor:
 
 
 def _names(routers: int) -> tuple[str, ...]:
-    return tuple(f"router{number}" for number in range(1, routers + 1))
+    return tuple(map(router_id, range(1, routers + 1)))
 
 
 @aggregators.register("after_dder", numbers=("routers",))
