@@ -20,7 +20,6 @@ from dualhead.evaluation import (
     auroc,
     auroc_interval,
     check_compression,
-    check_curriculum,
     kernel_distance,
     measure_generation,
     measure_ood,
@@ -203,14 +202,3 @@ def test_compression_tells_seeds_from_training_images_and_nothing_tells_equal_ki
     pressed = torch.from_numpy(np.stack([as_jpeg(image[0].numpy()) for image in smooth[80:]]))[:, None]
     assert check_compression(smooth[:80], pressed).status == "warning"
     assert check_compression(smooth[:80], smooth[80:]).status == "ok"
-
-
-@pytest.mark.parametrize(
-    ("auc", "steps", "level", "bad"),
-    [(0.7, 20, 0.2, set()), (0.99, 40, 0.2, {"curriculum"}), (0.99, 20, 0.2, set()), (0.4, 20, 0.2, {"curriculum"}),
-     (0.7, 20, 9.0, {"energy_level"})],
-)  # fmt: skip
-def test_the_log_tells_of_a_curriculum_that_went_wrong(auc, steps, level, bad):
-    lines = [{"auc": 0.9, "steps": 1, "lse_real": 8.0}, *[{"auc": auc, "steps": steps, "lse_real": level}] * 3]
-    assert {f.name for f in check_curriculum(lines, 40) if f.status != "ok"} == bad
-    assert check_curriculum([{"loss": 1.0}], 40) == []

@@ -181,3 +181,18 @@ def test_seeds_with_a_full_covariance_have_that_of_the_images_and_belong_to_thei
     known = expected.isfinite() & (pixels.std(0)[:, None] > 0.2) & (pixels.std(0) > 0.2)
     assert (found - expected)[known].abs().max() < 0.2
     assert torch.equal(noise_seeds(training, numbers[17:20]), drawn[17:20])
+
+
+@pytest.mark.parametrize(
+    ("auc", "steps", "level", "bad"),
+    [(0.7, 20, 0.2, set()), (0.99, 40, 0.2, {"curriculum"}), (0.99, 20, 0.2, set()), (0.4, 20, 0.2, {"curriculum"}),
+     (0.7, 20, 9.0, {"energy_level"})],
+)  # fmt: skip
+@pytest.mark.parametrize("around", [None, "lwf", "ewc"])
+def test_the_log_tells_of_a_curriculum_that_went_wrong(around, auc, steps, level, bad):
+    lines = [{"auc": 0.9, "steps": 1, "lse_real": 8.0}, *[{"auc": auc, "steps": steps, "lse_real": level}] * 3]
+    objective = build(max_steps=40)
+    if around is not None:
+        objective = objectives.build({"name": around, "base": objective})
+    assert {name for name, (good, _) in objective.checks(lines).items() if not good} == bad
+    assert objective.checks([{"loss": 1.0}]) == {}

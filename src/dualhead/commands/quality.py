@@ -27,7 +27,6 @@ from dualhead.evaluation import (
     Sampling,
     Sets,
     check_compression,
-    check_curriculum,
     finite,
     held_out_distances,
     measure_generation,
@@ -191,14 +190,13 @@ def _generation(request: Request, asked: Resolved, test: Split) -> dict[str, Any
 
 
 def _further_checks(request: Request, kind: str, training: Split) -> list[Finding]:
-    """Look at the log of the stage that a run learnt energies in, and at natural seeds."""
+    """Let objectives look at the log of their stages, and look at natural seeds."""
     stages = read_recipe(Path(request.model)).stages if request.is_run else ()
-    found: list[Finding] = []
+    log = read_metrics(RunFolder(Path(request.model)).metrics) if stages else []
+    checks: dict[str, tuple[bool, str]] = {}  # those of a later stage in place of an earlier one's
     for stage in stages:
-        most = getattr(stage.objective, "max_steps", None)
-        if stage.objective.registered_name == "energy" and most is not None:
-            log = read_metrics(RunFolder(Path(request.model)).metrics)
-            found = check_curriculum([line for line in log if line.get("stage") == stage.name], most)
+        checks |= stage.objective.checks([line for line in log if line.get("stage") == stage.name])
+    found = [Finding(name, "ok" if good else "warning", told) for name, (good, told) in checks.items()]
     if kind not in ("gaussian", "uniform"):
         source = request.seeds or kind.rpartition(",")[0]
         images = other_images(request, source, training.image_shape)[0]

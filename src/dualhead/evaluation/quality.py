@@ -40,8 +40,6 @@ MOST_REFERENCES: Final = 5_000
 SHOWN: Final = 10
 """Classes and samples of each that the report shows."""
 BATCH: Final = 256
-LEVEL: Final = 3.0
-"""Mean log-sum-exp of training images that is far from 0."""
 APART: Final = 0.75
 """AUC of residues from which on seeds differ in more than content."""
 
@@ -421,32 +419,6 @@ def _findings(results: Mapping[str, Any]) -> list[Finding]:
             f"{results['steps']} steps are the best of those tried"
             + (", and the most: try more with --sample-steps" if at_end else ""),
         ),
-    ]  # fmt: skip
-
-
-def check_curriculum(lines: Sequence[Mapping[str, Any]], max_steps: int) -> list[Finding]:
-    """Look for signs in the log of a stage with the objective `energy` that its curriculum went wrong.
-
-    Args:
-        lines: one for each epoch, as `metrics.jsonl` holds them.
-        max_steps: of the objective.
-    """
-    last = [line for line in lines if "auc" in line and "lse_real" in line][-max(1, len(lines) // 4) :]
-    if not last:
-        return []
-    auc, level = (float(np.mean([line[key] for line in last])) for key in ("auc", "lse_real"))
-    told = f"in the last {len(last)} epochs the AUC is {auc:.2f} at {last[-1]['steps']:.0f} of {max_steps} steps"
-    if auc > 0.95 and last[-1]["steps"] >= max_steps:
-        curriculum = Finding("curriculum", "warning", f"{told}: raise step_size or max_steps of the objective energy")
-    elif auc < 0.5:
-        curriculum = Finding("curriculum", "warning", f"{told}: samples fool the classifier; raise auc or lower lr")
-    else:
-        curriculum = Finding("curriculum", "ok", told)
-    far = abs(level) > LEVEL
-    return [
-        curriculum,
-        Finding("energy_level", "warning" if far else "ok", f"the mean log-sum-exp of training images is {level:.2f}"
-                + (", far from 0, where it settles: train for longer" if far else "")),
     ]  # fmt: skip
 
 

@@ -320,6 +320,18 @@ class Objective(ABC):
         del before
         return {}
 
+    def checks(self, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, tuple[bool, str]]:
+        """Look for signs in the log of a stage that its training went wrong.
+
+        Args:
+            lines: one for each epoch of the stage, as `metrics.jsonl` holds them: the loss, its terms and figures.
+
+        Returns:
+            By the name of a check, whether it is passed, and what was seen, with advice if it is not.
+        """
+        del lines
+        return {}
+
     def penalty(self, weights: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return terms of the loss that depend on the weights alone, scalars by name; added once a step.
 
@@ -420,6 +432,10 @@ class Around(Objective):
     def recall(self, before: Before) -> Mapping[str, Tensor]:
         """As the base method."""
         return self.base.recall(before)
+
+    def checks(self, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, tuple[bool, str]]:
+        """As the base method."""
+        return self.base.checks(lines)
 
     def penalty(self, weights: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """As the base method."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
+import numpy as np
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
@@ -34,6 +35,8 @@ SAT_ALONE, IMAGES, GAUSSIAN = SAT(), streams.build("images"), streams.build("gau
 STREAM = component(streams)
 EVERYWHERE = ThreatModel("L2", 1e4)
 """A ball that holds the whole box [0, 1]^d of images up to d = 10^8, so that the box alone bounds the ascent."""
+FAR: Final = 3.0
+"""Distance of the mean log-sum-exp of training images from 0 from which on training was too short."""
 
 
 @objectives.register("energy")
@@ -158,6 +161,26 @@ class Energy(Around):
         """Take one step more where the AUC over the window reached the threshold."""
         rises = means["auc"] >= self.auc and state["steps"] < self.max_steps
         return {"steps": state["steps"] + rises}
+
+    def checks(self, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, tuple[bool, str]]:
+        """Judge the last quarter of the epochs: the AUC at the number of steps reached, and the level of energies."""
+        found = dict(self.base.checks(lines))
+        last = [line for line in lines if "auc" in line and "lse_real" in line][-max(1, len(lines) // 4) :]
+        if not last:
+            return found
+        auc, level = (float(np.mean([line[key] for line in last])) for key in ("auc", "lse_real"))
+        steps = last[-1]["steps"]
+        told = f"in the last {len(last)} epochs the AUC is {auc:.2f} at {steps:.0f} of {self.max_steps} steps"
+        if auc > 0.95 and steps >= self.max_steps:
+            found["curriculum"] = False, f"{told}: raise step_size or max_steps of the objective energy"
+        elif auc < 0.5:
+            found["curriculum"] = False, f"{told}: samples fool the classifier; raise auc or lower lr"
+        else:
+            found["curriculum"] = True, told
+        far = abs(level) > FAR
+        advice = ", far from 0, where it settles: train for longer" if far else ""
+        found["energy_level"] = not far, f"the mean log-sum-exp of training images is {level:.2f}{advice}"
+        return found
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the base method's terms, and `energy`; figures are `auc`, `steps` and the mean LSE of both."""
