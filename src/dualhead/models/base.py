@@ -45,10 +45,13 @@ class Backbone(ABC):
     Attributes:
         attach_at: the module after which a second head starts by default, about the end of the first stage; None
             where the layers are not known beforehand, and the recipe has to name one.
+        normalises: whether its networks take images in [0, 1] as they are, so that nothing is put before them unless
+            the recipe sets `model.normalize`.
     """
 
     registered_name: ClassVar[str]
     attach_at: ClassVar[str | None] = None
+    normalises: ClassVar[bool] = False
 
     def create(self, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
         """Make a classifier with fresh weights, drawn from torch's global generator (`torch.manual_seed`).

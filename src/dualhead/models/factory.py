@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,7 @@ class FactoryBackbone(Backbone):
             folder of the recipe and in the current one.
     """
 
+    normalises: ClassVar[bool] = True
     path: str
 
     def __post_init__(self) -> None:

@@ -307,7 +307,7 @@ class Model(Section):
     and tensors with wildcards. None: `batch_norm` if heads are tied."""
     normalize: Annotated[Literal["data", "none"] | Statistics | None, BeforeValidator(_statistics)] = None
     """Inside the model: by the statistics of the training images, not at all, or by given ones. None: `none` for a
-    `package.module:factory`, whose model takes images in [0, 1] as they are, `data` for every other backbone."""
+    backbone whose model takes images in [0, 1] as they are, such as `package.module:factory`, `data` for others."""
 
     @property
     def tied(self) -> tuple[str, ...] | None:

@@ -50,9 +50,6 @@ from dualhead.training import RESET, Passes, Stage, check_choosable, layer_scale
 
 _log = logging.getLogger(__name__)
 
-OWN = ("factory", "given")
-"""Backbones whose networks take images in [0, 1] as they are."""
-
 
 @dataclass(frozen=True)
 class Poisoning:
@@ -490,7 +487,7 @@ def _fill(model: nn.Module, given: nn.Module, architecture: Architecture) -> Non
 def _architecture(recipe: Recipe, folder: RunFolder, training: Split, device: torch.device) -> Architecture:
     """Choose the network; it normalises as the weights do that it starts from, unless the recipe says how."""
     made = architecture_of(recipe, training)
-    if recipe.model.normalize is not None or recipe.model.backbone.registered_name in OWN:
+    if recipe.model.normalize is not None or recipe.model.backbone.normalises:
         return made
     found = _known_normalisation(recipe, folder)
     if found is not None:
@@ -578,8 +575,7 @@ def _known_normalisation(recipe: Recipe, folder: RunFolder) -> tuple[tuple[float
 def architecture_of(recipe: Recipe, training: Split) -> Architecture:
     """Return the network that a recipe means for its data."""
     channels, classes = training.image_shape[0], len(training.class_names)
-    imported = recipe.model.backbone.registered_name in OWN
-    normalize = recipe.model.normalize or ("none" if imported else "data")
+    normalize = recipe.model.normalize or ("none" if recipe.model.backbone.normalises else "data")
     if normalize == "data":
         mean, std = channel_statistics(_pieces(training))
         std = tuple(deviation or 1.0 for deviation in std)  # a channel that never varies keeps its scale
