@@ -24,7 +24,7 @@ _CALLED_EARLIER = {"DH-AT": AGGREGATE}
 _DESCRIBED = {
     MODEL: "A single-head classifier",
     MEAN: "The mean of {heads} heads",
-    AGGREGATE: "A classifier of {heads} heads and an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)",
+    AGGREGATE: "A classifier of {heads} heads and an aggregator",
 }
 
 
@@ -127,19 +127,21 @@ def row_folder(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def described(output: str, heads: int, aggregator: str = "") -> str:
+def described(output: str, heads: int, aggregator: str = "", paper: str = "") -> str:
     """Return how the card of a model describes its output.
 
     Args:
         output: its id.
         heads: how many the model has.
         aggregator: the name of what merges them; "" if it is not known.
+        paper: cited in place of that name; "" if there is none.
     """
     number = head_number(output)
     if number is not None:
         return f"Head {number} of a classifier of {heads} heads"
     if (router := router_number(output)) is not None:
         return f"Router {router} of a classifier of {heads} heads"
-    if output == AGGREGATE and aggregator and not aggregator.startswith("pairwise"):  # those of the paper
+    if output == AGGREGATE and aggregator and not paper:
         return f"A classifier of {heads} heads and the aggregator {aggregator}"
-    return _DESCRIBED.get(output, "A classifier").format(heads=heads)
+    told = _DESCRIBED.get(output, "A classifier").format(heads=heads)
+    return f"{told} ({paper})" if output == AGGREGATE and paper else told

@@ -113,6 +113,24 @@ def test_the_card_of_a_recipe_after_an_abstract_says_that_it_is_no_reproduction(
     )
 
 
+@pytest.mark.parametrize(
+    ("aggregator", "told"),
+    [
+        (None, "an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)"),
+        ({"name": "pairwise_cnn"}, "an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)"),
+        ({"name": "pairwise_shared", "rivals": 3}, "an aggregator (DH-AT, Jiang et al. 2021, arXiv 2104.10377)"),
+        ({"name": "linear"}, "the aggregator linear"),
+        ({"name": "pairwise_mine"}, "the aggregator pairwise_mine"),
+    ],
+)
+def test_the_paper_is_cited_for_its_aggregators_alone(tmp_path, aggregator, told):
+    architecture = {**CONFIG["architecture"], "heads": 3, "aggregator": aggregator}
+    config = {**CONFIG, "architecture": architecture, "output": "aggregate"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_card(tmp_path, None)
+    assert f"A classifier of 3 heads and {told} on cnn, " in (tmp_path / "README.md").read_text()
+
+
 def test_the_sentence_at_a_recipe_s_head_is_whole(tmp_path):
     written = "# Ours (Doe et al. 2020, eq. 3), in\n# two lines. More.\ndata: {}\n# Not this.\n"
     (tmp_path / "a.yaml").write_text(written)

@@ -35,6 +35,7 @@ def model_card(
     *,
     onnx: bool = False,
     about: str = "",
+    paper: str = "",
 ) -> str:
     """A card in Markdown, with the front matter that the Hugging Face Hub reads.
 
@@ -44,6 +45,7 @@ def model_card(
         results: content of the evaluation's `results.json`; None if there is none, which the card then says.
         onnx: whether `model.onnx` lies beside it.
         about: a sentence on the recipe, such as that its method is not a reproduction.
+        paper: of the aggregator, see `Aggregator.paper`.
     """
     architecture, threat = config["architecture"], config.get("threat", {})
     shape = "x".join(map(str, architecture["image_shape"]))
@@ -57,7 +59,7 @@ def model_card(
         "",
         f"# {_safe(config.get('recipe', 'dualhead model'))}",
         "",
-        f"{_output(config)} on "
+        f"{_output(config, paper)} on "
         f"{_safe(component_text(architecture['backbone']))}, "
         f"for images {shape} in [0, 1] and {architecture['num_classes']} classes.",
         "",
@@ -112,11 +114,11 @@ def _prepared(recipe: Mapping[str, Any] | None, threat: Mapping[str, Any]) -> st
     return f"Evaluated {budget}; trained at most {', '.join(radii)}."
 
 
-def _output(config: Mapping[str, Any]) -> str:
+def _output(config: Mapping[str, Any], paper: str) -> str:
     """Which output it is: of tied heads what each has of its own, of an exported head where it came from."""
     output, architecture = config.get("output", MODEL), config["architecture"]
     merged = (architecture.get("aggregator") or {}).get("name", "")
-    told = described(output, architecture.get("heads", 2), merged)
+    told = described(output, architecture.get("heads", 2), merged, paper)
     if output != MODEL and (own := architecture.get("own")) is not None:
         return f"{told} (tied heads: {_own(own)} of their own{_added(config)})"
     if output == MODEL and (number := head_number(config.get("exported_output", ""))):

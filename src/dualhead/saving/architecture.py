@@ -27,6 +27,8 @@ ONNX = "model.onnx"
 PLUGINS = "plugins"
 """Key of the configuration with the code from outside that makes the model, and folder of an export with its files."""
 
+UNTOLD: Final = "pairwise_cnn"
+"""The aggregator of two heads where an `Architecture` names none."""
 WITHOUT_SECOND_HEAD: Final[Mapping[str, Any]] = {"attach_at": None, "aggregator": None, "heads": 2, "own": None}
 """Fields of an `Architecture` that make the plain network of it."""
 
@@ -75,7 +77,7 @@ class Architecture(Section):
             example=torch.rand(2, *self.image_shape, generator=torch.Generator().manual_seed(0)),
             init="reset" if self.own is None else "tied",
             own=self.own,
-            aggregator=aggregators.build(self.aggregator or "pairwise_cnn", where="model.aggregator"),
+            aggregator=aggregators.build(self.aggregator or UNTOLD, where="model.aggregator"),
         )
 
     def plain(self) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualhead.components.plugins import copy_name, is_file, records_in
 from dualhead.errors import UserError
-from dualhead.heads import DualHeadClassifier
+from dualhead.heads import DualHeadClassifier, aggregators
 from dualhead.models import read_state, write_state
 from dualhead.names import AGGREGATE, MODEL, name_of, row_folder
 from dualhead.report import ONNX_SECTION, lights, model_card
@@ -25,6 +25,7 @@ from dualhead.saving.architecture import (
     CONFIG,
     ONNX,
     PLUGINS,
+    UNTOLD,
     WEIGHTS,
     WITHOUT_SECOND_HEAD,
     Architecture,
@@ -48,7 +49,14 @@ def write_card(folder: Path, run: Path | None) -> None:
         recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     results = None if run is None else _measured(run, config)
     about = _about(str(config.get("recipe", "")))
-    write_text(folder / CARD, model_card(config, recipe, results, onnx=(folder / ONNX).is_file(), about=about))
+    card = model_card(config, recipe, results, onnx=(folder / ONNX).is_file(), about=about, paper=_paper(config))
+    write_text(folder / CARD, card)
+
+
+def _paper(config: Mapping[str, Any]) -> str:
+    """Return the paper of a model's aggregator; "" if it tells none, or is code from outside that is not loaded."""
+    name = (config["architecture"].get("aggregator") or {}).get("name", UNTOLD)
+    return aggregators.get(name).paper if name in aggregators.names() else ""
 
 
 def _about(recipe: str) -> str:

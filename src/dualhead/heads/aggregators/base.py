@@ -13,6 +13,8 @@ from dualhead.components.registry import Registry
 
 MAX_CLASSES_OF_PAIRWISE_CNN: Final = 20
 """Up to here the paper's aggregator is in proportion (its last layer grows with C^3); beyond, `pairwise_shared`."""
+DH_AT: Final = "DH-AT, Jiang et al. 2021, arXiv 2104.10377"
+"""The paper that aggregators over pairs of classes are of, or go back to."""
 
 
 class Aggregator(ABC):
@@ -22,6 +24,8 @@ class Aggregator(ABC):
     """
 
     registered_name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    """A source that the card of a model cites in place of the aggregator's name."""
 
     @abstractmethod
     def create(self, num_classes: int, heads: int = 2) -> nn.Module:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
-from dualhead.heads.aggregators.base import MAX_CLASSES_OF_PAIRWISE_CNN, Aggregator, aggregators
+from dualhead.heads.aggregators.base import DH_AT, MAX_CLASSES_OF_PAIRWISE_CNN, Aggregator, aggregators
 
 CLASS_FEATURES, PAIR_FEATURES = 8, 16
 
@@ -84,6 +85,8 @@ class PairwiseCNN(Aggregator):
 
     Paper: Jiang et al. 2021, Dual Head Adversarial Training, arXiv 2104.10377.
     """
+
+    paper: ClassVar[str] = DH_AT
 
     def create(self, num_classes: int, heads: int = 2) -> nn.Module:
         """See `Aggregator.create`.

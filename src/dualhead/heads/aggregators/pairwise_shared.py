@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dualhead.errors import UserError
-from dualhead.heads.aggregators.base import Aggregator, aggregators
+from dualhead.heads.aggregators.base import DH_AT, Aggregator, aggregators
 
 CLASS_FEATURES, PAIR_FEATURES = 8, 16
 
@@ -88,6 +89,7 @@ class PairwiseShared(Aggregator):
         rivals: leading classes with which each class is compared, at least 1; `pairwise_shared-20` sets 20.
     """
 
+    paper: ClassVar[str] = DH_AT
     rivals: int = 10
 
     def __post_init__(self) -> None:
