@@ -9,7 +9,7 @@ import torch
 
 from dualhead.attacks import Attack, Maximiser, Query, attacks, maximise_within
 from dualhead.errors import UserError
-from dualhead.threats import ThreatModel, build_threat, threats
+from dualhead.threats import ThreatModel, build_threat, threats, typical_eps
 from helpers.attacks import images, network, streams
 
 THREATS = {
@@ -65,6 +65,23 @@ def test_starts_lie_within_the_budget_and_belong_to_their_sample(threat, where):
     image = threat.render(start)
     assert image.shape == x.shape
     assert ((image >= 0) & (image <= 1)).all()
+
+
+@each_threat
+def test_a_direction_is_no_longer_than_the_budget_and_as_long_where_no_box_cuts_it(threat):
+    x = images(6)
+    threat = threat.for_images(x.shape[1:])
+    origin = threat.lift(x)[2]
+    direction = threat.direction(origin, streams(6)[torch.tensor([2])])
+    assert direction.shape == origin.shape
+    length = float(threat.distance((origin + direction)[None], origin[None]))
+    assert 0 < length <= threat.eps * (1 + 1e-5) + 1e-5
+    assert length == pytest.approx(threat.eps, rel=1e-5) or threat.family not in ("Linf", "L2")
+
+
+def test_a_usual_budget_can_be_built_and_nothing_else_has_one():
+    assert all(build_threat(f"{family}:{typical_eps(family)}").family == family for family in THREATS)
+    assert typical_eps("anything") is None
 
 
 @each_threat

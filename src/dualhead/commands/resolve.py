@@ -20,8 +20,7 @@ from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
 from dualhead.system.processes import group
-from dualhead.threats import Norm, Threat, build_threat, norm_named
-from dualhead.threats import threats as registered
+from dualhead.threats import Norm, Threat, build_threat, norm_named, typical_eps
 
 _log = logging.getLogger(__name__)
 
@@ -365,8 +364,7 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
         chosen = {"norm": norm_named(request.norm)}
     if request.eps is None and "eps" in known and chosen != own:
         ((key, kind),) = chosen.items()
-        if kind in (*get_args(Norm), *registered.names()):
-            radius = {"Linf": "8/255", "L2": "0.5", "L1": "12"}.get(kind) or registered.get(kind).typical_eps
+        if (radius := typical_eps(kind)) is not None:
             of = known.get("norm") or known.get("name")
             option = "--norm" if key == "norm" else "--threat"
             raise UserError(f"{option} {kind}: --eps is needed, since the model's is of {of}; e.g. --eps {radius}")

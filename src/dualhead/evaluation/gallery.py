@@ -26,7 +26,7 @@ from dualhead.names import AGGREGATE, MEAN, MODEL, head_id
 from dualhead.noise import Streams
 from dualhead.system.devices import float32_products
 from dualhead.system.outputs import without_inference_tensors
-from dualhead.threats import Threat, ThreatModel, build_threat
+from dualhead.threats import Threat, build_threat
 
 ATTACK = "pgd-20"
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -247,22 +247,12 @@ class _Visit:
     def _landscape(self, row: int, point: Tensor) -> NDArray[Any]:
         """Margins of the outputs [O, SIDE, SIDE] on a plane through an image's origin among the threat's points."""
         origin, streams = self.origin[row], self.streams[torch.tensor([row], device=self.x.device)].fork("landscape")
-        aside = self._aside(origin, streams)
+        aside = self.threat.direction(origin, streams)
         steps = torch.linspace(-REACH, REACH, SIDE, device=origin.device)
         ahead = (point - origin) * steps.reshape(-1, *(1 for _ in origin.shape))
         plane = self.threat.render(torch.cat([origin + ahead + step * aside for step in steps])).clamp(0.0, 1.0)
         said = self._said(plane, self.y[row].expand(len(plane)))
         return said.margin.T.reshape(-1, SIDE, SIDE).cpu().numpy()
-
-    def _aside(self, origin: Tensor, streams: Streams) -> Tensor:
-        """A random direction of length eps, shaped like one origin."""
-        if not isinstance(self.threat, ThreatModel) or self.threat.norm == "L1":
-            return (self.threat.start(origin[None], streams, "sphere") - origin)[0]
-        if self.threat.norm == "Linf":
-            return self.threat.eps * (2.0 * (streams.uniform(*origin.shape)[0] > 0.5) - 1.0)
-        normal = streams.normal(*origin.shape)[0]
-        aside: Tensor = self.threat.eps * normal / normal.norm()
-        return aside
 
 
 def _bytes(images: Tensor) -> NDArray[Any]:

@@ -2,7 +2,7 @@
 
 from dualhead.threats.base import Threat, Where, threats
 from dualhead.threats.bounded import Bounded
-from dualhead.threats.build import THREAT, build_threat
+from dualhead.threats.build import THREAT, build_threat, typical_eps
 from dualhead.threats.few_pixels import FewPixels
 from dualhead.threats.jpeg import JPEG_SIDE, jpeg_cosines, jpeg_steps
 from dualhead.threats.lp import Norm, ThreatModel, finite, norm_named, norm_of, project_l1, steepest
@@ -34,4 +34,5 @@ __all__ = [
     "project_l1",
     "steepest",
     "threats",
+    "typical_eps",
 ]

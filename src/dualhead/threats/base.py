@@ -103,6 +103,15 @@ class Threat(ABC):
     def distance(self, point: Tensor, origin: Tensor) -> Tensor:
         """Return how much of the budget points use, in the units of eps, float64 [B]."""
 
+    def direction(self, origin: Tensor, streams: Streams) -> Tensor:
+        """Draw a random change of one origin that uses all of the budget, [...]; it may lead out of the image box.
+
+        Args:
+            origin: of one image, [...], without the batch.
+            streams: of that image alone.
+        """
+        return (self.start(origin[None], streams, "sphere") - origin)[0]
+
     def grey_radius(self, x: Tensor) -> float | None:
         """Return a budget within which each of the images [B, ...] can become plain grey; None if there is none."""
         del x

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from dualhead.errors import UserError
 from dualhead.threats.base import Threat, threats
-from dualhead.threats.lp import Norm, ThreatModel, norm_named
+from dualhead.threats.lp import TYPICAL_EPS, Norm, ThreatModel, norm_named
 
 
 def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Threat:
@@ -49,6 +49,13 @@ def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Thr
         return ThreatModel(norm, spec["eps"])
     except UserError as error:
         raise UserError(f"{place}: {error}" if place else str(error)) from None
+
+
+def typical_eps(family: str) -> str | None:
+    """Return a budget of usual size, as text, of a norm or of a threat by its name; None of neither."""
+    if family in threats.names():
+        return threats.get(family).typical_eps
+    return TYPICAL_EPS.get(family)
 
 
 THREAT: Final = (

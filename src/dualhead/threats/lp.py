@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from dualhead.noise import Streams
 from dualhead.threats.base import Threat, Where
 
 Norm = Literal["Linf", "L2", "L1"]
+TYPICAL_EPS: Final[Mapping[str, str]] = {"Linf": "8/255", "L2": "0.5", "L1": "12"}
+"""A radius of usual size by norm, as text; see `Threat.typical_eps`."""
 
 _SPOKEN = {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2", "l1": "L1", "1": "L1"}
 _SPARSE = 0.01
@@ -242,6 +245,15 @@ class ThreatModel(Threat):
             noise = streams.normal(*x.shape[1:]).to(x.dtype)
             length = _l2(noise) if self.norm == "L2" else noise.flatten(1).abs().sum(1)
         return (x + noise * _per_sample(self.eps / length.clamp_min(1e-12), x)).clamp_(0.0, 1.0)
+
+    def direction(self, origin: Tensor, streams: Streams) -> Tensor:
+        """Return a corner of the ball under Linf, where nothing is uniform on the sphere; see `Threat.direction`."""
+        if self.norm == "Linf":
+            return self.eps * (2.0 * (streams.uniform(*origin.shape)[0] > 0.5) - 1.0)
+        if self.norm == "L2":
+            normal = streams.normal(*origin.shape)[0]
+            return self.eps * normal / normal.norm()
+        return super().direction(origin, streams)
 
     def grey_radius(self, x: Tensor) -> float:
         """Return a radius within which each of the images [B, ...] can become plain grey."""
