@@ -158,6 +158,8 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 LEAST_GAP: Final = 0.25
 """Least distance between accuracies under one step and several that tells of overfitting: 16 images of 64."""
+AGAINST_OVERFITTING: Final = "use attack n_fgsm or pgd-2, objective grad_align or elle, or a smaller eps"
+"""Advice where single steps overfit catastrophically."""
 
 
 def overfits_single_steps(fgsm: float, pgd: float) -> bool:

@@ -23,7 +23,7 @@ from dualhead.errors import Interrupted
 from dualhead.evaluation.model import ROWS, Subject, differ
 from dualhead.evaluation.scheduler import Hunt, Samples, Try
 from dualhead.noise import Streams
-from dualhead.statistics import overfits_single_steps, wilson
+from dualhead.statistics import AGAINST_OVERFITTING, overfits_single_steps, wilson
 from dualhead.threats import Threat
 
 PROBES = 32
@@ -455,8 +455,7 @@ def check_single_steps(lines: Sequence[Mapping[str, Any]]) -> list[Finding]:
     text = (
         f"training on single steps overfitted catastrophically in {len(bad)} of {len(watched)} epochs, last in epoch "
         f"{line['epoch']} of stage {line['stage']}: of a few images {line['watched_fgsm']:.0%} stayed right under one "
-        f"step of FGSM and {line['watched_pgd']:.0%} under a few of PGD; use attack n_fgsm or pgd-2, objective "
-        "grad_align or elle, or a smaller eps"
+        f"step of FGSM and {line['watched_pgd']:.0%} under a few of PGD; {AGAINST_OVERFITTING}"
     )
     return [Finding("catastrophic_overfitting", "warning", text)]
 

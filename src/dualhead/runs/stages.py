@@ -324,18 +324,13 @@ def _fit_stage(training: _Training, position: Position) -> Position:
     training.progress.stage(stage.name, position.stage + 1, len(prepared.recipe.stages), 0, 0, 0)
     selection = Selection(prepared.model, stage.fit, validator, training.arithmetic, prepared.device, training.stop)
     finished = selection.run(Position(stage=position.stage))
-    training.log.write(
-        {"stage": stage.name, "epoch": 1, "step": 0, **finished.best, "seconds": round(finished.seconds, 3)}
-    )
-    files = training.files(stage)
-    files.write_best(prepared.model)
-    files.write_last(prepared.model)
+    _keep_chosen(training, stage, finished)
     return finished
 
 
 def _interpolate_stage(training: _Training, position: Position) -> Position:
     """Choose weights between those of two stages; short, so that a stage that was stopped begins anew."""
-    prepared, files = training.prepared, training.files
+    prepared = training.prepared
     recipe, stage = prepared.recipe, prepared.recipe.stages[position.stage]
     chosen, validator = stage.interpolate, _validator(prepared, chosen_under(recipe, stage))
     assert chosen is not None and validator is not None
@@ -352,12 +347,18 @@ def _interpolate_stage(training: _Training, position: Position) -> Position:
         passes_of(prepared, stage), first, second, chosen.shares, validator, training.arithmetic, prepared.device,
         training.stop, Position(stage=position.stage),
     )  # fmt: skip
+    _keep_chosen(training, stage, finished)
+    return finished
+
+
+def _keep_chosen(training: _Training, stage: Stage, finished: Position) -> None:
+    """Write the weights that a stage without epochs chose, and one line on them."""
     training.log.write(
         {"stage": stage.name, "epoch": 1, "step": 0, **finished.best, "seconds": round(finished.seconds, 3)}
     )
-    files(stage).write_best(prepared.model)
-    files(stage).write_last(prepared.model)
-    return finished
+    files = training.files(stage)
+    files.write_best(training.prepared.model)
+    files.write_last(training.prepared.model)
 
 
 def _begin_stage(prepared: Prepared, number: int) -> None:

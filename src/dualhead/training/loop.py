@@ -20,7 +20,7 @@ from dualhead.data import Batch, Loader, OpenStream, StreamImages
 from dualhead.errors import Interrupted, RunError
 from dualhead.models import write_state
 from dualhead.noise import Streams
-from dualhead.statistics import overfits_single_steps
+from dualhead.statistics import AGAINST_OVERFITTING, overfits_single_steps
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
 from dualhead.system.modes import in_eval_mode
@@ -411,8 +411,8 @@ class StageRun:
         if found and not self._overfits and group().first:
             logger.warning(
                 "stage %s, epoch %d: catastrophic overfitting: of a few images %.0f %% stay right under one step of "
-                "FGSM and %.0f %% under a few of PGD; use attack n_fgsm or pgd-2, objective grad_align or elle, or a "
-                "smaller eps", self._stage.name, line["epoch"], 100 * fgsm, 100 * pgd,
+                "FGSM and %.0f %% under a few of PGD; %s", self._stage.name, line["epoch"], 100 * fgsm, 100 * pgd,
+                AGAINST_OVERFITTING,
             )  # fmt: skip
         self._overfits = found
 

@@ -27,6 +27,8 @@ from dualhead.training.passes import refuse_unmet, trained_output
 
 RESET: Final = "reset"
 """Value of `init` for fresh weights."""
+IDLE: Final = "natural"
+"""Objective of stages that choose among what was trained, and train nothing themselves: every stage has one."""
 
 
 class Stage(Section):
@@ -107,14 +109,14 @@ class Stage(Section):
     @classmethod
     def _fit_trains_nothing(cls, content: Any) -> Any:
         if isinstance(content, Mapping) and any(content.get(key) is not None for key in ("fit", "interpolate")):
-            return {"objective": "natural", "epochs": 0, **content}
+            return {"objective": IDLE, "epochs": 0, **content}
         return content
 
     @model_validator(mode="after")
     def _attack_fits(self) -> Self:
         if self.fit is not None and (self.train != (AGGREGATOR,) or self.epochs):
             raise UserError("a stage with fit trains nothing: write train: [aggregator], without epochs")
-        if self.fit is not None and self.objective != objectives.build("natural"):
+        if self.fit is not None and self.objective != objectives.build(IDLE):
             raise UserError("a stage with fit trains nothing; leave its objective out")
         inner = self.objective.inner()
         for attack in [self.attack, *(each.attack for each in inner.values() if each.attack is not None)]:
@@ -148,7 +150,7 @@ class Stage(Section):
     def _interpolation_trains_nothing(self) -> Self:
         if self.interpolate is not None and (self.fit is not None or self.epochs or self.init is not None):
             raise UserError("a stage with interpolate trains nothing: leave out fit, init and epochs")
-        if self.interpolate is not None and self.objective != objectives.build("natural"):
+        if self.interpolate is not None and self.objective != objectives.build(IDLE):
             raise UserError("a stage with interpolate trains nothing; leave its objective out")
         return self
 
