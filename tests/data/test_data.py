@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dualhead.data import Loader, Split, augmentations, batches, cache, hold_out, load_split
+from dualhead.data import Loader, Split, augmentations, batches, cache, hold_out, load_split, to_bytes
 from dualhead.errors import UserError
 from dualhead.system.processes import Group
 
@@ -110,9 +110,18 @@ def test_split_describes_itself_and_takes():
     assert taken.images[:, 0, 0, 0].tolist() == [3, 0]
     assert same(split.first(2), split.take(torch.tensor([0, 1])))
     assert same(split.first(99), split)
+    assert (split.count(2), split.count(None), split.count(99)) == (2, len(split), len(split))
     assert same(split.spread(99), split)
     assert same(split.spread(2), split.take([0, 2]))
     refused("at least 1, got 0", split.first, 0)
+
+
+def test_bytes_are_the_nearest_and_lie_between_0_and_255():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_bytes(levels.float() / 255), levels)
+    assert torch.equal(to_bytes(levels.float() / 255 + 0.4 / 255), levels)
+    assert to_bytes(torch.tensor([-0.01, 1.01])).tolist() == [0, 255]
+    assert to_bytes(levels) is levels
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def assess(
         raise UserError(f"--precision {request.precision}: use auto, float32 or bf16")
     request, checkpoint = chosen_by_samples(request)
     asked = resolve(request)
-    test, count = asked.images, min(request.limit or len(asked.images), len(asked.images))
+    test, count = asked.images, asked.images.count(request.limit)
     if group().first:
         test.warn_if_sorted(count, "--limit")
     marked = marked_images(request, asked, count)
@@ -213,7 +213,7 @@ def _of_parts(request: Request, option: str, instead: str) -> tuple[Resolved, Sp
     asked = resolve(replace(request, output="aggregate"))
     if asked.radii:
         raise UserError(f"--eps: {option} measures at one radius")
-    test = asked.images.first(min(request.limit or len(asked.images), len(asked.images)))
+    test = asked.images.first(asked.images.count(request.limit))
     if group().first:
         asked.images.warn_if_sorted(len(test), "--limit")
     check_folder(asked.results, "--output")
@@ -285,7 +285,7 @@ def exhibit(request: Request, landscapes: Sequence[int] | None = None) -> tuple[
         UserError: for a model, data or values that do not exist or do not fit one another.
     """
     asked = resolve(request)
-    count = min(request.limit or len(asked.images), len(asked.images))
+    count = asked.images.count(request.limit)
     check_folder(asked.gallery, "--output")
     gallery = make_gallery(
         asked.model, asked.images.images[:count], asked.images.labels[:count], threat=asked.threat,

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from dualhead.commands.resolve import Request, Resolved, resolve
-from dualhead.data import Split, load_split
+from dualhead.data import Split, load_split, to_bytes
 from dualhead.errors import UserError
-from dualhead.evaluation import counterfactual, noise_seeds, sample
+from dualhead.evaluation import counterfactual, noise_seeds, sample, write_arrays
 from dualhead.noise import Streams
 from dualhead.report import save_sheet
 from dualhead.runs import read_recipe
-from dualhead.system.files import check_folder, write_atomically
+from dualhead.system.files import check_folder
 from dualhead.threats import ThreatModel
 
 MOST_SAMPLES = 1_000_000
@@ -54,14 +54,15 @@ def draw_samples(
     started = draw(labels, torch.arange(count).repeat(len(labels) // count)).to(device)
     labels = labels.to(device)
     path = sample(asked.model, labels, started, steps=steps, step_size=step_size)
-    images = _bytes(path)
-    _write(folder / "samples.npz", images=images, label=labels.cpu().numpy(), class_names=np.array(known.class_names))
+    images = to_bytes(path).cpu().numpy()
+    arrays = {"images": images, "label": labels.cpu().numpy(), "class_names": np.array(known.class_names)}
+    write_arrays(folder / "samples.npz", arrays, compressed=True)
     rows = images.reshape(-1, count, *images.shape[1:])
     save_sheet(rows[:, :16], folder / "sheet.png")
     first = torch.arange(0, len(labels), count, device=device)
     strip = sample(asked.model, labels[first], started[first], steps=steps, step_size=step_size, trajectory=True)
     shown = np.unique(np.linspace(0, steps, min(9, steps + 1)).round().astype(int))
-    save_sheet(_bytes(strip)[shown].swapaxes(0, 1), folder / "strip.png")
+    save_sheet(to_bytes(strip).cpu().numpy()[shown].swapaxes(0, 1), folder / "strip.png")
     passes = {"forward": steps, "backward": steps}
     facts = {"output": str(folder), "samples": len(labels), "steps": steps, "step_size": step_size, "seeds": kind}
     return {**facts, "passes": passes}
@@ -97,13 +98,15 @@ def draw_counterfactuals(
     found = counterfactual(asked.model, origin, target, ThreatModel("L2", radius), steps=steps, step_size=step_size)
     told = found.probabilities.gather(1, target[:, None])[:, 0]
     index = torch.arange(count).repeat_interleave(len(targets))
-    _write(
-        folder / "counterfactuals.npz", image=_bytes(found.image), path=_bytes(found.path), index=index.numpy(),
-        label=asked.images.labels[index].numpy(), target=target.cpu().numpy(), distance=found.distance.cpu().numpy(),
-        probabilities=found.probabilities.cpu().numpy(), class_names=np.array(asked.images.class_names),
-    )  # fmt: skip
-    moved = _bytes(found.image).reshape(count, len(targets), *x.shape[1:])
-    save_sheet(np.concatenate((_bytes(x)[:, None], moved), 1)[:24], folder / "sheet.png")
+    image, path, clean = (to_bytes(each).cpu().numpy() for each in (found.image, found.path, x))
+    arrays = {
+        "image": image, "path": path, "index": index.numpy(), "label": asked.images.labels[index].numpy(),
+        "target": target.cpu().numpy(), "distance": found.distance.cpu().numpy(),
+        "probabilities": found.probabilities.cpu().numpy(), "class_names": np.array(asked.images.class_names),
+    }  # fmt: skip
+    write_arrays(folder / "counterfactuals.npz", arrays, compressed=True)
+    moved = image.reshape(count, len(targets), *x.shape[1:])
+    save_sheet(np.concatenate((clean[:, None], moved), 1)[:24], folder / "sheet.png")
     mean = {"distance": float(found.distance.mean()), "target_probability": float(told.mean())}
     return {"output": str(folder), "images": count, "targets": targets, "radius": radius, "steps": steps, **mean}
 
@@ -221,15 +224,3 @@ def _folder(request: Request, name: str) -> Path:
     folder = request.output_dir or Path(request.model) / name
     check_folder(folder, "--output")
     return folder
-
-
-def _bytes(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return (images * 255.0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-
-
-def _write(to: Path, /, **arrays: np.ndarray[Any, Any]) -> None:
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes `allow_pickle` for one
-
-    write_atomically(to, write)

@@ -19,7 +19,7 @@ from torch import nn
 from dualhead.commands.fit import fit
 from dualhead.data import Split, cache_folder
 from dualhead.errors import UserError
-from dualhead.evaluation import Judge, read_logits, weights_fingerprint
+from dualhead.evaluation import Judge, answers, read_logits, weights_fingerprint
 from dualhead.saving import load
 from dualhead.system.processes import group
 
@@ -97,7 +97,7 @@ def score_of(training: Split, test: Split, augment: Sequence[Any], backbone: str
     try:
         recipe = _recipe(augment, SEED + 1, device)
         found = fit(backbone, training, test, recipe=recipe, run_dir=Path(aside) / "run", progress=False)
-        return _right(found.model, test)
+        return np.asarray(answers(found.model, torch.as_tensor(test.images[:])) == test.labels.cpu().numpy())
     finally:
         group().lead(lambda: shutil.rmtree(aside, ignore_errors=True))
 
@@ -127,14 +127,3 @@ def _recipe(augment: Sequence[Any], seed: int, device: str) -> dict[str, Any]:
         "evaluate": {"attacks": ["fgsm"], "limit": 100, "gallery": 0},
         "runtime": {"seed": seed, "precision": "float32", "layout": "channels_last", "lanes": 1, "device": device},
     }  # fmt: skip
-
-
-def _right(model: nn.Module, test: Split) -> NDArray[np.bool_]:
-    device = next(model.parameters()).device
-    found = []
-    with torch.no_grad():
-        for first in range(0, len(test), 256):
-            rows = torch.arange(first, min(first + 256, len(test)))
-            x = torch.as_tensor(test.images[rows]).to(device).float().div(255.0)
-            found.append(read_logits(model, x).argmax(1).cpu() == test.labels[rows])
-    return torch.cat(found).numpy()

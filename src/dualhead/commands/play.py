@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.data import Framing, Split, decode_single
+from dualhead.data import Framing, Split, decode_single, to_bytes
 from dualhead.errors import UserError
 from dualhead.evaluation import Gallery, counterfactual, make_gallery, outputs_of, read_logits
 from dualhead.names import name_of
@@ -93,7 +93,7 @@ class Playground:
     def offer(self) -> dict[str, Any]:
         """Return what the page begins with: images, their labels, class names, and the threat model."""
         return {
-            "images": [picture(image.numpy()) for image in _bytes(self.images.images[: self.count])],
+            "images": [picture(image.numpy()) for image in to_bytes(self.images.images[: self.count])],
             "labels": self.images.labels[: self.count].tolist(),
             "classes": list(self.images.class_names),
             "shape": list(self.images.image_shape),
@@ -227,7 +227,7 @@ class Playground:
             x = image[None].to("cpu" if parameter is None else parameter.device).float() / 255.0
             wanted = torch.tensor([to], device=x.device)
             found = counterfactual(_Last(self.model, target), x, wanted, ball, steps=TURN_STEPS)
-            film = _bytes(found.path[:, 0].cpu())[np.linspace(0, TURN_STEPS, FILM).round().astype(int)]
+            film = to_bytes(found.path[:, 0].cpu())[np.linspace(0, TURN_STEPS, FILM).round().astype(int)]
             made = make_gallery(self.model, film[-1:], [to], threat=self.threat, landscapes=(), shares=())
         difference, scale = change(image.numpy(), film[-1].numpy())
         return {
@@ -264,7 +264,7 @@ class Playground:
             sample = asked.get("sample")
             if not isinstance(sample, int) or not 0 <= sample < self.count:
                 raise UserError(f"sample must lie in 0 to {self.count - 1}, got {sample}")
-            return _bytes(self.images.images[sample : sample + 1][0]), int(self.images.labels[sample])
+            return to_bytes(self.images.images[sample : sample + 1][0]), int(self.images.labels[sample])
         channels, height, width = self.images.image_shape
         pixels = asked["pixels"]
         if not isinstance(pixels, list) or len(pixels) != channels * height * width:
@@ -298,10 +298,6 @@ def _number(value: object, name: str, above: float) -> float:
     if not above < number < math.inf:
         raise UserError(f"{name} must be a number greater than {above:g}, got {str(value)[:40]}")
     return number
-
-
-def _bytes(images: Tensor) -> Tensor:
-    return images if images.dtype == torch.uint8 else (images * 255.0).round().to(torch.uint8)
 
 
 def serve(playground: Playground, port: int = 0) -> ThreadingHTTPServer:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dualhead.commands.generate import MOST_SAMPLES, other_images, seeds_for, training_images
 from dualhead.commands.judge import backbone_for, identity_of, judge_of, score_of
 from dualhead.commands.resolve import BY_SAMPLES, Request, Resolved, resolve, run_results
-from dualhead.data import Split, hold_out
+from dualhead.data import Split, hold_out, to_bytes
 from dualhead.errors import UserError
 from dualhead.evaluation import (
     STEPS,
@@ -141,7 +141,7 @@ class _Plan:
     def of(cls, request: Request, asked: Resolved | None = None, test: Split | None = None) -> Self:
         """Plan what a request asks for."""
         asked = asked or resolve(request)
-        test = test or asked.images.first(min(request.limit or len(asked.images), len(asked.images)))
+        test = test or asked.images.first(asked.images.count(request.limit))
         tested, training = test, training_images(request, asked)
         steps = _steps(request.sample_steps)
         backbone = backbone_for(asked.model, request.judge)
@@ -257,7 +257,7 @@ def _outside(request: Request, source: str, training: Split) -> Split:
     numbers = torch.arange(1_000) + 10**12  # other noise than that of any sample
     noise = noise_seeds(training, numbers, source, seed=request.seed)
     labels = torch.zeros(len(noise), dtype=torch.int64)
-    return Split(noise.mul(255.0).round().to(torch.uint8), labels, training.class_names)
+    return Split(to_bytes(noise), labels, training.class_names)
 
 
 # ---- from Python

@@ -23,7 +23,7 @@ from dualhead.data.poisons import (
     triggered,
 )
 from dualhead.data.source import Storage, load_split, resolve
-from dualhead.data.split import HELD_OUT, Split, held_rows, hold_out
+from dualhead.data.split import HELD_OUT, Split, held_rows, hold_out, to_bytes
 from dualhead.data.stored import in_turn
 from dualhead.data.streams import Memory, OpenStream, Stream, StreamImages, StreamSetting, Uniform, streams
 
@@ -75,5 +75,6 @@ __all__ = [
     "resolve",
     "shared_images",
     "streams",
+    "to_bytes",
     "triggered",
 ]

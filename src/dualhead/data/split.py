@@ -144,6 +144,10 @@ class Split:
             return replace(self, images=self.images.show_middle(height, width))
         return replace(self, images=middle(self.images[:], height, width))
 
+    def count(self, limit: int | None) -> int:
+        """Return the number of images, of which there may be a limit; None: none."""
+        return min(limit or len(self), len(self))
+
     def first(self, n: int) -> Split:
         """The first n images, or all if there are fewer.
 
@@ -265,3 +269,12 @@ def _share_out(counts: Tensor, number: int, names: tuple[str, ...]) -> Tensor:
     by_remainder = (numerator % denominator).argsort(descending=True, stable=True)
     held[by_remainder[: number - classes - int(held.sum())]] += 1
     return held + present.long()
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Return the nearest bytes of images, uint8 of the same shape, where they lie.
+
+    Args:
+        images: floating, in [0, 1], beyond which they are cut off; bytes are given back as they are.
+    """
+    return images if images.dtype == torch.uint8 else images.mul(255.0).round().clamp(0, 255).to(torch.uint8)

@@ -22,14 +22,13 @@ from dualhead.evaluation.given import LABEL_KEYS, read_all
 from dualhead.evaluation.harness import evaluate
 from dualhead.evaluation.journal import finite, weights_fingerprint, write_arrays
 from dualhead.evaluation.measurements import Measurement, measurements
-from dualhead.evaluation.model import outputs_of, read_logits
+from dualhead.evaluation.model import answers, outputs_of, read_logits
 from dualhead.evaluation.once import attack
 from dualhead.evaluation.ood import auroc_interval, measure_ood
 from dualhead.evaluation.paired import compare, rendered_alike
 from dualhead.evaluation.poisoned import (
     TRIGGERED,
     TriggeredImages,
-    answers,
     confused,
     finders,
     last_linear,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dualhead.attacks import LogitsFn, Query, attacks, predictions
 from dualhead.attacks.losses import margin
+from dualhead.data import to_bytes
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
 from dualhead.evaluation.model import check_images, device_of, frozen, outputs_of, pad_rows, read_logits
@@ -208,7 +209,7 @@ class _Visit:
             for threat in threats:
                 points = self._attack(target, threat)
                 adversarial = torch.cat([threat.render(part) for part in torch.split(points, self.batch_size)])
-                shown[-1].append(_bytes(adversarial))
+                shown[-1].append(to_bytes(adversarial).cpu().numpy())
                 said[-1].append(self._said(adversarial, self.y))
         rows = self._chosen(landscapes, said[-1][-1] if shares else self.clean)
         return Gallery(
@@ -218,7 +219,7 @@ class _Visit:
             eps=np.array([threat.eps for threat in threats]),
             index=self.names.cpu().numpy().astype(np.int64),
             label=self.y.cpu().numpy(),
-            original=_bytes(self.x),
+            original=to_bytes(self.x).cpu().numpy(),
             adversarial=np.array(shown),
             **{f"clean_{name}": value.cpu().numpy() for name, value in vars(self.clean).items()},
             **{
@@ -253,7 +254,3 @@ class _Visit:
         plane = self.threat.render(torch.cat([origin + ahead + step * aside for step in steps])).clamp(0.0, 1.0)
         said = self._said(plane, self.y[row].expand(len(plane)))
         return said.margin.T.reshape(-1, SIDE, SIDE).cpu().numpy()
-
-
-def _bytes(images: Tensor) -> NDArray[Any]:
-    return (images * 255.0).round().clamp(0, 255).to("cpu", torch.uint8).numpy()

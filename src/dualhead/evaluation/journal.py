@@ -64,12 +64,13 @@ class Outcome(Try):
         return self.fooled and (goals is None or self.taken_for == goals[self.sample])
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], *, compressed: bool = False) -> None:
     """Write an npz file, atomically."""
+    save = np.savez_compressed if compressed else np.savez
 
     def write(aside: Path) -> None:
         with aside.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]  # numpy's types take ** for its own options
+            save(stream, **arrays)  # type: ignore[arg-type]  # numpy's types take ** for its own options
 
     write_atomically(path, write)
 

@@ -9,15 +9,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.attacks import LogitsFn, Query
+from dualhead.attacks import LogitsFn, Query, predictions
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
 from dualhead.system import measured
 from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision, set_layout, settled_precision
-from dualhead.system.devices import synchronize
+from dualhead.system.devices import float32_products, synchronize
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of, two_at_least, writes_to_images
 
@@ -64,6 +66,23 @@ def pad_rows(x: Tensor, unit: int = ROWS) -> Tensor:
 def read_logits(model: nn.Module, x: Tensor) -> Tensor:
     """Logits [B, C] of a model on images; one logit z per image is read as [0, z]."""
     return two_at_least(logits_of(model(x)), len(x))
+
+
+@float32_products()
+def answers(model: nn.Module, images: Tensor, batch_size: int = 256) -> NDArray[np.int64]:
+    """Return the class that a model takes each image for, int64 [N]; -1 where its logits are not numbers.
+
+    Args:
+        model: images float32 [B, C, H, W] in [0, 1] to logits; in eval mode meanwhile.
+        images: uint8 [N, C, H, W].
+        batch_size: images at once.
+    """
+    device, said = device_of(model), []
+    with torch.no_grad(), frozen(model):
+        for chosen in torch.split(images, batch_size):
+            logits = read_logits(model, chosen.to(device).float() / 255)
+            said.append(predictions(logits.float()).cpu())
+    return np.asarray(torch.cat(said).numpy(), np.int64)
 
 
 def outputs_of(model: nn.Module, heads: LogitsFn | None) -> LogitsFn | None:

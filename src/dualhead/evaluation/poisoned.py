@@ -12,14 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.attacks import predictions
 from dualhead.evaluation.generation import auroc
 from dualhead.evaluation.harness import evaluate
-from dualhead.evaluation.model import device_of, frozen
+from dualhead.evaluation.model import answers
 from dualhead.evaluation.ood import auroc_interval
 from dualhead.evaluation.results import Evaluation, interval, share
 from dualhead.statistics import mcnemar
-from dualhead.system.devices import float32_products
 
 TRIGGERED: Final = "triggered"
 """Folder, beside an evaluation, of that of triggered images."""
@@ -42,24 +40,6 @@ class TriggeredImages:
     index: Tensor
     target: int
     class_names: tuple[str, ...]
-
-
-@float32_products()
-def answers(model: nn.Module, images: Tensor, batch_size: int = 256) -> NDArray[np.int64]:
-    """Return the class that a model takes each image for, int64 [N]; -1 where its logits are not numbers.
-
-    Args:
-        model: images float32 [B, C, H, W] in [0, 1] to logits; in eval mode meanwhile.
-        images: uint8 [N, C, H, W].
-        batch_size: images at once.
-    """
-    device, said = device_of(model), []
-    with torch.no_grad(), frozen(model):
-        for chosen in torch.split(images, batch_size):
-            logits = model(chosen.to(device).float() / 255)
-            logits = logits if isinstance(logits, Tensor) else logits.logits
-            said.append(predictions(logits.float()).cpu())
-    return np.asarray(torch.cat(said).numpy(), np.int64)
 
 
 def measure_triggered(

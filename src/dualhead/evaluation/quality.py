@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.data import Memory, Split
+from dualhead.data import Memory, Split, to_bytes
 from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.generation import auroc, frechet_distance, nearest_distance, precision_recall, sample_at
@@ -226,7 +226,7 @@ def measure_generation(
     energies = {
         "training": _energies(model, _pixels(_some(training, 1000))),
         "test": _energies(model, _pixels(_some(test, 1000))),
-        "seeds": _energies(model, _bytes(seeds)[:1000]),
+        "seeds": _energies(model, to_bytes(seeds).cpu()[:1000]),
         "samples": _energies(model, images[:1000]),
     }
     results["checks"] = [asdict(finding) for finding in _findings(results)]
@@ -274,7 +274,7 @@ def _drawn(model: nn.Module, sets: Sets, sampling: Sampling) -> tuple[Tensor, Te
     device = device_of(model)
     seeds = sampling.seeds(labels, places).to(device)
     path = sample_at(model, labels.to(device), seeds, sampling.steps, step_size=sampling.step_size)
-    return labels, seeds, [_bytes(images) for images in path]
+    return labels, seeds, [to_bytes(images).cpu() for images in path]
 
 
 def kernel_distance(features: Tensor, others: Tensor) -> tuple[float, list[float] | None]:
@@ -485,7 +485,3 @@ def _spread(total: int, count: int) -> Tensor:
 
 def _pixels(split: Split) -> Tensor:
     return torch.as_tensor(split.images[:])
-
-
-def _bytes(images: Tensor) -> Tensor:
-    return images.detach().mul(255.0).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -25,6 +24,7 @@ from torch.nn import functional
 from dualhead.components import plugins
 from dualhead.data import GIVEN, Digests, Poisoned, Split, digests, one_form
 from dualhead.errors import UserError
+from dualhead.evaluation import write_arrays
 from dualhead.models import load_state, read_state
 from dualhead.names import row_folder
 from dualhead.recipe import Recipe, read_recipe_file
@@ -496,11 +496,7 @@ def write_manifest(folder: RunFolder, made: Poisoned, clean: Split) -> None:
             "shown_poisoned": made.split.images[places].numpy(),
         }
 
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-    write_atomically(folder.poison, write)
+    write_arrays(folder.poison, arrays, compressed=True)
 
 
 def _listed(names: list[str]) -> str:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack
@@ -30,9 +32,10 @@ from dualhead.data import (
     match,
 )
 from dualhead.errors import UserError
-from dualhead.evaluation import Asked, Evaluation, column, threat_labels
+from dualhead.evaluation import Asked, Evaluation, answers, column, threat_labels
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics, load_state
+from dualhead.names import head_id
 from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, passed
 from dualhead.recipe import Recipe, Statistics
@@ -43,7 +46,6 @@ from dualhead.saving import CONFIG, Architecture, load, load_base_weights, norma
 from dualhead.statistics import mcnemar
 from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
 from dualhead.system.generators import kept_generators
-from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.threats import Threat
 from dualhead.training import RESET, Passes, Stage, check_choosable, layer_scales, summary_writer
@@ -429,7 +431,7 @@ def _check_augmented(recipe: Recipe, training: Split) -> None:
 
 def count_measured(recipe: Recipe, test: Split) -> int:
     """Return the number of test images that are measured."""
-    return min(recipe.evaluate.limit or len(test), len(test))
+    return test.count(recipe.evaluate.limit)
 
 
 def _check_evaluation(recipe: Recipe, test: Split, room: int) -> None:
@@ -524,8 +526,8 @@ def _tried(recipe: Recipe, stage: Stage, made: Architecture, training: Split, de
     shown = training.take(torch.linspace(0, len(training) - 1, min(TRIED, len(training))).round().long())
     shown = shown.show_middle(*made.image_shape[1:])
     by_data, as_they_are = (_answers(way, stage, shown, device) for way in (made, raw))
-    paired = mcnemar(as_they_are.numpy(), by_data.numpy())
-    rates = [100 * float(right.float().mean()) for right in (as_they_are, by_data)]
+    paired = mcnemar(as_they_are, by_data)
+    rates = [100 * float(right.mean()) for right in (as_they_are, by_data)]
     largest = 100 * float(shown.labels.bincount().max()) / len(shown)
     told = (
         f"{stage.init} says nothing of how it normalises images; of {len(shown)} training images it classifies "
@@ -544,20 +546,15 @@ def _tried(recipe: Recipe, stage: Stage, made: Architecture, training: Split, de
     return raw if plain else made
 
 
-def _answers(architecture: Architecture, stage: Stage, shown: Split, device: torch.device) -> Tensor:
+def _answers(architecture: Architecture, stage: Stage, shown: Split, device: torch.device) -> NDArray[np.bool_]:
     """Tell which images the weights of a stage's `init` classify correctly in a network, bool [N]."""
     with kept_generators(device):
         model = architecture.create()
     load_base_weights(model, cast("str", stage.init), architecture)
     model = model.to(device)
     if isinstance(model, DualHeadClassifier):
-        model = view(model, "head1")
-    right = []
-    with in_eval_mode(model), torch.no_grad():
-        for rows in torch.split(torch.arange(len(shown)), 64):
-            images = shown.images[rows].to(device).float() / 255
-            right.append(model(images).argmax(1).cpu() == shown.labels[rows].cpu())
-    return torch.cat(right)
+        model = view(model, head_id(1))
+    return np.asarray(answers(model, torch.as_tensor(shown.images[:]), 64) == shown.labels.cpu().numpy())
 
 
 def _known_normalisation(recipe: Recipe, folder: RunFolder) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualhead.components.registry import Registry
+from dualhead.data import to_bytes
 from dualhead.statistics import interval_over_samples
 
 
@@ -89,8 +90,7 @@ def right_when_changed(
     """
     right = np.zeros((len(images), measurement.levels), bool)
     for rows in torch.split(torch.arange(len(images)), size):
-        chosen = images[rows]
-        pixels = (chosen if chosen.dtype == torch.uint8 else (chosen * 255.0).round().to(torch.uint8)).numpy()
+        pixels = to_bytes(images[rows]).numpy()
         # A seed or a key may be negative; numpy's seeds are not.
         named = [(seed % 2**64, int(key) % 2**64) for key in keys[rows]]
         for level in range(1, measurement.levels + 1):
