@@ -247,12 +247,13 @@ class ThreatModel(Threat):
         return (x + noise * _per_sample(self.eps / length.clamp_min(1e-12), x)).clamp_(0.0, 1.0)
 
     def direction(self, origin: Tensor, streams: Streams) -> Tensor:
-        """Return a corner of the ball under Linf, where nothing is uniform on the sphere; see `Threat.direction`."""
+        """Return a random corner of the ball under Linf, a uniform direction under L2; see `Threat.direction`."""
         if self.norm == "Linf":
             return self.eps * (2.0 * (streams.uniform(*origin.shape)[0] > 0.5) - 1.0)
         if self.norm == "L2":
             normal = streams.normal(*origin.shape)[0]
-            return self.eps * normal / normal.norm()
+            made: Tensor = self.eps * normal / normal.norm()
+            return made
         return super().direction(origin, streams)
 
     def grey_radius(self, x: Tensor) -> float:
