@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import shutil
 import time
 
 import pytest
 import torch
+import yaml
 
+from dualhead.commands.resolve import Request, resolve
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import Evaluation
 from dualhead.recipe import parse_recipe
@@ -125,6 +128,17 @@ def test_routers_are_measured_on_the_command_line(undisturbed):
     assert "--poison: not with --routers" in poisoned.error_line
     alone = dualhead("evaluate", undisturbed, "--output-of", "router1", "--attack", "pgd-2", "--limit", 8, "--json")
     assert alone.status == 0, alone.err
+
+
+@pytest.mark.slow
+def test_where_no_attack_knows_of_heads_routers_meet_those_of_their_own(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    content["evaluate"]["attacks"] = ["pgd-2"]
+    config.write_text(yaml.safe_dump(content))
+    asked = [resolve(Request(str(tmp_path / "run"), routers=routers)).attacks for routers in (False, True)]
+    assert [[attack.label for attack in attacks] for attacks in asked] == [["pgd-2", "multihead"], ["pgd-2"]]
 
 
 def in_a_process(folder):

@@ -220,7 +220,8 @@ def resolve(request: Request) -> Resolved:
         images = among(images, tuple(named), request.model)
     results = request.output_dir or source.results / _folder_name(request)
     gallery = request.output_dir or source.gallery or results
-    asked = Asked.of(request.attacks) if request.attacks else Asked.of(source.attacks).for_model(model, ADAPTIVE)
+    adaptive = () if request.routers else ADAPTIVE  # routers have adaptive attacks of their own
+    asked = Asked.of(request.attacks) if request.attacks else Asked.of(source.attacks).for_model(model, adaptive)
     framing = _framing({**source.reading, **request.reading})
     return Resolved(
         model, images, threat, threats if len(threats) > 1 else (), radii, asked.each, results, gallery, framing
