@@ -198,6 +198,16 @@ def test_agem_takes_away_what_would_raise_the_old_loss(opposed):
     assert float(made @ r) >= -1e-3 * float(r @ r)
 
 
+def test_agem_inside_another_method_still_takes_it_away():
+    further = {"memory": StreamImages(one_class().x, one_class().y + 1)}
+    plain, _ = trained(build("sat"))
+    alone, _ = trained(build("agem", among=["L2:0.5"]), further=further)
+    inside, _ = trained(build("alr", weight=0, base={"name": "agem", "among": ["L2:0.5"]}), further=further)
+    moved = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (plain, alone, inside)]
+    assert not torch.allclose(moved[0], moved[1], atol=1e-4)
+    torch.testing.assert_close(moved[2], moved[1])
+
+
 def test_replay_by_hand():
     objective = build("replay", among=["Linf:8/255"], weight=0.5, logits=0.25)
     q, replayed, dark, old = logits(4)

@@ -1,5 +1,6 @@
 """Base methods: against closed forms by hand, and each registered one against the contract of `Objective`."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from dualhead.attacks import RandomPoint
 from dualhead.errors import UserError
 from dualhead.objectives import Images, Labels, Logits, Objective, check_weighable, objectives, weighted
+from dualhead.objectives.base import Around
+from dualhead.objectives.sat import SAT
 from helpers.objectives import REQUIRED, climbed, see, shipped
 from helpers.training import CallCounter, batch, dual_model, stage_of, step_of, streams_of
 
@@ -309,6 +312,76 @@ def test_a_mixed_image_has_the_mean_weight_of_its_classes():
     logits, shares = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.25, 0.75, 0.0]])
     plain, found = objective.loss(shares, {"q": logits}), weighted(objective, weights, shares, {"q": logits})
     assert float(found.total / plain.total) == pytest.approx(0.25 * 1 + 0.75 * 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constrained(SAT):
+    """A base method whose loss has all that a loss can have."""
+
+    def loss(self, y, seen):
+        loss = super().loss(y, seen).with_figures(highest=seen["q"].max())
+        return dataclasses.replace(loss, constraint=seen["q"].square().mean())
+
+
+def test_weights_of_classes_multiply_the_constraint_and_not_the_figures():
+    y, weights = torch.tensor([0, 2]), torch.tensor([2.0, 1.0, 0.0])
+    logits = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.0, 1.0]])
+    found = weighted(Constrained(), weights, y, {"q": logits})
+    assert float(found.constraint) == pytest.approx(2.0 * float(logits[0].square().mean()) / 2)
+    assert float(found.figures["highest"]) == 2.0
+    assert weighted(SAT(), weights, y, {"q": logits}).constraint is None
+
+
+WRAPPERS = [
+    name
+    for name in shipped()
+    if issubclass(objectives.get(name), Around) and "base" in objectives.get(name).__dataclass_fields__
+]
+
+
+def wrapped(name, base):
+    """A method around another base method; skips where that is refused."""
+    try:
+        return objectives.build({**VARIANTS[name], "base": base})
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", [name for name in WRAPPERS if name != "agem"])
+def test_contract_of_wrappers_figures_and_constraint_of_the_base_method_survive(name):
+    objective = wrapped(name, Constrained())
+    objective = objective.at(0, objective.begin())
+    seen, y = seen_for(objective, 8)
+    found = objective.loss(y, seen)
+    under = torch.stack([seen[key] for key in ("q", "q2", "q3") if key in seen])
+    torch.testing.assert_close(found.constraint, under.square().mean())
+    torch.testing.assert_close(found.figures["highest"], under.amax((1, 2)).mean())
+
+
+def test_agem_refuses_a_base_method_with_a_constraint():
+    objective = wrapped("agem", Constrained())
+    seen, y = seen_for(objective, 8)
+    with pytest.raises(UserError, match="base: has a constraint of its own, and agem sets one"):
+        objective.loss(y, seen)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("base", ["agem", "any_of", "balanced", "joint", "lwf", "align", "grad_align"])
+def test_contract_of_wrappers_nothing_of_the_base_method_is_lost(name, base):
+    objective = wrapped(name, VARIANTS[base])
+    state = objective.begin()
+    objective = objective.at(0, state)
+    own = objective.base
+    seen, y = seen_for(objective, 9)
+    alone, found = own.loss(y, {key: seen[key] for key in own.needs()}), objective.loss(y, seen)
+    assert own.needs().items() <= objective.needs().items()
+    assert alone.terms.keys() <= found.terms.keys()
+    assert all(torch.equal(figure, found.figures[key]) for key, figure in alone.figures.items())
+    assert alone.constraint is None or torch.equal(alone.constraint, found.constraint)
+    torch.testing.assert_close(sum(found.terms.values()), found.total)
+    if objective.window():
+        means = {key: float(value) for key, value in {**found.terms, **found.figures}.items()}
+        assert objective.advance(state, means).keys() == state.keys()
 
 
 def test_only_what_says_so_depends_on_the_other_images_of_a_batch():

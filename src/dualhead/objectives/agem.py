@@ -9,6 +9,7 @@ from pydantic import PlainValidator
 from torch import Tensor
 
 from dualhead.components.sections import component
+from dualhead.errors import UserError
 from dualhead.objectives.base import LossTerms, Objective, Seen, objectives
 from dualhead.objectives.rehearsal import Rehearsal, rehearsed_loss
 from dualhead.objectives.sat import SAT
@@ -45,4 +46,6 @@ class AGEM(Rehearsal):
         """Compute the base method's loss; the rehearsed one is its constraint."""
         constraint = rehearsed_loss(seen)
         base = self.base.loss(y, seen).with_figures(rehearsed=constraint.detach())
+        if base.constraint is not None:
+            raise UserError("base: has a constraint of its own, and agem sets one; choose sat, trades or mart")
         return replace(base, constraint=constraint)

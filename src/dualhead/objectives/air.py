@@ -107,9 +107,8 @@ class AIR(Around):
         """Compute the base method's terms, and the three."""
         base = self.base.loss(y, seen)
         distance = torch.linalg.vector_norm(seen["noisy"] - seen["aligned"], dim=1)
-        return LossTerms.sum_of(
-            **base.terms,
+        return base.plus(
             isotropic=self.isotropic * kl_divergence(seen["noisy_before"], seen["noisy"]).mean(),
             anisotropic=self.anisotropic * kl_divergence(seen["mixed_before"], seen["mixed"]).mean(),
             alignment=self.alignment * distance.mean(),
-        ).with_figures(**base.figures)
+        )

@@ -224,8 +224,7 @@ class Align(Around):
         """Compute the base method's terms, and `alignment`."""
         base = self.base.loss(y, seen)
         apart = torch.stack([self._apart(seen[f"{n}_clean"], seen[f"{n}_attacked"]) for n, _ in self._pairs()]).mean()
-        whole = LossTerms.sum_of(**base.terms, alignment=self.weight * apart)
-        return whole.with_figures(**base.figures)
+        return base.plus(alignment=self.weight * apart)
 
     def _apart(self, u: Tensor, v: Tensor) -> Tensor:
         if self.distance == "domain":

@@ -81,7 +81,7 @@ class ALR(Around):
         pair = ("far", "still") if self.kind == "adversarial" else ("farther", "far")
         base, (point, other) = self.base.loss(y, seen), pair
         term = self.weight * _distance(seen[point], seen[other]).mean()
-        return LossTerms.sum_of(**base.terms, variation=term).with_figures(**base.figures)
+        return base.plus(variation=term)
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import PlainValidator
@@ -36,9 +37,15 @@ class Avg(Several):
     among: Annotated[tuple[Contender, ...], PlainValidator(lambda specs: specs)] = USUAL
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
-        """Compute the mean; each term of the base method is a mean over the threats."""
+        """Compute the mean; each term, figure and constraint of the base method is a mean over the threats."""
         each = [self.base.loss(y, self.under(place, seen)) for place in range(len(self.among))]
-        means = {name: sum((one.terms[name] for one in each), start=each[0].total * 0.0) / len(each)
-                 for name in each[0].terms}  # fmt: skip
+
+        def mean(values: Iterable[Tensor]) -> Tensor:
+            return sum(values, start=each[0].total * 0.0) / len(each)
+
+        terms = {name: mean(one.terms[name] for one in each) for name in each[0].terms}
+        figures = {name: mean(one.figures[name] for one in each) for name in each[0].figures}
         totals = {f"loss_{label}": one.total for label, one in zip(self.labels, each, strict=True)}
-        return LossTerms.sum_of(**means).with_figures(**totals)
+        constraints = [one.constraint for one in each if one.constraint is not None]
+        loss = LossTerms.sum_of(**terms).with_figures(**figures, **totals)
+        return replace(loss, constraint=mean(constraints)) if constraints else loss

@@ -174,7 +174,8 @@ class LossTerms:
         terms: scalars by name, weighted as they enter the total; for the log.
         figures: further scalars that are logged and that `Objective.advance` is given, but not descended.
         constraint: scalar with its graph, a loss that no update is to raise: where the gradient of the total points
-            against its gradient, that part is taken away (A-GEM). None: no constraint.
+            against its gradient, that part is taken away (A-GEM). It holds for the whole total, whatever terms that
+            has. None: no constraint.
     """
 
     total: Tensor
@@ -186,6 +187,11 @@ class LossTerms:
     def sum_of(cls, **terms: Tensor) -> LossTerms:
         """Return the sum of the terms."""
         return cls(sum(terms.values(), start=next(iter(terms.values())).new_zeros(())), terms)
+
+    def plus(self, **terms: Tensor) -> LossTerms:
+        """Return the same loss with further terms; one whose name is taken is added to that term."""
+        named = {name: self.terms[name] + term if name in self.terms else term for name, term in terms.items()}
+        return replace(self, total=sum(terms.values(), start=self.total), terms={**self.terms, **named})
 
     def with_figures(self, **figures: Tensor) -> LossTerms:
         """Return the same loss with further figures for the log."""
@@ -495,19 +501,21 @@ def weighted(objective: Objective, weights: Tensor, y: Tensor, seen: Seen) -> Lo
         seen: as `Objective.loss` takes it.
 
     Returns:
-        Mean over the batch of weight times loss, and its terms likewise; figures are means without weights.
+        Mean over the batch of weight times loss, and its terms and constraint likewise; figures are means without
+        weights.
     """
 
-    def of_one(label: Tensor, one: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def of_one(label: Tensor, one: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Any]:
         loss = objective.loss(label[None], {name: value[None] for name, value in one.items()})
-        return loss.total, loss.terms, loss.figures
+        return loss.total, loss.terms, loss.figures, () if loss.constraint is None else (loss.constraint,)
 
-    totals, terms, figures = cast("Any", vmap(of_one))(y, dict(seen))
+    totals, terms, figures, constraints = cast("Any", vmap(of_one))(y, dict(seen))
     each = weights[y] if y.dim() == 1 else y.to(weights.dtype) @ weights
     return LossTerms(
         (each * totals).mean(),
         {name: (each * term).mean() for name, term in terms.items()},
         {name: figure.mean() for name, figure in figures.items()},
+        (each * constraints[0]).mean() if constraints else None,
     )
 
 

@@ -140,9 +140,8 @@ class ELLE(Around):
         base, share = self.base.loss(y, seen), _first(seen["share"])
         a, b, c = (cross_entropies(seen[name], y) for name in ("a", "b", "c"))
         error = (c - (1.0 - share) * a - share * b).square().mean()
-        terms = LossTerms.sum_of(**base.terms, linearity=self._weight_now * error)
         figures = {"linear_error": error.detach(), "lambda": error.new_tensor(self._weight_now)}
-        return terms.with_figures(**base.figures, **figures)
+        return base.plus(linearity=self._weight_now * error).with_figures(**figures)
 
 
 def _first(images: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class Energy(Around):
             "lse_real": real.detach().mean(),
             "lse_made": made.detach().mean(),
         }
-        return LossTerms.sum_of(**base.terms, energy=energy).with_figures(**base.figures, **figures)
+        return base.plus(energy=energy).with_figures(**figures)
 
 
 def _of(logits: Tensor, y: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class GradAlign(Around):
         """Compute the base method's terms, and `alignment`."""
         base = self.base.loss(y, seen)
         apart = _apart(seen["slope"].flatten(1), seen[BESIDE].flatten(1))
-        return LossTerms.sum_of(**base.terms, alignment=self.weight * apart.mean()).with_figures(**base.figures)
+        return base.plus(alignment=self.weight * apart.mean())
 
 
 def _apart(first: Tensor, second: Tensor) -> Tensor:

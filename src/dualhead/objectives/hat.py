@@ -74,4 +74,4 @@ class HAT(Around):
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the base method's terms, and `helper`."""
         term = self.gamma * F.cross_entropy(seen["beyond"], seen["label"].argmax(1))
-        return LossTerms.sum_of(**self.base.loss(y, seen).terms, helper=term)
+        return self.base.loss(y, seen).plus(helper=term)

@@ -51,5 +51,4 @@ class LogitPairing(Around):
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the base method's terms, and `pairing`."""
-        base = self.base.loss(y, seen)
-        return LossTerms.sum_of(**base.terms, pairing=self.weight * F.mse_loss(seen["attacked"], seen["clean"]))
+        return self.base.loss(y, seen).plus(pairing=self.weight * F.mse_loss(seen["attacked"], seen["clean"]))

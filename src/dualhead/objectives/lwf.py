@@ -89,4 +89,4 @@ class LwF(Around):
         each = [kl_divergence(seen[f"lwf_{on}_before"] / t, seen[f"lwf_{on}"] / t).mean() for on in self._kinds]
         base = self.base.loss(y, seen)
         term = self.weight * t * t * torch.stack(each).mean()
-        return LossTerms.sum_of(**base.terms, before=term).with_figures(**base.figures)
+        return base.plus(before=term)

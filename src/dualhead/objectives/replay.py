@@ -73,5 +73,4 @@ class Replay(Rehearsal):
         """Compute the base method's terms, `replayed`, and `dark`."""
         base = self.base.loss(y, seen)
         dark = {"dark": self.logits * F.mse_loss(seen["dark"], seen["dark_before"])} if self.logits else {}
-        terms = {**base.terms, "replayed": self.weight * rehearsed_loss(seen), **dark}
-        return LossTerms.sum_of(**terms).with_figures(**base.figures)
+        return base.plus(replayed=self.weight * rehearsed_loss(seen), **dark)
