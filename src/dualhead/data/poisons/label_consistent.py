@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dualhead.components.fields import Real
 from dualhead.data.poisons.base import ClassName, class_number, poisons
-from dualhead.data.poisons.patch import add_patch, backdoored
 from dualhead.data.poisons.search import Projected, Surrogate
 from dualhead.data.poisons.searched import Searched
+from dualhead.data.poisons.triggers import add_patch, backdoored
 from dualhead.data.split import Split
 from dualhead.threats import ThreatModel
 

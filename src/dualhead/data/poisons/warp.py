@@ -21,8 +21,8 @@ from dualhead.data.poisons.base import (
     pixels_of,
     poisons,
 )
-from dualhead.data.poisons.patch import backdoored
 from dualhead.data.poisons.search import Craft
+from dualhead.data.poisons.triggers import backdoored
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
