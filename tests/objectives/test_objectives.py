@@ -384,6 +384,22 @@ def test_contract_of_wrappers_nothing_of_the_base_method_is_lost(name, base):
         assert objective.advance(state, means).keys() == state.keys()
 
 
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_contract_of_wrappers_none_is_its_own_base_method_however_deep(name):
+    for between in ({"name": "lwf"}, {"name": "hat", "weights": "x"}):
+        inside = {**between, "base": VARIANTS[name]}
+        for base in (VARIANTS[name], inside):
+            with pytest.raises(UserError, match=r"is its own base method; |base: must be a method with one attack"):
+                objectives.build({**VARIANTS[name], "base": base})
+
+
+@pytest.mark.parametrize("name", ["air", "align", "elle", "grad_align", "hat", "logit_pairing", "lwf"])
+def test_an_ascent_from_seeds_is_no_attack_on_the_images(name):
+    base = {"name": "energy", "base": "natural", "start_steps": 1}
+    with pytest.raises(UserError, match=r"adversarial base method|its base method has none"):
+        objectives.build({**VARIANTS[name], "base": base})
+
+
 def test_only_what_says_so_depends_on_the_other_images_of_a_batch():
     assert [name for name in shipped() if not objectives.build(VARIANTS[name]).per_image] == ["air", "ikl", "ramp"]
 

@@ -69,10 +69,8 @@ class AIR(Around):
                 raise UserError(f"{key} must be at least 0, got {getattr(self, key):g}")
         if self.sigma <= 0:
             raise UserError(f"sigma must be greater than 0, got {self.sigma:g}; 0.05 is usual")
-        if ATTACKED not in self.base.inner():
-            raise UserError("air needs an adversarial base method, as sat, trades or any_of")
-        if {"noisy", "mixed"} & self.base.needs().keys() or "noise" in self.base.streams():
-            raise UserError("air is its own base method; raise its weights instead")
+        self.require_attack()
+        self.refuse_itself("raise its weights instead")
 
     @property
     def per_image(self) -> bool:

@@ -160,10 +160,9 @@ class Align(Around):
     def __post_init__(self) -> None:
         if self.weight < 0 or self.reversal < 0 or self.ramp < 0:
             raise UserError("weight, reversal and ramp must be at least 0")
-        if not self.base.adversarial or ATTACKED not in self.base.inner():
+        if ATTACKED not in self.base.inner():
             raise UserError(f"align needs an adversarial base method; {self.base.registered_name!r} attacks nothing")
-        if isinstance(self.base, Align):
-            raise UserError("base: align around align would align twice; list all layers in one")
+        self.refuse_itself("list all layers in one")
         if self.output is not None and (self.layers or self.predictor or self.rectify or self.distance == "domain"):
             raise UserError(
                 "output: aligns logits; leave layers, predictor and rectify out, and take another distance than domain"

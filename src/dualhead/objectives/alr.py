@@ -57,8 +57,7 @@ class ALR(Around):
             raise UserError(f"weight must be at least 0, got {self.weight:g}; 0.5 to 1 are usual")
         if not isinstance(self.attack, Maximiser) or getattr(self.attack, "start", None) == "clean":
             raise UserError("attack must climb any loss from a random start, as {name: pgd, steps: 1}")
-        if {"far", "farther"} & self.base.needs().keys():
-            raise UserError("alr is its own base method; raise its weight instead")
+        self.refuse_itself()
 
     def needs(self) -> Mapping[str, Need]:
         """Ask for what the base method needs, clean logits, and logits of the points that are moved."""

@@ -386,6 +386,34 @@ class Around(Objective):
 
     base: Objective
 
+    def refuse_itself(self, instead: str = "raise its weight instead") -> None:
+        """Refuse a base method of this kind, or one around such a one: their needs have the same names.
+
+        Args:
+            instead: the advice.
+
+        Raises:
+            UserError: with it.
+        """
+        inside = self.base
+        while isinstance(inside, Around):
+            if isinstance(inside, type(self)):
+                raise UserError(f"{self.registered_name} is its own base method; {instead}")
+            inside = inside.base
+
+    def require_attack(self, *, one_output: bool = False) -> None:
+        """Refuse a base method that makes no attacked images.
+
+        Args:
+            one_output: whether it must not name outputs either.
+
+        Raises:
+            UserError: naming methods that fit.
+        """
+        if ATTACKED not in self.base.inner() or (one_output and self.base.outputs):
+            fitting = " of one output, as sat, trades or mart" if one_output else ", as sat, trades or any_of"
+            raise UserError(f"{self.registered_name} needs an adversarial base method{fitting}")
+
     @property
     def per_image(self) -> bool:
         """As the base method."""

@@ -75,10 +75,8 @@ class ELLE(Around):
             raise UserError(f"weight must be at least 0, got {self.weight:g}; 4000 is as published")
         if not 0 < self.decay <= 1:
             raise UserError(f"decay must lie in (0, 1], got {self.decay:g}; 0.99 is as published")
-        if self.base.outputs or not self.base.adversarial:
-            raise UserError("elle needs an adversarial base method of one output, as sat, trades or mart")
-        if {"a", "b", "c", "share"} & self.base.needs().keys():
-            raise UserError("elle is its own base method; raise its weight instead")
+        self.require_attack(one_output=True)
+        self.refuse_itself()
         if self.base.window() or self.base.begin():
             raise UserError("elle has a state of its own, and so has its base method; use a base method without")
         object.__setattr__(self, "_weight_now", 0.0 if self.adaptive else self.weight)

@@ -107,8 +107,7 @@ class Energy(Around):
             )
         if self.real.registered_name != "images":
             raise UserError(f"real must be a stream of images with labels, got {self.real.registered_name}; use images")
-        if {"real", "real_y", "made"} & self.base.needs().keys():
-            raise UserError("energy cannot be its own base method; name it once")
+        self.refuse_itself("name it once")
         if self.base.window() or self.base.begin():
             raise UserError("energy has a curriculum of its own, and so has its base method; use a base method without")
 

@@ -69,8 +69,7 @@ class EWC(Around):
             raise UserError(f"decay must lie in [0, 1], got {self.decay:g}")
         if self.images < 1:
             raise UserError(f"images must be at least 1, got {self.images}")
-        if isinstance(self.base, EWC):
-            raise UserError("ewc is its own base method; raise its weight instead")
+        self.refuse_itself()
 
     def recall(self, before: Before) -> Mapping[str, Tensor]:
         """Find F and w_0; see the class."""

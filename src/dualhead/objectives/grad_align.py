@@ -52,10 +52,8 @@ class GradAlign(Around):
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise UserError(f"weight must be at least 0, got {self.weight:g}; 0.2 is as published for 8/255")
-        if self.base.outputs or not self.base.adversarial:
-            raise UserError("grad_align needs an adversarial base method of one output, as sat, trades or mart")
-        if {"slope", BESIDE} & self.base.needs().keys():
-            raise UserError("grad_align is its own base method; raise its weight instead")
+        self.require_attack(one_output=True)
+        self.refuse_itself()
 
     def needs(self) -> Mapping[str, Need]:
         """Return the base method's needs, and gradients at images and beside them."""

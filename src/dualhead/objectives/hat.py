@@ -55,8 +55,7 @@ class HAT(Around):
             raise UserError(f"stretch must be greater than 1, got {self.stretch:g}; 2 is as published")
         if ATTACKED not in self.base.inner():
             raise UserError("hat labels attacked images, and its base method has none; use sat, trades or mart")
-        if {"label", "beyond"} & self.base.needs().keys():
-            raise UserError("hat is its own base method; one standard model is asked, so name it once")
+        self.refuse_itself("one standard model is asked, so name it once")
 
     def needs(self) -> Mapping[str, Need]:
         """Return the base method's needs, the logits of f_std on attacked images, and logits beyond these."""

@@ -40,10 +40,8 @@ class LogitPairing(Around):
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise UserError(f"weight must be at least 0, got {self.weight:g}")
-        if self.base.outputs or not self.base.adversarial:
-            raise UserError("logit_pairing needs an adversarial base method of one output, as sat, trades or mart")
-        if {"clean", "attacked"} & self.base.needs().keys():
-            raise UserError("logit_pairing is its own base method; raise its weight instead")
+        self.require_attack(one_output=True)
+        self.refuse_itself()
 
     def needs(self) -> Mapping[str, Need]:
         """Clean logits beside what the base method needs, which sees attacked images."""

@@ -64,10 +64,8 @@ class LwF(Around):
             raise UserError(f"weight must be at least 0, got {self.weight:g}")
         if self.temperature <= 0:
             raise UserError(f"temperature must be greater than 0, got {self.temperature:g}; 2 is as published")
-        if ATTACKED not in self.base.inner():
-            raise UserError("lwf needs an adversarial base method, as sat, trades or any_of")
-        if any(name.startswith("lwf_") for name in self.base.needs()):
-            raise UserError("lwf is its own base method; raise its weight instead")
+        self.require_attack()
+        self.refuse_itself()
 
     @property
     def _kinds(self) -> tuple[str, ...]:
