@@ -203,7 +203,7 @@ def test_the_balance_is_the_accuracy_of_the_epoch_before():
     ("change", "told"),
     [
         ({"base": "natural"}, "needs an adversarial base method; 'natural' attacks nothing"),
-        ({"base": "align"}, "align around align"),
+        ({"base": "align"}, "align is its own base method; list all layers in one"),
         ({"weight": -1}, "must be at least 0"),
         ({"output": "head2", "layers": ["x"]}, "output: aligns logits"),
         ({"predictor": True, "distance": "domain"}, "predictor: predicts pair by pair, which domain"),
