@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from dualhead.components.fields import at_least
 from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -54,8 +55,7 @@ def require_at_least_one(attack: object, *fields: str) -> None:
         UserError: naming the field.
     """
     for field in fields:
-        if getattr(attack, field) < 1:
-            raise UserError(f"{field} must be at least 1, got {getattr(attack, field)}")
+        at_least(1, field, getattr(attack, field))
 
 
 def class_by_rank(clean: Tensor, y: Tensor, rank: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor
 from dualhead.attacks import losses
 from dualhead.attacks.base import Attack, Query, Search, State, attacks, per_slot, predictions, require_at_least_one
 from dualhead.attacks.pgd import PGD
-from dualhead.components.fields import Real
-from dualhead.errors import UserError
+from dualhead.components.fields import Real, above
 from dualhead.noise import Streams
 from dualhead.threats import Threat, finite, norm_of
 
@@ -57,10 +56,7 @@ class CW(Attack):
         PGD(steps=self.steps, step_size=self.step_size, restarts=self.restarts)  # refuses what PGD refuses
         require_at_least_one(self, "searches")
         for field in ("learning_rate", "initial_constant"):
-            if getattr(self, field) <= 0:
-                raise UserError(
-                    f"{field} must be greater than 0, got {getattr(self, field):g}; leave it out for the default"
-                )
+            above(0, field, getattr(self, field), "leave it out for the default")
 
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """The one that fits the norm."""

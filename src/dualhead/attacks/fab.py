@@ -24,7 +24,7 @@ from dualhead.attacks.base import (
     predictions,
     require_at_least_one,
 )
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Norm, Threat, finite, norm_of
@@ -119,8 +119,7 @@ class _FAB(Search):
         require_at_least_one(self, "steps", "restarts")
         if not 0 < self.alpha_max <= 1:
             raise UserError(f"alpha_max must lie in (0, 1], got {self.alpha_max:g}; the published value is 0.1")
-        if self.eta < 1:
-            raise UserError(f"eta must be at least 1, got {self.eta:g}; the published value is 1.05")
+        at_least(1, "eta", self.eta, "the published value is 1.05")
         if not 0 < self.beta < 1:
             raise UserError(f"beta must lie in (0, 1), got {self.beta:g}; the published value is 0.9")
 

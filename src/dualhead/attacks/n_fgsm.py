@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualhead.attacks.base import Attack, Climb, Search, attacks, slope
 from dualhead.attacks.pgd import PGD
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Threat
@@ -43,8 +43,7 @@ class NFGSM(Attack):
     step_size: Real | None = None
 
     def __post_init__(self) -> None:
-        if self.noise <= 0:
-            raise UserError(f"noise must be greater than 0, got {self.noise:g}; 2 is as published")
+        above(0, "noise", self.noise, "2 is as published")
         PGD(steps=1, step_size=self.step_size)  # refuses what PGD refuses
 
     @property

@@ -19,7 +19,7 @@ from dualhead.attacks.base import (
     slope,
 )
 from dualhead.attacks.targeted import Targeted, reached
-from dualhead.components.fields import Real, unless_given
+from dualhead.components.fields import Real, above, unless_given
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Threat
@@ -65,8 +65,7 @@ class PGD(Targeted):
         self.settle_target(self)
         if self.target is not None and self.loss == "kl":
             raise UserError("target: the loss kl leads away from the clean answer, to no class; use ce or margin")
-        if self.step_size is not None and self.step_size <= 0:
-            raise UserError(f"step_size must be greater than 0, got {self.step_size:g}; write e.g. 2/255")
+        above(0, "step_size", self.step_size, "write e.g. 2/255")
 
     @property
     def single_step(self) -> bool:

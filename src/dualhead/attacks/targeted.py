@@ -38,7 +38,7 @@ class Targeted(Search):
             word = " ".join(target.lower().replace("-", " ").replace("_", " ").split())
             target = word if word in (NEXT, LEAST_LIKELY) else int(target) if target.isdigit() else target
             object.__setattr__(attack, "target", target)
-        if isinstance(target, bool) or target == "" or (isinstance(target, int) and target < 0):
+        if isinstance(target, bool | float) or target == "" or (isinstance(target, int) and target < 0):
             raise UserError(f"target must be a class, {NEXT} or {LEAST_LIKELY}; got {target!r}")
 
     def for_classes(self, names: Sequence[str]) -> Self:

@@ -32,6 +32,44 @@ def parse_real(value: object) -> float:
 Real = Annotated[float, BeforeValidator(parse_real)]
 """A float that may also be written as a fraction, for fields of recipes."""
 
+
+def at_least(bound: float, name: str, value: float | None, usual: str = "") -> None:
+    """Refuse a number below a bound, NaN and infinity.
+
+    Args:
+        bound: the smallest that is allowed.
+        name: of the field.
+        value: of the field; None, where that is allowed, passes.
+        usual: what would be right, for the message.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if value is not None and not bound <= value < math.inf:
+        raise UserError(_refusal(f"{name} must be at least {bound:g}", value, usual))
+
+
+def above(bound: float, name: str, value: float | None, usual: str = "") -> None:
+    """Refuse a number that is not greater than a bound, NaN and infinity.
+
+    Args:
+        bound: all that are allowed are greater.
+        name: of the field.
+        value: of the field; None, where that is allowed, passes.
+        usual: what would be right, for the message.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if value is not None and not bound < value < math.inf:
+        raise UserError(_refusal(f"{name} must be greater than {bound:g}", value, usual))
+
+
+def _refusal(rule: str, value: float, usual: str) -> str:
+    finite = "" if math.isfinite(value) else " and finite"
+    return f"{rule}{finite}, got {value:g}" + (f"; {usual}" if usual else "")
+
+
 _UNLESS_GIVEN = "left out of what is written, unless given"
 
 

@@ -9,6 +9,7 @@ from itertools import tee
 import torch
 from torch import Tensor
 
+from dualhead.components.fields import at_least
 from dualhead.data.augmentations.base import Augmentation
 from dualhead.data.cutmix import CutMix
 from dualhead.data.split import Split
@@ -87,8 +88,7 @@ class Loader:
         device: torch.device | str,
         group: Group = ALONE,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        at_least(1, "batch_size", batch_size)
         self.global_batch = min(batch_size, len(split))
         if self.global_batch < group.world:
             small = f" (the split has {len(split)} images)" if self.global_batch < batch_size else ""
@@ -217,8 +217,7 @@ def batches(split: Split, batch_size: int, device: torch.device | str, share: sl
         device: where batches are put.
         share: only these images, a range without a step.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    at_least(1, "batch_size", batch_size)
     first, end, _ = share.indices(len(split))
     pieces = [torch.arange(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
     for index, images in zip(pieces, in_turn(split.images, pieces, device), strict=True):

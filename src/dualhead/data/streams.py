@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
+from dualhead.components.fields import at_least
 from dualhead.components.registry import Registry
 from dualhead.components.sections import component
 from dualhead.data.augmentations.base import Augmentation, augmentations
@@ -176,8 +177,7 @@ class Memory(Stream):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise UserError(f"images must be at least 1, got {self.images}")
+        at_least(1, "images", self.images)
 
     def chosen(self, labels: Tensor) -> Tensor:
         """Return positions of the images that are kept, int64 [at most `images`], from all labels int64 [N]."""

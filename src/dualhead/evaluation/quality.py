@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dualhead.components.fields import above
 from dualhead.data import Memory, Split, to_bytes
 from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import Finding
@@ -132,8 +133,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.steps or self.steps[0] < 0 or any(a >= b for a, b in pairwise(self.steps)):
             raise UserError(f"steps must be ascending numbers from 0, got {', '.join(map(str, self.steps)) or 'none'}")
-        if self.step_size <= 0:
-            raise UserError(f"step_size must be greater than 0, got {self.step_size:g}")
+        above(0, "step_size", self.step_size)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from dualhead.components.fields import at_least
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, backbones
 from dualhead.models.initialisation import init_he_fan_out
@@ -76,8 +77,7 @@ class CNNBackbone(Backbone):
 
     def __post_init__(self) -> None:
         for name in ("width", "convolutions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+            at_least(1, name, getattr(self, name))
         if not 2 <= self.stages <= 6:
             raise UserError(f"stages must lie between 2 and 6, got {self.stages}")
 

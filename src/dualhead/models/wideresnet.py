@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor, nn
 
+from dualhead.components.fields import at_least
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, backbones
 from dualhead.models.initialisation import init_he_fan_out
@@ -112,8 +113,7 @@ class WideResNetBackbone(Backbone):
     def __post_init__(self) -> None:
         if self.depth < 10 or (self.depth - 4) % 6:
             raise UserError(f"depth must be 6 n + 4 with n at least 1, such as 10, 16, 28 or 34, got {self.depth}")
-        if self.width < 1:
-            raise UserError(f"width must be at least 1, got {self.width:g}")
+        at_least(1, "width", self.width)
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must lie in [0, 1), got {self.dropout:g}")
         if self.stem_stride not in (1, 2):

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from dualhead.components.fields import at_least
 from dualhead.components.sections import component
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ChannelStatistics, ImageShape, Preprocessing, backbones
@@ -65,8 +66,7 @@ class WithNorm(Backbone):
     attach_at: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
-            raise UserError(f"groups must be at least 1, got {self.groups}")
+        at_least(1, "groups", self.groups)
 
     def published_normalisation(self) -> ChannelStatistics | None:
         """As the network's."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from pydantic import PlainValidator
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.data import Stream, Uniform
 from dualhead.errors import UserError
 from dualhead.names import router_id
@@ -84,17 +84,14 @@ class AfterDDeR(Objective):
             object.__setattr__(self, "old", contenders(self.old, least=0))
         except UserError as error:
             raise UserError(str(error).replace("among", "old", 1)) from None
-        if self.router < 1:
-            raise UserError(f"router must be at least 1, got {self.router}")
+        at_least(1, "router", self.router)
         if len(self.old) >= self.router:
             raise UserError(
                 f"old: names {len(self.old)} threats, and router {self.router} has {self.router - 1} before it"
             )
         for key in ("clean", "sentinel", "balance"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{key} must be at least 0, got {getattr(self, key):g}")
-        if self.noise <= 0:
-            raise UserError(f"noise must be greater than 0, got {self.noise:g}; 0.1 is usual")
+            at_least(0, key, getattr(self, key))
+        above(0, "noise", self.noise, "0.1 is usual")
         if self.sentinel and not self._others:
             raise UserError(
                 "rest: the first router needs pseudo-tasks for its score, noisy or mixed; or set sentinel=0"

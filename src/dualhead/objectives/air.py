@@ -10,10 +10,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.components.sections import component
 from dualhead.data import Stream, Uniform
-from dualhead.errors import UserError
 from dualhead.objectives.base import (
     ATTACKED,
     BEFORE,
@@ -65,10 +64,8 @@ class AIR(Around):
 
     def __post_init__(self) -> None:
         for key in ("isotropic", "anisotropic", "alignment"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{key} must be at least 0, got {getattr(self, key):g}")
-        if self.sigma <= 0:
-            raise UserError(f"sigma must be greater than 0, got {self.sigma:g}; 0.05 is usual")
+            at_least(0, key, getattr(self, key))
+        above(0, "sigma", self.sigma, "0.05 is usual")
         self.require_attack()
         self.refuse_itself("raise its weights instead")
 

@@ -158,7 +158,7 @@ class Align(Around):
     ramp: int = 0
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.reversal < 0 or self.ramp < 0:
+        if not (self.weight >= 0 and self.reversal >= 0 and self.ramp >= 0):
             raise UserError("weight, reversal and ramp must be at least 0")
         if ATTACKED not in self.base.inner():
             raise UserError(f"align needs an adversarial base method; {self.base.registered_name!r} attacks nothing")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from dualhead.attacks import Attack, Maximiser, attacks
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.components.sections import component
 from dualhead.errors import UserError
 from dualhead.objectives.base import Around, Inner, Logits, LossTerms, Need, Objective, Seen, objectives
@@ -53,8 +53,7 @@ class ALR(Around):
     attack: Annotated[Attack, *component(attacks)] = _ONE_STEP
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"weight must be at least 0, got {self.weight:g}; 0.5 to 1 are usual")
+        at_least(0, "weight", self.weight, "0.5 to 1 are usual")
         if not isinstance(self.attack, Maximiser) or getattr(self.attack, "start", None) == "clean":
             raise UserError("attack must climb any loss from a random start, as {name: pgd, steps: 1}")
         self.refuse_itself()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.errors import UserError
 from dualhead.objectives.base import (
     ATTACKED,
@@ -52,8 +52,7 @@ class Distilled(Objective):
     student: str = "head2"
 
     def __post_init__(self) -> None:
-        if self.beta < 0:
-            raise UserError(f"beta must be at least 0, got {self.beta:g}; 5 is as published")
+        at_least(0, "beta", self.beta, "5 is as published")
         if self.teacher == self.student:
             raise UserError(f"teacher and student are both {self.teacher}; choose two heads")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 from torch import Tensor
 
 from dualhead.attacks import RandomPoint
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.components.sections import component
 from dualhead.data import Stream, streams
 from dualhead.errors import UserError
@@ -71,8 +71,7 @@ class ELLE(Around):
     _weight_now: float = field(default=0.0, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"weight must be at least 0, got {self.weight:g}; 4000 is as published")
+        at_least(0, "weight", self.weight, "4000 is as published")
         if not 0 < self.decay <= 1:
             raise UserError(f"decay must lie in (0, 1], got {self.decay:g}; 0.99 is as published")
         self.require_attack(one_output=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from dualhead.attacks import attacks
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.components.sections import component
 from dualhead.data import Stream, streams
 from dualhead.errors import UserError
@@ -90,16 +90,14 @@ class Energy(Around):
 
     def __post_init__(self) -> None:
         for name in ("weight", "step_size"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"{name} must be greater than 0, got {getattr(self, name):g}")
-        if self.start_steps < 0 or self.max_steps < self.start_steps:
+            above(0, name, getattr(self, name))
+        if not 0 <= self.start_steps <= self.max_steps:
             raise UserError(
                 f"start_steps must be at least 0 and at most max_steps, got {self.start_steps} and {self.max_steps}"
             )
         if not 0.5 <= self.auc <= 1:
             raise UserError(f"auc must lie in [0.5, 1], got {self.auc:g}; 0.8 is as published for CIFAR-10")
-        if self.every < 1:
-            raise UserError(f"every must be at least 1, got {self.every}; 8 is as published for batches of 128")
+        at_least(1, "every", self.every, "8 is as published for batches of 128")
         if not self.base.per_image:
             raise UserError(
                 f"energy adds a mean over images, and the loss of {self.base.registered_name!r} is none; use sat, "

@@ -12,7 +12,7 @@ from pydantic import PlainValidator
 from torch import Tensor
 
 from dualhead.attacks import Maximiser, maximise_within
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.components.sections import component
 from dualhead.errors import UserError
 from dualhead.objectives.base import Around, Before, LossTerms, Objective, Seen, cross_entropies, objectives
@@ -63,12 +63,10 @@ class EWC(Around):
         except UserError as error:
             raise UserError(str(error).replace("among.0", "old", 1)) from None
         object.__setattr__(self, "old", old)
-        if self.weight < 0:
-            raise UserError(f"weight must be at least 0, got {self.weight:g}")
+        at_least(0, "weight", self.weight)
         if not 0 <= self.decay <= 1:
             raise UserError(f"decay must lie in [0, 1], got {self.decay:g}")
-        if self.images < 1:
-            raise UserError(f"images must be at least 1, got {self.images}")
+        at_least(1, "images", self.images)
         self.refuse_itself()
 
     def recall(self, before: Before) -> Mapping[str, Tensor]:

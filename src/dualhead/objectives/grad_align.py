@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dualhead.attacks import RandomPoint
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.components.sections import component
-from dualhead.errors import UserError
 from dualhead.objectives.base import CLEAN, Around, Inner, LossTerms, Need, Objective, Seen, Slope, objectives
 from dualhead.objectives.sat import SAT
 
@@ -50,8 +49,7 @@ class GradAlign(Around):
     weight: Real = 0.2
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"weight must be at least 0, got {self.weight:g}; 0.2 is as published for 8/255")
+        at_least(0, "weight", self.weight, "0.2 is as published for 8/255")
         self.require_attack(one_output=True)
         self.refuse_itself()
 

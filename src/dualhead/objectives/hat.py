@@ -9,7 +9,7 @@ from typing import Annotated
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.components.sections import component
 from dualhead.errors import UserError
 from dualhead.objectives.base import ATTACKED, CLEAN, Around, Logits, LossTerms, Need, Objective, Seen, objectives
@@ -49,10 +49,8 @@ class HAT(Around):
     stretch: Real = 2.0
 
     def __post_init__(self) -> None:
-        if self.gamma < 0:
-            raise UserError(f"gamma must be at least 0, got {self.gamma:g}")
-        if self.stretch <= 1:
-            raise UserError(f"stretch must be greater than 1, got {self.stretch:g}; 2 is as published")
+        at_least(0, "gamma", self.gamma)
+        above(1, "stretch", self.stretch, "2 is as published")
         if ATTACKED not in self.base.inner():
             raise UserError("hat labels attacked images, and its base method has none; use sat, trades or mart")
         self.refuse_itself("one standard model is asked, so name it once")

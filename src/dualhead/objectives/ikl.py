@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-from dualhead.components.fields import Real
-from dualhead.errors import UserError
+from dualhead.components.fields import Real, above, at_least
 from dualhead.objectives.base import (
     ATTACKED,
     Inner,
@@ -61,10 +60,8 @@ class IKL(Objective):
 
     def __post_init__(self) -> None:
         for name in ("mse", "ce"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name):g}")
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be greater than 0, got {self.temperature:g}; 1 to 4 are usual")
+            at_least(0, name, getattr(self, name))
+        above(0, "temperature", self.temperature, "1 to 4 are usual")
         check_label_smoothing(self.label_smoothing)
 
     @property

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.components.sections import component
 from dualhead.errors import UserError
 from dualhead.objectives.base import (
@@ -81,8 +81,7 @@ class Joint(Objective):
     def __post_init__(self) -> None:
         weights = ("head1_weight", "head2_weight", "aggregate_weight", "distillation", "diversity", "guidance")
         for name in weights:
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name):g}")
+            at_least(0, name, getattr(self, name))
         methods = dict(self._methods())
         if len(methods) < 2:
             raise UserError(

@@ -9,9 +9,8 @@ from typing import Annotated
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.components.sections import component
-from dualhead.errors import UserError
 from dualhead.objectives.base import ATTACKED, Around, Logits, LossTerms, Need, Objective, Seen, objectives
 from dualhead.objectives.trades import TRADES
 
@@ -38,8 +37,7 @@ class LogitPairing(Around):
     weight: Real = 1.0
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"weight must be at least 0, got {self.weight:g}")
+        at_least(0, "weight", self.weight)
         self.require_attack(one_output=True)
         self.refuse_itself()
 

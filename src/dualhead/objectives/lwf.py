@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.components.sections import component
-from dualhead.errors import UserError
 from dualhead.objectives.base import (
     ATTACKED,
     BEFORE,
@@ -60,10 +59,8 @@ class LwF(Around):
     on: Literal["clean", "attacked", "both"] = "both"
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"weight must be at least 0, got {self.weight:g}")
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be greater than 0, got {self.temperature:g}; 2 is as published")
+        at_least(0, "weight", self.weight)
+        above(0, "temperature", self.temperature, "2 is as published")
         self.require_attack()
         self.refuse_itself()
 

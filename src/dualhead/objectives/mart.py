@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-from dualhead.components.fields import Real
-from dualhead.errors import UserError
+from dualhead.components.fields import Real, at_least
 from dualhead.objectives.base import (
     ATTACKED,
     OWN,
@@ -46,8 +45,7 @@ class MART(Objective):
     robust: str = OWN
 
     def __post_init__(self) -> None:
-        if self.beta < 0:
-            raise UserError(f"beta must be at least 0, got {self.beta:g}; MART uses 5 or 6")
+        at_least(0, "beta", self.beta, "MART uses 5 or 6")
 
     def needs(self) -> Mapping[str, Need]:
         """Logits p of clean and q of attacked images."""

@@ -10,7 +10,7 @@ from pydantic import PlainValidator
 from torch import Tensor
 
 from dualhead.attacks import SteepestOfSeveral
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.components.sections import component
 from dualhead.errors import UserError
 from dualhead.objectives.base import ATTACKED, Around, Inner, LossTerms, Objective, Seen, objectives
@@ -57,10 +57,8 @@ class MSD(Around):
                 )
             if contender.attack is not None:
                 raise UserError(f"among.{place}.attack: msd is the attack; leave it out")
-        if self.steps < 1:
-            raise UserError(f"steps must be at least 1, got {self.steps}")
-        if self.step_factor <= 0:
-            raise UserError(f"step_factor must be greater than 0, got {self.step_factor:g}; 2.5 is usual")
+        at_least(1, "steps", self.steps)
+        above(0, "step_factor", self.step_factor, "2.5 is usual")
 
     def inner(self) -> Mapping[str, Inner]:
         """Return the base method's attack with this ascent."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from pydantic import PlainValidator
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.errors import UserError
 from dualhead.objectives.base import LossTerms, Seen, cross_entropies, kl_divergence, objectives
 from dualhead.objectives.sat import SAT
@@ -47,8 +47,7 @@ class RAMP(Several):
         super().__post_init__()
         if len(self.among) != 2:
             raise UserError(f"among: names {len(self.among)}, and pairs two threats, as [Linf:8/255, L1:12]")
-        if self.weight < 0:
-            raise UserError(f"weight must be at least 0, got {self.weight:g}; 5 is as published")
+        at_least(0, "weight", self.weight, "5 is as published")
 
     @property
     def per_image(self) -> bool:

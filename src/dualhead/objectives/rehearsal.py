@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dualhead.components.fields import at_least
 from dualhead.data import Memory, Stream
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -47,8 +48,7 @@ class Rehearsal(Around):
     def __post_init__(self) -> None:
         object.__setattr__(self, "among", contenders(self.among, least=1))
         refuse_base(self.base)
-        if self.images < 1:
-            raise UserError(f"images must be at least 1, got {self.images}")
+        at_least(1, "images", self.images)
         if MEMORY in self.base.streams():
             raise UserError("base: rehearses already; choose sat, trades or mart")
 

@@ -10,9 +10,8 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from pydantic import PlainValidator
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.components.sections import component
-from dualhead.errors import UserError
 from dualhead.objectives.base import BEFORE, Logits, LossTerms, Need, Objective, Seen, objectives
 from dualhead.objectives.rehearsal import MEMORY, Rehearsal, rehearsed_loss
 from dualhead.objectives.sat import SAT
@@ -55,8 +54,7 @@ class Replay(Rehearsal):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("weight", "logits"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{key} must be at least 0, got {getattr(self, key):g}")
+            at_least(0, key, getattr(self, key))
 
     def needs(self) -> Mapping[str, Need]:
         """Ask for what rehearsal needs; with `logits` also both networks' of the clean images of the memory."""

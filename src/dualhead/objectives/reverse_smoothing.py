@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.errors import UserError
 from dualhead.objectives.base import (
     ATTACKED,
@@ -64,10 +64,8 @@ class ReverseSmoothing(Objective):
 
     def __post_init__(self) -> None:
         for name in ("clean_weight", "divergence", "second_adversarial", "second_clean", "decay_from"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name):g}")
-        if self.decay_every < 1:
-            raise UserError(f"decay_every must be at least 1, got {self.decay_every}")
+            at_least(0, name, getattr(self, name))
+        at_least(1, "decay_every", self.decay_every)
         for name in ("decay_first", "decay_second"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie in (0, 1], got {getattr(self, name):g}")

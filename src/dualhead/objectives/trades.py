@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-from dualhead.components.fields import Real
-from dualhead.errors import UserError
+from dualhead.components.fields import Real, at_least
 from dualhead.objectives.base import (
     ATTACKED,
     OWN,
@@ -51,8 +50,7 @@ class TRADES(Objective):
     robust: str = OWN
 
     def __post_init__(self) -> None:
-        if self.beta < 0:
-            raise UserError(f"beta must be at least 0, got {self.beta:g}; TRADES uses 1 to 6")
+        at_least(0, "beta", self.beta, "TRADES uses 1 to 6")
         check_label_smoothing(self.label_smoothing)
 
     def needs(self) -> Mapping[str, Need]:

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhead.components.fields import Real, parse_real
-from dualhead.errors import UserError
+from dualhead.components.fields import Real, above, parse_real
 from dualhead.noise import Streams
 from dualhead.threats.base import Threat, Where
 
@@ -35,8 +34,7 @@ class Bounded(Threat):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eps", parse_real(self.eps))
-        if self.eps <= 0:
-            raise UserError(f"eps must be greater than 0, got {self.eps:g}")
+        above(0, "eps", self.eps)
 
     @abstractmethod
     def shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhead.components.fields import Real, parse_real
+from dualhead.components.fields import Real, above, parse_real
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats.base import Threat, Where
@@ -130,8 +130,7 @@ class ThreatModel(Threat):
         if self.norm not in get_args(Norm):
             raise UserError(f"norm {self.norm!r} is not known; use one of {', '.join(get_args(Norm))}")
         object.__setattr__(self, "eps", parse_real(self.eps))
-        if self.eps <= 0:
-            raise UserError(f"eps must be greater than 0, got {self.eps:g}; for images in [0, 1] write e.g. 8/255")
+        above(0, "eps", self.eps, "for images in [0, 1] write e.g. 8/255")
         if self.norm == "Linf" and self.eps > 1:
             hint = f"did you mean {self.eps:g}/255?"
             raise UserError(f"eps {self.eps:g} exceeds 1, the whole range of an image in [0, 1]; {hint}")

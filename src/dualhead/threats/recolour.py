@@ -47,7 +47,7 @@ class Recolour(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("lightness", "chroma"):
-            if getattr(self, name) < 2:
+            if not getattr(self, name) >= 2:
                 raise UserError(f"{name} must be at least 2 points, got {getattr(self, name)}")
 
     def shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:

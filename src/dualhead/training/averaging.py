@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.system.modes import kept_modes
@@ -57,8 +57,7 @@ averagings: Registry[Averaging] = Registry("average", "dualhead.training.averagi
 
 
 def _check(batches: int) -> None:
-    if batches < 1:
-        raise UserError(f"batches must be at least 1, got {batches}")
+    at_least(1, "batches", batches)
 
 
 @averagings.register("ema")
@@ -111,8 +110,7 @@ class SWA(Averaging):
 
     def __post_init__(self) -> None:
         _check(self.batches)
-        if self.start < 0:
-            raise UserError(f"start must be at least 0, got {self.start}")
+        at_least(0, "start", self.start)
 
     def share(self, updates: Tensor) -> Tensor:
         """1 / (n + 1)."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 
-from dualhead.components.fields import Real, parse_real
+from dualhead.components.fields import Real, above, at_least, parse_real
 from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 
@@ -80,14 +80,12 @@ class SGD(Optimiser):
     weight_decay: Real = 5e-4
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"lr must be greater than 0, got {self.lr:g}")
+        above(0, "lr", self.lr)
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must lie in [0, 1), got {self.momentum:g}")
         if self.nesterov and self.momentum == 0:
             raise UserError("nesterov needs momentum greater than 0; set nesterov: false")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay must be at least 0, got {self.weight_decay:g}")
+        at_least(0, "weight_decay", self.weight_decay)
 
     def create(self, parameters: Parameters) -> torch.optim.Optimizer:
         """`torch.optim.SGD`, fused where the device has it."""
@@ -129,15 +127,12 @@ class AdamW(Optimiser):
     amsgrad: bool = False
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"lr must be greater than 0, got {self.lr:g}")
+        above(0, "lr", self.lr)
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise UserError(f"betas must lie in [0, 1), got {beta:g}")
-        if self.eps <= 0:
-            raise UserError(f"eps must be greater than 0, got {self.eps:g}")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay must be at least 0, got {self.weight_decay:g}")
+        above(0, "eps", self.eps)
+        at_least(0, "weight_decay", self.weight_decay)
 
     def create(self, parameters: Parameters) -> torch.optim.Optimizer:
         """`torch.optim.AdamW`, fused where the device has it."""
@@ -192,8 +187,7 @@ class TorchOptimiser(Optimiser):
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"lr must be greater than 0, got {self.lr:g}")
+        above(0, "lr", self.lr)
         known = [key for key in inspect.signature(self._class()).parameters if key not in _OWN_KEYS]
         for key in self.options:
             if key not in known:
@@ -259,10 +253,9 @@ def _warmed(epoch: float, warmup: float) -> float:
 
 
 def _check_warmup(warmup: float, warmup_steps: int) -> None:
-    if warmup < 0:
+    if not warmup >= 0:
         raise UserError(f"warmup must be at least 0 epochs, got {warmup:g}")
-    if warmup_steps < 0:
-        raise UserError(f"warmup_steps must be at least 0, got {warmup_steps}")
+    at_least(0, "warmup_steps", warmup_steps)
     if warmup and warmup_steps:
         raise UserError("warmup (in epochs) and warmup_steps say the same thing; leave one out")
 

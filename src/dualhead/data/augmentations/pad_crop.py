@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from dualhead.components.fields import at_least
 from dualhead.data.augmentations.base import Augmentation, augmentations
-from dualhead.errors import UserError
 from dualhead.noise import Streams
 
 
@@ -25,8 +25,7 @@ class PadCrop(Augmentation):
     padding: int = 4
 
     def __post_init__(self) -> None:
-        if self.padding < 1:
-            raise UserError(f"padding must be at least 1, got {self.padding}; leave pad_crop out for none")
+        at_least(1, "padding", self.padding, "leave pad_crop out for none")
 
     def __call__(self, images: Tensor, streams: Streams) -> Tensor:
         """See `Augmentation.__call__`."""

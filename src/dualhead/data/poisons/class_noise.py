@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.data.poisons.base import (
     Poison,
     Poisoned,
@@ -60,10 +60,8 @@ class ClassNoise(Poison):
 
     def __post_init__(self) -> None:
         check_share(self.share)
-        if self.eps is not None and self.eps <= 0:
-            raise UserError(f"eps must be greater than 0, got {self.eps:g}")
-        if self.block < 1:
-            raise UserError(f"block must be at least 1, got {self.block}")
+        above(0, "eps", self.eps)
+        at_least(1, "block", self.block)
 
     def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""

@@ -92,7 +92,7 @@ class Alternating(Projected):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batches < 1 or self.rounds < 1 or not 0 < self.error < 1:
+        if not (self.batches >= 1 and self.rounds >= 1 and 0 < self.error < 1):
             raise UserError(
                 f"batches and rounds must be at least 1 and error in (0, 1), got {self.batches}, {self.rounds} and "
                 f"{self.error:g}"

@@ -105,7 +105,7 @@ class Aligning(Search):
 
     def __post_init__(self) -> None:
         check_steps(self.steps, self.step_size)
-        if self.restarts < 1 or self.image < 0:
+        if not (self.restarts >= 1 and self.image >= 0):
             raise UserError(f"restarts must be at least 1 and image at least 0, got {self.restarts} and {self.image}")
 
     @property

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.data.poisons.base import ClassName, class_number, poisons
 from dualhead.data.poisons.search import Projected, Surrogate
 from dualhead.data.poisons.searched import Searched
@@ -56,6 +56,11 @@ class LabelConsistent(Searched):
     pattern: Literal["white", "checker"] = "checker"
     surrogate: Surrogate = _SAT
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, "size", self.size)
+        at_least(0, "gap", self.gap)
 
     def search(self) -> Projected:
         """See `Searched.search`."""

@@ -58,7 +58,7 @@ class Patch(Poison):
     def __post_init__(self) -> None:
         if self.share is not None:
             check_share(self.share)
-        if self.size < 1 or (self.gap or 0) < 0:
+        if not (self.size >= 1 and (self.gap or 0) >= 0):
             raise UserError(f"size must be at least 1 and gap at least 0, got {self.size} and {self.gap}")
 
     def target_of(self, class_names: Sequence[str]) -> int:

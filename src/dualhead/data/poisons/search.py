@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above
 from dualhead.data.split import Split
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -42,10 +42,9 @@ class Surrogate:
     seed: int = 1_000_003
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.seed < 0:
+        if not (self.epochs >= 1 and self.seed >= 0):
             raise UserError(f"epochs must be at least 1 and seed at least 0, got {self.epochs} and {self.seed}")
-        if self.eps is not None and self.eps <= 0:
-            raise UserError(f"eps must be greater than 0, got {self.eps:g}")
+        above(0, "eps", self.eps)
 
 
 class Workbench(ABC):
@@ -235,7 +234,7 @@ def check_steps(steps: int, step_size: float | None) -> None:
     Raises:
         UserError: saying so.
     """
-    if steps < 1 or (step_size is not None and step_size <= 0):
+    if not (steps >= 1 and (step_size is None or step_size > 0)):
         raise UserError(f"steps must be at least 1 and step_size greater than 0, got {steps} and {step_size}")
 
 

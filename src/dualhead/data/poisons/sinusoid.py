@@ -52,7 +52,7 @@ class Sinusoid(Poison):
 
     def __post_init__(self) -> None:
         check_share(self.share)
-        if not 0 < self.amplitude <= 1 or self.frequency <= 0:
+        if not (0 < self.amplitude <= 1 and self.frequency > 0):
             raise UserError(
                 f"amplitude must lie in (0, 1] and frequency be greater than 0, got {self.amplitude:g} and "
                 f"{self.frequency:g}"

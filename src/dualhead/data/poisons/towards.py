@@ -7,12 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, at_least
 from dualhead.data.poisons.base import poisons
 from dualhead.data.poisons.search import Projected, Surrogate
 from dualhead.data.poisons.searched import Searched
 from dualhead.data.split import Split
-from dualhead.errors import UserError
 from dualhead.threats import ThreatModel
 
 _NATURAL = Surrogate()
@@ -59,8 +58,7 @@ class Towards(Searched):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shift < 0:
-            raise UserError(f"shift must be at least 0, got {self.shift}")
+        at_least(0, "shift", self.shift)
 
     def search(self) -> Projected:
         """See `Searched.search`."""

@@ -62,7 +62,7 @@ class Warp(Poison):
         check_share(self.share)
         if not 0 <= self.others < 1:
             raise UserError(f"others must lie in [0, 1), got {self.others:g}")
-        if self.strength <= 0 or self.grid < 2:
+        if not (self.strength > 0 and self.grid >= 2):
             raise UserError(
                 f"strength must be greater than 0 and grid at least 2, got {self.strength:g} and {self.grid}"
             )

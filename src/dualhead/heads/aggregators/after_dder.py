@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.base import Aggregator, SeesFeatures, aggregators
 from dualhead.names import router_id
@@ -240,10 +240,8 @@ class AfterDDeR(Aggregator):
     def __post_init__(self) -> None:
         if not 1 <= self.routers <= MOST_ROUTERS:
             raise UserError(f"routers must lie in 1 to {MOST_ROUTERS}, got {self.routers}; one for each threat")
-        if self.top < 1:
-            raise UserError(f"top must be at least 1, got {self.top}; 2 is the default")
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be greater than 0, got {self.temperature:g}")
+        at_least(1, "top", self.top, "2 is the default")
+        above(0, "temperature", self.temperature)
 
     @property
     def router_names(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor, nn
 
-from dualhead.components.fields import Real
+from dualhead.components.fields import Real, above, at_least
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.base import Aggregator, aggregators
 
@@ -110,11 +110,10 @@ class MixedNUTS(Aggregator):
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise UserError(f"alpha must lie in (0, 1), got {self.alpha:g}")
-        if self.power < 1:
-            raise UserError(f"power must be at least 1, got {self.power:g}; below it gradients have no bound")
+        at_least(1, "power", self.power, "below it gradients have no bound")
         for name in ("scale", "temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be greater than 0, got {getattr(self, name):g}")
+            above(0, name, getattr(self, name))
+        above(-math.inf, "shift", self.shift)
 
     def create(self, num_classes: int, heads: int = 2) -> nn.Module:
         """See `Aggregator.create`.

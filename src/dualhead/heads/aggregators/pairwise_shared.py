@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from dualhead.components.fields import at_least
 from dualhead.errors import UserError
 from dualhead.heads.aggregators.base import DH_AT, Aggregator, aggregators
 
@@ -93,8 +94,7 @@ class PairwiseShared(Aggregator):
     rivals: int = 10
 
     def __post_init__(self) -> None:
-        if self.rivals < 1:
-            raise UserError(f"rivals must be at least 1, got {self.rivals}")
+        at_least(1, "rivals", self.rivals)
 
     def create(self, num_classes: int, heads: int = 2) -> nn.Module:
         """See `Aggregator.create`.
