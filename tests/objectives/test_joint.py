@@ -361,6 +361,15 @@ def test_head1_learns_from_a_loss_on_a_head_that_is_tied_to_it():
         ({"objective": {"name": "joint", "head1": "joint"}}, "joint is made of base methods"),
         ({"objective": {"name": "joint", "head1": None, "distillation": 1}}, "need a loss on head1 and on head2"),
         ({"objective": {"name": "joint", "head2": None, "guidance": 1}}, "guidance needs an adversarial base method"),
+        *(
+            ({"objective": {"name": "joint", "head1": one}}, "joint is made of base methods that are a loss alone")
+            for one in (  # a window, a penalty, an attack of its own, and a penalty within another method
+                "balanced",
+                {"name": "ewc", "old": "Linf:0.1"},
+                {"name": "msd", "among": ["Linf:0.1", "L1:3"]},
+                {"name": "logit_pairing", "base": {"name": "ewc", "old": "Linf:0.1"}},
+            )
+        ),
         ({"objective": {"name": "joint", "guidance": -1}}, "guidance must be at least 0"),
     ],
 )

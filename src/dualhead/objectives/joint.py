@@ -16,6 +16,8 @@ from dualhead.errors import UserError
 from dualhead.objectives.base import (
     ATTACKED,
     CLEAN,
+    Around,
+    Features,
     Inner,
     Logits,
     LossTerms,
@@ -94,7 +96,9 @@ class Joint(Objective):
                 "guidance needs an adversarial base method on head1, and on head2 one that sees clean images"
             )
         if any(method.outputs or not _is_simple(method) for method in methods.values()):
-            raise UserError("joint is made of base methods, which have one output each")
+            raise UserError(
+                "joint is made of base methods that are a loss alone on one output, as natural, sat, trades or mart"
+            )
         if (self.distillation or self.diversity) and not set(HEADS) <= methods.keys():
             raise UserError("distillation and diversity need a loss on head1 and on head2")
         if not self._climbed() and self._attacks():
@@ -188,10 +192,23 @@ class Joint(Objective):
         return (divergences[0] + divergences[1]).mean() / 2
 
 
+_AS_IT_TRAINS = ("window", "begin", "at", "advance", "recall", "penalty")
+"""What a method may do beside its loss, and `joint` does not ask it for."""
+
+
 def _is_simple(method: Objective) -> bool:
-    """Whether a method asks for nothing but logits of clean images and of those of the usual attack."""
+    """Whether a method is no more than a loss of logits on clean images and on those of the stage's own attack."""
     needs = method.needs().values()
-    return {need.on for need in needs} <= {CLEAN, ATTACKED} and not method.teachers() and not method.streams()
+    if {need.on for need in needs} - {CLEAN, ATTACKED} or method.teachers() or method.streams():
+        return False
+    if any(isinstance(need, Features) and need.through is not None for need in needs):
+        return False
+    if any(inner.attack is not None or inner.threat is not None for inner in method.inner().values()):
+        return False
+    changes = any(
+        getattr(type(method), name) not in (getattr(Objective, name), getattr(Around, name)) for name in _AS_IT_TRAINS
+    )
+    return not changes and (not isinstance(method, Around) or _is_simple(method.base))
 
 
 def _sees(method: Objective, on: str) -> bool:

@@ -130,6 +130,11 @@ class Stage(Section):
         if self.free is not None and set(inner) != {ATTACKED}:
             has = "has none" if not inner else f"has {', '.join(inner)}"
             raise UserError(f"free moves attacked images, and objective {self.objective.registered_name!r} {has}")
+        if self.free is not None and any(each.attack is not None or each.threat is not None for each in inner.values()):
+            raise UserError(
+                f"free moves images within the stage's threat, and objective {self.objective.registered_name!r} attacks "
+                "in its own way"
+            )
         if self.free is not None and self.awp is not None:
             raise UserError("free takes one backward pass for all, and awp needs one of its own; choose one of them")
         if self.micro_batch is not None and self.micro_batch < self.batch_size and not self.objective.per_image:
