@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 from dualhead.system.waiting import CHOICES
-
-ROOT = Path(__file__).parents[2]
-
-
-def loaded(path):
-    spec = importlib.util.spec_from_file_location(path.stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from helpers.studies import module_of
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return loaded(Path("benchmarks/contention.py"))
+    return module_of("contention.py")
 
 
 @pytest.fixture
@@ -117,7 +105,7 @@ def test_what_spins_ends(benchmark):
 
 
 def test_the_page_shows_the_committed_results(measured):
-    tool = loaded(Path("tools/speed_tables.py"))
+    tool = module_of("../tools/speed_tables.py")
     page, results = tool.PAGE.read_text(encoding="utf-8"), tool.found()
     assert tool.made(page, results) == page, "docs/speed.md: run `python tools/speed_tables.py`"
     other = tool.made(page, results | {"contention": measured})

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import dualhead
-from dualhead.recipe import load_recipe
 from helpers import studies
-from helpers.studies import ROOT, evaluation, module_of
+from helpers.studies import ROOT, evaluation, module_of, recipe_of
 
 LAST = [
     "finetune",
@@ -51,7 +50,7 @@ def test_every_method_has_a_recipe_and_what_is_kept_is_not_trained_again(tmp_pat
     for words in (words for words in asked if words[0] == "train"):
         name = Path(words[-2]).parent.name
         assert f"`{name}`" in protocol or name == "first", name
-        recipe = load_recipe(str(ROOT / words[1]), words[2 : words.index("--run-dir")])
+        recipe = recipe_of(words)
         assert recipe.sequence is not None or "base.yaml" in words[1]
     _, again = asked_of(tmp_path)
     assert again == []

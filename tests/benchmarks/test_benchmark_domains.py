@@ -12,7 +12,7 @@ from dualhead.evaluation import Evaluation, Verdicts
 from dualhead.evaluation.results import accuracies
 from dualhead.recipe import load_recipe
 from helpers import studies
-from helpers.studies import ROOT, after, made_run, measured, module_of
+from helpers.studies import ROOT, after, made_run, measured, module_of, recipe_of
 
 
 def asked_of(folder, **environment):
@@ -38,7 +38,7 @@ def test_every_variant_has_a_recipe_of_equal_cost_and_is_measured_as_what_it_is(
     for name, words in trained.items():
         group = name.split("-")[0]
         assert f"`{name}`" in protocol or f"`{group}-*`" in protocol, name
-        recipe = load_recipe(words[1], words[2 : words.index("--run-dir")])
+        recipe = recipe_of(words)
         (stage,) = recipe.stages
         each = 17 if name == "aligned_r3" else passes[stage.objective.registered_name]  # R3 asks for clean logits too
         cost = stage.epochs * each

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dualhead.recipe import load_recipe
-from helpers.studies import ROOT, after, asked_of, made_run, measured, module_of
+from helpers.studies import ROOT, after, asked_of, made_run, measured, module_of, recipe_of, trained
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +17,6 @@ def collect():
 def run_of(folder, phase, data="tiny", **environment):
     script = "benchmarks/elsewhere/run.sh"
     return asked_of(script, folder, phase, data, "DATA", str(folder / "out"), **{"SAYS": "3 6", **environment})
-
-
-def trained(asked):
-    return {after("--run-dir", words).split("/out/")[1]: words for words in asked if words[0] == "train"}
 
 
 @pytest.mark.parametrize(("data", "epochs"), [("tiny", 40), ("fashion", 160)])
@@ -48,7 +43,7 @@ def test_both_phases_ask_for_recipes_that_can_be_read(data, epochs, tmp_path, mo
     heads = [words for words in asked if words[0] == "evaluate" and "--output-of" in words]
     assert len(heads) == 3
     for words in (chosen | compared).values():
-        recipe = load_recipe(words[1], words[2 : words.index("--run-dir")])
+        recipe = recipe_of(words)
         assert recipe.threat.eps == pytest.approx(8 / 255 if data == "tiny" else 0.1)
         assert recipe.stages[0].epochs > 0
 

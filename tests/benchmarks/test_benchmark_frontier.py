@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from dualhead.recipe import load_recipe
-
-ROOT = Path(__file__).parents[2]
-
-
-def loaded(path):
-    spec = importlib.util.spec_from_file_location(path.stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from helpers.studies import ROOT, module_of
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return loaded(Path("benchmarks/frontier.py"))
+    return module_of("frontier.py")
 
 
 def row(run, robust):
@@ -66,7 +54,7 @@ def test_results_are_means_over_seeds_and_are_drawn(benchmark, tmp_path):
     entry = next(each for each in told if each["method"] == "n_fgsm" and each["eps"] == 8)
     assert entry["autoattack-fast"]["mean"] == pytest.approx(0.11)
     assert entry["autoattack-fast"]["interval"] == pytest.approx([0.11 - 0.02484, 0.11 + 0.02484], abs=1e-4)
-    figures = loaded(Path("tools/make_figures.py"))
+    figures = module_of("../tools/make_figures.py")
     drawn = figures.frontier({"summary": told})
     assert all(method.title in drawn for method in benchmark.METHODS)
     assert "overfits in 2 of 2 seeds" in drawn

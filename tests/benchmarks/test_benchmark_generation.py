@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from dualhead.recipe import load_recipe
-
-ROOT = Path(__file__).parents[2]
-RECORDER = """#!/usr/bin/env bash
-printf '%s\\n' "$@" END >> "$ASKED"
-for ((n = 1; n <= $#; n++)); do
-  [[ ${!n} == --run-dir || ${!n} == --output ]] || continue
-  m=$((n + 1)); mkdir -p "${!m}"
-  if [[ ${!n} == --run-dir ]]; then touch "${!m}/report.html"; fi
-done
-"""
-"""In place of dualhead: writes down what it was asked, and leaves folders."""
+from helpers import studies
+from helpers.studies import ROOT, module_of
 
 
 def asked_of(folder, **environment):
-    (folder / "bin").mkdir(exist_ok=True)
-    for name, text in (("dualhead", RECORDER), ("python", "#!/usr/bin/env bash\n")):
-        (folder / "bin" / name).write_text(text)
-        (folder / "bin" / name).chmod(0o755)
-    (folder / "asked").write_text("")
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    ended = subprocess.run(
-        ["benchmarks/generation/run.sh", str(folder / "out")],
-        cwd=ROOT,
-        env={**os.environ, "PATH": path, "ASKED": str(folder / "asked"), **environment},
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
+    """The trainings and evaluations that the script asks for."""
+    ended, asked = studies.asked_of("benchmarks/generation/run.sh", folder, str(folder / "out"), **environment)
     assert (ended.returncode, ended.stderr) == (0, "")
-    return [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
+    return [words for words in asked if words[0] in ("train", "evaluate")]
 
 
 def test_every_run_is_trained_once_and_measured_as_the_protocol_says(tmp_path):
@@ -96,10 +73,7 @@ def test_the_control_differs_from_dat_by_the_energy_and_its_length(monkeypatch):
 
 @pytest.fixture
 def collect():
-    spec = importlib.util.spec_from_file_location("collect_generation", ROOT / "benchmarks/generation/collect.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("generation/collect.py")
 
 
 def leave(folder, score, distance, robust=None, judge="a"):

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -15,8 +14,9 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
 from dualhead.recipe import load_recipe
+from helpers import studies
+from helpers.studies import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECORDER = """#!/usr/bin/env bash
 [[ $1 != -c || $2 == *pyautoattack* ]] || exit 0
 [[ $1 != -c ]] || exit ${NO_REFERENCE:-0}
@@ -31,16 +31,8 @@ PARTS = [
 
 
 def asked_of(folder, *more, **environment):
-    """How the script ended, and the commands that it gave."""
-    python, record = folder / "python", folder / "asked"
-    python.write_text(RECORDER)
-    python.chmod(0o755)
-    record.write_text("")
-    ended = subprocess.run(
-        ["benchmarks/gpu.sh", "DATA", str(folder / "out"), *more], cwd=ROOT, check=False, capture_output=True,
-        env={**os.environ, "PYTHON": str(python), "ASKED": str(record), **environment}, timeout=60, text=True,
-    )  # fmt: skip
-    return ended, [text.splitlines() for text in record.read_text().split("END\n") if text]
+    words = ("DATA", str(folder / "out"), *more)
+    return studies.asked_of("benchmarks/gpu.sh", folder, *words, recorder=RECORDER, **environment)
 
 
 def done(folder):

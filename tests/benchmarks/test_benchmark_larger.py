@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from dualhead.models import Normalize, backbones
-from dualhead.recipe import load_recipe
 from dualhead.system.flops import CountFlops
 from helpers.costs import training_cost
-from helpers.studies import ROOT, after, asked_of, made_run, measured, module_of
+from helpers.studies import ROOT, asked_of, made_run, measured, module_of, recipe_of, trained
 
 METHODS = ("trades", "guided")
 
@@ -26,10 +25,6 @@ def run_of(folder, **environment):
     return asked_of("benchmarks/larger/run.sh", folder, "DATA", str(folder / "out"), **environment)
 
 
-def trained(asked):
-    return {after("--run-dir", words).split("/out/")[1]: words for words in asked if words[0] == "train"}
-
-
 def test_pairs_cost_the_same_and_cheap_cells_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = run_of(tmp_path, SEEDS="0 1")
@@ -41,7 +36,7 @@ def test_pairs_cost_the_same_and_cheap_cells_come_first(tmp_path, monkeypatch):
     costs = {}
     for name, words in trained(asked).items():
         if name.endswith("seed=0"):
-            recipe = load_recipe(words[1], words[2 : words.index("--run-dir")])
+            recipe = recipe_of(words)
             images = recipe.data.train_limit - recipe.data.validation
             costs[name.split("/")[0]] = images * training_cost(recipe)
     for cell in ("images", "width", "stem", "control"):

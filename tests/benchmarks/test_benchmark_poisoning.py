@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,45 +10,18 @@ import pytest
 
 from dualhead.recipe import load_recipe
 from dualhead.runs.crafted import surrogate_recipe
+from helpers import studies
 from helpers.costs import training_cost
-
-ROOT = Path(__file__).resolve().parents[2]
-RECORDER = """#!/usr/bin/env bash
-printf '%s\\n' "$@" END >> "$ASKED"
-if [[ $2 == keep ]]; then mkdir -p "$(dirname "$4")"; touch "$4"; fi
-"""
-"""In place of dualhead and of python: writes down what it was asked; a run that is to be kept leaves its file."""
+from helpers.studies import ROOT, after, module_of
 
 
 @pytest.fixture(scope="module")
 def collect():
-    spec = importlib.util.spec_from_file_location("collect_poisoning", ROOT / "benchmarks" / "poisoning" / "collect.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["collect_poisoning"] = module  # its data class looks for it there
-    spec.loader.exec_module(module)
-    return module
+    return module_of("poisoning/collect.py")
 
 
 def asked_of(folder, part, **environment):
-    """How the script ended, and the commands that it gave."""
-    (folder / "bin").mkdir(exist_ok=True)
-    for name in ("dualhead", "python"):
-        (folder / "bin" / name).write_text(RECORDER)
-        (folder / "bin" / name).chmod(0o755)
-    (folder / "asked").write_text("")
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    places = {"PATH": path, "ASKED": str(folder / "asked"), "KEPT": str(folder / "kept")}
-    ended = subprocess.run(
-        ["benchmarks/poisoning/run.sh", "DATA", str(folder / "out"), part],
-        cwd=ROOT,
-        env={**os.environ, **places, **environment},
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    return ended, [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
-
-
-def after(word, words):
-    return words[words.index(word) + 1]
+    return studies.asked_of("benchmarks/poisoning/run.sh", folder, "DATA", str(folder / "out"), part, **environment)
 
 
 def trained_by(asked):
@@ -352,10 +322,7 @@ def test_what_is_kept_becomes_a_table_and_answers(collect, tmp_path, capsys, mon
 
 
 def test_the_figure_shows_every_answer(collect):
-    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "tools" / "make_figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    sys.modules["make_figures"] = figures  # its data classes look for it there
-    spec.loader.exec_module(figures)
+    figures = module_of("../tools/make_figures.py")
     study = collect.study({**study_of(0.05), **study_with_a_patch()})
     drawn = figures.poisoning({"small": json.loads(json.dumps(study))}, "small")
     assert drawn.startswith("<svg")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,50 +12,18 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 import dualhead
-from dualhead.recipe import load_recipe
+from helpers import studies
 from helpers.costs import training_cost
-from helpers.studies import made_run, measured, module_of
-
-ROOT = Path(__file__).parents[2]
-RECORDER = """#!/usr/bin/env bash
-printf '%s\\n' "$@" END >> "$ASKED"
-trap 'exit 130' INT
-[[ -z ${HANGS_ON:-} || $* != *"$HANGS_ON"* ]] || for _ in {1..600}; do sleep 0.1; done
-[[ $1 != evaluate ]] || { mkdir -p "${@: -2:1}"; touch "${@: -2:1}/results.json"; }
-[[ $2 != keep ]] || { mkdir -p "$(dirname "$4")"; touch "$4"; }
-"""
-"""In place of dualhead and python: writes down what it was asked, and leaves evaluations and what is kept."""
+from helpers.studies import ROOT, after, made_run, measured, module_of, recipe_of
 
 
-def asked_of(scale, folder, *more, within="60", **environment):
-    """How the script ended, and the commands that it gave; within so many seconds."""
-    (folder / "bin").mkdir(parents=True, exist_ok=True)
-    for name in ("dualhead", "python"):
-        (folder / "bin" / name).write_text(RECORDER)
-        (folder / "bin" / name).chmod(0o755)
-    record = folder / "asked"
-    record.write_text("")
-    script = ["benchmarks/strongest/run.sh", scale, "DATA", str(folder / "out"), *more]
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    ended = subprocess.run(
-        ["timeout", "--signal", "INT", within, *script],
-        cwd=ROOT,
-        env={**os.environ, "PATH": path, "ASKED": str(record), "KEPT": str(folder / "kept"), **environment},
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    return ended, [text.splitlines() for text in record.read_text().split("END\n") if text]
-
-
-def after(word, words):
-    return words[words.index(word) + 1]
+def asked_of(scale, folder, *more, **settings):
+    words = (scale, "DATA", str(folder / "out"), *more)
+    return studies.asked_of("benchmarks/strongest/run.sh", folder, *words, **settings)
 
 
 def run_of(words):
     return Path(after("--run-dir", words))
-
-
-def recipe_of(words):
-    return load_recipe(words[1], words[2 : words.index("--run-dir")])
 
 
 @pytest.mark.parametrize(("scale", "studies"), [("cpu", 54), ("gpu", 11)])
@@ -123,7 +88,7 @@ def words_of(asked):
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path):
-    ended, asked = asked_of("gpu", tmp_path, within="5", HANGS_ON="trades-distilled")
+    ended, asked = asked_of("gpu", tmp_path, within=5, HANGS_ON="trades-distilled")
     assert ended.returncode == 124
     one = ["train", "evaluate", "evaluate", "keep", "tell"]
     assert words_of(asked) == [*one * 5, "train"]
@@ -187,9 +152,7 @@ def test_what_would_mislead_is_refused(tmp_path):
 
 
 def test_held_out_images_are_the_last_of_the_training_part(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("held_out", ROOT / "benchmarks/strongest/held_out.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of("strongest/held_out.py")
     monkeypatch.setattr(module, "FIRST", 7)
     (tmp_path / "in").mkdir()
     Dataset.from_dict({"label": list(range(10))}).to_parquet(tmp_path / "in" / "train-00000-of-00001.parquet")

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dualhead.recipe import load_recipe
 from helpers import studies
-from helpers.studies import ROOT, after, module_of
+from helpers.studies import ROOT, after, module_of, recipe_of
 
 PASSES = {"sat": 13, "any_of": 13, "avg": 39, "msd": 28, "ramp": 26}
 
@@ -28,7 +27,7 @@ def test_every_variant_costs_the_same_and_nothing_is_done_twice(tmp_path):
     for words in trained:
         name = Path(after("--run-dir", words)).parent.name
         assert f"`{name}`" in protocol
-        recipe = load_recipe(str(ROOT / words[1]), words[2 : words.index("--run-dir")])
+        recipe = recipe_of(words)
         (stage,) = recipe.stages
         passes = 39 if name == "max" else PASSES[stage.objective.registered_name]
         assert stage.epochs * passes == pytest.approx(640, rel=0.03), name

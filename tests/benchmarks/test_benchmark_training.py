@@ -6,23 +6,17 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.studies import module_of
 from helpers.training import CallCounter
-
-PATH = Path(__file__).parents[2] / "benchmarks" / "training.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_training", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
+    return module_of("training.py")
 
 
 def tiny(benchmark):

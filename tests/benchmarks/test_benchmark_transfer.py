@@ -13,7 +13,7 @@ from dualhead.models import Normalize
 from dualhead.recipe import load_recipe
 from dualhead.runs.prepare import prepare, start_from
 from helpers.costs import training_cost
-from helpers.studies import ROOT, after, asked_of, made_run, measured, module_of
+from helpers.studies import ROOT, after, asked_of, made_run, measured, module_of, recipe_of, trained
 
 METHODS = ("tuned", "distilled", "dhat-thawed", "dhat-frozen", "scratch", "scratch-long")
 SIZES = (2250, 500, 9000)
@@ -27,14 +27,6 @@ def collect():
 def run_of(folder, **environment):
     words = ("TINY", "CIFAR", str(folder / "out"))
     return asked_of("benchmarks/transfer/run.sh", folder, *words, **{"SAYS": "0.03", "SEEDS": "0", **environment})
-
-
-def trained(asked):
-    return {after("--run-dir", words).split("/out/")[1]: words for words in asked if words[0] == "train"}
-
-
-def recipe_of(words):
-    return load_recipe(words[1], words[2 : words.index("--run-dir")])
 
 
 def images_of(recipe):

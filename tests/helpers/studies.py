@@ -13,15 +13,18 @@ import numpy as np
 
 from dualhead.evaluation import Evaluation, Verdicts
 from dualhead.evaluation.results import accuracies
+from dualhead.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\n' "$@" END >> "$ASKED"
+trap 'exit 130' INT
+[[ -z ${HANGS_ON:-} || $* != *"$HANGS_ON"* ]] || for _ in {1..600}; do sleep 0.1; done
 case $1 in
   train)
-    model=${@: -2:1}/model
-    mkdir -p "$model"
-    touch "$model/config.json" "$model/model.safetensors" "$model/../report.html"
+    while [[ $1 != --run-dir ]]; do shift; done
+    mkdir -p "$2/model"
+    touch "$2/model/config.json" "$2/model/model.safetensors" "$2/report.html"
     ;;
   evaluate) while [[ $1 != --output ]]; do shift; done; mkdir -p "$2"; touch "$2/results.json" ;;
   *)
@@ -36,20 +39,39 @@ esac
 """In place of dualhead and of python: writes down what it was asked, and leaves the files that a script looks for."""
 
 
-def asked_of(script, folder, *words, **environment):
-    """How a script ended, and the commands that it gave; what it keeps lies in `folder / "kept"`."""
+def asked_of(script, folder, *words, recorder=RECORDER, within=120, **environment):
+    """How a script ended, and the commands that it gave; what it keeps lies in `folder / "kept"`.
+
+    Args:
+        script: below the root of the repository.
+        folder: for the recorder and what it writes.
+        words: of the command line.
+        recorder: a program in place of dualhead and of python.
+        within: seconds after which the script is interrupted, as by a user.
+        environment: further variables.
+    """
     (folder / "bin").mkdir(parents=True, exist_ok=True)
     for name in ("dualhead", "python"):
-        (folder / "bin" / name).write_text(RECORDER)
+        (folder / "bin" / name).write_text(recorder)
         (folder / "bin" / name).chmod(0o755)
     (folder / "asked").write_text("")
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     places = {"PATH": path, "ASKED": str(folder / "asked"), "KEPT": str(folder / "kept")}
     ended = subprocess.run(
-        [script, *words], cwd=ROOT, env={**os.environ, **places, **environment}, check=False, capture_output=True,
-        text=True, timeout=120,
+        ["timeout", "--signal", "INT", str(within), script, *words], cwd=ROOT,
+        env={**os.environ, **places, **environment}, check=False, capture_output=True, text=True,
     )  # fmt: skip
     return ended, [text.splitlines() for text in (folder / "asked").read_text().split("END\n") if text]
+
+
+def trained(asked):
+    """The commands that train, by the folders of their runs below `out`."""
+    return {after("--run-dir", words).split("/out/")[1]: words for words in asked if words[0] == "train"}
+
+
+def recipe_of(words):
+    """The recipe of a command that trains."""
+    return load_recipe(str(ROOT / words[1]), words[2 : words.index("--run-dir")])
 
 
 def after(word, words):
