@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import math
 import os
 import subprocess
 import sys
@@ -27,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from dualhead.statistics import overfits_single_steps
+from dualhead.statistics import overfits_single_steps, student
 
 HERE = Path(__file__).resolve().parent
 ATTACK = "autoattack-fast"
@@ -185,11 +183,7 @@ def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["flops"] = float(np.mean([each["flops"] for each in group]))
         for name in ("clean", "fgsm", "pgd-10", ATTACK):
             values = [each[name] for each in group]
-            mean, count = float(np.mean(values)), len(values)
-            reach = None
-            if count > 1:
-                reach = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
-            entry[name] = {"mean": mean, "interval": None if reach is None else [mean - reach, mean + reach]}
+            entry[name] = {"mean": float(np.mean(values)), "interval": student(values)}
         entry["seeds_overfitted"] = sum(bool(each["overfitted_epochs"]) for each in group)
         told.append(entry)
     return told

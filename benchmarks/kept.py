@@ -10,7 +10,7 @@ import base64
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,25 @@ def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
         least = max(least, min(1.0, (count - place) * value))
         made[name] = least
     return made
+
+
+def standard_error(interval: Sequence[float], seeds: int) -> float:
+    """Return the standard error of a mean over seeds, at least two, from its 95 % interval of Student."""
+    return (interval[1] - interval[0]) / 2 / float(stats.t.ppf(0.975, seeds - 1))
+
+
+def welch(value: float, errors: Sequence[float], seeds: Sequence[int]) -> list[float]:
+    """Return the 95 % interval of a sum of independent means; degrees of freedom by Welch and Satterthwaite.
+
+    Args:
+        value: the sum.
+        errors: standard error of each mean, times its weight in the sum.
+        seeds: how many each is over, at least two.
+    """
+    parts = [error**2 for error in errors]
+    freedom = sum(parts) ** 2 / sum(part**2 / (count - 1) for part, count in zip(parts, seeds, strict=True))
+    reach = float(stats.t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+    return [value - reach, value + reach]
 
 
 def packed(right: NDArray[np.bool_]) -> str:
@@ -167,16 +186,19 @@ class Variant:
         return {run["environment"]["precision"] for run in self.runs.values()}
 
 
-def read(folder: Path) -> dict[str, Variant]:
-    """Return the variants in a folder that have a finished seed, by name."""
-    return {variant.name: variant for variant in _variants(folder)}
-
-
-def _variants(folder: Path) -> Iterator[Variant]:
+def runs_in(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return what is kept of each variant in a folder, KEPT/VARIANT/seed=N.json, by name and seed."""
+    made = {}
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
         files = {int(file.stem.removeprefix("seed=")): file for file in place.glob("seed=*.json")}
         if files:
-            yield Variant(place.name, {seed: json.loads(files[seed].read_text()) for seed in sorted(files)})
+            made[place.name] = {seed: json.loads(files[seed].read_text(encoding="utf-8")) for seed in sorted(files)}
+    return made
+
+
+def read(folder: Path) -> dict[str, Variant]:
+    """Return the variants in a folder that have a finished seed, by name."""
+    return {name: Variant(name, runs) for name, runs in runs_in(folder).items()}
 
 
 def compared(groups: Sequence[Sequence[Entry]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dualhead.system.files import write_json
 from dualhead.system.flops import CountFlops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kept import difference, holm, over_seeds, packed
+from kept import difference, holm, over_seeds, packed, runs_in
 
 KNOWN = ("union", "average_seen", "forgetting", "backward_transfer", "clean_drop")
 """Measures of the last stage."""
@@ -39,7 +39,7 @@ METHODS = (
 LEVEL = 0.05
 Runs = Mapping[int, Mapping[str, Any]]
 """Records by seed."""
-Kept = dict[str, dict[str, Runs]]
+Kept = Mapping[str, Mapping[str, Runs]]
 """Records by place, which is an order or `bounds`, by method and seed."""
 
 
@@ -128,12 +128,6 @@ def record(run: Path, static: Path, first: Path | None = None) -> dict[str, Any]
     if routers.is_file():
         told["routers"] = json.loads(routers.read_text(encoding="utf-8"))
     return told
-
-
-def finished(folder: Path) -> dict[int, dict[str, Any]]:
-    """Records of a method, by seed."""
-    files = {int(file.stem.removeprefix("seed=")): file for file in folder.glob("seed=*.json")}
-    return {seed: json.loads(files[seed].read_text(encoding="utf-8")) for seed in sorted(files)}
 
 
 def made_for(specialists: Mapping[str, Runs]) -> dict[str, float]:
@@ -337,9 +331,7 @@ def tell(kept: Path, wanted: int = 3) -> dict[str, Any]:
         kept: its folder.
         wanted: seeds of every method; as long as one has fewer the answer is `under_way`, and no question is answered.
     """
-    places = ("bounds", *ORDERS)
-    read = {place: {folder.name: finished(folder) for folder in sorted((kept / place).glob("*"))} for place in places}
-    known: Kept = {place: {name: runs for name, runs in of.items() if runs} for place, of in read.items()}
+    known: Kept = {place: runs_in(kept / place) for place in ("bounds", *ORDERS)}
     specialists = made_for(known["bounds"])
     counts = [len(known[order].get(name, {})) for order in ORDERS for name in METHODS]
     counts += [len(known["bounds"].get(name, {})) for name in ("joint", *SPECIALISTS.values())]

@@ -26,7 +26,7 @@ from dualhead.statistics import student
 from dualhead.system.files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kept import over_seeds, packed, unpacked
+from kept import over_seeds, packed, runs_in, unpacked
 
 CLEAN_ROUTE, ROBUST_ROUTE = "head1", "head2"
 CROSSED = {"clean": "statistics-head2_affine-head1", "robust": "statistics-head1_affine-head2"}
@@ -95,18 +95,21 @@ def accuracies_of(evaluation: Evaluation) -> dict[str, Any]:
 
 
 class Variant:
-    """A variant's finished seeds."""
+    """A variant's finished seeds.
 
-    def __init__(self, folder: Path) -> None:
-        self.name = folder.name
-        files = {int(file.stem.removeprefix("seed=")): file for file in folder.glob("seed=*.json")}
-        self.runs = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
+    Args:
+        name: of its folder.
+        runs: what was kept, by seed.
+    """
+
+    def __init__(self, name: str, runs: Mapping[int, Mapping[str, Any]]) -> None:
+        self.name, self.runs = name, runs
         settings = {
             (tuple(run["epochs"]), run["environment"]["precision"], run["images"]) for run in self.runs.values()
         }
         if len(settings) > 1:
             told = "; ".join(f"epochs {list(e)}, {p}, {n} images" for e, p, n in sorted(settings))
-            sys.exit(f"{folder}: its seeds are of several settings ({told}); remove those that are not wanted")
+            sys.exit(f"{name}: its seeds are of several settings ({told}); remove those that are not wanted")
 
     def right(self, classifier: str, what: str) -> dict[int, NDArray[np.bool_]]:
         """Which test images a classifier has right, by seed."""
@@ -285,8 +288,7 @@ def main() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, record(source))
         return
-    variants = [Variant(folder) for folder in sorted(source.iterdir()) if folder.is_dir()]
-    known = {variant.name: variant for variant in variants if variant.runs}
+    known = {name: Variant(name, runs) for name, runs in runs_in(source).items()}
     made = {"variants": {name: v.describe() for name, v in known.items()}, "hypotheses": hypotheses(known)}
     target.write_text(json.dumps(made, indent=1) + "\n")
     for name, told in made["hypotheses"].items():

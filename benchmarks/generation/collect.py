@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dualhead.statistics import student
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kept import over_seeds
 
 MEASURES = (
     "classification_accuracy_score", "frechet_distance", "kernel_distance", "precision", "recall", "density",
@@ -114,11 +115,6 @@ def steps_of(run: Path) -> list[list[float]]:
         [line["epoch"], round(line.get("steps", 0), 1), line["validation_clean"], line["validation_robust"]]
         for line in joint if line["epoch"] % 5 == 0
     ]  # fmt: skip
-
-
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, interval and each seed's value."""
-    return {"mean": float(np.mean(values)), "interval": student(list(values)), "seeds": [float(v) for v in values]}
 
 
 def shared_names(found: Iterable[dict[str, float]]) -> list[str]:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kept import FAST, Variant, alike, compared, differences, keep, paired, points, read, table
+from kept import FAST, Variant, alike, compared, differences, keep, paired, points, read, standard_error, table, welch
 
 IMAGES = {"control": 2250, "images": 9000, "width": 9000, "stem": 9000}
 """Training images of each cell, without those held out."""
@@ -59,17 +58,14 @@ def point(name: str, size: float, pair: Mapping[str, Any]) -> Point | None:
     if not pair["test"].startswith("paired t"):
         return None
     seeds = int(pair["test"].split()[2])
-    reach = (pair["interval"][1] - pair["interval"][0]) / 2
-    return Point(name, size, pair["difference"], reach / float(stats.t.ppf(0.975, seeds - 1)), seeds)
+    return Point(name, size, pair["difference"], standard_error(pair["interval"], seeds), seeds)
 
 
 def combined(found: Sequence[Point], weights: Sequence[float]) -> dict[str, Any]:
-    """Return a weighted sum of gains with its 95 % interval; degrees of freedom by Welch and Satterthwaite."""
+    """Return a weighted sum of gains with its 95 % interval."""
     value = sum(w * p.gain for w, p in zip(weights, found, strict=True))
-    parts = [(w * p.error) ** 2 for w, p in zip(weights, found, strict=True)]
-    freedom = sum(parts) ** 2 / sum(part**2 / (p.seeds - 1) for part, p in zip(parts, found, strict=True))
-    reach = float(stats.t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
-    return {"value": value, "interval": [value - reach, value + reach]}
+    errors = [w * p.error for w, p in zip(weights, found, strict=True)]
+    return {"value": value, "interval": welch(value, errors, [p.seeds for p in found])}
 
 
 def line(found: Sequence[Point]) -> dict[str, Any]:

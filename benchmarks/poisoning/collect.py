@@ -22,7 +22,7 @@ from dualhead.statistics import mean_std, student, wilson
 from dualhead.system.files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kept import difference, holm
+from kept import difference, holm, points, runs_in
 
 Run = Mapping[str, Any]
 Cells = Mapping[str, Mapping[str, Run]]
@@ -154,13 +154,8 @@ def summary(values: Sequence[float], images: int | None = None) -> dict[str, Any
 
 
 def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Read the kept runs of a part, by cell and seed; seeds in the order of their numbers."""
-    cells: dict[str, dict[str, dict[str, Any]]] = {}
-    for cell in sorted(path for path in folder.iterdir() if path.is_dir()):
-        paths = sorted(cell.glob("seed=*.json"), key=lambda path: int(path.stem.removeprefix("seed=")))
-        if paths:
-            cells[cell.name] = {path.stem.removeprefix("seed="): json.loads(path.read_text()) for path in paths}
-    return cells
+    """Read the kept runs of a part, by cell and by seed as the answers write it."""
+    return {cell: {str(seed): run for seed, run in runs.items()} for cell, runs in runs_in(folder).items()}
 
 
 def describe(cells: Cells) -> dict[str, Any]:
@@ -342,12 +337,11 @@ def answers(cells: Cells, planned: Sequence[str] = ()) -> list[dict[str, Any]]:
 def sentence(told: Mapping[str, Any]) -> str:
     """Return the answer to one attack on one method."""
     found, unit = told["difference"], "points of success" if told["measure"] == SUCCESS else "points"
-    ends = found["interval"]
-    reach = "" if ends is None else f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]"
-    shown = f"{100 * found['mean']:+.1f}{reach} {unit}, {len(told['seeds'])} seeds"
+    shown = f"{points(found['mean'], found['interval'], sign=True)} {unit}, {len(told['seeds'])} seeds"
     words = f"{told['method']} under {told['attack']}, against {told['base']}: {told['answer']} ({shown}"
     if told["answer"] == "no effect":
-        return f"{words}; the attack costs {told['base']} {100 * told['cost'][told['base']]['mean']:+.1f} {unit})."
+        cost = points(told["cost"][told["base"]]["mean"], sign=True)
+        return f"{words}; the attack costs {told['base']} {cost} {unit})."
     if told["answer"] != "undecided":
         return f"{words})."
     if found["deviation"] is None:
@@ -426,14 +420,12 @@ def table(told: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in told["answers"]:
-        ends, costs = each["difference"]["interval"], each["cost"]
-        reach = "" if ends is None else f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]"
-        needed = each.get("seeds_that_would_decide")
+        found, needed = each["difference"], each.get("seeds_that_would_decide")
         more = f", {needed} seeds would decide" if needed and needed > len(each["seeds"]) else ""
         lines.append(
             f"| {each['attack']} | {each['method']} | {each['base']} | {len(each['seeds'])} "
-            f"| {100 * costs[each['method']]['mean']:.1f} | {100 * costs[each['base']]['mean']:.1f} "
-            f"| {100 * each['difference']['mean']:+.1f}{reach} | {each['answer']}{more} |"
+            f"| {' | '.join(points(each['cost'][method]['mean']) for method in (each['method'], each['base']))} "
+            f"| {points(found['mean'], found['interval'], sign=True)} | {each['answer']}{more} |"
         )
     return "\n".join(lines)
 
@@ -442,7 +434,7 @@ def tell(kept: Path) -> dict[str, Any]:
     """Return what all kept runs say, by part."""
     made: dict[str, Any] = {}
     for part in ("digits", "pilot", "study", "small"):
-        cells = load(kept / part) if (kept / part).is_dir() else {}
+        cells = load(kept / part)
         if cells:
             made[part] = (
                 study(cells, part) if part in ("study", "small") else {"checks": check(cells), **describe(cells)}

@@ -11,16 +11,27 @@ over seeds (Welch).
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kept import FAST, Variant, alike, answer, compared, keep, over_seeds, paired, points, read, table
+from kept import (
+    FAST,
+    Variant,
+    alike,
+    answer,
+    compared,
+    keep,
+    over_seeds,
+    paired,
+    points,
+    read,
+    standard_error,
+    table,
+    welch,
+)
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "strongest.json"
 FIRST, OVER_BETA = "trades and sat", "trades over beta at equal cost, float32"
@@ -65,12 +76,11 @@ def unpaired(reference: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
         means = [
             row["clean_accuracy"] if accuracy == "clean" else row["robust_accuracy"][key] for row in (reference, other)
         ]
-        freedoms = [len(row["seeds"]) - 1 for row in (reference, other)]
-        reaches = [(row["intervals"][key][1] - row["intervals"][key][0]) / 2 for row in (reference, other)]
-        parts = [(reach / float(stats.t.ppf(0.975, free))) ** 2 for reach, free in zip(reaches, freedoms, strict=True)]
-        freedom = sum(parts) ** 2 / sum(part**2 / free for part, free in zip(parts, freedoms, strict=True))
-        difference, reach = means[1] - means[0], float(stats.t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
-        found[accuracy] = {"difference": difference, "interval": [difference - reach, difference + reach]}
+        seeds = [len(row["seeds"]) for row in (reference, other)]
+        intervals = [row["intervals"][key] for row in (reference, other)]
+        errors = [standard_error(ends, count) for ends, count in zip(intervals, seeds, strict=True)]
+        difference = means[1] - means[0]
+        found[accuracy] = {"difference": difference, "interval": welch(difference, errors, seeds)}
     return found
 
 

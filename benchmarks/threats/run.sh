@@ -33,8 +33,8 @@ study() {
   fi
   dualhead evaluate "$run" --data "$data" --threat Linf:8/255 --threat L2:0.5 --threat L1:12 \
     --attack apgd-ce --attack apgd-t --limit "$IMAGES" --output "$run/evaluations/threats" --quiet
-  python "$here/gather.py" keep "$run" "$KEPT/$name/seed=$seed.json"
-  python "$here/gather.py" tell "$KEPT" "$out/threats.json"
+  python "$here/collect.py" keep "$run" "$KEPT/$name/seed=$seed.json"
+  python "$here/collect.py" tell "$KEPT" "$out/threats.json"
 }
 
 for ((seed = 0; seed < SEEDS; seed++)); do

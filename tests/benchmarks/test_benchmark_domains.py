@@ -113,7 +113,7 @@ def test_a_kept_run_tells_all_that_its_folder_told(collect, tmp_path):
             (run / name).write_text(json.dumps(content))
         (kept / "dual").mkdir(parents=True, exist_ok=True)
         (kept / f"dual/seed={seed}.json").write_text(json.dumps(collect.record(run)))
-        variant = collect.Variant(kept / "dual")
+        variant = collect.Variant("dual", collect.runs_in(kept)["dual"])
         for route, each in measured.items():
             for what, right in each.correct.items():
                 assert np.array_equal(variant.right(route, what)[seed], right)
@@ -126,10 +126,9 @@ def test_a_kept_run_tells_all_that_its_folder_told(collect, tmp_path):
     assert gain["difference"] == pytest.approx(
         told["routes"]["head2"]["worst"]["mean"] - told["routes"]["head1"]["worst"]["mean"]
     )
-    mixed = dict(enumerate(json.loads((kept / f"dual/seed={seed}.json").read_text()) for seed in range(2)))
-    (kept / "dual/seed=1.json").write_text(json.dumps({**mixed[1], "epochs": [20]}))
-    with pytest.raises(SystemExit, match="several settings"):
-        collect.Variant(kept / "dual")
+    mixed = {**variant.runs, 1: {**variant.runs[1], "epochs": [20]}}
+    with pytest.raises(SystemExit, match="dual: its seeds are of several settings"):
+        collect.Variant("dual", mixed)
 
 
 class Dual:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from dualhead.models import Normalize, backbones
 from dualhead.system.flops import CountFlops
@@ -68,7 +69,7 @@ def test_the_line_is_that_of_least_squares_and_its_interval_that_of_welch(collec
     assert full["value"] == pytest.approx(begin + slope * math.log10(collect.FULL))
     assert full["interval"][0] < full["value"] < full["interval"][1]
     two = [collect.Point("", 1.0, 0.01, 0.003, 3), collect.Point("", 10.0, 0.02, 0.003, 3)]
-    reach = collect.stats.t.ppf(0.975, 4) * 0.003 * math.sqrt(2)  # equal errors: the pooled test
+    reach = stats.t.ppf(0.975, 4) * 0.003 * math.sqrt(2)  # equal errors: the pooled test
     assert collect.line(two)["slope"]["interval"] == pytest.approx([0.01 - reach, 0.01 + reach])
 
 
@@ -86,7 +87,7 @@ def test_the_first_point_is_the_one_that_stands(collect):
     (pair,) = (p for p in pairs if p["accuracy"] == "autoattack-fast"
                and (p["reference"], p["name"]) == (collect.TRADES, collect.GUIDED))  # fmt: skip
     assert (first.gain, first.seeds) == (pair["difference"], 5)
-    reach = collect.stats.t.ppf(0.975, 4) * first.error
+    reach = stats.t.ppf(0.975, 4) * first.error
     assert [first.gain - reach, first.gain + reach] == pytest.approx(pair["interval"])
 
 

@@ -1,4 +1,4 @@
-"""The study of many threats: what its script asks for costs the same, goes on where it was, and is gathered."""
+"""The study of many threats: what its script asks for costs the same, goes on where it was, and is collected."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_variant_costs_the_same_and_nothing_is_done_twice(tmp_path):
 
 @pytest.fixture(scope="module")
 def module():
-    return module_of("threats/gather.py")
+    return module_of("threats/collect.py")
 
 
 def test_questions_are_answered_by_paired_seeds(module):

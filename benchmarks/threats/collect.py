@@ -1,7 +1,7 @@
 """What benchmarks/threats/run.sh has finished: each seed in a small file of its own, and all of them in one answer.
 
-    python benchmarks/threats/gather.py keep RUN FILE    # accuracies, cost and verdicts of a measured run
-    python benchmarks/threats/gather.py tell KEPT JSON   # KEPT/VARIANT/seed=N.json, all of them, told together
+    python benchmarks/threats/collect.py keep RUN FILE    # accuracies, cost and verdicts of a measured run
+    python benchmarks/threats/collect.py tell KEPT JSON   # KEPT/VARIANT/seed=N.json, all of them, told together
 
 The answer has for each variant clean accuracy, robust accuracy under each threat, their mean and `union` (right under
 all of them), as means over the finished seeds, with Student's 95 % interval over seeds (none of one seed); what
@@ -22,7 +22,7 @@ from dualhead.evaluation import Evaluation
 from dualhead.system.files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kept import over_seeds, packed
+from kept import over_seeds, packed, runs_in
 
 MEASURED = "evaluations/threats"
 Runs = Mapping[int, Mapping[str, Any]]
@@ -116,11 +116,7 @@ def questions(runs: Mapping[str, Runs]) -> dict[str, Any]:
 
 def tell(kept: Path, wanted: int = 3) -> dict[str, Any]:
     """Return all that is kept; `under_way`, nothing answered, while a variant has fewer than `wanted` seeds."""
-    runs: dict[str, Runs] = {}
-    for folder in sorted(path for path in kept.iterdir() if path.is_dir()):
-        files = {int(file.stem.removeprefix("seed=")): file for file in folder.glob("seed=*.json")}
-        if files:
-            runs[folder.name] = {seed: json.loads(files[seed].read_text()) for seed in sorted(files)}
+    runs = runs_in(kept)
     variants = {name: describe(found) for name, found in runs.items()}
     for variant in variants.values():
         variant["shares_of_specialists"] = shares(variant, variants)
