@@ -1,12 +1,12 @@
 """What benchmarks/continual/run.sh has finished: each seed in a small file of its own, and all of them in one answer.
 
     python benchmarks/continual/collect.py keep RUN FILE STATIC [FIRST]
-    python benchmarks/continual/collect.py tell KEPT JSON [N]   # KEPT/ORDER/METHOD/seed=N.json and KEPT/bounds/...
+    python benchmarks/continual/collect.py tell KEPT JSON   # KEPT/ORDER/METHOD/seed=N.json and KEPT/bounds/...
 
 Kept is what a finished run reached and cost. STATIC is an evaluation of another network with its attacked images, FIRST
 the run of the first stage, whose cost belongs to this one. Numbers are means over seeds with Student's 95 % interval
-over seeds, none of one seed. README.md beside it is the protocol; its questions are answered once every method has N
-seeds (3).
+over seeds, none of one seed. README.md beside it is the protocol; its questions are answered once every method has
+its three seeds.
 """
 
 from __future__ import annotations
@@ -350,8 +350,8 @@ def main() -> None:
         case ["keep", run, file, static, *first] if len(first) < 2:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             write_json(Path(file), record(Path(run), Path(static), *map(Path, first)))
-        case ["tell", kept, target, *wanted] if len(wanted) < 2:
-            Path(target).write_text(json.dumps(tell(Path(kept), *map(int, wanted)), indent=1) + "\n", encoding="utf-8")
+        case ["tell", kept, target]:
+            Path(target).write_text(json.dumps(tell(Path(kept)), indent=1) + "\n", encoding="utf-8")
         case _:
             sys.exit(__doc__)
 

@@ -3,19 +3,19 @@
 #
 #     benchmarks/continual/run.sh DATA OUT [KEY=VALUE...]
 #
-# From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol. All
-# methods of one seed run before those of the next. The same command goes on where it was stopped, and tells what is
-# finished in OUT/continual.json. In the environment: METHODS, a pattern (`lwf`, `inter*`); SEEDS, how many (3);
-# ORDERS (`forward reverse`); EPOCHS of a first stage (40); LATER, epochs of SAT in each later one (12); IMAGES, test
-# images (1000), of which half meet the attacks on routers; KEPT, a folder for what each finished seed reached and cost,
-# one small file each (../results/continual): a seed that has its file there is not trained again; CLEAN, the clean
-# network that images are made against once (../results/models/continual-clean). KEY=VALUE goes to all recipes. Several
+# From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol.
+# All methods of one seed run before those of the next. The same command goes on where it was stopped, and tells what is
+# finished in OUT/continual.json. In the environment: METHODS, a pattern (`lwf`, `inter*`); SEEDS (0 1 2); ORDERS
+# (`forward reverse`); EPOCHS of a first stage (40); LATER, epochs of SAT in each later one (12); IMAGES, test images
+# (1000), of which half meet the attacks on routers; KEPT, a folder for what each finished seed reached and cost, one
+# small file each (../results/continual): a seed that has its file there is not trained again; CLEAN, the clean network
+# that images are made against once (../results/models/continual-clean). KEY=VALUE goes to all recipes. Several
 # processes, of other METHODS or ORDERS, can share OUT.
 set -euo pipefail
 data=$(realpath "$1") out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
-: "${METHODS:=*}" "${SEEDS:=3}" "${ORDERS:=forward reverse}" "${EPOCHS:=40}" "${LATER:=12}" "${IMAGES:=1000}"
+: "${METHODS:=*}" "${SEEDS:=0 1 2}" "${ORDERS:=forward reverse}" "${EPOCHS:=40}" "${LATER:=12}" "${IMAGES:=1000}"
 : "${KEPT:=$here/../results/continual}" "${CLEAN:=$here/../results/models/continual-clean}"
 linf=Linf:8/255 l2=L2:0.5 l1=L1:12
 known=
@@ -52,7 +52,7 @@ keep() {
     fi
   } 9> "$out/static.lock"
   python "$here/collect.py" keep "$out/$1/seed=$seed" "$KEPT/$1/seed=$seed.json" "$out/static" ${2:+"$2"}
-  python "$here/collect.py" tell "$KEPT" "$out/continual.json" "$SEEDS"
+  python "$here/collect.py" tell "$KEPT" "$out/continual.json"
 }
 
 # later NAME [KEY=VALUE...]: a sequence that goes on from the first stage, which is trained when it is needed.
@@ -110,7 +110,7 @@ bound() {
   keep "$name"
 }
 
-for ((seed = 0; seed < SEEDS; seed++)); do
+for seed in $SEEDS; do
   for order in $ORDERS; do
     threats=("$linf" "$l2" "$l1")
     [[ $order == reverse ]] && threats=("$l1" "$l2" "$linf")

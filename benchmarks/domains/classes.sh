@@ -4,15 +4,15 @@
 #     benchmarks/domains/classes.sh TINY_IMAGENET OUT [KEY=VALUE...]
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. It goes on where it was stopped, and
-# tells what is finished in OUT/classes.json. In the environment: CLASSES (20 200 100), SEEDS, how many (3), IMAGES, test
+# tells what is finished in OUT/classes.json. In the environment: CLASSES (20 200 100), SEEDS (0 1 2), IMAGES, test
 # images of each attack (2000), KEPT, a folder for finished seeds, one small file each (../results/classes).
 set -euo pipefail
 data=$1 out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
-: "${CLASSES:=20 200 100}" "${SEEDS:=3}" "${IMAGES:=2000}" "${KEPT:=$here/../results/classes}"
+: "${CLASSES:=20 200 100}" "${SEEDS:=0 1 2}" "${IMAGES:=2000}" "${KEPT:=$here/../results/classes}"
 
-for ((seed = 0; seed < SEEDS; seed++)); do
+for seed in $SEEDS; do
   for classes in $CLASSES; do
     for recipe in trades aligned one_head; do
       kept=$KEPT/$recipe-$classes/seed=$seed.json run=$out/$recipe-$classes/seed=$seed

@@ -5,15 +5,15 @@
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol.
 # Variants that decide the hypotheses run first, all seeds of one before the next. The same command goes on where it was
-# stopped, and collects what is finished into OUT/domains.json. In the environment: STUDIES, a pattern of variants
-# (`dual*`); SEEDS, how many (3), from FIRST (3) on; EPOCHS of hybrid training (40); IMAGES, test images of each attack (2000);
-# PRECISION=float32 on a CPU without bf16; KEPT, a folder for the finished seeds' accuracies and verdicts, one small file
-# each (../results/domains): a seed that has its file there is not trained again. KEY=VALUE goes to all recipes.
+# stopped, and collects what is finished into OUT/domains.json. In the environment: METHODS, a pattern of variants
+# (`dual*`); SEEDS (3 4 5); EPOCHS of hybrid training (40); IMAGES, test images of each attack (2000); PRECISION=float32
+# on a CPU without bf16; KEPT, a folder for the finished seeds' accuracies and verdicts, one small file each
+# (../results/domains): a seed that has its file there is not trained again. KEY=VALUE goes to all recipes.
 set -euo pipefail
 data=$1 out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
-: "${STUDIES:=*}" "${SEEDS:=3}" "${FIRST:=3}" "${EPOCHS:=40}" "${IMAGES:=2000}" "${PRECISION:=bf16}"
+: "${METHODS:=*}" "${SEEDS:=3 4 5}" "${EPOCHS:=40}" "${IMAGES:=2000}" "${PRECISION:=bf16}"
 : "${KEPT:=$here/../results/domains}"
 known=
 mkdir -p "$out"
@@ -23,7 +23,7 @@ epochs=$EPOCHS precision=$PRECISION # of the studies that follow
 # study NAME RECIPE [KEY=VALUE...]: runs of a recipe of this folder, trained and then attacked.
 study() {
   local name=$1 recipe=$here/$2.yaml routes=() run seed
-  [[ $name == $STUDIES ]] || return 0
+  [[ $name == $METHODS ]] || return 0
   known=1
   if [[ $name == dual ]]; then
     routes=(--routes all)
@@ -32,7 +32,7 @@ study() {
   fi
   shift 2
   echo "$name"
-  for ((seed = FIRST; seed < FIRST + SEEDS; seed++)); do
+  for seed in $SEEDS; do
     [[ ! -f $KEPT/$name/seed=$seed.json ]] || continue
     run=$out/$name/seed=$seed
     dualhead train "$recipe" "data.source=$data" "stages.base.epochs=$epochs" "runtime.precision=$precision" \
@@ -86,4 +86,4 @@ epochs=$(((EPOCHS * 16 + 8) / 17))
 study aligned_r3 aligned_r3 "stages.base.objective.ramp=$epochs"
 epochs=$EPOCHS
 
-[[ -n $known ]] || { echo "STUDIES=$STUDIES: no variant is called so" >&2; exit 2; }
+[[ -n $known ]] || { echo "METHODS=$METHODS: no variant is called so" >&2; exit 2; }

@@ -5,16 +5,17 @@
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol.
 # The same command goes on where it was stopped, and collects what is finished into KEPT (OUT/generation.json). In the
-# environment: STUDIES, a pattern of variants (`dat`); SEEDS, which (0 1 2 3 4; two heads and CIFAR-10 take the first
-# three); ONLY=train or ONLY=measure for one half; KEPT, an answer whose other seeds stay in it. CIFAR10 and STARTS,
-# folders of CIFAR-10 and of what `seeds.py` made, for the variants of CIFAR-10; FASHION, a folder of Fashion-MNIST, for
-# that of it: without them these are left out.
+# environment: METHODS, a pattern of variants (`dat`); SEEDS (0 1 2 3 4; two heads and CIFAR-10 take the first three);
+# ONLY=train or ONLY=measure for one half; KEPT, an answer whose other seeds stay in it. CIFAR10 and STARTS, folders of
+# CIFAR-10 and of what `seeds.py` made, for the variants of CIFAR-10; FASHION, a folder of Fashion-MNIST, for that of
+# it: without them these are left out.
 set -euo pipefail
 out=$1
 here=$(dirname "$0")
-: "${STUDIES:=*}" "${SEEDS:=0 1 2 3 4}" "${ONLY:=}" "${KEPT:=$out/generation.json}"
+: "${METHODS:=*}" "${SEEDS:=0 1 2 3 4}" "${ONLY:=}" "${KEPT:=$out/generation.json}"
 : "${CIFAR10:=}" "${STARTS:=}" "${FASHION:=}"
 judge=$here/../results/models/digits-judge # of all that learnt the digits
+known=
 
 # measured RUN NAME [OPTION...]: an evaluation of a run, once.
 measured() {
@@ -26,7 +27,8 @@ measured() {
 
 # study NAME RECIPE SEEDS: a recipe with each seed.
 study() {
-  [[ $1 == $STUDIES ]] || return 0
+  [[ $1 == $METHODS ]] || return 0
+  known=1
   for seed in $3; do
     run=$out/$1/seed=$seed
     if [[ $ONLY != measure && ! -f $run/report.html ]]; then
@@ -48,7 +50,8 @@ study() {
 
 # larger NAME RECIPE SEEDS LIMIT OOD [KEY=VALUE...]: the same of a data set whose judge the evaluation makes.
 larger() {
-  [[ $1 == $STUDIES ]] || return 0
+  [[ $1 == $METHODS ]] || return 0
+  known=1
   for seed in $3; do
     run=$out/$1/seed=$seed
     if [[ $ONLY != measure && ! -f $run/report.html ]]; then
@@ -65,7 +68,7 @@ larger() {
 
 # attacked NAME SEEDS: AutoAttack on runs of a study.
 attacked() {
-  [[ $1 == $STUDIES ]] || return 0
+  [[ $1 == $METHODS ]] || return 0
   for seed in $2; do
     measured "$out/$1/seed=$seed" strong --attack autoattack
   done
@@ -86,4 +89,5 @@ fi
 if [[ $FASHION ]]; then
   larger fashion-dat fashion_dat "${SEEDS%% *}" 2000 uniform "data.source=$FASHION"
 fi
+[[ -n $known ]] || { echo "METHODS=$METHODS: no variant is called so, or its folder is not given" >&2; exit 2; }
 python "$here/collect.py" "$out" "$KEPT"

@@ -3,17 +3,17 @@
 #
 #     benchmarks/larger/run.sh DATA OUT [KEY=VALUE...]
 #
-# From the root of the repository, with `dualhead` and its `python` on the path. DATA: CIFAR-10. All cells of one seed run
-# before those of the next, cheap ones first, and the control last. The same command goes on where it was stopped, also on
-# another machine: each finished run leaves a small file, and is not trained again as long as that is there. In the
-# environment: CELLS, a pattern (`stem`, `width`); SEEDS (0 1 2); IMAGES, test images of each attack (1000);
-# PRECISION=float32 on a CPU without bf16; KEPT, a folder for the small files (../results/larger). KEY=VALUE goes to all
-# recipes.
+# From the root of the repository, with `dualhead` and its `python` on the path. DATA: CIFAR-10. All cells of one seed
+# run before those of the next, cheap ones first, and the control last. The same command goes on where it was stopped,
+# also on another machine: each finished run leaves a small file, and is not trained again as long as that is there. In
+# the environment: METHODS, a pattern of cells (`stem`, `width`); SEEDS (0 1 2); IMAGES, test images of each attack
+# (1000); PRECISION=float32 on a CPU without bf16; KEPT, a folder for the small files (../results/larger). KEY=VALUE
+# goes to all recipes.
 set -euo pipefail
 data=$1 out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
-: "${CELLS:=*}" "${SEEDS:=0 1 2}" "${IMAGES:=1000}" "${PRECISION:=bf16}" "${KEPT:=$here/../results/larger}"
+: "${METHODS:=*}" "${SEEDS:=0 1 2}" "${IMAGES:=1000}" "${PRECISION:=bf16}" "${KEPT:=$here/../results/larger}"
 known=
 mkdir -p "$out"
 
@@ -45,7 +45,7 @@ attacked() {
 
 # cell NAME IMAGES NETWORK EPOCHS GUIDED DISTILLED: TRADES, and guided distillation at its cost, for one seed.
 cell() {
-  [[ $1 == $CELLS ]] || return 0
+  [[ $1 == $METHODS ]] || return 0
   known=1
   trained "$1-trades" base "$2" "$3" "stages.base.epochs=$4" stages.base.objective.beta=12
   trained "$1-guided" distilled "$2" "$3" "stages.guided.epochs=$5" "stages.distilled.epochs=$6" \
@@ -63,4 +63,4 @@ for seed in $SEEDS; do # as many steps as those above, on the images of the firs
   cell control 2250 "$(network 1 2)" 84 36 40
 done
 
-[[ -n $known ]] || { echo "CELLS=$CELLS: no cell is called so" >&2; exit 2; }
+[[ -n $known ]] || { echo "METHODS=$METHODS: no cell is called so" >&2; exit 2; }

@@ -3,18 +3,19 @@
 #
 #     benchmarks/poisoning/run.sh DATA OUT digits|pilot|study|small [KEY=VALUE...]
 #
-# From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol. One
-# run at a time; cells that decide come first, the cheap ones of them before the others. The same command goes on where
-# it was stopped, and collects all that is finished into KEPT.json, its answers into OUT/answers. In the environment:
-# CELLS, a pattern of cells (`natural-*`); SEEDS of each cell (3, in `study` and `small` 5), FEW_SEEDS of controls (3),
-# MORE_SEEDS of success rates (as SEEDS); IMAGES, test images of each attack in the study (1000). PRECISION=float32 on a CPU without bf16. KEPT, a folder
-# for what finished runs found, one small file each (../results/poisoning): a seed that has its file there is not trained
-# again. KEY=VALUE goes to all recipes. `digits` and `small` take DATA=digits, and minutes.
+# From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol.
+# One run at a time; cells that decide come first, the cheap ones of them before the others. The same command goes on
+# where it was stopped, and collects all that is finished into KEPT.json, its answers into OUT/answers. In the
+# environment: METHODS, a pattern of cells (`natural-*`); SEEDS of each cell (0 1 2, in `study` and `small` 0 1 2 3 4),
+# FEW_SEEDS of controls (0 1 2), MORE_SEEDS, further ones of success rates (none); IMAGES, test images of each attack in
+# the study (1000). PRECISION=float32 on a CPU without bf16. KEPT, a folder for what finished runs found, one small file
+# each (../results/poisoning): a seed that has its file there is not trained again. KEY=VALUE goes to all recipes.
+# `digits` and `small` take DATA=digits, and minutes.
 set -euo pipefail
 data=$1 out=$2 part=$3
 extra=("${@:4}")
 here=$(dirname "$0")
-: "${CELLS:=*}" "${SEEDS:=}" "${FEW_SEEDS:=3}" "${MORE_SEEDS:=}" "${PRECISION:=bf16}" "${IMAGES:=1000}"
+: "${METHODS:=*}" "${SEEDS:=}" "${FEW_SEEDS:=0 1 2}" "${MORE_SEEDS:=}" "${PRECISION:=bf16}" "${IMAGES:=1000}"
 : "${KEPT:=$here/../results/poisoning}"
 known=
 mkdir -p "$out"
@@ -68,7 +69,7 @@ poison() {
 # cell METHOD POISON SEED RECIPE [KEY=VALUE...]: one run, and the small file that stays of it.
 cell() {
   local method=$1 name=$2 seed=$3 recipe=$4 found=$KEPT/$part/$1-$2/seed=$3.json run=$out/$part/$1-$2/seed=$3
-  [[ $method-$name == $CELLS ]] || return 0
+  [[ $method-$name == $METHODS ]] || return 0
   known=1
   shift 4
   [[ ! -f $found ]] || return 0
@@ -138,12 +139,12 @@ studied() {
   cell "$1" "$2" "$3" "$recipe" "${words[@]}"
 }
 
-# pairs FIRST LAST POISONS METHODS: for each poison and seed, every method on clean and on poisoned data.
+# pairs SEEDS POISONS METHODS: for each poison and seed, every method on clean and on poisoned data.
 pairs() {
   local poison seed method
-  for poison in $3; do
-    for ((seed = $1; seed < $2; seed++)); do
-      for method in $4; do
+  for poison in $2; do
+    for seed in $1; do
+      for method in $3; do
         studied "$method" clean "$seed"
         studied "$method" "$poison" "$seed"
       done
@@ -159,7 +160,7 @@ sat=(stages.base.objective=sat stages.base.attack.start=uniform)
 case $part in
   digits)
     small=("evaluate={attacks: [pgd-10], limit: 400, gallery: 0}")
-    for ((seed = 0; seed < ${SEEDS:-3}; seed++)); do
+    for seed in ${SEEDS:-0 1 2}; do
       for poison in clean patch one_pixel class_noise_large class_noise; do
         cell natural "$poison" "$seed" digits_natural "${small[@]}"
         cell sat "$poison" "$seed" digits_base "${small[@]}" "${sat[@]}" stages.base.epochs=30
@@ -187,26 +188,26 @@ case $part in
     done
     ;;
   study | small)
-    seeds=${SEEDS:-5}
+    seeds=${SEEDS:-0 1 2 3 4}
     free="$backdoors $others"
     # Does an attack work at all? Natural training costs a fourteenth of the others.
-    pairs 0 "$seeds" "$free" natural
+    pairs "$seeds" "$free" natural
     # DH-AT against the base method at its cost, attack by attack; the adaptive poison, which costs twice, comes last.
-    pairs 0 "$seeds" "$free hypocritical hypocritical_self" 'base dhat'
+    pairs "$seeds" "$free hypocritical hypocritical_self" 'base dhat'
     # Success rates vary the most from seed to seed.
-    pairs "$seeds" "${MORE_SEEDS:-$seeds}" "$backdoors" 'base dhat'
+    pairs "$MORE_SEEDS" "$backdoors" 'base dhat'
     # What costs twice as much: guided distillation, an ensemble of two, the base method for as long.
-    pairs 0 "$seeds" "$free hypocritical hypocritical_self" 'base_long distilled ensemble'
+    pairs "$seeds" "$free hypocritical hypocritical_self" 'base_long distilled ensemble'
     # Controls: the base method for as long as the first stage of DH-AT, when triggers may not have been learnt yet; a
     # larger eps; an aggregator fitted on clean held-out images; a placebo.
-    pairs 0 "$seeds" "$backdoors" base_short
-    pairs 0 "$FEW_SEEDS" "$free hypocritical" 'base_larger_eps dhat_fitted'
+    pairs "$seeds" "$backdoors" base_short
+    pairs "$FEW_SEEDS" "$free hypocritical" 'base_larger_eps dhat_fitted'
     shams=
     for poison in $free hypocritical; do
       [[ $poison == label_flip ]] || shams+=" sham_$poison" # it changes no pixel, so that nothing is left of its sham
     done
-    pairs 0 "$FEW_SEEDS" "$shams" 'base dhat'
+    pairs "$FEW_SEEDS" "$shams" 'base dhat'
     ;;
   *) echo "$part: use digits, pilot, study or small" >&2; exit 2 ;;
 esac
-[[ -n $known ]] || { echo "CELLS=$CELLS: no cell is called so" >&2; exit 2; }
+[[ -n $known ]] || { echo "METHODS=$METHODS: no cell is called so" >&2; exit 2; }

@@ -5,30 +5,38 @@
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. The same command goes on where it was
 # stopped, so that it can be done in pieces: `timeout --signal INT 9m benchmarks/strongest/run.sh ...`; also on another
-# machine, since each finished seed leaves a small file in KEPT (../results/strongest/cpu or gpu), and is not trained again
-# as long as that is there. I/N: every N-th seed from the I-th on, for N of these side by side. KEY=VALUE: for all recipes,
-# e.g. runtime.precision=float32 on a CPU without bf16. STUDIES, SEEDS and IMAGES in the environment: which studies (a
-# pattern, such as `mart-*`), how many runs (of the pairs that decide, two more), and test images of each. Then: `dualhead
-# compare OUT/*/*/evaluations/strong`; OUT/answers tells what is kept. `adaptive` beside `strong` holds Square, which needs
-# no gradients and must find nothing new, and for merged heads the attack that knows of them; `autoattack` the whole of
-# that, last, of runs whose folders are here. To choose, HELD_OUT=FOLDER attacks the images that held_out.py put there
-# instead; what it finds lies in `evaluations/held_out`. README.md has the rows that are still to be measured.
+# machine, since each finished seed leaves a small file in KEPT (../results/strongest/cpu or gpu), and is not trained
+# again as long as that is there. I/N: every N-th of the seeds from the I-th on, for N of these side by side. KEY=VALUE:
+# for all recipes, e.g. runtime.precision=float32 on a CPU without bf16. In the environment: METHODS, a pattern of
+# studies (`mart-*`); SEEDS (0 1 2), MORE_SEEDS, further ones of the pairs that decide (3 4); IMAGES, test images of
+# each. Then: `dualhead compare OUT/*/*/evaluations/strong`; OUT/answers tells what is kept. `adaptive` beside `strong`
+# holds Square, which needs no gradients and must find nothing new, and for merged heads the attack that knows of them;
+# `autoattack` the whole of that, last, of runs whose folders are here. To choose, HELD_OUT=FOLDER attacks the images
+# that held_out.py put there instead; what it finds lies in `evaluations/held_out`. README.md has the rows that are
+# still to be measured.
 set -euo pipefail
 scale=$1 data=$2 out=$3 shard=${4:-0/1}
 extra=("${@:5}")
 here=$(dirname "$0")
-: "${STUDIES:=*}" "${SEEDS:=3}" "${IMAGES:=5000}" "${HELD_OUT:=}" "${KEPT:=$here/../results/strongest/$scale}"
+: "${METHODS:=*}" "${SEEDS:=0 1 2}" "${MORE_SEEDS=3 4}" "${IMAGES:=5000}" "${HELD_OUT:=}"
+: "${KEPT:=$here/../results/strongest/$scale}"
 known=
+
+# mine SEEDS: those of them that this process does.
+mine() {
+  local seeds=($1) n
+  for ((n = ${shard%/*}; n < ${#seeds[@]}; n += ${shard#*/})); do echo "${seeds[n]}"; done
+}
 
 # study NAME RECIPE SEEDS HEADS [KEY=VALUE...]: runs of a recipe of this folder, and harder attacks on what each deploys,
 # one head or merged heads.
 study() {
   local name=$1 recipe=$2 seeds=$3 heads=$4 seed
-  [[ $name == $STUDIES ]] || return 0
+  [[ $name == $METHODS ]] || return 0
   known=1
   shift 4
   echo "$name"
-  for ((seed = ${shard%/*}; seed < seeds; seed += ${shard#*/})); do
+  for seed in $(mine "$seeds"); do
     ! is_kept "$name" "$seed" || continue
     trained "$name" "$recipe" "$seed" "$@"
     measured "$name" "$seed" "$heads"
@@ -39,10 +47,10 @@ study() {
 # alike, which the mean and deviation of other training images would not.
 merged() {
   local name=$1 half=$1-half scaled='model.normalize={mean: [0.4914, 0.4822, 0.4465], std: [0.2470, 0.2435, 0.2616]}' seed
-  [[ $name == $STUDIES ]] || return 0
+  [[ $name == $METHODS ]] || return 0
   known=1
   echo "$name"
-  for ((seed = ${shard%/*}; seed < $3; seed += ${shard#*/})); do
+  for seed in $(mine "$3"); do
     ! is_kept "$name" "$seed" || continue
     trained "$half" "$2" $((2 * seed)) "$scaled"
     trained "$half" "$2" $((2 * seed + 1)) "$scaled"
@@ -102,7 +110,7 @@ case $scale in
 esac
 mkdir -p "$out"
 
-pair=$((SEEDS + 2)) # of the pairs whose difference is to be known best
+pair="$SEEDS $MORE_SEEDS" # of the pairs whose difference is to be known best
 study trades-base base "$pair" one
 study trades-distilled distilled "$pair" merged
 study trades-guided guided "$SEEDS" one
@@ -140,8 +148,8 @@ if [[ $scale == cpu ]]; then # `distilled` costs twice what the others do: the b
 fi
 if [[ -z $HELD_OUT ]]; then
   for name in "${finals[@]}"; do
-    [[ $name == $STUDIES ]] || continue
-    for ((seed = ${shard%/*}; seed < SEEDS; seed += ${shard#*/})); do
+    [[ $name == $METHODS ]] || continue
+    for seed in $(mine "$SEEDS"); do
       [[ ! -f $out/$name/seed=$seed/evaluations/autoattack/results.json ]] || continue
       if [[ -d $out/$name/seed=$seed ]]; then
         attacked "$name" "$seed" autoattack +autoattack 1000
@@ -152,44 +160,44 @@ if [[ -z $HELD_OUT ]]; then
     done
   done
 fi
-named() { [[ -n $known ]] || { echo "STUDIES=$STUDIES: no study of this scale is called so" >&2; exit 2; }; }
+named() { [[ -n $known ]] || { echo "METHODS=$METHODS: no study of this scale is called so" >&2; exit 2; }; }
 [[ $scale == cpu ]] || { named; exit 0; }
 
-# What else was tried, and the curve of the base method; one seed each.
-study sat-guided guided 1 one "$(guided sat)" stages.guided.attack.start=uniform
-study mart-guided guided 1 one "$(guided "$mart")"
+# What else was tried, and the curve of the base method; seed 0 each.
+study sat-guided guided 0 one "$(guided sat)" stages.guided.attack.start=uniform
+study mart-guided guided 0 one "$(guided "$mart")"
 for epochs in 20 40 80; do
-  study "trades-base-$epochs" base 1 one "stages.base.epochs=$epochs"
+  study "trades-base-$epochs" base 0 one "stages.base.epochs=$epochs"
 done
 for beta in 1.5 3; do
-  study "trades-base-beta-$beta" base 1 one "stages.base.objective.beta=$beta"
+  study "trades-base-beta-$beta" base 0 one "stages.base.objective.beta=$beta"
 done
 awp='awp={gamma: 0.005, start: 10}'
-study trades-base-awp base 1 one "stages.base.$awp" stages.base.epochs=118
-study trades-base-awp-long base 1 one "stages.base.$awp" stages.base.epochs=236
-study trades-base-cutmix base 1 one "stages.base.cutmix={}"
-study trades-base-smoothing base 1 one stages.base.objective.label_smoothing=0.1
-study trades-base-pairing base 1 one "stages.base.objective={name: logit_pairing, base: {name: trades, beta: 6}}"
-study ikl-base base 1 one stages.base.objective=ikl
-study trades-wide wide 1 one
-study trades-wide-long wide 1 one stages.wide.epochs=176
-study trades-guided-3 guided 1 one "$(guided '{name: trades, beta: 6}' 3)"
-study trades-guided-beta-3 guided 1 one "$(guided '{name: trades, beta: 3}')"
-study trades-guided-awp guided 1 one "stages.guided.$awp" stages.guided.epochs=104
-study trades-distilled-beta-12 distilled 1 merged stages.guided.objective.head1.beta=12
+study trades-base-awp base 0 one "stages.base.$awp" stages.base.epochs=118
+study trades-base-awp-long base 0 one "stages.base.$awp" stages.base.epochs=236
+study trades-base-cutmix base 0 one "stages.base.cutmix={}"
+study trades-base-smoothing base 0 one stages.base.objective.label_smoothing=0.1
+study trades-base-pairing base 0 one "stages.base.objective={name: logit_pairing, base: {name: trades, beta: 6}}"
+study ikl-base base 0 one stages.base.objective=ikl
+study trades-wide wide 0 one
+study trades-wide-long wide 0 one stages.wide.epochs=176
+study trades-guided-3 guided 0 one "$(guided '{name: trades, beta: 6}' 3)"
+study trades-guided-beta-3 guided 0 one "$(guided '{name: trades, beta: 3}')"
+study trades-guided-awp guided 0 one "stages.guided.$awp" stages.guided.epochs=104
+study trades-distilled-beta-12 distilled 0 merged stages.guided.objective.head1.beta=12
 for beta in 3 6; do
-  study "trades-distilled-short-beta-$beta" distilled 1 merged "stages.guided.objective.head1.beta=$beta" \
+  study "trades-distilled-short-beta-$beta" distilled 0 merged "stages.guided.objective.head1.beta=$beta" \
     "${short[@]}"
 done
-study trades-three-short three 1 merged stages.guided.epochs=50 stages.distilled.epochs=47 stages.third.epochs=47
-study trades-ensemble-short ensemble 1 merged "stages.*.epochs=80"
-study trades-distilled-unguided distilled 1 merged "stages.guided.train=[head1]" \
+study trades-three-short three 0 merged stages.guided.epochs=50 stages.distilled.epochs=47 stages.third.epochs=47
+study trades-ensemble-short ensemble 0 merged "stages.*.epochs=80"
+study trades-distilled-unguided distilled 0 merged "stages.guided.train=[head1]" \
   "stages.guided.objective={name: trades, beta: 3}" stages.guided.epochs=160
-study trades-joint joint 1 merged
-study trades-joint-networks joint 1 merged model.attach_at=normalize model.aggregator=mean stages.joint.epochs=80 \
+study trades-joint joint 0 merged
+study trades-joint-networks joint 0 merged model.attach_at=normalize model.aggregator=mean stages.joint.epochs=80 \
   "stages.joint.train=[head1, head2]"
-study trades-joint-distilled joint 1 merged stages.joint.objective.distillation=1
-study trades-joint-diverse joint 1 merged stages.joint.objective.diversity=0.5
-study trades-finetune finetune 1 merged
-study trades-mixed mixed 1 merged
+study trades-joint-distilled joint 0 merged stages.joint.objective.distillation=1
+study trades-joint-diverse joint 0 merged stages.joint.objective.diversity=0.5
+study trades-finetune finetune 0 merged
+study trades-mixed mixed 0 merged
 named

@@ -5,15 +5,15 @@
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. README.md beside it is the protocol.
 # The same command goes on where it was stopped, and tells what is finished in OUT/threats.json. In the environment:
-# STUDIES, a pattern of variants (`sat-*`); SEEDS, how many (3); COST, forward passes for each training image (640);
-# IMAGES, test images (1000); PRECISION=float32 on a CPU without bf16; KEPT, a folder for the finished seeds' accuracies
-# and verdicts, one small file each (../results/threats): a seed that has its file there is not trained again.
-# KEY=VALUE goes to all runs.
+# METHODS, a pattern of variants (`sat-*`); SEEDS (0 1 2); COST, forward passes for each training image (640); IMAGES,
+# test images (1000); PRECISION=float32 on a CPU without bf16; KEPT, a folder for the finished seeds' accuracies and
+# verdicts, one small file each (../results/threats): a seed that has its file there is not trained again. KEY=VALUE
+# goes to all runs.
 set -euo pipefail
 data=$1 out=$2
 extra=("${@:3}")
 here=$(dirname "$0")
-: "${STUDIES:=*}" "${SEEDS:=3}" "${COST:=640}" "${IMAGES:=1000}" "${PRECISION:=bf16}"
+: "${METHODS:=*}" "${SEEDS:=0 1 2}" "${COST:=640}" "${IMAGES:=1000}" "${PRECISION:=bf16}"
 : "${KEPT:=$here/../results/threats}"
 known=
 mkdir -p "$out"
@@ -21,7 +21,7 @@ mkdir -p "$out"
 # study NAME PASSES [KEY=VALUE...]: a variant that costs so many forward passes for each image of an epoch.
 study() {
   local name=$1 passes=$2 run
-  [[ $name == $STUDIES ]] || return 0
+  [[ $name == $METHODS ]] || return 0
   known=1
   shift 2
   [[ ! -f $KEPT/$name/seed=$seed.json ]] || return 0
@@ -37,7 +37,7 @@ study() {
   python "$here/collect.py" tell "$KEPT" "$out/threats.json"
 }
 
-for ((seed = 0; seed < SEEDS; seed++)); do
+for seed in $SEEDS; do
   study sat-linf 13 'threat={norm: Linf, eps: 8/255}'
   study sat-l2 13 'threat={norm: L2, eps: 0.5}'
   study sat-l1 13 'threat={norm: L1, eps: 12}'
@@ -49,4 +49,4 @@ for ((seed = 0; seed < SEEDS; seed++)); do
   study ramp 26 'stages.base.objective=ramp'
 done
 
-[[ -n $known ]] || { echo "STUDIES=$STUDIES: no variant is called so" >&2; exit 2; }
+[[ -n $known ]] || { echo "METHODS=$METHODS: no variant is called so" >&2; exit 2; }

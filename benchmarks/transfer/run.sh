@@ -4,16 +4,17 @@
 #     benchmarks/transfer/run.sh TINY_IMAGENET CIFAR10 OUT [KEY=VALUE...]
 #
 # From the root of the repository, with `dualhead` and its `python` on the path. Cells that decide come first: 2,250
-# images, all methods of one seed before the next. The same command goes on where it was stopped, also on another machine:
-# each finished run leaves a small file, the trunk its weights too, and is not trained again as long as these are there. In
-# the environment: CELLS, a pattern (`tuned-*`); SEEDS (0 1 2); IMAGES, test images of each attack (1000); RATE, by default
-# that which the held-out images chose; PRECISION=float32 on a CPU without bf16; KEPT, a folder for what is kept
-# (../results/transfer). KEY=VALUE goes to all recipes but that of the trunk.
+# images, all methods of one seed before the next. The same command goes on where it was stopped, also on another
+# machine: each finished run leaves a small file, the trunk its weights too, and is not trained again as long as these
+# are there. In the environment: METHODS, a pattern of cells (`tuned-*`); SEEDS (0 1 2); IMAGES, test images of each
+# attack (1000); RATE, by default that which the held-out images chose; PRECISION=float32 on a CPU without bf16; KEPT, a
+# folder for what is kept (../results/transfer). KEY=VALUE goes to all recipes but that of the trunk.
 set -euo pipefail
 source=$1 data=$2 out=$3
 extra=("${@:4}")
 here=$(dirname "$0")
-: "${CELLS:=*}" "${SEEDS:=0 1 2}" "${IMAGES:=1000}" "${RATE:=}" "${PRECISION:=bf16}" "${KEPT:=$here/../results/transfer}"
+: "${METHODS:=*}" "${SEEDS:=0 1 2}" "${IMAGES:=1000}" "${RATE:=}" "${PRECISION:=bf16}"
+: "${KEPT:=$here/../results/transfer}"
 known=
 mkdir -p "$out"
 
@@ -32,7 +33,7 @@ pretrained() {
 # cell NAME SEED RECIPE [KEY=VALUE...]: one run, and the small file that stays of it; a choice sees no test image.
 cell() {
   local name=$1 seed=$2 recipe=$3 run=$out/$1/seed=$2 kept=$KEPT/$1/seed=$2.json found=()
-  [[ $name == $CELLS ]] || return 0
+  [[ $name == $METHODS ]] || return 0
   known=1
   [[ ! -f $kept ]] || return 0
   echo "$name seed $seed"
@@ -78,7 +79,7 @@ pretrained 0
 if [[ -z $RATE ]]; then
   for rate in 0.1 0.03 0.01; do
     mapfile -t from < <(start base 0 "$rate")
-    CELLS='*' cell "rate-$rate" 100 base data.train_limit=3250 "${from[@]}" stages.base.epochs=64
+    METHODS='*' cell "rate-$rate" 100 base data.train_limit=3250 "${from[@]}" stages.base.epochs=64
   done
   RATE=$(python "$here/collect.py" rate "$KEPT")
 fi
@@ -90,4 +91,4 @@ done
 for seed in $SEEDS; do size 500 128 990 54 64 72 80 48 12; done
 for seed in $SEEDS; do size 9000 17 65 8 7 9 10 6 2; done
 
-[[ -n $known ]] || { echo "CELLS=$CELLS: no cell is called so" >&2; exit 2; }
+[[ -n $known ]] || { echo "METHODS=$METHODS: no cell is called so" >&2; exit 2; }

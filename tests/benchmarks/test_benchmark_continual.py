@@ -31,7 +31,7 @@ LAST = [
 
 
 def asked_of(folder, **environment):
-    asked = {"SEEDS": "1", **environment}
+    asked = {"SEEDS": "0", **environment}
     return studies.asked_of("benchmarks/continual/run.sh", folder, str(folder), str(folder / "out"), **asked)
 
 
@@ -59,8 +59,6 @@ def test_every_method_has_a_recipe_and_what_is_kept_is_not_trained_again(tmp_pat
         (tmp_path / f"out/forward/{run}/seed=0/report.html").unlink()
     _, again = asked_of(tmp_path)
     assert trained(again) == ["forward/first", "forward/lwf"]  # on another machine the first stage is not there
-    ended, _ = asked_of(tmp_path, METHODS="nothing")
-    assert ended.returncode == 2
 
 
 @pytest.fixture(scope="module")

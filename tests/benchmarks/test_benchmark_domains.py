@@ -16,7 +16,7 @@ from helpers.studies import ROOT, after, made_run, measured, module_of, recipe_o
 
 
 def asked_of(folder, **environment):
-    asked = {"SEEDS": "2", **environment}
+    asked = {"SEEDS": "3 4", **environment}
     return studies.asked_of("benchmarks/domains/run.sh", folder, "DATA", str(folder / "out"), **asked)
 
 
@@ -46,11 +46,8 @@ def test_every_variant_has_a_recipe_of_equal_cost_and_is_measured_as_what_it_is(
         routes = [w for w in measured if f"/{name}/" in w[1] and "--routes" in w]
         assert bool(routes) == (recipe.model.tied is not None), name
     (tmp_path / "kept/dual/seed=4.json").unlink()
-    ended, again = asked_of(tmp_path, STUDIES="dual*")
+    _, again = asked_of(tmp_path, METHODS="dual*")
     assert [after("--run-dir", words) for words in again if words[0] == "train"] == [str(tmp_path / "out/dual/seed=4")]
-    ended, _ = asked_of(tmp_path, STUDIES="nothing")
-    assert ended.returncode == 2
-    assert "no variant is called so" in ended.stderr
 
 
 def found(seeds, images):
@@ -189,7 +186,7 @@ def test_more_classes_are_told_by_shares_of_what_trades_reaches(tmp_path, monkey
 def test_all_numbers_of_classes_have_as_many_images_and_methods_cost_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     ended, asked = studies.asked_of(
-        "benchmarks/domains/classes.sh", tmp_path, "DATA", str(tmp_path / "out"), SEEDS="1", CLASSES="20 200"
+        "benchmarks/domains/classes.sh", tmp_path, "DATA", str(tmp_path / "out"), SEEDS="0", CLASSES="20 200"
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     passes = {"trades": 11, "aligned": 10, "one_head": 10}
@@ -200,6 +197,6 @@ def test_all_numbers_of_classes_have_as_many_images_and_methods_cost_the_same(tm
         (stage,) = load_recipe(words[1]).stages
         assert stage.epochs * passes[method] == 220
     _, again = studies.asked_of(
-        "benchmarks/domains/classes.sh", tmp_path, "DATA", str(tmp_path / "out"), SEEDS="1", CLASSES="20 200"
+        "benchmarks/domains/classes.sh", tmp_path, "DATA", str(tmp_path / "out"), SEEDS="0", CLASSES="20 200"
     )
     assert again == []

@@ -33,14 +33,14 @@ def test_every_run_is_trained_once_and_measured_as_the_protocol_says(tmp_path):
 
 def test_larger_images_are_asked_for_by_their_folders(tmp_path):
     folders = {"CIFAR10": "cifar", "STARTS": "starts", "FASHION": "fashion"}
-    asked = asked_of(tmp_path, SEEDS="0", STUDIES="[cf]*-*", **folders)
+    asked = asked_of(tmp_path, SEEDS="0", METHODS="[cf]*-*", **folders)
     trained = {words[1] for words in asked if words[0] == "train"}
     assert trained == {
         "benchmarks/generation/cifar10.yaml", "benchmarks/generation/cifar10_continued.yaml", "fashion_dat",
     }  # fmt: skip
     assert all(any(word == f"data.source={folders['FASHION']}" for word in words) for words in asked
                if words[:2] == ["train", "fashion_dat"])  # fmt: skip
-    assert asked_of(tmp_path, SEEDS="0", STUDIES="[cf]*-*", **folders) == []
+    assert asked_of(tmp_path, SEEDS="0", METHODS="[cf]*-*", **folders) == []
 
 
 def test_the_control_of_cifar10_differs_by_the_energy_alone(monkeypatch):

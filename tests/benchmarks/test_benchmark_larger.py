@@ -55,8 +55,6 @@ def test_it_goes_on_from_what_is_kept(tmp_path):
     (tmp_path / "kept").rename(other / "kept")
     _, asked = run_of(other)
     assert list(trained(asked)) == ["stem-guided/seed=2"]
-    ended, _ = run_of(other, CELLS="nothing")
-    assert (ended.returncode, ended.stderr.strip()) == (2, "CELLS=nothing: no cell is called so")
 
 
 def test_the_line_is_that_of_least_squares_and_its_interval_that_of_welch(collect):

@@ -31,7 +31,7 @@ def trained_by(asked):
 @pytest.mark.parametrize("part", ["study", "small"])
 def test_every_cell_has_a_recipe_and_is_measured_as_the_answer_needs(tmp_path, monkeypatch, collect, part):
     monkeypatch.chdir(ROOT)
-    ended, asked = asked_of(tmp_path, part, SEEDS="2", MORE_SEEDS="3")
+    ended, asked = asked_of(tmp_path, part, SEEDS="0 1", MORE_SEEDS="2")
     assert (ended.returncode, ended.stderr) == (0, "")
     trained = trained_by(asked)
     order = list(trained)
@@ -86,7 +86,7 @@ def test_every_cell_has_a_recipe_and_is_measured_as_the_answer_needs(tmp_path, m
 
 
 def test_a_finished_seed_is_not_trained_again(tmp_path):
-    cells = {"CELLS": "*-patch", "SEEDS": "1", "MORE_SEEDS": "1"}
+    cells = {"METHODS": "*-patch", "SEEDS": "0"}
     _, first = asked_of(tmp_path, "small", **cells)
     names = list(trained_by(first))
     assert names == [f"{m}-patch/seed=0" for m in ("natural", "base", "dhat", "base_long", "distilled", "base_short")]
@@ -96,15 +96,12 @@ def test_a_finished_seed_is_not_trained_again(tmp_path):
     assert [words[1:] for words in again if words[0].endswith("collect.py")][-1] == [
         "tell", str(tmp_path / "kept"), str(tmp_path / "kept.json"),
     ]  # fmt: skip
-    ended, _ = asked_of(tmp_path, "small", CELLS="nothing")
-    assert ended.returncode == 2
-    assert "no cell is called so" in ended.stderr
 
 
 @pytest.mark.parametrize("part", ["digits", "pilot"])
 def test_every_other_part_has_recipes_too(tmp_path, monkeypatch, part):
     monkeypatch.chdir(ROOT)
-    ended, asked = asked_of(tmp_path, part, SEEDS="1", MORE_SEEDS="1")
+    ended, asked = asked_of(tmp_path, part, SEEDS="0")
     assert (ended.returncode, ended.stderr) == (0, "")
     for words in trained_by(asked).values():
         load_recipe(words[1], words[4 : words.index("--quiet")])

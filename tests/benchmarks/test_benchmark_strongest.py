@@ -65,7 +65,7 @@ def test_every_run_has_a_recipe_and_harder_attacks(scale, studies, tmp_path, mon
 @pytest.mark.parametrize("scale", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def test_what_is_compared_costs_the_same(scale, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, asked = asked_of(scale, tmp_path, SEEDS="1")
+    _, asked = asked_of(scale, tmp_path, SEEDS="0", MORE_SEEDS="")
     recipes = {run_of(words).parent.name: recipe_of(words) for words in asked if words[0] == "train"}
     for method in ("trades", "sat", "mart"):
         base, long = (
@@ -98,7 +98,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
 
 
 def test_it_goes_on_elsewhere_from_what_was_kept(tmp_path):
-    chosen = {"STUDIES": "@(trades-ensemble|mart-distilled|trades-guided-merged)"}
+    chosen = {"METHODS": "@(trades-ensemble|mart-distilled|trades-guided-merged)"}
     asked_of("cpu", tmp_path / "here", **chosen)
     (tmp_path / "there").mkdir()
     (tmp_path / "here/kept").rename(tmp_path / "there/kept")
@@ -111,11 +111,11 @@ def test_it_goes_on_elsewhere_from_what_was_kept(tmp_path):
 
 
 def test_a_pattern_chooses_studies(tmp_path):
-    _, asked = asked_of("cpu", tmp_path, STUDIES="mart-d*", SEEDS="1")
+    _, asked = asked_of("cpu", tmp_path, METHODS="mart-d*", SEEDS="0", MORE_SEEDS="")
     trained = {run_of(words).parent.name for words in asked if words[0] == "train"}
     assert trained == {"mart-distilled", "mart-dhat", "mart-distilled-short"}
     assert {Path(words[1]).parent.name for words in asked if words[0] == "evaluate"} == trained
-    _, asked = asked_of("cpu", tmp_path, STUDIES="trades-distilled", SEEDS="1")
+    _, asked = asked_of("cpu", tmp_path, METHODS="trades-distilled", SEEDS="0", MORE_SEEDS="")
     found = {Path(after("--output", words)).name for words in asked if words[0] == "evaluate"}
     assert found == {"strong", "adaptive", "autoattack"}
 
@@ -132,22 +132,22 @@ def test_shards_share_the_seeds(tmp_path):
 
 
 def test_held_out_images_are_attacked_in_place_of_test_images(tmp_path):
-    _, asked = asked_of("cpu", tmp_path, HELD_OUT="HELD", SEEDS="1")
+    _, asked = asked_of("cpu", tmp_path, HELD_OUT="HELD", SEEDS="0", MORE_SEEDS="")
     attacked = [words for words in asked if words[0] == "evaluate"]
     assert {after("--data", words) for words in attacked} == {"HELD"}
     assert {Path(after("--output", words)).name for words in attacked} == {"held_out"}
     assert not (tmp_path / "kept").exists()
-    _, asked = asked_of("gpu", tmp_path, SEEDS="1")
+    _, asked = asked_of("gpu", tmp_path, SEEDS="0", MORE_SEEDS="")
     assert {after("--data", words) for words in asked if words[0] == "evaluate"} == {"DATA"}
 
 
 def test_what_would_mislead_is_refused(tmp_path):
     for scale, environment, told in (
         ("gpu", {"HELD_OUT": "HELD"}, "HELD_OUT: the recipes for a GPU train on those images"),
-        ("cpu", {"STUDIES": "trades-bse"}, "STUDIES=trades-bse: no study of this scale is called so"),
-        ("gpu", {"STUDIES": "trades-three"}, "STUDIES=trades-three: no study of this scale is called so"),
+        ("cpu", {"METHODS": "trades-bse"}, "METHODS=trades-bse: no study of this scale is called so"),
+        ("gpu", {"METHODS": "trades-three"}, "METHODS=trades-three: no study of this scale is called so"),
     ):
-        ended, asked = asked_of(scale, tmp_path, SEEDS="1", **environment)
+        ended, asked = asked_of(scale, tmp_path, SEEDS="0", MORE_SEEDS="", **environment)
         assert (ended.returncode, ended.stderr.strip(), asked) == (2, told, [])
 
 

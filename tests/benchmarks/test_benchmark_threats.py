@@ -14,7 +14,7 @@ PASSES = {"sat": 13, "any_of": 13, "avg": 39, "msd": 28, "ramp": 26}
 
 def asked_of(folder, **environment):
     return studies.asked_of(
-        "benchmarks/threats/run.sh", folder, "DATA", str(folder / "out"), **{"SEEDS": "1", **environment}
+        "benchmarks/threats/run.sh", folder, "DATA", str(folder / "out"), **{"SEEDS": "0", **environment}
     )
 
 
@@ -33,8 +33,6 @@ def test_every_variant_costs_the_same_and_nothing_is_done_twice(tmp_path):
         assert stage.epochs * passes == pytest.approx(640, rel=0.03), name
     _, again = asked_of(tmp_path)
     assert again == []
-    ended, _ = asked_of(tmp_path, STUDIES="nothing")
-    assert ended.returncode == 2
 
 
 @pytest.fixture(scope="module")

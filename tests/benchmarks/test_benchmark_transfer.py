@@ -83,7 +83,7 @@ def test_the_trunk_fits_every_method(tmp_path, monkeypatch):
     labels = {f"y_{part}": np.arange(40) % 10 for part in ("train", "test")}
     np.savez(tmp_path / "few.npz", **images, **labels)
     few = [f"data.source={tmp_path / 'few.npz'}", "data.validation=10", "data.train_limit=40"]
-    _, asked = run_of(tmp_path, CELLS="*-500")
+    _, asked = run_of(tmp_path, METHODS="*-500")
     for name in ("tuned", "distilled", "dhat-thawed", "dhat-frozen"):
         words = trained(asked)[f"{name}-500/seed=0"]
         recipe = load_recipe(words[1], [*words[2 : words.index("--run-dir")], *few])
@@ -105,12 +105,10 @@ def test_it_goes_on_from_what_is_kept_the_trunk_too(tmp_path):
     (words,) = trained(asked).values()
     assert after("--run-dir", words).endswith("/distilled-500/seed=0")
     assert f"stages.guided.init={other}/kept/trunk/seed=0" in words
-    ended, _ = run_of(other, CELLS="nothing")
-    assert (ended.returncode, ended.stderr.strip()) == (2, "CELLS=nothing: no cell is called so")
 
 
 def test_a_rate_that_is_given_is_not_chosen(tmp_path):
-    _, asked = run_of(tmp_path, RATE="0.02", CELLS="tuned-500")
+    _, asked = run_of(tmp_path, RATE="0.02", METHODS="tuned-500")
     assert list(trained(asked)) == ["trunk/seed=0", "tuned-500/seed=0"]
     assert "stages.*.optimiser.lr=0.02" in trained(asked)["tuned-500/seed=0"]
 

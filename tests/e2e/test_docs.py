@@ -26,7 +26,7 @@ CANNOT = {
     "benchmarks/strongest/run.sh": "hours of training; what it asks for is tested in test_benchmark_strongest",
     "dualhead demo": "trains for minutes; tests/commands/test_demo.py runs it in short",
     "python benchmarks/": "a measurement of its own; its arguments are tested beside it",
-    "'STUDIES=": "hours of training; what benchmarks/strongest/run.sh asks for is tested in test_benchmark_strongest",
+    "'METHODS=": "hours of training; what benchmarks/strongest/run.sh asks for is tested in test_benchmark_strongest",
     "dualhead compare 'runs/strongest/": "of what those hours leave",
     "dualhead evaluate runs/strongest/": "of what those hours leave",
     "python tools/": "makes files of the repository anew",
