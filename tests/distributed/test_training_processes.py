@@ -97,7 +97,7 @@ def alone(tmp_path_factory):
             [
                 network("plain"),
                 "stages.main_head.objective={name: test_energy, every: 2, longest: 2}",
-                "stages.second_head.objective={name: test_lwf}",
+                "stages.second_head.objective={name: lwf}",
                 "evaluate.gallery=0",
             ],
             marks=pytest.mark.slow,

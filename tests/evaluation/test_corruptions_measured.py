@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import nn
 
 import dualhead
 from dualhead.commands.compare import read_entries, standings
@@ -18,17 +17,11 @@ from dualhead.evaluation import Measurement, compare
 from dualhead.report import write_report
 from dualhead.report.comparison import as_records, difference_table
 from dualhead.report.sources import read_sources
+from helpers.evaluation import Bright
 
 THREAT = dualhead.ThreatModel("Linf", 8 / 255)
 X = (torch.rand(10, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
 Y = torch.arange(10) % 2
-
-
-class Bright(nn.Module):
-    """Class 1 for bright images."""
-
-    def forward(self, x):
-        return torch.stack([x.new_full((len(x),), 0.5), x.mean((1, 2, 3))], 1)
 
 
 def measure(attacks=("corruptions",), **options):

@@ -6,13 +6,13 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import dualhead
 from dualhead.commands.compare import read_entries, standings
 from dualhead.errors import UserError
 from dualhead.recipe import load_recipe, parse_recipe
 from helpers.e2e import dualhead as command
+from helpers.evaluation import Bright
 from helpers.plugins import nothing_from_outside
 
 DUSK = '''
@@ -39,13 +39,6 @@ class Dusk(Measurement):
     def facts(self, image_shape):
         return {{"name": "images at dusk", "step": self.step}}
 '''
-
-
-class Bright(nn.Module):
-    """Class 1 for bright images."""
-
-    def forward(self, x):
-        return torch.stack([x.new_full((len(x),), 0.5), x.mean((1, 2, 3))], 1)
 
 
 X = torch.full((8, 1, 4, 4), 200, dtype=torch.uint8)

@@ -9,12 +9,11 @@ from typing import Annotated
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Size, Tensor, nn
 
-from dualhead.attacks import Attack, attacks
+from dualhead.attacks import attacks
 from dualhead.components.sections import component
 from dualhead.data import Stream, streams
 from dualhead.objectives import (
     ATTACKED,
-    BEFORE,
     Around,
     Features,
     Inner,
@@ -25,12 +24,11 @@ from dualhead.objectives import (
     Seen,
     objectives,
 )
-from dualhead.objectives.base import kl_divergence, under
 from dualhead.objectives.hybrid import Hybrid
 from dualhead.objectives.sat import SAT
 from dualhead.threats import ThreatModel
 
-HYBRID, SAT_ALONE, SHORT = Hybrid(0.5, clean="head1", robust="head2"), SAT(), attacks.build("pgd-3")
+HYBRID, SAT_ALONE = Hybrid(0.5, clean="head1", robust="head2"), SAT()
 
 
 class Predictor(nn.Sequential):
@@ -64,81 +62,6 @@ class Align(Around):
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         apart = 1.0 - F.cosine_similarity(seen["v"], seen["u"].mean((2, 3)).detach()).mean()
         return LossTerms.sum_of(**self.base.loss(y, seen).terms, alignment=self.weight * apart)
-
-
-@objectives.register("test_lwf")
-@dataclass(frozen=True)
-class WithoutForgetting(Around):
-    """What the network said before the stage stays near (Li and Hoiem 2016), on attacked images."""
-
-    base: Annotated[Objective, *component(objectives)] = SAT_ALONE
-    weight: float = 2.0
-
-    def needs(self) -> Mapping[str, Need]:
-        return {**self.base.needs(), "was": Logits("old", on=ATTACKED), "now": Logits(on=ATTACKED)}
-
-    def teachers(self) -> Mapping[str, str]:
-        return {"old": BEFORE}
-
-    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
-        kept = kl_divergence(seen["was"], seen["now"]).mean()
-        return LossTerms.sum_of(**self.base.loss(y, seen).terms, kept=self.weight * kept)
-
-
-@objectives.register("test_alr")
-@dataclass(frozen=True)
-class LogitRegularised(Around):
-    """A second inner maximisation: how far logits can be moved (ALR of Dai et al. 2025)."""
-
-    base: Annotated[Objective, *component(objectives)] = SAT_ALONE
-    weight: float = 0.5
-    attack: Annotated[Attack, *component(attacks)] = SHORT
-
-    def needs(self) -> Mapping[str, Need]:
-        return {"z": Logits(), **self.base.needs(), "far": Logits(on="far")}
-
-    def inner(self) -> Mapping[str, Inner]:
-        def moved(y: Tensor, seen: Seen) -> Tensor:
-            return (seen["far"] - seen["z"]).square().sum(1)
-
-        return {**self.base.inner(), "far": Inner(moved, ("far", "z"), attack=self.attack)}
-
-    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
-        moved = (seen["far"] - seen["z"]).square().sum(1).mean()
-        return LossTerms.sum_of(**self.base.loss(y, seen).terms, moved=self.weight * moved)
-
-
-@objectives.register("test_avg")
-@dataclass(frozen=True)
-class Averaged(Objective):
-    """The mean of a base method's loss over two threats (AVG of Tramer and Boneh 2019)."""
-
-    base: Annotated[Objective, *component(objectives)] = SAT_ALONE
-
-    def _threats(self) -> Mapping[str, ThreatModel]:
-        return {"linf": ThreatModel("Linf", 8 / 255), "l2": ThreatModel("L2", 0.5)}
-
-    def needs(self) -> Mapping[str, Need]:
-        return {
-            f"{name}.{need}": replace(what, on=name) if what.on == ATTACKED else what
-            for name in self._threats()
-            for need, what in self.base.needs().items()
-        }
-
-    def inner(self) -> Mapping[str, Inner]:
-        inner, attack = self.base.inner()[ATTACKED], attacks.build("pgd-4")
-        return {
-            name: Inner(
-                lambda y, seen, name=name: inner.loss(y, under(name, seen)), [f"{name}.{need}" for need in inner.uses],
-                attack=attack, threat=threat,
-            )
-            for name, threat in self._threats().items()
-        }  # fmt: skip
-
-    def loss(self, y: Tensor, seen: Seen) -> LossTerms:
-        each = {name: self.base.loss(y, under(name, seen)).terms for name in self._threats()}
-        terms = {f"{name}_{term}": value / len(each) for name, own in each.items() for term, value in own.items()}
-        return LossTerms.sum_of(**terms)
 
 
 @objectives.register("test_energy")
@@ -189,5 +112,5 @@ class Energy(Around):
         return terms.with_figures(gap=(real - made).detach().mean())
 
 
-METHODS: Sequence[str] = ("test_align", "test_lwf", "test_alr", "test_avg", "test_energy")
+METHODS: Sequence[str] = ("test_align", "test_energy")
 """Names under which they are registered."""

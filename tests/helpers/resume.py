@@ -6,17 +6,20 @@ import hashlib
 import json
 import multiprocessing
 import random
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from dualhead.errors import Interrupted
+from dualhead.recipe import parse_recipe
 from dualhead.recipe.schema import Recipe
 from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.folder import taken
 from dualhead.runs.prepare import prepare
+from dualhead.runs.run import train
 from dualhead.runs.stages import train_stages
 from dualhead.training import Silent
 
@@ -84,6 +87,42 @@ def in_spite_of(
         else:
             assert process.exitcode == 0, f"the process ended by itself, with status {process.exitcode}"
             return killed
+
+
+def _run_in_process(folder: str, content: Mapping[str, object]) -> None:
+    torch.set_num_threads(1)
+    train(parse_recipe(content), run_dir=folder)
+
+
+def run_in_spite_of(kills: int, content: Mapping[str, object], folder: Path) -> int:
+    """Kill a process that runs a recipe after it has left another file, again and again; how often it was killed.
+
+    Args:
+        kills: at most so often; then the process is left to end.
+        content: of the recipe, which should save often.
+        folder: of the run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dualhead.runs.run"])
+    moments, killed = random.Random(1), 0
+
+    def files() -> int:
+        return sum(1 for _ in folder.rglob("*") if _.is_file()) if folder.is_dir() else 0
+
+    while True:
+        before = files()
+        process = context.Process(target=_run_in_process, args=(str(folder), content))
+        process.start()
+        while killed < kills and process.exitcode is None and files() == before:
+            time.sleep(0.01)
+        if killed < kills:
+            time.sleep(moments.random() * 0.6)
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return killed
+        assert process.exitcode == -signal.SIGKILL, f"the process ended by itself, with status {process.exitcode}"
+        killed += 1
 
 
 def outcome(folder: Path) -> dict[str, object]:

@@ -45,7 +45,7 @@ METHODS = {
     "energy": ({"name": "test_energy", "every": 3, "longest": 3}, ["trunk", "head1"]),
     "dat": ({"name": "energy", "auc": 0.5, "every": 3, "max_steps": 3}, ["trunk", "head1"]),
     "align": ({"name": "test_align"}, ["trunk", "head1", "head2"]),
-    "lwf": ({"name": "test_lwf"}, ["trunk", "head1"]),
+    "lwf": ({"name": "lwf"}, ["trunk", "head1"]),
 }
 SETTINGS = {"dat": {"batch_norm": "frozen", "average": {"name": "ema", "decay": 0.9}}}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import shutil
-import time
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from dualhead.recipe import parse_recipe
 from dualhead.runs.run import train
 from dualhead.saving import export, export_onnx, load
 from helpers.e2e import dualhead
-from helpers.resume import outcome
+from helpers.resume import outcome, run_in_spite_of
 
 ATTACK = {"name": "pgd", "steps": 2}
 
@@ -141,37 +139,12 @@ def test_where_no_attack_knows_of_heads_routers_meet_those_of_their_own(undistur
     assert [[attack.label for attack in attacks] for attacks in asked] == [["pgd-2", "multihead"], ["pgd-2"]]
 
 
-def in_a_process(folder):
-    torch.set_num_threads(1)
-    settings = {**EVERYTHING["runtime"], "save_minutes": 1e-9}
-    train(recipe(runtime=settings), run_dir=folder)
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments(undisturbed, tmp_path):
     """kill -9 while it trains a router or measures."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dualhead.runs.run"])
-    moments, killed, folder = random.Random(1), 0, tmp_path / "run"
-
-    def files():
-        return sum(1 for _ in folder.rglob("*") if _.is_file()) if folder.is_dir() else 0
-
-    while True:
-        before = files()
-        process = context.Process(target=in_a_process, args=(str(folder),))
-        process.start()
-        while killed < 6 and process.exitcode is None and files() == before:
-            time.sleep(0.01)  # until it has done something
-        if killed < 6:
-            time.sleep(moments.random() * 0.6)
-            process.kill()
-        process.join()
-        if process.exitcode == 0:
-            break
-        killed += 1
-    assert killed >= 3
-    assert told(folder) == told(undisturbed)
+    content = {**EVERYTHING, "runtime": {**EVERYTHING["runtime"], "save_minutes": 1e-9}}
+    assert run_in_spite_of(6, content, tmp_path / "run") >= 3
+    assert told(tmp_path / "run") == told(undisturbed)
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
+from torch.linalg import vector_norm
 
 from dualhead.attacks import attacks
 from dualhead.attacks.base import slope
 from dualhead.data import StreamImages
 from dualhead.errors import UserError
 from dualhead.heads import attach_second_head
-from dualhead.objectives import Features, Logits, objectives
+from dualhead.objectives import Features, Logits
 from dualhead.objectives.base import kl_divergence
 from dualhead.system.arithmetic import FLOAT32
 from dualhead.system.modes import in_eval_mode
 from dualhead.threats import ThreatModel
 from dualhead.training import Passes
 from dualhead.training.step import TrainingStep
-from helpers.new_methods import Energy, Predictor
+from helpers.new_methods import Predictor
 from helpers.training import THREAT, batch, dual_model, plain_model, stage_of, streams_of
 
 EVERY = ("trunk", "head1", "head2")
@@ -110,23 +111,30 @@ def test_alignment_of_features_with_a_predictor_and_stopped_gradient(layer):
     )
 
 
+LWF = {"name": "lwf", "weight": 0.5}
+ALR = {"name": "alr", "weight": 0.5, "attack": "pgd-3"}
+AVG = {"name": "avg", "among": ["Linf:8/255", {"norm": "L2", "eps": 0.5, "attack": "pgd-4"}]}
+ENERGY = {"name": "test_energy"}
+
+
 def test_learning_without_forgetting():
     model, data, old = plain_model(), batch(0), plain_model(seed=5).eval()
-    stage = stage_of("test_lwf", ("model",))
-    found, _, gradients, _ = ours(model, stage, data, teachers={"old": copy.deepcopy(old)})
+    stage = stage_of(LWF, ("model",))
+    found, _, gradients, _ = ours(model, stage, data, teachers={"before": copy.deepcopy(old)})
     hand = Hand(model, stage)
     net = hand.model.train()
     x_adv = hand.attack(lambda x: cross_entropies(net(x), data.y), data.x, streams=streams_of(data))
+    q, p = net(x_adv), net(data.x)
     with torch.no_grad():
-        was = old(x_adv)
-    now = net(x_adv)
-    by_hand = hand.descend(F.cross_entropy(now, data.y) + 2.0 * kl_divergence(was, now).mean())
+        before = old(data.x), old(x_adv)
+    kept = [kl_divergence(was / 2, now / 2).mean() for was, now in zip(before, (p, q), strict=True)]
+    by_hand = hand.descend(F.cross_entropy(q, data.y) + 0.5 * 2 * 2 * torch.stack(kept).mean())
     assert_same(found, gradients, net, by_hand)
 
 
 def test_a_second_inner_maximisation():
     model, data = plain_model(), batch(0)
-    stage = stage_of("test_alr", ("model",))
+    stage = stage_of(ALR, ("model",))
     found, _, gradients, _ = ours(model, stage, data)
     hand = Hand(model, stage)
     net, noise = hand.model.train(), streams_of(data)
@@ -134,25 +142,26 @@ def test_a_second_inner_maximisation():
     with torch.no_grad(), in_eval_mode(net):
         target = net(data.x)
     far = hand.attack(
-        lambda x: (net(x) - target).square().sum(1), data.x, attacks.build("pgd-3"), streams=noise.fork("far")
+        lambda x: vector_norm(net(x) - target, dim=1), data.x, attacks.build("pgd-3"), streams=noise.fork("far")
     )
-    z, q, moved = net(data.x), net(x_adv), net(far)
-    loss = F.cross_entropy(q, data.y) + 0.5 * (moved - z).square().sum(1).mean()
+    z, moved, q = net(data.x), net(far), net(x_adv)
+    loss = F.cross_entropy(q, data.y) + 0.5 * vector_norm(moved - z, dim=1).mean()
     assert_same(found, gradients, net, hand.descend(loss))
 
 
 def test_the_mean_over_two_threats():
     model, data = plain_model(), batch(0)
-    stage = stage_of("test_avg", ("model",))
+    stage = stage_of(AVG, ("model",))
     found, _, gradients, _ = ours(model, stage, data)
     hand = Hand(model, stage)
-    net, noise, attack = hand.model.train(), streams_of(data), attacks.build("pgd-4")
+    net, noise = hand.model.train(), streams_of(data)
 
-    def attacked(name, threat):
-        return hand.attack(lambda x: cross_entropies(net(x), data.y), data.x, attack, threat, streams=noise.fork(name))
+    def attacked(attack, threat, streams):
+        return hand.attack(lambda x: cross_entropies(net(x), data.y), data.x, attack, threat, streams)
 
-    first, second = attacked("linf", LINF), attacked("l2", L2)
-    loss = F.cross_entropy(net(first), data.y) / 2 + F.cross_entropy(net(second), data.y) / 2
+    first = attacked(stage.attack, LINF, noise)
+    second = attacked(attacks.build("pgd-4"), L2, noise.fork("attacked2"))
+    loss = (F.cross_entropy(net(first), data.y) + F.cross_entropy(net(second), data.y)) / 2
     assert_same(found, gradients, net, hand.descend(loss))
 
 
@@ -423,8 +432,8 @@ def test_ikl_is_refused_with_micro_batches():
     stage_of("ikl", ("model",), micro_batch=128)
 
 
-@pytest.mark.parametrize("name", ["test_lwf", "test_alr", "test_avg", "test_energy"])
-def test_pieces_and_lanes_train_what_the_whole_batch_does(name):
+@pytest.mark.parametrize("objective", [LWF, ALR, AVG, ENERGY], ids=lambda objective: objective["name"])
+def test_pieces_and_lanes_train_what_the_whole_batch_does(objective):
     """In eval mode all that an image needs is its own; so all but batch norm's statistics are those of the batch."""
     model = plain_model().double().float()
     for module in model.modules():
@@ -433,12 +442,12 @@ def test_pieces_and_lanes_train_what_the_whole_batch_does(name):
             module.train = lambda mode=True, module=module: module  # statistics are constants
     data, real = batch(0, 32), batch(1, 32)
     seeds = streams_of(data).fork("seeds").uniform(3, 12, 12)
-    further = {"real": StreamImages(real.x, real.y), "seeds": StreamImages(seeds)} if name == "test_energy" else {}
+    further = {"real": StreamImages(real.x, real.y), "seeds": StreamImages(seeds)} if objective is ENERGY else {}
     weights = []
     for micro, count in ((None, 1), (16, 1), (None, 2)):
         copied = copy.deepcopy(model)
-        stage = stage_of(name, ("model",), micro_batch=micro, attack="pgd-2")
-        teachers = {"old": plain_model(seed=5).eval()} if name == "test_lwf" else {}
+        stage = stage_of(objective, ("model",), micro_batch=micro, attack="pgd-2")
+        teachers = {"before": plain_model(seed=5).eval()} if objective is LWF else {}
         passes = Passes.of(copied, stage, teachers=teachers)
         arithmetic = type(FLOAT32)(bf16=False, lanes=count)
         step = TrainingStep(passes, stage, THREAT, stage.optimiser.create(passes.parameters()), arithmetic)
@@ -447,7 +456,3 @@ def test_pieces_and_lanes_train_what_the_whole_batch_does(name):
         weights.append(torch.cat([p.detach().flatten() for p in copied.parameters()]))
     for other in weights[1:]:
         assert torch.allclose(weights[0], other, atol=2e-5)
-
-
-def test_registered_for_tests():
-    assert isinstance(objectives.build("test_energy"), Energy)
