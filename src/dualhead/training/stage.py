@@ -127,16 +127,6 @@ class Stage(Section):
                 raise UserError(
                     f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
                 )
-        if self.free is not None and set(inner) != {ATTACKED}:
-            has = "has none" if not inner else f"has {', '.join(inner)}"
-            raise UserError(f"free moves attacked images, and objective {self.objective.registered_name!r} {has}")
-        if self.free is not None and any(each.attack is not None or each.threat is not None for each in inner.values()):
-            raise UserError(
-                f"free moves images within the stage's threat, and objective {self.objective.registered_name!r} attacks "
-                "in its own way"
-            )
-        if self.free is not None and self.awp is not None:
-            raise UserError("free takes one backward pass for all, and awp needs one of its own; choose one of them")
         if self.micro_batch is not None and self.micro_batch < self.batch_size and not self.objective.per_image:
             raise UserError(
                 f"micro_batch: the loss of {self.objective.registered_name!r} is another one for pieces of a batch; "
@@ -149,6 +139,22 @@ class Stage(Section):
         if len(set(self.train)) != len(self.train):
             raise UserError(f"train names a part twice: {', '.join(self.train)}")
         self.check_parts()
+        return self
+
+    @model_validator(mode="after")
+    def _free_fits(self) -> Self:
+        if self.free is None:
+            return self
+        inner, name = self.objective.inner(), self.objective.registered_name
+        if set(inner) != {ATTACKED}:
+            has = "has none" if not inner else f"has {', '.join(inner)}"
+            raise UserError(f"free moves attacked images, and objective {name!r} {has}")
+        if any(each.attack is not None or each.threat is not None for each in inner.values()):
+            raise UserError(
+                f"free moves images within the stage's threat, and objective {name!r} attacks in its own way"
+            )
+        if self.awp is not None:
+            raise UserError("free takes one backward pass for all, and awp needs one of its own; choose one of them")
         return self
 
     @model_validator(mode="after")
