@@ -453,7 +453,8 @@ def test_an_attack_can_be_added_later(tmp_path, reference):
 )
 def test_results_of_another_evaluation_are_refused(tmp_path, change, named):
     measure(20, output_dir=tmp_path, attacks=["pgd-2"])
-    with pytest.raises(UserError, match=f"differs in {named}"):
+    ways_out = r"choose another folder \(--output, output_dir\), or begin anew \(--overwrite, resume=False\)"
+    with pytest.raises(UserError, match=f"differs in {named}; {ways_out}"):
         measure(**{"count": 20, "output_dir": tmp_path, "attacks": ["pgd-2"], **change})
     changed = measure(**{"count": 20, "output_dir": tmp_path, "attacks": ["pgd-2"], "resume": False, **change})
     assert_same(Evaluation.load(tmp_path), changed)
@@ -500,7 +501,7 @@ def test_a_model_that_answers_otherwise_with_the_same_weights_is_noticed(tmp_pat
     }
     evaluate(Normalised(0.1), images, labels, **options)
     with pytest.raises(
-        UserError, match=r"gave other logits for the same images with the same weights; choose another --output"
+        UserError, match=r"gave other logits for the same images with the same weights; choose another folder"
     ):
         evaluate(Normalised(0.0), images, labels, **options)
     anew = evaluate(Normalised(0.0), images, labels, **options, resume=False)

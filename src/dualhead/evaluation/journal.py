@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ _OUTCOME = {
 }
 LAYOUT = 3
 """Version of the files' layout; raised when files of another layout could not be read."""
+ELSEWHERE: Final = "choose another folder (--output, output_dir), or begin anew (--overwrite, resume=False)"
+"""Ways out of a folder of another evaluation, on the command line and in Python."""
 
 
 @dataclass
@@ -167,12 +169,11 @@ class Journal:
         try:
             before = json.loads(path.read_text())
         except ValueError as error:
-            raise UserError(f"{path}: damaged ({error}); choose another --output, or --overwrite it") from None
+            raise UserError(f"{path}: damaged ({error}); {ELSEWHERE}") from None
         differs = [name for name in identity if before.get(name) != json.loads(json.dumps(identity[name]))]
         if differs:
             raise UserError(
-                f"{self.folder.parent} holds an evaluation that differs in {', '.join(differs)}; choose another "
-                "--output, or --overwrite it"
+                f"{self.folder.parent} holds an evaluation that differs in {', '.join(differs)}; {ELSEWHERE}"
             )
 
     def _load(self) -> None:

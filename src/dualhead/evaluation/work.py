@@ -33,7 +33,7 @@ from dualhead.evaluation.diagnostics import (
     described,
     is_random,
 )
-from dualhead.evaluation.journal import Journal, Outcome, data_fingerprint, weights_fingerprint
+from dualhead.evaluation.journal import ELSEWHERE, Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.measurements import Measurement, right_when_changed, summary
 from dualhead.evaluation.measurements import measurements as measurement_registry
 from dualhead.evaluation.model import Subject, differ, worth_reducing
@@ -245,7 +245,7 @@ class Work:
             if before != source.sha256:
                 raise UserError(
                     f"{folder}: holds results of {label} with another version of {source.file}; put that version "
-                    "back, choose another --output, or --overwrite it"
+                    f"back, {ELSEWHERE}"
                 )
 
     def _check_answers(self) -> None:
@@ -260,7 +260,7 @@ class Work:
         if differ(before, said, 1e-3) and not differ(said, self._said(), 1e-4):
             raise UserError(
                 f"{self.journal.folder} holds what was found out of a model that gave other logits for the same images "
-                "with the same weights; choose another --output, or --overwrite it"
+                f"with the same weights; {ELSEWHERE}"
             )
 
     def _most_passes(self) -> int:
