@@ -288,10 +288,21 @@ def test_a_grandchild(write):
         (["data.train_limit=null"], lambda r: r.data.train_limit, None),
         (["name=2.5-x"], lambda r: r.name, "2.5-x"),
         (["data.source=a=b"], lambda r: r.data.source, "a=b"),
+        ("stages.one.epochs=5", lambda r: r.stages[0].epochs, 5),
+        ({"stages.one.epochs": 5, "data.train_limit": None},
+         lambda r: (r.stages[0].epochs, r.data.train_limit), (5, None)),
+        ({"stages.one.attack": {"name": "pgd", "steps": 3}, "stages.one.attack.step_size": "2/255"},
+         lambda r: (r.stages[0].attack.steps, r.stages[0].attack.step_size), (3, 2 / 255)),
     ],
 )  # fmt: skip
 def test_overrides(write, overrides, read, expected):
     assert read(load_recipe(write(), overrides)) == expected
+
+
+def test_a_mapping_of_overrides_is_left_as_it_was():
+    attack = {"name": "pgd", "steps": 3}
+    load_recipe("digits", {"stages.*.attack": attack, "stages.*.attack.step_size": "2/255"})
+    assert attack == {"name": "pgd", "steps": 3}
 
 
 def test_overrides_do_not_leak_into_the_next_load():
@@ -324,6 +335,10 @@ def test_an_override_of_one_stage_leaves_those_that_share_a_yaml_anchor():
         (["threat.eps.x=1"], "'eps' holds 0.1, which has no keys"),
         (["evaluate.attacks=[3]", "evaluate.attacks.0.steps=2"], "'0' holds 3, which has no keys"),
         (["thread.eps=1"], "thread.eps=1: unknown key; write threat.eps=1 or stages"),
+        ({"thread.eps": 1}, "thread.eps=1: unknown key; write threat.eps=1 or stages"),
+        ({"threat..eps": 3}, r"override 'threat\.\.eps' is not understood; write dotted keys"),
+        ([("threat.eps", 3)], r"override \('threat.eps', 3\) is not understood"),
+        ({"stages.two.epochs": 1}, "stages.two.epochs=1: no item 'two'"),
     ],
 )
 def test_overrides_that_are_not_understood(write, overrides, words):

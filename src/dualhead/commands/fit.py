@@ -22,7 +22,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation import LABEL_KEYS, read_all
 from dualhead.heads import DualHeadClassifier, layers, own_words
 from dualhead.models import address_of, at_hand, backbones, describe_given
-from dualhead.recipe import Data, Recipe, override, parse_override, parse_recipe, recipe_content
+from dualhead.recipe import Data, Override, Overrides, Recipe, override, parse_overrides, parse_recipe, recipe_content
 from dualhead.runs import RunResult, train
 from dualhead.system.processes import joined
 from dualhead.system.told import told_once
@@ -39,7 +39,7 @@ def fit(
     test: Any = None,
     *,
     recipe: Recipe | Mapping[str, Any] | str | Path,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
+    overrides: Overrides = (),
     eps: float | str | None = None,
     epochs: int | None = None,
     seed: int | None = None,
@@ -95,8 +95,8 @@ def fit(
     images = _images(train, test, class_names)
     source = images.source if images is not None else None if train is None else str(train)
     given = _overrides(overrides, source, eps, seed, device)
-    for key, value in given:
-        override(content, key, value)
+    for change in given:
+        override(content, change)
     if epochs is not None:
         _set_epochs(content, epochs)
     with told_once(), joined() as processes, searched_in(folders), holding(images):
@@ -104,7 +104,11 @@ def fit(
         progress = progress and processes.first
         begin_with, maker = _settle_model(content, model, factory, attach_at)
         names = [stage.get("name") for stage in content.get("stages") or () if isinstance(stage, Mapping)]
-        with at_hand(maker), progress_bar(quiet=not progress) as bar, naming_stages(names, [key for key, _ in given]):
+        with (
+            at_hand(maker),
+            progress_bar(quiet=not progress) as bar,
+            naming_stages(names, [change.key for change in given]),
+        ):
             parsed = parse_recipe(content, "recipe" if not isinstance(recipe, str | Path) else f"recipe {recipe}")
             return train_run(
                 parsed, run_dir=run_dir, stop=stop, begin_with=begin_with,
@@ -117,22 +121,21 @@ train_run = train  # inside `fit`, `train` is the training images
 
 
 def _overrides(
-    given: Mapping[str, Any] | Sequence[str],
+    given: Overrides,
     source: str | None,
     eps: float | str | None,
     seed: int | None,
     device: str | torch.device | None,
-) -> list[tuple[str, Any]]:
-    """Return keys and values; what has a name of its own in the call comes last."""
-    given = [given] if isinstance(given, str) else given
-    found = list(given.items()) if isinstance(given, Mapping) else [parse_override(text) for text in given]
+) -> list[Override]:
+    """Return all overrides; what has a name of its own in the call comes last."""
     own = {
         "data.source": source,
         "threat.eps": eps,
         "runtime.seed": seed,
         "runtime.device": None if device is None else str(device),
     }
-    return found + [(key, value) for key, value in own.items() if value is not None]
+    named = {key: value for key, value in own.items() if value is not None}
+    return [*parse_overrides(given), *parse_overrides(named)]
 
 
 def _set_epochs(content: Mapping[str, Any], epochs: int) -> None:

@@ -2,9 +2,11 @@
 
 from dualhead.recipe.schema import REGISTRIES, Data, Recipe, Runtime, Statistics, parse_recipe
 from dualhead.recipe.yaml import (
+    Override,
+    Overrides,
     load_recipe,
     override,
-    parse_override,
+    parse_overrides,
     read_recipe_file,
     recipe_content,
     shipped_recipes,
@@ -14,12 +16,14 @@ from dualhead.recipe.yaml import (
 __all__ = [
     "REGISTRIES",
     "Data",
+    "Override",
+    "Overrides",
     "Recipe",
     "Runtime",
     "Statistics",
     "load_recipe",
     "override",
-    "parse_override",
+    "parse_overrides",
     "parse_recipe",
     "read_recipe_file",
     "recipe_content",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -56,18 +57,56 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def override(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of a recipe as plain data; `*` stands for all items of a list.
+@dataclass(frozen=True)
+class Override:
+    """A change to a recipe.
+
+    Args:
+        key: dotted.
+        value: as plain data.
+        text: `KEY=VALUE` as it was written, for messages.
+    """
+
+    key: str
+    value: Any
+    text: str
+
+
+Overrides = Mapping[str, Any] | Sequence[str] | str
+"""Values by dotted key, or `KEY=VALUE`, once or in a list."""
+
+
+def parse_overrides(given: Overrides) -> list[Override]:
+    """Return overrides in their order; the values of `KEY=VALUE` are read as YAML.
+
+    Raises:
+        UserError: if one is not of that form.
+    """
+    if not isinstance(given, Mapping):
+        return [_parse_override(text) for text in ([given] if isinstance(given, str) else given)]
+    for key in given:
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise UserError(f"override {key!r} is not understood; write dotted keys, e.g. data.source")
+    return [Override(key, _plain(value), f"{key}={value}") for key, value in given.items()]
+
+
+def _parse_override(text: object) -> Override:
+    key, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {text!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
+    return Override(key, _parse_yaml(value, f"override {text!r}"), str(text))
+
+
+def override(content: dict[str, Any], change: Override) -> None:
+    """Change a recipe as plain data; `*` in a key stands for all items of a list.
 
     Raises:
         UserError: if there is no such place.
     """
-    if not all(key.split(".")):
-        raise UserError(f"override {key!r} is not understood; write dotted keys, e.g. data.source")
-    _assign(content, _words(key), _plain(value), key)
+    _assign(content, _words(change.key), copy.deepcopy(change.value), change.text)
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Overrides = (), plugins: Sequence[str] = ()) -> Recipe:
     """Load a recipe by the name of a shipped one or by path, with overrides.
 
     Components, and files of them, are looked for in the recipe's folder, then in those of the recipes that it extends,
@@ -75,8 +114,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
 
     Args:
         name: `cifar10_cpu`, or a path to a YAML file. A recipe may say `extends: OTHER` and give only what differs.
-        overrides: `KEY=VALUE` with a dotted key, `stages.main_head.epochs=5`; `*` stands for all items of a list.
-            Values are read as YAML.
+        overrides: `KEY=VALUE` with a dotted key, `stages.main_head.epochs=5`, once or in a list; `*` stands for all
+            items of a list. Values are read as YAML. Or values by dotted key, `{"stages.*.epochs": 5}`.
         plugins: files or modules besides those that the recipe names.
 
     Raises:
@@ -85,10 +124,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
     folders: list[Path] = []
     content, label = _extended(name, (), folders)
     content.setdefault("name", label)
-    before = copy.deepcopy(content) if overrides else content
-    for text in overrides:
-        key, value = parse_override(text)
-        _assign(content, _words(key), value, text)
+    changes = parse_overrides(overrides)
+    before = copy.deepcopy(content) if changes else content
+    for change in changes:
+        override(content, change)
     if plugins:
         try:
             given = [outside.located(source) for source in plugins]  # these stand on the command line: relative to here
@@ -100,10 +139,11 @@ def load_recipe(name: str, overrides: Sequence[str] = (), plugins: Sequence[str]
         try:
             return parse_recipe(content, f"recipe {name}")
         except UserError as error:
-            told = _where_they_live(overrides, before, f"recipe {name}") if "unknown key" in str(error) else ""
+            told = _where_they_live(changes, before, f"recipe {name}") if "unknown key" in str(error) else ""
             stages = before.get("stages")
             names = [x.get("name") for x in stages if isinstance(x, dict)] if isinstance(stages, list) else []
-            raise UserError(told or stages_as_named(str(error), overrides, names)) from None
+            keys = [change.key for change in changes]
+            raise UserError(told or stages_as_named(str(error), keys, names)) from None
 
 
 def _covers(place: str, key: str) -> bool:
@@ -112,17 +152,17 @@ def _covers(place: str, key: str) -> bool:
     return re.fullmatch(pattern, key) is not None
 
 
-def stages_as_named(message: str, overrides: Sequence[str], names: Sequence[object]) -> str:
+def stages_as_named(message: str, keys: Sequence[str], names: Sequence[object]) -> str:
     """Return a message in which stages are called by their names, unless overrides call them by number or `*`.
 
     Args:
         message: with `stages.0.epochs`.
-        overrides: as for `load_recipe`.
+        keys: of the overrides, dotted; they may go on, as `KEY=VALUE` does.
         names: of all stages, in order, before the overrides.
     """
-    keys = [override.partition("=")[0].split(".") for override in overrides]
-    named = {words[1] for words in keys if words[0] == "stages" and words[1:]}
-    if not any(words[0] == "stages" for words in keys):  # then a file alone calls them anything
+    given = [key.partition("=")[0].split(".") for key in keys]
+    named = {words[1] for words in given if words[0] == "stages" and words[1:]}
+    if not any(words[0] == "stages" for words in given):  # then a file alone calls them anything
         named = {name for name in names if isinstance(name, str) and names.count(name) == 1}
     for number, name in enumerate(names):
         if isinstance(name, str) and name in named:
@@ -130,7 +170,7 @@ def stages_as_named(message: str, overrides: Sequence[str], names: Sequence[obje
     return message
 
 
-def _where_they_live(overrides: Sequence[str], before: dict[str, Any], where: str) -> str:
+def _where_they_live(changes: Sequence[Override], before: dict[str, Any], where: str) -> str:
     """Say of the first override that the recipe does not take where keys of its name live; empty if nowhere."""
     from dualhead.recipe.keys import places_of
 
@@ -138,16 +178,16 @@ def _where_they_live(overrides: Sequence[str], before: dict[str, Any], where: st
         recipe = parse_recipe(before, where)
     except UserError:  # it is wrong without them already
         return ""
-    for override in overrides:
-        key, _, value = override.partition("=")
+    for change in changes:
+        key, value = change.key, change.text.partition("=")[2]
         content = copy.deepcopy(before)
-        _assign(content, key.split("."), _parse_yaml(value, override), override)
+        override(content, change)
         try:
             parse_recipe(content, where)
         except UserError as error:
             places = places_of(key.rpartition(".")[2], recipe) if "unknown key" in str(error) else []
             if places and not any(_covers(place, key) for place in places):
-                return f"{override}: unknown key; write {' or '.join(f'{p}={value}' for p in places[:3])}"
+                return f"{change.text}: unknown key; write {' or '.join(f'{p}={value}' for p in places[:3])}"
     return ""
 
 
@@ -224,18 +264,6 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
 def _words(key: str) -> list[str]:
     """Return the words of a dotted key, in the tree's spelling."""
     return ["optimiser" if word == "optimizer" else word for word in key.split(".")]
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Return key and value of `KEY=VALUE`, the value read as YAML.
-
-    Raises:
-        UserError: if it is not of that form.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"override {text!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
-    return key, _parse_yaml(value, f"override {text!r}")
 
 
 def _is_file(path: Path) -> bool:

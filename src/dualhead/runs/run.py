@@ -12,7 +12,7 @@ from torch import nn
 
 from dualhead.errors import UserError
 from dualhead.evaluation import EvaluationProgress
-from dualhead.recipe import Recipe, load_recipe
+from dualhead.recipe import Overrides, Recipe, load_recipe
 from dualhead.report import rows_html, rows_text, sequence_text, write_report
 from dualhead.runs.crafting import craft
 from dualhead.runs.folder import RunFolder, taken
@@ -72,7 +72,7 @@ class RunResult:
 
 def train(
     recipe: Recipe | str | Path,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     plugins: Sequence[str] = (),
     run_dir: str | Path | None = None,
@@ -90,7 +90,7 @@ def train(
 
     Args:
         recipe: a recipe, the name of a shipped one, or a path to a YAML file.
-        overrides: `KEY=VALUE` with dotted keys, for a recipe by name or path.
+        overrides: of a recipe by name or path, as `load_recipe` takes them.
         plugins: files or modules that register components, besides those that a recipe by name or path names.
         run_dir: the run's folder; None for `runs/NAME`.
         progress: told of stages, steps and epochs.
@@ -122,7 +122,7 @@ def train(
     return RunResult(folder.path, deployed, tuple(rows))
 
 
-def _read(recipe: Recipe | str | Path, overrides: Sequence[str], plugins: Sequence[str]) -> Recipe:
+def _read(recipe: Recipe | str | Path, overrides: Overrides, plugins: Sequence[str]) -> Recipe:
     if isinstance(recipe, nn.Module):
         raise UserError(f"recipe: got a network ({type(recipe).__name__}); dualhead.fit(model, ...) trains one")
     if not isinstance(recipe, Recipe):
