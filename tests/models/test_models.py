@@ -535,6 +535,21 @@ def test_a_factory_that_does_not_keep_the_contract_is_told_what_is_wrong(attribu
     assert "\n" not in str(caught.value)
 
 
+def test_a_factory_of_more_classes_is_measured_by_their_names(user_module):
+    name = user_module(
+        "import torch\n"
+        "def five():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))\n"
+        "def named():\n    return five()\n"
+        "named.class_names = list('abcde')\n"
+    )
+    five = backbones.build(f"{name}:five")
+    with pytest.raises(UserError, match=r"so \(1, 4\) would be right; for images of some .* class_names, in the order"):
+        five.published(4, (3, 2, 2))
+    with pytest.raises(UserError, match=r"so \(1, 4\) would be right$"):  # it cannot be trained so
+        five.create(4, (3, 2, 2), Normalize.identity(3))
+    assert backbones.build(f"{name}:named").published(4, (3, 2, 2)).class_names == tuple("abcde")
+
+
 def test_a_missing_module_and_a_module_that_fails_are_told_apart(user_module):
     with pytest.raises(UserError, match="there is no module 'no_such_module'"):
         make("no_such_module.models:make")

@@ -147,7 +147,20 @@ def trial_output(model: nn.Module, image_shape: ImageShape) -> Any:
         return model(torch.full((1, *image_shape), 0.5, dtype=first.dtype, device=first.device))
 
 
-def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, where: str) -> Any:
+def output_of_one(model: nn.Module, image_shape: ImageShape, where: str) -> Any:
+    """Run `trial_output` of a model that somebody else wrote.
+
+    Raises:
+        UserError: if it fails on such an image.
+    """
+    try:
+        return trial_output(model, image_shape)
+    except Exception as error:  # whatever somebody else's forward may raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{where}: the model fails on one image of shape {tuple(image_shape)}: {reason}") from error
+
+
+def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, where: str, *, if_more: str = "") -> Any:
     """Run a model that somebody else wrote on one image, and check its logits.
 
     Args:
@@ -155,6 +168,7 @@ def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, wh
         num_classes: logits that it must give.
         image_shape: images that it must take.
         where: the model's name in messages.
+        if_more: what to do about a model of more logits, for the message.
 
     Returns:
         The model's output, from which `logits_of` takes the logits.
@@ -162,20 +176,17 @@ def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, wh
     Raises:
         UserError: if it cannot take such images, or gives another number of logits.
     """
-    try:
-        output = trial_output(model, image_shape)
-    except Exception as error:  # whatever somebody else's forward may raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{where}: the model fails on one image of shape {tuple(image_shape)}: {reason}") from error
+    output = output_of_one(model, image_shape, where)
     try:
         shape = tuple(logits_of(output).shape)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     one_logit = num_classes == 2 and shape in ((), (1,), (1, 1))  # read as [0, z]
     if shape != (1, num_classes) and not one_logit:
+        advice = if_more and f"; {if_more}" if len(shape) == 2 and shape[1] > num_classes else ""
         raise UserError(
             f"{where}: the model gives logits of shape {shape} for one image; "
-            f"the data have {num_classes} classes, so (1, {num_classes}) would be right"
+            f"the data have {num_classes} classes, so (1, {num_classes}) would be right{advice}"
         )
     return output
 

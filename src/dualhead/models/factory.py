@@ -142,7 +142,9 @@ class FactoryBackbone(Backbone):
         made, names = made_by(given or function_at(self.path), self.path, num_classes)
         return own_copy(made) if given else made, names
 
-    def _checked(self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize) -> nn.Module:
+    def _checked(
+        self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize, *, if_more: str = ""
+    ) -> nn.Module:
         wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         if wrong:
             raise UserError(
@@ -150,7 +152,7 @@ class FactoryBackbone(Backbone):
                 f"torch.float32: let the function return model.float()"
             )
         model = without_inference_tensors(model)
-        output = check_logits(model, num_classes, image_shape, f"model {self.path!r}")
+        output = check_logits(model, num_classes, image_shape, f"model {self.path!r}", if_more=if_more)
         if logits_of(output).numel() == 1:
             return Wrapped(normalize, model, one_logit=True)
         bare = normalize.is_identity and isinstance(output, Tensor) and _trains_on_logits(model, image_shape)
@@ -164,7 +166,11 @@ class FactoryBackbone(Backbone):
         function, or of their Python module. The module that comes out then has them.
         """
         model, names = self._made(num_classes)
-        made = self._checked(model, len(names) or num_classes, image_shape, Normalize.identity(image_shape[0]))
+        made = self._checked(
+            model, len(names) or num_classes, image_shape, Normalize.identity(image_shape[0]),
+            if_more="" if names else "for images of some of its classes, give the function or the network class_names, "
+            "in the order of the logits",
+        )  # fmt: skip
         if names:
             made.class_names = names  # type: ignore[assignment]  # a plain attribute, which is no tensor
         return made
