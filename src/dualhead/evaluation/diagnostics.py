@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualhead.attacks import Search, predictions
 from dualhead.attacks import attacks as registry
@@ -57,16 +57,10 @@ def _finding(name: str, good: bool, fine: str, bad: str, *, failed: bool = True)
     return Finding(name, "ok", fine) if good else Finding(name, "failed" if failed else "warning", bad)
 
 
-def training_modules(model: nn.Module) -> list[str]:
-    """Names of the modules in train mode; the model itself is named `the model`."""
-    return [name or "the model" for name, module in model.named_modules() if module.training]
-
-
 def check_model(
     subject: Subject,
     samples: Samples,
     correct: NDArray[np.bool_],
-    came_training: bool,
     class_names: Sequence[str],
     attacks: Set[str],
 ) -> list[Finding]:
@@ -76,7 +70,6 @@ def check_model(
         subject: the model.
         samples: the data.
         correct: bool [N], what is right on clean images.
-        came_training: the model was handed over in train mode.
         class_names: by label.
         attacks: registered names of the attacks that are run, which no advice names again.
     """
@@ -87,7 +80,7 @@ def check_model(
     random = is_random(subject, samples)
     one_class = _one_class(samples, class_names)
     return [
-        _mode(subject, came_training),
+        _mode(subject),
         _values(samples.images),
         _independence(subject, x, logits, random=random),
         _finite(torch.cat((samples.clean, subject.verify(noisy).cpu()))),
@@ -99,15 +92,13 @@ def check_model(
     ]
 
 
-def _mode(subject: Subject, came_training: bool) -> Finding:
-    stubborn = training_modules(subject.model)
-    if stubborn:
-        text = (
-            f"{stubborn[0]} stays in train mode although the model was put in eval mode: dropout and batch statistics"
-        )
-        return Finding("train_mode", "failed", f"{text} make its output random or dependent on the batch")
-    text = "the model came in train mode; it was evaluated in eval mode, as it should be used"
-    return _finding("train_mode", not came_training, "evaluated in eval mode", text, failed=False)
+def _mode(subject: Subject) -> Finding:
+    stubborn = [name or "the model" for name, module in subject.model.named_modules() if module.training]
+    text = (
+        f"{next(iter(stubborn), '')} stays in train mode although the model was put in eval mode: dropout and batch "
+        "statistics make its output random or dependent on the batch"
+    )
+    return _finding("train_mode", not stubborn, "evaluated in eval mode", text)
 
 
 def _values(images: Tensor) -> Finding:

@@ -16,7 +16,7 @@ from dualhead.attacks import LogitsFn
 from dualhead.components.fields import at_least, parse_real
 from dualhead.errors import UserError
 from dualhead.evaluation.asked import Asked, Spec
-from dualhead.evaluation.diagnostics import Finding, training_modules
+from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.given import read_all
 from dualhead.evaluation.model import check_images, frozen
 from dualhead.evaluation.progress import EvaluationProgress
@@ -218,9 +218,8 @@ def _under_one(settings: Settings) -> Evaluation:
         threat=settings.threat.for_images(settings.images.shape[1:]),
         attacks={label: attack.for_classes(names) for label, attack in settings.attacks.items()},
     )
-    came_training = bool(training_modules(settings.model))
     with torch.inference_mode(False), torch.enable_grad(), frozen(settings.model):
-        work = Work(settings, came_training)
+        work = Work(settings)
         if settings.class_names is None:
             names = [str(k) for k in range(work.num_classes)]
         if len(names) < work.num_classes:

@@ -109,11 +109,10 @@ class Work:
 
     Args:
         settings: what is asked for; the model is frozen as long as the work goes on.
-        came_training: whether the model was handed over in training mode.
     """
 
-    def __init__(self, settings: Settings, came_training: bool) -> None:
-        self.settings, self.came_training = settings, came_training
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.subject = subject = Subject(settings.model, settings.heads, settings.batch_size)
         self.threat, self.attacks = settings.threat, settings.attacks
         self.seed, self.stop = settings.seed, settings.stop
@@ -286,11 +285,7 @@ class Work:
         """Run the checks before the attacks, in the first process."""
 
         def check() -> list[dict[str, str]]:
-            return described(
-                check_model(
-                    self.subject, self.samples, self.correct, self.came_training, class_names, self._attack_names
-                )
-            )
+            return described(check_model(self.subject, self.samples, self.correct, class_names, self._attack_names))
 
         key = f"checks before {', '.join(sorted(self._attack_names))}"  # advice names no attack that is run
         return cast("list[dict[str, str]]", self.group.lead(lambda: self.journal.fact(key, check)))
