@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -52,6 +53,29 @@ def test_results_hold_the_keys_that_others_read(written):
     assert results["seed"] == 0
     assert [entry["class"] for entry in results["per_class"]] == NAMES
     assert [entry["eps"] for entry in results["curve"]] == [0, 8 / 255]
+
+
+def test_failed_checks_stand_above_the_numbers_with_their_intervals():
+    images, labels = patterns(40)
+    told = evaluate(trained(), images, labels, threat=THREAT, attacks=["pgd-2", "fgsm"], diagnostics=False)
+    light = {"name": "large_eps", "status": "failed", "message": "gradients < nothing"}
+    told.results["diagnostics"] = [light]
+    above, head, numbers = str(told).splitlines()
+    assert above == "failed: large_eps: gradients < nothing"
+    assert re.split(r" {2,}", head)[1:5] == ["clean", "pgd-2", "fgsm", "worst"]
+    for name, share in {"clean_accuracy": told.clean_accuracy, **told.robust_accuracy}.items():
+        low, high = (f"{100 * end:.1f}" for end in told.intervals[name])
+        assert f"{100 * share:.1f} [{low}, {high}]" in numbers
+    assert told._repr_html_().index("gradients &lt; nothing") < told._repr_html_().index("<table>")
+    assert repr(told).endswith(", failed: large_eps)")
+
+
+def test_clean_accuracy_alone_is_shown_as_such():
+    images, labels = patterns(8)
+    told = evaluate(trained(), images, labels, threat=THREAT, attacks=[], diagnostics=False)
+    assert repr(told) == f"Evaluation(8 samples, clean {told.clean_accuracy:.1%})"
+    assert re.split(r" {2,}", str(told).splitlines()[0])[1] == "clean"
+    assert "worst" not in str(told)
 
 
 def test_numbers_follow_from_the_samples(written):

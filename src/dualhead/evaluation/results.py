@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import finite, write_arrays
-from dualhead.report import lights
+from dualhead.report import evaluation_row, lights, rows_html, rows_text
 from dualhead.statistics import wilson
 from dualhead.system.files import write_json
 
@@ -82,8 +82,20 @@ class Evaluation:
     _clean: Tensor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
-        robust = ", ".join(f"{name} {share:.1%}" for name, share in self.robust_accuracy.items())
-        return f"Evaluation({self.num_samples} samples, clean {self.clean_accuracy:.1%}, {robust})"
+        shares = {"clean": self.clean_accuracy, **self.robust_accuracy}
+        told = [f"{self.num_samples} samples", *(f"{name} {share:.1%}" for name, share in shares.items())]
+        told += [f"{check['status']}: {check['name']}" for check in self.checks]
+        return f"Evaluation({', '.join(told)})"
+
+    def __str__(self) -> str:
+        return rows_text([self._row])
+
+    def _repr_html_(self) -> str:
+        return rows_html([self._row])
+
+    @property
+    def _row(self) -> dict[str, Any]:
+        return {**evaluation_row(f"{self.num_samples} images", self.results), "checks": self.checks}
 
     def keep_clean(self, images: Tensor) -> None:
         """Keep the images, for `adversarial`."""

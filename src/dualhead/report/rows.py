@@ -48,7 +48,8 @@ def rows_html(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _lights(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(light_lines([(row["name"], row.get("checks", [])) for row in rows]))
+    alone = len(rows) == 1  # then nobody asks whose check it is
+    return list(light_lines([("" if alone else row["name"], row.get("checks", [])) for row in rows]))
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
