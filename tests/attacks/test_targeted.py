@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from dualhead.attacks import attacks
-from dualhead.commands.resolve import split_names
 from dualhead.errors import Interrupted, UserError
-from dualhead.evaluation import Evaluation, evaluate
+from dualhead.evaluation import Evaluation, evaluate, split_names
 from dualhead.recipe import load_recipe
 from dualhead.threats import ThreatModel
 from helpers.attacks import images, network, streams

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dualhead.attacks import Attack, Query, Search, attacks
 from dualhead.attacks.square import Square
@@ -854,9 +855,33 @@ def test_progress_falls_to_the_robust_accuracy(reference):
         ({"labels": torch.full((4,), 0.5)}, "integers"),
         ({"labels": torch.full((4,), 4)}, "0 to 3"),
         ({"labels": torch.full((4,), -1)}, "0 to 3"),
-        ({"attacks": "pgd-4"}, "list"),
         ({"attacks": ["pgd-4", {"name": "pgd", "steps": 4}]}, "twice"),
         ({"attacks": ["pgq"]}, r"attacks\.0.*pgd"),
+        ({"attacks": None}, r"attacks\.0: names no attack"),
+        ({"attacks": ""}, r"attacks\.0"),
+        (
+            {"labels": ["ant", "bee", "cat", "dog"]},
+            r"labels: must be integers.*order of the model's logits; got \['ant'",
+        ),
+        ({"images": [torch.zeros(3, 8, 8), torch.zeros(3, 6, 6)]}, "images: must be .* of one shape, got list"),
+        ({"images": DataLoader(TensorDataset(*patterns(4)))}, "images: DataLoader beside labels; .* leave labels out"),
+        ({"images": TensorDataset(*patterns(4))}, "images: TensorDataset beside labels; .* leave labels out"),
+        ({"images": "photos"}, "images: "),
+        ({"model": "runs/g"}, r"model: must be a torch.nn.Module, got str; dualhead.load\('runs/g'\) gives"),
+        ({"model": trained}, r"model: .* got .*; the order is evaluate\(model, images, labels\)"),
+        ({"model": None}, "model: must be a torch.nn.Module, got NoneType"),
+        ({"model": nn.Linear}, r"model: must be a torch.nn.Module, got type; that is a class; give Linear\(...\)"),
+        ({"transfer_from": "runs/base"}, r"transfer_from: .*; dualhead.load\('runs/base'\) gives"),
+        ({"device": "gpu"}, "device 'gpu' is not usable here; write auto, cpu, cuda"),
+        ({"progress": True}, r"progress: must have update\(.*\), got True; leave it out"),
+        (
+            {"images": torch.zeros(4, 1, 8, 8)},
+            r"Sequential: the model fails on one image of shape \(1, 8, 8\): Runtime",
+        ),
+        (
+            {"images": torch.zeros(4, 3, 9, 9)},
+            r"Sequential: the model fails on one image of shape \(3, 9, 9\): Runtime",
+        ),
         ({"index": [0, 1, 1, 2]}, "once"),
         ({"batch_size": 0}, "batch_size"),
         ({"class_names": ["a", "b"]}, "2 class names"),
@@ -866,10 +891,55 @@ def test_progress_falls_to_the_robust_accuracy(reference):
 )
 def test_bad_input_is_refused_in_one_line(change, message):
     images, labels = patterns(4)
-    given = {"images": images, "labels": labels, "threat": THREAT, "attacks": ["pgd-2"], **change}
+    given = {"model": trained(), "images": images, "labels": labels, "threat": THREAT, "attacks": ["pgd-2"], **change}
     with pytest.raises(UserError, match=message) as caught:
-        evaluate(trained(), **given)
+        evaluate(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_not_there_is_told_in_one_line():
+    with pytest.raises(UserError, match="device 'cuda' is not usable here"):
+        measure(4, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attacks": "pgd-2"},
+        {"attacks": "pgd-2,"},
+        {"attacks": attacks.build("pgd-2")},
+        {"attacks": {"name": "pgd", "steps": 2}},
+        {"images": list},
+        {"images": lambda images: list(images.numpy())},
+        {"labels": lambda labels: tuple(labels.tolist())},
+        {"device": "cpu"},
+        {"device": torch.device("cpu")},
+    ],
+)
+def test_arguments_as_newcomers_write_them_mean_the_same(change):
+    images, labels = patterns(12)
+    given = {"images": images, "labels": labels, "attacks": ["pgd-2"]}
+    asked = {key: value(given[key]) if key in ("images", "labels") else value for key, value in change.items()}
+    options = {"threat": THREAT, "precision": "float32", "diagnostics": False}
+    assert_same(evaluate(trained(), **{**given, **asked}, **options), evaluate(trained(), **given, **options))
+
+
+def test_text_may_name_several_attacks_with_commas_in_brackets():
+    found = measure(4, attacks="pgd-2(restarts=2,loss=margin), fgsm")
+    assert list(found.verdicts) == ["pgd-2(loss=margin,restarts=2)", "fgsm"]
+
+
+def test_an_error_that_is_not_of_the_images_is_raised_as_it_is():
+    class Limited(nn.Module):
+        def forward(self, x):
+            if len(x) > 1:
+                raise MemoryError("too many")
+            return trained()(x)
+
+    images, labels = patterns(20)
+    with pytest.raises(MemoryError, match="too many"):
+        evaluate(Limited(), images, labels, threat=THREAT, attacks=["fgsm"])
 
 
 @pytest.mark.slow

@@ -388,8 +388,9 @@ def evaluate(
     """Measure clean and robust accuracy of a run or a model."""
     del factory  # its callback has put it in place
     from dualhead.commands.evaluate import assess
-    from dualhead.commands.resolve import Request, split_names
+    from dualhead.commands.resolve import Request
     from dualhead.commands.terminal import EvaluationDisplay, out, print_evaluation, progress_bar
+    from dualhead.evaluation import split_names
     from dualhead.system.processes import joined
 
     _load_plugins(plugin)

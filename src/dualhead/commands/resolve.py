@@ -34,18 +34,6 @@ ADAPTIVE: Final = ("multihead",)
 """Attacks on merged heads where a run's recipe names none that knows of heads."""
 
 
-def split_names(text: str) -> list[str]:
-    """Split names of attacks or threats at commas, but not between brackets: `pgd-40(target=next,eot=2),square`."""
-    words, depth = [""], 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            words.append("")
-        else:
-            words[-1] += letter
-    return [word.strip() for word in words if word.strip()]
-
-
 @dataclass(frozen=True)
 class Request:
     """The options of `dualhead evaluate`; None or empty: as the run has it."""

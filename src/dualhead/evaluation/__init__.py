@@ -1,6 +1,6 @@
 """Evaluation: which samples survive which attacks, measured so that it can be believed."""
 
-from dualhead.evaluation.asked import Asked, located
+from dualhead.evaluation.asked import Asked, located, split_names
 from dualhead.evaluation.calibration import calibration_error
 from dualhead.evaluation.diagnostics import Finding, check_single_steps
 from dualhead.evaluation.duplicates import check_duplicates
@@ -132,6 +132,7 @@ __all__ = [
     "rendered_alike",
     "sample",
     "sample_at",
+    "split_names",
     "successes",
     "threat_labels",
     "weights_fingerprint",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Final, Self
@@ -38,20 +38,18 @@ class Asked:
     each: tuple[Attack | Measurement, ...]
 
     @classmethod
-    def of(cls, specs: Sequence[Spec], where: str = "attacks") -> Self:
+    def of(cls, specs: Iterable[Spec] | Spec, where: str = "attacks") -> Self:
         """Build what a list names.
 
         Args:
-            specs: the list.
+            specs: the list, or a single one; text may name several, `pgd-10,square`.
             where: its key, for messages.
 
         Raises:
             UserError: if one is unknown, or two have one name.
         """
-        if isinstance(specs, str | Mapping):
-            raise UserError(f"{where} must be a list, as in {where}=[{specs!r}]")
         built: dict[str, Attack | Measurement] = {}
-        for place, spec in enumerate(specs):
+        for place, spec in enumerate(_listed(specs)):
             found = _built(spec, f"{where}.{place}")
             label = found.label if isinstance(found, Attack) else found.registered_name
             if label in (*built, "worst", "clean"):
@@ -91,8 +89,28 @@ class Asked:
         return {each.registered_name: each for each in self.each if isinstance(each, Measurement)}
 
 
+def split_names(text: str) -> list[str]:
+    """Split names of attacks or threats at commas, but not between brackets: `pgd-40(target=next,eot=2),square`."""
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
+
+
+def _listed(specs: Iterable[Spec] | Spec) -> list[Spec]:
+    if isinstance(specs, str):
+        return [*split_names(specs)] or [specs]
+    return [specs] if isinstance(specs, Mapping) or not isinstance(specs, Iterable) else list(specs)
+
+
 def _built(spec: Spec, where: str) -> Attack | Measurement:
     """Build one of a list."""
+    if spec is None:
+        raise UserError(f"{where}: names no attack; write one, e.g. pgd-40")
     if isinstance(spec, Measurement):
         return spec
     name = spec if isinstance(spec, str) else str(spec.get("name")) if isinstance(spec, Mapping) else ""

@@ -60,6 +60,48 @@ def read_all(source: Iterable[Any]) -> tuple[Tensor, Tensor]:
     return whole.view(first.dtype), torch.cat(labels)
 
 
+def tensors_of(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels that stand apart as tensors.
+
+    Args:
+        images: a tensor, an array, or a list of tensors or arrays of one shape.
+        labels: a tensor, an array or a list of numbers.
+
+    Raises:
+        UserError: for anything else, or a data set, which gives labels itself.
+    """
+    return _stacked(images), _numbers(labels)
+
+
+def _stacked(images: Any) -> Tensor:
+    if isinstance(images, Tensor):
+        return images
+    arrays = isinstance(images, list | tuple | np.ndarray) or hasattr(images, "__array__")
+    if not arrays and (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
+        raise UserError(
+            f"images: {type(images).__name__} beside labels; give a tensor or a list of tensors; for a data set, "
+            "which gives labels too, leave labels out"
+        )
+    try:
+        if isinstance(images, list | tuple):
+            return torch.stack([one if isinstance(one, Tensor) else torch.tensor(np.asarray(one)) for one in images])
+        return torch.as_tensor(np.asarray(images))
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            "images: must be a tensor or an array [N, C, H, W], or a list of tensors [C, H, W] of one shape, got "
+            f"{type(images).__name__}"
+        ) from None
+
+
+def _numbers(labels: Any) -> Tensor:
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"labels: must be integers, one per image, in the order of the model's logits; got {labels!r:.40}"
+        ) from None
+
+
 def _append(file: IO[bytes], images: Tensor) -> None:
     try:
         file.write(images.contiguous().view(torch.uint8).numpy().tobytes())

@@ -17,15 +17,15 @@ from dualhead.components.fields import at_least, parse_real
 from dualhead.errors import UserError
 from dualhead.evaluation.asked import Asked, Spec
 from dualhead.evaluation.diagnostics import Finding
-from dualhead.evaluation.given import read_all
-from dualhead.evaluation.model import check_images, frozen
+from dualhead.evaluation.given import read_all, tensors_of
+from dualhead.evaluation.model import check_images, check_module, frozen
 from dualhead.evaluation.progress import EvaluationProgress
 from dualhead.evaluation.results import Evaluation
 from dualhead.evaluation.transfer import TRANSFER, transfer_results
 from dualhead.evaluation.union import merged, threat_labels
 from dualhead.evaluation.work import Settings, Work
 from dualhead.system.arithmetic import Precision
-from dualhead.system.devices import float32_products
+from dualhead.system.devices import find_device, float32_products
 from dualhead.system.outputs import without_inference_tensors
 from dualhead.system.processes import group
 from dualhead.threats import Threat, build_threat
@@ -38,7 +38,7 @@ def evaluate(
     labels: Tensor | NDArray[Any] | Sequence[int] | None = None,
     *,
     threat: Threat | str | Mapping[str, Any] | Sequence[Threat | str | Mapping[str, Any]] | None = None,
-    attacks: Sequence[Spec],
+    attacks: Iterable[Spec] | Spec,
     eps: float | str | Sequence[float | str] = (),
     index: Tensor | NDArray[Any] | Sequence[int] | None = None,
     batch_size: int = 64,
@@ -76,9 +76,9 @@ def evaluate(
         model: images float32 [B, C, H, W] in [0, 1] to logits [B, K], or to anything with `.logits`; evaluated in eval
             mode, and left as it was found. One logit z per image is read as [0, z], for two classes. It may change the
             images that it is given: it gets copies then.
-        images: uint8, or floating in [0, 1], [N, C, H, W]; they are left as they are. Or, without `labels`, a
-            `DataLoader`, a data set (torch's or `datasets`'), or any iterable of (images, labels), which is read once
-            into a temporary file and not held in memory.
+        images: uint8, or floating in [0, 1], [N, C, H, W], or a list of tensors [C, H, W]; they are left as they are.
+            Or, without `labels`, a `DataLoader`, a data set (torch's or `datasets`'), or any iterable of (images,
+            labels), which is read once into a temporary file and not held in memory.
         labels: integers [N] in [0, K); None if `images` gives them too.
         threat: what the adversary may do, and the budget: `ThreatModel("Linf", "8/255")`, its fields,
             `{"norm": "L2", "eps": 0.5}`, or those of a threat that is no norm, `{"name": "flow", "eps": 0.05}`; or as
@@ -86,7 +86,8 @@ def evaluate(
             an attack that is not defined for one of them runs under the others, which the results tell. None, or a
             norm or name alone: `eps` gives the budget, of Linf where nothing says otherwise.
         attacks: names with or without parameters (`pgd-40`), mappings (`{"name": "pgd", "restarts": 5}`), attacks,
-            or functions of (model, images, labels) to images, which results call by their names and never resume.
+            or functions of (model, images, labels) to images, which results call by their names and never resume; a
+            single one without a list too, and text that names several, `pgd-40,square`.
             `corruptions`, alone or among them, measures accuracy on the 15 common corruptions of Hendrycks and
             Dietterich in 5 severities, on all images and apart from the attacks; under several threats, once.
         eps: further budgets at which robust accuracy is measured too; 0 stands for the clean images. Where `threat`
@@ -97,7 +98,7 @@ def evaluate(
         precision: of the search: `float32`; `bf16` (autocast, channels last); `auto` for gradients in float32, and
             queries without gradients in bf16 where that saves time on this machine. The results say which it was, and
             what was searched in bf16 is audited: see the diagnostic `precision`.
-        device: None for where the model is; else the model is moved there.
+        device: None for where the model is; else the model is moved there. `cpu`, `cuda`, or `auto` for the best.
         class_names: for the results; None for numbers.
         skipped: images that were left out since they cannot be read, for the results (`skipped_images`).
         checks: what whoever read the images found out about them, to stand among the diagnostics.
@@ -108,7 +109,7 @@ def evaluate(
         output_dir: where to write `results.json` and `samples.npz`, and to keep what is found out on the way.
         resume: go on with what lies there; False begins anew.
         diagnostics: look for signs that the results cannot be believed; costs about 1,600 passes on a robust model.
-        progress: told how far it is.
+        progress: told how far it is; None tells nobody.
         command: the command line, for the results.
         subject: what was evaluated (stage, checkpoint and output of a run), for the results.
         transfer_from: another network, usually a clean one; the attacks also make images against it, once, and the
@@ -119,14 +120,22 @@ def evaluate(
         stop: asked again and again; when true, what is under way is put on disk and `Interrupted` raised.
 
     Raises:
-        UserError: for images, labels, a threat or attacks that do not fit, or an output folder of another evaluation.
+        UserError: for a model, images, labels, a device, a threat or attacks that do not fit, or an output folder of
+            another evaluation.
         Interrupted: when stopped.
     """
+    check_module(model, "model", "the order is evaluate(model, images, labels)")
+    if transfer_from is not None:
+        check_module(transfer_from, "transfer_from", "give another network")
+    if progress is not None and not hasattr(progress, "update"):
+        raise UserError(
+            f"progress: must have update(attack, done, total, robust_so_far), got {progress!r}; leave it out for none"
+        )
     if labels is None:
         if isinstance(images, Tensor | np.ndarray):
             raise UserError("labels are needed beside a tensor of images; only a DataLoader or data set gives both")
         images, labels = read_all(images)
-    images, labels = check_images(torch.as_tensor(images), torch.as_tensor(labels))
+    images, labels = check_images(*tensors_of(images, labels))
     index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     if index.shape != labels.shape or len(set(index.tolist())) != len(index):
         raise UserError(f"index must name each of the {len(images)} samples once")
@@ -145,7 +154,7 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         precision=precision,
-        device=device,
+        device=None if device is None else group().agreed(lambda: find_device(str(device))),
         class_names=class_names,
         skipped=skipped,
         checks=checks,
@@ -197,7 +206,7 @@ def _settled(
     return [build_threat(full, "threat")], radii[1:] and radii
 
 
-def _asked(attacks: Sequence[Spec], images: Tensor, radii: Sequence[float | str]) -> Asked:
+def _asked(attacks: Iterable[Spec] | Spec, images: Tensor, radii: Sequence[float | str]) -> Asked:
     """Build what is asked for, and refuse images and budgets that do not suit a measurement."""
     asked = Asked.of(attacks)
     for name, measurement in asked.measurements.items():

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dualhead.attacks import LogitsFn, Query, predictions
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
+from dualhead.models import output_of_one
 from dualhead.system import measured
 from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision, set_layout, settled_precision
 from dualhead.system.devices import float32_products, synchronize
@@ -350,6 +352,45 @@ class Subject:
         few, many = self._gradient(x[:ROWS], y[:ROWS]), self._gradient(x[order], y[order])
         back = order[:ROWS]
         return all(torch.equal(a, b[back]) for a, b in zip(few, many, strict=True))
+
+
+def check_module(model: object, name: str, instead: str) -> None:
+    """Refuse a model that is no module.
+
+    Args:
+        model: what was given.
+        name: of the argument.
+        instead: says of anything but a path what would be right.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str | Path):
+        instead = f"dualhead.load({str(model)!r}) gives that of a run or a saved model"
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        instead = f"that is a class; give {model.__name__}(...)"
+    raise UserError(f"{name}: must be a torch.nn.Module, got {type(model).__name__}; {instead}")
+
+
+@contextmanager
+def told_if_unfit(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Tell an error of a model that cannot even take one of the images, [N, C, H, W], as its cause; leave any other.
+
+    The model is asked again only where it failed, so that one that draws random numbers draws the same.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:  # whatever somebody else's forward may raise
+        channels, height, width = images.shape[1:]
+        output_of_one(model, (channels, height, width), type(model).__name__)
+        raise
 
 
 def check_images(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

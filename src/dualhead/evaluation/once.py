@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from dualhead.attacks import Attack, attacks
 from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import PROBES, input_gradient
-from dualhead.evaluation.model import Subject, check_images, frozen
+from dualhead.evaluation.given import tensors_of
+from dualhead.evaluation.model import Subject, check_images, check_module, frozen, told_if_unfit
 from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.noise import Streams
 from dualhead.system.devices import float32_products
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 @float32_products()
 def attack(
     model: nn.Module,
-    images: Tensor | NDArray[Any],
+    images: Tensor | NDArray[Any] | Sequence[Any],
     labels: Tensor | NDArray[Any] | Sequence[int],
     attack: str | Mapping[str, Any] | Attack | OwnAttack = "pgd-40",
     *,
@@ -45,7 +45,7 @@ def attack(
 
     Args:
         model: images [B, C, H, W] in [0, 1] to logits [B, K]; asked in eval mode and left as it was found.
-        images: uint8, or floating in [0, 1], [N, C, H, W].
+        images: uint8, or floating in [0, 1], [N, C, H, W], or a list of tensors [C, H, W].
         labels: integers [N].
         attack: a name (`pgd-40`), a mapping, an attack, or a function of (model, images, labels) to images.
         eps: radius, 0.03 or `8/255`.
@@ -58,18 +58,14 @@ def attack(
         Float32 [N, C, H, W] in [0, 1], on the device of `images`.
 
     Raises:
-        UserError: for images, labels, an attack or a threat that do not fit.
+        UserError: for a model, images, labels, an attack or a threat that do not fit.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"model: must be a torch.nn.Module, got {type(model).__name__}; the order is attack(model, images, labels)"
-        )
+    check_module(model, "model", "the order is attack(model, images, labels)")
     if isinstance(attack, list | tuple):
         raise UserError("attack: is one attack, as in attack(model, images, labels, 'pgd-40'); call it for each")
     if (threat is None) == (eps is None):
         raise UserError("give eps, e.g. eps='8/255', or threat" if eps is None else "give eps or threat, not both")
-    pixels, numbers = check_images(torch.as_tensor(np.asarray(images) if not isinstance(images, Tensor) else images),
-                                   torch.as_tensor(labels))  # fmt: skip
+    pixels, numbers = check_images(*tensors_of(images, labels))
     chosen = attacks.build(as_attack(attack), "attack")
     against = build_threat({"norm": norm, "eps": eps} if threat is None else threat, "threat")
     against = against.for_images(pixels.shape[1:])
@@ -82,7 +78,9 @@ def attack(
             some = pixels[rows.to(came)].to(subject.device)
             x = some.float() / 255 if some.dtype == torch.uint8 else some.float()
             y = numbers[rows.to(numbers.device)].to(subject.device, torch.int64)
-            _refuse_labels(y, subject.logits(x[:1]).shape[1])
+            with told_if_unfit(model, x):
+                classes = subject.logits(x[:1]).shape[1]
+            _refuse_labels(y, classes)
             if not found:
                 _warn_of_blindness(chosen, subject, x[:PROBES], y[:PROBES], against)
             streams = Streams.of(seed, rows.to(subject.device))

@@ -36,7 +36,7 @@ from dualhead.evaluation.diagnostics import (
 from dualhead.evaluation.journal import ELSEWHERE, Journal, Outcome, data_fingerprint, weights_fingerprint
 from dualhead.evaluation.measurements import Measurement, right_when_changed, summary
 from dualhead.evaluation.measurements import measurements as measurement_registry
-from dualhead.evaluation.model import Subject, differ, worth_reducing
+from dualhead.evaluation.model import Subject, differ, told_if_unfit, worth_reducing
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class, targeted
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
@@ -123,7 +123,9 @@ class Work:
         self.group = group()
         self.rank, self.world = self.group.rank, self.group.world
         self.mine = np.arange(self.rank, len(images), self.world)
-        self.samples = Samples(images, labels, self._clean(images), index)
+        with told_if_unfit(settings.model, images):
+            clean = self._clean(images)
+        self.samples = Samples(images, labels, clean, index)
         self.num_classes = self.samples.clean.shape[1]
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
             raise UserError(
