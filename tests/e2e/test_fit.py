@@ -592,7 +592,7 @@ def test_arguments_that_cannot_be_are_told_in_one_line(digits, more, said):
         (lambda m, x, y: dualhead.attack(m, x, torch.eye(10)[y], eps=0.1), "one per image"),
         (lambda m, x, y: dualhead.attack(m, x, y, eps=8), "did you mean 8/255"),
         (lambda m, x, y: dualhead.attack(m, x, ["ant"] * len(x), eps=0.1), "labels: must be integers"),
-        (lambda m, x, y: dualhead.attack(m, x[:, :, 1:], y, eps=0.1), r"fails on one image of shape \(1, 7, 8\)"),
+        (lambda m, x, y: dualhead.attack(m, x.repeat(1, 3, 1, 1), y, eps=0.1), r"fails on one image of shape \(3"),
         (lambda m, x, y: dualhead.attack("runs/g", x, y, eps=0.1), r"dualhead.load\('runs/g'\) gives"),
         (lambda m, x, y: dualhead.save("mine", m), r"save\(model, path\)"),
         (lambda m, x, y: dualhead.train(m), r"dualhead.fit\(model, ...\) trains one"),
