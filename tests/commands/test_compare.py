@@ -176,6 +176,13 @@ def test_what_was_measured_otherwise_is_refused():
         standings([entry("a", 9, 9, flops=1), entry("b", 9, 9, flops=1, attack="square")])
     with pytest.raises(UserError, match="different samples"):
         standings([entry("a", 9, 9, flops=1), entry("b", 9, 9, flops=1, n=100)])
+    two = [replace(entry("a", 9, 9, flops=1, seed=seed), name="head 1") for seed in (3, 4)]
+    with pytest.raises(UserError, match=r"^a: head 1, seed 3 and b were measured on different samples \(200 and 100\)"):
+        standings([*two, entry("b", 9, 9, flops=1, n=100)])
+    weaker = entry("b", 9, 9, flops=1)
+    weaker.evaluation.results["threat"] = {"norm": "Linf", "eps": 4 / 255}
+    with pytest.raises(UserError, match=r"a was measured under Linf eps 0.03, b under Linf eps 4/255; evaluate both"):
+        standings([entry("a", 9, 9, flops=1), weaker])
     with pytest.raises(UserError, match="same recipe and seed"):
         standings([entry("a", 9, 9, flops=1), entry("a", 9, 9, flops=1)])
 
@@ -294,6 +301,19 @@ def test_runs_whose_recipe_cannot_be_read_any_more_are_compared_by_what_it_says(
         make_run(tmp_path / "runs" / f"seed={seed}", seed, 100, lambda recipe, v=value: recipe.update(forgotten=v))
     rows = standings(read_entries([tmp_path / "runs"]))["rows"]
     assert [row["seeds"] for row in rows if row["deployed"]] == [[0, 1], [2]]
+
+
+def shown(entry, sha256):
+    """An entry whose results tell its images."""
+    entry.evaluation.results["images"] = {"shape": [3, 8, 8], "sha256": sha256}
+    return entry
+
+
+def test_other_images_of_the_same_names_and_labels_are_refused():
+    a, b, old = shown(entry("a", 9, 9, flops=1), "x"), shown(entry("b", 8, 8, flops=1), "y"), entry("c", 8, 8, flops=1)
+    with pytest.raises(UserError, match=r"^a and b were measured on different images of the same indices and labels"):
+        standings([a, old, b])
+    assert len(standings([a, old, shown(b, "x")])["pairs"]) == 6
 
 
 def test_triggered_images_are_paired_by_seed():

@@ -56,7 +56,9 @@ def test_success_is_of_other_classes_and_accuracy_by_true_label(tmp_path):
     assert told["above_clean_model"]["difference"] == 0.5
     low, high = told["intervals"]["attack_success_rate"]
     assert low < 0.75 < high
-    assert Evaluation.load(tmp_path).index.tolist() == [3, 5, 7, 9]
+    kept = Evaluation.load(tmp_path)
+    assert kept.index.tolist() == [3, 5, 7, 9]
+    assert kept.results["images"]["shape"] == [1, 4, 4]
 
 
 def test_a_model_that_knows_no_trigger_has_no_success():

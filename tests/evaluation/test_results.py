@@ -175,16 +175,67 @@ def test_a_gain_is_one_of_the_second_over_the_first():
     ("change", "message"),
     [
         ({"threat": type(THREAT)("Linf", "8/255")}, "threat models differ"),
-        ({"index": range(1, 51)}, "different samples"),
-        ({"labels": torch.zeros(50, dtype=torch.long)}, "labels"),
+        ({"index": range(1, 51)}, "{folder} and the second evaluation were measured on different samples, by"),
+        ({"labels": torch.zeros(50, dtype=torch.long)}, "{folder} and the second evaluation have different labels"),
+        ({"images": patterns(50)[0].flip(3)}, "{folder} and the second evaluation were measured on different images"),
     ],
 )
 def test_comparison_refuses_what_is_not_paired(written, change, message):
     folder, _, labels = written
     images, _ = patterns(50)
-    settings = {"labels": labels, "threat": THREAT, "attacks": ["fgsm"], "precision": "float32", **change}
+    settings = {
+        "images": images, "labels": labels, "threat": THREAT, "attacks": ["fgsm"], "precision": "float32", **change,
+    }  # fmt: skip
     if "index" in settings:
         settings["index"] = list(settings["index"])
-    other = evaluate(trained(), images, **settings)
-    with pytest.raises(UserError, match=message):
+    other = evaluate(trained(), **settings)
+    with pytest.raises(UserError, match=re.escape(message.format(folder=folder))):
         compare(folder, other)
+
+
+def test_comparison_names_the_threats_of_both_and_the_numbers_of_samples():
+    first, fewer, other = evaluation_of(120, 60), evaluation_of(60, 30, n=100), evaluation_of(120, 60)
+    other.results["threat"] = {"norm": "L2", "eps": 0.5}
+    with pytest.raises(UserError, match=r"the first evaluation was measured under Linf eps 0.03, .* L2 eps 0.5;"):
+        compare(first, other)
+    with pytest.raises(UserError, match=r"different samples \(200 and 100\)"):
+        compare(first, fewer)
+
+
+def test_results_tell_images_however_they_are_held():
+    def told(images, labels, **more):
+        asked = {"threat": THREAT, "attacks": ["fgsm"], "precision": "float32", "diagnostics": False, **more}
+        return evaluate(trained(), images, labels, **asked).results["images"]
+
+    images, labels = patterns(20)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    reciprocal = images.float() * torch.tensor(1 / 255)  # as accelerators divide by a number
+    assert not torch.equal(reciprocal, images.float() / 255), "too weak a test"
+    expected = told(images, labels)
+    assert expected["shape"] == [3, 8, 8]
+    for same in (images.float() / 255, images.double() / 255, (images.float() / 255).half(), reciprocal):
+        assert told(same, labels) == expected
+    assert told(images[order], labels[order], index=order) == expected
+    more, more_labels = torch.cat([images, images]), torch.cat([labels, labels])
+    assert told(more[:20], more_labels[:20]) == expected
+    assert told(more, more_labels) != expected
+    changed = images.clone()
+    changed[-1, -1, -1, -1] ^= 1
+    assert told(changed, labels) != expected
+    assert told(images[order], labels[order]) != expected
+
+
+def test_results_that_do_not_tell_their_images_stay_comparable(written):
+    folder, _, labels = written
+    asked = {"threat": THREAT, "attacks": ["fgsm"], "precision": "float32"}
+    other = evaluate(trained(), patterns(50)[0].flip(3), labels, **asked)
+    del other.results["images"]
+    assert list(compare(folder, other)) == ["clean", "fgsm"]
+
+
+def test_the_same_pictures_at_another_size_stay_comparable(written):
+    folder, _, labels = written
+    larger = patterns(50)[0].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    model = torch.nn.Sequential(torch.nn.AvgPool2d(2), trained())
+    other = evaluate(model, larger, labels, threat=THREAT, attacks=["fgsm"], precision="float32")
+    assert list(compare(folder, other)) == ["clean", "fgsm"]

@@ -44,6 +44,7 @@ def test_it_is_the_accuracy_on_what_an_evaluation_of_the_other_finds(tmp_path):
 def test_robust_accuracy_does_not_count_it():
     alone, with_transfer = measure(), measure(source=network(4, seed=5))
     assert with_transfer.robust_accuracy == alone.robust_accuracy
+    assert with_transfer.results["images"] == alone.results["images"]
     assert "transfer" not in alone.results
 
 

@@ -62,6 +62,8 @@ def test_what_is_written_is_read_back_and_compared(union):
     results = json.loads((folder / "results.json").read_text())
     assert results["threat"] == {"union": [build_threat(text).describe() for text in THREATS]}
     assert threat_text(results["threat"]) == "Linf eps 13/255, L2 eps 0.47, L1 eps 2.9"
+    under_one = json.loads((folder / "threats" / "L2" / "results.json").read_text())
+    assert results["images"] == under_one["images"] == measure("L2:0.47", diagnostics=False).results["images"]
     again = Evaluation.load(folder)
     assert all(np.array_equal(again.correct[name], column) for name, column in evaluation.correct.items())
     assert compare(folder, evaluation)["worst"].p_value == 1
@@ -164,6 +166,20 @@ def test_shares_of_specialists_by_hand():
     assert against_specialists(specialists[0], specialists[:1])["worst"] == 1.0
     with pytest.raises(UserError, match="no specialist is right in a single image under Linf"):
         against_specialists(told(0.7, Linf=0.1, L2=0.1), [told(0.7, Linf=0.0, L2=0.1)])
+
+
+def test_a_specialist_of_other_images_or_threats_is_refused():
+    model, first, second = (told(0.8, Linf=0.4, L2=0.5) for _ in range(3))
+    for each, sha256 in ((model, "a"), (first, "a"), (second, "b")):
+        each.results["images"] = {"shape": [3, 8, 8], "sha256": sha256}
+    with pytest.raises(UserError, match="specialist 2 was measured on other images of the same indices"):
+        against_specialists(model, [first, second])
+    second.index = np.arange(7, 8)  # another choice of samples is no other data
+    assert against_specialists(model, [first, second])["worst"] == 1.0
+    first.results["threat"] = {"norm": "L2", "eps": 0.5}
+    model.results["threat"] = {"norm": "Linf", "eps": 0.1}
+    with pytest.raises(UserError, match=r"specialist 1 was measured under L2 eps 0.5"):
+        against_specialists(model, [first, second])
 
 
 def test_a_recipe_names_several_and_refuses_what_does_not_fit():

@@ -259,6 +259,12 @@ def test_a_later_and_harder_evaluation_is_named_beside_the_verdict(tmp_path):
                           ({"output": None, "stage": "main_head"}, False)):  # fmt: skip
         (place / "results.json").write_text(json.dumps({**results, "subject": subject}))
         assert ("Measured later" in report(run, at=tmp_path).text) == told
+    evaluated = run / "evaluation" / "results.json"
+    evaluated.write_text(json.dumps({**json.loads(evaluated.read_text()), "images": {"shape": [1], "sha256": "x"}}))
+    for sha256 in "xy":  # on other data, of the same labels and predictions, it says nothing of these images
+        later = {**results, "images": {"shape": [1], "sha256": sha256}}
+        (place / "results.json").write_text(json.dumps(later))
+        assert ("Measured later" in report(run, at=tmp_path).text) == (sha256 == "x")
     (place / "results.json").write_text(json.dumps(results))
     after["clean_prediction"] = (after["clean_prediction"] + 1) % 4  # another model, of which this says nothing
     np.savez(place / "samples.npz", **after)
@@ -481,6 +487,21 @@ def test_other_samples_threats_or_attacks_are_not_compared(tmp_path):
     assert all(difference(first, other, "clean") is None for other in rest)
     page = report(base, *others, at=tmp_path)
     assert "different threat models or attacks" in page.text
+
+
+def test_samples_of_the_same_names_that_are_other_images_are_not_compared(tmp_path):
+    def told(name, seed, sha256, shape=(3, 8, 8)):
+        images = {"images": {"shape": list(shape), "sha256": sha256}} if sha256 else {}
+        evaluation(tmp_path / name, seed, **images)
+        return tmp_path / name
+
+    folders = [told("a", 1, "x"), told("b", 2, "x"), told("other", 3, "y"), told("old", 4, None)]
+    folders.append(told("larger", 5, "z", (3, 16, 16)))
+    first, same, other, old, larger = (source.deployed for source in read_sources(folders))
+    assert difference(first, other, "clean") is None
+    assert all(difference(first, each, "clean") is not None for each in (same, old, larger))
+    assert "not measured on the same samples" in report(*folders[:3], at=tmp_path).text
+    assert "not measured on the same samples" not in report(*folders[:2], at=tmp_path).text
 
 
 def test_what_only_merged_heads_can_face_keeps_nobody_from_being_compared(tmp_path):

@@ -22,13 +22,13 @@ from dualhead.evaluation import (
     Paired,
     against_specialists,
     balanced,
-    compare,
     interval_over_samples,
     mcnemar,
     mean_std,
     of_specialists,
     paired_shares,
     plasticity,
+    refuse_unlike,
     rendered_alike,
     successes,
     wilson,
@@ -214,10 +214,11 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
     Raises:
         UserError: if the entries were not measured alike.
     """
-    attacks, notes = _common_attacks(entries)
     groups = _grouped(entries)
-    unit = cost_unit((entry.flops, entry.forward_equivalents) for entry in entries)
     labels = _labels(groups)
+    _refuse_unlike(labels, groups)
+    attacks, notes = _common_attacks(entries)
+    unit = cost_unit((entry.flops, entry.forward_equivalents) for entry in entries)
     rows = [_row(label, members, attacks, unit) for label, members in zip(labels, groups, strict=True)]
     ranked = [row for row in rows if believable(row["checks"])]
     for row in rows:
@@ -242,7 +243,24 @@ def by_output(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     """
     groups = _grouped(entries)
     named = zip(_labels(groups), groups, strict=True)
-    return [(f"{label}: {m[0].name}" if m[0].name else label, m) for label, m in named]
+    return [(_titled(label, members), members) for label, members in named]
+
+
+def _titled(label: str, members: Sequence[Entry]) -> str:
+    """Return the name that tables give an output of a group of runs."""
+    return f"{label}: {members[0].name}" if members[0].name else label
+
+
+def _refuse_unlike(labels: Sequence[str], groups: Sequence[Sequence[Entry]]) -> None:
+    """Refuse entries that were not measured on the same samples under the same threat model, by their names."""
+    named = [
+        (f"{_titled(label, members)}, seed {member.seed}" if len(members) > 1 else _titled(label, members), member)
+        for label, members in zip(labels, groups, strict=True)
+        for member in members
+    ]
+    first_name, first = named[0]
+    for name, other in named[1:]:
+        refuse_unlike(first.evaluation, other.evaluation, first_name, name)
 
 
 def _grouped(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -265,7 +283,7 @@ def normalised(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[d
     Raises:
         UserError: if they were not measured alike, under several threats.
     """
-    made_for_one = [entry.evaluation for entry in specialists if entry.deployed]
+    made_for_one = _deployed(specialists)
     return [
         {
             "label": entry.label,
@@ -275,6 +293,10 @@ def normalised(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[d
         }
         for entry in entries
     ]
+
+
+def _deployed(entries: Sequence[Entry]) -> list[Evaluation]:
+    return [entry.evaluation for entry in entries if entry.deployed]
 
 
 def sequences(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -306,8 +328,8 @@ def _ends(label: str, members: Sequence[Entry], specialists: Sequence[Entry]) ->
     rows = [dict(each["rows"][-1]) for each in told]
     if specialists:
         for member in members:
-            against_specialists(member.evaluation, [entry.evaluation for entry in specialists])  # refuses others
-        reached = of_specialists([entry.evaluation for entry in specialists if entry.deployed], threats)
+            against_specialists(member.evaluation, _deployed(specialists))  # refuses others
+        reached = of_specialists(_deployed(specialists), threats)
         for row, each in zip(rows, told, strict=True):
             row["plasticity"] = plasticity(each, reached)
     flat = [
@@ -360,8 +382,6 @@ def _for_heads(evaluation: Evaluation, attack: str) -> bool:
 def _common_attacks(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
     """The attacks that all of them faced, and a sentence for each other one."""
     first = entries[0].evaluation
-    for entry in entries[1:]:
-        compare(first, entry.evaluation)  # refuses other samples and other threat models
     common = [name for name in first.verdicts if all(name in entry.evaluation.verdicts for entry in entries)]
     measured = set.intersection(*(set(measured_in(entry.evaluation.results)) for entry in entries))
     if not common and not measured:
@@ -395,7 +415,7 @@ def _row(label: str, members: Sequence[Entry], attacks: Sequence[str], unit: flo
     seconds = [member.seconds for member in members if member.seconds is not None]
     total = float(np.mean(flops)) if flops else None
     return {
-        "name": f"{label}: {first.name}" if first.name else label,
+        "name": _titled(label, members),
         "seeds": sorted(member.seed for member in members),
         "deployed": first.deployed,
         "checks": _checks(members),

@@ -25,7 +25,7 @@ from dualhead.evaluation.measurements import Measurement, measurements
 from dualhead.evaluation.model import answers, outputs_of, read_logits
 from dualhead.evaluation.once import attack
 from dualhead.evaluation.ood import auroc_interval, measure_ood
-from dualhead.evaluation.paired import compare, rendered_alike
+from dualhead.evaluation.paired import compare, refuse_unlike, rendered_alike
 from dualhead.evaluation.poisoned import (
     TRIGGERED,
     TriggeredImages,
@@ -129,6 +129,7 @@ __all__ = [
     "precision_recall",
     "read_all",
     "read_logits",
+    "refuse_unlike",
     "rendered_alike",
     "sample",
     "sample_at",

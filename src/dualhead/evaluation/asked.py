@@ -19,10 +19,10 @@ from dualhead.evaluation.own import OwnAttack, as_attack
 Spec = str | Mapping[str, Any] | Attack | Measurement | OwnAttack
 """An attack or a measurement by name, by its fields, or itself; or a function that attacks."""
 RESERVED: Final = frozenset({
-    "num_samples", "threat", "threats", "clean_accuracy", "robust_accuracy", "intervals", "balanced_accuracy",
-    "average", "left_out", "calibration", "attacks", "curve", "per_class", "class_sizes", "diagnostics",
-    "environment", "seconds", "seed", "command", "subject", "skipped_images", "transfer", "poison", "generation",
-    "ood", "sequence",
+    "num_samples", "images", "threat", "threats", "clean_accuracy", "robust_accuracy", "intervals",
+    "balanced_accuracy", "average", "left_out", "calibration", "attacks", "curve", "per_class", "class_sizes",
+    "diagnostics", "environment", "seconds", "seed", "command", "subject", "skipped_images", "transfer", "poison",
+    "generation", "ood", "sequence",
 })  # fmt: skip
 """Keys of `results.json` that no measurement may take."""
 

@@ -116,6 +116,24 @@ def data_fingerprint(images: Tensor, labels: Tensor, index: Tensor) -> str:
     return _digest(images, labels, index)
 
 
+def images_fingerprint(images: Tensor, index: Tensor) -> str:
+    """Return a digest of images at 8 bits a value, in the order of the samples' names.
+
+    The same images have the same digest as uint8 and as floating numbers, on whatever device these were divided by 255,
+    and in any order.
+
+    Args:
+        images: uint8 or floating in [0, 1], [N, C, H, W], on the CPU.
+        index: names of the samples, int64 [N].
+    """
+    digest = hashlib.sha256()
+    for rows in torch.split(torch.argsort(index), 256):
+        shown = images[rows]
+        levels = shown if shown.dtype == torch.uint8 else (shown.float() * 255).round().to(torch.uint8)
+        digest.update(levels.contiguous().numpy())
+    return digest.hexdigest()
+
+
 class Journal:
     """The outcomes of tries, kept in memory and, if there is a folder, on disk.
 

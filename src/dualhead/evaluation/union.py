@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from dualhead.errors import UserError
+from dualhead.evaluation.paired import same_names
 from dualhead.evaluation.results import Evaluation, accuracies, balanced, interval, per_class, share
 from dualhead.evaluation.transfer import TRANSFER
-from dualhead.report import threat_text
+from dualhead.report import other_images, threat_text
 from dualhead.threats import Threat
 
 _WORSE = {"ok": 0, "warning": 1, "failed": 2}
@@ -117,21 +118,27 @@ def against_specialists(evaluation: Evaluation, specialists: Sequence[Evaluation
 
     Args:
         evaluation: under several threats.
-        specialists: others of the same threats and attacks, on any samples.
+        specialists: others of the same threats and attacks, on any samples; but not on other images of the same names.
 
     Returns:
         `clean`, each threat, and `average` and `worst` over all of these; a share above 1 beats the specialist.
 
     Raises:
-        UserError: if they are not of the same threats and attacks, or no specialist is right anywhere in one of them.
+        UserError: if they are not of the same threats and attacks, one is of other data, or no specialist is right
+            anywhere in one of them.
     """
     if "threats" not in evaluation.results:
         raise UserError("specialists are for evaluations under several threats; give --threat more than once")
-    for other in specialists:
+    for number, other in enumerate(specialists, 1):
         if (other.results["threat"], set(other.verdicts)) != (evaluation.results["threat"], set(evaluation.verdicts)):
             raise UserError(
-                f"a specialist was measured under {threat_text(other.results['threat'])}, not with the same attacks "
-                f"under {threat_text(evaluation.results['threat'])}; evaluate all of them alike"
+                f"specialist {number} was measured under {threat_text(other.results['threat'])}, not with the same "
+                f"attacks under {threat_text(evaluation.results['threat'])}; evaluate all of them alike"
+            )
+        if same_names(evaluation, other) and other_images(evaluation.results, other.results):
+            raise UserError(
+                f"specialist {number} was measured on other images of the same indices; evaluate all of them on the "
+                "same data"
             )
     shares = {"clean": (evaluation.clean_accuracy, max(other.clean_accuracy for other in specialists))}
     for label, told in evaluation.results["threats"].items():

@@ -33,7 +33,14 @@ from dualhead.evaluation.diagnostics import (
     described,
     is_random,
 )
-from dualhead.evaluation.journal import ELSEWHERE, Journal, Outcome, data_fingerprint, weights_fingerprint
+from dualhead.evaluation.journal import (
+    ELSEWHERE,
+    Journal,
+    Outcome,
+    data_fingerprint,
+    images_fingerprint,
+    weights_fingerprint,
+)
 from dualhead.evaluation.measurements import Measurement, right_when_changed, summary
 from dualhead.evaluation.measurements import measurements as measurement_registry
 from dualhead.evaluation.model import Subject, differ, told_if_unfit, worth_reducing
@@ -407,6 +414,10 @@ class Work:
         code = [source.describe() for source in sources_in(built)]
         evaluation.results = {
             "num_samples": len(self.correct),
+            "images": {
+                "shape": list(self.samples.images.shape[1:]),
+                "sha256": images_fingerprint(self.samples.images, self.samples.keys),
+            },
             "threat": self.threat.describe(),
             **accuracies(correct),
             **balanced(correct, evaluation.labels),

@@ -1,6 +1,7 @@
 """Reports of runs, made from the files that these left and from nothing else."""
 
 from dualhead.report.comparison import cost_unit
+from dualhead.report.differences import other_images
 from dualhead.report.gallery import NO_CLASS, change, picture, save_sheet
 from dualhead.report.generation import ROWS as SAMPLE_ROWS
 from dualhead.report.generation import judge_name
@@ -38,6 +39,7 @@ __all__ = [
     "measured_in",
     "measured_title",
     "model_card",
+    "other_images",
     "picture",
     "route_rows",
     "router_lines",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,7 @@ def worn_difference(first: Measured, second: Measured, measurement: str) -> Pair
 
 
 def comparable(first: Measured, second: Measured) -> bool:
-    """Whether two classifiers faced the same attacks under the same threat model, on samples of the same names.
+    """Whether two classifiers faced the same attacks under the same threat model, on the same samples.
 
     Attacks that only merged heads can face need not have been run on both.
     """
@@ -65,7 +66,24 @@ def comparable(first: Measured, second: Measured) -> bool:
     if "index" not in first.samples or "index" not in second.samples:
         return False
     a, b = np.argsort(first.samples["index"]), np.argsort(second.samples["index"])
-    return all(np.array_equal(first.samples[key][a], second.samples[key][b]) for key in ("index", "label"))
+    named_alike = all(np.array_equal(first.samples[key][a], second.samples[key][b]) for key in ("index", "label"))
+    return named_alike and not other_images(first.results, second.results)
+
+
+def other_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two evaluations on samples of the same names say that the images were others.
+
+    Images of another shape may be the same pictures, at the size that another model takes; results of earlier versions
+    do not tell their images. Neither counts as others.
+
+    Args:
+        first: the content of `results.json`.
+        second: another one.
+    """
+    a, b = first.get("images"), second.get("images")
+    if not isinstance(a, Mapping) or not isinstance(b, Mapping) or a.get("shape") != b.get("shape"):
+        return False
+    return bool(a.get("sha256") != b.get("sha256"))
 
 
 def same_model(row: Measured, later: Measured) -> bool:
@@ -92,9 +110,15 @@ def _alike(first: Measured, second: Measured) -> bool:
 
 
 def repeats(row: Measured, later: Measured) -> bool:
-    """Whether a later evaluation attacked the same model under the same threat model, and kept what each image met."""
+    """Whether a later evaluation attacked the same model under the same threat model, and kept what each image met.
+
+    Other images under the names of the row's do not count. Where there are fewer or more, results do not tell.
+    """
     known = row.correct("worst") is not None and later.correct("worst") is not None
-    return known and row.threat == later.threat and same_model(row, later)
+    if not known or row.threat != later.threat or not same_model(row, later):
+        return False
+    same_names = set(row.samples["index"]) == set(later.samples["index"])
+    return not (same_names and other_images(row.results, later.results))
 
 
 def broken_later(row: Measured, later: Sequence[Measured]) -> tuple[int, int, int] | None:
