@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dualhead.commands.compare import Entry, read_entries, standings
+from dualhead.commands.compare import TRIGGER_MEASURES, Entry, read_entries, standings
 from dualhead.errors import UserError
 from dualhead.evaluation import mcnemar, wilson
 from dualhead.names import id_of
@@ -316,16 +316,53 @@ def test_other_images_of_the_same_names_and_labels_are_refused():
     assert len(standings([a, old, shown(b, "x")])["pairs"]) == 6
 
 
-def test_triggered_images_are_paired_by_seed():
-    def poisoned(name, fooled, seed):
-        found = entry(name, 120, 60, flops=1, seed=seed)
-        found.evaluation.results["poison"] = {
-            "name": "patch", "target": 1, "num_triggered": 200, "attack_success_rate": fooled / 200,
-            "robust_accuracy_on_triggered": {"pgd-40": 0.1, "worst": 0.1},
-        }  # fmt: skip
-        # Labels are 0, and what is not right is taken for class 1, the target.
-        return replace(found, triggered=evaluation_of(200 - fooled, 20))
+def poisoned(name, fooled, seed=0, *, target=1, poison="patch"):
+    """An entry with results on triggered images, of which so many are taken for class 1."""
+    found = entry(name, 120, 60, flops=1, seed=seed)
+    found.evaluation.results["poison"] = {
+        "name": poison, "target": target, "num_triggered": 200, "attack_success_rate": fooled / 200,
+        "robust_accuracy_on_triggered": {"pgd-40": 0.1, "worst": 0.1},
+    }  # fmt: skip
+    # Labels are 0, and what is not right is taken for class 1, the target.
+    return replace(found, triggered=evaluation_of(200 - fooled, 20))
 
+
+def triggers_of(*entries):
+    """The measures on triggered images that are in pairs, and the notes."""
+    found = standings(entries)
+    return {pair["accuracy"] for pair in found["pairs"]} & set(TRIGGER_MEASURES), found["notes"]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_triggers_that_differ_are_told_and_not_paired(seeds):
+    def both(change):
+        first = [poisoned("a", 100, seed) for seed in range(seeds)]
+        return triggers_of(*first, *(change(seed) for seed in range(seeds)))
+
+    assert both(lambda seed: poisoned("b", 150, seed, poison="remove")) == (set(TRIGGER_MEASURES), [])
+    told = "b and a: {}, and are not compared in pairs"
+    assert both(lambda seed: poisoned("b", 150, seed, target=0)) == (
+        set(), [told.format("their triggers have different targets (class 1 and class 0)")]
+    )  # fmt: skip
+
+    def other_rows(seed):
+        found = poisoned("b", 150, seed)
+        return replace(found, triggered=replace(found.triggered, index=found.triggered.index + 1))
+
+    assert both(other_rows) == (set(), [told.format("their triggered images are not the same")])
+
+
+def test_triggers_of_other_pixels_are_told_and_not_paired():
+    a, b, c = poisoned("a", 100), poisoned("b", 150), poisoned("c", 150)
+    for each, sha256 in ((a, "x"), (b, "y"), (c, "x")):
+        each.triggered.results["images"] = {"shape": [3, 8, 8], "sha256": sha256}
+    measures, (note,) = triggers_of(a, b)
+    assert not measures
+    assert note == "b and a: their triggered images are not the same, and are not compared in pairs"
+    assert triggers_of(a, c) == (set(TRIGGER_MEASURES), [])
+
+
+def test_triggered_images_are_paired_by_seed():
     found = standings([poisoned("a", 100, 0), poisoned("b", 150, 0), entry("clean", 120, 60, flops=1)])
     told = {(pair["name"], pair["accuracy"]): pair for pair in found["pairs"]}
     assert told["b", "trigger withstood"]["difference"] == -0.25

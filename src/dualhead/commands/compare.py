@@ -34,7 +34,7 @@ from dualhead.evaluation import (
     wilson,
 )
 from dualhead.names import id_of_row
-from dualhead.report import MEANS, believable, cost_unit, lights, measured_in
+from dualhead.report import MEANS, believable, cost_unit, lights, measured_in, other_images
 from dualhead.runs import RunFolder, read_recipe, without_how
 from dualhead.statistics import paired_t, student, student_reach
 
@@ -231,6 +231,8 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
         pairs += [{"reference": results[0][0], "name": label, "believable": sound, **pair} for pair in found]
         if not found:
             notes.append(f"{label} and {results[0][0]} have no seed in common, and are not compared in pairs")
+        if told := _other_triggers(results[0][1], members):
+            notes.append(f"{label} and {results[0][0]}: {told}, and are not compared in pairs")
     notes += [f"{label}: {told}" for label, members in results if (told := _unpaired(members))]
     return {"rows": rows, "pairs": pairs, "notes": notes}
 
@@ -543,6 +545,31 @@ def _unpaired(members: Sequence[Entry]) -> str:
     ) if lacking else ""  # fmt: skip
 
 
+def _together(first: Sequence[Entry], second: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+    """Return the entries of two groups by seed, as far as both have it; of one run each, those of whatever seed."""
+    if len(first) == len(second) == 1:
+        return [(first[0], second[0])]
+    a, b = ({entry.seed: entry for entry in group} for group in (first, second))
+    return [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
+
+
+def _other_triggers(first: Sequence[Entry], second: Sequence[Entry]) -> str:
+    """Say in which way triggered images of two groups differ; empty where they are the same, or one has none.
+
+    The names of poisons do not decide: a control has the trigger of the poison that it is like.
+    """
+    for pair in _together(first, second):
+        a, b = (entry.triggered for entry in pair)
+        if a is None or b is None:
+            continue
+        target, other = (int(entry.evaluation.results["poison"]["target"]) for entry in pair)
+        if target != other:
+            return f"their triggers have different targets (class {target} and class {other})"
+        if not np.array_equal(np.sort(a.index), np.sort(b.index)) or other_images(a.results, b.results):
+            return "their triggered images are not the same"
+    return ""
+
+
 def _shares(entry: Entry) -> dict[str, NDArray[np.float64]]:
     """Return by measurement the share of each image's changed renderings that are right, in the order of indices."""
     order = np.argsort(entry.evaluation.index)
@@ -606,23 +633,22 @@ def _paired(first: NDArray[Any], second: NDArray[Any]) -> tuple[Paired, str]:
 
 
 def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[str]) -> list[dict[str, Any]]:
-    a, b = (
-        {entry.seed: {**_correct(entry, attacks), **_withstood(entry, attacks), **_shares(entry)} for entry in group}
-        for group in (first, second)
-    )
-    both = sorted(a.keys() & b.keys())
-    if len(first) == len(second) == 1:  # of whatever seed each
-        both, a, b = [0], {0: next(iter(a.values()))}, {0: next(iter(b.values()))}
-    if not both:
+    together = _together(first, second)
+    if not together:
         return []
+    a, b = (
+        [{**_correct(entry, attacks), **_withstood(entry, attacks), **_shares(entry)} for entry in side]
+        for side in zip(*together, strict=True)
+    )
     measures = ["clean", *attacks, "worst"] if attacks else ["clean"]
-    for name in (*TRIGGER_MEASURES, *_rendered_alike((*first, *second))):
-        found_by = [of[seed].get(name) for of in (a, b) for seed in both]
+    triggers = () if _other_triggers(first, second) else TRIGGER_MEASURES
+    for name in (*triggers, *_rendered_alike((*first, *second))):
+        found_by = [found.get(name) for found in (*a, *b)]
         if all(found is not None and len(found) == len(found_by[0]) for found in found_by):  # type: ignore[arg-type]  # none is None
             measures.append(name)
-    if len(both) == 1:
-        of_seed = "" if len(first) == len(second) == 1 else f", seed {both[0]}"
-        found = {name: _paired(a[both[0]][name], b[both[0]][name]) for name in measures}
+    if len(together) == 1:
+        of_seed = "" if len(first) == len(second) == 1 else f", seed {together[0][0].seed}"
+        found = {name: _paired(a[0][name], b[0][name]) for name in measures}
         return [
             {"accuracy": name, "difference": pair.difference, "interval": list(pair.interval), "p_value": pair.p_value,
              "verdict": pair.verdict, "test": test + of_seed}
@@ -630,13 +656,13 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry], attacks: Sequence[st
         ]  # fmt: skip
     pairs = []
     for name in measures:
-        first_correct, second_correct = ([of[seed][name] for seed in both] for of in (a, b))
+        first_correct, second_correct = ([found[name] for found in side] for side in (a, b))
         differences = [float(y.mean() - x.mean()) for x, y in zip(first_correct, second_correct, strict=True)]
         mean, ends, p_value = paired_t(differences, floor=1.0 / len(first_correct[0]))
         verdict = "gain" if ends[0] > 0 else "loss" if ends[1] < 0 else "undecided"
         pairs.append(
             {"accuracy": name, "difference": mean, "interval": ends, "p_value": p_value, "verdict": verdict,
-             "test": f"paired t, {len(both)} seeds",
+             "test": f"paired t, {len(together)} seeds",
              "images_interval": list(interval_over_samples(first_correct, second_correct))}
         )  # fmt: skip
     return pairs
