@@ -491,8 +491,9 @@ def test_other_samples_threats_or_attacks_are_not_compared(tmp_path):
 
 def test_samples_of_the_same_names_that_are_other_images_are_not_compared(tmp_path):
     def told(name, seed, sha256, shape=(3, 8, 8)):
-        images = {"images": {"shape": list(shape), "sha256": sha256}} if sha256 else {}
-        evaluation(tmp_path / name, seed, **images)
+        held = evaluation(tmp_path / name, seed)
+        held.results |= {"images": {"shape": list(shape), "sha256": sha256}} if sha256 else {}
+        held.save(tmp_path / name)
         return tmp_path / name
 
     folders = [told("a", 1, "x"), told("b", 2, "x"), told("other", 3, "y"), told("old", 4, None)]
