@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dualhead.commands.compare import Entry, standings
 from dualhead.evaluation import Evaluation, Verdicts
 from dualhead.evaluation.results import accuracies
 from dualhead.names import id_of_row
+from dualhead.runs import Entry, standings
 from dualhead.statistics import mean_std, student
 from dualhead.system.files import write_json
 

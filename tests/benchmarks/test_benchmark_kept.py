@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dualhead.commands.compare import Entry, standings
 from dualhead.evaluation import Evaluation
+from dualhead.runs import Entry, standings
 from helpers.studies import evaluation, made_run, measured, module_of
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dualhead.commands.compare import Entry
 from dualhead.commands.compare_samples import MORE_IS_BETTER, SCORE, compare_samples
 from dualhead.evaluation import SAMPLES_FILE, SCORED, mcnemar
+from dualhead.runs import Entry
 from helpers.e2e import dualhead
 from helpers.evaluation import evaluation_of
 

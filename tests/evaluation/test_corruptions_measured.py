@@ -10,13 +10,13 @@ import torch
 from scipy import stats
 
 import dualhead
-from dualhead.commands.compare import read_entries, standings
 from dualhead.data.corruptions import KINDS, TITLE, corrupt
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import Measurement, compare
 from dualhead.report import write_report
 from dualhead.report.comparison import as_records, difference_table
 from dualhead.report.sources import read_sources
+from dualhead.runs import read_entries, standings
 from helpers.evaluation import Bright
 
 THREAT = dualhead.ThreatModel("Linf", 8 / 255)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import dualhead
-from dualhead.commands.compare import read_entries, standings
 from dualhead.errors import UserError
 from dualhead.recipe import load_recipe, parse_recipe
+from dualhead.runs import read_entries, standings
 from helpers.e2e import dualhead as command
 from helpers.evaluation import Bright
 from helpers.plugins import nothing_from_outside

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dualhead.commands.compare import read_entries, standings
 from dualhead.data import hold_out
 from dualhead.data.poisons.patch import Patch
 from dualhead.errors import UserError
 from dualhead.recipe import load_recipe
-from dualhead.runs import RunFolder, parted
+from dualhead.runs import RunFolder, parted, read_entries, standings
 from dualhead.runs.folder import write_manifest
 from dualhead.runs.prepare import prepare
 from dualhead.runs.run import train

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualhead.commands.compare import read_entries, standings
 from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation
 from dualhead.recipe import load_recipe
-from dualhead.runs import measure, prepare, run, stages
+from dualhead.runs import measure, prepare, read_entries, run, stages, standings
 from helpers.e2e import TINY
 
 MOST_LINES = 40

@@ -831,9 +831,9 @@ def compare(
 ) -> None:
     """Set runs side by side: accuracy over seeds, cost, Pareto front at equal cost, and paired tests with the first."""
     del quiet  # there are results only
-    from dualhead.commands.compare import normalised, read_entries, sequences, standings
     from dualhead.commands.compare_samples import compare_samples
     from dualhead.commands.terminal import out, print_samples, print_sequences, print_standings
+    from dualhead.runs import normalised, read_entries, sequences, standings
     from dualhead.system.files import write_json
 
     entries, made_for_one = read_entries(places), []

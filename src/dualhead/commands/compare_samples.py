@@ -10,8 +10,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from dualhead.commands.compare import Entry, by_output
 from dualhead.evaluation import SAMPLES_FILE, SCORED
+from dualhead.runs import Entry, by_output
 from dualhead.statistics import mcnemar, mean_std, paired_t, student
 
 SCORE: Final = "classification_accuracy_score"

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualhead.commands.compare import read_entries, standings
 from dualhead.evaluation import EvaluationProgress
 from dualhead.recipe import load_recipe
 from dualhead.report import write_report
-from dualhead.runs import train
+from dualhead.runs import read_entries, standings, train
 from dualhead.system.files import write_json
 from dualhead.training import TrainingProgress
 

@@ -14,22 +14,29 @@ from dualhead.runs.folder import (
 )
 from dualhead.runs.poisoned import parted, triggered_images
 from dualhead.runs.run import RunResult, train
+from dualhead.runs.standings import Entry, by_output, normalised, read_entries, sequences, standings
 from dualhead.runs.trial import StageCost, Trial, trial
 
 __all__ = [
     "GALLERY",
+    "Entry",
     "RunFolder",
     "RunResult",
     "StageCost",
     "Trial",
+    "by_output",
     "changes",
     "data_facts",
     "kept_checkpoints",
     "load_stage",
+    "normalised",
     "parted",
     "read_digests",
+    "read_entries",
     "read_recipe",
     "refuse_other_data",
+    "sequences",
+    "standings",
     "train",
     "trial",
     "triggered_images",

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
-from dualhead.commands.compare import TRIGGER_MEASURES, Entry, read_entries, standings
 from dualhead.errors import UserError
 from dualhead.evaluation import mcnemar, wilson
 from dualhead.names import id_of
 from dualhead.recipe.yaml import load_recipe
+from dualhead.runs.standings import TRIGGER_MEASURES, Entry, read_entries, standings
 from helpers.evaluation import COLUMNS, evaluation_of
 
 

@@ -35,7 +35,7 @@ from dualhead.evaluation import (
 )
 from dualhead.names import id_of_row
 from dualhead.report import MEANS, believable, cost_unit, lights, measured_in, other_images
-from dualhead.runs import RunFolder, read_recipe, without_how
+from dualhead.runs.folder import RunFolder, read_recipe, without_how
 from dualhead.statistics import paired_t, student, student_reach
 
 _log = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dualhead.commands.compare import Entry, sequences
 from dualhead.evaluation import Evaluation, Verdicts, Visit, describe_sequence
 from dualhead.report import sequence_text
 from dualhead.report.sequence import course, matrix
+from dualhead.runs import Entry, sequences
 
 THREATS = ["Linf", "L2"]
 
