@@ -130,7 +130,7 @@ def images_fingerprint(images: Tensor, index: Tensor) -> str:
     for rows in torch.split(torch.argsort(index), 256):
         shown = images[rows]
         levels = shown if shown.dtype == torch.uint8 else (shown.float() * 255).round().to(torch.uint8)
-        digest.update(levels.contiguous().numpy())
+        digest.update(levels.numpy().tobytes())
     return digest.hexdigest()
 
 
