@@ -79,7 +79,7 @@ def one_image():
 def test_a_new_lambda_reaches_the_loss_and_needs_no_new_plan(monkeypatch):
     data, stage = batch(0, 8), stage_of("elle", ("model",), attack=FGSM, lr=1e-30)
     step = step_of(plain_model(), stage)
-    monkeypatch.setattr(step, "_plan", lambda objective: pytest.fail("planned anew"))
+    monkeypatch.setattr(step, "_planned", lambda objective: pytest.fail("planned anew"))
     state = stage.objective.begin()
     for value in (0.0, 5.0, 0.5):
         assert not step.begin(0, {**state, "lambda": value})

@@ -217,7 +217,7 @@ def test_stopped_at_steps_it_goes_on_bit_for_bit(tmp_path):
 def test_what_cannot_be_a_helper_is_refused_before_anything_is_written(tmp_path):
     for fields, message in (
         ({"weights": "nowhere"}, "stages.1.objective, teacher helper: nowhere: there is no such folder"),
-        ({"weights": "hat"}, "stages.1.objective, teacher helper: hat: holds no finished model"),
+        ({"weights": "hat"}, "stages.1.objective, teacher helper: hat: there is no such folder"),
         ({"stretch": 1}, "stages.hat.objective: stretch must be greater than 1, got 1; 2 is as published"),
         ({"gamma": -1}, "stages.hat.objective: gamma must be at least 0, got -1"),
         ({"base": {"name": "hat", "weights": "x"}}, "stages.hat.objective: hat is its own base method"),
