@@ -91,7 +91,8 @@ def test_every_argument_reaches_the_evaluation_under_each_threat(monkeypatch, tm
     model, (images, labels) = nn.Sequential(trained()), patterns(8)
     given = {
         "model": model, "images": images, "labels": labels, "threat": THREATS, "attacks": ["fgsm"], "eps": (),
-        "index": torch.arange(8).flip(0), "batch_size": 16, "seed": 3, "precision": "float32", "device": "cpu",
+        "index": torch.arange(8).flip(0), "batch_size": 16, "seed": 3, "precision": "float32",
+        "device": torch.device("cpu"),
         "class_names": list("abcd"), "skipped": 2, "checks": [Finding("mine", "warning", "odd")],
         "heads": lambda x: model(x)[:, None], "return_adversarial": True, "save_adversarial": True,
         "output_dir": tmp_path, "resume": False, "diagnostics": False, "progress": Silent(), "command": "words",
@@ -107,8 +108,8 @@ def test_every_argument_reaches_the_evaluation_under_each_threat(monkeypatch, tm
     assert all([*settings.attacks] == ["fgsm"] for settings in own)
     for name in given.keys() - {"threat", "attacks", "eps", "output_dir"}:  # with several threats there is no curve
         for settings in own:
-            reached = getattr(settings, name)
-            assert reached is given[name] or torch.equal(reached, given[name]), name
+            reached, asked = getattr(settings, name), given[name]
+            assert torch.equal(reached, asked) if isinstance(asked, torch.Tensor) else reached == asked, name
 
 
 def test_adversarial_images_are_returned_by_attack_and_threat():
