@@ -172,7 +172,7 @@ def test_pairs_that_differ_alike_are_certain_only_without_a_floor():
 
 
 def test_chance_rarely_explains_a_drop_beyond_its_bound():
-    """Of independent samples as often as 95 % says; of the same samples, nearly all of which agree, less often."""
+    """Shares of independent samples pass it as often as 95 % says; those of the same samples, which agree, do less."""
     generator, count = np.random.default_rng(0), 400
     apart, alike = [], []
     for _ in range(400):

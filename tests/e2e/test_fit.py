@@ -309,6 +309,16 @@ def test_a_network_that_a_factory_hands_out_again_keeps_its_weights(whole):
         dualhead.load(whole.run_dir, factory=kept)
 
 
+def test_a_network_that_cannot_be_copied_is_taken_itself_and_a_line_says_so(digits, tmp_path, caplog):
+    dualhead.save(torch.nn.Sequential(net()), tmp_path / "saved", example=digits[0][0])
+    kept = torch.nn.Sequential(net(seed=9))
+    kept.made = torch.ones(1, requires_grad=True) * 2  # torch copies no tensor that was computed with a graph
+    before = next(kept.parameters()).clone()
+    dualhead.load(tmp_path / "saved", factory=lambda: kept)
+    assert "the Sequential that it returned cannot be copied (RuntimeError: " in caplog.text
+    assert not torch.equal(next(kept.parameters()), before)
+
+
 def test_epochs_are_those_of_stages_that_train(digits, tmp_path):
     first, second = ({**PLAIN["stages"][0], "name": name, "epochs": epochs} for name, epochs in (("a", 0), ("b", 2)))
     mixed = {"name": "c", "train": ["model"], "interpolate": {"between": ["a", "b"], "shares": [0.5]}}
@@ -480,6 +490,12 @@ def test_an_attack_that_no_gradient_reaches_says_that_it_is_blind(digits, caplog
     caplog.clear()
     dualhead.attack(net(), x, y, attack, eps=0.1)
     assert not caplog.records
+
+
+def test_an_attack_that_needs_heads_finds_them(whole, digits):
+    x, y = digits[1]
+    merged = dualhead.load(whole.run_dir, "mean", factory=net)
+    assert dualhead.attack(merged, x, y, "multihead-1", eps=0.1).shape == x.shape
 
 
 def test_functions_are_attacks_and_their_images_come_back(whole, digits, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.attacks import Attack, attacks
+from dualhead.attacks import Attack, Search, attacks
 from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import PROBES, input_gradient
 from dualhead.evaluation.given import tensors_of
@@ -82,16 +82,15 @@ def attack(
                 classes = subject.logits(x[:1]).shape[1]
             _refuse_labels(y, classes)
             if not found:
-                _warn_of_blindness(chosen, subject, x[:PROBES], y[:PROBES], against)
+                parts = chosen.parts(classes, against, subject.query().num_heads(x[:1]))
+                _warn_of_blindness(parts, subject, x[:PROBES], y[:PROBES], chosen.label)
             streams = Streams.of(seed, rows.to(subject.device))
             found.append(chosen.search(subject.query(), x, y, against, streams).detach())
     return torch.cat(found).to(came)
 
 
-def _warn_of_blindness(chosen: Attack, subject: Subject, x: Tensor, y: Tensor, threat: Threat) -> None:
+def _warn_of_blindness(parts: Sequence[Search], subject: Subject, x: Tensor, y: Tensor, label: str) -> None:
     """Tell where gradients lead an attack nowhere: its images are then noise, and accuracy on them looks robust."""
-    heads = subject.query().num_heads(x[:1])
-    parts = chosen.parts(subject.logits(x[:1]).shape[1], threat, heads)
     if not any(part.uses_gradients for part in parts):
         return
     gradient = input_gradient(subject, x, y)
@@ -99,7 +98,7 @@ def _warn_of_blindness(chosen: Attack, subject: Subject, x: Tensor, y: Tensor, t
         _log.warning(
             "attack: no gradient of the model reaches the images (detach, no_grad, rounded or saturated outputs), so "
             "%s searches blindly: accuracy on what it returns says nothing of robustness; attack with square, or a "
-            "model without that step", chosen.label,
+            "model without that step", label,
         )  # fmt: skip
 
 

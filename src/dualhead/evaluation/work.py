@@ -405,7 +405,7 @@ class Work:
             curve.append({"eps": radius, **self._at(threat, correct)})
         if diagnostics and self.attacks:
             findings += self._diagnose_randomness(correct["worst"])
-            # Of a model that gives one answer to everything, an attack that finds nothing proves no masked gradients.
+            # Where a model gives one answer to everything, an attack that finds nothing proves no masked gradients.
             if not any(one["name"] == "one_class" and one["status"] == "failed" for one in findings):
                 findings += self._diagnose_attacks(verdicts, records, curve)
         findings += described(check_precision(self.audits or ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check
 from dualhead.models.normalize import Normalize
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of, without_inference_tensors, writes_to_images
+
+_log = logging.getLogger(__name__)
 
 
 def function_at(path: str) -> Callable[..., Any]:
@@ -103,11 +106,15 @@ def made_by(factory: Callable[..., Any], path: str, num_classes: int) -> tuple[n
 def own_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a network that a program's function returned, since the program may go on using it.
 
-    One that cannot be copied, as with tensors that layers compute anew, is taken as it came.
+    One that cannot be copied, as with tensors that layers compute anew, is taken as it came, and a line says so.
     """
     try:
         return copy.deepcopy(model)
-    except Exception:  # whatever somebody else's modules raise
+    except Exception as error:  # whatever somebody else's modules raise
+        _log.warning(
+            "factory: the %s that it returned cannot be copied (%s), so that network itself gets other weights",
+            type(model).__name__, plugins.reason(error),
+        )  # fmt: skip
         return model
 
 
