@@ -122,3 +122,11 @@ def test_held_out_images_of_routers_have_the_size_that_the_network_takes(monkeyp
     images, labels = commands._held_out(Request(model="run"), 5)
     assert images.shape == (5, 1, 8, 8)
     assert len(labels) == 5
+
+
+def test_images_of_another_size_than_the_networks_are_told(monkeypatch, tmp_path, caplog):
+    folder = str(saved(tmp_path / "model", threat={"norm": "Linf", "eps": 0.1}))
+    resolve(Request(model=folder, data="digits", device="cpu"))
+    assert "--image-size" not in caplog.text
+    resolve(Request(model=folder, data="digits", image_size="12x16", device="cpu"))
+    assert "of 8x8 and is measured on images of 12x16, as they are; --image-size 8x8 resizes" in caplog.text

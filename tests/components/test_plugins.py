@@ -143,6 +143,7 @@ def test_the_folder_of_the_recipe_comes_before_the_current_one(folder):
     assert recipe.stages[0].objective.scale == 2
     named = [folder / "base" / "beside_base.py", folder / "project" / "own.py", folder / "own.py"]
     assert list(recipe.plugins) == list(map(str, named))
+    assert load_recipe("project/mine.yaml", plugins="own.py") == recipe
     assert parse_recipe(recipe.resolved()) == recipe
     other = load_recipe("project/mine.yaml", ["stages.natural.objective=only_here.py:Tamed"])
     assert other.stages[0].objective.scale == 1

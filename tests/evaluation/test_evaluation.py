@@ -870,6 +870,7 @@ def test_progress_falls_to_the_robust_accuracy(reference):
         ({"model": "runs/g"}, r"model: must be a torch.nn.Module, got str; dualhead.load\('runs/g'\) gives"),
         ({"model": trained}, r"model: .* got .*; the order is evaluate\(model, images, labels\)"),
         ({"model": None}, "model: must be a torch.nn.Module, got NoneType"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).double()}, r"are torch.float64, .* give model.float"),
         ({"model": nn.Linear}, r"model: must be a torch.nn.Module, got type; that is a class; give Linear\(...\)"),
         ({"transfer_from": "runs/base"}, r"transfer_from: .*; dualhead.load\('runs/base'\) gives"),
         ({"device": "gpu"}, "device 'gpu' is not usable here; write auto, cpu, cuda"),

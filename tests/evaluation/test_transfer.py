@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation, evaluate
 from helpers.attacks import network
 from helpers.evaluation import patterns, trained
@@ -68,3 +69,14 @@ def test_neither_network_is_left_changed():
     measure(source=source, attacks=["fgsm"])
     assert source.training
     assert all(torch.equal(value, before[key]) for key, value in source.state_dict().items())
+
+
+def test_a_network_that_an_attack_cannot_face_is_refused_before_the_model_is_attacked(tmp_path):
+    x, y = patterns(8)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(7, 4))  # for images of another size
+    options = {"threat": "Linf:0.1", "attacks": ["fgsm"], "precision": "float32", "diagnostics": False}
+    with pytest.raises(UserError):
+        evaluate(trained(), x, y, output_dir=tmp_path, transfer_from=other, **options)
+    assert not list((tmp_path / "progress").glob("tries*"))
+    measure(tmp_path / "ends", source=network(4, seed=5), attacks=["fgsm"])
+    assert list((tmp_path / "ends" / "progress").glob("tries*"))  # where attacks on the model leave their trace

@@ -367,7 +367,7 @@ def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[st
 
 
 def _among_known(name: str, source: _Source, test: Split) -> Split:
-    """Return images with labels among the classes that a model knows; other sizes are up to the network.
+    """Return images with labels among the classes that a model knows; of another size with a warning.
 
     Args:
         name: of the model.
@@ -393,6 +393,12 @@ def _among_known(name: str, source: _Source, test: Split) -> Split:
             f"{test.num_classes} classes of {channels}-channel images do not fit {name}, "
             f"which is for {architecture.num_classes} classes of {channels}-channel images; choose other --data"
         )
+    seen, given = ("x".join(map(str, shape[1:])) for shape in (architecture.image_shape, test.image_shape))
+    if seen != given:
+        _log.warning(
+            "%s was trained on images of %s and is measured on images of %s, as they are; --image-size %s resizes them",
+            name, seen, given, seen,
+        )  # fmt: skip
     return test
 
 

@@ -234,18 +234,20 @@ def _under_one(settings: Settings) -> Evaluation:
         if len(names) < work.num_classes:
             raise UserError(f"{len(names)} class names for a model of {work.num_classes} classes")
         work.open_journal()
+        made = _made_elsewhere(work)  # first, so that a network that does not fit is refused now, not hours later
         evaluation = work.run(names)
-        _add_transfer(work, evaluation)
+        if made is not None:
+            _add_transfer(work, made, evaluation)
         evaluation.results["diagnostics"] += [asdict(check) for check in settings.checks]
     return _kept(evaluation, settings)
 
 
-def _add_transfer(work: Work, evaluation: Evaluation) -> None:
-    """Measure on images that the attacks make against another network, if there is one."""
+def _made_elsewhere(work: Work) -> Evaluation | None:
+    """Let the attacks make images against another network; None if there is no such network."""
     settings = work.settings
     if settings.transfer_from is None:
-        return
-    made = _under_one(
+        return None
+    return _under_one(
         replace(
             settings,
             model=settings.transfer_from,
@@ -264,10 +266,14 @@ def _add_transfer(work: Work, evaluation: Evaluation) -> None:
             diagnostics=False,
         )
     )
+
+
+def _add_transfer(work: Work, made: Evaluation, evaluation: Evaluation) -> None:
+    """Measure on images that were made against another network."""
     right = {attack: work.right_on(made.adversarial(attack)) for attack in made.verdicts}
     fooled = {attack: made.correct["clean"] & ~verdict.robust for attack, verdict in made.verdicts.items()}
     evaluation.transferred = {attack: column & work.correct for attack, column in right.items()}
-    told = transfer_results(settings.transfer_name, evaluation.transferred, fooled, work.correct)
+    told = transfer_results(work.settings.transfer_name, evaluation.transferred, fooled, work.correct)
     evaluation.results[TRANSFER] = told
 
 

@@ -390,6 +390,12 @@ def told_if_unfit(model: nn.Module, images: Tensor) -> Iterator[None]:
     except Exception:  # whatever somebody else's forward may raise
         channels, height, width = images.shape[1:]
         output_of_one(model, (channels, height, width), type(model).__name__)
+        wrong = {weights.dtype for weights in model.parameters() if weights.is_floating_point()} - {torch.float32}
+        if wrong:
+            raise UserError(
+                f"model: its parameters are {', '.join(sorted(map(str, wrong)))}, and images are torch.float32; give "
+                "model.float()"
+            ) from None
         raise
 
 

@@ -106,7 +106,7 @@ def override(content: dict[str, Any], change: Override) -> None:
     _assign(content, _words(change.key), copy.deepcopy(change.value), change.text)
 
 
-def load_recipe(name: str, overrides: Overrides = (), plugins: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Overrides = (), plugins: str | Sequence[str] = ()) -> Recipe:
     """Load a recipe by the name of a shipped one or by path, with overrides.
 
     Components, and files of them, are looked for in the recipe's folder, then in those of the recipes that it extends,
@@ -116,7 +116,7 @@ def load_recipe(name: str, overrides: Overrides = (), plugins: Sequence[str] = (
         name: `cifar10_cpu`, or a path to a YAML file. A recipe may say `extends: OTHER` and give only what differs.
         overrides: `KEY=VALUE` with a dotted key, `stages.main_head.epochs=5`, once or in a list; `*` stands for all
             items of a list. Values are read as YAML. Or values by dotted key, `{"stages.*.epochs": 5}`.
-        plugins: files or modules besides those that the recipe names.
+        plugins: a file or module besides those that the recipe names, or several.
 
     Raises:
         UserError: one line naming the key, what is wrong with it, and what would be right.
@@ -130,7 +130,8 @@ def load_recipe(name: str, overrides: Overrides = (), plugins: Sequence[str] = (
         override(content, change)
     if plugins:
         try:
-            given = [outside.located(source) for source in plugins]  # these stand on the command line: relative to here
+            sources = [plugins] if isinstance(plugins, str) else plugins
+            given = [outside.located(source) for source in sources]  # these stand on the command line: relative to here
         except UserError as error:
             raise UserError(f"--plugin: {error}") from None
         named = content.get("plugins") or []

@@ -74,7 +74,7 @@ def train(
     recipe: Recipe | str | Path,
     overrides: Overrides = (),
     *,
-    plugins: Sequence[str] = (),
+    plugins: str | Sequence[str] = (),
     run_dir: str | Path | None = None,
     progress: TrainingProgress | None = None,
     evaluation_progress: Callable[[str], EvaluationProgress] | None = None,
@@ -91,7 +91,8 @@ def train(
     Args:
         recipe: a recipe, the name of a shipped one, or a path to a YAML file.
         overrides: of a recipe by name or path, as `load_recipe` takes them.
-        plugins: files or modules that register components, besides those that a recipe by name or path names.
+        plugins: a file or module that registers components, or several, besides those that a recipe by name or path
+            names.
         run_dir: the run's folder; None for `runs/NAME`.
         progress: told of stages, steps and epochs.
         evaluation_progress: gives, for the name of a row, who is told of its evaluation.
@@ -122,7 +123,7 @@ def train(
     return RunResult(folder.path, deployed, tuple(rows))
 
 
-def _read(recipe: Recipe | str | Path, overrides: Overrides, plugins: Sequence[str]) -> Recipe:
+def _read(recipe: Recipe | str | Path, overrides: Overrides, plugins: str | Sequence[str]) -> Recipe:
     if isinstance(recipe, nn.Module):
         raise UserError(f"recipe: got a network ({type(recipe).__name__}); dualhead.fit(model, ...) trains one")
     if not isinstance(recipe, Recipe):
