@@ -5,14 +5,15 @@
 #
 # From the root of the repository, with `dualhead` and its `python` on the path; FOLDER as data.py writes it. The same
 # command goes on where it was stopped, also on another machine: each finished run leaves a small file, and is not
-# trained again as long as that is there. In the environment: KEPT, a folder for these files (../results/elsewhere);
-# SEEDS of `compare` (0 1 2); EPOCHS, the length that README.md tells, empty to choose it anew; BETA and GUIDED_BETA, by
+# trained again as long as that is there. In the environment: METHODS, a pattern of runs (`guided-*`), so that several
+# processes can share the work; KEPT, a folder for these files (../results/elsewhere); SEEDS of `compare` (0 1 2); EPOCHS, the length that README.md tells, empty to choose it anew; BETA and GUIDED_BETA, by
 # default those that the runs of `choose` lead to.
 set -euo pipefail
 phase=$1 data=$2 folder=$3 out=$4
 extra=("${@:5}")
 here=$(dirname "$0")
-: "${SEEDS:=0 1 2}" "${BETA:=}" "${GUIDED_BETA:=}" "${KEPT:=$here/../results/elsewhere}"
+: "${METHODS:=*}" "${SEEDS:=0 1 2}" "${BETA:=}" "${GUIDED_BETA:=}" "${KEPT:=$here/../results/elsewhere}"
+known=
 
 case $data in
   tiny)
@@ -32,6 +33,8 @@ mkdir -p "$out"
 cell() {
   local name=$1 recipe=$here/../strongest/cpu_$2.yaml seed=$3 found=(strong)
   local run=$out/$data/$name/seed=$seed kept=$KEPT/$data/$phase/$name/seed=$seed.json
+  [[ $name == $METHODS ]] || return 0
+  known=1
   [[ ! -f $kept ]] || return 0
   echo "$data $name seed $seed"
   shift 3
@@ -59,6 +62,9 @@ guided() {
     "stages.distilled.epochs=$((($1 * 75 + 80) / 160))" "stages.guided.objective.head1.beta=$2"
 }
 
+# told: refuses METHODS that fit no run.
+told() { [[ -n $known ]] || { echo "METHODS=$METHODS: no run is called so" >&2; exit 2; }; }
+
 # attacked RUN FOUND DATA ATTACKS [OPTION...]
 attacked() {
   [[ ! -f $1/evaluations/$2/results.json ]] || return 0
@@ -75,6 +81,7 @@ if [[ $phase == choose ]]; then
     base "$((2 * EPOCHS))" "$beta" 0
     guided "$((2 * EPOCHS))" "$beta" 0
   done
+  told
   chosen=$(python "$here/collect.py" betas "$KEPT/$data" "$EPOCHS")
   echo "EPOCHS=$EPOCHS BETA=${chosen% *} GUIDED_BETA=${chosen#* }"
 else
@@ -87,4 +94,5 @@ else
     guided "$((2 * EPOCHS))" "$GUIDED_BETA" "$seed"
     base "$EPOCHS" "$BETA" "$seed"
   done
+  told
 fi

@@ -48,6 +48,12 @@ def test_both_phases_ask_for_recipes_that_can_be_read(data, epochs, tmp_path, mo
         assert recipe.stages[0].epochs > 0
 
 
+def test_several_processes_can_share_the_runs_of_a_choice(tmp_path):
+    ended, asked = run_of(tmp_path, "choose", METHODS="guided-*")
+    assert ended.returncode == 0, ended.stderr
+    assert set(trained(asked)) == {f"tiny/guided-80-beta-{beta}/seed=0" for beta in (3, 6, 12)}
+
+
 def test_what_is_kept_is_not_trained_again(tmp_path):
     run_of(tmp_path, "compare")
     (tmp_path / "kept/tiny/compare/base-80-beta-3/seed=1.json").unlink()

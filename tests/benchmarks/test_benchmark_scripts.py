@@ -9,6 +9,7 @@ from helpers.studies import asked_of, trained
 STUDIES = [
     ("continual", (".",), "finetune", "forward/finetune"),
     ("domains", ("DATA",), "dual-l*", "dual-last"),
+    ("elsewhere", ("compare", "tiny", "DATA"), "base-40-*", "tiny/base-40-beta-3"),
     ("generation", (), "dat", "dat"),
     ("larger", ("DATA",), "st*", "stem-trades"),
     ("poisoning", ("DATA",), "base-blend", "study/base-blend"),
@@ -21,7 +22,8 @@ STUDIES = [
 def run_of(study, words, folder, **environment):
     further = ("study",) if study == "poisoning" else ()
     script = f"benchmarks/{study}/run.sh"
-    return asked_of(script, folder, *words, str(folder / "out"), *further, RATE="0.1", **environment)
+    chosen = {"RATE": "0.1", "BETA": "3", "GUIDED_BETA": "6"}
+    return asked_of(script, folder, *words, str(folder / "out"), *further, **chosen, **environment)
 
 
 @pytest.mark.parametrize(("study", "words", "methods", "name"), STUDIES)
