@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dualhead.models.weights import write_state
-from dualhead.system.files import write_atomically, write_json, write_text
+from dualhead.system.files import shortened_name, write_atomically, write_json, write_text
 
 
 def test_text_and_json_come_back(tmp_path):
@@ -69,3 +69,12 @@ def test_numbers_that_json_does_not_have_are_refused(tmp_path, number):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"a": number})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("letter", ["a", "\N{LATIN SMALL LETTER U WITH DIAERESIS}", "\N{CJK UNIFIED IDEOGRAPH-5B57}"])
+def test_a_name_that_is_too_long_is_cut_and_still_its_own(tmp_path, letter):
+    assert shortened_name("seed=0") == "seed=0"
+    names = [shortened_name(letter * count) for count in range(150, 400)]
+    assert len(set(names)) == len(names)
+    assert max(len(name.encode()) for name in names) <= 200
+    write_text(tmp_path / names[-1], "it fits")

@@ -19,6 +19,7 @@ from dualhead.models import Backbone, backbones, maker
 from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config, view
 from dualhead.system.devices import find_device, room_for_images
+from dualhead.system.files import shortened_name
 from dualhead.system.processes import group
 from dualhead.threats import Norm, Threat, build_threat, norm_named, typical_eps
 
@@ -441,5 +442,6 @@ def _folder_name(request: Request) -> str:
     words += ["adversarial" if request.save_adversarial else None, "generation" if request.generation else None]
     words += ["ood"] if request.ood else []
     words += [None if request.poison is None else f"poison-{request.poison[:60]}"]
-    name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
+    named = ("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words if word)
+    name = shortened_name("_".join(named))
     return name if request.is_run else name or "default"

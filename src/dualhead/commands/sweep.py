@@ -16,7 +16,7 @@ from dualhead.errors import RunError, UserError
 from dualhead.recipe import Recipe, load_recipe
 from dualhead.report import measured_in
 from dualhead.runs import RunFolder, changes, train
-from dualhead.system.files import check_folder, write_json, write_text
+from dualhead.system.files import check_folder, shortened_name, write_json, write_text
 from dualhead.training import TrainingProgress
 
 TABLE = "sweep"
@@ -96,7 +96,7 @@ def split_values(text: str) -> list[str]:
 
 def _name(settings: dict[str, str], seed: int) -> str:
     words = [f"{key}={value}" for key, value in settings.items()] + [f"seed={seed}"]
-    return re.sub(r"[^A-Za-z0-9_.=,-]+", "-", ",".join(words).replace("*", "all"))
+    return shortened_name(re.sub(r"[^A-Za-z0-9_.=,-]+", "-", ",".join(words).replace("*", "all")))
 
 
 def run_sweep(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dualhead.errors import UserError
+
+_LONGEST_NAME = 200
+"""Bytes of a name that `shortened_name` lets pass; file systems take 255, and files aside have longer names."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -50,6 +54,15 @@ def head_sentence(path: Path) -> str:
     comment = " ".join(line.removeprefix("#").strip() for line in lines)
     found = re.match(r".*?\.(?=\s+[A-Z]|$)", comment)
     return found[0] if found else comment
+
+
+def shortened_name(name: str) -> str:
+    """Return a name that file systems take: the end of one that is too long gives way to a digest of the whole."""
+    encoded = name.encode()
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return f"{encoded[: _LONGEST_NAME - len(digest) - 1].decode(errors='ignore')}-{digest}"
 
 
 def check_folder(folder: Path, option: str) -> None:
