@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import Field, field
+from numbers import Integral
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -47,6 +48,23 @@ def at_least(bound: float, name: str, value: float | None, usual: str = "") -> N
     """
     if value is not None and not bound <= value < math.inf:
         raise UserError(_refusal(f"{name} must be at least {bound:g}", value, usual))
+
+
+def whole(name: str, value: object, least: int | None = None) -> None:
+    """Refuse what is no whole number.
+
+    Args:
+        name: of the field.
+        value: of the field.
+        least: the smallest that is allowed; None for any.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{name} must be a whole number, got {value!r}")
+    if least is not None:
+        at_least(least, name, int(value))
 
 
 def above(bound: float, name: str, value: float | None, usual: str = "") -> None:
