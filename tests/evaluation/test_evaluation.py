@@ -674,8 +674,12 @@ def test_infinite_slopes_neither_invent_examples_nor_blind_the_attack(norm, name
     assert robust[0.5] < 0.6
 
 
-@pytest.mark.parametrize("name", ["pgd-5", "apgd-ce-5", "fab-t-5", "cw-5", "square-20"])
-def test_where_the_model_has_no_answer_it_is_fooled_whatever_the_class(name):
+def brighter(model, x, y):
+    return x + 0.05
+
+
+@pytest.mark.parametrize("attack", ["pgd-5", "apgd-ce-5", "fab-t-5", "cw-5", "square-20", brighter])
+def test_where_the_model_has_no_answer_it_is_fooled_whatever_the_class(attack):
     class Overflows(nn.Module):
         """Right and without any slope that helps, but for pixels brighter than half, of which it makes NaN."""
 
@@ -687,11 +691,14 @@ def test_where_the_model_has_no_answer_it_is_fooled_whatever_the_class(name):
     images = torch.full((20, 3, 4, 4), 0.49)
     images[:10, 0, 0, 0], images[10:, 0, 0, 0] = 0.1, 0.45
     labels = torch.arange(2).repeat_interleave(10)
-    result = evaluate(Overflows(), images, labels, threat=ThreatModel("Linf", 0.05), attacks=[name], diagnostics=False)
+    result = evaluate(
+        Overflows(), images, labels, threat=ThreatModel("Linf", 0.05), attacks=[attack], diagnostics=False
+    )
     assert result.clean_accuracy == 1
-    robust = result.verdicts[name].robust
+    ((name, verdict),) = result.verdicts.items()
+    robust = verdict.robust
     assert robust[:10].mean() == robust[10:].mean()
-    if name == "square-20":
+    if name in ("square-20", "brighter"):
         assert not robust.any()
 
 
@@ -859,6 +866,8 @@ def test_progress_falls_to_the_robust_accuracy(reference):
         ({"attacks": ["pgq"]}, r"attacks\.0.*pgd"),
         ({"attacks": None}, r"attacks\.0: names no attack"),
         ({"attacks": ""}, r"attacks\.0"),
+        ({"attacks": [5]}, r"attacks\.0: must be an attack, its name or fields, or a function that attacks; got 5"),
+        ({"attacks": Square}, r"attacks\.0: .*; got the class Square; give Square\(...\)"),
         (
             {"labels": ["ant", "bee", "cat", "dog"]},
             r"labels: must be integers.*order of the model's logits; got \['ant'",
@@ -885,6 +894,8 @@ def test_progress_falls_to_the_robust_accuracy(reference):
         ),
         ({"index": [0, 1, 1, 2]}, "once"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 64.0}, "batch_size must be a whole number, got 64.0"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
         ({"class_names": ["a", "b"]}, "2 class names"),
         ({"eps": [0, "8/255", 8]}, "exceeds 1"),
         ({"eps": [-1]}, "greater than 0"),

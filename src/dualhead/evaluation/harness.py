@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.attacks import LogitsFn
-from dualhead.components.fields import at_least, parse_real
+from dualhead.components.fields import parse_real, whole
 from dualhead.errors import UserError
 from dualhead.evaluation.asked import Asked, Spec
 from dualhead.evaluation.diagnostics import Finding
@@ -139,7 +139,8 @@ def evaluate(
     index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     if index.shape != labels.shape or len(set(index.tolist())) != len(index):
         raise UserError(f"index must name each of the {len(images)} samples once")
-    at_least(1, "batch_size", batch_size)
+    whole("batch_size", batch_size, 1)
+    whole("seed", seed)
     threats, radii = _settled(threat, eps)
     asked = _asked(attacks, images, radii)
     settings = Settings(
