@@ -63,6 +63,8 @@ def test_the_largest_of_several_is_the_budget():
     expected = evaluate(trained(), images, labels, threat="L2:0.5", eps=[0, "0.5", 0.25], **asked)
     assert found.results["threat"] == {"norm": "L2", "eps": 0.5}
     assert found.results["curve"] == expected.results["curve"]
+    again = evaluate(trained(), images, labels, threat="L2", eps=np.array([0, 0.5, 0.25], np.float32), **asked)
+    assert again.results["curve"] == expected.results["curve"]
     beside = evaluate(trained(), images, labels, threat="L2:0.5", eps=0.25, **asked)  # a curve of one point
     assert [point["eps"] for point in beside.results["curve"]] == [0.25]
 

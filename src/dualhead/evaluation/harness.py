@@ -202,7 +202,7 @@ def _settled(
     if not radii:
         alone = "" if threat is None else f" {threat!r} has no budget;"
         raise UserError(f"threat:{alone} give threat=ThreatModel('Linf', '8/255'), or eps='8/255' for Linf")
-    largest = max(radii, key=parse_real)
+    largest = max(map(parse_real, radii))
     full = f"{threat}:{largest}" if bare else {**cast("Mapping[str, Any]", threat or {}), "eps": largest}
     return [build_threat(full, "threat")], radii[1:] and radii
 
