@@ -23,6 +23,7 @@ from dualhead.evaluation.model import Subject, outputs_of
 from dualhead.heads import attach_second_head
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import BF16, FLOAT32
+from dualhead.threats import build_threat
 from dualhead.threats.lp import ThreatModel
 from helpers.evaluation import THREAT, StopAfter, StoppedError, assert_same, patterns, trained
 
@@ -702,6 +703,21 @@ def test_where_the_model_has_no_answer_it_is_fooled_whatever_the_class(attack):
     assert robust[:10].mean() == robust[10:].mean()
     if name in ("square-20", "brighter"):
         assert not robust.any()
+
+
+@pytest.mark.parametrize("text", ["L1:2", "L0:3", "patch:2"])
+def test_a_function_attacks_under_every_threat_whose_points_are_images(text):
+    def white(model, x, y):
+        return torch.ones_like(x)
+
+    images, labels = patterns(8)
+    result = evaluate(
+        trained(), images, labels, threat=text, attacks=[white], return_adversarial=True, diagnostics=False
+    )
+    threat, x = build_threat(text), images.float() / 255
+    distance = threat.distance(result.adversarial("white"), x)
+    assert (distance <= threat.eps).all()
+    assert (distance > 0).tolist() == (result.correct["clean"] & ~result.verdicts["white"].robust).tolist()
 
 
 def test_not_a_number_is_not_correct():

@@ -52,7 +52,8 @@ class FunctionAttack(Search):
 
     registered_name: ClassVar[str] = "function"
     short_numbers: ClassVar[tuple[str, ...]] = ()
-    norms: ClassVar[tuple[str, ...] | None] = ("Linf", "L2")
+    norms: ClassVar[tuple[str, ...] | None] = ("Linf", "L2", "L1", "L0", "patch")
+    """Those whose points are images."""
 
     name: str
     call: str
