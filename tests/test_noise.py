@@ -195,3 +195,10 @@ def test_streams_from_a_generator_repeat_with_its_seed_and_pass_streams_through(
     assert len(drawn(0).keys.unique()) == 6
     s = streams(6)
     assert Streams.drawn_from(s, 6, torch.device("cpu")) is s
+
+
+def test_seeds_of_any_size_name_streams_and_small_ones_name_the_same_as_ever():
+    samples = torch.arange(3)
+    assert Streams.of(7, samples).keys.tolist() == [4095345163953262787, -8461108137986639655, 6738214707609799231]
+    keys = [tuple(Streams.of(seed, samples).keys.tolist()) for seed in (0, -1, 2**63 - 1, 2**63, 2**64 - 2, 2**64 + 5)]
+    assert len(set(keys)) == len(keys)

@@ -163,10 +163,29 @@ def _attack_cost(component: Any) -> str:
 
 def _queries(attack: Any, threat: Any) -> str:
     parts = attack.parts(10, threat, 2)
-    queries = [part.max_steps() * getattr(part, "eot", 1) for part in parts]  # a step may average several
+    queries = [part.max_steps() * _asked_in_a_step(part, threat) for part in parts]
     told = [f"{part.label} {part.jobs(10)} x {count:,}" for part, count in zip(parts, queries, strict=True)]
     total = sum(part.jobs(10) * count for part, count in zip(parts, queries, strict=True))
     return f"{total:,} queries of the model at most ({', '.join(told)}: tries x queries)"
+
+
+def _asked_in_a_step(part: Any, threat: Any) -> int:
+    """Count how often a step asks the model: FAB twice, and a mean over random passes once for each."""
+    import torch
+
+    from dualhead.attacks import Query
+    from dualhead.noise import Streams
+
+    x, y, job = torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    threat = threat.for_images(x.shape[1:])
+
+    def logits(images: Any) -> Any:
+        return images.flatten(1)[:, :10]
+
+    query = Query(logits, lambda images: torch.stack([logits(images)] * 3, 1)).through(threat.render)
+    state = part.begin(threat.lift(x), y, logits(x), job, threat, Streams.of(0, job))
+    part.step(state, query, threat)
+    return query.forward_passes
 
 
 def _objective_cost(component: Any) -> str:

@@ -27,7 +27,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _tag(part: int | str) -> int:
-    return zlib.crc32(part.encode()) if isinstance(part, str) else part
+    """Return a signed 64-bit number for a name; larger numbers wrap."""
+    number = zlib.crc32(part.encode()) if isinstance(part, str) else int(part)
+    return (number + 2**63) % 2**64 - 2**63
 
 
 class Streams:

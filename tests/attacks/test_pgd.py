@@ -178,6 +178,22 @@ def test_impossible_values_are_refused(field):
         attacks.build({"name": "pgd", field: 0})
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PGD(start="random"), "start must be one of uniform, gaussian, clean, got 'random'"),
+        (lambda: FGSM(start="random"), "start must be one of uniform, gaussian, clean, got 'random'"),
+        (lambda: PGD(loss="dlr"), "loss must be one of ce, kl, margin, got 'dlr'"),
+        (lambda: PGD(2.5), "steps must be a whole number, got 2.5"),
+        (lambda: PGD(restarts=1.0), "restarts must be a whole number, got 1.0"),
+    ],
+)
+def test_what_python_code_writes_is_not_taken_for_something_else(make, message):
+    with pytest.raises(UserError) as refused:
+        make()
+    assert str(refused.value) == message
+
+
 def cycling(threat, *, repeatable, steps=60, model=None):
     """Run an ascent whose steps are long enough to go round in circles, and stop rows that say that they are over."""
     model, x = model or network(gain=1.0), images(6)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dualhead.attacks import attacks
+from dualhead.attacks.pgd import PGD
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import Evaluation, evaluate, split_names
 from dualhead.recipe import load_recipe
@@ -169,5 +170,10 @@ def test_a_class_may_be_named_and_another_is_refused():
     assert set(found.verdicts["pgd-3(target=one)"].target) <= {-1, 1}
     with pytest.raises(UserError, match="target eleven: no class of this model"):
         measure(8, attacks=["pgd-3(target=eleven)"], class_names=names)
-    with pytest.raises(UserError, match="target 99: no class"):
-        measure(8, attacks=["pgd-3(target=99)"])
+    for none in ("99", "²"):
+        with pytest.raises(UserError, match=f"target {none}: no class"):
+            measure(8, attacks=[f"pgd-3(target={none})"])
+
+
+def test_a_class_may_be_a_number_of_numpy():
+    assert with_target("pgd-3", 1) == PGD(3, target=np.int64(1))

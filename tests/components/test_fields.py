@@ -4,10 +4,11 @@ import dataclasses
 import math
 import typing
 
+import numpy as np
 import pytest
 
 from dualhead.attacks import attacks
-from dualhead.components.fields import above, at_least
+from dualhead.components.fields import above, at_least, whole
 from dualhead.data import augmentations, poisons, streams
 from dualhead.errors import UserError
 from dualhead.evaluation import measurements
@@ -87,3 +88,12 @@ def test_the_bound_itself_and_what_was_left_out_pass():
     above(0, "weight", 1e-30)
     for check in (at_least, above):
         check(0, "weight", None)
+
+
+def test_whole_numbers_are_told_from_others():
+    for value in (0, 3, np.int64(3)):
+        whole("steps", value, 0)
+    whole("seed", -5)
+    for value in (2.5, 2.0, True, "3", None, -1):
+        with pytest.raises(UserError, match=r"^steps must be (a whole number|at least 0), got "):
+            whole("steps", value, 0)

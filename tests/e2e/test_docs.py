@@ -346,6 +346,7 @@ def test_every_card_says_when_at_what_cost_and_where_published():
     assert set(costs) == set(OBJECTIVE_COSTS), "count the passes of a new objective by hand, and write them there"
     assert costs == OBJECTIVE_COSTS
     assert "4,040 queries" in made["components/attacks.md"]  # of autoattack-rand: 20 for each gradient
+    assert "7,811 queries" in made["components/attacks.md"]  # of autoattack: FAB asks at an iterate and after its step
 
 
 @pytest.mark.slow

@@ -601,6 +601,9 @@ def test_arguments_that_cannot_be_are_told_in_one_line(digits, more, said):
     [
         (lambda m, x, y: dualhead.attack(m, x, y, "pdg-10", eps=0.1), "did you mean 'pgd'"),
         (lambda m, x, y: dualhead.attack(m, x, y, ["pgd-2"], eps=0.1), "is one attack"),
+        (lambda m, x, y: dualhead.attack(m, x, y, 5, eps=0.1), "attack: must be an attack, .*; got 5"),
+        (lambda m, x, y: dualhead.attack(m, x, y, eps=0.1, batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda m, x, y: dualhead.attack(m, x, y, eps=0.1, seed=0.5), "seed must be a whole number, got 0.5"),
         (lambda m, x, y: dualhead.attack(x, y, m, "pgd-2", eps=0.1), r"the order is attack\(model, images, labels"),
         (lambda m, x, y: dualhead.attack("resnet18", x, y, eps=0.1), "must be a torch.nn.Module, got str"),
         (lambda m, x, y: dualhead.attack(m, x.permute(0, 2, 3, 1), y, eps=0.1), r"permute\(0, 3, 1, 2\)"),

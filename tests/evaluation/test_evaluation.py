@@ -23,6 +23,7 @@ from dualhead.evaluation.model import Subject, outputs_of
 from dualhead.heads import attach_second_head
 from dualhead.noise import Streams
 from dualhead.system.arithmetic import BF16, FLOAT32
+from dualhead.threats import build_threat
 from dualhead.threats.lp import ThreatModel
 from helpers.evaluation import THREAT, StopAfter, StoppedError, assert_same, patterns, trained
 
@@ -63,6 +64,8 @@ def test_the_largest_of_several_is_the_budget():
     expected = evaluate(trained(), images, labels, threat="L2:0.5", eps=[0, "0.5", 0.25], **asked)
     assert found.results["threat"] == {"norm": "L2", "eps": 0.5}
     assert found.results["curve"] == expected.results["curve"]
+    again = evaluate(trained(), images, labels, threat="L2", eps=np.array([0, 0.5, 0.25], np.float32), **asked)
+    assert again.results["curve"] == expected.results["curve"]
     beside = evaluate(trained(), images, labels, threat="L2:0.5", eps=0.25, **asked)  # a curve of one point
     assert [point["eps"] for point in beside.results["curve"]] == [0.25]
 
@@ -674,8 +677,12 @@ def test_infinite_slopes_neither_invent_examples_nor_blind_the_attack(norm, name
     assert robust[0.5] < 0.6
 
 
-@pytest.mark.parametrize("name", ["pgd-5", "apgd-ce-5", "fab-t-5", "cw-5", "square-20"])
-def test_where_the_model_has_no_answer_it_is_fooled_whatever_the_class(name):
+def brighter(model, x, y):
+    return x + 0.05
+
+
+@pytest.mark.parametrize("attack", ["pgd-5", "apgd-ce-5", "fab-t-5", "cw-5", "square-20", brighter])
+def test_where_the_model_has_no_answer_it_is_fooled_whatever_the_class(attack):
     class Overflows(nn.Module):
         """Right and without any slope that helps, but for pixels brighter than half, of which it makes NaN."""
 
@@ -687,12 +694,30 @@ def test_where_the_model_has_no_answer_it_is_fooled_whatever_the_class(name):
     images = torch.full((20, 3, 4, 4), 0.49)
     images[:10, 0, 0, 0], images[10:, 0, 0, 0] = 0.1, 0.45
     labels = torch.arange(2).repeat_interleave(10)
-    result = evaluate(Overflows(), images, labels, threat=ThreatModel("Linf", 0.05), attacks=[name], diagnostics=False)
+    result = evaluate(
+        Overflows(), images, labels, threat=ThreatModel("Linf", 0.05), attacks=[attack], diagnostics=False
+    )
     assert result.clean_accuracy == 1
-    robust = result.verdicts[name].robust
+    ((name, verdict),) = result.verdicts.items()
+    robust = verdict.robust
     assert robust[:10].mean() == robust[10:].mean()
-    if name == "square-20":
+    if name in ("square-20", "brighter"):
         assert not robust.any()
+
+
+@pytest.mark.parametrize("text", ["L1:2", "L0:3", "patch:2"])
+def test_a_function_attacks_under_every_threat_whose_points_are_images(text):
+    def white(model, x, y):
+        return torch.ones_like(x)
+
+    images, labels = patterns(8)
+    result = evaluate(
+        trained(), images, labels, threat=text, attacks=[white], return_adversarial=True, diagnostics=False
+    )
+    threat, x = build_threat(text), images.float() / 255
+    distance = threat.distance(result.adversarial("white"), x)
+    assert (distance <= threat.eps).all()
+    assert (distance > 0).tolist() == (result.correct["clean"] & ~result.verdicts["white"].robust).tolist()
 
 
 def test_not_a_number_is_not_correct():
@@ -859,6 +884,8 @@ def test_progress_falls_to_the_robust_accuracy(reference):
         ({"attacks": ["pgq"]}, r"attacks\.0.*pgd"),
         ({"attacks": None}, r"attacks\.0: names no attack"),
         ({"attacks": ""}, r"attacks\.0"),
+        ({"attacks": [5]}, r"attacks\.0: must be an attack, its name or fields, or a function that attacks; got 5"),
+        ({"attacks": Square}, r"attacks\.0: .*; got the class Square; give Square\(...\)"),
         (
             {"labels": ["ant", "bee", "cat", "dog"]},
             r"labels: must be integers.*order of the model's logits; got \['ant'",
@@ -885,6 +912,8 @@ def test_progress_falls_to_the_robust_accuracy(reference):
         ),
         ({"index": [0, 1, 1, 2]}, "once"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 64.0}, "batch_size must be a whole number, got 64.0"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
         ({"class_names": ["a", "b"]}, "2 class names"),
         ({"eps": [0, "8/255", 8]}, "exceeds 1"),
         ({"eps": [-1]}, "greater than 0"),

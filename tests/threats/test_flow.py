@@ -167,6 +167,8 @@ def test_what_cannot_be_bent_is_refused():
         ({"name": "flow", "eps": 1, "norm": "L2"}, "has both name"),
         ({"name": "flow", "eps": 1, "side": 2}, "no such key"),
         ({"norm": "flow", "eps": 1}, "no norm; write name: flow"),
+        ({"norm": "l0", "eps": 1}, "no norm; write name: L0"),
+        ({"name": "l2", "eps": 1}, "name: l2 is a norm; write norm: L2"),
         ({"norm": "L2", "eps": 1, "side": 2}, "side: unknown key"),
     ],
 )

@@ -1,6 +1,7 @@
 """Threat models: what is projected lies in ball and box, as near as can be, and steps climb as steeply as can be."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -245,6 +246,7 @@ def test_distance_by_hand():
     [
         ("8/255", 8 / 255), (" 8 / 255 ", 8 / 255), ("0.031", 0.031), ("1", 1.0), (1, 1.0), (0.5, 0.5),
         ("2e-3", 0.002), ("-1/4", -0.25), ("0", 0.0), ("0.5/255", 0.5 / 255),
+        (np.int64(3), 3.0), (np.float32(0.25), 0.25), (np.uint8(255), 255.0), (Fraction(8, 255), 8 / 255),
     ],
 )  # fmt: skip
 def test_parse_real_reads_numbers_and_fractions(value, expected):
@@ -262,7 +264,8 @@ def test_parse_real_reads_what_python_prints(number):
 
 
 @pytest.mark.parametrize(
-    "value", ["", "eight", "8/0", "8//255", "1/2/3", "8 255", True, None, [1], {"a": 1}, b"1", 1j, "/255", "8/"]
+    "value",
+    ["", "eight", "8/0", "8//255", "1/2/3", "8 255", True, np.True_, None, [1], {"a": 1}, b"1", 1j, "/255", "8/"],
 )
 def test_parse_real_refuses_what_is_no_number(value):
     with pytest.raises(UserError, match="not a number; write it like"):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from dualhead.components.fields import at_least
+from dualhead.components.fields import at_least, whole
 from dualhead.components.registry import Registry
 from dualhead.errors import UserError
 from dualhead.noise import Streams
@@ -49,13 +49,14 @@ def per_slot(values: Tensor, like: Tensor) -> Tensor:
 
 
 def require_at_least_one(attack: object, *fields: str) -> None:
-    """Refuse numbers below 1.
+    """Refuse numbers that are below 1 or not whole.
 
     Raises:
         UserError: naming the field.
     """
     for field in fields:
         at_least(1, field, getattr(attack, field))
+        whole(field, getattr(attack, field))
 
 
 def class_by_rank(clean: Tensor, y: Tensor, rank: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class FGSM(Attack):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        PGD(steps=1, step_size=self.step_size, restarts=self.restarts)  # refuses what PGD refuses
+        PGD(1, self.step_size, self.start, restarts=self.restarts)  # refuses what PGD refuses
 
     @property
     def single_step(self) -> bool:

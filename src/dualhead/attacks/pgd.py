@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from dualhead.noise import Streams
 from dualhead.threats import Threat
 
 Start = Literal["uniform", "gaussian", "clean"]
+Loss = Literal["ce", "kl", "margin"]
 
 
 @attacks.register("pgd", numbers=("steps",))
@@ -56,12 +57,15 @@ class PGD(Targeted):
     steps: int = 40
     step_size: Real | None = None
     start: Start = "uniform"
-    loss: Literal["ce", "kl", "margin"] = "ce"
+    loss: Loss = "ce"
     restarts: int = 1
     target: int | str | None = unless_given()
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "steps", "restarts")
+        for name, value, known in (("start", self.start, get_args(Start)), ("loss", self.loss, get_args(Loss))):
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.settle_target(self)
         if self.target is not None and self.loss == "kl":
             raise UserError("target: the loss kl leads away from the clean answer, to no class; use ce or margin")

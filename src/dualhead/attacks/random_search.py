@@ -28,7 +28,7 @@ class RandomSearch(Proposals):
 
     Args:
         queries: candidates tried after the start, at least 1; the short form `random-search-1000` sets it.
-        share: of the values that the first candidates draw anew, in (0, 1]; it falls to a 128th of that, by halves.
+        share: of the values that the first candidates draw anew, in (0, 1]; it falls to a 64th of that, by halves.
         restarts: independent searches, at least 1.
         target: the answer wanted, `next` (the class after the label's), `least likely` or a class; None for any wrong
             one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Self, cast
 
 import torch
@@ -36,8 +37,10 @@ class Targeted(Search):
         target = attack.target
         if isinstance(target, str):
             word = " ".join(target.lower().replace("-", " ").replace("_", " ").split())
-            target = word if word in (NEXT, LEAST_LIKELY) else int(target) if target.isdigit() else target
-            object.__setattr__(attack, "target", target)
+            target = word if word in (NEXT, LEAST_LIKELY) else int(target) if target.isdecimal() else target
+        elif isinstance(target, Integral) and not isinstance(target, bool):  # numpy has integers of its own
+            target = int(target)
+        object.__setattr__(attack, "target", target)
         if isinstance(target, bool | float) or target == "" or (isinstance(target, int) and target < 0):
             raise UserError(f"target must be a class, {NEXT} or {LEAST_LIKELY}; got {target!r}")
 
@@ -56,8 +59,8 @@ class Targeted(Search):
         known = isinstance(self.target, int) and self.target < num_classes
         if self.target not in (None, NEXT, LEAST_LIKELY) and not known:
             raise UserError(
-                f"target {self.target}: no class of this model; write {NEXT}, {LEAST_LIKELY}, a class by its name or "
-                f"a number from 0 to {num_classes - 1}"
+                f"target {self.target}: no class of this model; write {NEXT}, {LEAST_LIKELY}, a number from 0 to "
+                f"{num_classes - 1} or, where the evaluation knows the classes' names, one of these"
             )
         return super().parts(num_classes, threat, num_heads)
 

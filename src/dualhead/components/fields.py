@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import Field, field
+from numbers import Integral
+from numbers import Real as Number
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -12,15 +14,15 @@ from dualhead.errors import UserError
 
 
 def parse_real(value: object) -> float:
-    """A finite number from a number or from text such as `8/255` or `0.031`.
+    """A finite number from a number, also one of numpy, or from text such as `8/255` or `0.031`.
 
     Raises:
         UserError: if it is neither.
     """
     try:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
+        if isinstance(value, bool) or not isinstance(value, Number | str):
             raise ValueError
-        above, slash, below = str(value).partition("/")
+        above, slash, below = value.partition("/") if isinstance(value, str) else (value, "", "")
         number = float(above) / float(below if slash else 1)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise UserError(f"{value!r} is not a number; write it like 0.031 or 8/255") from None
@@ -47,6 +49,23 @@ def at_least(bound: float, name: str, value: float | None, usual: str = "") -> N
     """
     if value is not None and not bound <= value < math.inf:
         raise UserError(_refusal(f"{name} must be at least {bound:g}", value, usual))
+
+
+def whole(name: str, value: object, least: int | None = None) -> None:
+    """Refuse what is no whole number.
+
+    Args:
+        name: of the field.
+        value: of the field.
+        least: the smallest that is allowed; None for any.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{name} must be a whole number, got {value!r}")
+    if least is not None:
+        at_least(least, name, int(value))
 
 
 def above(bound: float, name: str, value: float | None, usual: str = "") -> None:

@@ -117,7 +117,7 @@ def _built(spec: Spec, where: str) -> Attack | Measurement:
     if _names_measurement(name):
         return measurements.build(spec, where)  # type: ignore[arg-type]  # a name or fields that name one
     try:
-        return registry.build(as_attack(spec), where)
+        return registry.build(as_attack(spec, where), where)
     except UserError as error:
         near = get_close_matches(name.lower(), measurements.names(), n=1)
         if near and "did you mean" not in str(error):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.attacks import LogitsFn
-from dualhead.components.fields import at_least, parse_real
+from dualhead.components.fields import parse_real, whole
 from dualhead.errors import UserError
 from dualhead.evaluation.asked import Asked, Spec
 from dualhead.evaluation.diagnostics import Finding
@@ -139,7 +139,8 @@ def evaluate(
     index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
     if index.shape != labels.shape or len(set(index.tolist())) != len(index):
         raise UserError(f"index must name each of the {len(images)} samples once")
-    at_least(1, "batch_size", batch_size)
+    whole("batch_size", batch_size, 1)
+    whole("seed", seed)
     threats, radii = _settled(threat, eps)
     asked = _asked(attacks, images, radii)
     settings = Settings(
@@ -201,7 +202,7 @@ def _settled(
     if not radii:
         alone = "" if threat is None else f" {threat!r} has no budget;"
         raise UserError(f"threat:{alone} give threat=ThreatModel('Linf', '8/255'), or eps='8/255' for Linf")
-    largest = max(radii, key=parse_real)
+    largest = max(map(parse_real, radii))
     full = f"{threat}:{largest}" if bare else {**cast("Mapping[str, Any]", threat or {}), "eps": largest}
     return [build_threat(full, "threat")], radii[1:] and radii
 

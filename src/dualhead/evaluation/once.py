@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.attacks import Attack, Search, attacks
+from dualhead.components.fields import whole
 from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import PROBES, input_gradient
 from dualhead.evaluation.given import tensors_of
@@ -65,8 +66,10 @@ def attack(
         raise UserError("attack: is one attack, as in attack(model, images, labels, 'pgd-40'); call it for each")
     if (threat is None) == (eps is None):
         raise UserError("give eps, e.g. eps='8/255', or threat" if eps is None else "give eps or threat, not both")
+    whole("batch_size", batch_size, 1)
+    whole("seed", seed)
     pixels, numbers = check_images(*tensors_of(images, labels))
-    chosen = attacks.build(as_attack(attack), "attack")
+    chosen = attacks.build(as_attack(attack, "attack"), "attack")
     against = build_threat({"norm": norm, "eps": eps} if threat is None else threat, "threat")
     against = against.for_images(pixels.shape[1:])
     chosen.check(against)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from dualhead.attacks import Attack, Query, Search, State
+from dualhead.attacks import Attack, Query, Search, State, predictions
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Threat
@@ -21,11 +21,22 @@ OwnAttack = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 and lets gradients through; it counts its passes."""
 
 
-def as_attack(spec: Any) -> str | Mapping[str, Any] | Attack:
-    """Return the spec, or for a function the attack that calls it."""
-    if isinstance(spec, str | Mapping | Attack) or not callable(spec):
-        return spec  # type: ignore[no-any-return]  # what is none of these is refused by whoever builds it
-    return FunctionAttack.of(spec)
+def as_attack(spec: Any, where: str) -> str | Mapping[str, Any] | Attack:
+    """Return the spec, or for a function the attack that calls it.
+
+    Args:
+        spec: what was given for an attack.
+        where: the argument that holds it, for messages.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if isinstance(spec, str | Mapping | Attack):
+        return spec
+    if callable(spec) and not isinstance(spec, type):
+        return FunctionAttack.of(spec)
+    told = f"the class {spec.__name__}; give {spec.__name__}(...)" if isinstance(spec, type) else repr(spec)
+    raise UserError(f"{where}: must be an attack, its name or fields, or a function that attacks; got {told}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class FunctionAttack(Search):
 
     registered_name: ClassVar[str] = "function"
     short_numbers: ClassVar[tuple[str, ...]] = ()
-    norms: ClassVar[tuple[str, ...] | None] = ("Linf", "L2")
+    norms: ClassVar[tuple[str, ...] | None] = ("Linf", "L2", "L1", "L0", "patch")
+    """Those whose points are images."""
 
     name: str
     call: str
@@ -88,5 +100,5 @@ class FunctionAttack(Search):
         if not bool(made.isfinite().all()):
             raise UserError(f"attack {self.label}: returned images with NaN or infinite values")
         adversarial = threat.confine(made, x)
-        wrong = query.logits(adversarial).argmax(1) != y
+        wrong = predictions(query.logits(adversarial)) != y
         return {**state, "adversarial": adversarial, "found": wrong, "iteration": state["iteration"] + 1}

@@ -34,7 +34,8 @@ class Verdicts:
         distance: float64 [N]: of the example that fooled it; NaN where none was found.
         part: int64 [N]: number of the attack's search that found it; -1 where none did.
         job: int64 [N]: which target or restart of that search; -1 where none did.
-        steps: int64 [N]: how many steps that took; -1 where none was found.
+        steps: int64 [N]: how many steps that took, on an accelerator up to the next look, at every fifth; -1 where
+            none was found.
         margin: float64 [N]: highest other logit minus the label's at the example; NaN where none was found.
         prediction: int64 [N]: the class of the image as the attack left it, the clean one where nothing was found;
             -1 where the logits are not numbers.

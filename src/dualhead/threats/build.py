@@ -38,13 +38,16 @@ def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Thr
     if "name" in spec and "norm" in spec:
         raise UserError(f"{place}: has both name ({spec['name']}) and norm ({spec['norm']}); leave one of them out")
     if "name" in spec:
+        named = norm_named(spec["name"])
+        if named in get_args(Norm):
+            raise UserError(f"{place}.name: {spec['name']} is a norm; write norm: {named}")
         return threats.build(spec, where)
     unknown = set(spec) - {"norm", "eps"}
     if unknown:
         raise UserError(f"{place}.{sorted(map(str, unknown))[0]}: unknown key (known: norm, eps; or name, eps)")
     norm = spec.get("norm", "Linf")
-    if norm in threats.names():
-        raise UserError(f"{place}.norm: {norm} is no norm; write name: {norm}")
+    if threats.known_as(str(norm)) in threats.names():
+        raise UserError(f"{place}.norm: {norm} is no norm; write name: {threats.known_as(str(norm))}")
     try:
         return ThreatModel(norm, spec["eps"])
     except UserError as error:
