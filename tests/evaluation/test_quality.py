@@ -27,6 +27,7 @@ from dualhead.evaluation import (
     sample,
     sample_at,
 )
+from dualhead.statistics import wilson
 from dualhead.threats import ThreatModel
 
 
@@ -170,7 +171,8 @@ def test_the_interval_of_an_auroc_is_delongs():
     middle = auroc(inside, outside)
     reach = 1.959964 * math.sqrt(0.0625 * 40 / 39 / 40)
     assert auroc_interval(inside, outside) == pytest.approx([middle - reach, middle + reach], abs=1e-6)
-    assert auroc_interval(inside, torch.ones(9)) == [1.0, 1.0]
+    assert auroc_interval(inside, torch.ones(9)) == list(wilson(9, 9))  # wholly apart, by nine images alone
+    assert auroc_interval(torch.ones(8), torch.zeros(60)) == list(wilson(0, 8))
 
 
 def test_images_of_the_same_kind_are_not_told_apart_and_attacked_ones_less_than_others(digits):

@@ -16,6 +16,7 @@ from dualhead.errors import UserError
 from dualhead.evaluation.generation import SCORES, Score, auroc, ood_score
 from dualhead.evaluation.model import device_of, frozen
 from dualhead.noise import Streams
+from dualhead.statistics import wilson
 from dualhead.system.outputs import logits_of
 from dualhead.threats import Threat
 
@@ -79,7 +80,11 @@ def measure_ood(
 
 
 def auroc_interval(inside: Tensor, outside: Tensor, confidence: float = 0.95) -> list[float]:
-    """Return the interval of an AUROC over images (DeLong et al. 1988, normal approximation, cut to [0, 1])."""
+    """Return the interval of an AUROC over images (DeLong et al. 1988, normal approximation, cut to [0, 1]).
+
+    Where scores are wholly apart, or all one, that has no width and would claim certainty, be it of five images; then
+    it is Wilson's, of as many images as the smaller side has.
+    """
     a, b = inside.double().sort().values, outside.double().sort().values
 
     def below(of: Tensor, values: Tensor) -> Tensor:
@@ -88,6 +93,9 @@ def auroc_interval(inside: Tensor, outside: Tensor, confidence: float = 0.95) ->
 
     placed_out, placed_in = below(a, outside.double()), 1.0 - below(b, inside.double())
     variance = sum(float(p.var()) / len(p) if len(p) > 1 else math.inf for p in (placed_out, placed_in))
+    if variance == 0:
+        fewest = min(len(a), len(b))
+        return list(wilson(round(float(placed_out.mean()) * fewest), fewest, confidence))
     middle, reach = float(placed_out.mean()), NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(variance)
     return [max(middle - reach, 0.0), min(middle + reach, 1.0)]
 
