@@ -120,8 +120,11 @@ def test_precision_and_recall_tell_a_part_from_noise():
 
 
 def test_the_nearest_training_image_of_a_copy_is_itself():
-    training = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(4))
-    assert torch.allclose(generation.nearest_distance(training[3:5], training), torch.zeros(2), atol=1e-3)
+    many = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert generation.nearest_distance(many, many).tolist() == [0.0] * 64
+    moved = many.clone()
+    moved[:, 0, 0, 0] = (moved[:, 0, 0, 0] + 1 / 255) % 1
+    assert torch.allclose(generation.nearest_distance(moved, many), (moved - many).flatten(1).norm(dim=1))
 
 
 @pytest.mark.parametrize(
