@@ -178,10 +178,13 @@ def measure_generation(
         UserError: for too few images or samples.
     """
     labels, seeds, drawn = _drawn(model, sets, sampling)
+    of_test, named = judge.look(_pixels(sets.test))
+    spread = _diversity(of_test, sets.test.labels)
+    if not spread > 0:
+        raise UserError("samples: the judge tells no two test images of a class apart; choose another --judge")
     training = _some(sets.training, MOST_REFERENCES)
     test, held = sets.test, sets.held_out
     looks = [judge.look(images) for images in drawn]
-    of_test, named = judge.look(_pixels(test))
     of_held = judge.look(_pixels(held))[0]
     curve = [
         {
@@ -215,7 +218,7 @@ def measure_generation(
         **_against(features, of_test, in_turn=True),
         **_scored(scored, "classification_accuracy_score"),
         "judge_agreement": curve[best]["judge_agreement"],
-        "diversity": _diversity(features, labels) / _diversity(of_test, test.labels),
+        "diversity": _diversity(features, labels) / spread,
         "nearest": nearest,
         "floor": {
             "images": len(as_many), **_against(floor, of_test, in_turn=False),
@@ -269,6 +272,8 @@ def _drawn(model: nn.Module, sets: Sets, sampling: Sampling) -> tuple[Tensor, Te
             f"samples: {sampling.count} of {classes} classes against {len(sets.test)} test and {len(sets.held_out)} "
             f"held-out images; at least two of each class, and {2 * NEIGHBOURS} of each of the three, are needed"
         )
+    if int(sets.test.labels.bincount().max()) < 2:
+        raise UserError(f"samples: no class has two of the {len(sets.test)} test images; measure more of them")
     labels = torch.arange(sampling.count) % classes
     places = torch.arange(sampling.count) // classes
     device = device_of(model)
