@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dualhead.attacks import slope
 from dualhead.data import Batch, Split, StreamSetting, streams
 from dualhead.errors import UserError
+from dualhead.evaluation.model import read_logits
 from dualhead.system.modes import in_eval_mode
-from dualhead.system.outputs import logits_of
 from dualhead.threats import ThreatModel
 
 Score = Literal["lse", "msp", "max_logit"]
@@ -296,7 +296,7 @@ def _answers(model: nn.Module, x: Tensor) -> Tensor:
     """Logits float32 [B, K] in eval mode, without a graph."""
     _refuse_integers(x)
     with torch.no_grad(), in_eval_mode(model):
-        return torch.cat([logits_of(model(part)).float() for part in torch.split(x, 256)])
+        return torch.cat([read_logits(model, part).float() for part in torch.split(x, 256)])
 
 
 def _refuse_integers(x: Tensor) -> None:
@@ -330,7 +330,7 @@ def _ascend(
             start, path = at, [at] if kept[0] == 0 else []
 
             def climb(images: Tensor, label: Tensor = label) -> Tensor:
-                return logits_of(model(images)).float().gather(1, label)[:, 0]
+                return read_logits(model, images).float().gather(1, label)[:, 0]
 
             for step in range(1, steps + 1):
                 at = threat.project(threat.ascend(at, slope(climb, at), step_size), start).detach()

@@ -14,10 +14,9 @@ from dualhead.attacks import Maximiser, attacks, maximise_within
 from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.evaluation.generation import SCORES, Score, auroc, ood_score
-from dualhead.evaluation.model import device_of, frozen
+from dualhead.evaluation.model import device_of, frozen, read_logits
 from dualhead.noise import Streams
 from dualhead.statistics import wilson
-from dualhead.system.outputs import logits_of
 from dualhead.threats import Threat
 
 MOST: Final = 1_000
@@ -111,7 +110,7 @@ def _attacked(model: nn.Module, x: Tensor, kind: Score, threat: Threat, seed: in
             part, lowest = x[first : first + BATCH], best[first : first + BATCH].clone()
 
             def climb(images: Tensor, lowest: Tensor = lowest) -> Tensor:
-                inner = _inlier(logits_of(model(images)).float(), kind)
+                inner = _inlier(read_logits(model, images).float(), kind)
                 reached = inner.detach()
                 lowest.copy_(torch.minimum(lowest, -(reached.exp() if kind == "msp" else reached)))
                 return inner

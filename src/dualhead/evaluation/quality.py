@@ -21,11 +21,10 @@ from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.generation import auroc, frechet_distance, nearest_distance, precision_recall, sample_at
 from dualhead.evaluation.journal import weights_fingerprint, write_arrays
-from dualhead.evaluation.model import device_of
+from dualhead.evaluation.model import device_of, read_logits
 from dualhead.models import last_layer
 from dualhead.statistics import student, wilson
 from dualhead.system.modes import in_eval_mode
-from dualhead.system.outputs import logits_of
 
 FILE: Final = "generation.npz"
 """Pictures and energies that the report shows, and which test images are right after training on samples."""
@@ -84,7 +83,7 @@ class Judge:
             with torch.no_grad(), in_eval_mode(self.network):
                 for part in torch.split(images, BATCH):
                     seen.clear()
-                    logits = logits_of(self.network(part.to(device).float().div(255.0)))
+                    logits = read_logits(self.network, part.to(device).float().div(255.0))
                     classes.append(logits.argmax(1).cpu())
                     found = seen[-1].flatten(2).mean(2) if seen[-1].ndim > 2 else seen[-1]
                     features.append(found.double().cpu())
@@ -376,7 +375,7 @@ def _energies(model: nn.Module, images: Tensor) -> Tensor:
     device = device_of(model)
     with torch.no_grad(), in_eval_mode(model):
         parts = [
-            logits_of(model(part.to(device).float().div(255.0))).float().logsumexp(1).neg().cpu()
+            read_logits(model, part.to(device).float().div(255.0)).float().logsumexp(1).neg().cpu()
             for part in torch.split(images, BATCH)
         ]
     return torch.cat(parts)
