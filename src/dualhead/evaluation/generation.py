@@ -285,7 +285,8 @@ def nearest_distance(images: Tensor, training: Tensor) -> Tensor:
     rows, of = images.flatten(1).float(), training.flatten(1).float()
     nearest = torch.cat([torch.cdist(part, of).argmin(1) for part in torch.split(rows, 256)])
     # Distances of many are differences of large squares, by which a copy is not at 0.
-    return (rows - of[nearest]).norm(dim=1)
+    distance: Tensor = torch.linalg.vector_norm(rows - of[nearest], dim=1)
+    return distance
 
 
 def _covariance(training: Split) -> str:
