@@ -97,6 +97,14 @@ def test_interval_over_samples_of_one_classifier_each_is_nearly_that_of_mcnemar(
     assert interval_over_samples([[True]], [[False]]) == (-1.0, 1.0)
 
 
+def test_samples_that_all_agree_leave_an_interval():
+    right = np.ones((1, 10))
+    assert interval_over_samples(np.zeros((1, 10)), right) == pytest.approx((1 - 1.959964 / 10, 1))
+    low, high = interval_over_samples(right, right)
+    assert -low == high == pytest.approx(1.959964 / 10)
+    assert paired_shares([0.2, 0.4], [0.4, 0.6]).verdict == "undecided"  # equal but for rounding
+
+
 def test_samples_must_match():
     with pytest.raises(UserError, match="same samples"):
         mcnemar(np.ones(3, bool), np.ones(4, bool))
@@ -137,7 +145,9 @@ def test_shares_of_samples_are_paired_by_their_mean_difference():
 def test_shares_that_differ_alike_everywhere():
     same = np.full(5, 0.5)
     assert (paired_shares(same, same).p_value, paired_shares(same, same).verdict) == (1.0, "undecided")
-    assert paired_shares(same, same + 0.25).verdict == "gain"
+    few, many = paired_shares(same, same + 0.25), paired_shares(np.full(50, 0.5), np.full(50, 0.75))
+    assert (few.verdict, many.verdict) == ("undecided", "gain")  # five images alone prove nothing
+    assert few.interval == pytest.approx((0.25 - 1.959964 / 5, 0.25 + 1.959964 / 5))
     for wrong in (np.full(4, 0.5), np.full((5, 1), 0.5)):
         with pytest.raises(UserError, match="the same samples twice"):
             paired_shares(same, wrong)

@@ -297,7 +297,11 @@ def questions(kept: Kept, specialists: Mapping[str, float]) -> dict[str, Any]:
     first, second = of.values()
     of["both"] = {
         question: {
-            name: {seed: (value + second[question][name][seed]) / 2 for seed, value in by_seed.items()}
+            name: {
+                seed: (value + second[question][name][seed]) / 2
+                for seed, value in by_seed.items()
+                if seed in second[question][name]
+            }
             for name, by_seed in methods.items()
         }
         for question, methods in first.items()
@@ -307,7 +311,11 @@ def questions(kept: Kept, specialists: Mapping[str, float]) -> dict[str, Any]:
     }
     made["forward_beyond_reverse"] = tested(
         {
-            name: {seed: run["union"] - kept["reverse"][name][seed]["union"] for seed, run in runs.items()}
+            name: {
+                seed: run["union"] - kept["reverse"][name][seed]["union"]
+                for seed, run in runs.items()
+                if seed in kept["reverse"][name]
+            }
             for name, runs in kept["forward"].items()
         }
     )

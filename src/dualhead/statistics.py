@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from dualhead.errors import UserError
 
@@ -100,7 +100,7 @@ def interval_over_samples(first: ArrayLike, second: ArrayLike, confidence: float
     Args:
         first: bool [R, N], which of N samples each of R classifiers got right.
         second: bool [S, N], the same for others, on the same samples. Of one sample the interval is [-1, 1]: it tells
-            nothing.
+            nothing. Where all samples have one difference, it is as wide as if one of them had another: see `_error`.
         confidence: in (0, 1).
     """
     from scipy import stats
@@ -108,16 +108,25 @@ def interval_over_samples(first: ArrayLike, second: ArrayLike, confidence: float
     gained = np.mean(np.asarray(second, dtype=float), axis=0) - np.mean(np.asarray(first, dtype=float), axis=0)
     if len(gained) < 2:
         return -1.0, 1.0
-    reach = float(stats.norm.ppf(0.5 + confidence / 2)) * float(np.std(gained, ddof=1)) / math.sqrt(len(gained))
+    reach = float(stats.norm.ppf(0.5 + confidence / 2)) * _error(gained)
     return max(float(gained.mean()) - reach, -1.0), min(float(gained.mean()) + reach, 1.0)
+
+
+def _error(gained: NDArray[np.float64]) -> float:
+    """Return the standard error of the mean of differences [N], N at least 2.
+
+    Differences that are all alike leave no spread, and an interval of no width would claim certainty, be it of two
+    samples. The error is then 1 / N, about that of one sample in N that differs by 1. This is our choice.
+    """
+    alike = float(np.ptp(gained)) < 1e-12  # but for rounding
+    return 1.0 / len(gained) if alike else float(np.std(gained, ddof=1)) / math.sqrt(len(gained))
 
 
 def paired_shares(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Paired:
     """Compare two classifiers by a share of each sample, as of its corrupted renderings, that they got right.
 
     The two-sided test that the mean difference over samples is zero, by the normal approximation whose interval is that
-    of `interval_over_samples`. A difference that is the same for all samples leaves no spread to judge it by: its
-    p-value is 1 where it is zero, else 0.
+    of `interval_over_samples`.
 
     Args:
         first: shares in [0, 1], [N].
@@ -136,8 +145,8 @@ def paired_shares(first: ArrayLike, second: ArrayLike, confidence: float = 0.95)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise UserError(f"a paired comparison needs the same samples twice, two at least, got {a.shape} and {b.shape}")
     gained = b - a
-    mean, error = float(gained.mean()), float(np.std(gained, ddof=1)) / math.sqrt(len(a))
-    p_value = 2.0 * float(stats.norm.sf(abs(mean) / error)) if error else float(mean == 0)
+    mean = float(gained.mean())
+    p_value = 2.0 * float(stats.norm.sf(abs(mean) / _error(gained)))
     return Paired(
         len(a),
         (float(a.mean()), float(b.mean())),

@@ -147,6 +147,10 @@ def test_questions_are_answered_when_all_seeds_are_there(collect, tmp_path):
     assert {each["answer"] for each in found["questions"]["forward_beyond_reverse"].values()} == {"undecided"}
     drawn = module_of("../tools/make_figures.py").continual(found)
     assert drawn.count("<circle") == 2 * (3 * len(collect.METHODS) + 2) + 3  # the bound forgets nothing; and a legend
+    keep(tmp_path, "forward/lwf", 3, sequence((0.35, 0.3)))  # a seed that one order alone has is in no pair of orders
+    again = collect.tell(tmp_path)["questions"]
+    assert again["both"] == found["questions"]["both"]
+    assert again["forward_beyond_reverse"] == found["questions"]["forward_beyond_reverse"]
 
 
 def test_images_made_once_are_judged_by_the_model_that_a_run_deploys(collect, tmp_path):

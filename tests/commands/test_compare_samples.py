@@ -97,3 +97,12 @@ def test_the_command_prints_and_writes_them(tmp_path):
         assert words in ended.out
     stored = json.loads((tmp_path / "found.json").read_text())["generation"]
     assert [row["values"]["frechet_distance"] for row in stored["rows"]] == [9.0, 4.0]
+
+
+def test_seeds_that_agree_by_chance_prove_no_gain():
+    found = compare_samples([entry(name, seed, score=s) for name, s in (("a", 0.9), ("b", 0.905)) for seed in range(2)])
+    pair = next(pair for pair in found["pairs"] if pair["measure"] == SCORE)
+    assert (pair["verdict"], pair["difference"]) == ("undecided", pytest.approx(0.005))
+    assert pair["interval"][0] < 0 < pair["interval"][1]
+    low, high = found["rows"][0]["intervals"][SCORE]
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 1) / 200 / 2**0.5)

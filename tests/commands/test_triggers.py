@@ -79,6 +79,45 @@ def test_it_stands_beside_a_model_of_clean_data(tmp_path):
     assert told["above_clean_model"]["difference"] == pytest.approx(1.0 - rate)
 
 
+def saved(folder, names):
+    """A model that takes every image for class 3 of its own, with names of its classes."""
+    from dualhead.recipe import load_recipe
+    from dualhead.runs.prepare import architecture_of
+    from dualhead.saving import save_model
+
+    digits = load_split("digits", "train")
+    made = architecture_of(load_recipe("digits_natural"), digits)
+    made = made.model_copy(update={"num_classes": len(names)})
+    model = made.create()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].bias[min(3, len(names) - 1)] = 5.0
+    save_model(folder, model, made, {"output": "model", "class_names": names})
+    return str(folder)
+
+
+@pytest.mark.parametrize("target", [3, 6])
+def test_a_clean_model_that_numbers_classes_otherwise_is_asked_for_the_same_class(tmp_path, target):
+    names = [str(9 - number) for number in range(10)]  # its class 3 is the digit 6
+    other = saved(tmp_path / "clean", names)
+    asked_for = asked(tmp_path, poison=f"{{name: patch, target: {target}}}", clean_model=other, limit=20)
+    _, evaluation = assess(asked_for)
+    assert evaluation.results["poison"]["clean_model"]["attack_success_rate"] == float(target == 6)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["cat", "dog"], "is for 2 classes of 1-channel images, and the test images are of 10 classes"),
+     (None, "there is no such folder")],
+)  # fmt: skip
+def test_a_clean_model_of_other_classes_is_refused_before_anything_is_measured(tmp_path, names, message):
+    other = saved(tmp_path / "clean", names) if names else str(tmp_path / "clean")
+    with pytest.raises(UserError, match=f"--clean-model: .*{message}"):
+        assess(asked(tmp_path, poison="{name: patch, target: 3}", clean_model=other))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

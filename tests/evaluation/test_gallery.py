@@ -125,3 +125,11 @@ def test_a_model_of_one_head_is_shown_alone(tmp_path):
 def test_a_landscape_of_no_sample_is_refused(dual):
     with pytest.raises(UserError, match="landscape of sample 99"):
         show(dual, landscapes=[99])
+
+
+def test_labels_and_images_that_do_not_fit_the_model_are_refused_in_one_line():
+    images, labels = patterns(4)
+    with pytest.raises(UserError, match="labels must lie in 0 to 3"):
+        make_gallery(trained(), images, labels + 4, threat=THREAT)
+    with pytest.raises(UserError, match=r"fails on one image of shape \(3, 6, 6\)"):
+        make_gallery(trained(), images[:, :, :6, :6], labels, threat=THREAT)

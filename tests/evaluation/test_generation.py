@@ -120,8 +120,11 @@ def test_precision_and_recall_tell_a_part_from_noise():
 
 
 def test_the_nearest_training_image_of_a_copy_is_itself():
-    training = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(4))
-    assert torch.allclose(generation.nearest_distance(training[3:5], training), torch.zeros(2), atol=1e-3)
+    many = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert generation.nearest_distance(many, many).tolist() == [0.0] * 64
+    moved = many.clone()
+    moved[:, 0, 0, 0] = (moved[:, 0, 0, 0] + 1 / 255) % 1
+    assert torch.allclose(generation.nearest_distance(moved, many), (moved - many).flatten(1).norm(dim=1))
 
 
 @pytest.mark.parametrize(
@@ -137,3 +140,31 @@ def test_settings_that_do_not_fit_are_refused(settings, words):
         generation.sample(Linear(), torch.tensor([0]), seeds(1), **settings)
     with pytest.raises(UserError, match="one label for each image"):
         generation.sample(Linear(), torch.tensor([0, 1]), seeds(1))
+
+
+class OneLogit(nn.Module):
+    """Dark images and bright ones, by one logit."""
+
+    def forward(self, x):
+        return 9 * (x.mean((1, 2, 3)) - 0.5)[:, None]
+
+
+class TwoLogits(OneLogit):
+    """The same as two."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        return torch.cat((torch.zeros_like(z), z), 1)
+
+
+def test_one_logit_counts_as_two():
+    x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1] * 3)
+    one, two = OneLogit(), TwoLogits()
+    for kind in generation.SCORES:
+        assert torch.equal(generation.ood_score(one, x, kind), generation.ood_score(two, x, kind))
+    assert torch.equal(generation.energy(one, x, y), generation.energy(two, x, y))
+    assert torch.equal(generation.sample(one, y, x, steps=2), generation.sample(two, y, x, steps=2))
+    moved = [generation.counterfactual(model, x, 1, steps=2).probabilities for model in (one, two)]
+    assert torch.equal(*moved)
+    assert moved[0].shape == (6, 2)

@@ -27,6 +27,7 @@ from dualhead.evaluation import (
     sample,
     sample_at,
 )
+from dualhead.statistics import wilson
 from dualhead.threats import ThreatModel
 
 
@@ -104,6 +105,17 @@ def test_the_floor_shows_every_class_of_training_images_that_are_sorted_by_class
     assert floors[1]["coverage"] > 0.8 * floors[0]["coverage"]
 
 
+def test_diversity_needs_two_test_images_of_a_class_and_a_judge_that_tells_them_apart(digits):
+    training, held_out, test = digits
+    one_each = test.take([int((test.labels == label).nonzero()[0, 0]) for label in range(10)])
+    sampling = Sampling(20, (0,), 0.2, lambda labels, places: pixels(test.first(20)), "given")
+    judge, dead = (Judge.of(Net(7), training, {"backbone": "net"}) for _ in range(2))
+    dead.network.first.weight.data.zero_()
+    for images, by, told in ((one_each, judge, "no class has two of the 10"), (test, dead, "choose another --judge")):
+        with pytest.raises(UserError, match=told):
+            measure_generation(Net(), Sets(training, held_out, images, "h"), by, sampling, lambda _: np.ones(1, bool))
+
+
 @pytest.mark.parametrize(("classes", "count"), [(10, 19), (2, 9)])
 def test_too_few_samples_are_refused_before_any_is_drawn(digits, classes, count):
     names = digits[0].class_names[:classes]
@@ -170,7 +182,8 @@ def test_the_interval_of_an_auroc_is_delongs():
     middle = auroc(inside, outside)
     reach = 1.959964 * math.sqrt(0.0625 * 40 / 39 / 40)
     assert auroc_interval(inside, outside) == pytest.approx([middle - reach, middle + reach], abs=1e-6)
-    assert auroc_interval(inside, torch.ones(9)) == [1.0, 1.0]
+    assert auroc_interval(inside, torch.ones(9)) == list(wilson(9, 9))  # wholly apart, by nine images alone
+    assert auroc_interval(torch.ones(8), torch.zeros(60)) == list(wilson(0, 8))
 
 
 def test_images_of_the_same_kind_are_not_told_apart_and_attacked_ones_less_than_others(digits):

@@ -80,3 +80,27 @@ def test_a_network_that_an_attack_cannot_face_is_refused_before_the_model_is_att
     assert not list((tmp_path / "progress").glob("tries*"))
     measure(tmp_path / "ends", source=network(4, seed=5), attacks=["fgsm"])
     assert list((tmp_path / "ends" / "progress").glob("tries*"))  # where attacks on the model leave their trace
+
+
+class TwoHeads(nn.Module):
+    """Two heads, and their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([network(4, seed=1), network(4, seed=2)])
+
+    def head_logits(self, x):
+        return torch.stack([head(x) for head in self.heads], 1)
+
+    def forward(self, x):
+        return self.head_logits(x).mean(1)
+
+
+def test_a_network_without_heads_is_not_attacked_by_what_needs_them():
+    x, y = patterns(8)
+    options = {"threat": "Linf:0.1", "precision": "float32", "diagnostics": False, "transfer_from": network(4, seed=5)}
+    found = evaluate(TwoHeads(), x, y, attacks=["fgsm", "multihead-2"], **options)
+    assert set(found.results["transfer"]["attacks"]) == {"fgsm"}
+    assert set(found.results["attacks"]) == {"fgsm", "multihead-2"}
+    with pytest.raises(UserError, match="multihead needs a model that shows"):
+        evaluate(TwoHeads(), x, y, attacks=["multihead-2"], **options)

@@ -11,6 +11,7 @@ from dualhead.report import rows_text
 from dualhead.report.poisoning import section
 from dualhead.report.sources import Estimate, Measured, Source
 from dualhead.report.table import poison_columns
+from dualhead.report.text import points
 
 TOLD = {
     "name": "patch", "target": 3, "class": "dog", "num_triggered": 90, "attack_success_rate": 0.9,
@@ -78,7 +79,7 @@ def test_the_section_has_tables_and_three_pictures_an_image(source):
         "model", "attack success %", "above a clean model, points", "robust, triggered %", "learnt by heart %",
         "by true label %",
     ]  # fmt: skip
-    assert [cell.text for cell in found.outputs.rows[0]] == ["base", "90.0", "85.0", "10.0", "100.0", "0.0"]
+    assert [cell.text for cell in found.outputs.rows[0]] == ["base", "90.0", "+85.0", "10.0", "100.0", "0.0"]
     assert found.classes.rows[0][2].text == "80.0"
     assert [line[0].text for line in found.epochs.rows] == ["best epoch (2)", "last epoch (9)"]
     assert len(found.pictures) == 2
@@ -126,3 +127,8 @@ def test_no_text_of_the_product_says_that_something_is_robust_to_poisoning():
             "safe from poison",
         ):
             assert claim not in text, path
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign():
+    assert [points(value) for value in (-1e-17, -0.00001, 0.00001, 0.0)] == ["0.0"] * 4
+    assert [points(value) for value in (-0.0004, 0.0004, -0.001, 0.05)] == ["-0.04", "+0.04", "-0.1", "+5.0"]

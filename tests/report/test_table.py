@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dualhead.commands import terminal
 from dualhead.report import accuracy_columns, evaluation_row, rows_html, rows_text, share_cell
-from dualhead.report.comparison import accuracy_table
+from dualhead.report.comparison import accuracy_table, changed_tables
 from dualhead.report.sources import Estimate, Measured
 from dualhead.report.table import described
 
@@ -92,6 +92,18 @@ def test_the_state_of_a_run_has_all_columns(monkeypatch):
     damaged = described(measured("damaged", {**FULL, "corruptions": {**FULL["corruptions"], "kinds": ["fog"]}}))
     terminal.print_changed([*rows, damaged])
     assert accuracy_columns([damaged])["corruptions"][0].text == "61.0"
+
+
+def test_images_changed_in_another_way_have_a_table_of_their_own(monkeypatch):
+    other = {**FULL, "corruptions": {**FULL["corruptions"], "constants": "ImageNet-C"}}
+    damaged = {**FULL, "corruptions": {**FULL["corruptions"], "kinds": ["fog"]}}
+    tables = changed_tables([measured(name, told) for name, told in (("a", FULL), ("b", other), ("c", damaged))])
+    assert [table.columns for table in tables.values()] == [["kind", "a %", "c %"], ["kind", "b %"]]
+    assert ["constants of ImageNet-C" in title for title in tables] == [False, True]
+    console = Console(width=300, file=io.StringIO())
+    monkeypatch.setattr(terminal, "out", console)
+    terminal.print_changed([described(measured("a", FULL)), described(measured("b", other))])
+    assert console.file.getvalue().count("gaussian noise") == 2
 
 
 @pytest.mark.parametrize("hostile", [{"clean": math.nan}, {"clean": "much"}, ["clean"], None])

@@ -224,3 +224,10 @@ def test_a_clean_model_without_a_poison_is_refused():
         UserError, match=r"evaluate\.clean_model: is compared under a poison's trigger; set data\.poison"
     ):
         recipe("evaluate.clean_model=somewhere")
+
+
+def test_a_clean_model_that_is_not_there_is_refused_before_training(tmp_path):
+    poison = ["data.poison={name: patch, target: 3, share: 0.1}", "evaluate.clean_model=runs/nowhere"]
+    with pytest.raises(UserError, match=r"evaluate\.clean_model: runs/nowhere"):
+        prepare(load_recipe("digits", [*DUAL, *poison]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -376,3 +376,35 @@ def test_triggered_images_are_paired_by_seed():
     (pair,) = (pair for pair in several["pairs"] if pair["accuracy"] == "trigger withstood")
     assert (pair["difference"], pair["test"]) == (-0.25, "paired t, 3 seeds")
     assert several["rows"][1]["poison"]["attack_success_rate"] == pytest.approx(151 / 200)
+
+
+def changed(name, seed, accuracy, kinds=("blur", "fog"), transfer=None, **facts):
+    """An entry whose images were changed, and made against another network too."""
+    made = entry(name, 120, 60, flops=1, seed=seed)
+    share = {"accuracy": accuracy, "interval": [accuracy, accuracy]}
+    made.evaluation.results["worn"] = {"name": "worn", **facts, **share, "kinds": dict.fromkeys(kinds, share)}
+    if transfer is not None:
+        attacks = dict.fromkeys(transfer, share)
+        made.evaluation.results["transfer"] = {"from": "clean", **share, "note": "", "attacks": attacks}
+    return made
+
+
+@pytest.mark.parametrize("other", [{"kinds": ("blur",)}, {"strength": 9}])
+def test_measurements_of_other_images_are_neither_averaged_nor_compared_in_silence(other):
+    found = standings([changed("a", 0, 0.5), changed("a", 1, 0.1, **other)])
+    assert "worn" not in found["rows"][0]
+    found = standings([changed("a", 0, 0.5), changed("b", 0, 0.1, **other)])
+    (note,) = [note for note in found["notes"] if note.startswith("worn: not of the same images")]
+    assert "a: worn, 2 kinds; b: worn" in note
+    same = standings([changed("a", 0, 0.5), changed("a", 1, 0.1), changed("b", 0, 0.5)])
+    assert same["rows"][0]["worn"]["accuracy"] == pytest.approx(0.3)
+    assert not any("same images" in note for note in same["notes"])
+
+
+def test_transferred_images_of_other_attacks_are_neither_averaged_nor_compared_in_silence():
+    one, other = ("pgd",), ("fgsm", "pgd")
+    found = standings([changed("a", 0, 0.5, transfer=one), changed("a", 1, 0.1, transfer=other)])
+    assert "transfer" not in found["rows"][0]
+    found = standings([changed("a", 0, 0.5, transfer=one), changed("b", 0, 0.1, transfer=other)])
+    told = "transfer: not of the same images, and not to be compared: a: pgd against clean; b: fgsm, pgd against clean"
+    assert told in found["notes"]

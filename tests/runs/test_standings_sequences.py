@@ -68,3 +68,19 @@ def test_pictures_and_text_hold_every_number():
     text = sequence_text(told)
     assert text.splitlines()[1].split()[:2] == ["after", "stage"]
     assert "+20.0" in text
+
+
+def test_threats_stand_in_the_order_in_which_they_were_learnt():
+    visits = [
+        Visit("first", ("L2",), ("L2",), evaluation([4, 12]), 100.0, 1.0),
+        Visit("second", ("Linf",), ("Linf",), evaluation([10, 8]), 50.0, 1.0),
+    ]
+    visits[-1].evaluation.results["sequence"] = describe_sequence(visits, THREATS)
+    (found,) = sequences([Entry("group", "lwf", "model", True, 0, visits[-1].evaluation)], [])
+    assert (found["order"], found["threats"]) == (["L2", "Linf"], THREATS)
+
+
+def test_seeds_that_agree_by_chance_leave_a_spread():
+    (found,) = sequences([run(0, [8, 10]), run(1, [8, 10])], [])
+    assert found["spread"]["union"] == pytest.approx(12.7062 / 20 / 2**0.5, rel=1e-3)
+    assert found["spread"]["forward_equivalents"] == 0.0

@@ -20,6 +20,11 @@ MORE_IS_BETTER: Final = {
     "density": True, "coverage": True, "diversity": True, "judge_agreement": True,
 }  # fmt: skip
 """Measures of `generation` in `results.json`, and whether more of it is better."""
+COUNTED: Final = {
+    SCORE: ("test_images",), "judge_agreement": ("samples",),
+    **dict.fromkeys(("precision", "recall", "coverage"), ("samples", "test_images")),
+}  # fmt: skip
+"""Measures that are shares, and the keys of their images, of which the fewest count."""
 ALIKE: Final = ("samples", "test_images", "judge")
 """What must be equal for distances to be compared."""
 
@@ -35,8 +40,8 @@ def compare_samples(entries: Sequence[Entry]) -> dict[str, Any] | None:
         `steps` that were chosen, `values` (mean over seeds) and `intervals` (Student's over seeds, those of the
         results for one run, None where there is none). `pairs`: each group against the first: paired t-tests over the
         seeds that both have; for one run each McNemar's exact test of the classification accuracy score alone, since
-        nothing tells how far other samples would differ. `floor`: the measures of as many training images. `notes`:
-        groups that were left out, a sentence each.
+        nothing tells how far other samples would differ. Of shares no deviation over seeds below one image is believed.
+        `floor`: the measures of as many training images. `notes`: groups that were left out, a sentence each.
     """
     told: list[tuple[str, list[Entry]]] = []
     notes = []
@@ -86,6 +91,11 @@ def _conditions(entry: Entry) -> list[Any]:
     return [told["samples"], told["test_images"], told["judge"]["digest"]]
 
 
+def _floor(told: Mapping[str, Any], key: str) -> float:
+    """Return the least deviation over seeds that is believed: one image of a share, nothing of other measures."""
+    return 1.0 / min(told[images] for images in COUNTED[key]) if key in COUNTED else 0.0
+
+
 def _row(label: str, members: Sequence[Entry]) -> dict[str, Any]:
     told = [_generation(member) for member in members]
     values = {key: [float(each[key]) for each in told] for key in MORE_IS_BETTER}
@@ -95,7 +105,9 @@ def _row(label: str, members: Sequence[Entry]) -> dict[str, Any]:
         "seeds": sorted(member.seed for member in members),
         "steps": sorted({int(each["steps"]) for each in told}),
         "values": {key: mean_std(of)[0] for key, of in values.items()},
-        "intervals": alone if len(told) == 1 else {key: student(of) for key, of in values.items()},
+        "intervals": alone
+        if len(told) == 1
+        else {key: student(of, floor=_floor(told[0], key)) for key, of in values.items()},
     }
 
 
@@ -111,7 +123,7 @@ def _pairs(first: Sequence[Entry], second: Sequence[Entry]) -> list[dict[str, An
     found = []
     for key, more in MORE_IS_BETTER.items():
         gained = [float(_generation(b[seed])[key]) - float(_generation(a[seed])[key]) for seed in both]
-        mean, ends, p_value = paired_t(gained)
+        mean, ends, p_value = paired_t(gained, floor=_floor(_generation(first[0]), key))
         up, down = ends[0] > 0, ends[1] < 0
         found.append(
             {"measure": key, "difference": mean, "interval": ends, "p_value": p_value,

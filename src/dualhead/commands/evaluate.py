@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dualhead.commands.quality import assess_further, chosen_by_samples
 from dualhead.commands.resolve import BY_SAMPLES, Request, Resolved, resolve
-from dualhead.commands.triggers import assess_trigger, marked_images
+from dualhead.commands.triggers import assess_trigger, clean_rate, marked_images
 from dualhead.data import Split, digests
 from dualhead.errors import UserError
 from dualhead.evaluation import (
@@ -65,6 +65,7 @@ def assess(
         test.warn_if_sorted(count, "--limit")
     marked = marked_images(request, asked, count)
     check_folder(asked.results, "--output")
+    rate = clean_rate(request, asked, marked)  # first, so that a model that does not fit is refused now
     options: dict[str, Any] = {
         "threat": asked.threats or asked.threat, "attacks": asked.attacks, "batch_size": request.batch_size,
         "seed": request.seed, "precision": cast("Precision", request.precision), "command": request.command,
@@ -91,7 +92,7 @@ def assess(
         **options,
     )
     if marked is not None:
-        assess_trigger(request, asked, evaluation, marked, options)
+        assess_trigger(request, asked, evaluation, marked, rate, options)
     assess_further(request, asked, evaluation, checkpoint)
     return asked.results, evaluation
 

@@ -268,22 +268,23 @@ def print_sequence(told: Mapping[str, Any]) -> None:
 
 
 def print_changed(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print accuracies on changed images by kind, a table for each measurement, such as `corruptions`.
+    """Print accuracies on changed images by kind, a table for each measurement, such as `corruptions`, and rendering.
 
     Args:
         rows: as `comparison.json` holds them, with measurements as `results.json` does.
     """
-    for name in dict.fromkeys(name for row in rows for name in measured_in(row)):
-        told = {row["name"]: row[name] for row in rows if name in measured_in(row)}
-        first = next(iter(told.values()))
-        title = f"{measured_title(first)}; percent, 95 % intervals"
-        table = Table(title=title, title_justify="left")
+    found = {row["name"]: measured_in(row) for row in rows}
+    titles = {model: {name: measured_title(of) for name, of in told.items()} for model, told in found.items()}
+    for name, title in dict.fromkeys(pair for told in titles.values() for pair in told.items()):
+        told = {model: found[model][name] for model in found if titles[model].get(name) == title}
+        kinds = dict.fromkeys(kind for each in told.values() for kind in each["kinds"])
+        table = Table(title=f"{title}; percent, 95 % intervals", title_justify="left")
         table.add_column("kind")
         for model in told:
             table.add_column(model, justify="right", overflow="fold")
-        for kind in first["kinds"]:
-            found = [each["kinds"].get(kind, {}) for each in told.values()]
-            cells = [share_cell(each.get("accuracy"), each.get("interval")) for each in found]
+        for kind in kinds:
+            shares = [each["kinds"].get(kind, {}) for each in told.values()]
+            cells = [share_cell(each.get("accuracy"), each.get("interval")) for each in shares]
             table.add_row(kind.replace("_", " "), *(cell.whole() for cell in cells))
         out.print(table)
 

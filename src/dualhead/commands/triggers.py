@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from dualhead.commands.resolve import Request, Resolved
 from dualhead.data import Poison, poisons
 from dualhead.errors import UserError
-from dualhead.evaluation import TRIGGERED, Evaluation, TriggeredImages, answers, measure_triggered
-from dualhead.runs import triggered_images
-from dualhead.saving import load
+from dualhead.evaluation import TRIGGERED, Evaluation, TriggeredImages, measure_triggered
+from dualhead.runs import CleanModel, triggered_images
 from dualhead.system.processes import group
 
 
@@ -58,8 +58,29 @@ def marked_images(request: Request, asked: Resolved, count: int) -> TriggeredIma
     return found
 
 
+def clean_rate(request: Request, asked: Resolved, marked: TriggeredImages | None) -> NDArray[np.bool_] | None:
+    """Tell which triggered images the model of `--clean-model` takes for the target, bool [N]; None without one.
+
+    Raises:
+        UserError: if there is no such model, or it is for other images or classes.
+    """
+    if request.clean_model is None or marked is None:
+        return None
+    try:
+        model = CleanModel.of(request.clean_model, asked.images)
+    except UserError as error:
+        raise UserError(f"--clean-model: {error}") from None
+    device = next(asked.model.parameters()).device
+    return model.taken_for(marked.target, marked.images, request.batch_size, device)
+
+
 def assess_trigger(
-    request: Request, asked: Resolved, evaluation: Evaluation, marked: TriggeredImages, options: Mapping[str, Any]
+    request: Request,
+    asked: Resolved,
+    evaluation: Evaluation,
+    marked: TriggeredImages,
+    rate: NDArray[np.bool_] | None,
+    options: Mapping[str, Any],
 ) -> None:
     """Add `poison` to an evaluation's results and save them; the triggered images' own evaluation lies beside.
 
@@ -68,20 +89,12 @@ def assess_trigger(
         asked: what that leads to.
         evaluation: of the same model on the images without the trigger.
         marked: the images with it.
+        rate: of the clean model, as `clean_rate` gives it.
         options: threat, attacks and the like, for `evaluate`.
-
-    Raises:
-        UserError: for a clean model that cannot be loaded.
     """
     assert request.poison is not None
-    clean_rate = None
-    if request.clean_model is not None:
-        other = load(request.clean_model).to(next(asked.model.parameters()).device)
-        clean_rate = np.asarray(answers(other, marked.images, request.batch_size) == marked.target)
     told: dict[str, Any] = {"name": read_poison(request.poison).registered_name}
-    told |= measure_triggered(
-        asked.model, marked, output_dir=asked.results / TRIGGERED, clean_rate=clean_rate, **options
-    )
+    told |= measure_triggered(asked.model, marked, output_dir=asked.results / TRIGGERED, clean_rate=rate, **options)
     if request.clean_model is not None:
         told["clean_model"]["where"] = request.clean_model
     evaluation.results["poison"] = told

@@ -21,7 +21,16 @@ from dualhead.attacks.losses import margin
 from dualhead.data import to_bytes
 from dualhead.errors import UserError
 from dualhead.evaluation.journal import write_arrays
-from dualhead.evaluation.model import check_images, device_of, frozen, outputs_of, pad_rows, read_logits
+from dualhead.evaluation.model import (
+    check_images,
+    device_of,
+    frozen,
+    outputs_of,
+    pad_rows,
+    read_logits,
+    refuse_labels,
+    told_if_unfit,
+)
 from dualhead.evaluation.scheduler import Samples
 from dualhead.names import AGGREGATE, MEAN, MODEL, head_id
 from dualhead.noise import Streams
@@ -124,7 +133,8 @@ def make_gallery(
         batch_size: images at once.
 
     Raises:
-        UserError: for images or labels that do not fit, or a landscape of a sample that is not there.
+        UserError: for images or labels that do not fit the model or each other, or a landscape of a sample that is not
+            there.
     """
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     images, labels = check_images(images, labels)
@@ -166,7 +176,10 @@ class _Visit:
         ask: LogitsFn = heads or (lambda x: read_logits(model, x)[:, None])
         self.outputs: LogitsFn = lambda x: ask(x.clone())  # a model may change the images that it is given
         self.streams = Streams.of(seed, names.to(device)).fork("gallery")
-        self.clean = self._said(self.x, self.y)
+        with told_if_unfit(model, images):
+            logits = self._logits(self.x)
+        refuse_labels(labels, logits.shape[2])
+        self.clean = self._read(logits, self.y)
         count = self.clean.margin.shape[1]
         shown: tuple[str, ...] | None = getattr(model, "shown_outputs", None)
         self.ids = list(shown or (*map(head_id, range(1, count)), _merged(model))) if heads else [MODEL]
@@ -175,9 +188,17 @@ class _Visit:
         """Logits [B, O, K] of all outputs."""
         return self.outputs(pad_rows(x))[: len(x)].float()
 
-    def _said(self, x: Tensor, y: Tensor) -> _Said:
+    def _logits(self, x: Tensor) -> Tensor:
+        """Return the same of many images, without a graph."""
         with torch.no_grad():
-            logits = torch.cat([self._ask(part) for part in torch.split(x, self.batch_size)])
+            return torch.cat([self._ask(part) for part in torch.split(x, self.batch_size)])
+
+    def _said(self, x: Tensor, y: Tensor) -> _Said:
+        return self._read(self._logits(x), y)
+
+    @staticmethod
+    def _read(logits: Tensor, y: Tensor) -> _Said:
+        """Return what logits [M, O, K] say."""
         outputs = logits.shape[1]
         flat, labels = logits.flatten(0, 1), y.repeat_interleave(outputs)
         shares, predicted = flat.softmax(1), predictions(flat)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dualhead.attacks import slope
 from dualhead.data import Batch, Split, StreamSetting, streams
 from dualhead.errors import UserError
+from dualhead.evaluation.model import read_logits
 from dualhead.system.modes import in_eval_mode
-from dualhead.system.outputs import logits_of
 from dualhead.threats import ThreatModel
 
 Score = Literal["lse", "msp", "max_logit"]
@@ -283,7 +283,10 @@ def nearest_distance(images: Tensor, training: Tensor) -> Tensor:
     Where those of samples are below those of test images, samples are copies.
     """
     rows, of = images.flatten(1).float(), training.flatten(1).float()
-    return torch.cat([torch.cdist(part, of).amin(1) for part in torch.split(rows, 256)])
+    nearest = torch.cat([torch.cdist(part, of).argmin(1) for part in torch.split(rows, 256)])
+    # Distances of many are differences of large squares, by which a copy is not at 0.
+    distance: Tensor = torch.linalg.vector_norm(rows - of[nearest], dim=1)
+    return distance
 
 
 def _covariance(training: Split) -> str:
@@ -294,7 +297,7 @@ def _answers(model: nn.Module, x: Tensor) -> Tensor:
     """Logits float32 [B, K] in eval mode, without a graph."""
     _refuse_integers(x)
     with torch.no_grad(), in_eval_mode(model):
-        return torch.cat([logits_of(model(part)).float() for part in torch.split(x, 256)])
+        return torch.cat([read_logits(model, part).float() for part in torch.split(x, 256)])
 
 
 def _refuse_integers(x: Tensor) -> None:
@@ -328,7 +331,7 @@ def _ascend(
             start, path = at, [at] if kept[0] == 0 else []
 
             def climb(images: Tensor, label: Tensor = label) -> Tensor:
-                return logits_of(model(images)).float().gather(1, label)[:, 0]
+                return read_logits(model, images).float().gather(1, label)[:, 0]
 
             for step in range(1, steps + 1):
                 at = threat.project(threat.ascend(at, slope(climb, at), step_size), start).detach()

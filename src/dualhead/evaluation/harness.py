@@ -114,8 +114,9 @@ def evaluate(
         subject: what was evaluated (stage, checkpoint and output of a run), for the results.
         transfer_from: another network, usually a clean one; the attacks also make images against it, once, and the
             share of them on which `model` is right stands under `transfer` in the results. No attack saw the model
-            then, so this flatters it; `worst` and robust accuracy do not count it. What was found out about that
-            network lies in the folder `transfer` of the results.
+            then, so this flatters it; `worst` and robust accuracy do not count it. Attacks that need several heads
+            make none against a network that has none. What was found out about that network lies in the folder
+            `transfer` of the results.
         transfer_name: what results call it.
         stop: asked again and again; when true, what is under way is put on disk and `Interrupted` raised.
 
@@ -245,13 +246,17 @@ def _under_one(settings: Settings) -> Evaluation:
 
 def _made_elsewhere(work: Work) -> Evaluation | None:
     """Let the attacks make images against another network; None if there is no such network."""
-    settings = work.settings
-    if settings.transfer_from is None:
+    settings, other = work.settings, work.settings.transfer_from
+    if other is None:
         return None
+    met = settings.attacks
+    if not hasattr(other, "head_logits"):  # where all need heads, the first of them says so
+        met = {label: attack for label, attack in met.items() if not attack.needs_heads} or met
     return _under_one(
         replace(
             settings,
-            model=settings.transfer_from,
+            model=other,
+            attacks=met,
             heads=None,
             transfer_from=None,
             device=work.subject.device,

@@ -424,6 +424,19 @@ def check_images(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return _check_values(images), _check_labels(labels, len(images))
 
 
+def refuse_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels [N] beyond the logits of a model.
+
+    Raises:
+        UserError: if there are any.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UserError(
+            f"labels must lie in 0 to {classes - 1}, since the model gives {classes} logits; got {low} to {high}"
+        )
+
+
 def _check_labels(labels: Tensor, count: int) -> Tensor:
     if labels.shape == (count, 1):
         labels = labels[:, 0]

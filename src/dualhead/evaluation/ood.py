@@ -14,9 +14,9 @@ from dualhead.attacks import Maximiser, attacks, maximise_within
 from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.evaluation.generation import SCORES, Score, auroc, ood_score
-from dualhead.evaluation.model import device_of, frozen
+from dualhead.evaluation.model import device_of, frozen, read_logits
 from dualhead.noise import Streams
-from dualhead.system.outputs import logits_of
+from dualhead.statistics import wilson
 from dualhead.threats import Threat
 
 MOST: Final = 1_000
@@ -79,7 +79,11 @@ def measure_ood(
 
 
 def auroc_interval(inside: Tensor, outside: Tensor, confidence: float = 0.95) -> list[float]:
-    """Return the interval of an AUROC over images (DeLong et al. 1988, normal approximation, cut to [0, 1])."""
+    """Return the interval of an AUROC over images (DeLong et al. 1988, normal approximation, cut to [0, 1]).
+
+    Where scores are wholly apart, or all one, that has no width and would claim certainty, be it of five images; then
+    it is Wilson's, of as many images as the smaller side has.
+    """
     a, b = inside.double().sort().values, outside.double().sort().values
 
     def below(of: Tensor, values: Tensor) -> Tensor:
@@ -88,6 +92,9 @@ def auroc_interval(inside: Tensor, outside: Tensor, confidence: float = 0.95) ->
 
     placed_out, placed_in = below(a, outside.double()), 1.0 - below(b, inside.double())
     variance = sum(float(p.var()) / len(p) if len(p) > 1 else math.inf for p in (placed_out, placed_in))
+    if variance == 0:
+        fewest = min(len(a), len(b))
+        return list(wilson(round(float(placed_out.mean()) * fewest), fewest, confidence))
     middle, reach = float(placed_out.mean()), NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(variance)
     return [max(middle - reach, 0.0), min(middle + reach, 1.0)]
 
@@ -103,7 +110,7 @@ def _attacked(model: nn.Module, x: Tensor, kind: Score, threat: Threat, seed: in
             part, lowest = x[first : first + BATCH], best[first : first + BATCH].clone()
 
             def climb(images: Tensor, lowest: Tensor = lowest) -> Tensor:
-                inner = _inlier(logits_of(model(images)).float(), kind)
+                inner = _inlier(read_logits(model, images).float(), kind)
                 reached = inner.detach()
                 lowest.copy_(torch.minimum(lowest, -(reached.exp() if kind == "msp" else reached)))
                 return inner

@@ -21,11 +21,10 @@ from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import Finding
 from dualhead.evaluation.generation import auroc, frechet_distance, nearest_distance, precision_recall, sample_at
 from dualhead.evaluation.journal import weights_fingerprint, write_arrays
-from dualhead.evaluation.model import device_of
+from dualhead.evaluation.model import device_of, read_logits
 from dualhead.models import last_layer
 from dualhead.statistics import student, wilson
 from dualhead.system.modes import in_eval_mode
-from dualhead.system.outputs import logits_of
 
 FILE: Final = "generation.npz"
 """Pictures and energies that the report shows, and which test images are right after training on samples."""
@@ -84,7 +83,7 @@ class Judge:
             with torch.no_grad(), in_eval_mode(self.network):
                 for part in torch.split(images, BATCH):
                     seen.clear()
-                    logits = logits_of(self.network(part.to(device).float().div(255.0)))
+                    logits = read_logits(self.network, part.to(device).float().div(255.0))
                     classes.append(logits.argmax(1).cpu())
                     found = seen[-1].flatten(2).mean(2) if seen[-1].ndim > 2 else seen[-1]
                     features.append(found.double().cpu())
@@ -178,10 +177,13 @@ def measure_generation(
         UserError: for too few images or samples.
     """
     labels, seeds, drawn = _drawn(model, sets, sampling)
+    of_test, named = judge.look(_pixels(sets.test))
+    spread = _diversity(of_test, sets.test.labels)
+    if not spread > 0:
+        raise UserError("samples: the judge tells no two test images of a class apart; choose another --judge")
     training = _some(sets.training, MOST_REFERENCES)
     test, held = sets.test, sets.held_out
     looks = [judge.look(images) for images in drawn]
-    of_test, named = judge.look(_pixels(test))
     of_held = judge.look(_pixels(held))[0]
     curve = [
         {
@@ -215,7 +217,7 @@ def measure_generation(
         **_against(features, of_test, in_turn=True),
         **_scored(scored, "classification_accuracy_score"),
         "judge_agreement": curve[best]["judge_agreement"],
-        "diversity": _diversity(features, labels) / _diversity(of_test, test.labels),
+        "diversity": _diversity(features, labels) / spread,
         "nearest": nearest,
         "floor": {
             "images": len(as_many), **_against(floor, of_test, in_turn=False),
@@ -269,6 +271,8 @@ def _drawn(model: nn.Module, sets: Sets, sampling: Sampling) -> tuple[Tensor, Te
             f"samples: {sampling.count} of {classes} classes against {len(sets.test)} test and {len(sets.held_out)} "
             f"held-out images; at least two of each class, and {2 * NEIGHBOURS} of each of the three, are needed"
         )
+    if int(sets.test.labels.bincount().max()) < 2:
+        raise UserError(f"samples: no class has two of the {len(sets.test)} test images; measure more of them")
     labels = torch.arange(sampling.count) % classes
     places = torch.arange(sampling.count) // classes
     device = device_of(model)
@@ -371,7 +375,7 @@ def _energies(model: nn.Module, images: Tensor) -> Tensor:
     device = device_of(model)
     with torch.no_grad(), in_eval_mode(model):
         parts = [
-            logits_of(model(part.to(device).float().div(255.0))).float().logsumexp(1).neg().cpu()
+            read_logits(model, part.to(device).float().div(255.0)).float().logsumexp(1).neg().cpu()
             for part in torch.split(images, BATCH)
         ]
     return torch.cat(parts)

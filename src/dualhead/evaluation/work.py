@@ -43,7 +43,7 @@ from dualhead.evaluation.journal import (
 )
 from dualhead.evaluation.measurements import Measurement, right_when_changed, summary
 from dualhead.evaluation.measurements import measurements as measurement_registry
-from dualhead.evaluation.model import Subject, differ, told_if_unfit, worth_reducing
+from dualhead.evaluation.model import Subject, differ, refuse_labels, told_if_unfit, worth_reducing
 from dualhead.evaluation.progress import EvaluationProgress, Reporter, Silent
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, balanced, per_class, targeted
 from dualhead.evaluation.scheduler import Cost, Hunt, Samples, Try
@@ -134,11 +134,7 @@ class Work:
             clean = self._clean(images)
         self.samples = Samples(images, labels, clean, index)
         self.num_classes = self.samples.clean.shape[1]
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-            raise UserError(
-                f"labels must lie in 0 to {self.num_classes - 1}, since the model gives {self.num_classes} logits; "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
+        refuse_labels(labels, self.num_classes)
         self.num_heads = subject.query().num_heads(self.samples.fetch(torch.arange(1), subject.device))
         self.threats = {radius: self.threat.within(radius) if radius else None for radius in settings.eps}
         for asked in (self.threat, *self.threats.values()):  # what cannot be done is refused now, not hours later

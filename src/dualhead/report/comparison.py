@@ -358,17 +358,21 @@ def accuracy_table(rows: Sequence[Measured]) -> Table:
 
 
 def changed_tables(rows: Sequence[Measured]) -> dict[str, Table]:
-    """Return accuracies on changed images by kind, the mean over levels: by measurement, under a title for people."""
+    """Return accuracies on changed images by kind, the mean over levels: under a title for people.
+
+    Classifiers that one measurement showed other images, as those of another size, have a table for each.
+    """
     tables = {}
-    for name in dict.fromkeys(name for row in rows for name in row.worn):
-        known = [row for row in rows if name in row.worn]
+    titles = [{name: measured_title(measured_in(row.results)[name]) for name in row.worn} for row in rows]
+    for name, title in dict.fromkeys(pair for told in titles for pair in told.items()):
+        known = [row for row, told in zip(rows, titles, strict=True) if told.get(name) == title]
         found = [row.worn_kinds(name) for row in known]
         cells = [
             [Cell(kind.replace("_", " ")), *(estimate_cell(each.get(kind)) for each in found)]
             for kind in dict.fromkeys(kind for each in found for kind in each)
         ]
-        title = measured_title(measured_in(known[0].results)[name])
-        tables[title] = Table(["kind", *(f"{row.title} %" for row in known)], cells)
+        if cells:
+            tables[title] = Table(["kind", *(f"{row.title} %" for row in known)], cells)
     return tables
 
 

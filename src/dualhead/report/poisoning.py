@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dualhead.report.gallery import picture
 from dualhead.report.sources import Measured, Source
 from dualhead.report.table import MISSING, Cell, Table, poison_columns, share_cell
-from dualhead.report.text import percent
+from dualhead.report.text import percent, points
 
 TIMES: Final = 10
 """Of the difference that is shown."""
@@ -110,7 +110,7 @@ def _outputs(rows: Sequence[Measured]) -> Table | None:
             line.append(share)
         if name == "attack success" and any(above):
             for line, told in zip(cells, above, strict=True):
-                line.append(share_cell(told["difference"], told["interval"]) if told else MISSING)
+                line.append(_above(told) if told else MISSING)
     names = [f"{name} %" for name in columns]
     if any(above):
         names.insert(names.index("attack success %") + 1, "above a clean model, points")
@@ -125,6 +125,13 @@ def _outputs(rows: Sequence[Measured]) -> Table | None:
             for line, told in zip(cells, found, strict=True):
                 line.append(_auroc(told) if told else MISSING)
     return Table(["model", *names], cells) if names else None
+
+
+def _above(told: Mapping[str, Any]) -> Cell:
+    difference, (low, high) = float(told["difference"]), told["interval"]
+    if not math.isfinite(difference):
+        raise ValueError("a difference is not finite")
+    return Cell(points(difference), difference, f"[{points(low)}, {points(high)}]")
 
 
 def _auroc(told: Mapping[str, Any]) -> Cell:

@@ -42,7 +42,8 @@ def measured_in(told: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def measured_title(told: Mapping[str, Any]) -> str:
     """Return what people read above the accuracies of a measurement: its name, its facts, the levels of each kind."""
     facts = [f", {key} of {value}" for key, value in told.items() if key not in (*MEANS, "name")]
-    levels = {len(kind.get("severities", ())) for kind in told["kinds"].values()} - {0}
+    kinds = told["kinds"].values() if isinstance(told["kinds"], Mapping) else ()
+    levels = {len(kind.get("severities", ())) for kind in kinds if isinstance(kind, Mapping)} - {0}
     means = f", means over {levels.pop()} severities" if len(levels) == 1 else ""
     return f"{told.get('name', 'changed images')}{''.join(facts)}{means}"
 

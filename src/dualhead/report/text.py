@@ -92,9 +92,8 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def points(difference: float) -> str:
     """A difference of fractions in points, with its sign."""
-    if difference == 0:
-        return "0.0"
-    return f"{100 * difference:+.1f}" if abs(difference) >= 0.0005 else f"{100 * difference:+.2f}"
+    told = f"{100 * difference:+.1f}" if abs(difference) >= 0.0005 else f"{100 * difference:+.2f}"
+    return "0.0" if float(told) == 0 else told
 
 
 def times_text(times: float) -> str:

@@ -1,5 +1,6 @@
 """A run, from a recipe to trained weights, their evaluation and a report."""
 
+from dualhead.runs.clean import CleanModel
 from dualhead.runs.folder import (
     GALLERY,
     RunFolder,
@@ -19,6 +20,7 @@ from dualhead.runs.trial import StageCost, Trial, trial
 
 __all__ = [
     "GALLERY",
+    "CleanModel",
     "Entry",
     "RunFolder",
     "RunResult",

@@ -29,9 +29,10 @@ from dualhead.evaluation import (
 from dualhead.models import load_state, read_state
 from dualhead.names import AGGREGATE, MEAN, router_number
 from dualhead.recipe import Recipe
+from dualhead.runs.clean import CleanModel
 from dualhead.runs.folder import RunFolder
 from dualhead.runs.prepare import Prepared, count_measured, under
-from dualhead.saving import load, view
+from dualhead.saving import view
 from dualhead.system.processes import group
 
 
@@ -113,8 +114,8 @@ class Measures:
         where, found = self.prepared.recipe.evaluate.clean_model, self._triggered
         if where is None or found is None:
             return None
-        model = load(where).to(self.prepared.device)
-        return np.asarray(answers(model, found.images, self.prepared.recipe.evaluate.batch_size) == found.target)
+        model, size = CleanModel.of(where, self.prepared.images.test), self.prepared.recipe.evaluate.batch_size
+        return model.taken_for(found.target, found.images, size, self.prepared.device)
 
     @cached_property
     def _learnt(self) -> tuple[Tensor, Tensor, Tensor] | None:

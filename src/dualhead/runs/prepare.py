@@ -40,6 +40,7 @@ from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, passed
 from dualhead.recipe import Recipe, Statistics
 from dualhead.report import threat_text
+from dualhead.runs.clean import CleanModel
 from dualhead.runs.crafted import Crafted
 from dualhead.runs.folder import RunFolder, changes, data_facts, refuse_other_data, refuse_other_poison
 from dualhead.saving import CONFIG, Architecture, load, load_base_weights, normalisation_of, view
@@ -435,10 +436,17 @@ def count_measured(recipe: Recipe, test: Split) -> int:
 
 
 def _check_evaluation(recipe: Recipe, test: Split, room: int) -> None:
-    """Refuse images that a measurement cannot change, and more than memory holds: an evaluation holds its images."""
+    """Refuse images that a measurement cannot change, and more than memory holds: an evaluation holds its images.
+
+    A model of clean data that is to stand beside a trigger must know their classes too.
+    """
     for measurement in recipe.evaluate.asked.measurements.values():
         with under("evaluate.attacks"):
             measurement.check(test.image_shape)
+    clean, poison = recipe.evaluate.clean_model, recipe.data.poison
+    if clean is not None and poison is not None and poison.target_of(test.class_names) is not None:
+        with under("evaluate.clean_model"):
+            CleanModel.of(clean, test)
     count, free = count_measured(recipe, test), 4 * room
     test.warn_if_sorted(count, "evaluate.limit")
     size = count * math.prod(test.image_shape)

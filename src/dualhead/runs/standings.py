@@ -34,7 +34,7 @@ from dualhead.evaluation import (
     wilson,
 )
 from dualhead.names import id_of_row
-from dualhead.report import MEANS, believable, cost_unit, lights, measured_in, other_images
+from dualhead.report import MEANS, believable, cost_unit, lights, measured_in, measured_title, other_images
 from dualhead.runs.folder import RunFolder, read_recipe, without_how
 from dualhead.statistics import paired_t, student, student_reach
 
@@ -234,6 +234,7 @@ def standings(entries: Sequence[Entry]) -> dict[str, Any]:
         if told := _other_triggers(results[0][1], members):
             notes.append(f"{label} and {results[0][0]}: {told}, and are not compared in pairs")
     notes += [f"{label}: {told}" for label, members in results if (told := _unpaired(members))]
+    notes += _of_other_images([(row["name"], members) for row, members in zip(rows, groups, strict=True)])
     return {"rows": rows, "pairs": pairs, "notes": notes}
 
 
@@ -310,8 +311,9 @@ def sequences(entries: Sequence[Entry], specialists: Sequence[Entry]) -> list[di
 
     Returns:
         For each group with a `sequence`, its `name`, `seeds`, `old_attacks`, `order` of the threats, and as means over
-        seeds the measures of the last stage, `spread` (half of Student's 95 % interval over seeds, None of one seed),
-        and the cost in forward passes.
+        seeds the measures of the last stage, `spread` (half of Student's 95 % interval over seeds, None of one seed;
+        seeds that agree more closely than one image do so by chance), and the cost in forward passes. `order` is that
+        in which the threats were learnt first.
 
     Raises:
         UserError: if specialists were not measured by the same attacks under the same threats.
@@ -342,15 +344,17 @@ def _ends(label: str, members: Sequence[Entry], specialists: Sequence[Entry]) ->
     ]  # fmt: skip
     names = [key for key in flat[0] if all(key in one for one in flat)]
     values = {key: [float(one[key]) for one in flat] for key in names}
+    stages = [row["stage"] for row in told[0]["rows"]]
+    floors = {key: 0.0 if key == "forward_equivalents" else 1.0 / members[0].evaluation.num_samples for key in names}
     return {
         "name": label,
         "seeds": sorted(member.seed for member in members),
         "old_attacks": told[0]["old_attacks"],
-        "order": list(told[0]["arrived"]),
+        "order": sorted(told[0]["arrived"], key=lambda threat: stages.index(told[0]["arrived"][threat])),
         "threats": threats,
-        "stages": [row["stage"] for row in told[0]["rows"]],
+        "stages": stages,
         "means": {key: mean_std(of)[0] for key, of in values.items()},
-        "spread": {key: student_reach(of) for key, of in values.items()},
+        "spread": {key: student_reach(of, floor=floors[key]) for key, of in values.items()},
     }
 
 
@@ -470,7 +474,7 @@ def _checks(members: Sequence[Entry]) -> list[dict[str, str]]:
 def _transfer(members: Sequence[Entry]) -> dict[str, Any]:
     """Return what `results.json` says of transferred images, as the mean over seeds; empty if not for all."""
     told = [member.evaluation.results["transfer"] for member in members if "transfer" in member.evaluation.results]
-    if len(told) < len(members) or len({each["from"] for each in told}) > 1:
+    if len(told) < len(members) or len({_made_by(each) for each in told}) > 1:
         return {}
     if len(told) == 1:
         return {"transfer": told[0]}
@@ -479,10 +483,45 @@ def _transfer(members: Sequence[Entry]) -> dict[str, Any]:
     return {"transfer": {"from": told[0]["from"], **whole, "note": told[0]["note"]}}
 
 
+def _made_by(transfer: Mapping[str, Any]) -> str:
+    """Tell which attacks made transferred images, and against which network."""
+    return f"{', '.join(sorted(transfer.get('attacks', ())))} against {transfer['from']}"
+
+
+def _of_other_images(groups: Sequence[tuple[str, Sequence[Entry]]]) -> list[str]:
+    """Return a sentence on each measurement, or transfer, whose images are not the same for all, by their names."""
+    seen: dict[str, dict[str, tuple[str, list[str]]]] = {}
+    for label, members in groups:
+        for results in (member.evaluation.results for member in members):
+            told = {
+                name: (str(_rendering(of)), f"{measured_title(of)}, {len(of['kinds'])} kinds")
+                for name, of in measured_in(results).items()
+            }
+            if "transfer" in results:
+                told["transfer"] = (_made_by(results["transfer"]),) * 2
+            for name, (key, words) in told.items():
+                seen.setdefault(name, {}).setdefault(key, (words, []))[1].append(label)
+    return [
+        f"{name}: not of the same images, and not to be compared: "
+        + "; ".join(f"{', '.join(dict.fromkeys(labels))}: {words}" for words, labels in found.values())
+        for name, found in seen.items()
+        if len(found) > 1
+    ]
+
+
+def _rendering(told: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the facts of a measurement and its kinds: what must be equal for two to be of the same images."""
+    return {key: value for key, value in told.items() if key not in MEANS}, list(told["kinds"])
+
+
 def _changed(members: Sequence[Entry]) -> dict[str, Any]:
-    """Return what `results.json` says of measurements that all of them had, such as `corruptions`: means over seeds."""
+    """Return what `results.json` says of measurements that all had on the same images: means over seeds."""
     told = [measured_in(member.evaluation.results) for member in members]
-    names = [name for name in told[0] if all(name in each for each in told)]
+    names = [
+        name
+        for name, first in told[0].items()
+        if all(name in each and _rendering(each[name]) == _rendering(first) for each in told)
+    ]
     if len(told) == 1:
         return {name: told[0][name] for name in names}
     count = members[0].evaluation.num_samples
