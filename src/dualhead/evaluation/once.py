@@ -15,7 +15,7 @@ from dualhead.components.fields import whole
 from dualhead.errors import UserError
 from dualhead.evaluation.diagnostics import PROBES, input_gradient
 from dualhead.evaluation.given import tensors_of
-from dualhead.evaluation.model import Subject, check_images, check_module, frozen, told_if_unfit
+from dualhead.evaluation.model import Subject, check_images, check_module, frozen, refuse_labels, told_if_unfit
 from dualhead.evaluation.own import OwnAttack, as_attack
 from dualhead.noise import Streams
 from dualhead.system.devices import float32_products
@@ -83,7 +83,7 @@ def attack(
             y = numbers[rows.to(numbers.device)].to(subject.device, torch.int64)
             with told_if_unfit(model, x):
                 classes = subject.logits(x[:1]).shape[1]
-            _refuse_labels(y, classes)
+            refuse_labels(y, classes)
             if not found:
                 parts = chosen.parts(classes, against, subject.query().num_heads(x[:1]))
                 _warn_of_blindness(parts, subject, x[:PROBES], y[:PROBES], chosen.label)
@@ -103,11 +103,3 @@ def _warn_of_blindness(parts: Sequence[Search], subject: Subject, x: Tensor, y: 
             "%s searches blindly: accuracy on what it returns says nothing of robustness; attack with square, or a "
             "model without that step", label,
         )  # fmt: skip
-
-
-def _refuse_labels(y: Tensor, classes: int) -> None:
-    if int(y.min()) < 0 or int(y.max()) >= classes:
-        raise UserError(
-            f"labels must lie in 0 to {classes - 1}, since the model gives {classes} logits; got {int(y.min())} to "
-            f"{int(y.max())}"
-        )
