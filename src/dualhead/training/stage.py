@@ -153,6 +153,8 @@ class Stage(Section):
             raise UserError(
                 f"free moves images within the stage's threat, and objective {name!r} attacks in its own way"
             )
+        if self.objective.window() > 0:  # later ones would be given the attacked images
+            raise UserError(f"free moves attacked images alone, and objective {name!r} may make others as it goes on")
         if self.awp is not None:
             raise UserError("free takes one backward pass for all, and awp needs one of its own; choose one of them")
         return self
