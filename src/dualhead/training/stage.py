@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Annotated, Any, Final, Literal, Self, cast
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dualhead.attacks import Attack, Maximiser, attacks
+from dualhead.attacks import Attack, Maximiser, attacks, refuse_untrainable
 from dualhead.components.fields import Real
 from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, CutMix, augmentations
@@ -119,14 +118,11 @@ class Stage(Section):
         if self.fit is not None and self.objective != objectives.build(IDLE):
             raise UserError("a stage with fit trains nothing; leave its objective out")
         inner = self.objective.inner()
-        for attack in [self.attack, *(each.attack for each in inner.values() if each.attack is not None)]:
-            if inner and not isinstance(attack, Maximiser):
-                raise UserError(f"attack {attack.registered_name!r} cannot be trained with; use pgd or fgsm")
-        for key in {"loss", "restarts", "target"} & {field.name for field in fields(cast("Any", self.attack))}:
-            if getattr(self.attack, key) != getattr(type(self.attack), key):
-                raise UserError(
-                    f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
-                )
+        if inner or isinstance(self.attack, Maximiser):
+            refuse_untrainable(self.attack)
+        for each in inner.values():
+            if each.attack is not None:
+                refuse_untrainable(each.attack)
         if self.micro_batch is not None and self.micro_batch < self.batch_size and not self.objective.per_image:
             raise UserError(
                 f"micro_batch: the loss of {self.objective.registered_name!r} is another one for pieces of a batch; "
