@@ -507,7 +507,7 @@ def _teacher(prepared: Prepared, number: int, where: str) -> nn.Module:
         stage, model = prepared.recipe.stages[number], fresh_model(prepared)
         path = prepared.folder.weights(stage.name, BEFORE)
         load_state(model, group().lead(lambda: read_state(path)), str(path))
-        return view(model, stage.output)
+        return view(model, stage.learner)  # what is compared is one output, then and now, whichever is deployed
     earlier = earlier_stage(prepared.recipe, number, where)
     if earlier is None:
         return load(where)

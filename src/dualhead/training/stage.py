@@ -211,9 +211,12 @@ class Stage(Section):
 
     @property
     def output(self) -> str:
-        """Output that the stage deploys: as it says, else the last of the objective's, or the one its parts train."""
-        if self.deploy is not None:
-            return self.deploy
+        """Output that the stage deploys: as it says, else the one that learns."""
+        return self.learner if self.deploy is None else self.deploy
+
+    @property
+    def learner(self) -> str:
+        """Output that learns: the last of the objective's, or the one that the stage's parts train."""
         output = self.objective.judged_output
         return trained_output(self.train) if output == OWN else output
 
