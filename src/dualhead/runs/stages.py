@@ -369,7 +369,7 @@ def _begin_stage(prepared: Prepared, number: int) -> None:
         given = group().lead(lambda: start_from(prepared, stage, model))
         group().share_state(model)
     kind = recipe.model.second_head
-    if isinstance(model, DualHeadClassifier) and (kind == "clone" or (kind == "tied" and not given)):
+    if isinstance(model, DualHeadClassifier) and kind in ("clone", "tied") and not given:
         trained = {part for earlier in recipe.stages[:number] for part in earlier.train}
         new = set(model.heads[1:]) & set(stage.train) - trained
         if stage.init is None and new and isinstance(prepared.architecture.plain(), DualHeadClassifier):
