@@ -142,6 +142,12 @@ def test_the_energy_of_another_output_beside_classes_on_head_1(output):
     assert {"auc", "steps", "lse_real", "lse_made", "energy"} <= outcome.terms.keys()
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_ascent_from_seeds_is_no_threat_that_training_meets(steps):
+    """Else held-out images would be attacked within the whole box, with `validation.under: stage`."""
+    assert stage_of(build(start_steps=steps), ("model",)).met(THREAT) == (THREAT,)
+
+
 def test_micro_batches_add_up_to_the_whole():
     model = plain_model()
     whole, _, one = step(model, build(), state={"steps": 1.0}, batch_norm="frozen")

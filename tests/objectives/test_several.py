@@ -202,7 +202,7 @@ def test_a_choice_goes_on_bit_for_bit_where_it_was_stopped(method, tmp_path):
         ({"name": "any_of", "among": ["Linf:0.1", "L9:1"]}, "among.1: unknown threat 'L9'"),
         (
             {"name": "any_of", "among": ["Linf:0.1", {"name": "flow", "eps": 1, "attack": "square"}]},
-            "square is defined",
+            "among.1.attack .square. cannot be trained with",
         ),
         ({"name": "any_of", "base": "natural"}, "base: must be a method with one attack"),
         ({"name": "avg", "base": {"name": "any_of"}}, "base: must be a method with one attack"),
@@ -219,3 +219,26 @@ def test_what_does_not_fit_is_refused(spec, words):
 
 def test_two_of_a_kind_are_told_apart():
     assert AnyOf(among=contenders(["L2:0.1", "L2:0.5", "L1:12"])).labels == ["L2_1", "L2_2", "L1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("any_of", "among.0"), ("replay", "among.0"), ("ewc", "old"), ("after_dder", "old.0"), ("alr", "")],
+)
+@pytest.mark.parametrize(
+    ("attack", "told"),
+    [
+        ("square", " 'square' cannot be trained with"),
+        ({"name": "pgd", "restarts": 5}, ".restarts: is for measuring"),
+        ({"name": "pgd", "target": "next"}, ".target: is for measuring"),
+    ],
+)
+def test_attacks_of_an_objective_are_refused_as_those_of_a_stage_are(name, key, attack, told):
+    """Restarts and the like would be left out without a word."""
+    place = key.partition(".")[0]
+    one = {"norm": "L2", "eps": 0.5, "attack": attack}
+    given = {"attack": attack} if not key else {place: one if key == "old" else [one, "Linf:8/255"]}
+    given |= {"router": 3} if name == "after_dder" else {}
+    with pytest.raises(UserError) as refused:
+        build(name, **given)
+    assert f"{key}{'.' if key else ''}attack{told}" in str(refused.value)

@@ -1,13 +1,18 @@
-"""The network that a recipe means for its data."""
+"""The network that a recipe means for its data, and the weights that it begins with."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dualhead.data import load_split
+from dualhead.models import write_state
 from dualhead.recipe import load_recipe
-from dualhead.runs.prepare import architecture_of
+from dualhead.runs.prepare import architecture_of, prepare
+from dualhead.runs.stages import train_stages
+from dualhead.training import Silent
 from helpers.plugins import nothing_from_outside
+from helpers.resume import recipe
 
 BACKBONE = """
 from dataclasses import dataclass
@@ -32,3 +37,19 @@ def test_before_a_backbone_that_normalises_itself_nothing_is_put(tmp_path, norma
         told = architecture_of(load_recipe("digits_natural", [backbone, "model.normalize=data"]), training)
     assert ((made.mean, made.std) == ((0.0,), (1.0,))) == normalises
     assert (told.mean, told.std) != ((0.0,), (1.0,))
+
+
+@pytest.mark.parametrize("kind", ["reset", "clone", "tied"])
+def test_a_second_head_that_init_has_weights_for_begins_with_these(tmp_path, kind):
+    heads = "{name: joint, head1: natural, head2: natural, aggregate: null}"
+    common = ["model.backbone=cnn-4", "model.attach_at=stage1", f"model.second_head={kind}", "model.normalize=none",
+              "stages.*.epochs=0", "stages.main_head.train=[trunk, head1, head2]",
+              f"stages.main_head.objective={heads}"]  # fmt: skip
+    given = prepare(recipe(*common), tmp_path / "other").model
+    with torch.no_grad():
+        for parameter in given.parameters():
+            parameter.add_(torch.rand_like(parameter))
+    write_state(given.state_dict(), tmp_path / "given.safetensors")
+    prepared = prepare(recipe(*common, f"stages.main_head.init={tmp_path / 'given.safetensors'}"), tmp_path / "run")
+    trained = train_stages(prepared, Silent(), lambda: False)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in given.state_dict().items())

@@ -12,7 +12,11 @@ from torch import nn
 from dualhead.errors import Interrupted, UserError
 from dualhead.evaluation import Evaluation, evaluate
 from dualhead.recipe import parse_recipe
+from dualhead.runs.prepare import prepare
 from dualhead.runs.run import train
+from dualhead.runs.stages import train_stages
+from dualhead.training import Silent
+from dualhead.training.metrics import read_metrics
 from helpers.resume import outcome, run_in_spite_of
 
 ATTACK = {"name": "pgd", "steps": 2}
@@ -184,3 +188,17 @@ def test_a_network_sees_images_of_its_own_size_alone_where_larger_ones_are_cut_f
         run_dir=tmp_path / "run",
     )  # fmt: skip
     assert seen == {(8, 8)}
+
+
+@pytest.mark.parametrize("deploy", [None, "mean"])
+def test_what_is_held_to_the_network_as_it_was_is_the_output_that_learns(tmp_path, deploy):
+    """In the only step of a stage the network is the one of before, also where the mean of the heads is deployed."""
+    held = stage("held", {"name": "lwf"}, deploy=deploy, batch_norm="frozen") | {"train": ["head2"]}
+    made = recipe(
+        model={"backbone": "cnn-4", "attach_at": "stage1"}, stages=[held], sequence=None, validation={"attack": ATTACK},
+        data={"source": "digits", "train_limit": 48, "validation": 16},
+    )  # fmt: skip
+    prepared = prepare(made, tmp_path)
+    train_stages(prepared, Silent(), lambda: False)
+    (line,) = read_metrics(prepared.folder.metrics)
+    assert line["before"] == pytest.approx(0.0, abs=1e-6)

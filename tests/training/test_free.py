@@ -132,6 +132,7 @@ def test_what_does_not_go_together_is_refused():
         ({"awp": {}}, "free takes one backward pass for all, and awp needs one of its own"),
         ({"objective": "natural"}, "free moves attacked images, and objective 'natural' has none"),
         ({"objective": {"name": "msd", "among": ["Linf:0.1", "L1:3"]}}, "objective 'msd' attacks in its own way"),
+        ({"objective": {"name": "energy", "base": "sat"}}, "objective 'energy' may make others as it goes on"),
     ):
         values = {"objective": "sat", **settings}
         with pytest.raises(ValidationError, match=message):

@@ -77,11 +77,20 @@ def test_a_dropped_step_leaves_everything_as_it_was_and_the_next_is_as_if_it_had
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_very_first_step_may_be_dropped():
+@pytest.mark.parametrize(
+    "kind",
+    [
+        SGD(lr=0.1),
+        TorchOptimiser("SGD", 0.1, {"momentum": 0.9}),
+        TorchOptimiser("SGD", 0.1, {"momentum": 0.9, "dampening": 0.5}),
+    ],
+    ids=["sgd", "torch", "dampened"],
+)
+def test_the_very_first_step_may_be_dropped(kind):
     results = []
     for first in ([], [torch.full((8, 3, 12, 12), float("nan"))]):
         model = network()
-        optimiser = SGD(lr=0.1).create(model.parameters())
+        optimiser = kind.create(model.parameters())
         guard = StepGuard(model, optimiser)
         for x in (*first, torch.ones(8, 3, 12, 12), torch.zeros(8, 3, 12, 12)):
             descend(model, optimiser, guard, x)

@@ -170,3 +170,44 @@ def test_a_step_trains_on_what_the_threat_makes_of_the_images(threat):
     optimiser.step()
     for (name, ours), theirs in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+OWN_THREATS = "stages.main_head.objective={name: any_of, among: [Linf:0.1, L2:0.5]}"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("eps=0.05", ["stage main_head: eps changes nothing, since objective any_of names the threats"]),
+        ("threat=L2:0.7", ["stage main_head: threat changes nothing, since objective any_of names the threats"]),
+        ("threat=L2:0.5", []),
+    ],
+)
+def test_a_radius_that_the_objective_does_not_look_at_is_told(tmp_path, caplog, override, told):
+    with caplog.at_level("WARNING"):
+        prepare(recipe(OWN_THREATS, f"stages.main_head.{override}"), tmp_path / "run")
+    found = [words for words in (record.getMessage() for record in caplog.records) if "changes nothing" in words]
+    assert [words.split(" that it")[0] for words in found] == told
+
+
+SMALL = ("data.image_size=[4, 4]", "stages.*.augment=[]", "data.augment=[]")
+"""The last block of the network has one pixel then."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer"),
+    [
+        ((*SMALL, "stages.*.batch_size=1"), "head1.block3"),
+        ((*SMALL, "stages.*.batch_size=33", "stages.*.micro_batch=32"), "head1.block3"),
+        (("stages.*.batch_size=1", "stages.main_head.objective={name: align, predictor: true}"), "align0"),
+        ((*SMALL, "stages.*.batch_size=2"), None),
+        ((*SMALL, "stages.*.batch_size=1", "stages.*.batch_norm=frozen"), None),
+        (("stages.*.batch_size=1",), None),
+    ],
+)
+def test_one_image_at_once_is_refused_where_batch_norm_would_see_one_value(tmp_path, changes, layer):
+    if layer is None:
+        prepare(recipe(*changes), tmp_path / "run")
+        return
+    with pytest.raises(UserError, match=f"stages.0.batch_size: one image at once leaves the batch norm {layer}"):
+        prepare(recipe(*changes), tmp_path / "run")

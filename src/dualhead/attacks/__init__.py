@@ -13,6 +13,7 @@ from dualhead.attacks.base import (
     attacks,
     maximise_within,
     predictions,
+    refuse_untrainable,
     slope,
 )
 from dualhead.attacks.msd import SteepestOfSeveral
@@ -38,5 +39,6 @@ __all__ = [
     "maximise_within",
     "names",
     "predictions",
+    "refuse_untrainable",
     "slope",
 ]

@@ -455,6 +455,25 @@ class Maximiser(Protocol):
         """
 
 
+def refuse_untrainable(attack: Attack, key: str = "attack") -> None:
+    """Refuse an attack that adversarial training cannot use, or one with settings that it would leave out.
+
+    Args:
+        attack: with its settings.
+        key: where it stands.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if not isinstance(attack, Maximiser):
+        raise UserError(f"{key} {attack.registered_name!r} cannot be trained with; use pgd or fgsm")
+    for field in dataclasses.fields(cast("Any", attack)):
+        if field.name in ("loss", "restarts", "target") and getattr(attack, field.name) != field.default:
+            raise UserError(
+                f"{key}.{field.name}: is for measuring; training climbs its objective's loss, once. Leave it out"
+            )
+
+
 def maximise_within(attack: Maximiser, climb: Climb, x: Tensor, threat: Threat, streams: Streams) -> Tensor:
     """Return attacked images [B, ...] in [0, 1], detached: lift the images, climb, and render the last point.
 

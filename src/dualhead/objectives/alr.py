@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from dualhead.attacks import Attack, Maximiser, attacks
+from dualhead.attacks import Attack, attacks, refuse_untrainable
 from dualhead.components.fields import Real, at_least
 from dualhead.components.sections import component
 from dualhead.errors import UserError
@@ -54,7 +54,8 @@ class ALR(Around):
 
     def __post_init__(self) -> None:
         at_least(0, "weight", self.weight, "0.5 to 1 are usual")
-        if not isinstance(self.attack, Maximiser) or getattr(self.attack, "start", None) == "clean":
+        refuse_untrainable(self.attack)
+        if getattr(self.attack, "start", None) == "clean":
             raise UserError("attack must climb any loss from a random start, as {name: pgd, steps: 1}")
         self.refuse_itself()
 

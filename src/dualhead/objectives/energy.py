@@ -28,7 +28,7 @@ from dualhead.objectives.base import (
     objectives,
 )
 from dualhead.objectives.sat import SAT
-from dualhead.threats import ThreatModel
+from dualhead.threats import Threat, ThreatModel
 
 SAT_ALONE, IMAGES, GAUSSIAN = SAT(), streams.build("images"), streams.build("gaussian")
 STREAM = component(streams)
@@ -139,6 +139,10 @@ class Energy(Around):
         ascent = {"name": "pgd", "steps": self.start_steps, "step_size": self.step_size, "start": "clean"}
         made = Inner(climbed, ("made", "real_y"), start="seeds", attack=attacks.build(ascent), threat=EVERYWHERE)
         return {**self.base.inner(), "contrast": made}
+
+    def threats(self) -> Sequence[Threat | None]:
+        """Those of the base method: the ascent of seeds is no attack."""
+        return self.base.threats()
 
     def window(self) -> int:
         """The steps over which the AUC is taken."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dualhead.attacks import Attack, attacks
+from dualhead.attacks import Attack, attacks, refuse_untrainable
 from dualhead.errors import UserError
 from dualhead.objectives.base import ATTACKED, Around, Inner, Labels, Need, Objective, Seen
 from dualhead.threats import Threat, ThreatModel, build_threat
@@ -56,6 +56,7 @@ def contenders(specs: object, least: int = 2) -> tuple[Contender, ...]:
         attack = None
         if isinstance(spec, Mapping) and spec.get("attack") is not None:
             attack = attacks.build(spec["attack"], f"among.{place}.attack")
+            refuse_untrainable(attack, f"among.{place}.attack")
         plain = {key: value for key, value in spec.items() if key != "attack"} if isinstance(spec, Mapping) else spec
         found.append(Contender(build_threat(plain, f"among.{place}"), attack))
     if len(found) < least:

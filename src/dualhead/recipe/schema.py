@@ -300,8 +300,9 @@ class Model(Section):
     """None: the paper's, up to the number of classes where its size is in proportion."""
     second_head: Literal["reset", "clone", "tied"] = "reset"
     """Whether the second head, and any further one, starts from fresh weights or from those of the first, when its
-    first stage begins; `tied`: it shares the first one's tensors for good, but for those in `own`, which start likewise
-    from the first one's. Shared tensors are head 1's: to train head 2 alone trains what is its own."""
+    first stage begins, unless that stage's `init` has weights for it; `tied`: it shares the first one's tensors for
+    good, but for those in `own`, which start likewise from the first one's. Shared tensors are head 1's: to train head
+    2 alone trains what is its own."""
     own: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
     """Tensors of each tied head alone: `batch_norm` (dual batch norm), `affine`, `statistics`, or names of layers
     and tensors with wildcards. None: `batch_norm` if heads are tied."""

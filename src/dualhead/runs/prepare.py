@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualhead.attacks import Attack
 from dualhead.data import (
@@ -47,6 +48,7 @@ from dualhead.saving import CONFIG, Architecture, load, load_base_weights, norma
 from dualhead.statistics import mcnemar
 from dualhead.system.devices import find_device, processors, refuse_tf32, room_for_images, synchronised_batch_norm
 from dualhead.system.generators import kept_generators
+from dualhead.system.modes import hold_statistics, kept_modes
 from dualhead.system.processes import group
 from dualhead.threats import Threat
 from dualhead.training import RESET, Passes, Stage, check_choosable, layer_scales, summary_writer
@@ -663,10 +665,13 @@ def _check_stage(prepared: Prepared, number: int) -> None:
                 "mean and mixed_nuts; leave the stage out, and let the one before it say what to deploy"
             )
         _check_needs(prepared, number, passes)
+        if 1 in _piece_sizes(stage, len(prepared.images.training)) and not synchronises(prepared.recipe):
+            _check_pieces_of_one(prepared, number, passes)
     if stage.layer_decay is not None:
         with under(f"{key}.layer_decay"):
             layer_scales(prepared.model, stage.layer_decay)
     _warn_of_idle(stage, len(prepared.images.training))
+    _warn_of_own_threats(stage, prepared.recipe.threat)
     if stage.objective.adversarial and stage.trains and stage.free is None and stage.epochs:
         _warn_of_reach(f"{key}.attack", stage.attack, stage.against(prepared.recipe.threat))
     if stage.fit is not None:
@@ -690,6 +695,45 @@ def passes_of(prepared: Prepared, stage: Stage, teachers: Mapping[str, nn.Module
     """Plan a stage's passes through the run's network, with fresh heads of the objective's own if it has any."""
     example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)
     return Passes.of(prepared.model, stage, teachers=teachers, example=example, seed=prepared.recipe.runtime.seed)
+
+
+def _piece_sizes(stage: Stage, images: int) -> set[int]:
+    """Return how many images run through the network at once in a stage's steps."""
+    batch, world = min(stage.batch_size, images), group().world
+    shares = {batch // world, -(-batch // world)}
+    return {size for share in shares for piece in [min(stage.micro_batch or share, share)]
+            for size in (piece, share % piece) if size}  # fmt: skip
+
+
+def _check_pieces_of_one(prepared: Prepared, number: int, passes: Passes) -> None:
+    """Refuse one image at once where batch norm that trains would see one value of each channel.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    stage, found = prepared.recipe.stages[number], list[str]()
+    teachers = stage.objective.teachers()
+    needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
+    look = passes.look(passed(needs))
+    example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)
+
+    def seen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, args: found.append(name) if args[0].numel() == args[0].shape[1] else None
+
+    with kept_modes(passes.learners), ExitStack() as hooks, torch.no_grad():
+        passes.learners.train()
+        if stage.batch_norm == "frozen":
+            hold_statistics(passes.model)
+        for name, layer in (*passes.model.named_modules(), *passes.heads.named_modules()):
+            if isinstance(layer, _BatchNorm) and layer.training:
+                hooks.callback(layer.register_forward_pre_hook(seen(name)).remove)
+        passes.learners.eval()
+        look({need.on: passes.prefix(example) for need in look.needs.values()})
+    if found:
+        raise UserError(
+            f"stages.{number}.batch_size: one image at once leaves the batch norm {found[0]} one value of a channel to "
+            "normalise; choose batch_size and micro_batch so that no piece of a batch is one image"
+        )
 
 
 def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
@@ -746,6 +790,18 @@ def _warn_of_idle(stage: Stage, images: int) -> None:
                 "stage %s: %s is %g, and the stage has %d epochs: it ends before that", stage.name, key, start,
                 stage.epochs,
             )  # fmt: skip
+
+
+def _warn_of_own_threats(stage: Stage, threat: Threat) -> None:
+    """Warn of a radius or threat within which nothing is attacked, since the objective names its own."""
+    if (stage.eps is None and stage.threat is None) or not stage.epochs or stage.against(threat) in stage.met(threat):
+        return
+    if met := stage.met(threat):
+        _log.warning(
+            "stage %s: %s changes nothing, since objective %s names the threats that it attacks within: %s",
+            stage.name, "eps" if stage.threat is None else "threat", stage.objective.registered_name,
+            ", ".join(threat_text(each.describe()) for each in met),
+        )  # fmt: skip
 
 
 def _warn_of_reach(key: str, attack: Attack, threat: Threat) -> None:

@@ -369,7 +369,7 @@ def _begin_stage(prepared: Prepared, number: int) -> None:
         given = group().lead(lambda: start_from(prepared, stage, model))
         group().share_state(model)
     kind = recipe.model.second_head
-    if isinstance(model, DualHeadClassifier) and (kind == "clone" or (kind == "tied" and not given)):
+    if isinstance(model, DualHeadClassifier) and kind in ("clone", "tied") and not given:
         trained = {part for earlier in recipe.stages[:number] for part in earlier.train}
         new = set(model.heads[1:]) & set(stage.train) - trained
         if stage.init is None and new and isinstance(prepared.architecture.plain(), DualHeadClassifier):
@@ -507,7 +507,7 @@ def _teacher(prepared: Prepared, number: int, where: str) -> nn.Module:
         stage, model = prepared.recipe.stages[number], fresh_model(prepared)
         path = prepared.folder.weights(stage.name, BEFORE)
         load_state(model, group().lead(lambda: read_state(path)), str(path))
-        return view(model, stage.output)
+        return view(model, stage.learner)  # what is compared is one output, then and now, whichever is deployed
     earlier = earlier_stage(prepared.recipe, number, where)
     if earlier is None:
         return load(where)

@@ -97,11 +97,7 @@ class SGD(Optimiser):
             weight_decay=self.weight_decay,
             fused=True,
         )
-        if self.momentum > 0:  # else torch leaves it uninitialised where the very first step is skipped
-            for group in optimiser.param_groups:
-                for parameter in group["params"]:
-                    optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimiser
+        return _at_rest(optimiser) if self.momentum > 0 else optimiser
 
 
 @optimisers.register("adamw")
@@ -142,6 +138,14 @@ class AdamW(Optimiser):
             lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, amsgrad=self.amsgrad,
             fused=True,
         )  # fmt: skip
+
+
+def _at_rest(optimiser: torch.optim.SGD) -> torch.optim.SGD:
+    """Give SGD a momentum of 0, which torch would leave uninitialised where the very first step is skipped."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
 
 
 def _groups(parameters: Parameters) -> list[dict[str, Any]]:
@@ -230,9 +234,12 @@ class TorchOptimiser(Optimiser):
         """An optimiser of that class."""
         made: Any = self._class()
         options = {key: _number(value) for key, value in self.options.items()}
-        if "fused" in inspect.signature(made).parameters:
+        # A dampened momentum cannot begin at 0, as torch does not dampen the first gradient: the host is asked then.
+        if "fused" in inspect.signature(made).parameters and not options.get("dampening"):
             options["fused"] = True
         optimiser: torch.optim.Optimizer = made(_groups(parameters), lr=self.lr, **options)
+        if isinstance(optimiser, torch.optim.SGD) and options.get("momentum") and "fused" in options:
+            return _at_rest(optimiser)
         return optimiser
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Annotated, Any, Final, Literal, Self, cast
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dualhead.attacks import Attack, Maximiser, attacks
+from dualhead.attacks import Attack, Maximiser, attacks, refuse_untrainable
 from dualhead.components.fields import Real
 from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, CutMix, augmentations
@@ -119,14 +118,11 @@ class Stage(Section):
         if self.fit is not None and self.objective != objectives.build(IDLE):
             raise UserError("a stage with fit trains nothing; leave its objective out")
         inner = self.objective.inner()
-        for attack in [self.attack, *(each.attack for each in inner.values() if each.attack is not None)]:
-            if inner and not isinstance(attack, Maximiser):
-                raise UserError(f"attack {attack.registered_name!r} cannot be trained with; use pgd or fgsm")
-        for key in {"loss", "restarts", "target"} & {field.name for field in fields(cast("Any", self.attack))}:
-            if getattr(self.attack, key) != getattr(type(self.attack), key):
-                raise UserError(
-                    f"attack.{key}: is for measuring; training climbs its objective's loss, once. Leave it out"
-                )
+        if inner or isinstance(self.attack, Maximiser):
+            refuse_untrainable(self.attack)
+        for each in inner.values():
+            if each.attack is not None:
+                refuse_untrainable(each.attack)
         if self.micro_batch is not None and self.micro_batch < self.batch_size and not self.objective.per_image:
             raise UserError(
                 f"micro_batch: the loss of {self.objective.registered_name!r} is another one for pieces of a batch; "
@@ -153,6 +149,8 @@ class Stage(Section):
             raise UserError(
                 f"free moves images within the stage's threat, and objective {name!r} attacks in its own way"
             )
+        if self.objective.window() > 0:  # later ones would be given the attacked images
+            raise UserError(f"free moves attacked images alone, and objective {name!r} may make others as it goes on")
         if self.awp is not None:
             raise UserError("free takes one backward pass for all, and awp needs one of its own; choose one of them")
         return self
@@ -213,9 +211,12 @@ class Stage(Section):
 
     @property
     def output(self) -> str:
-        """Output that the stage deploys: as it says, else the last of the objective's, or the one its parts train."""
-        if self.deploy is not None:
-            return self.deploy
+        """Output that the stage deploys: as it says, else the one that learns."""
+        return self.learner if self.deploy is None else self.deploy
+
+    @property
+    def learner(self) -> str:
+        """Output that learns: the last of the objective's, or the one that the stage's parts train."""
         output = self.objective.judged_output
         return trained_output(self.train) if output == OWN else output
 
