@@ -87,8 +87,9 @@ class Framing:
             across, down = unit * width, unit * height
             if self.squash:
                 across, down = self.crop * image.width, self.crop * image.height
-            left, top = (image.width - across) / 2, (image.height - down) / 2
-            box = (left, top, left + across, top + down)
+            # 29 / 28 * 28 is a last bit more than 29, and Pillow takes no box that goes beyond the image.
+            left, top = max((image.width - across) / 2, 0.0), max((image.height - down) / 2, 0.0)
+            box = (left, top, min(left + across, image.width), min(top + down, image.height))
         if (image.height, image.width) == self.size and box in (None, (0, 0, width, height)):
             return image
         return image.resize((width, height), Image.Resampling[self.resample.upper()], box)
@@ -358,8 +359,8 @@ def _decode_one(encoded: Encoded, framing: Framing) -> _Opened | str:
     try:
         with Image.open(stream, formats=_formats(ending)) as image:
             wide = _wide_mode(image)  # before anything has the file read, which forgets how it stores pixels
-            turned = image.getexif().get(_ORIENTATION, 1)
             found, deep = (image, None) if wide is None else _eight_bit_colours(image, stream, wide, framing.depth)
+            turned = image.getexif().get(_ORIENTATION, 1)  # 1 for a TIFF that has been read: Pillow turns it then
             if turned != 1:
                 found.getexif()[_ORIENTATION] = turned
                 found = ImageOps.exif_transpose(found)
