@@ -426,6 +426,8 @@ def test_a_model_of_no_run_is_saved_by_an_example(digits, tmp_path):
     dualhead.save(model, tmp_path / "mine", example=x)
     with torch.no_grad():
         assert torch.equal(dualhead.load(tmp_path / "mine")(x), model(x))
+    with pytest.raises(dualhead.UserError, match=r"float16; they must be torch.float32: give model.float\(\)"):
+        dualhead.save(net().half(), tmp_path / "half", example=x)
 
 
 @pytest.mark.parametrize(
@@ -539,6 +541,7 @@ def seen_as(digits, **changed):
         lambda x, y: (x[:, 0], y),
         lambda x, y: (x.double(), y),
         lambda x, y: (x * 255, y),
+        lambda x, y: ((x * 255).bfloat16(), y),
         lambda x, y: ((x * 255).round().byte(), y),
         lambda x, y: (x.clone().requires_grad_(), y),
         lambda x, y: (x, torch.eye(10)[y]),
