@@ -400,6 +400,24 @@ def test_arrays_without_names_are_known_by_their_shapes_and_classes_by_theirs(tm
     assert torch.equal(named.labels, torch.from_numpy(y))
 
 
+def test_names_of_images_are_no_names_of_classes(tmp_path):
+    x, y = arrays(6)
+    for names, expected in (
+        (("a", "b", "c", "d"), ("a", "b", "c", "d")),
+        ([f"{n}.png" for n in range(6)], tuple("012")),
+    ):
+        np.savez(tmp_path / "a.npz", x=x, y=y, names=names)
+        assert load_split(str(tmp_path / "a.npz"), "train").class_names == expected
+
+
+def test_no_image_and_an_infinite_label_are_told(tmp_path):
+    x, y = arrays(4)
+    np.savez(tmp_path / "a.npz", x=x[:0], y=y[:0])
+    refused("holds no images", load_split, str(tmp_path / "a.npz"), "train")
+    np.savez(tmp_path / "a.npz", x=x, y=[0, 1, np.inf, 1])
+    refused("holds numbers such as inf", load_split, str(tmp_path / "a.npz"), "train")
+
+
 def test_columns_of_labels_are_classes_also_without_an_image(tmp_path):
     x, y = arrays(6)
     np.savez(tmp_path / "a.npz", x_train=x, y_train=np.eye(5)[y], x_test=x[:2], y_test=y[:2])

@@ -87,9 +87,11 @@ def read_arrays(
                 others, columns = _flat(theirs), columns or _columns(theirs)
             except UserError:
                 continue  # a part without labels says nothing of classes
+    own = _flat(labels)
+    named = [array for array in named if len(array.shape) == 1 and not _one_each(array, own)]
     if named:
         columns = [one_form(str(name)) for name in named[0].read(named[0].shape[0]).tolist()]
-    return LabelledArrays(shared, _flat(labels), others, columns, lambda rows, framing: _framed(images, rows, framing))
+    return LabelledArrays(shared, own, others, columns, lambda rows, framing: _framed(images, rows, framing))
 
 
 def given_arrays(
@@ -248,6 +250,13 @@ def _flat(array: _Array) -> NDArray[Any]:
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8")
     return values
+
+
+def _one_each(names: _Array, labels: NDArray[Any]) -> bool:
+    """Whether names are those of the images, such as of their files: as many, and more than there are classes."""
+    numbers = labels.dtype.kind in "iu"
+    classes = int(labels.max(initial=-1)) + 1 if numbers else len(np.unique(labels))
+    return names.shape[0] == len(labels) > classes
 
 
 def _columns(array: _Array) -> list[str] | None:

@@ -336,6 +336,8 @@ def _from_arrays(found: ArrayFiles, options: _Options, storage: Storage) -> Spli
 
 
 def _of_arrays(arrays: LabelledArrays, options: _Options) -> Split:
+    if not len(arrays.labels):
+        raise UserError("holds no images")
     theirs = [] if arrays.others is None else [arrays.others]
     numbers, names = _classes([arrays.labels], theirs, arrays.class_names, "labels")
     _check_labels(numbers[0], len(names), lambda row: f"row {row} of its labels")
@@ -678,8 +680,8 @@ def _classes(
 
 
 def _whole(values: NDArray[Any], column: str) -> NDArray[np.int64]:
-    if values.dtype.kind == "f" and not bool((values == np.round(values)).all()):
-        strange = values[values != np.round(values)][0]
+    if values.dtype.kind == "f" and not (whole := (values == np.round(values)) & np.isfinite(values)).all():
+        strange = values[~whole][0]
         raise UserError(f"column {column!r} holds numbers such as {strange:g}: labels are whole numbers, or text")
     return values.astype(np.int64)
 
