@@ -240,6 +240,15 @@ def test_crops_and_filters_are_those_of_pillow(tmp_path):
             assert split.images[0].permute(1, 2, 0).tolist() == np.asarray(expected).tolist()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_of_ones_own_is_read_as_those_of_a_set(tmp_path, channels):
+    picture, options = noise(size=(20, 30)), {"crop": 0.875, "resample": "bilinear"}
+    source = write(tmp_path, two_classes(lambda n, k: picture))
+    split = load_split(source, "train", image_size=(16, 12), channels=channels, **options)
+    found = decode_single(bytes_of(picture, "PNG"), (channels, 16, 12), Framing(**options))
+    assert split.images[0].tolist() == found.tolist()
+
+
 def test_a_crop_of_all_is_within_the_image():
     for side, wanted in ((29, 28), (53, 49)):  # side / wanted * wanted is more than side
         assert Framing((wanted, wanted), 1.0).apply(noise(size=(side, side))).size == (wanted, wanted)

@@ -435,6 +435,7 @@ def test_a_model_of_no_run_is_saved_by_an_example(digits, tmp_path):
     [
         (lambda x, y: (x[0], y), "images"),
         (lambda x, y: (x, y[:-1]), "labels"),
+        (lambda x, y: DataLoader(TensorDataset(x[:, 0], y), 32), r"1 images .*32 labels.*\(grey: C = 1\)"),
         (lambda x, y: (x, y.float() + 0.5), "integers"),
         (lambda x, y: (x, y - 1), "0 or more"),
         (lambda x, y: (x * 2 - 1, y), r"\[0, 1\]"),

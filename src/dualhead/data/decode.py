@@ -30,7 +30,6 @@ _BY_ENDING: Final = frozenset({"TGA", "DIB", "PCX", "SGI", "FLI", "GBR", "IPTC",
 _USUAL: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _GREY: Final = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 _ORIENTATION: Final = 0x0112
-_LUMA: Final = np.array([0.299, 0.587, 0.114])
 _BATCH: Final = 512
 _LISTED: Final = 3  # images that cannot be read, of which an error tells the reasons
 FULL_DEPTH: Final = 16
@@ -242,11 +241,8 @@ def decode_single(content: bytes, shape: tuple[int, int, int], framing: Framing 
     """
     channels, *size = shape
     # One image says nothing of the depth of a set: without a word on it 16 bits are 16.
-    framing = replace(framing, size=(size[0], size[1]), channels=None, depth=framing.depth or FULL_DEPTH)
-    pixels = decode([Encoded(content, "the file", None)], framing)[0]
-    if len(pixels) == 3 and channels == 1:
-        pixels = np.tensordot(_LUMA, pixels, 1).round().astype(np.uint8)[None]
-    return np.ascontiguousarray(np.broadcast_to(pixels, shape))
+    framing = replace(framing, size=(size[0], size[1]), channels=channels, depth=framing.depth or FULL_DEPTH)
+    return np.ascontiguousarray(decode([Encoded(content, "the file", None)], framing)[0])
 
 
 def decode_as(
