@@ -151,6 +151,42 @@ def test_a_list_of_files_and_labels_is_read(tmp_path, form):
     refused("needs columns file_name and label", load_split, source, "test")
 
 
+def test_a_corrected_list_is_read_anew(tmp_path):
+    source, file = folders(tmp_path, {"train": 3}), tmp_path / "train" / "metadata.csv"
+    for last, labels in (("ant", [0, 1, 0]), ("bee", [0, 1, 1])):  # the same classes, and the same order of files
+        file.write_text(f"file_name,label\n001.png,ant\n002.png,bee\n003.png,{last}\n")
+        assert load_split(source, "train").labels.tolist() == labels
+
+
+@pytest.mark.parametrize("label", ["null", "NaN", '""', "[0, 1]"])
+def test_a_list_needs_one_label_of_each_image(tmp_path, label):
+    source = folders(tmp_path, {"train": 3, "test": 2, "val": 2})
+    rows = '{"file_name": "001.png", "label": 0}\n{"file_name": "002.png", "label": 1}\n'
+    (tmp_path / "train" / "metadata.jsonl").write_text(f'{rows}{{"file_name": "003.png", "label": {label}}}')
+    told = "gives [0, 1] as a label" if label == "[0, 1]" else "row 2 of train/metadata.jsonl has no label"
+    refused(told, load_split, source, "train")
+
+
+def test_a_listed_part_without_labels_is_passed_over(tmp_path, caplog):
+    source = folders(tmp_path, {"train": 2, "test": 2, "val": 2})
+    for part, first, labels in (("train", 1, "01"), ("test", 3, ("", "")), ("val", 5, "10")):
+        listed = "".join(f"00{first + n}.png,{label}\n" for n, label in enumerate(labels))
+        (tmp_path / part / "metadata.csv").write_text(f"file_name,label\n{listed}")
+    assert load_split(source, "test").labels.tolist() == [0, 1]
+    assert "val/ is the test part" in caplog.text
+    (tmp_path / "val" / "metadata.csv").write_text("file_name,label\n005.png,\n")
+    refused("test/ lists images without labels", load_split, source, "test")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_list_may_name_files_by_their_absolute_paths(tmp_path, stream):
+    folders(tmp_path / "elsewhere", {"": 2})
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    listed = "".join(f"{tmp_path}/elsewhere/00{n + 1}.png,{n}\n" for n in range(2))
+    (tmp_path / "set" / "train" / "metadata.csv").write_text(f"file_name,label\n{listed}")
+    assert values(load_split(str(tmp_path / "set"), "train", storage=Storage(stream))) == [1, 2]
+
+
 # splitting off
 
 
@@ -353,10 +389,40 @@ def test_arrays_without_names_are_known_by_their_shapes_and_classes_by_theirs(tm
     np.savez(tmp_path / "b.npz", x=x, y=np.array(NAMES)[y])
     split = load_split(str(tmp_path / "b.npz"), "train")
     assert (split.class_names, split.labels.tolist()) == (NAMES, y.tolist())
+    np.savez(tmp_path / "b.npz", x=x, y=np.array(NAMES)[y], class_names=["cow", "ant", "bee", "dog"])
+    split = load_split(str(tmp_path / "b.npz"), "train")  # the order of the names counts, not that of letters
+    assert (split.class_names, split.labels.tolist()) == (("cow", "ant", "bee", "dog"), ((y + 1) % 3).tolist())
+    np.savez(tmp_path / "b.npz", x=x, y=np.array(NAMES)[y], class_names=["cow", "ant"])
+    refused("'bee' is none of the class names (cow, ant)", load_split, str(tmp_path / "b.npz"), "train")
     np.savez(tmp_path / "c.npz", photo=x, kind=y, other=y)
     refused(["data.label_column", "kind int64 [9]"], load_split, str(tmp_path / "c.npz"), "train")
     named = load_split(str(tmp_path / "c.npz"), "train", image_column="photo", label_column="kind")
     assert torch.equal(named.labels, torch.from_numpy(y))
+
+
+def test_names_of_images_are_no_names_of_classes(tmp_path):
+    x, y = arrays(6)
+    for names, expected in (
+        (("a", "b", "c", "d"), ("a", "b", "c", "d")),
+        ([f"{n}.png" for n in range(6)], tuple("012")),
+    ):
+        np.savez(tmp_path / "a.npz", x=x, y=y, names=names)
+        assert load_split(str(tmp_path / "a.npz"), "train").class_names == expected
+
+
+def test_no_image_and_an_infinite_label_are_told(tmp_path):
+    x, y = arrays(4)
+    np.savez(tmp_path / "a.npz", x=x[:0], y=y[:0])
+    refused("holds no images", load_split, str(tmp_path / "a.npz"), "train")
+    np.savez(tmp_path / "a.npz", x=x, y=[0, 1, np.inf, 1])
+    refused("holds numbers such as inf", load_split, str(tmp_path / "a.npz"), "train")
+
+
+def test_columns_of_labels_are_classes_also_without_an_image(tmp_path):
+    x, y = arrays(6)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.eye(5)[y], x_test=x[:2], y_test=y[:2])
+    for part in ("train", "test"):
+        assert load_split(str(tmp_path / "a.npz"), part).class_names == tuple("01234")
 
 
 def test_arrays_come_to_a_form_as_files_do(tmp_path):

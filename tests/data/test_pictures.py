@@ -51,6 +51,20 @@ def refused(words, call, *args, **kwargs):
         assert word in str(caught.value), str(caught.value)
 
 
+def deep_tiff(values, turned):
+    """A TIFF of 16 bits a channel, [H, W, 3], with an orientation."""
+    height, width, _ = values.shape
+    content = values.astype("<u2").tobytes()
+    ends = 10 + 12 * 10 + 4  # of the entries; then come the depths of the channels, and the pixels
+    entries = [
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, ends), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, ends + 6), (274, 3, 1, turned), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(content)),
+    ]  # fmt: skip
+    told = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return header + told + struct.pack("<IHHH", 0, 16, 16, 16) + content
+
+
 def deep_png(values):
     """A PNG of 16 bits a channel, which Pillow does not write for colours: [H, W, 3]."""
 
@@ -224,6 +238,31 @@ def test_crops_and_filters_are_those_of_pillow(tmp_path):
             split = load_split(source, "train", image_size=(6, 6), crop=crop, resample=resample, squash=squash)
             expected = picture.resize((6, 6), Image.Resampling[resample.upper()], box)
             assert split.images[0].permute(1, 2, 0).tolist() == np.asarray(expected).tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_of_ones_own_is_read_as_those_of_a_set(tmp_path, channels):
+    picture, options = noise(size=(20, 30)), {"crop": 0.875, "resample": "bilinear"}
+    source = write(tmp_path, two_classes(lambda n, k: picture))
+    split = load_split(source, "train", image_size=(16, 12), channels=channels, **options)
+    found = decode_single(bytes_of(picture, "PNG"), (channels, 16, 12), Framing(**options))
+    assert split.images[0].tolist() == found.tolist()
+
+
+def test_a_crop_of_all_is_within_the_image():
+    for side, wanted in ((29, 28), (53, 49)):  # side / wanted * wanted is more than side
+        assert Framing((wanted, wanted), 1.0).apply(noise(size=(side, side))).size == (wanted, wanted)
+
+
+@pytest.mark.parametrize("depth", [None, 12])
+@pytest.mark.parametrize("turned", [1, 3, 6])
+def test_a_deep_tiff_is_turned_once(depth, turned):
+    values = RNG.integers(0, 4096, (4, 6, 3), dtype=np.uint16) * (1 if depth else 16)
+    shape = (3, 6, 4) if turned == 6 else (3, 4, 6)
+    found = decode_single(deep_tiff(values, turned), shape, Framing(depth=depth)).transpose(1, 2, 0)
+    expected = {1: values, 3: values[::-1, ::-1], 6: values[::-1].transpose(1, 0, 2)}[turned]
+    top = 4095 if depth else 65535
+    assert np.abs(found - 255 * (expected / top)).max() < 1
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,11 @@ def test_it_comes_before_images_are_held_out(clean):
         ({"name": "patch", "share": 0.9}, "would change 54 of 40 images; choose another share"),
         ({"name": "label_flip", "share": 0.001}, "would change 0 of 60 images"),
         ({"name": "label_flip", "pairs": [["cat", "owl"]]}, "pairs: 'owl' is no class"),
-        ({"name": "sinusoid", "frequency": 6}, "a wave of 6 over 12 pixels is zero in each of them"),
+        ({"name": "label_flip", "pairs": [["cat", 2]]}, "pairs: each first class once, and its second another one"),
+        ({"name": "sinusoid", "frequency": 6}, "a wave of frequency 6 and amplitude 0.156863 over 12 pixels is less"),
+        ({"name": "sinusoid", "amplitude": 0.003}, "choose another frequency or a larger amplitude"),
+        ({"name": "blend", "alpha": 0.003}, "changes no pixel of any image: by less than one of 255 grey levels"),
+        ({"name": "class_noise", "eps": 0.01}, "changes no pixel of any image"),
         ({"name": "class_noise", "shape": "blocks", "block": 13}, "block: 13 pixels are more than"),
     ],
 )  # fmt: skip
@@ -282,6 +286,14 @@ def test_what_does_not_fit_the_images_is_one_line(clean, spec, message):
 def test_impossible_settings_are_one_line(spec, message):
     with pytest.raises(UserError, match=message):
         poisons.build(spec, "data.poison")
+
+
+def test_a_number_that_is_the_name_of_another_class_is_refused(clean):
+    numbered = replace(clean, class_names=("1", "2", "10"))
+    with pytest.raises(UserError, match=r"class 1 by its number is '2', .* in quotes"):
+        poisons.build({"name": "patch", "target": 1, "share": 0.1}).apply(numbered)
+    for target, number in (("1", 0), ("10", 2), (0, 0)):
+        assert poisons.build({"name": "patch", "target": target}).target_of(numbered.class_names) == number
 
 
 def test_a_class_without_images_is_told(clean):

@@ -426,6 +426,8 @@ def test_a_model_of_no_run_is_saved_by_an_example(digits, tmp_path):
     dualhead.save(model, tmp_path / "mine", example=x)
     with torch.no_grad():
         assert torch.equal(dualhead.load(tmp_path / "mine")(x), model(x))
+    with pytest.raises(dualhead.UserError, match=r"float16; they must be torch.float32: give model.float\(\)"):
+        dualhead.save(net().half(), tmp_path / "half", example=x)
 
 
 @pytest.mark.parametrize(
@@ -433,6 +435,7 @@ def test_a_model_of_no_run_is_saved_by_an_example(digits, tmp_path):
     [
         (lambda x, y: (x[0], y), "images"),
         (lambda x, y: (x, y[:-1]), "labels"),
+        (lambda x, y: DataLoader(TensorDataset(x[:, 0], y), 32), r"1 images .*32 labels.*\(grey: C = 1\)"),
         (lambda x, y: (x, y.float() + 0.5), "integers"),
         (lambda x, y: (x, y - 1), "0 or more"),
         (lambda x, y: (x * 2 - 1, y), r"\[0, 1\]"),
@@ -539,6 +542,7 @@ def seen_as(digits, **changed):
         lambda x, y: (x[:, 0], y),
         lambda x, y: (x.double(), y),
         lambda x, y: (x * 255, y),
+        lambda x, y: ((x * 255).bfloat16(), y),
         lambda x, y: ((x * 255).round().byte(), y),
         lambda x, y: (x.clone().requires_grad_(), y),
         lambda x, y: (x, torch.eye(10)[y]),

@@ -294,7 +294,7 @@ def test_error_minimising_images_are_easy_and_within_eps(tmp_path, caplog):
 
 
 def test_error_minimising_noise_that_is_stopped_begins_anew(tmp_path):
-    given = recipe("data.poison={name: error_minimising, steps: 1, rounds: 1}")
+    given = recipe("data.poison={name: error_minimising, steps: 2, rounds: 1}")
     with pytest.raises(Interrupted, match="begins it anew"):
         craft(given, tmp_path / "run", Silent(), lambda: True)
     craft(given, tmp_path / "run", Silent(), never)

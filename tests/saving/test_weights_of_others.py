@@ -19,7 +19,7 @@ from torch import nn
 
 from dualhead.data import load_split
 from dualhead.errors import UserError
-from dualhead.models import Normalize, Wrapped, backbones, channel_statistics, load_state, read_state
+from dualhead.models import Normalize, Wrapped, backbones, channel_statistics, load_state, normalisation_in, read_state
 from dualhead.recipe.yaml import load_recipe
 from dualhead.runs.prepare import prepare
 from dualhead.saving.models import normalisation_of
@@ -71,6 +71,12 @@ def test_a_published_layout_loads_with_its_normalisation(kind, wrapped, tmp_path
         nn.init.zeros_(parameter)
     load_state(model, read_state(tmp_path / "w.pt"), "w.pt")
     torch.testing.assert_close(model.eval()(IMAGES), net(Normalize(MEAN, STD)).eval()(IMAGES))
+
+
+def test_a_deviation_of_bytes_tells_them_too(caplog):
+    state = {"mean": torch.zeros(1), "std": torch.tensor([255.0])}
+    assert normalisation_in(state, "weights.pt") == ((0.0,), (1.0,))
+    assert "mean and std are of images from 0 to 255, and read as [0.0] and [1.0]" in caplog.text
 
 
 def test_a_second_copy_that_is_another_network_is_refused(tmp_path):

@@ -241,7 +241,9 @@ def _is_array(value: Any) -> bool:
 
 
 def _array(value: Any) -> NDArray[Any]:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    return (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()  # numpy has no bfloat16
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:

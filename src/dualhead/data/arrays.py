@@ -79,17 +79,19 @@ def read_arrays(
     advice = "name its arrays x_train, y_train, x_test and y_test, or its files train.npz and test.npz"
     chosen, shared = choose_shared(parts, part, advice, split_off=split_off)
     images, labels = _pair([array for array in arrays if array.part == chosen], image_key, label_key)
-    others = None
+    others, columns = None, _columns(labels)
     if not shared:
         for name in sorted(parts - {chosen}):
             try:
-                others = _flat(_pair([array for array in arrays if array.part == name], image_key, label_key)[1])
+                theirs = _pair([array for array in arrays if array.part == name], image_key, label_key)[1]
+                others, columns = _flat(theirs), columns or _columns(theirs)
             except UserError:
                 continue  # a part without labels says nothing of classes
-    class_names = [one_form(str(name)) for name in named[0].read(named[0].shape[0]).tolist()] if named else None
-    return LabelledArrays(
-        shared, _flat(labels), others, class_names, lambda rows, framing: _framed(images, rows, framing)
-    )
+    own = _flat(labels)
+    named = [array for array in named if len(array.shape) == 1 and not _one_each(array, own)]
+    if named:
+        columns = [one_form(str(name)) for name in named[0].read(named[0].shape[0]).tolist()]
+    return LabelledArrays(shared, own, others, columns, lambda rows, framing: _framed(images, rows, framing))
 
 
 def given_arrays(
@@ -119,10 +121,11 @@ def given_arrays(
             f"array {images.key!r} has shape {list(images.shape)}, and {labels.key!r} {list(labels.shape)}; right are "
             "images [N, C, H, W] and labels [N]"
         )
-    others = [_flat(_in_memory(f"{name} labels", name, given[name][1])) for name in sorted(given) if name != chosen]
-    names = None if class_names is None else [one_form(name) for name in class_names]
+    others = [_in_memory(f"{name} labels", name, given[name][1]) for name in sorted(given) if name != chosen]
+    columns = [found for array in (labels, *others) if (found := _columns(array)) is not None]
+    names = next(iter(columns), None) if class_names is None else [one_form(name) for name in class_names]
     return LabelledArrays(
-        shared, _flat(labels), others[0] if others and not shared else None, names,
+        shared, _flat(labels), _flat(others[0]) if others and not shared else None, names,
         lambda rows, framing: _framed(images, rows, framing),
     )  # fmt: skip
 
@@ -247,6 +250,18 @@ def _flat(array: _Array) -> NDArray[Any]:
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8")
     return values
+
+
+def _one_each(names: _Array, labels: NDArray[Any]) -> bool:
+    """Whether names are those of the images, such as of their files: as many, and more than there are classes."""
+    numbers = labels.dtype.kind in "iu"
+    classes = int(labels.max(initial=-1)) + 1 if numbers else len(np.unique(labels))
+    return names.shape[0] == len(labels) > classes
+
+
+def _columns(array: _Array) -> list[str] | None:
+    """The classes that labels have columns for [N, K], by number: also one without an image; None for others."""
+    return [str(column) for column in range(array.shape[1])] if len(array.shape) == 2 and array.shape[1] > 1 else None
 
 
 def _framed(array: _Array, rows: NDArray[np.int64], framing: Framing) -> Pixels:

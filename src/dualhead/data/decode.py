@@ -30,7 +30,6 @@ _BY_ENDING: Final = frozenset({"TGA", "DIB", "PCX", "SGI", "FLI", "GBR", "IPTC",
 _USUAL: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _GREY: Final = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 _ORIENTATION: Final = 0x0112
-_LUMA: Final = np.array([0.299, 0.587, 0.114])
 _BATCH: Final = 512
 _LISTED: Final = 3  # images that cannot be read, of which an error tells the reasons
 FULL_DEPTH: Final = 16
@@ -87,8 +86,9 @@ class Framing:
             across, down = unit * width, unit * height
             if self.squash:
                 across, down = self.crop * image.width, self.crop * image.height
-            left, top = (image.width - across) / 2, (image.height - down) / 2
-            box = (left, top, left + across, top + down)
+            # 29 / 28 * 28 is a last bit more than 29, and Pillow takes no box that goes beyond the image.
+            left, top = max((image.width - across) / 2, 0.0), max((image.height - down) / 2, 0.0)
+            box = (left, top, min(left + across, image.width), min(top + down, image.height))
         if (image.height, image.width) == self.size and box in (None, (0, 0, width, height)):
             return image
         return image.resize((width, height), Image.Resampling[self.resample.upper()], box)
@@ -241,11 +241,8 @@ def decode_single(content: bytes, shape: tuple[int, int, int], framing: Framing 
     """
     channels, *size = shape
     # One image says nothing of the depth of a set: without a word on it 16 bits are 16.
-    framing = replace(framing, size=(size[0], size[1]), channels=None, depth=framing.depth or FULL_DEPTH)
-    pixels = decode([Encoded(content, "the file", None)], framing)[0]
-    if len(pixels) == 3 and channels == 1:
-        pixels = np.tensordot(_LUMA, pixels, 1).round().astype(np.uint8)[None]
-    return np.ascontiguousarray(np.broadcast_to(pixels, shape))
+    framing = replace(framing, size=(size[0], size[1]), channels=channels, depth=framing.depth or FULL_DEPTH)
+    return np.ascontiguousarray(decode([Encoded(content, "the file", None)], framing)[0])
 
 
 def decode_as(
@@ -358,8 +355,8 @@ def _decode_one(encoded: Encoded, framing: Framing) -> _Opened | str:
     try:
         with Image.open(stream, formats=_formats(ending)) as image:
             wide = _wide_mode(image)  # before anything has the file read, which forgets how it stores pixels
-            turned = image.getexif().get(_ORIENTATION, 1)
             found, deep = (image, None) if wide is None else _eight_bit_colours(image, stream, wide, framing.depth)
+            turned = image.getexif().get(_ORIENTATION, 1)  # 1 for a TIFF that has been read: Pillow turns it then
             if turned != 1:
                 found.getexif()[_ORIENTATION] = turned
                 found = ImageOps.exif_transpose(found)

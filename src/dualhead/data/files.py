@@ -302,6 +302,8 @@ def _choose_images(given: Path, part: Part, label_column: str | None, *, split_o
     classes = _listed_images(parts[chosen], label_column)
     if classes is None:
         classes = _images_by_class(parts[chosen], passed_over)
+    if not classes:
+        raise UserError(f"{parts[chosen].name}/ lists images without labels; every image needs one")
     if passed_over:
         told = ", ".join(f"{count} {ending}" for ending, count in passed_over.most_common(6))
         where = parts[chosen].name
@@ -318,7 +320,10 @@ def _choose_images(given: Path, part: Part, label_column: str | None, *, split_o
 
 
 def _listed_images(folder: Path, label_column: str | None) -> dict[str, list[Path]] | None:
-    """The images of each class that a `metadata.csv` or `.jsonl` lists, as `datasets` reads it; None without one."""
+    """The images of each class that a `metadata.csv` or `.jsonl` lists, as `datasets` reads it; None without one.
+
+    No class, if no image has a label.
+    """
     csv_file, json_file = folder / "metadata.csv", folder / "metadata.jsonl"
     file = csv_file if csv_file.is_file() else json_file
     if not file.is_file():
@@ -327,7 +332,8 @@ def _listed_images(folder: Path, label_column: str | None) -> dict[str, list[Pat
         text = file.read_text(encoding="utf-8-sig")
         rows = list(csv.DictReader(text.splitlines()))
         if file == json_file:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = [line for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line, parse_constant=lambda nan: None) for line in lines]
         columns = list(rows[0])
         others = [name for name in columns if name != "file_name"]
         usual = [name for name in others if name in LABELS] or others
@@ -338,9 +344,18 @@ def _listed_images(folder: Path, label_column: str | None) -> dict[str, list[Pat
                 f"{file.name} needs columns file_name and label, and has {told}; set data.label_column "
                 "(evaluate, gallery, play: --label-column) to the one of labels"
             )
+        labels = [row[column] for row in rows]
+        lacking = [number for number, label in enumerate(labels) if label in (None, "")]
+        several = next((label for label in labels if isinstance(label, list | dict)), None)
+        if several is not None:
+            raise UserError(f"{file.name} gives {several} as a label; a classifier needs one of each image")
+        if len(lacking) == len(rows):
+            return {}
+        if lacking:
+            raise UserError(f"row {lacking[0]} of {folder.name}/{file.name} has no label; every image needs one")
         found: dict[str, list[Path]] = {}
-        for row in rows:
-            found.setdefault(one_form(str(row[column])), []).append(folder / str(row["file_name"]))
+        for row, label in zip(rows, labels, strict=True):
+            found.setdefault(one_form(str(label)), []).append(folder / str(row["file_name"]))
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
         if isinstance(error, UserError):
             raise

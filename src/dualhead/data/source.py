@@ -33,7 +33,7 @@ from dualhead.data.files import (
 from dualhead.data.given import GIVEN, held
 from dualhead.data.names import in_order, one_form
 from dualhead.data.split import Split, held_rows
-from dualhead.data.stored import Encodings, Files, Rows, StoredImages, encoded_row
+from dualhead.data.stored import Encodings, Files, Rows, StoredImages, encoded_row, named_from
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 
@@ -318,13 +318,12 @@ def _from_images(root: Path, found: ImageFiles, options: _Options, storage: Stor
     paths, labels = [found.files[n] for n in chosen], torch.tensor([found.labels[n] for n in chosen])
 
     def encoded() -> Iterator[Encoded]:
-        return (Encoded(path, str(path.relative_to(root)), None) for path in paths)
+        return (Encoded(path, str(named_from(root, path)), None) for path in paths)
 
     if storage.streams(len(paths), lambda: _shape_like(next(encoded()), options)):
         return _stored(Files(root, paths), torch.arange(len(paths)), labels, found.class_names, options, storage)
-    return _cached(
-        found.all(), options, found.class_names, lambda: _in_memory(encoded(), labels, found.class_names, options)
-    )
+    named = [found.class_names, found.labels]  # a list of files may have other labels for the same ones
+    return _cached(found.all(), options, named, lambda: _in_memory(encoded(), labels, found.class_names, options))
 
 
 def _from_arrays(found: ArrayFiles, options: _Options, storage: Storage) -> Split:
@@ -337,6 +336,8 @@ def _from_arrays(found: ArrayFiles, options: _Options, storage: Storage) -> Spli
 
 
 def _of_arrays(arrays: LabelledArrays, options: _Options) -> Split:
+    if not len(arrays.labels):
+        raise UserError("holds no images")
     theirs = [] if arrays.others is None else [arrays.others]
     numbers, names = _classes([arrays.labels], theirs, arrays.class_names, "labels")
     _check_labels(numbers[0], len(names), lambda row: f"row {row} of its labels")
@@ -669,14 +670,18 @@ def _classes(
             return numbers, ["False", "True"]
         return numbers, _numbered_classes([*numbers, *(_whole(values, column) for values in theirs)], column)
     texts = [[one_form(str(value)) for value in values.tolist()] for values in labels]
-    names = in_order({name for part in texts for name in part} | {one_form(str(v)) for p in theirs for v in p.tolist()})
+    found = {name for part in texts for name in part} | {one_form(str(v)) for p in theirs for v in p.tolist()}
+    names = in_order(found) if named is None else list(named)
+    if strange := sorted(found - set(names)):
+        told = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise UserError(f"{column}: {strange[0]!r} is none of the class names ({told}); name all classes")
     number = {name: place for place, name in enumerate(names)}
     return [np.array([number[name] for name in part], np.int64) for part in texts], names
 
 
 def _whole(values: NDArray[Any], column: str) -> NDArray[np.int64]:
-    if values.dtype.kind == "f" and not bool((values == np.round(values)).all()):
-        strange = values[values != np.round(values)][0]
+    if values.dtype.kind == "f" and not (whole := (values == np.round(values)) & np.isfinite(values)).all():
+        strange = values[~whole][0]
         raise UserError(f"column {column!r} holds numbers such as {strange:g}: labels are whole numbers, or text")
     return values.astype(np.int64)
 

@@ -47,12 +47,12 @@ class Files(Encodings):
 
     Args:
         root: the folder in relation to which messages name a file.
-        paths: the files, all below it.
+        paths: the files, below it or absolute.
     """
 
     def __init__(self, root: Path, paths: Sequence[Path]) -> None:
         self._root = root
-        names = [os.fsencode(path.relative_to(root)) for path in paths]
+        names = [os.fsencode(named_from(root, path)) for path in paths]
         self._ends = torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0)
         self._names = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
 
@@ -64,6 +64,11 @@ class Files(Encodings):
             name = os.fsdecode(self._names[start : int(self._ends[position])].numpy().tobytes())
             found.append(Encoded(self._root / name, name, None))
         return found
+
+
+def named_from(root: Path, path: Path) -> Path:
+    """A path in relation to a folder; as it is where it does not lie below, as a list of files may have it."""
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 class Rows(Encodings):

@@ -47,7 +47,10 @@ def read_all(source: Iterable[Any]) -> tuple[Tensor, Tensor]:
                 f"{first.dtype} {list(first.shape[1:])}; let the data set bring all to one size and type"
             )
         if len(named) != len(images):
-            raise UserError(f"entry {place}: {len(images)} images and {len(named)} labels")
+            raise UserError(
+                f"entry {place}: {len(images)} images {list(images.shape[1:])} and {len(named)} labels; one image is "
+                "[C, H, W] with one number, a batch [B, C, H, W] (grey: C = 1) with labels [B]"
+            )
         _append(file, images)
         labels.append(named)
     count = sum(map(len, labels))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dualhead.attacks import LogitsFn, Query, predictions
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
-from dualhead.models import output_of_one
+from dualhead.models import other_types, output_of_one
 from dualhead.system import measured
 from dualhead.system.arithmetic import BF16, FLOAT32, Arithmetic, Precision, set_layout, settled_precision
 from dualhead.system.devices import float32_products, synchronize
@@ -390,11 +390,9 @@ def told_if_unfit(model: nn.Module, images: Tensor) -> Iterator[None]:
     except Exception:  # whatever somebody else's forward may raise
         channels, height, width = images.shape[1:]
         output_of_one(model, (channels, height, width), type(model).__name__)
-        wrong = {weights.dtype for weights in model.parameters() if weights.is_floating_point()} - {torch.float32}
-        if wrong:
+        if wrong := other_types(model):
             raise UserError(
-                f"model: its parameters are {', '.join(sorted(map(str, wrong)))}, and images are torch.float32; give "
-                "model.float()"
+                f"model: its parameters are {wrong}, and images are torch.float32; give model.float()"
             ) from None
         raise
 

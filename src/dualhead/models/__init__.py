@@ -1,6 +1,6 @@
 """Backbones, one a file: each makes an ordinary classifier of images in [0, 1], which normalises them itself."""
 
-from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, last_layer, output_of_one
+from dualhead.models.base import Backbone, Wrapped, backbones, count_parameters, last_layer, other_types, output_of_one
 from dualhead.models.factory import maker
 from dualhead.models.given import address_of, at_hand, at_hand_by_name, describe_given
 from dualhead.models.normalize import Normalize, channel_statistics
@@ -23,6 +23,7 @@ __all__ = [
     "logits_of",
     "maker",
     "normalisation_in",
+    "other_types",
     "output_of_one",
     "read_state",
     "with_tied",

@@ -217,6 +217,12 @@ def last_layer(model: nn.Module, num_classes: int, image_shape: ImageShape) -> s
     return ran[-1]
 
 
+def other_types(model: nn.Module) -> str:
+    """Name the types of floating parameters that are not float32, as images are; empty if all are."""
+    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return ", ".join(sorted(map(str, found - {torch.float32})))
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count the numbers in a model's parameters, each tensor once; buffers are not parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

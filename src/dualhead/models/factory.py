@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dualhead.components import plugins
 from dualhead.errors import UserError
-from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits
+from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits, other_types
 from dualhead.models.normalize import Normalize
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of, without_inference_tensors, writes_to_images
@@ -152,11 +152,10 @@ class FactoryBackbone(Backbone):
     def _checked(
         self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize, *, if_more: str = ""
     ) -> nn.Module:
-        wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
-        if wrong:
+        if wrong := other_types(model):
             raise UserError(
-                f"model {self.path!r}: its parameters are {', '.join(sorted(map(str, wrong)))}; they must be "
-                f"torch.float32: let the function return model.float()"
+                f"model {self.path!r}: its parameters are {wrong}; they must be torch.float32: let the function return "
+                "model.float()"
             )
         model = without_inference_tensors(model)
         output = check_logits(model, num_classes, image_shape, f"model {self.path!r}", if_more=if_more)

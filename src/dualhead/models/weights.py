@@ -252,11 +252,12 @@ def normalisation_in(state: Mapping[str, Tensor], where: str) -> tuple[tuple[flo
         if sizes not in ([state[name].numel()], [state[name].numel(), 1, 1], [1, state[name].numel(), 1, 1]):
             raise UserError(f"{where}: {name} should hold one number per channel, but has shape {sizes}")
     mean, std = (state[name].flatten().tolist() for name in names)
-    if max(mean) > 2.0:  # no mean of images in [0, 1], so one of images from 0 to 255
+    if max(*mean, *std) > 2.0:  # neither mean nor deviation of images in [0, 1], so of images from 0 to 255
         mean, std = [m / 255 for m in mean], [s / 255 for s in std]
         logger.warning(
-            "%s: %s is of images from 0 to 255, and read as %s", where, names[0], [round(m, 4) for m in mean]
-        )
+            "%s: %s and %s are of images from 0 to 255, and read as %s and %s", where, *names,
+            [round(m, 4) for m in mean], [round(s, 4) for s in std],
+        )  # fmt: skip
     try:
         Normalize(mean, std)
     except UserError as error:

@@ -23,6 +23,7 @@ from dualhead.models import (
     load_state,
     logits_of,
     normalisation_in,
+    other_types,
     read_state,
     with_tied,
     write_state,
@@ -115,6 +116,8 @@ def _architecture_of(model: nn.Module, example: Tensor) -> Architecture:
     if not isinstance(example, Tensor) or example.dim() != 4 or not len(example):
         shape = list(getattr(example, "shape", ())) or type(example).__name__
         raise UserError(f"save: example must be a tensor of images [B, C, H, W], got {shape}")
+    if wrong := other_types(model):
+        raise UserError(f"save: the model's parameters are {wrong}; they must be torch.float32: give model.float()")
     channels, height, width = example.shape[1:]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     shown = torch.full((2, channels, height, width), 0.5, device=device)

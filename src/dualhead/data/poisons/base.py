@@ -65,6 +65,9 @@ class Poisoned:
             images: what they become, uint8 [M, C, H, W]; None if they stay as they are.
             labels: their new labels, int64 [M]; None if these stay.
             facts: see the class.
+
+        Raises:
+            UserError: for images that are as they were.
         """
         old = clean.labels[index]
         new = old if labels is None else labels
@@ -75,6 +78,11 @@ class Poisoned:
         if images is not None:
             pixels = pixels_of(clean)
             linf, l2 = distances(pixels[index], images)
+            if not bool((linf > 0).any()):
+                raise UserError(
+                    "changes no pixel of any image: by less than one of 255 grey levels, or to what is there already; "
+                    "choose a larger one, or another"
+                )
             pixels = pixels.clone()
             pixels[index] = images
             split = replace(split, images=pixels)
@@ -217,7 +225,7 @@ def class_number(name: ClassName, class_names: Sequence[str], key: str) -> int:
     """Return the number of a class that is named, or numbered.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or a number is the name of another class.
     """
     known = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
     if isinstance(name, str) and name in class_names:
@@ -226,6 +234,11 @@ def class_number(name: ClassName, class_names: Sequence[str], key: str) -> int:
         raise UserError(f"{key}: there is no class {name}; classes are 0 to {len(class_names) - 1} ({known})")
     if isinstance(name, str):
         raise UserError(f"{key}: {name!r} is no class of these images; they are {known}")
+    if str(name) in class_names and class_names[name] != str(name):
+        raise UserError(
+            f"{key}: class {name} by its number is {class_names[name]!r}, and another one has that name; write the "
+            f'name of the one that is meant in quotes, "{class_names[name]}" or "{name}"'
+        )
     return name
 
 

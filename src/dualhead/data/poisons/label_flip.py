@@ -48,11 +48,7 @@ class LabelFlip(Poison):
 
     def __post_init__(self) -> None:
         check_share(self.share)
-        firsts = [first for first, _ in self.pairs]
-        if len(set(firsts)) < len(firsts) or any(first == second for first, second in self.pairs):
-            raise UserError(
-                "pairs: each first class once, and its second another one, e.g. [[cat, dog], [deer, horse]]"
-            )
+        _check_pairs(self.pairs)
 
     @property
     def changes_pixels(self) -> bool:
@@ -61,7 +57,9 @@ class LabelFlip(Poison):
 
     def pairs_of(self, class_names: Sequence[str]) -> list[tuple[int, int]]:
         """See `Poison.pairs_of`."""
-        return [(class_number(a, class_names, "pairs"), class_number(b, class_names, "pairs")) for a, b in self.pairs]
+        found = [(class_number(a, class_names, "pairs"), class_number(b, class_names, "pairs")) for a, b in self.pairs]
+        _check_pairs(found)  # a name and a number may be one class
+        return found
 
     def apply(self, clean: Split, craft: Craft | None = None) -> Poisoned:
         """See `Poison.apply`."""
@@ -78,3 +76,9 @@ class LabelFlip(Poison):
             chosen.append(index)
         index = torch.cat(chosen).sort().values
         return Poisoned.of(clean, index, labels=labels[index])
+
+
+def _check_pairs(pairs: Sequence[tuple[ClassName, ClassName]]) -> None:
+    firsts = [first for first, _ in pairs]
+    if len(set(firsts)) < len(firsts) or any(first == second for first, second in pairs):
+        raise UserError("pairs: each first class once, and its second another one, e.g. [[cat, dog], [deer, horse]]")

@@ -69,8 +69,8 @@ class Sinusoid(Poison):
         wave = 255 * self.amplitude * phase.sin()
         if float(wave.abs().max()) < 1:
             raise UserError(
-                f"frequency: a wave of {self.frequency:g} over {width} pixels is zero in each of them; choose "
-                "another one"
+                f"a wave of frequency {self.frequency:g} and amplitude {self.amplitude:g} over {width} pixels is less "
+                "than one of 255 grey levels in each of them; choose another frequency or a larger amplitude"
             )
         return moved(images, wave.expand(images.shape[1:]))
 
