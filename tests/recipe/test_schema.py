@@ -246,6 +246,17 @@ def test_a_child_with_other_stages_replaces_them(write):
     assert [stage.name for stage in load_recipe(child).stages] == ["new"]
 
 
+@pytest.mark.parametrize("word", ["yes", "No", "on", "OFF"])
+def test_a_bare_yes_or_no_may_be_the_name_of_a_class_and_is_refused(write, word):
+    with pytest.raises(UserError, match=f"a bare {word} may be a name or a truth; write '{word}' in quotes"):
+        load_recipe(write(), [f"data.poison={{name: patch, target: {word}}}"])
+    with pytest.raises(UserError, match=f"line 2: a bare {word}"):
+        load_recipe(write(f"{MINIMAL}\n".replace("validation: 100", f"validation: 100, class_weights: {{{word}: 2}}")))
+    poison = load_recipe(write(), [f"data.poison={{name: patch, target: '{word}'}}"]).data.poison
+    assert poison.target == word
+    assert load_recipe(write(), ["runtime.tensorboard=True"]).runtime.tensorboard
+
+
 def test_a_misspelt_stage_is_told_by_its_name(write):
     write(name="parent.yaml")
     child = write("extends: parent.yaml\nstages: [{name: won, epochs: 1}]\n")

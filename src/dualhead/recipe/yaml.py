@@ -95,7 +95,7 @@ def _parse_override(text: object) -> Override:
     key, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not equals or not all(key.split(".")):
         raise UserError(f"override {text!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
-    return Override(key, _parse_yaml(value, f"override {text!r}"), str(text))
+    return Override(key, parse_yaml(value, f"override {text!r}"), str(text))
 
 
 def override(content: dict[str, Any], change: Override) -> None:
@@ -224,7 +224,7 @@ def read_recipe_file(path: Path) -> Recipe:
     Raises:
         UserError: if the file is no such recipe.
     """
-    content = _parse_yaml(_text_of(path, str(path)), str(path))
+    content = parse_yaml(_text_of(path, str(path)), str(path))
     return parse_recipe(content, str(path))
 
 
@@ -280,7 +280,7 @@ def _read(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], str]:
         near = here or get_close_matches(name.lower(), shipped_recipes(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"recipe {name!r} is neither a file nor shipped; {hint}shipped: {', '.join(shipped_recipes())}")
-    content = _parse_yaml(text, f"recipe {name}")
+    content = parse_yaml(text, f"recipe {name}")
     if not isinstance(content, dict):
         raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
     for stage in content.get("stages") or [] if isinstance(content.get("stages"), list) else []:
@@ -313,7 +313,10 @@ def _text_of(path: Path, where: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that stands twice in a mapping, and mappings merged without end."""
+    """YAML's safe loader, which also refuses a key that stands twice in a mapping, and mappings merged without end.
+
+    And a bare yes, no, on or off, which it would take for true or false: it may be the name of a class.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -327,13 +330,32 @@ class _Loader(yaml.SafeLoader):
             lines[key.value] = line
         return node
 
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> bool:
+        word = str(node.value)
+        if word.lower() not in ("true", "false"):
+            told = f"a bare {word} may be a name or a truth; write '{word}' in quotes, or true or false"
+            raise UserError(f"line {node.start_mark.line + 1}: {told}")
+        return word.lower() == "true"
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         if len(node.value) > LARGEST_CONTENT:  # merges of merges, each of which doubles
             raise UserError(f"line {node.start_mark.line + 1}: {_TOO_MUCH}")
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what a text of YAML holds.
+
+    Args:
+        text: of a recipe, or of a value in one.
+        where: begins a message.
+
+    Raises:
+        UserError: for what is no YAML, or may mean two things.
+    """
     try:
         return _unshared(yaml.load(text, _Loader), [0])  # a safe one
     except UserError as error:
