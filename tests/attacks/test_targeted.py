@@ -13,7 +13,7 @@ from dualhead.evaluation import Evaluation, evaluate, split_names
 from dualhead.recipe import load_recipe
 from dualhead.threats import ThreatModel
 from helpers.attacks import images, network, streams
-from helpers.evaluation import assert_same, patterns, trained
+from helpers.evaluation import StopAfter, assert_same, patterns, trained
 
 EACH = ["pgd-40", "pgd-40(loss=margin)", "apgd-ce-40", "apgd-dlr-40", "square-300"]
 
@@ -127,6 +127,15 @@ def measure(count=32, **options):
     x, y = patterns(count)
     settings = {"precision": "float32", "attacks": TARGETED, "threat": "Linf:0.12", "diagnostics": False, **options}
     return evaluate(trained(), x, y, **settings)
+
+
+def test_progress_ends_at_robust_accuracy_also_where_images_of_the_target_are_not_attacked():
+    progress = StopAfter()
+    found = measure(progress=progress)
+    assert (found.labels == 0).any()
+    for name in found.verdicts:
+        told = [robust for attack, _, _, robust in progress.told if attack == name]
+        assert told[-1] == pytest.approx(found.robust_accuracy[name])
 
 
 def test_success_is_told_apart_from_robust_accuracy(tmp_path):

@@ -115,6 +115,11 @@ def test_a_factory_makes_what_fits_the_images():
     assert found.results == Path("evaluations/own_factory.make/0.1_digits")
 
 
+def test_routes_of_a_network_with_one_head_are_refused_by_what_it_lacks():
+    ended = command("evaluate", "own_factory:make", "--data", "digits", "--eps", "0.1", "--routes", "all")
+    assert ended.err.splitlines()[-1].endswith("--routes: own_factory:make has no tied heads (model.second_head: tied)")
+
+
 def test_held_out_images_of_routers_have_the_size_that_the_network_takes(monkeypatch):
     recipe = load_recipe("digits_natural", ["data.validation=20", "data.image_size=[8, 8]", "data.train_size=[12, 12]",
                                             "data.augment=[{name: random_resized_crop, size: [8, 8]}]"])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -34,6 +35,9 @@ UNDERSTOOD = [
     ("show digits --no-cost --epochs 3", "epochs: 3\n"),
     ("show digits --no-cost --seed 7", "seed: 7\n"),
     ("show digits --no-cost --device cpu", "device: cpu\n"),
+    ("show digits --no-cost --eps 51/255", "eps: 0.2\n"),
+    ("show cifar10_cpu --no-cost --data cifar100", "source: hf:uoft-cs/cifar100\n"),
+    ("train -h", "--data"),
     ("show digits --no-cost --lr 0.03", "lr: 0.03\n"),
     ("show digits --no-cost --batch-size 17", "batch_size: 17\n"),
     ("show digits --no-cost stages.*.optimizer.lr=0.03", "lr: 0.03\n"),
@@ -69,6 +73,11 @@ TOLD = [
     (f"{SHOW} stages.main_head.lr=1", "write stages.*.optimiser.lr=1"),
     (f"{SHOW} stages.main_head.epochs=many", "stages.main_head.epochs: input should be a valid integer"),
     (f"{SHOW} --epochs 3 stages.*.epochs=4", "--epochs and stages.*.epochs say the same"),
+    (f"{SHOW} --eps 0.1 threat.eps=0.2", "--eps and threat.eps say the same"),
+    (f"{SHOW} --data digits data.source=digits", "--data and data.source say the same"),
+    ("train digits --eps 8", "did you mean 8/255?"),
+    ("sweep digits --eps 0.1,0.2", "for an axis write threat.eps=0.1,0.2"),
+    ("train digits --data gone/away/", "no such file or folder in"),
     ("train digit", "did you mean 'digits'?"),
     ("list everything", "unknown kind; known: aggregators, attacks"),
     ("show digits --no-cost stages.*.attack=pdg-10", "did you mean 'pgd'?"),
@@ -115,6 +124,11 @@ def test_the_advice_on_a_key_is_right():
         written = re.search(r"write (stages\S+|threat\S+|runtime\S+|model\S+)$", answer)
         if written and typed.startswith(SHOW) and "backbone" not in typed:
             load_recipe("digits", [written[1]])
+
+
+def test_layers_tell_the_share_of_the_cost_before_the_one_that_they_recommend():
+    (best,) = [layer for layer in json.loads(dualhead("layers", "cnn-8", "--json").out) if layer["recommended"]]
+    assert f"* recommended: {1 - best['cost_after']:.0%} of the forward cost" in dualhead("layers", "cnn-8").out
 
 
 def test_options_of_a_sweep_stand_for_keys_of_every_run():

@@ -123,7 +123,7 @@ def test_a_clean_model_of_other_classes_is_refused_before_anything_is_measured(t
     [
         ({"poison": "pach"}, "--poison: unknown poison 'pach'; did you mean 'patch'"),
         ({"poison": "[1, 2]"}, r"--poison \[1, 2\]: write a name, as patch, or its section of a recipe"),
-        ({"poison": "{name: patch"}, "--poison {name: patch: write a name, as patch"),
+        ({"poison": "{name: patch"}, "--poison {name: patch: line 1 is not valid YAML"),
         ({"poison": "{name: patch, target: 10}"}, "--poison: patch: target: there is no class 10"),
         ({"poison": "{name: patch, size: 9}"}, "--poison: patch: a patch of 9 pixels"),
         ({"poison": "class_noise"}, "--poison: class_noise has no trigger"),

@@ -644,19 +644,13 @@ BAD = [
         "layers mymodels:fails --image-shape 1x8x8",
         "model 'mymodels:fails': the factory failed: RuntimeError: no weights",
     ),
-    (
-        "compare RUN nowhere",
-        "nowhere holds no finished evaluation: results.json is missing; run `dualhead evaluate` first",
-    ),
+    ("compare RUN nowhere", "nowhere: no such folder; name a run (runs/NAME) or a folder with results.json"),
     ("compare RUN runs/bad_results", "runs/bad_results/evaluation: its results cannot be read"),
     (
         "export runs/unfinished --to new",
         "runs/unfinished: holds no finished model; `dualhead train` with the same recipe goes on with it",
     ),
-    (
-        "export nowhere --to new",
-        "nowhere: holds no finished model; `dualhead train` with the same recipe goes on with it",
-    ),
+    ("export nowhere --to new", "nowhere: no such folder; name a finished run (runs/NAME)"),
     ("export RUN --to runs/stuff", "--to runs/stuff: holds something already; choose an empty or a new folder"),
     ("export RUN --to runs/file", "--to runs/file: holds something already; choose an empty or a new folder"),
 ]

@@ -379,6 +379,11 @@ def test_evaluate_prints_a_table_and_a_curve_and_says_where_results_lie(finished
     assert "16 test images, Linf eps 0.08; percent, 95 % intervals" in ended.out
     assert "eps 0.08: " in ended.out
     assert "results:" not in ended.out
+    again = dualhead(
+        "evaluate", finished_run, "--attack", "fgsm", "--eps", "0,8/255", "--limit", 4, "--output", tmp_path / "levels"
+    )
+    assert "\neps 0: " in again.out
+    assert "\neps 8/255: " in again.out
 
 
 def test_results_go_to_a_folder_that_names_the_question(finished_run, tmp_path):

@@ -31,7 +31,6 @@ CANNOT = {
     "dualhead evaluate runs/strongest/": "of what those hours leave",
     "python tools/": "makes files of the repository anew",
     "pip install": "installs",
-    "make demo": "sets up an environment and runs the whole suite",
     "dualhead train cifar10_cpu": "downloads CIFAR-10; the same recipe runs below from parquet",
     "dualhead export runs/mine --to model --push": "uploads to the Hub",
     "dualhead train cifar10_wrn34": "a network for an accelerator, and weights that are not ours to ship",
@@ -52,7 +51,11 @@ CANNOT = {
     "dualhead play": "serves until it is stopped; tests/e2e/test_play.py starts and stops it",
 }
 """Beginnings of commands that are not run here, unless one of `CAN` fits."""
-CAN = ("dualhead train cifar10_cpu data.source=", "dualhead train cifar10_cpu_guided_distillation data.source=")
+CAN = (
+    "dualhead train cifar10_cpu --data ",
+    "dualhead train cifar10_cpu data.source=",
+    "dualhead train cifar10_cpu_guided_distillation data.source=",
+)
 
 
 def blocks(language):
@@ -143,7 +146,7 @@ def shortened(words, folder):
             short = [pair for pair in short if not pair.startswith("stages.")]
         held = (
             ["data.validation=10", "data.train_limit=60"]
-            if {"photos.yaml"} & set(words) or "data.source" in given
+            if {"photos.yaml", "--data"} & set(words) or "data.source" in given
             else []
         )
         fresh = folder / "fresh" / str(len(list((folder / "fresh").glob("*"))) if (folder / "fresh").is_dir() else 0)

@@ -1,11 +1,13 @@
 """Recipes: the shipped ones, what their settings are published to be, and how files, parents and overrides combine."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from dualhead.errors import UserError
 from dualhead.recipe.schema import Recipe, parse_recipe
-from dualhead.recipe.yaml import load_recipe, shipped_recipes
+from dualhead.recipe.yaml import load_recipe, recipe_content, shipped_recipes
 from dualhead.threats.lp import ThreatModel
 
 MINIMAL = """
@@ -242,6 +244,52 @@ def test_a_child_with_other_stages_replaces_them(write):
     write(name="parent.yaml")
     child = write("extends: parent.yaml\nstages: [{name: new, train: [model], objective: natural, epochs: 1}]\n")
     assert [stage.name for stage in load_recipe(child).stages] == ["new"]
+
+
+@pytest.mark.parametrize("word", ["yes", "No", "on", "OFF"])
+def test_a_bare_yes_or_no_may_be_the_name_of_a_class_and_is_refused(write, word):
+    with pytest.raises(UserError, match=f"a bare {word} may be a name or a truth; write '{word}' in quotes"):
+        load_recipe(write(), [f"data.poison={{name: patch, target: {word}}}"])
+    with pytest.raises(UserError, match=f"line 2: a bare {word}"):
+        load_recipe(write(f"{MINIMAL}\n".replace("validation: 100", f"validation: 100, class_weights: {{{word}: 2}}")))
+    poison = load_recipe(write(), [f"data.poison={{name: patch, target: '{word}'}}"]).data.poison
+    assert poison.target == word
+    assert load_recipe(write(), ["runtime.tensorboard=True"]).runtime.tensorboard
+
+
+def test_a_misspelt_stage_is_told_by_its_name(write):
+    write(name="parent.yaml")
+    child = write("extends: parent.yaml\nstages: [{name: won, epochs: 1}]\n")
+    told = r"'won' is no stage of the recipe that it extends \(one\); did you mean 'one'\?"
+    with pytest.raises(UserError, match=told):
+        load_recipe(child)
+    with pytest.raises(UserError, match=told):
+        recipe_content({"extends": str(Path(child).with_name("parent.yaml")), "stages": [{"name": "won"}]}, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("epochs: 3", r"epochs: unknown key; it belongs at stages\.\*\.epochs"),
+        ("eps: 8/255", r"eps: unknown key; it belongs at threat\.eps"),
+        ("learning_rate: 0.1", r"learning_rate: unknown key; it belongs at stages\.\*\.optimiser\.lr"),
+        ("runtime: {batch_size: 8}", r"did you mean 'batch_norm' here, or stages\.\*\.batch_size or "),
+        ("stages: [{name: one, seed: 1}]", r"stages\.one\.seed: unknown key; it belongs at runtime\.seed"),
+    ],
+)
+def test_a_key_of_a_file_that_stands_in_the_wrong_place_is_told_where_it_belongs(write, line, place):
+    write(name="parent.yaml")
+    with pytest.raises(UserError, match=place):
+        load_recipe(write(f"extends: parent.yaml\n{line}\n"))
+
+
+def test_a_file_named_without_its_ending_is_offered(write, tmp_path, monkeypatch):
+    write(name="sub/parent.yaml")
+    with pytest.raises(UserError, match=r"did you mean 'parent\.yaml'\?"):
+        load_recipe(write("extends: parent\n", "sub/child.yaml"))
+    monkeypatch.chdir(tmp_path / "sub")
+    with pytest.raises(UserError, match=r"did you mean 'parent\.yaml'\?"):
+        load_recipe("parent")
 
 
 def test_a_parent_is_looked_for_beside_the_child_and_among_the_shipped(write, tmp_path, monkeypatch):

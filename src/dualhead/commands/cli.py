@@ -59,6 +59,8 @@ Epochs = Annotated[int | None, typer.Option("--epochs", min=0, help="Of every st
 RunSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**62, help="runtime.seed; default: the recipe's.")]
 RunDevice = Annotated[str | None, typer.Option("--device", help="runtime.device; default: the recipe's.")]
 Rate = Annotated[str | None, typer.Option("--lr", help="Learning rate of every stage; default: the recipe's.")]
+RunData = Annotated[str | None, typer.Option("--data", help="data.source; default: the recipe's.")]
+RunEps = Annotated[str | None, typer.Option("--eps", help="threat.eps, e.g. 4/255; default: the recipe's.")]
 RunBatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Of every stage; default: the recipe's.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run; the same one goes on with it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
@@ -157,6 +159,8 @@ def demo(run_dir: RunDir = None, quiet: Quiet = False, as_json: AsJson = False) 
 def train(
     recipe: Recipes,
     overrides: Overrides = None,
+    data: RunData = None,
+    eps: RunEps = None,
     epochs: Epochs = None,
     seed: RunSeed = None,
     device: RunDevice = None,
@@ -191,7 +195,7 @@ def train(
     from dualhead.runs import train as run_training
     from dualhead.system.processes import joined
 
-    chosen = Shortcuts(epochs, seed, device, lr, batch_size)
+    chosen = Shortcuts(epochs, seed, device, lr, batch_size, data, eps)
     read, notes = with_shortcuts(recipe, overrides or [], plugin or [], chosen)
     folder = RunFolder(run_dir or Path("runs") / read.name)
     if not quiet and _speaks():
@@ -244,6 +248,8 @@ def train(
 def show(
     recipe: Recipes,
     overrides: Overrides = None,
+    data: RunData = None,
+    eps: RunEps = None,
     epochs: Epochs = None,
     seed: RunSeed = None,
     device: RunDevice = None,
@@ -257,7 +263,7 @@ def show(
     """Print a recipe in full, with what training by it costs and how long it takes on this machine."""
     from dualhead.commands.overrides import Shortcuts, with_shortcuts
 
-    chosen = Shortcuts(epochs, seed, device, lr, batch_size)
+    chosen = Shortcuts(epochs, seed, device, lr, batch_size, data, eps)
     read, notes = with_shortcuts(recipe, overrides or [], plugin or [], chosen)
     for note in [] if quiet else notes:
         typer.echo(note, err=True)
@@ -641,8 +647,9 @@ def layers(
     ]
     columns = ("layer", "crosses", "parameters before", "parameters after", "cost behind", "cut")
     print_table({name: "left" if name in ("layer", "cut") else "right" for name in columns}, rows)
-    if not quiet:
-        typer.echo("* recommended: about 30 % of the forward cost lies before it")
+    best = next((layer for layer in found if layer.recommended), None)
+    if best is not None and not quiet:
+        typer.echo(f"* recommended: {1 - best.cost_after:.0%} of the forward cost lies before it; about 30% is usual")
 
 
 @app.command(epilog=examples_of("export"))
@@ -760,6 +767,8 @@ def sweep(
         list[str] | None, typer.Option("--job", help="With --on: KEY=VALUE of submitit, e.g. slurm_partition=gpu.")
     ] = None,
     at_once: Annotated[int | None, typer.Option("--at-once", min=1, help="With --on: jobs queued at a time.")] = None,
+    data: RunData = None,
+    eps: RunEps = None,
     epochs: Epochs = None,
     device: RunDevice = None,
     lr: Rate = None,
@@ -787,7 +796,7 @@ def sweep(
         if not quiet:
             err.print(line, soft_wrap=True, markup=False)
 
-    chosen = Shortcuts(epochs, None, device, lr, batch_size)
+    chosen = Shortcuts(epochs, None, device, lr, batch_size, data, eps)
     written, notes = settings_with_shortcuts(recipe, settings or [], plugin or [], chosen)
     for note in notes:
         tell(note)

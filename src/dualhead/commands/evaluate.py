@@ -34,7 +34,7 @@ from dualhead.heads import DualHeadClassifier, LayerInfo, layers
 from dualhead.models import Normalize, backbones
 from dualhead.objectives import ATTACKED, CLEAN, Logits
 from dualhead.runs import GALLERY, RunFolder, parted, read_digests, read_recipe
-from dualhead.saving import Architecture, find_model, read_config
+from dualhead.saving import Architecture, OneHeadError, find_model, read_config
 from dualhead.system.arithmetic import Precision
 from dualhead.system.files import check_folder
 from dualhead.system.processes import group
@@ -125,10 +125,11 @@ def assess_routes(
         UserError: for a model without tied heads, and as `assess`.
     """
     kinds = parse_kinds(request.routes or "all")
-    asked, test, options = _of_parts(request, "--routes", "evaluate one head with --output-of")
+    lacking = f"--routes: {request.model} has no tied heads (model.second_head: tied)"
+    asked, test, options = _of_parts(request, "--routes", "evaluate one head with --output-of", lacking)
     classifier = asked.model
     if not isinstance(classifier, DualHeadClassifier) or not classifier.tied:
-        raise UserError(f"--routes: {request.model} has no tied heads (model.second_head: tied)")
+        raise UserError(lacking)
     clean, robust = _roles(request, classifier)
     setting = RouteSetting(
         threat=asked.threat, attacks=asked.attacks, clean=clean, robust=robust, kinds=kinds,
@@ -167,10 +168,11 @@ def assess_routers(
     """
     if not request.is_run:
         raise UserError("--routers: the best router is chosen on images that a run held out; name a run")
-    asked, test, options = _of_parts(request, "--routers", "evaluate one router with --output-of router1")
+    lacking = f"--routers: {request.model} has no routers (model.aggregator: after_dder)"
+    asked, test, options = _of_parts(request, "--routers", "evaluate one router with --output-of router1", lacking)
     classifier = asked.model
     if not isinstance(classifier, DualHeadClassifier) or not classifier.routers:
-        raise UserError(f"--routers: {request.model} has no routers (model.aggregator: after_dder)")
+        raise UserError(lacking)
     setting = RouterSetting(
         threats=asked.threats or (asked.threat,), attacks=asked.attacks, batch_size=request.batch_size,
         seed=request.seed, options=options,
@@ -188,13 +190,14 @@ def assess_routers(
     return asked.results, found
 
 
-def _of_parts(request: Request, option: str, instead: str) -> tuple[Resolved, Split, dict[str, Any]]:
+def _of_parts(request: Request, option: str, instead: str, lacking: str) -> tuple[Resolved, Split, dict[str, Any]]:
     """Resolve what is asked for a network whose parts are measured one by one.
 
     Args:
         request: the options.
         option: that asks for it.
         instead: says how one part is measured, with any option.
+        lacking: says that the model has no such parts.
 
     Returns:
         The aggregate and what else was found, the images that are measured, and options of each evaluation.
@@ -211,7 +214,10 @@ def _of_parts(request: Request, option: str, instead: str) -> tuple[Resolved, Sp
             raise UserError(f"{refused}: not with {option}; {instead}")
     if request.precision not in get_args(Precision):
         raise UserError(f"--precision {request.precision}: use {', '.join(get_args(Precision))}")
-    asked = resolve(replace(request, output="aggregate"))
+    try:
+        asked = resolve(replace(request, output="aggregate"))
+    except OneHeadError:
+        raise UserError(lacking) from None
     if asked.radii:
         raise UserError(f"--eps: {option} measures at one radius")
     test = asked.images.first(asked.images.count(request.limit))

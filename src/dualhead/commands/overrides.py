@@ -20,6 +20,8 @@ class Shortcuts:
     device: str | None = None
     lr: str | None = None
     batch_size: int | None = None
+    data: str | None = None
+    eps: str | None = None
 
 
 _OF_STAGES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
@@ -27,7 +29,7 @@ _OF_STAGES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "lr": ("--lr", "optimiser.lr", lambda stage: stage.optimiser.lr),
     "batch_size": ("--batch-size", "batch_size", lambda stage: stage.batch_size),
 }
-_OF_RUNTIME = {"seed": "--seed", "device": "--device"}
+_OF_RECIPE = {"data": "data.source", "eps": "threat.eps", "seed": "runtime.seed", "device": "runtime.device"}
 
 
 def with_shortcuts(
@@ -65,6 +67,7 @@ def settings_with_shortcuts(
         return list(settings), []
     for option, key, value in (
         ("--lr", "stages.*.optimiser.lr", shortcuts.lr), ("--device", "runtime.device", shortcuts.device),
+        ("--eps", "threat.eps", shortcuts.eps),
     ):  # fmt: skip
         if value is not None and "," in value:
             raise UserError(f"{option} {value}: is one value for all runs; for an axis write {key}={value}")
@@ -86,11 +89,11 @@ def written_out(recipe: Recipe, overrides: Sequence[str], shortcuts: Shortcuts) 
     keys = [override.partition("=")[0] for override in overrides]
     added: list[str] = []
     notes: list[str] = []
-    for field, option in _OF_RUNTIME.items():
+    for field, key in _OF_RECIPE.items():
         value = getattr(shortcuts, field)
         if value is not None:
-            _refuse_twice(option, f"runtime.{field}", keys)
-            added.append(f"runtime.{field}={value}")
+            _refuse_twice(f"--{field}", key, keys)
+            added.append(f"{key}={value}")
     if any(getattr(shortcuts, field) is not None for field in _OF_STAGES):
         stages = [stage for stage in recipe.stages if stage.trains and stage.epochs]
         for field, (option, key, of) in _OF_STAGES.items():

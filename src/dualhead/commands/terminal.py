@@ -24,6 +24,7 @@ from dualhead.report import (
     balanced_columns,
     believable,
     duration,
+    eps_texts,
     evaluation_row,
     judge_name,
     light_lines,
@@ -514,9 +515,11 @@ def print_evaluation(name: str, evaluation: Evaluation) -> None:
     print_changed(rows)
     for line in [*_under_each(results), *_targeted(results), *_transfer(results)]:
         out.print(line, soft_wrap=True)
-    for point in results.get("curve", []):
+    curve = results.get("curve", [])
+    radii = eps_texts([point["eps"] for point in curve], results["threat"].get("norm"))
+    for point, radius in zip(curve, radii, strict=True):
         robust, ends = point["robust_accuracy"]["worst"], point["intervals"]["worst"]
-        out.print(f"eps {point['eps']:.5g}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
+        out.print(f"eps {radius}: {robust:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]")
     for attack, record in results["attacks"].items():
         for note in record["notes"]:
             out.print(note if note.startswith(f"{attack}: ") else f"{attack}: {note}", soft_wrap=True)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from dualhead.commands.resolve import Request, Resolved
 from dualhead.data import Poison, poisons
 from dualhead.errors import UserError
 from dualhead.evaluation import TRIGGERED, Evaluation, TriggeredImages, measure_triggered
+from dualhead.recipe import parse_yaml
 from dualhead.runs import CleanModel, triggered_images
 from dualhead.system.processes import group
 
@@ -26,10 +26,7 @@ def read_poison(text: str) -> Poison:
     Raises:
         UserError: if there is no such poison, or its settings are impossible.
     """
-    try:
-        spec = yaml.safe_load(text)
-    except yaml.YAMLError:
-        spec = None
+    spec = parse_yaml(text, f"--poison {text}")
     if not isinstance(spec, str | Mapping):
         raise UserError(f"--poison {text}: write a name, as patch, or its section of a recipe, '{{name: patch}}'")
     return poisons.build(spec, where="--poison")

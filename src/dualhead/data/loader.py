@@ -165,7 +165,10 @@ class Loader:
     def _augmented(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         streams = Streams.of(self._seed, index).fork("augment", epoch)
         for number, augmentation in enumerate(self._augment):
-            images = augmentation(images, streams.fork(number))
+            before, images = images, augmentation(images, streams.fork(number))
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[:2] != before.shape[:2]:
+                wanted, got = [*before.shape[:2], "H", "W"], f"{images.dtype} {list(images.shape)}"
+                raise UserError(f"augment: {augmentation.registered_name} must return uint8 images {wanted}; got {got}")
         return images
 
     def _pixels(self, steps: Iterable[Tensor]) -> Iterator[Tensor]:

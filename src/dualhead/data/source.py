@@ -248,7 +248,8 @@ def path_of(source: str) -> Path | None:
     like_a_path = source.startswith(("/", ".", "~")) or source.endswith((".parquet", ".npz", ".npy", "/"))
     if like_a_path or not _LIKE_A_NAME.fullmatch(source):
         hub = "" if like_a_path or "/" in source or not source else f"; {_ON_THE_HUB}{source} is a name on the Hub"
-        raise UserError(f"no such file or folder{hub}")
+        where = "" if path.is_absolute() or not source else f" in {Path.cwd()}"
+        raise UserError(f"no such file or folder{where}{hub}")
     owner = source.partition("/")[0]
     if Path(owner).is_dir():
         raise UserError(

@@ -28,7 +28,7 @@ from dualhead.system.arithmetic import Precision
 from dualhead.system.devices import find_device, float32_products
 from dualhead.system.outputs import without_inference_tensors
 from dualhead.system.processes import group
-from dualhead.threats import Threat, build_threat
+from dualhead.threats import Threat, build_threat, refuse_changed_origins
 
 
 @float32_products()  # TF32 is no float32, and verdicts are float32's
@@ -223,6 +223,7 @@ def _under_one(settings: Settings) -> Evaluation:
     names = list(settings.class_names or ())
     if settings.device is not None:
         settings.model.to(settings.device)
+    refuse_changed_origins(settings.threat, settings.images.shape[1:])
     settings = replace(
         settings,
         model=without_inference_tensors(settings.model),

@@ -42,6 +42,7 @@ class Reporter:
         jobs: tries that a sample gets at most.
         count: samples of this process, of which `robust_so_far` is a share.
         known: outcomes of earlier runs.
+        others: samples of this process that stand although they are not searched.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class Reporter:
         jobs: int,
         count: int,
         known: Iterable[Try],
+        others: int = 0,
     ) -> None:
         self._progress, self._label, self._jobs, self._count = progress, label, jobs, max(count, 1)
         self._done = dict.fromkeys(samples, 0)
         self._fooled: set[int] = set()
+        self._others = others
         self._finished = self._shown = 0
         self._told = time.monotonic()
         for outcome in known:
@@ -75,7 +78,7 @@ class Reporter:
         total = len(self._done) * self._jobs
         self._shown = min(max(done, self._shown), total)
         self._told = time.monotonic()
-        robust = (len(self._done) - len(self._fooled)) / self._count
+        robust = (len(self._done) - len(self._fooled) + self._others) / self._count
         self._progress.update(self._label, self._shown, total, robust)
 
     def outcome(self, outcome: Try) -> None:

@@ -207,6 +207,8 @@ class Evaluation:
             UserError: if the folder holds no finished evaluation.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; name a run (runs/NAME) or a folder with results.json")
         for name in ("results.json", "samples.npz"):
             if not (folder / name).is_file():
                 raise UserError(

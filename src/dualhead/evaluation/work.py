@@ -533,12 +533,13 @@ class Work:
         chosen = survivors[np.argsort(order[survivors], kind="stable")[:AUDITED]]
         mine = np.intersect1d(chosen, self.mine).tolist()
         streams, fell, seconds = self._streams(attack), set[int](), 0.0
-        goals, _ = self._goals(parts)
+        goals, asked = self._goals(parts)
+        others = int((robust | (self.correct & ~asked))[self.mine].sum()) - len(mine)
         for number in numbers:
             where = (f"again in float32: {_task(attack, threat)}", number)
             left = [sample for sample in mine if sample not in fell]
             label = f"{attack.label}: {parts[number].label}, audit"
-            self._hunt(parts[number], threat, streams.fork(number), left, where, label, goals, FLOAT32)
+            self._hunt(parts[number], threat, streams.fork(number), left, where, label, goals, FLOAT32, others)
             fell |= set(self.journal.first_successes(where, left, goals))
             seconds += self.journal.seconds[where]
         shares = self.group.gather((len(fell), seconds))
@@ -564,12 +565,13 @@ class Work:
         """Run one attack on this process's samples."""
         streams, found = self._streams(attack), _Found({}, {}, {}, {})
         goals, asked = self._goals(parts)
+        others = int((self.correct & ~asked)[self.mine].sum())
         for number, part in enumerate(parts):
             where = (_task(attack, threat), number)
             label = attack.label if len(parts) == 1 else f"{attack.label}: {part.label}"
             left = [sample for sample in self.mine.tolist() if asked[sample] and sample not in found.tries]
             arithmetic = self._arithmetic_of(part, len(left))
-            self._hunt(part, threat, streams.fork(number), left, where, label, goals, arithmetic)
+            self._hunt(part, threat, streams.fork(number), left, where, label, goals, arithmetic, others)
             for sample, outcome in self.journal.first_successes(where, left, goals).items():
                 found.tries[sample] = (number, outcome)
             found.costs[number], found.seconds[number] = self.journal.costs[where], self.journal.seconds[where]
@@ -586,11 +588,12 @@ class Work:
         label: str,
         goals: list[int] | None,
         arithmetic: Arithmetic,
+        others: int,
     ) -> None:
-        """Run one part on the samples that are left, and journal each try."""
+        """Run one part on the samples that are left, and journal each try; `others` stand without being searched."""
         self.subject.use(arithmetic, self.shown)
         jobs, known = part.jobs(self.num_classes), self.journal.tries[where].values()
-        report = Reporter(self.progress, label, left, jobs, len(self.mine), known)
+        report = Reporter(self.progress, label, left, jobs, len(self.mine), known, others)
         since = time.perf_counter()
         spent = Cost()
         ended: list[Try] = []

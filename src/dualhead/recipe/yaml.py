@@ -42,6 +42,7 @@ def recipe_content(recipe: Recipe | Mapping[str, Any] | str | Path, folders: lis
         parent = content.pop("extends", None)
         base = {} if parent is None else _extended(str(parent), (), folders)[0]
         base.pop("name", None)
+        _refuse_unknown_stages("recipe", base.get("stages"), content.get("stages"))
         return {"name": "recipe", **_merge(base, content)}
     if not isinstance(recipe, str | Path):
         raise UserError(
@@ -94,7 +95,7 @@ def _parse_override(text: object) -> Override:
     key, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not equals or not all(key.split(".")):
         raise UserError(f"override {text!r} is not understood; write KEY=VALUE, e.g. data.source=digits")
-    return Override(key, _parse_yaml(value, f"override {text!r}"), str(text))
+    return Override(key, parse_yaml(value, f"override {text!r}"), str(text))
 
 
 def override(content: dict[str, Any], change: Override) -> None:
@@ -140,11 +141,13 @@ def load_recipe(name: str, overrides: Overrides = (), plugins: str | Sequence[st
         try:
             return parse_recipe(content, f"recipe {name}")
         except UserError as error:
-            told = _where_they_live(changes, before, f"recipe {name}") if "unknown key" in str(error) else ""
+            told = ""
+            if "unknown key" in str(error):
+                told = _where_they_live(changes, before, f"recipe {name}") or _where_it_lives(str(error), content, name)
             stages = before.get("stages")
             names = [x.get("name") for x in stages if isinstance(x, dict)] if isinstance(stages, list) else []
             keys = [change.key for change in changes]
-            raise UserError(told or stages_as_named(str(error), keys, names)) from None
+            raise UserError(stages_as_named(told or str(error), keys, names)) from None
 
 
 def _covers(place: str, key: str) -> bool:
@@ -192,13 +195,36 @@ def _where_they_live(changes: Sequence[Override], before: dict[str, Any], where:
     return ""
 
 
+def _where_it_lives(message: str, content: dict[str, Any], name: str) -> str:
+    """Say of the key of a file that a message does not know where keys of its name live; empty if nowhere."""
+    from dualhead.recipe.keys import places_of
+
+    found = re.search(r": ([\w.]+): unknown key(?:; did you mean ('\w+')\?)? \(", message)
+    if found is None:
+        return ""
+    *path, key = found[1].split(".")
+    rest = inner = copy.deepcopy(content)
+    try:
+        for word in path:
+            inner = inner[int(word)] if isinstance(inner, list) else inner[word]
+        del inner[key]
+        places = places_of(key, parse_recipe(rest, name))
+    except (UserError, LookupError, TypeError, ValueError):  # wrong elsewhere too, or a key that was given otherwise
+        return ""
+    if not places:
+        return ""
+    elsewhere = " or ".join(places[:3])
+    advice = f"did you mean {found[2]} here, or {elsewhere}?" if found[2] else f"it belongs at {elsewhere}"
+    return f"recipe {name}: {found[1]}: unknown key; {advice}"
+
+
 def read_recipe_file(path: Path) -> Recipe:
     """Read a file that holds a recipe in full, as `Recipe.resolved` gives it.
 
     Raises:
         UserError: if the file is no such recipe.
     """
-    content = _parse_yaml(_text_of(path, str(path)), str(path))
+    content = parse_yaml(_text_of(path, str(path)), str(path))
     return parse_recipe(content, str(path))
 
 
@@ -215,7 +241,7 @@ def known_recipe(name: str) -> str | None:
 
 def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[dict[str, Any], str]:
     """Return a recipe's content laid over that of the recipe it extends, and its name; append the files' folders."""
-    content, label = _read(name)
+    content, label = _read(name, folders)
     if _is_file(Path(name)):
         folders.append(Path(name).absolute().parent)
     parent = content.pop("extends", None)
@@ -233,10 +259,12 @@ def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[d
         content["plugins"] = base["plugins"] + content["plugins"]  # the base needs its own
     own = {"name": content.pop("name")} if "name" in content else {}  # a recipe's name tells no components apart
     base.pop("name", None)
+    _refuse_unknown_stages(f"recipe {name}", base.get("stages"), content.get("stages"))
     return {**_merge(base, content), **own}, label
 
 
-def _read(name: str) -> tuple[dict[str, Any], str]:
+def _read(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], str]:
+    """Return a recipe's content and its name; `folders` are those of the recipes that extend it."""
     path, shipping = Path(name), known_recipe(name)
     if path.suffix in (".yaml", ".yml") or _is_file(path):
         if not _is_file(path):
@@ -246,10 +274,13 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         label = shipping
         text = (resources.files("dualhead.recipe.shipped") / f"{label}.yaml").read_text(encoding="utf-8")
     else:
-        near = get_close_matches(name.lower(), shipped_recipes(), n=1)
+        here = [
+            name + end for end in (".yaml", ".yml") for folder in (*folders, Path()) if _is_file(folder / (name + end))
+        ]
+        near = here or get_close_matches(name.lower(), shipped_recipes(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"recipe {name!r} is neither a file nor shipped; {hint}shipped: {', '.join(shipped_recipes())}")
-    content = _parse_yaml(text, f"recipe {name}")
+    content = parse_yaml(text, f"recipe {name}")
     if not isinstance(content, dict):
         raise UserError(f"recipe {name}: must be a mapping with keys data, model, threat, stages")
     for stage in content.get("stages") or [] if isinstance(content.get("stages"), list) else []:
@@ -282,7 +313,10 @@ def _text_of(path: Path, where: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that stands twice in a mapping, and mappings merged without end."""
+    """YAML's safe loader, which also refuses a key that stands twice in a mapping, and mappings merged without end.
+
+    And a bare yes, no, on or off, which it would take for true or false: it may be the name of a class.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -296,13 +330,32 @@ class _Loader(yaml.SafeLoader):
             lines[key.value] = line
         return node
 
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> bool:
+        word = str(node.value)
+        if word.lower() not in ("true", "false"):
+            told = f"a bare {word} may be a name or a truth; write '{word}' in quotes, or true or false"
+            raise UserError(f"line {node.start_mark.line + 1}: {told}")
+        return word.lower() == "true"
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         if len(node.value) > LARGEST_CONTENT:  # merges of merges, each of which doubles
             raise UserError(f"line {node.start_mark.line + 1}: {_TOO_MUCH}")
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what a text of YAML holds.
+
+    Args:
+        text: of a recipe, or of a value in one.
+        where: begins a message.
+
+    Raises:
+        UserError: for what is no YAML, or may mean two things.
+    """
     try:
         return _unshared(yaml.load(text, _Loader), [0])  # a safe one
     except UserError as error:
@@ -348,6 +401,22 @@ def _merge(base: Any, change: Any) -> Any:
         changes = {stage["name"]: stage for stage in change}
         return [_merge(stage, changes.get(stage["name"], {})) for stage in base]
     return change
+
+
+def _refuse_unknown_stages(where: str, base: object, change: object) -> None:
+    """Refuse stages that neither change those of `base`, by their names, nor can stand in their place."""
+    if not isinstance(base, list) or not isinstance(change, list):
+        return
+    known = [stage.get("name") for stage in base if isinstance(stage, dict)]
+    given = [stage for stage in change if isinstance(stage, dict) and isinstance(stage.get("name"), str)]
+    unknown = [stage["name"] for stage in given if stage["name"] not in known]
+    if unknown and any("train" not in stage for stage in given):
+        near = get_close_matches(unknown[0], [str(name) for name in known], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"{where}: stages: {unknown[0]!r} is no stage of the recipe that it extends ({', '.join(map(str, known))})"
+            f"{hint or ';'} a list with a name of its own replaces all of these, so each stage in it needs `train`"
+        )
 
 
 def _assign(target: Any, path: Sequence[str], value: Any, override: str) -> None:

@@ -17,7 +17,7 @@ from dualhead.report.sequence import sequence_cells, sequence_text
 from dualhead.report.sources import MEANS, measured_in, measured_title
 from dualhead.report.summary import summary
 from dualhead.report.table import accuracy_columns, balanced_columns, share_cell
-from dualhead.report.text import duration, threat_text
+from dualhead.report.text import duration, eps_texts, threat_text
 
 __all__ = [
     "MEANS",
@@ -32,6 +32,7 @@ __all__ = [
     "change",
     "cost_unit",
     "duration",
+    "eps_texts",
     "evaluation_row",
     "judge_name",
     "light_lines",

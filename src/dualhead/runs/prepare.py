@@ -38,7 +38,7 @@ from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.names import head_id
 from dualhead.noise import Streams
-from dualhead.objectives import BEFORE, passed
+from dualhead.objectives import BEFORE, CLEAN, Objective, passed
 from dualhead.recipe import Recipe, Statistics
 from dualhead.report import threat_text
 from dualhead.runs.clean import CleanModel
@@ -50,7 +50,7 @@ from dualhead.system.devices import find_device, processors, refuse_tf32, room_f
 from dualhead.system.generators import kept_generators
 from dualhead.system.modes import hold_statistics, kept_modes
 from dualhead.system.processes import group
-from dualhead.threats import Threat
+from dualhead.threats import Threat, refuse_changed_origins
 from dualhead.training import RESET, Passes, Stage, check_choosable, layer_scales, summary_writer
 
 _log = logging.getLogger(__name__)
@@ -232,6 +232,8 @@ def _poisoned(recipe: Recipe, path: Path, images: Images) -> Images:
     with under(f"data.poison: {poison.registered_name}"):
         poison.target_of(clean.class_names)
         made = poison.apply(clean, Crafted(recipe, path, images.test) if poison.needs_surrogate else None)
+        if not isinstance(made, Poisoned):
+            raise UserError(f"apply must return a Poisoned, as Poisoned.of makes it; got {type(made).__name__}")
     if images.extra is not None and group().first:
         _log.warning("data.poison: the images of data.extra are not poisoned")
     return replace(images, training=made.split, poisoning=Poisoning(clean, made, made.rows))
@@ -672,6 +674,9 @@ def _check_stage(prepared: Prepared, number: int) -> None:
             layer_scales(prepared.model, stage.layer_decay)
     _warn_of_idle(stage, len(prepared.images.training))
     _warn_of_own_threats(stage, prepared.recipe.threat)
+    with under(f"{key}.threat"):
+        for threat in stage.met(prepared.recipe.threat):
+            refuse_changed_origins(threat, prepared.architecture.image_shape)
     if stage.objective.adversarial and stage.trains and stage.free is None and stage.epochs:
         _warn_of_reach(f"{key}.attack", stage.attack, stage.against(prepared.recipe.threat))
     if stage.fit is not None:
@@ -742,6 +747,7 @@ def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     teachers = stage.objective.teachers()
     needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
     with under(f"stages.{number}.objective"):
+        _check_images(stage.objective, prepared.architecture.image_shape)
         passes.look(passed(needs))
         for inner in stage.objective.inner().values():
             passes.look(inner.through)
@@ -750,6 +756,24 @@ def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
             "stage %s: the loss of %s is taken over each process's share of the batch: it is another one than on one "
             "process", stage.name, stage.objective.registered_name,
         )  # fmt: skip
+
+
+def _check_images(objective: Objective, image_shape: Sequence[int]) -> None:
+    """Refuse an objective that looks at images which nothing makes, or climbs what it does not see."""
+    inner, needs = objective.inner(), objective.needs()
+    begin = (CLEAN, *objective.streams())
+    views = objective.views(dict.fromkeys((*begin, *inner), torch.zeros(2, *image_shape)))
+    there = dict.fromkeys((*begin, *inner, *views))
+    for name, need in needs.items():
+        if getattr(need, "on", CLEAN) not in there:
+            raise UserError(
+                f"needs: {name} is of images {need.on!r}, which nothing makes; there are {', '.join(there)}"
+            )
+    for made, how in inner.items():
+        if how.start not in there:
+            raise UserError(f"inner: {made} starts at images {how.start!r}; there are {', '.join(there)}")
+        if unknown := [name for name in how.uses if name not in needs]:
+            raise UserError(f"inner: {made} uses {unknown[0]!r}, which is none of the needs: {', '.join(needs)}")
 
 
 def earlier_stage(recipe: Recipe, number: int, name: str) -> Stage | None:

@@ -4,6 +4,7 @@ from dualhead.saving.architecture import CONFIG, Architecture, read_config, writ
 from dualhead.saving.export import checks_of, export, export_onnx, write_card
 from dualhead.saving.hub import check_hub_name, push_to_hub
 from dualhead.saving.models import (
+    OneHeadError,
     find_model,
     load,
     load_base_weights,
@@ -18,6 +19,7 @@ from dualhead.saving.onnx import require_onnx
 __all__ = [
     "CONFIG",
     "Architecture",
+    "OneHeadError",
     "check_hub_name",
     "checks_of",
     "export",

@@ -100,6 +100,8 @@ def export(run: str | Path, folder: str | Path, *, output: str | None = None) ->
         UserError: if the run has no finished model, the model no such head, or the folder holds something.
     """
     run, folder = Path(run), Path(folder)
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; name a finished run (runs/NAME)")
     if not (run / "model" / WEIGHTS).is_file():
         raise UserError(f"{run}: holds no finished model; `dualhead train` with the same recipe goes on with it")
     state, config = read_state(run / "model" / WEIGHTS), read_config(run / "model")

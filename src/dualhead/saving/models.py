@@ -169,18 +169,22 @@ def load(path: str | Path, output: str | None = None, *, factory: Callable[..., 
     return shown
 
 
+class OneHeadError(UserError):
+    """An output is asked for of a model that has one alone."""
+
+
 def view(model: nn.Module, output: str) -> nn.Module:
     """Return one output of a model as a classifier of its own, on shared weights.
 
     Raises:
-        UserError: if the model has no such output.
+        UserError: if the model has no such output; `OneHeadError` if it has no second head.
     """
     if isinstance(model, DualHeadClassifier):
         if output not in model.outputs:
             raise UserError(f"output {output!r}: the model has {', '.join(model.outputs)}")
         return model if output == AGGREGATE else model.view(output)
     if output != MODEL:
-        raise UserError(f"output {output!r}: the model has no second head; leave it out")
+        raise OneHeadError(f"output {output!r}: the model has no second head; leave it out")
     return model
 
 

@@ -1,6 +1,6 @@
 """Threats: the changes that an adversary may make to an image."""
 
-from dualhead.threats.base import Threat, Where, threats
+from dualhead.threats.base import Threat, Where, refuse_changed_origins, threats
 from dualhead.threats.bounded import Bounded
 from dualhead.threats.build import THREAT, build_threat, typical_eps
 from dualhead.threats.few_pixels import FewPixels
@@ -32,6 +32,7 @@ __all__ = [
     "norm_named",
     "norm_of",
     "project_l1",
+    "refuse_changed_origins",
     "steepest",
     "threats",
     "typical_eps",

@@ -7,13 +7,16 @@ Attacks move points, and the model sees what `render` makes of them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self, cast
 
+import torch
 from torch import Tensor
 
 from dualhead.components.registry import Registry
+from dualhead.errors import UserError
 from dualhead.noise import Streams
 
 Where = Literal["ball", "sphere"]
@@ -119,3 +122,15 @@ class Threat(ABC):
 
 
 threats: Registry[Threat] = Registry("threat", "dualhead.threats", Threat)
+
+
+def refuse_changed_origins(threat: Threat, image_shape: Sequence[int]) -> None:
+    """Refuse a threat that changes images before an adversary has done anything: its budget would mean nothing.
+
+    Raises:
+        UserError: also for images that the threat cannot change.
+    """
+    images = torch.linspace(0.0, 1.0, 2 * math.prod(image_shape)).reshape(2, *image_shape)
+    threat = threat.for_images(image_shape)
+    if not torch.equal(threat.render(threat.lift(images)), images):
+        raise UserError(f"{threat.kind} changes images where it should change nothing: with all parameters 0")

@@ -463,7 +463,11 @@ class TrainingStep:
     def _loss(self, y: Tensor, seen: Mapping[str, Tensor]) -> LossTerms:
         """The loss of a piece, with each image's share weighted by its class."""
         if self._class_weights is None:
-            return self._objective.loss(y, seen)
+            loss = self._objective.loss(y, seen)
+            if not isinstance(loss, LossTerms):
+                name, got = self._objective.registered_name, type(loss).__name__
+                raise UserError(f"objective {name}: loss must return LossTerms, as LossTerms.sum_of gives; got {got}")
+            return loss
         return weighted(self._objective, self._class_weights, y, seen)
 
     @contextmanager
@@ -623,7 +627,13 @@ class _Climb:
                 seen = through(laid)
                 if self._asked:
                     seen |= self._passes.told(self._asked, {self._made: laid})
-            return self._inner.loss(y, {**target, **seen})
+            values = self._inner.loss(y, {**target, **seen})
+            if values.shape != y.shape:
+                raise UserError(
+                    f"the loss that makes {self._made} images must give one value an image, {list(y.shape)}; "
+                    f'got {list(values.shape)}; write reduction="none"'
+                )
+            return values
 
         with arithmetic.reuse_casts(device):
             return maximise_within(cast("Maximiser", attack), climb, given.start, threat, streams)

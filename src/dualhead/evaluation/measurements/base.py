@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dualhead.components.registry import Registry
 from dualhead.data import to_bytes
+from dualhead.errors import UserError
 from dualhead.statistics import interval_over_samples
 
 
@@ -95,6 +96,12 @@ def right_when_changed(
         named = [(seed % 2**64, int(key) % 2**64) for key in keys[rows]]
         for level in range(1, measurement.levels + 1):
             worn = [measurement.render(image, kind, level, key) for image, key in zip(pixels, named, strict=True)]
+            for image in worn:
+                if image.dtype != np.uint8 or image.shape != pixels.shape[1:]:
+                    raise UserError(
+                        f"{measurement.registered_name}: render must return uint8 {list(pixels.shape[1:])}; "
+                        f"got {image.dtype} {list(image.shape)}"
+                    )
             given = torch.from_numpy(np.stack(worn)).float().div_(255.0)
             right[rows.numpy(), level - 1] = (answer(given) == labels[rows]).numpy()
     return right
