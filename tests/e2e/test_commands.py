@@ -398,6 +398,7 @@ def test_results_go_to_a_folder_that_names_the_question(finished_run, tmp_path):
 
 FACTORY = """
 import torch
+torch.manual_seed(0)
 def make(num_classes): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
 """
 

@@ -138,7 +138,7 @@ def test_a_model_that_fails_or_answers_nothing_is_told(playground):
         started.shutdown()
         thread.join()
         started.server_close()
-    assert status == 500
+    assert status == 400
     assert "something of its own" in json.loads(body)["error"]
 
 

@@ -51,7 +51,7 @@ def test_every_function_fits_a_screen(module):
 
 
 def test_steps_know_only_those_before_them():
-    order = ["folder", "crafted", "prepare", "stages", "crafting", "poisoned", "measure", "run"]
+    order = ["folder", "clean", "crafted", "prepare", "stages", "crafting", "poisoned", "measure", "run"]
     for place, name in enumerate(order):
         source = Path(run.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         known = {

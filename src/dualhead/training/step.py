@@ -628,9 +628,9 @@ class _Climb:
                 if self._asked:
                     seen |= self._passes.told(self._asked, {self._made: laid})
             values = self._inner.loss(y, {**target, **seen})
-            if values.shape != y.shape:
+            if values.shape != y.shape[:1]:  # labels may be shares of classes
                 raise UserError(
-                    f"the loss that makes {self._made} images must give one value an image, {list(y.shape)}; "
+                    f"the loss that makes {self._made} images must give one value an image, [{len(y)}]; "
                     f'got {list(values.shape)}; write reduction="none"'
                 )
             return values
