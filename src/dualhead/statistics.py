@@ -100,7 +100,7 @@ def interval_over_samples(first: ArrayLike, second: ArrayLike, confidence: float
     Args:
         first: bool [R, N], which of N samples each of R classifiers got right.
         second: bool [S, N], the same for others, on the same samples. Of one sample the interval is [-1, 1]: it tells
-            nothing. Where all samples have one difference, it is as wide as if one of them had another: see `_error`.
+            nothing. Where all have one difference, it is as wide as if one of them had another: see `_deviation`.
         confidence: in (0, 1).
     """
     from scipy import stats
@@ -108,18 +108,19 @@ def interval_over_samples(first: ArrayLike, second: ArrayLike, confidence: float
     gained = np.mean(np.asarray(second, dtype=float), axis=0) - np.mean(np.asarray(first, dtype=float), axis=0)
     if len(gained) < 2:
         return -1.0, 1.0
-    reach = float(stats.norm.ppf(0.5 + confidence / 2)) * _error(gained)
+    reach = float(stats.norm.ppf(0.5 + confidence / 2)) * _deviation(gained) / math.sqrt(len(gained))
     return max(float(gained.mean()) - reach, -1.0), min(float(gained.mean()) + reach, 1.0)
 
 
-def _error(gained: NDArray[np.float64]) -> float:
-    """Return the standard error of the mean of differences [N], N at least 2.
+def _deviation(gained: NDArray[np.float64]) -> float:
+    """Return the standard deviation of differences [N], N at least 2.
 
     Differences that are all alike leave no spread, and an interval of no width would claim certainty, be it of two
-    samples. The error is then 1 / N, about that of one sample in N that differs by 1. This is our choice.
+    samples. Their mean then has a standard error of 1 / N, about that of one sample in N that differs by 1. This is our
+    choice.
     """
     alike = float(np.ptp(gained)) < 1e-12  # but for rounding
-    return 1.0 / len(gained) if alike else float(np.std(gained, ddof=1)) / math.sqrt(len(gained))
+    return 1.0 / math.sqrt(len(gained)) if alike else float(np.std(gained, ddof=1))
 
 
 def paired_shares(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Paired:
@@ -145,8 +146,8 @@ def paired_shares(first: ArrayLike, second: ArrayLike, confidence: float = 0.95)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise UserError(f"a paired comparison needs the same samples twice, two at least, got {a.shape} and {b.shape}")
     gained = b - a
-    mean = float(gained.mean())
-    p_value = 2.0 * float(stats.norm.sf(abs(mean) / _error(gained)))
+    mean, error = float(gained.mean()), _deviation(gained) / math.sqrt(len(gained))
+    p_value = 2.0 * float(stats.norm.sf(abs(mean) / error))
     return Paired(
         len(a),
         (float(a.mean()), float(b.mean())),

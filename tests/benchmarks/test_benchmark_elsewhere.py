@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,9 @@ def test_the_comparison_is_answered_for_both_heads_and_for_head_2(collect, tmp_p
     assert {row["name"]: row["parameters"] for row in told["rows"]}["guided-80-beta-6, head 2"] == 77_850
     printed = capsys.readouterr().out
     assert f"| guided-80-beta-6 less {equal} | +3.0 [+2.9, +3.1] |" in printed
+
+
+def test_what_is_told_is_what_was_kept(collect):
+    results = ROOT / "benchmarks" / "results"
+    told = json.loads(json.dumps(collect.tell(results / "elsewhere")))
+    assert told == json.loads((results / "elsewhere.json").read_text())

@@ -18,6 +18,8 @@ from dualhead.runs.folder import MAY_CHANGE
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "strongest.json").read_text())
+ELSEWHERE = json.loads((ROOT / "benchmarks" / "results" / "elsewhere.json").read_text())
+RESULTS_PAGE = (ROOT / "docs" / "results.md").read_text()
 CODE = re.compile(r"^```.*?^```", re.M | re.S)
 FAST = "autoattack-fast"
 
@@ -226,6 +228,30 @@ def test_what_was_kept_rounded_agrees_with_what_was_not():
         reach = float(stats.t.ppf(0.975, 2)) * spread / 3**0.5
         assert abs(mean - 100 * pair["difference"]) <= 0.15, pair
         assert abs(reach - 50 * (ends[1] - ends[0])) <= 0.45, pair  # seeds rounded to 0.1 move it by that much
+
+
+def test_the_page_on_other_data_is_what_was_measured():
+    told = ELSEWHERE["tiny"]["compare"]
+    base, guided = "base-80-beta-12", "guided-80-beta-6"
+    unit = told["rows"][0]["training_cost"]["flops"]
+    names = ["base-40-beta-12", base, guided, f"{guided}, head 2"]
+    lines = re.findall(r"^\| .*\d.* \|$", (ROOT / "docs/results/other-data.md").read_text(), re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    for (label, cost, clean, robust), name in zip(rows[:4], names, strict=True):
+        row = next(row for row in told["rows"] if row["name"] == name)
+        assert abs(float(cost) - row["training_cost"]["flops"] / unit) < 0.06, label
+        assert agrees(clean, (row["clean_accuracy"], *row["intervals"]["clean_accuracy"])), label
+        assert agrees(robust, (row["robust_accuracy"][FAST], *row["intervals"][FAST])), label
+    for (label, clean, robust, answer), name in zip(rows[4:], told["differences"], strict=True):
+        pairs = told["differences"][name]
+        for cell, accuracy in ((clean, "clean"), (robust, FAST)):
+            assert agrees(cell, (pairs[accuracy]["difference"], *pairs[accuracy]["interval"])), label
+        assert answer == told["answers"][name], label
+    pairs = told["differences"][f"{guided} less {base} (equal cost)"]
+    summary = re.search(r"20 classes of Tiny ImageNet.*?: (.*?)\n?\s*clean, (.*?) robust", RESULTS_PAGE, re.DOTALL)
+    assert summary is not None
+    for cell, accuracy in zip(summary.groups(), ("clean", FAST), strict=True):
+        assert agrees(cell, (pairs[accuracy]["difference"], *pairs[accuracy]["interval"]))
 
 
 def test_the_pages_lead_to_every_page():
