@@ -12,7 +12,7 @@ import typer
 from dualhead.commands.catalogue import kind_of
 from dualhead.commands.cli import app
 from dualhead.commands.examples import EXAMPLES
-from dualhead.commands.overrides import Shortcuts, settings_with_shortcuts
+from dualhead.commands.overrides import Shortcuts, settings_with_shortcuts, with_shortcuts
 from dualhead.commands.sweep import plan
 from dualhead.components.registry import folded
 from dualhead.data.source import name_on_hub
@@ -180,3 +180,11 @@ def test_names_of_data_sets_and_kinds_as_people_say_them():
     assert name_on_hub("photos") is None
     assert (kind_of("Optimizer"), kind_of("recipe"), kind_of("things")) == ("optimisers", "recipes", None)
     assert folded("Pairwise_CNN") == "pairwise-cnn"
+
+
+@pytest.mark.parametrize("name", ["photos, mine #1", "yes", "2024", "{a: b}", 'say "hi"', "back\\slash"])
+def test_a_folder_of_any_name_is_the_data(name):
+    recipe, _ = with_shortcuts("digits_natural", [], [], Shortcuts(data=name))
+    assert recipe.data.source == name
+    (job,) = plan("digits_natural", settings_with_shortcuts("digits_natural", [], [], Shortcuts(data=name))[0])
+    assert job.recipe.data.source == name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def written_out(recipe: Recipe, overrides: Sequence[str], shortcuts: Shortcuts) 
         value = getattr(shortcuts, field)
         if value is not None:
             _refuse_twice(f"--{field}", key, keys)
-            added.append(f"{key}={value}")
+            # A path may hold what YAML, or the commas of an axis, would take for something else.
+            added.append(f"{key}={json.dumps(value, ensure_ascii=False) if field == 'data' else value}")
     if any(getattr(shortcuts, field) is not None for field in _OF_STAGES):
         stages = [stage for stage in recipe.stages if stage.trains and stage.epochs]
         for field, (option, key, of) in _OF_STAGES.items():
