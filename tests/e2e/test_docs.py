@@ -23,6 +23,8 @@ from helpers.plugins import nothing_from_outside
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CANNOT = {
+    "make demo": "makes an environment of its own; .ci/run does so",
+    "benchmarks/elsewhere/run.sh": "hours of training; what it asks for is tested in test_benchmark_elsewhere",
     "benchmarks/strongest/run.sh": "hours of training; what it asks for is tested in test_benchmark_strongest",
     "dualhead demo": "trains for minutes; tests/commands/test_demo.py runs it in short",
     "python benchmarks/": "a measurement of its own; its arguments are tested beside it",

@@ -121,7 +121,7 @@ def test_routers_are_measured_on_the_command_line(undisturbed):
     assert set(found["deployed"]["threats"]) == {"Linf", "L2"}
     assert dualhead("evaluate", undisturbed, "--routers", "--limit", 8).status == 0
     wrong = dualhead("evaluate", undisturbed, "--routers", "--output-of", "router1")
-    assert "not with --routers" in wrong.error_line
+    assert "--routers measures one part after another; leave --output-of out" in wrong.error_line
     poisoned = dualhead("evaluate", undisturbed, "--routers", "--poison", "{name: patch, target: 1}")
     assert "--poison: not with --routers" in poisoned.error_line
     alone = dualhead("evaluate", undisturbed, "--output-of", "router1", "--attack", "pgd-2", "--limit", 8, "--json")

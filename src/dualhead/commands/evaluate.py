@@ -205,8 +205,10 @@ def _of_parts(request: Request, option: str, instead: str, lacking: str) -> tupl
     Raises:
         UserError: for options that such a measurement does not take, and as `assess`.
     """
+    if request.output is not None:
+        raise UserError(f"{option} measures one part after another; leave --output-of out")
     given = {
-        "--output-of": request.output, "--transfer-from": request.transfer_from, "--poison": request.poison,
+        "--transfer-from": request.transfer_from, "--poison": request.poison,
         "--save-adversarial": request.save_adversarial, "--generation": request.generation, "--ood": request.ood,
     }  # fmt: skip
     for refused, value in given.items():
