@@ -705,7 +705,7 @@ def passes_of(prepared: Prepared, stage: Stage, teachers: Mapping[str, nn.Module
 def _piece_sizes(stage: Stage, images: int) -> set[int]:
     """Return how many images run through the network at once in a stage's steps."""
     batch, world = min(stage.batch_size, images), group().world
-    shares = {batch // world, -(-batch // world)}
+    shares = {batch // world, -(-batch // world)} - {0}  # a batch of less than an image each is refused elsewhere
     return {size for share in shares for piece in [min(stage.micro_batch or share, share)]
             for size in (piece, share % piece) if size}  # fmt: skip
 
