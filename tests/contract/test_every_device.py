@@ -36,8 +36,8 @@ NETWORKS = {
 WAITS = {"training/loop.py:_check_streak: a number"}
 """What `docs/speed.md` names: every ten steps the loop looks whether steps were dropped."""
 _DRAWN = {"training/curriculum.py:<dictcomp>: a number", "training/curriculum.py:add: a number"}
-DRAWS = {"cifar10_cpu_union": _DRAWN, "digits_continual": _DRAWN}
-"""Likewise: a threat is drawn for each step, from what the steps before met."""
+DRAWS = dict.fromkeys(("cifar10_cpu_union", "digits_continual", "cifar10_cpu_ar_at", "cifar10_resnet18_ar_at"), _DRAWN)
+"""Likewise: a threat is drawn for each step, from what the steps before met; AR-AT's balance moves after each epoch."""
 QUICK = ("apgd-t", "cw", "fab-t", "fgsm", "pgd", "square")
 """Attacks of all kinds."""
 

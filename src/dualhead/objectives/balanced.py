@@ -87,4 +87,4 @@ class Balanced(Objective):
             clean=(1.0 - self.weight) * F.cross_entropy(p, y), adversarial=self.weight * F.cross_entropy(q, y)
         )
         right = (p.detach().argmax(1) == labels).float().mean()
-        return terms.with_figures(clean_accuracy=right, adversarial_weight=right.new_tensor(self.weight))
+        return terms.with_figures(clean_accuracy=right, adversarial_weight=right.new_full((), self.weight))

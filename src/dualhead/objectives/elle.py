@@ -137,7 +137,7 @@ class ELLE(Around):
         base, share = self.base.loss(y, seen), _first(seen["share"])
         a, b, c = (cross_entropies(seen[name], y) for name in ("a", "b", "c"))
         error = (c - (1.0 - share) * a - share * b).square().mean()
-        figures = {"linear_error": error.detach(), "lambda": error.new_tensor(self._weight_now)}
+        figures = {"linear_error": error.detach(), "lambda": error.new_full((), self._weight_now)}
         return base.plus(linearity=self._weight_now * error).with_figures(**figures)
 
 

@@ -191,7 +191,7 @@ class Energy(Around):
         # Ties count half, as in every AUC.
         figures = {
             "auc": (gap.sign() + 1.0).mean() / 2.0,
-            "steps": gap.new_tensor(float(self.start_steps)),
+            "steps": gap.new_full((), float(self.start_steps)),
             "lse_real": real.detach().mean(),
             "lse_made": made.detach().mean(),
         }
