@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dualhead.data import Split, among
 from dualhead.errors import UserError
 from dualhead.evaluation import answers
+from dualhead.models import output_of_one
 from dualhead.saving import CONFIG, Architecture, find_model, load, read_config
 
 
@@ -51,11 +52,7 @@ class CleanModel:
                 f"{known.num_classes} classes and {test.image_shape[0]} channels; name a model of the same data"
             )
         network = load(where)
-        try:
-            answers(network, torch.as_tensor(test.images[:1]).cpu(), 1)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{where}: cannot read images of the shape {list(test.image_shape)}: {reason}") from None
+        output_of_one(network, test.image_shape, where)
         return cls(network, tuple(known.labels.tolist()))
 
     def taken_for(self, label: int, images: Tensor, batch_size: int, device: torch.device) -> NDArray[np.bool_]:

@@ -38,7 +38,7 @@ from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
 from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.names import head_id
 from dualhead.noise import Streams
-from dualhead.objectives import BEFORE, CLEAN, Objective, passed
+from dualhead.objectives import BEFORE, CLEAN, Need, Objective, passed
 from dualhead.recipe import Recipe, Statistics
 from dualhead.report import threat_text
 from dualhead.runs.clean import CleanModel
@@ -717,9 +717,7 @@ def _check_pieces_of_one(prepared: Prepared, number: int, passes: Passes) -> Non
         UserError: naming the layer.
     """
     stage, found = prepared.recipe.stages[number], list[str]()
-    teachers = stage.objective.teachers()
-    needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
-    look = passes.look(passed(needs))
+    look = passes.look(passed(_needs_of_its_own(stage.objective)))
     example = torch.zeros(1, *prepared.architecture.image_shape, device=prepared.device)
 
     def seen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -741,14 +739,18 @@ def _check_pieces_of_one(prepared: Prepared, number: int, passes: Passes) -> Non
         )
 
 
+def _needs_of_its_own(objective: Objective) -> dict[str, Need]:
+    """Return what an objective needs of the network that it trains: not of its teachers."""
+    teachers = objective.teachers()
+    return {name: need for name, need in objective.needs().items() if getattr(need, "output", None) not in teachers}
+
+
 def _check_needs(prepared: Prepared, number: int, passes: Passes) -> None:
     """Refuse an objective that needs what this network does not have; warn where several processes change it."""
     stage = prepared.recipe.stages[number]
-    teachers = stage.objective.teachers()
-    needs = {n: need for n, need in stage.objective.needs().items() if getattr(need, "output", None) not in teachers}
     with under(f"stages.{number}.objective"):
         _check_images(stage.objective, prepared.architecture.image_shape)
-        passes.look(passed(needs))
+        passes.look(passed(_needs_of_its_own(stage.objective)))
         for inner in stage.objective.inner().values():
             passes.look(inner.through)
     if group().world > 1 and not stage.objective.per_image:
