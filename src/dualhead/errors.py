@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 _LONGEST: Final = 1000
@@ -30,3 +32,12 @@ class RunError(RuntimeError):
 
 class Interrupted(RunError):  # noqa: N818  # not an error of anybody's
     """A run was asked to stop, and saved itself first (exit status 75): the same command goes on."""
+
+
+@contextmanager
+def under(where: str) -> Iterator[None]:
+    """Put where it happened, such as a key of a recipe, before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

@@ -13,7 +13,7 @@ from dualhead.commands.resolve import Request, resolve
 from dualhead.data import load_split
 from dualhead.errors import UserError
 from dualhead.recipe import load_recipe
-from dualhead.runs.prepare import architecture_of
+from dualhead.runs.network import architecture_of
 from dualhead.saving import save_model
 from helpers.e2e import dualhead as command
 

@@ -66,7 +66,7 @@ def test_success_is_over_images_of_other_classes_and_kept_with_the_results(tmp_p
 
 def test_it_stands_beside_a_model_of_clean_data(tmp_path):
     from dualhead.recipe import load_recipe
-    from dualhead.runs.prepare import architecture_of
+    from dualhead.runs.network import architecture_of
     from dualhead.saving import save_model
 
     architecture = architecture_of(load_recipe("digits_natural"), load_split("digits", "train"))
@@ -82,7 +82,7 @@ def test_it_stands_beside_a_model_of_clean_data(tmp_path):
 def saved(folder, names):
     """A model that takes every image for class 3 of its own, with names of its classes."""
     from dualhead.recipe import load_recipe
-    from dualhead.runs.prepare import architecture_of
+    from dualhead.runs.network import architecture_of
     from dualhead.saving import save_model
 
     digits = load_split("digits", "train")

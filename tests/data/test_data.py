@@ -635,6 +635,17 @@ def test_image_folder_that_is_linked(tmp_path):
     assert len(load_split(str(tmp_path / "linked"), "train")) == 2
 
 
+def test_links_to_folders_inside_a_class_folder_are_followed_once(tmp_path):
+    write_folder(tmp_path, {"train/cat": 2, "train/dog": 2})
+    write_folder(tmp_path / "elsewhere", {"train/more": 3})
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).rename(tmp_path / "set" / "train" / name)
+    (tmp_path / "set" / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "train" / "more")
+    (tmp_path / "set" / "train" / "dog" / "again").symlink_to(tmp_path / "set" / "train" / "dog")
+    assert load_split(str(tmp_path / "set"), "train").labels.bincount().tolist() == [5, 2]
+
+
 def test_folders_without_data_are_refused(tmp_path):
     refused("neither parquet files nor class folders", load_split, str(tmp_path), "train")
     (tmp_path / "train").mkdir()
@@ -747,7 +758,7 @@ def test_the_second_load_does_not_decode_and_gives_the_same(tmp_path, cache_fold
     write_pngs(tmp_path / "train.parquet", pixels_of(5), [0, 1, 2, 0, 1])
     first = load_split(str(tmp_path), "train")
     assert [path.suffix for path in cache_folder.iterdir()] == [".safetensors"]
-    monkeypatch.setattr("dualhead.data.source.decode", None)
+    monkeypatch.setattr("dualhead.data.reading.decode_readable", None)
     assert same(load_split(str(tmp_path), "train"), first)
     assert same(load_split(str(tmp_path / "train.parquet"), "train"), first)
 

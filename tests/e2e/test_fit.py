@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 import dualhead
 from dualhead.data import load_split
 from dualhead.models import read_state
-from dualhead.runs.prepare import load_images
+from dualhead.runs.images import load_images
 from helpers import fit_job
 from helpers.e2e import dualhead as command
 from helpers.own_net import OwnNet

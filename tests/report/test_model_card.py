@@ -79,6 +79,8 @@ def test_stages_name_their_own_radius_and_not_the_loss_that_measuring_uses():
 def test_what_is_not_attacked_names_no_attack_and_free_takes_its_place():
     natural = load_recipe("digits_natural").resolved()["stages"][0]
     assert (natural["attack"]["name"], attack_text(natural)) == ("pgd", "")
+    around = load_recipe("digits_natural", ["stages.0.objective={name: ewc, base: natural, old: Linf:0.1}"])
+    assert attack_text(around.resolved()["stages"][0]) == ""
     free = load_recipe("digits", ["stages.main_head.free={replays: 4}"]).resolved()["stages"][0]
     assert attack_text(free) == "free (replays 4)"
 

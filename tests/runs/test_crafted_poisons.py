@@ -19,7 +19,8 @@ from dualhead.recipe import load_recipe
 from dualhead.runs import crafting
 from dualhead.runs.crafted import Crafted, surrogate_recipe, without_poison
 from dualhead.runs.crafting import Crafting, craft
-from dualhead.runs.prepare import load_images, prepare
+from dualhead.runs.images import load_images
+from dualhead.runs.prepare import prepare
 from dualhead.runs.run import train
 from dualhead.runs.trial import trial
 from dualhead.threats import ThreatModel

@@ -8,7 +8,8 @@ import torch
 from dualhead.data import load_split
 from dualhead.models import write_state
 from dualhead.recipe import load_recipe
-from dualhead.runs.prepare import architecture_of, prepare
+from dualhead.runs.network import architecture_of
+from dualhead.runs.prepare import prepare
 from dualhead.runs.stages import train_stages
 from dualhead.training import Silent
 from helpers.plugins import nothing_from_outside

@@ -14,7 +14,7 @@ from dualhead.data import Split
 from dualhead.errors import UserError
 from dualhead.evaluation import Evaluation
 from dualhead.recipe import load_recipe
-from dualhead.runs import measure, prepare, read_entries, run, stages, standings
+from dualhead.runs import images, measure, network, prepare, read_entries, run, stages, standings
 from helpers.e2e import TINY
 
 MOST_LINES = 40
@@ -42,7 +42,7 @@ def test_the_order_of_events_is_told_once_and_fits_a_screen():
     assert [name for name in calls(body) if name in STEPS] == list(STEPS)
 
 
-@pytest.mark.parametrize("module", [run, prepare, stages, measure], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [run, images, network, prepare, stages, measure], ids=lambda module: module.__name__)
 def test_every_function_fits_a_screen(module):
     nodes = ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
     for node in (node for node in nodes if isinstance(node, ast.FunctionDef)):
@@ -51,7 +51,19 @@ def test_every_function_fits_a_screen(module):
 
 
 def test_steps_know_only_those_before_them():
-    order = ["folder", "clean", "crafted", "prepare", "stages", "crafting", "poisoned", "measure", "run"]
+    order = [
+        "folder",
+        "clean",
+        "crafted",
+        "images",
+        "network",
+        "prepare",
+        "stages",
+        "crafting",
+        "poisoned",
+        "measure",
+        "run",
+    ]
     for place, name in enumerate(order):
         source = Path(run.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         known = {
@@ -76,7 +88,7 @@ def test_weights_of_classes(given, expected):
     recipe = load_recipe("digits", [] if given is None else [f"data.class_weights={given}"])
     labels = torch.tensor([0] * 20 + [1] * 6 + [3] * 4)
     split = Split(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), labels, ("0", "1", "2", "3"))
-    found = prepare.class_weights(recipe, split)
+    found = images.class_weights(recipe, split)
     assert expected is None or found.tolist() == pytest.approx(expected)
     assert (found is None) == (expected is None)
 
@@ -84,7 +96,7 @@ def test_weights_of_classes(given, expected):
 def test_a_weight_for_no_class_is_refused():
     split = Split(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), ("cat", "dog"))
     with pytest.raises(UserError, match="'bee' is no class of these images; they are cat, dog"):
-        prepare.class_weights(load_recipe("digits", ["data.class_weights={bee: 2}"]), split)
+        images.class_weights(load_recipe("digits", ["data.class_weights={bee: 2}"]), split)
 
 
 def test_weights_of_classes_reach_the_loss(tmp_path):

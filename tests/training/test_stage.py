@@ -190,6 +190,23 @@ def test_a_radius_that_the_objective_does_not_look_at_is_told(tmp_path, caplog, 
     assert [words.split(" that it")[0] for words in found] == told
 
 
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ("{name: lwf, base: {name: any_of, choose: worst}}", ["lwf"]),
+        ("{name: logit_pairing, base: avg}", ["logit_pairing"]),
+        ("{name: lwf, base: {name: any_of, choose: adaptive}}", []),
+        ("{name: any_of, choose: worst}", []),
+        ("lwf", []),
+    ],
+)
+def test_a_method_that_looks_at_one_of_several_threats_is_told(tmp_path, caplog, objective, told):
+    with caplog.at_level("WARNING"):
+        prepare(recipe(f"stages.main_head.objective={objective}"), tmp_path / "run")
+    found = [record.getMessage() for record in caplog.records if "at once, and what" in record.getMessage()]
+    assert [words.split("and what ")[1].split(" adds")[0] for words in found] == told
+
+
 SMALL = ("data.image_size=[4, 4]", "stages.*.augment=[]", "data.augment=[]")
 """The last block of the network has one pixel then."""
 

@@ -19,7 +19,7 @@ import typer
 
 from dualhead.commands.catalogue import first_line, kind_of, recipes, shipped
 from dualhead.commands.examples import examples_of
-from dualhead.errors import Interrupted, RunError, UserError
+from dualhead.errors import Interrupted, RunError, UserError, under
 from dualhead.system.memory import keep_freed_blocks
 from dualhead.system.told import Once
 
@@ -1000,10 +1000,8 @@ def _load_plugins(sources: list[str] | None) -> None:
     from dualhead.components.plugins import load
 
     for source in sources or []:
-        try:
+        with under("--plugin"):
             load(source)
-        except UserError as error:
-            raise UserError(f"--plugin: {error}") from None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dualhead.commands.overrides import naming_stages
 from dualhead.commands.terminal import EvaluationDisplay, TrainingDisplay, progress_bar
 from dualhead.components.plugins import searched_in
 from dualhead.data import GivenImages, Labelled, Split, holding, match, one_form
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.evaluation import LABEL_KEYS, read_all
 from dualhead.heads import DualHeadClassifier, layers, own_words
 from dualhead.models import address_of, at_hand, backbones, describe_given
@@ -223,10 +223,8 @@ def _part(given: Any, part: str) -> tuple[Labelled | str, tuple[str, ...] | None
         )
     elif isinstance(given, Iterable) or hasattr(given, "__getitem__"):
         names = _class_names(given.dataset if isinstance(given, DataLoader) else given)
-        try:
+        with under(part):
             read = read_all(given)
-        except UserError as error:
-            raise UserError(f"{part}: {error}") from None
         images, labels = (_array(one) for one in read)
     else:
         raise UserError(

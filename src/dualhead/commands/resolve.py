@@ -13,7 +13,7 @@ from torch import nn
 from dualhead.attacks import Attack
 from dualhead.components.fields import parse_real
 from dualhead.data import Framing, Resample, Split, Storage, among, load_split
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.evaluation import Asked, Measurement
 from dualhead.models import Backbone, backbones, maker
 from dualhead.runs import RunFolder, data_facts, load_stage, read_recipe, refuse_other_data
@@ -327,10 +327,8 @@ def _several(request: Request, source: _Source) -> tuple[Threat, ...]:
     for text in request.threats:
         if not text.rpartition(":")[0]:
             raise UserError(f"--threat {text}: write its budget too, as in --threat Linf:8/255 --threat L2:0.5")
-    try:
+    with under("--threat"):
         return tuple(build_threat(text) for text in request.threats)
-    except UserError as error:
-        raise UserError(f"--threat: {error}") from None
 
 
 def _threat(request: Request, known: Mapping[str, Any]) -> tuple[Threat, list[str]]:

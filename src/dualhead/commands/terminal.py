@@ -177,7 +177,7 @@ class TrainingDisplay:
 
 
 class EvaluationDisplay:
-    """Draws an evaluation: attack, robust accuracy so far, tries left, time left."""
+    """Draws an evaluation: attack, accuracy under it so far, tries left, time left."""
 
     def __init__(self, bar: Progress | None, row: str) -> None:
         self._bar = bar
@@ -187,7 +187,7 @@ class EvaluationDisplay:
 
     def update(self, attack: str, done: int, total: int, robust_so_far: float) -> None:
         """See `EvaluationProgress.update`."""
-        text = f"{self._row}: {attack}  robust {robust_so_far:.1%}"
+        text = f"{self._row}: {attack}  correct {robust_so_far:.1%}"
         if self._bar is None:
             if done >= total and attack not in self._told:
                 self._told.add(attack)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dualhead.commands.resolve import Request, Resolved
 from dualhead.data import Poison, poisons
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.evaluation import TRIGGERED, Evaluation, TriggeredImages, measure_triggered
 from dualhead.recipe import parse_yaml
 from dualhead.runs import CleanModel, triggered_images
@@ -43,10 +43,8 @@ def marked_images(request: Request, asked: Resolved, count: int) -> TriggeredIma
             raise UserError("--clean-model: is compared under a trigger; say which by --poison, or leave it out")
         return None
     poison = read_poison(request.poison)
-    try:
+    with under(f"--poison: {poison.registered_name}"):
         found = triggered_images(poison, asked.images, count)
-    except UserError as error:
-        raise UserError(f"--poison: {poison.registered_name}: {error}") from None
     if found is None:
         raise UserError(
             f"--poison: {poison.registered_name} has no trigger, so that test images tell nothing of it; train on it "
@@ -63,10 +61,8 @@ def clean_rate(request: Request, asked: Resolved, marked: TriggeredImages | None
     """
     if request.clean_model is None or marked is None:
         return None
-    try:
+    with under("--clean-model"):
         model = CleanModel.of(request.clean_model, asked.images)
-    except UserError as error:
-        raise UserError(f"--clean-model: {error}") from None
     device = next(asked.model.parameters()).device
     return model.taken_for(marked.target, marked.images, request.batch_size, device)
 

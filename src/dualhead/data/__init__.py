@@ -22,7 +22,8 @@ from dualhead.data.poisons import (
     poisons,
     triggered,
 )
-from dualhead.data.source import Storage, load_split, resolve
+from dualhead.data.reading import Storage
+from dualhead.data.source import load_split, resolve
 from dualhead.data.split import HELD_OUT, Split, held_rows, hold_out, to_bytes
 from dualhead.data.stored import in_turn
 from dualhead.data.streams import Memory, OpenStream, Stream, StreamImages, StreamSetting, Uniform, streams

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -132,8 +132,7 @@ def _saved_parts(root: Path) -> dict[str, tuple[Path, ...]]:
 def _files_below(root: Path, extensions: Set[str]) -> list[Path]:
     """The files with one of the extensions at any depth, sorted; what is hidden is left out."""
     found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if _may_hold_data(name)]
+    for folder, files in _walk(root):
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:  # noqa: PTH122  # for speed
                 found.append(os.path.join(folder, name))  # noqa: PTH118  # likewise
@@ -143,8 +142,7 @@ def _files_below(root: Path, extensions: Set[str]) -> list[Path]:
 def _images_below(root: Path, passed_over: Counter[str]) -> list[Path]:
     """The images at any depth, sorted; the endings of all other files that are not hidden are counted."""
     found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if _may_hold_data(name)]
+    for folder, files in _walk(root):
         for name in files:
             if name.startswith("."):
                 continue
@@ -154,6 +152,18 @@ def _images_below(root: Path, passed_over: Counter[str]) -> list[Path]:
             else:
                 passed_over[ending or "without an ending"] += 1
     return [Path(path) for path in sorted(found)]
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below and the names of its files; links to folders are followed, each folder is met once."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)  # noqa: PTH116  # for speed
+        place = status.st_dev, status.st_ino
+        folders[:] = [] if place in seen else sorted(name for name in folders if _may_hold_data(name))
+        if place not in seen:
+            seen.add(place)
+            yield folder, files
 
 
 def _may_hold_data(name: str) -> bool:

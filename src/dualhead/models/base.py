@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.components.registry import Registry
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.models.normalize import Normalize
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of, two_at_least
@@ -177,10 +177,8 @@ def check_logits(model: nn.Module, num_classes: int, image_shape: ImageShape, wh
         UserError: if it cannot take such images, or gives another number of logits.
     """
     output = output_of_one(model, image_shape, where)
-    try:
+    with under(where):
         shape = tuple(logits_of(output).shape)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
     one_logit = num_classes == 2 and shape in ((), (1,), (1, 1))  # read as [0, z]
     if shape != (1, num_classes) and not one_logit:
         advice = if_more and f"; {if_more}" if len(shape) == 2 and shape[1] > num_classes else ""

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.models.base import Wrapped
 from dualhead.models.normalize import Normalize
 from dualhead.system.files import write_atomically
@@ -258,10 +258,8 @@ def normalisation_in(state: Mapping[str, Tensor], where: str) -> tuple[tuple[flo
             "%s: %s and %s are of images from 0 to 255, and read as %s and %s", where, *names,
             [round(m, 4) for m in mean], [round(s, 4) for s in std],
         )  # fmt: skip
-    try:
+    with under(f"{where}: {names[0]} and {names[1]}"):
         Normalize(mean, std)
-    except UserError as error:
-        raise UserError(f"{where}: {names[0]} and {names[1]}: {error}") from None
     return tuple(mean), tuple(std)
 
 

@@ -15,7 +15,7 @@ from dualhead.components.fields import Real, parse_real
 from dualhead.components.registry import Registry, first_error
 from dualhead.components.sections import Section, component
 from dualhead.data import Augmentation, Poison, Resample, Split, Storage, augmentations, load_split, poisons, resolve
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.evaluation import Asked, located, measurements
 from dualhead.heads import DEFAULT_OWN, Aggregator, aggregators
 from dualhead.models import Backbone, backbones
@@ -472,12 +472,10 @@ class Recipe(Section):
         names = content["plugins"]
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise UserError(f".plugins: must list files or modules, e.g. [my_file.py]; got {names!r}")
-        try:
+        with under(".plugins"):
             found = list(dict.fromkeys(outside.located(name) for name in names))
             for name in found:
                 outside.load(name)
-        except UserError as error:
-            raise UserError(f".plugins: {error}") from None
         return {**content, "plugins": found}
 
     @model_validator(mode="after")
@@ -505,10 +503,8 @@ class Recipe(Section):
                     "teacher, would change"
                 )
             if self.model.attach_at:
-                try:
+                with under(f".stages.{index}"):
                     stage.check_parts(tied=self.model.tied is not None)
-                except UserError as error:
-                    raise UserError(f".stages.{index}: {error}") from None
             known = outputs_of(heads, routers)
             for output in (*stage.objective.outputs, *([stage.deploy] if stage.deploy else [])):
                 if output not in known:
@@ -598,10 +594,8 @@ class Recipe(Section):
             others = dict.fromkeys(t for stage in self.stages for t in self.validated_under(stage) if t != self.threat)
             uses += [("validation.attack", _for_another(self.validation.attack, threat)) for threat in others]
         for place, check in uses:
-            try:
+            with under(f".{place}"):
                 check(self.threat)
-            except UserError as error:
-                raise UserError(f".{place}: {error}") from None
         key = "sequence" if self.sequence is not None else "evaluate"
         for index, threat in enumerate(self.threats_measured):
             if not any(attack.takes(threat) for attack in self.evaluate.asked.attacks.values()):

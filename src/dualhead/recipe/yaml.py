@@ -15,7 +15,7 @@ import yaml
 
 from dualhead.components import plugins as outside
 from dualhead.components.registry import folded
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.recipe.schema import Recipe, parse_recipe
 
 LARGEST_RECIPE = 2**20
@@ -130,11 +130,9 @@ def load_recipe(name: str, overrides: Overrides = (), plugins: str | Sequence[st
     for change in changes:
         override(content, change)
     if plugins:
-        try:
+        with under("--plugin"):
             sources = [plugins] if isinstance(plugins, str) else plugins
             given = [outside.located(source) for source in sources]  # these stand on the command line: relative to here
-        except UserError as error:
-            raise UserError(f"--plugin: {error}") from None
         named = content.get("plugins") or []
         content["plugins"] = [*named, *given] if isinstance(named, list) else named
     with outside.searched_in(folders):
@@ -251,10 +249,8 @@ def _extended(name: str, chain: tuple[str, ...], folders: list[Path]) -> tuple[d
         raise UserError(f"recipe {name}: extends must name one other recipe, without a circle; got {parent!r}")
     beside = Path(name).parent / parent
     found = str(beside) if _is_file(Path(name)) and _is_file(beside) else parent
-    try:
+    with under(f"recipe {name}: extends"):
         base = _extended(found, (*chain, name, parent), folders)[0]
-    except UserError as error:
-        raise UserError(f"recipe {name}: extends: {error}") from None
     if isinstance(base.get("plugins"), list) and isinstance(content.get("plugins"), list):
         content["plugins"] = base["plugins"] + content["plugins"]  # the base needs its own
     own = {"name": content.pop("name")} if "name" in content else {}  # a recipe's name tells no components apart

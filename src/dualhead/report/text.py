@@ -74,6 +74,8 @@ def attack_text(stage: Mapping[str, Any], norm: object = None) -> str:
     """
     objective, free = stage.get("objective"), stage.get("free")
     chooses = any(stage.get(key) is not None for key in ("fit", "interpolate"))
+    while isinstance(objective, Mapping) and isinstance(objective.get("base"), Mapping):
+        objective = objective["base"]
     if chooses or (isinstance(objective, Mapping) and objective.get("name") == "natural"):
         return ""
     if isinstance(free, Mapping):

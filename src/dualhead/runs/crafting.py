@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from dualhead.attacks import Maximiser, attacks, maximise_within
 from dualhead.data import Found, Search, Split, Surrogate, Workbench
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.evaluation import last_linear
 from dualhead.names import AGGREGATE, MEAN
 from dualhead.noise import Streams
 from dualhead.recipe import Recipe
 from dualhead.runs.crafted import Crafted, surrogate_recipe, without_poison
 from dualhead.runs.folder import RunFolder, taken, without_how
-from dualhead.runs.prepare import Prepared, load_images, prepare, under
+from dualhead.runs.images import load_images
+from dualhead.runs.prepare import Prepared, prepare
 from dualhead.runs.stages import train_stages
 from dualhead.saving import view
 from dualhead.system.devices import float32_products

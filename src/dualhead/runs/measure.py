@@ -31,8 +31,9 @@ from dualhead.heads import DualHeadClassifier
 from dualhead.models import count_parameters
 from dualhead.names import AGGREGATE, BASE, MEAN, MODEL, head_id, name_of
 from dualhead.runs.folder import load_kept
+from dualhead.runs.images import count_measured
 from dualhead.runs.poisoned import Measures, summary_of
-from dualhead.runs.prepare import Prepared, chosen_under, count_measured, load_specialists
+from dualhead.runs.prepare import Prepared, chosen_under, load_specialists
 from dualhead.runs.stages import precision_of
 from dualhead.saving import view, write_card
 from dualhead.system.files import write_json

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dualhead.data import HELD_OUT, REMOVED, Poison, Split, held_rows, triggered
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.evaluation import (
     TRIGGERED,
     Evaluation,
@@ -31,7 +31,8 @@ from dualhead.names import AGGREGATE, MEAN, router_number
 from dualhead.recipe import Recipe
 from dualhead.runs.clean import CleanModel
 from dualhead.runs.folder import RunFolder
-from dualhead.runs.prepare import Prepared, count_measured, under
+from dualhead.runs.images import count_measured
+from dualhead.runs.prepare import Prepared
 from dualhead.saving import view
 from dualhead.system.processes import group
 

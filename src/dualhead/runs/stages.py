@@ -21,11 +21,10 @@ from dualhead.noise import Streams
 from dualhead.objectives import BEFORE, Before
 from dualhead.recipe import Runtime
 from dualhead.runs.folder import load_kept, open_folder, write_digests, write_manifest
+from dualhead.runs.images import augmentations_of, class_weights
 from dualhead.runs.prepare import (
     Prepared,
-    augmentations_of,
     chosen_under,
-    class_weights,
     earlier_stage,
     fresh_model,
     passes_of,

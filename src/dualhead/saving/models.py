@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhead.components.plugins import reason, records_in, refuse_changed
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.heads import DualHeadClassifier
 from dualhead.models import (
     address_of,
@@ -279,10 +279,8 @@ def _classifier(plain: nn.Module, architecture: Architecture, name: bool | str) 
         if name not in dict(plain.named_modules()):
             raise UserError(f"replace_classifier: the model has no layer {name!r}; `dualhead layers` lists them")
         return name
-    try:
+    with under("replace_classifier"):
         return last_layer(plain, architecture.num_classes, architecture.image_shape)
-    except UserError as error:
-        raise UserError(f"replace_classifier: {error}") from None
 
 
 def normalisation_of(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
