@@ -6,7 +6,8 @@ from dualhead.training.interpolation import interpolate
 from dualhead.training.layer_decay import layer_scales
 from dualhead.training.loop import StageFiles, StageRun
 from dualhead.training.metrics import MetricsLog, read_metrics, summary_writer
-from dualhead.training.passes import Passes, trained_output
+from dualhead.training.parts import trained_output
+from dualhead.training.passes import Passes
 from dualhead.training.profiler import StepProfiler
 from dualhead.training.progress import Silent, TrainingProgress
 from dualhead.training.single_step import SingleStepWatch

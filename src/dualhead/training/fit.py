@@ -10,12 +10,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from dualhead.attacks import predictions
-from dualhead.components.fields import Real
-from dualhead.components.sections import Section
 from dualhead.data import Batch, batches
 from dualhead.errors import Interrupted, UserError
 from dualhead.heads import Chosen, DualHeadClassifier, Output
@@ -26,27 +23,13 @@ from dualhead.system.flops import CountFlops
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.processes import group
 from dualhead.training.checkpoint import Position
+from dualhead.training.choices import Fit
 from dualhead.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
 LEAST_LOG_PROBABILITY = -80.0
 """A probability below exp of it vanishes in float32, and its gradient with it."""
-
-
-class Fit(Section):
-    """The parameters of an aggregator such as `mixed_nuts`, chosen on the held-out images.
-
-    Among the candidates, the one of highest clean accuracy whose robust accuracy is at most `max_loss` below head 1's.
-    Robust means: right under every attack known so far, at first those on each head and on their mean. The candidate
-    that is best by these is attacked itself (by `validation.attack`) and chosen anew under one attack more, until the
-    choice stands; only what has been attacked itself is ever kept.
-    """
-
-    max_loss: Real = Field(0.01, ge=0, le=1)
-    """Robust accuracy that may be given up against head 1, a fraction of the held-out images."""
-    rounds: int = Field(6, ge=1)
-    """Candidates attacked, at most; each costs what a validation does."""
 
 
 class Selection:

@@ -5,47 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from dualhead.components.fields import Real
-from dualhead.components.sections import Section
-from dualhead.errors import Interrupted, UserError
+from dualhead.errors import Interrupted
 from dualhead.system.arithmetic import Arithmetic
 from dualhead.system.flops import CountFlops
 from dualhead.system.processes import group
-from dualhead.threats import THREAT, Threat
 from dualhead.training.checkpoint import Position
 from dualhead.training.passes import Passes
 from dualhead.training.validation import Validator
-
-
-class Interpolate(Section):
-    """Weights between those that two earlier stages keep, (1 - a) first + a second.
-
-    The share a is the one with the highest robust accuracy on the held-out images, as the mean over `threats`; of equal
-    ones the one with the highest clean accuracy. Running statistics of batch norm are interpolated too. It costs as
-    many validations as there are shares, and no training. After Wortsman et al. 2022, Robust fine-tuning of zero-shot
-    models, CVPR, arXiv 2109.01903.
-    """
-
-    between: tuple[str, str]
-    """Names of two earlier stages."""
-    shares: tuple[Annotated[Real, Field(ge=0, le=1)], ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    """Those that are tried."""
-    threats: tuple[Annotated[Threat, *THREAT], ...] = ()
-    """What choosing looks at; empty: the stage's own threat."""
-
-    @model_validator(mode="after")
-    def _has_shares(self) -> Self:
-        if not self.shares:
-            raise UserError(".shares: must hold at least one, e.g. [0, 0.5, 1]")
-        if self.between[0] == self.between[1]:
-            raise UserError(f".between: names {self.between[0]} twice; name two earlier stages")
-        return self
 
 
 def between(first: Mapping[str, Tensor], second: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

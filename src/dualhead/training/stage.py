@@ -18,11 +18,10 @@ from dualhead.objectives import ATTACKED, CLEAN, OWN, Objective, objectives
 from dualhead.threats import THREAT, Threat
 from dualhead.training.averaging import Averaging, averagings
 from dualhead.training.awp import AWP
-from dualhead.training.fit import Fit
+from dualhead.training.choices import Fit, Interpolate
 from dualhead.training.free import Free
-from dualhead.training.interpolation import Interpolate
 from dualhead.training.optimisation import Optimiser, Schedule, optimisers, schedules
-from dualhead.training.passes import refuse_unmet, trained_output
+from dualhead.training.parts import refuse_unmet, trained_output
 
 RESET: Final = "reset"
 """Value of `init` for fresh weights."""
