@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 
 import pytest
 from rich.console import Console
 
 from dualhead.commands import cli, terminal
+from dualhead.commands.sweep import collect, plan
 
 
 @pytest.fixture
@@ -77,6 +79,21 @@ def test_balanced_accuracy_has_columns_where_classes_differ_in_size(shown, sizes
     terminal.out.print(terminal.accuracy_table("accuracy", [row("m", pgd=0.3, worst=0.3) | even, old]))
     text = shown.getvalue()
     assert ("12.3" in text and "4.5" in text and "balanced" in text) == shown_there
+
+
+def test_points_of_a_sweep_over_the_section_model_are_not_seeds_of_one(shown, tmp_path):
+    sections = ["{backbone: cnn-16, attach_at: stage1}", "{backbone: cnn-32, attach_at: stage1}"]
+    jobs = plan("digits", [f"model={','.join(sections)}"])
+    for job, share in zip(jobs, (0.9, 0.5), strict=True):
+        told = row("mean of heads", worst=share) | {"clean_accuracy": share, "parameters": 1, "training_cost": {}}
+        (tmp_path / job.name).mkdir()
+        (tmp_path / job.name / "comparison.json").write_text(json.dumps({"rows": [told]}))
+    rows = [{**each, "training_flops": None} for each in collect(jobs, tmp_path)]
+    assert [(each["recipe.model"], each["model"]) for each in rows] == [(each, "mean of heads") for each in sections]
+    terminal.sweep_table(rows)
+    assert "90.0" in shown.getvalue()
+    assert "50.0" in shown.getvalue()
+    assert "+-" not in shown.getvalue()
 
 
 def test_a_row_of_a_sweep_in_which_a_check_failed_is_marked(shown):

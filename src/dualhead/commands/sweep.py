@@ -165,19 +165,23 @@ def refuse_other_runs(jobs: Sequence[Job], folder: Path) -> None:
 
 
 def collect(jobs: Sequence[Job], folder: Path) -> list[dict[str, Any]]:
-    """Return a record for each output of each finished run: settings, seed, model, checks, accuracies and cost."""
+    """Return a record for each output of each finished run: settings, seed, model, checks, accuracies and cost.
+
+    `model` is the output; the section `model` of recipes, where it is varied as a whole, is `recipe.model`.
+    """
     records = []
     for job in jobs:
         path = RunFolder(folder / job.name).comparison
         if not path.is_file():
             continue
+        settings = {"recipe.model" if key == "model" else key: value for key, value in job.settings.items()}
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             even = {f"balanced_{name}": value for name, value in row.get("balanced_accuracy", {}).items()}
             robust = {f"robust_{name}": value for name, value in row["robust_accuracy"].items()}
             worn = {f"measured_{name}": told["accuracy"] for name, told in measured_in(row).items()}
             records.append(
                 {
-                    "run": job.name, **job.settings, "seed": job.seed, "model": row["name"],
+                    "run": job.name, **settings, "seed": job.seed, "model": row["name"],
                     "checks": row.get("checks", []),
                     "clean_accuracy": row["clean_accuracy"], **robust, **worn, **even,
                     **({"class_sizes": row["class_sizes"]} if even else {}), "parameters": row["parameters"],
