@@ -21,6 +21,7 @@ from markupsafe import escape
 from PIL import Image
 
 from dualhead.commands.cli import app
+from dualhead.commands.runs import list_of
 from dualhead.errors import UserError
 from dualhead.evaluation.gallery import Gallery
 from dualhead.evaluation.results import Evaluation, Verdicts, accuracies, per_class
@@ -766,6 +767,17 @@ def test_an_interrupted_evaluation_shows_the_rows_that_are_done(tmp_path):
     assert "stopped before the final output was measured" in page.text
     names = re.findall(r"<th scope=row>([^<]*)</th>", page.source)
     assert "mean of heads" in names and "aggregate of heads" not in names
+
+
+def test_a_list_of_runs_takes_no_other_output_for_the_deployed_one(tmp_path):
+    run = make_run(tmp_path / "run")
+    accuracies = [(row["deployed"], row["clean_accuracy"]) for row in summary(run)["rows"]]
+    assert [deployed for deployed, _ in accuracies] == [False] * (len(ROWS) - 1) + [True]
+    assert list_of(tmp_path)[0]["clean_accuracy"] == accuracies[-1][1]
+    (run / "comparison.json").unlink()
+    (run / "evaluation" / "results.json").unlink()
+    (told,) = list_of(tmp_path)
+    assert (told["state"], told["clean_accuracy"], told["robust_accuracy"]) == ("evaluating", None, None)
 
 
 def test_metrics_that_are_no_numbers_leave_a_gap_and_a_note(tmp_path):

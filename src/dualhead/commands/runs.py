@@ -15,8 +15,8 @@ def list_of(folder: Path) -> list[dict[str, Any]]:
     """Return a record for each run under a folder, at any depth, in order of their paths.
 
     Each holds `run`, `recipe`, `state` (`training`, `evaluating`, `finished`, or `damaged`), `at_work`, `epochs` done
-    and in all, `clean_accuracy` and `robust_accuracy` of the deployed model with their `intervals` (None before the
-    evaluation), `checks` that failed or warn, and `notes`.
+    and in all, `clean_accuracy` and `robust_accuracy` of the deployed model with their `intervals` (None before it
+    has been evaluated), `checks` that failed or warn, and `notes`.
 
     Raises:
         UserError: if there is no such folder, or no run in it.
@@ -42,8 +42,8 @@ def _record(place: Path) -> dict[str, Any]:
     record |= {key: facts[key] for key in ("recipe", "state", "notes")}
     record["epoch"] = sum(stage["epoch"] for stage in facts["stages"])
     record["epochs"] = sum(stage["epochs"] or 0 for stage in facts["stages"])
-    if facts["rows"]:
-        deployed = facts["rows"][-1]
+    deployed = next((row for row in facts["rows"] if row["deployed"]), None)
+    if deployed is not None:
         record |= {key: deployed[key] for key in ("clean_accuracy", "robust_accuracy", "intervals")}
-        record["checks"] = [check for row in facts["rows"] for check in row["checks"]]
+    record["checks"] = [check for row in facts["rows"] for check in row["checks"]]
     return record

@@ -19,8 +19,8 @@ def summary(folder: Path) -> dict[str, Any]:
 
     Returns:
         `run`, `recipe`, `threat`, `state` (`training`, `evaluating` or `finished`), `stages` with their epochs,
-        seconds and accuracies on held-out images, `rows` with failed and warning checks and
-        accuracies on test images, and `notes`.
+        seconds and accuracies on held-out images, `rows` with failed and warning checks,
+        accuracies on test images and whether they are of what is `deployed`, and `notes`.
 
     Raises:
         UserError: for a folder that is no single run.
@@ -40,7 +40,10 @@ def summary(folder: Path) -> dict[str, Any]:
         "state": "training" if not trained else "finished" if measured else "evaluating",
         "device": source.environment.get("device"),
         "stages": stages,
-        "rows": [{**described(row), "checks": lights(row.results.get("diagnostics"))} for row in source.rows],
+        "rows": [
+            {**described(row), "deployed": row.deployed, "checks": lights(row.results.get("diagnostics"))}
+            for row in source.rows
+        ],
         "notes": source.notes,
     }
 
