@@ -48,6 +48,15 @@ SQUARE = {"height": 224, "width": 224}
             {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}, "crop_pct": 0.875},
             Preprocessing((224, 224), 0.875, resample="bilinear"),
         ),
+        (  # cut first: 224 / 256 of the shorter side
+            {
+                "feature_extractor_type": "PerceiverFeatureExtractor",
+                "size": 224,
+                "do_center_crop": True,
+                "crop_size": 256,
+            },
+            Preprocessing((224, 224), 0.875),
+        ),
         (
             {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 384, "resample": 3},
             Preprocessing((384, 384)),
@@ -64,6 +73,11 @@ def test_images_come_to_size_as_the_processor_says(tmp_path, told, expected):
         ({"do_flip_channel_order": True}, "swaps red and blue"),
         ({"do_center_crop": True, "crop_size": 224}, "do_center_crop without do_resize"),
         ({"size": {"longest_edge": 500}}, "in a way that is not known"),
+        ({"size": SQUARE, "do_center_crop": True, "crop_size": 256}, "crop_size .256, 256. of size .224, 224."),
+        (
+            {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 256},
+            "crop_size .256, 256. of shortest_edge 224",
+        ),
         (
             {"size": SQUARE, "do_center_crop": True, "crop_size": {"height": 200, "width": 100}},
             "say it with --image-size, --crop and --resample",
@@ -83,6 +97,20 @@ def test_what_cannot_be_done_likewise_is_refused(tmp_path, told, words):
         ({"rescale_factor": 1 / 127.5}, 0.25, 0.125),
         ({"do_rescale": False}, 0.5 / 255, 0.25 / 255),
         ({"do_rescale": False, "do_normalize": False}, 0.0, 1 / 255),
+        # ((x - 0.5) / 0.25 - 0) / 0.25, as its processor does for a classifier unless told otherwise
+        ({"image_processor_type": "EfficientNetImageProcessor"}, 0.5, 0.0625),
+        ({"image_processor_type": "EfficientNetImageProcessor", "include_top": False}, 0.5, 0.25),
+        ({"image_processor_type": "EfficientNetImageProcessor", "do_normalize": False}, 0.0, 0.25),
+        # (x / 127.5 * 255 - 1 - 0.5) / 0.25 / 0.25
+        (
+            {
+                "image_processor_type": "EfficientNetImageProcessorFast",
+                "rescale_factor": 1 / 127.5,
+                "rescale_offset": True,
+            },
+            0.75,
+            0.03125,
+        ),
     ],
 )
 def test_the_factor_of_a_processor_is_part_of_its_normalisation(tmp_path, told, mean, std):

@@ -29,7 +29,7 @@ _PREPROCESSOR: Final = "preprocessor_config.json"
 _ROUNDING: Final = 1e-6
 _FILTERS: Final = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """By Pillow's numbers, which such a file has."""
-_BICUBIC: Final = ("CLIP", "DeiT", "Beit", "Bit", "Levit", "Siglip", "PoolFormer")
+_BICUBIC: Final = ("CLIP", "DeiT", "Beit", "Bit", "Levit", "Siglip", "PoolFormer", "Perceiver")
 """Processors that take this filter if their file names none; all others take the bilinear one."""
 _BY_SHORTER_SIDE: Final = ("CLIP", "ConvNext", "Bit", "PoolFormer", "MobileNet", "MobileViT", "Levit")
 """Processors to which one number means the shorter side, and to the others both."""
@@ -111,12 +111,18 @@ class TransformersBackbone(Backbone):
             scale = 255 * factor
             if abs(scale - 1) < _ROUNDING:
                 scale = 1.0
-            if not told.get("do_normalize", True):
+            efficientnet = _kind(told).startswith("EfficientNet")
+            offset = 1.0 if efficientnet and told.get("do_rescale", True) and told.get("rescale_offset") else 0.0
+            again = efficientnet and told.get("include_top", True)  # divided by the deviation once more
+            if told.get("do_normalize", True):
+                mean, std = (tuple(map(float, told[key])) for key in ("image_mean", "image_std"))
+            else:
                 channels = self.published_channels()
-                return None if scale == 1 or channels is None else ((0.0,) * channels, (1 / scale,) * channels)
-            return tuple(float(m) / scale for m in told["image_mean"]), tuple(
-                float(s) / scale for s in told["image_std"]
-            )
+                if channels is None or (scale == 1 and not offset and not again):
+                    return None
+                mean, std = (0.0,) * channels, (1.0,) * channels
+            divisors = tuple(s * float(t) for s, t in zip(std, told["image_std"], strict=True)) if again else std
+            return tuple((m + offset) / scale for m in mean), tuple(s / scale for s in divisors)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             logger.warning("model 'hf:%s': no %s says how its images are normalised", self.config, _PREPROCESSOR)
             return None
@@ -212,9 +218,14 @@ class TransformersBackbone(Backbone):
         return module
 
 
+def _kind(told: Mapping[str, Any]) -> str:
+    """The class of the processor that a `preprocessor_config.json` is of."""
+    return str(told.get("image_processor_type", told.get("feature_extractor_type", "")))
+
+
 def _preprocessing(told: Mapping[str, Any]) -> Preprocessing | None:
     """Size, crop and filter in the words of a `preprocessor_config.json`."""
-    kind = str(told.get("image_processor_type", told.get("feature_extractor_type", "")))
+    kind = _kind(told)
     size, resizes = told.get("size"), told.get("do_resize", "size" in told)
     cuts = _pair(told["crop_size"]) if told.get("do_center_crop") and told.get("crop_size") else None
     if not resizes or size is None:
@@ -237,14 +248,18 @@ def _preprocessing(told: Mapping[str, Any]) -> Preprocessing | None:
         if kind.startswith("PoolFormer") and told.get("crop_pct"):
             return Preprocessing(cuts or (side, side), float(told["crop_pct"]), resample=resample)
         seen = cuts or (side, side)
+        if min(seen) > side:
+            raise ValueError(f"crop_size {seen} of shortest_edge {side}")
         return Preprocessing(seen, min(seen) / side, resample=resample)
     whole = _pair(size)
     if cuts is None or cuts == whole:
         return Preprocessing(whole, resample=resample)
-    shares = (cuts[0] / whole[0], cuts[1] / whole[1])
-    if abs(shares[0] - shares[1]) > _ROUNDING:
+    first = kind.startswith("Perceiver")  # it cuts size / crop_size of the shorter side out, and resizes that
+    inner, outer = (whole, cuts) if first else (cuts, whole)
+    shares = (inner[0] / outer[0], inner[1] / outer[1])
+    if abs(shares[0] - shares[1]) > _ROUNDING or shares[0] > 1:
         raise ValueError(f"crop_size {cuts} of size {whole}")
-    return Preprocessing(cuts, shares[0], squash=True, resample=resample)
+    return Preprocessing(inner, shares[0], squash=not first, resample=resample)
 
 
 def _pair(size: Any) -> tuple[int, int]:
