@@ -74,3 +74,25 @@ def test_bad_input():
         backbones.build({"name": "with_norm", "backbone": "cnn-4", "norm": "group", "groups": 0})
     with pytest.raises(UserError, match="has no batch norm to replace"):
         made("none", {"name": "with_norm", "backbone": "cnn-4", "norm": "none"})
+
+
+def test_a_second_head_gets_fresh_maps_of_its_own():
+    model = made("sandwich")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "route" in name:
+                parameter.fill_(2.0)
+    head = attach_second_head(model, "stage1", example=X).head2
+    fresh = {name: p.unique().tolist() for name, p in head.named_parameters() if "route" in name}
+    assert fresh
+    assert fresh == {name: [1.0 if name.endswith("weight") else 0.0] for name in fresh}
+
+
+def test_the_network_inside_says_how_images_are_normalised_and_which_classes_it_has(monkeypatch):
+    assert not backbones.build({"name": "with_norm", "backbone": "cnn-4", "norm": "group"}).normalises
+    own = backbones.build({"name": "with_norm", "backbone": "some.package:make", "norm": "group"})
+    assert own.normalises  # its images are its own to normalise: those of the data came before, a second time
+    monkeypatch.setattr(type(own.backbone), "published_class_names", lambda _: ("ape", "cat"))
+    monkeypatch.setattr(type(own.backbone), "published_channels", lambda _: 3)
+    assert own.published_class_names() == ("ape", "cat")
+    assert own.published_channels() == 3

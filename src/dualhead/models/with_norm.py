@@ -30,6 +30,13 @@ class SandwichBatchNorm2d(nn.BatchNorm2d):
         self.route_weight = nn.Parameter(torch.ones(channels))
         self.route_bias = nn.Parameter(torch.zeros(channels))
 
+    def reset_parameters(self) -> None:
+        """Reset both maps and the statistics."""
+        super().reset_parameters()
+        if hasattr(self, "route_weight"):  # torch resets a layer while it makes it
+            nn.init.ones_(self.route_weight)
+            nn.init.zeros_(self.route_bias)
+
     def after(self, x: Tensor) -> Tensor:
         """Apply the second map to [B, C, H, W]."""
         return x * self.route_weight[:, None, None] + self.route_bias[:, None, None]
@@ -68,6 +75,11 @@ class WithNorm(Backbone):
     def __post_init__(self) -> None:
         at_least(1, "groups", self.groups)
 
+    @property
+    def normalises(self) -> bool:  # type: ignore[override]  # a word of the network inside, not of all of this kind
+        """As the network does."""
+        return self.backbone.normalises
+
     def published_normalisation(self) -> ChannelStatistics | None:
         """As the network's."""
         return self.backbone.published_normalisation()
@@ -75,6 +87,14 @@ class WithNorm(Backbone):
     def published_preprocessing(self) -> Preprocessing | None:
         """As the network's."""
         return self.backbone.published_preprocessing()
+
+    def published_class_names(self) -> tuple[str, ...]:
+        """As the network's."""
+        return self.backbone.published_class_names()
+
+    def published_channels(self) -> int | None:
+        """As the network's."""
+        return self.backbone.published_channels()
 
     def on_its_own(self) -> Self:
         """Return it around the network that refers to no other file."""
