@@ -233,8 +233,12 @@ def test_a_function_that_a_download_names_is_not_run(tmp_path, monkeypatch, capl
     (tmp_path / "m" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"hostile:make.*is not run; if you trust it, load the folder"):
         load("somebody/model")
-    for key, name in (("backbone", "hostile.py:Own"), ("backbone", "hostile:Own"), ("aggregator", "hostile.py:Own")):
-        architecture_named = {**plan.model_dump(mode="json"), key: {"name": name}}
+    own = [("backbone", "hostile.py:Own"), ("backbone", "hostile:Own"), ("aggregator", "hostile.py:Own")]
+    inside = ({"name": "factory", "path": "hostile:Own"}, "hostile:Own", "factory:hostile:Own", {"name": "hostile:Own"})
+    named = [(key, name, {"name": name}) for key, name in own]
+    named += [("backbone", "hostile:Own", {"name": "with_norm", "norm": "none", "backbone": spec}) for spec in inside]
+    for key, name, spec in named:
+        architecture_named = {**plan.model_dump(mode="json"), key: spec}
         (tmp_path / "m" / CONFIG).write_text(json.dumps({**config, "architecture": architecture_named}))
         with pytest.raises(UserError, match=rf"{name}.*is not run; if you trust it, load the folder"):
             load("somebody/model")

@@ -205,11 +205,21 @@ class Registry(Generic[T]):
                 raise
             return self._expanded(spec)
 
-    def names_code(self, spec: Mapping[str, Any]) -> bool:
-        """Whether a spec in its long form names code from outside, which `build` would run."""
+    def code_named(self, spec: object) -> str | None:
+        """The code from outside that a spec, or one within it, names, and that `build` would run; None for none."""
         self._load()
-        head = str(spec.get("name")).partition(":")[0]
-        return head == self._imported_as or (head not in self._classes and ":" in str(spec.get("name")))
+        if isinstance(spec, str):
+            head, _, rest = spec.partition(":")
+            if head == self._imported_as:
+                return rest
+            return spec if head not in self._classes and plugins.split_address(spec) is not None else None
+        if not isinstance(spec, Mapping):
+            return None
+        name = str(spec.get("name"))
+        head = name.partition(":")[0]
+        if head == self._imported_as or (head not in self._classes and ":" in name):
+            return str(spec.get("path", name))
+        return next((code for code in map(self.code_named, spec.values()) if code is not None), None)
 
     def located(self, spec: str | Mapping[str, Any]) -> str | dict[str, Any]:
         """A spec as it was written, except for an address, which is made one that means the same in any folder."""

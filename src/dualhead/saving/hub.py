@@ -38,10 +38,10 @@ def _refuse_code(name: str, folder: Path) -> None:
     """Refuse a download that names code: only code that the user names is run."""
     architecture = Architecture.parse(read_config(folder)["architecture"], str(folder / CONFIG))
     for registry, spec in ((backbones, architecture.backbone), (aggregators, architecture.aggregator or {})):
-        if registry.names_code(spec):
+        if (code := registry.code_named(spec)) is not None:
             raise UserError(
-                f"{name}: its {CONFIG} names the code {spec.get('path', spec['name'])!r}, and code that a download "
-                f"names is not run; if you trust it, load the folder {folder}"
+                f"{name}: its {CONFIG} names the code {code!r}, and code that a download names is not run; if you "
+                f"trust it, load the folder {folder}"
             )
 
 
