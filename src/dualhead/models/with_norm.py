@@ -74,11 +74,7 @@ class WithNorm(Backbone):
 
     def __post_init__(self) -> None:
         at_least(1, "groups", self.groups)
-
-    @property
-    def normalises(self) -> bool:  # type: ignore[override]  # a word of the network inside, not of all of this kind
-        """As the network does."""
-        return self.backbone.normalises
+        object.__setattr__(self, "normalises", self.backbone.normalises)  # the network's word, not one of all of them
 
     def published_normalisation(self) -> ChannelStatistics | None:
         """As the network's."""
