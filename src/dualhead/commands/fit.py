@@ -21,9 +21,10 @@ from dualhead.data import GivenImages, Labelled, Split, holding, match, one_form
 from dualhead.errors import UserError, under
 from dualhead.evaluation import LABEL_KEYS, read_all
 from dualhead.heads import DualHeadClassifier, layers, own_words
-from dualhead.models import address_of, at_hand, backbones, describe_given
+from dualhead.models import Normalize, address_of, at_hand, backbones, describe_given
 from dualhead.recipe import Data, Override, Overrides, Recipe, override, parse_overrides, parse_recipe, recipe_content
 from dualhead.runs import RunResult, train
+from dualhead.system.generators import kept_generators
 from dualhead.system.processes import joined
 from dualhead.system.told import told_once
 
@@ -306,7 +307,7 @@ def _settle_model(
     shown = Data.read(content.get("data")).load("train")
     size = content["data"].get("image_size")
     shape = (shown.image_shape[0], *((int(size[0]), int(size[1])) if size else shown.image_shape[1:]))
-    address = address_of(model, factory, shown.num_classes, shape)
+    address = address_of(model, factory, shown.num_classes, shape, to_train=True)
     section["backbone"] = describe_given(model) if address is None else {"name": "factory", "path": address}
     if address is None and factory is None:
         _refuse_reset(content)
@@ -314,11 +315,12 @@ def _settle_model(
         if attach_at not in (None, model.split_at):
             raise UserError(f"attach_at: this model has its heads already, behind {model.split_at}; leave it out")
         section |= _given_heads(model, section)
-    elif attach_at is not None:
-        section["attach_at"] = attach_at
-    elif section.get("attach_at") is not None:
-        section["attach_at"] = _layer(model, str(section["attach_at"]), shape)
-    return model, factory or (lambda: _copied(model)) if address is None else None
+    maker = factory or (lambda: _copied(model)) if address is None else None
+    if not isinstance(model, DualHeadClassifier) and (attach_at or section.get("attach_at")) is not None:
+        with at_hand(maker):
+            made = _wrapped(section, shown.num_classes, shape)
+        section["attach_at"] = _layer(made, str(attach_at or section["attach_at"]), shape, asked=attach_at is not None)
+    return model, maker
 
 
 def _given_heads(model: DualHeadClassifier, section: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,10 +342,27 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu()
 
 
-def _layer(model: nn.Module, named: str, shape: tuple[int, int, int]) -> str:
-    """Return the layer of a recipe, or the one recommended for a network that has none of that name."""
-    if named == "input" or named in dict(model.named_modules()):
-        return named
+def _wrapped(section: Mapping[str, Any], num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """Return the network as a run has it: within another where something is put before it, or reads its logits."""
+    channels, bare = shape[0], section.get("normalize") in (None, "none")
+    normalize = Normalize.identity(channels) if bare else Normalize([0.5] * channels, [0.5] * channels)
+    with kept_generators(torch.device("cpu")):
+        return backbones.build(section["backbone"], "model").create(num_classes, shape, normalize)
+
+
+def _layer(model: nn.Module, named: str, shape: tuple[int, int, int], *, asked: bool) -> str:
+    """Return a layer by its name in the network of a run, also if it was given by that in the network itself.
+
+    Args:
+        model: the network of the run.
+        named: the layer.
+        shape: of an image.
+        asked: whether the call names it, and not a recipe for a network of its own: no other one is taken then.
+    """
+    names = dict(model.named_modules())
+    inside = f"model.{named}"
+    if named == "input" or named in names or inside in names or asked:
+        return inside if named not in names and inside in names else named
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     found = next((layer.name for layer in layers(model, example) if layer.recommended), None)

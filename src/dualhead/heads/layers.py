@@ -54,10 +54,10 @@ class LayerInfo:
 def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
     """Return the layers at which a second head can start, in the order of the forward pass.
 
-    Listed are stages and blocks: the model's submodules, and inwards as far as submodules hold lists of blocks. Of
-    layers between which nothing costly happens, one is listed. A submodule within a block, where a residual connection
-    has to cross too, can be cut as well and is not listed. Cuts are checked in evaluation mode, on one image,
-    and the one recommended in full, as `split_model` does.
+    Listed are stages and blocks: the model's submodules (of a network within a wrapper, its own), and inwards as far as
+    submodules hold lists of blocks. Of layers between which nothing costly happens, one is listed. A submodule within a
+    block, where a residual connection has to cross too, can be cut as well and is not listed. Cuts are checked in
+    evaluation mode, on one image, and the one recommended in full, as `split_model` does.
 
     One is recommended: where about 30 % of the cost is done, preferably at the end of a stage, that is, before the
     shape changes. On WRN-34-10 this is block 1, as in the paper.
@@ -126,16 +126,22 @@ def _without_insides(found: list[LayerInfo]) -> list[LayerInfo]:
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Return stages and blocks: submodules, and inwards as far as they hold lists of alike submodules."""
+    """Return stages and blocks: submodules, and inwards as far as they hold lists of alike submodules.
+
+    A network within a wrapper, such as one behind a normalisation, is looked into as if it stood alone.
+    """
     names: list[str] = []
 
-    def descend(module: nn.Module, prefix: str) -> None:
+    def descend(module: nn.Module, prefix: str, wraps: bool) -> None:
+        learning = [child for child in module.children() if next(child.parameters(), None) is not None]
+        wraps = wraps and len(learning) == 1
         for name, child in module.named_children():
             names.append(prefix + name)
-            if isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict) or _holds_blocks(child):
-                descend(child, f"{prefix}{name}.")
+            wrapped = wraps and child is learning[0]
+            if wrapped or isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict) or _holds_blocks(child):
+                descend(child, f"{prefix}{name}.", wrapped)
 
-    descend(model, "")
+    descend(model, "", True)
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from dualhead.errors import UserError
 from dualhead.models.base import ImageShape, backbones
 from dualhead.models.factory import FactoryBackbone, function_at, made_by, maker, own_copy
-from dualhead.system.generators import kept_generators
+from dualhead.system.generators import kept_generators, seed_generators
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of
 
@@ -91,18 +92,26 @@ def _digest(model: nn.Module) -> str:
 
 
 def address_of(
-    model: nn.Module, factory: Callable[..., Any] | None, num_classes: int, image_shape: ImageShape
+    model: nn.Module,
+    factory: Callable[..., Any] | None,
+    num_classes: int,
+    image_shape: ImageShape,
+    *,
+    to_train: bool = False,
 ) -> str | None:
     """Return an address by which other programs make a network: that of the factory, or of the class itself.
 
     A class serves if it can be made without arguments, or with `num_classes` alone, and the result is the same network:
     tensors of the same names and shapes, and with these the same logits. Random number generators keep their states.
+    A network to train is the same only if the same parameters learn, unless none does in the one that is given, and if
+    it does the same in training mode, such as dropout at the same rate.
 
     Args:
         model: the network.
         factory: a function that makes it; None to try its class.
         num_classes: logits per image.
         image_shape: channels, height and width.
+        to_train: whether it will be trained, and not only asked.
 
     Returns:
         `module:NAME`; None if there is none.
@@ -118,21 +127,22 @@ def address_of(
     with kept_generators(torch.device("cpu")):
         try:
             made, _ = made_by(source, name, num_classes)
-            same = _same(made, model, image_shape)
+            other = _other(made, model, image_shape, to_train=to_train)
         except Exception as error:
             if factory is None:
                 return None
             raise error if isinstance(error, UserError) else UserError(f"factory: fails: {error}") from error
-    if not same:
+    if other:
         if factory is None:
             return None
-        raise UserError(f"factory: {name} makes another network than the {type(model).__name__} that is given")
+        raise UserError(f"factory: {name} makes another network than the {type(model).__name__} that is given: {other}")
     return f"{module}:{name}" if importable else None
 
 
-def _same(made: nn.Module, model: nn.Module, image_shape: ImageShape) -> bool:
+def _other(made: nn.Module, model: nn.Module, image_shape: ImageShape, *, to_train: bool) -> str:
+    """Say in what a network differs from the one that is given, on whose weights it is put; empty: in nothing."""
     if _digest(made) != _digest(model):
-        return False
+        return "tensors of other names or shapes"
     made.load_state_dict(model.state_dict())
     image = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
     logits: list[Tensor] = []
@@ -140,4 +150,32 @@ def _same(made: nn.Module, model: nn.Module, image_shape: ImageShape) -> bool:
         device = next((p.device for p in one.parameters()), torch.device("cpu"))
         with in_eval_mode(one), torch.no_grad():
             logits.append(logits_of(one(image.to(device))).cpu())
-    return torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
+    if not _close(*logits):
+        return "other logits of the same weights"
+    return _other_in_training(made, model, image) if to_train else ""
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-3, atol=1e-4)
+
+
+def _other_in_training(made: nn.Module, model: nn.Module, images: Tensor) -> str:
+    """Say in what two networks of equal weights part once they are trained; empty: in nothing, or it cannot be told."""
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in made.named_parameters():
+        if any(learns.values()) and learns.get(name, True) != parameter.requires_grad:
+            return f"{name} {'learns' if parameter.requires_grad else 'is fixed'} there, and not in this one"
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for one in (made, model):
+        try:
+            trial = copy.deepcopy(one).cpu().train()
+            seed_generators(0, torch.device("cpu"))
+            with torch.no_grad():
+                found.append((logits_of(trial(images.clone())), dict(trial.named_buffers())))
+        except Exception:  # what cannot be copied, or not be tried like this, is taken as it came
+            return ""
+    (ours, left), (theirs, wanted) = found
+    moved = left.keys() != wanted.keys() or any(not _close(left[n].float(), wanted[n].float()) for n in left)
+    if moved or not _close(ours, theirs):
+        return "another pass in training mode (dropout, momentum of batch norm)"
+    return ""
