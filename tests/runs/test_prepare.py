@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dualhead.data import load_split
+from dualhead.errors import UserError
 from dualhead.models import write_state
 from dualhead.recipe import load_recipe
-from dualhead.runs.network import architecture_of
+from dualhead.runs.network import architecture_of, refuse_other_order
 from dualhead.runs.prepare import prepare
 from dualhead.runs.stages import train_stages
+from dualhead.saving import save_model
 from dualhead.training import Silent
 from helpers.plugins import nothing_from_outside
 from helpers.resume import recipe
@@ -54,3 +57,21 @@ def test_a_second_head_that_init_has_weights_for_begins_with_these(tmp_path, kin
     prepared = prepare(recipe(*common, f"stages.main_head.init={tmp_path / 'given.safetensors'}"), tmp_path / "run")
     trained = train_stages(prepared, Silent(), lambda: False)
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in given.state_dict().items())
+
+
+def test_weights_whose_classes_have_another_order_are_refused(tmp_path):
+    natural = load_recipe("digits_natural")
+    save_model(tmp_path / "m", nn.Linear(1, 1), architecture_of(natural, load_split("digits", "train")),
+               {"class_names": ["dog", "cat"]})  # fmt: skip
+    begun = load_recipe("digits_natural", [f"stages.*.init={tmp_path / 'm'}"])
+    with pytest.raises(UserError, match=r"stages.0.init: 'cat' is class 0 of the images and class 1 of these weights"):
+        refuse_other_order(begun, None, ("cat", "dog"))
+    refuse_other_order(begun, None, ("dog", "cat"))
+    refuse_other_order(begun, None, ("horse", "cat"))  # other classes are learnt anew
+    afresh = load_recipe("digits_natural", [f"stages.*.init={tmp_path / 'm'}", "stages.*.replace_classifier=true"])
+    refuse_other_order(afresh, None, ("cat", "dog"))
+    given = nn.Identity()
+    given.class_names = ["dog", "cat"]
+    with pytest.raises(UserError, match=r"^model: 'cat' is class 0 of the images and class 1"):
+        refuse_other_order(natural, given, ("cat", "dog"))
+    refuse_other_order(natural, nn.Identity(), ("cat", "dog"))

@@ -7,9 +7,21 @@ import torch
 from torch import nn
 
 from dualhead.errors import UserError
-from dualhead.models import Normalize, Wrapped, backbones, last_layer, load_state, normalisation_in, write_state
-from dualhead.saving.architecture import Architecture
-from dualhead.saving.models import load, load_base_weights, normalisation_of, save_model, view
+from dualhead.heads import attach_second_head
+from dualhead.models import (
+    Normalize,
+    Wrapped,
+    at_hand,
+    backbones,
+    describe_given,
+    last_layer,
+    load_state,
+    normalisation_in,
+    write_state,
+)
+from dualhead.saving.architecture import Architecture, read_config
+from dualhead.saving.export import _of_one_head
+from dualhead.saving.models import class_names_of, load, load_base_weights, normalisation_of, save, save_model, view
 from helpers.published import CASES, state_for, wideresnet_table
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -241,3 +253,42 @@ def test_weights_of_a_wrapped_model_go_without_its_prefix(tmp_path):
     transferred = other.create()
     load_base_weights(transferred, tmp_path / "w.pt", other, replace_classifier=True)
     assert transferred.base_state_dict()["model.classifier.1.weight"].shape[0] == 4
+
+
+def test_of_a_network_that_came_with_its_heads_trunk_and_head_1_are_filled(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
+    given = attach_second_head(network, "1", example=torch.rand(2, 3, 8, 8))
+    architecture = plan("resnet-18", 4, "1", shape=(3, 8, 8)).model_copy(update={"backbone": describe_given(given)})
+    weights = {name: tensor + 1 for name, tensor in network.state_dict().items()}
+    torch.save(weights, tmp_path / "w.pt")
+    torch.save({**weights, "odd": torch.zeros(1)}, tmp_path / "odd.pt")
+    with at_hand(lambda: given):
+        model = architecture.create()
+        assert not load_base_weights(model, tmp_path / "w.pt", architecture)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.base_state_dict().items())
+        with pytest.raises(UserError, match=r"odd.pt: the weights do not fit the model: unknown: odd"):
+            load_base_weights(model, tmp_path / "odd.pt", architecture)
+        with pytest.raises(UserError, match="replace_classifier: this network came with its heads"):
+            load_base_weights(model, tmp_path / "w.pt", architecture, replace_classifier=True)
+        save_model(tmp_path / "m", model, architecture, {"output": "aggregate"})
+        with pytest.raises(UserError, match=r"--output-of head2: the network came with its heads.*'head2'\)"):
+            _of_one_head(tmp_path / "m", read_config(tmp_path / "m"), "head2")
+
+
+def test_names_of_classes_beside_weights_are_read(tmp_path):
+    architecture = plan("resnet-18")
+    save_model(tmp_path / "m", nn.Linear(1, 1), architecture, {"class_names": ["ape", "cat"]})
+    assert class_names_of(tmp_path / "m") == ("ape", "cat")
+    assert class_names_of(tmp_path / "m" / "model.safetensors") == ("ape", "cat")
+    assert class_names_of(tmp_path / "other.pt") == ()
+
+
+@pytest.mark.parametrize("form", [nn.Identity(), nn.Flatten(0)])
+def test_a_network_of_one_logit_comes_back_with_two_classes(tmp_path, form):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 1), form)
+    images = torch.rand(3, 3, 2, 2)
+    save(network, tmp_path / "m", example=images)
+    again = load(tmp_path / "m", factory=lambda: network)
+    with torch.no_grad():
+        assert torch.equal(again(images), torch.stack((torch.zeros(3), network(images).flatten()), 1))

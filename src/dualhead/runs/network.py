@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualhead.data import Split, in_turn
+from dualhead.data import Split, in_turn, match
 from dualhead.errors import UserError, under
 from dualhead.evaluation import answers
 from dualhead.heads import DualHeadClassifier, aggregators, default_aggregator
@@ -19,7 +19,7 @@ from dualhead.models import backbones, channel_statistics, load_state
 from dualhead.names import head_id
 from dualhead.recipe import Recipe, Statistics
 from dualhead.runs.folder import RunFolder
-from dualhead.saving import CONFIG, Architecture, load_base_weights, normalisation_of, view
+from dualhead.saving import CONFIG, Architecture, class_names_of, load_base_weights, normalisation_of, view
 from dualhead.statistics import mcnemar
 from dualhead.system.generators import kept_generators
 from dualhead.system.processes import group
@@ -41,6 +41,38 @@ def fitting_architecture(recipe: Recipe, folder: RunFolder, training: Split, dev
             with under(f"stages.{index}.init"):
                 return _tried(recipe, stage, made, training, device)
     return made
+
+
+def refuse_other_order(recipe: Recipe, given: nn.Module | None, ours: Sequence[str]) -> None:
+    """Refuse weights whose classes are those of the images in another order: right answers would count as wrong.
+
+    Args:
+        recipe: whose stages and backbone name weights.
+        given: a network whose weights the run begins with, if there is one.
+        ours: names of the images' classes.
+
+    Raises:
+        UserError: naming a class and its two places.
+    """
+    pretrained = getattr(recipe.model.backbone, "pretrained", False)
+    begun: dict[str, tuple[str, ...]] = {
+        "model": tuple(recipe.model.backbone.published_class_names()) if pretrained else ()
+    }
+    named = getattr(given, "class_names", ())
+    if isinstance(named, Sequence) and not isinstance(named, str):
+        begun["model"] = tuple(map(str, named)) or begun["model"]
+    for index, stage in enumerate(recipe.stages):
+        if stage.init not in (None, RESET) and not stage.replace_classifier:
+            begun[f"stages.{index}.init"] = class_names_of(cast("str", stage.init))
+    for key, theirs in begun.items():
+        places = match(ours, theirs) if len(theirs) == len(ours) else None
+        moved = next((n for n, place in enumerate(places or ()) if place != n), None)
+        if places is not None and moved is not None:
+            advice = "; replace_classifier: true starts the classifier afresh" if key != "model" else ""
+            raise UserError(
+                f"{key}: {ours[moved]!r} is class {moved} of the images and class {places[moved]} of these weights; "
+                f"number the images' classes as the weights do{advice}"
+            )
 
 
 TRIED = 512

@@ -23,7 +23,7 @@ from dualhead.recipe import Recipe
 from dualhead.report import threat_text
 from dualhead.runs.folder import RunFolder, changes
 from dualhead.runs.images import Images, fitting_images, image_facts, load_images
-from dualhead.runs.network import fill, fitting_architecture
+from dualhead.runs.network import fill, fitting_architecture, refuse_other_order
 from dualhead.saving import Architecture, load, load_base_weights
 from dualhead.system.devices import find_device, refuse_tf32, room_for_images, synchronised_batch_norm
 from dualhead.system.modes import hold_statistics, kept_modes
@@ -120,6 +120,8 @@ def _fitting_network(
     begin_with: nn.Module | None,
 ) -> Prepared:  # fmt: skip
     """Make the network for the images, and refuse what does not fit it."""
+    if not folder.begun:  # later, what a stage starts from may have gone
+        refuse_other_order(recipe, begin_with, images.training.class_names)
     architecture = fitting_architecture(recipe, folder, images.training, device)
     torch.manual_seed(recipe.runtime.seed)
     model = architecture.create()

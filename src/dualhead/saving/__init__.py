@@ -5,6 +5,7 @@ from dualhead.saving.export import checks_of, export, export_onnx, write_card
 from dualhead.saving.hub import check_hub_name, push_to_hub
 from dualhead.saving.models import (
     OneHeadError,
+    class_names_of,
     find_model,
     load,
     load_base_weights,
@@ -22,6 +23,7 @@ __all__ = [
     "OneHeadError",
     "check_hub_name",
     "checks_of",
+    "class_names_of",
     "export",
     "export_onnx",
     "find_model",

@@ -132,6 +132,11 @@ def _of_one_head(folder: Path, config: Mapping[str, Any], head: str) -> tuple[di
     if head not in model.heads:
         raise UserError(f"--output-of {head}: must be a head, one of {', '.join(model.heads)}")
     plain = architecture.model_copy(update=WITHOUT_SECOND_HEAD)
+    if isinstance(architecture.plain(), DualHeadClassifier):
+        raise UserError(
+            f"--output-of {head}: the network came with its heads, and nothing makes it without them; leave it out, "
+            f"and take the head by dualhead.load({str(folder)!r}, {head!r})"
+        )
     facts = {name: fact for name, fact in config.items() if name != "added_parameters"}
     if architecture.own is not None:
         facts["exported_own"] = list(architecture.own)  # of tied heads, which the card tells

@@ -33,6 +33,7 @@ from dualhead.saving.architecture import CONFIG, PLUGINS, WEIGHTS, Architecture,
 from dualhead.saving.hub import download
 from dualhead.system.generators import kept_generators
 from dualhead.system.modes import in_eval_mode
+from dualhead.system.outputs import two_at_least
 
 
 def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts: Mapping[str, Any]) -> None:
@@ -123,7 +124,7 @@ def _architecture_of(model: nn.Module, example: Tensor) -> Architecture:
     shown = torch.full((2, channels, height, width), 0.5, device=device)
     with in_eval_mode(model), torch.no_grad(), kept_generators(device):
         try:
-            classes = logits_of(model(shown)).shape[1]
+            classes = two_at_least(logits_of(model(shown)), len(shown)).shape[1]
         except UserError:
             raise
         except Exception as error:  # whatever somebody else's model may raise
@@ -258,6 +259,15 @@ def load_base_weights(
             parts = ("trunk.", "head1.")
             state = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(parts)}
     plain = architecture.plain() if isinstance(model, DualHeadClassifier) or replace_classifier else model
+    if isinstance(plain, DualHeadClassifier):  # somebody's own, with its heads: nothing makes the network without them
+        if replace_classifier:
+            raise UserError(
+                "replace_classifier: this network came with its heads, and its classifier cannot be told from them; "
+                "give the network without heads"
+            )
+        with under(str(path)):
+            cast("DualHeadClassifier", model).load_base_state_dict(state)
+        return False
     replaced = _classifier(plain, architecture, replace_classifier) if replace_classifier else None
     if not isinstance(model, DualHeadClassifier):
         load_state(model, state, str(path), replaced=replaced)
@@ -294,6 +304,13 @@ def normalisation_of(path: str | Path) -> tuple[tuple[float, ...], tuple[float, 
         known = Architecture.parse(read_config(file.parent)["architecture"], str(file.parent / CONFIG))
         return known.mean, known.std
     return normalisation_in(read_state(file), str(file))
+
+
+def class_names_of(path: str | Path) -> tuple[str, ...]:
+    """Read the names of a trained model's classes, in the order of its logits; empty if its folder does not tell."""
+    file = _weights_file(Path(path))
+    told = read_config(file.parent) if file.name == WEIGHTS and _is_ours(file.parent / CONFIG) else {}
+    return tuple(map(str, told.get("class_names") or ()))
 
 
 def _weights_file(path: Path) -> Path:
