@@ -218,6 +218,22 @@ def test_only_the_standard_suites_need_no_word_of_stronger_attacks(tmp_path, att
     assert any("upper bound" in caveat for caveat in said) == bound
 
 
+@pytest.mark.parametrize(("second", "bound"), [("autoattack", False), ("pgd-40", True)])
+def test_a_standard_suite_under_each_of_several_threats_needs_no_word_of_stronger_attacks(tmp_path, second, bound):
+    union = {"union": [{"norm": "Linf", "eps": 0.1}, {"norm": "L2", "eps": 1.0}]}
+    evaluation(tmp_path / "u", 0, attacks=("autoattack@Linf", f"{second}@L2"), threat=union)
+    caveats = verdict(read_sources([tmp_path / "u"])).caveats
+    assert any("upper bound" in caveat for caveat in caveats) == bound
+
+
+def test_an_evaluation_without_attacks_is_not_called_unmeasured(tmp_path):
+    check = {"name": "value_range", "status": "warning", "message": "said"}
+    evaluation(tmp_path / "c", 0, attacks=(), diagnostics=[check])
+    found = verdict(read_sources([tmp_path / "c"]))
+    assert found.sentence.startswith("No attack has been run on test images. Without one, c gets ")
+    assert (found.caveats, found.light) == (["Take care: said."], "warning")
+
+
 def test_the_most_robust_is_named_though_another_is_more_accurate(tmp_path):
     sources = read_sources([make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=9)])
     for source, clean, robust in zip(sources, (0.9, 0.8), (0.3, 0.4), strict=True):

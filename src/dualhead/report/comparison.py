@@ -134,6 +134,12 @@ def _robust(row: Measured) -> float:
 
 
 def _unmeasured(sources: Sequence[Source]) -> Verdict:
+    rows = [(row, source) for source in sources if (row := source.deployed or _last(source))]
+    if rows:
+        seen = {_light(row, source) for row, source in rows}
+        light = next((light for light in ("failed", "warning") if light in seen), "none")
+        sentence = "No attack has been run on test images. " + " ".join(_without_attack(row) for row, _ in rows)
+        return Verdict(sentence, [doubt for row, _ in rows for doubt in _doubts(row)], light)
     told = []
     for source in sources:
         trained = [stage for stage in source.stages if best_line(source.lines(stage["name"]))]
@@ -145,6 +151,14 @@ def _unmeasured(sources: Sequence[Source]) -> Verdict:
                 f"{line['epoch']}); this chose the checkpoint and is no test result."
             )
     return Verdict("Nothing has been measured on test images yet.", told)
+
+
+def _without_attack(row: Measured) -> str:
+    clean = row.clean
+    return (
+        f"Without one, {row.title} gets {percent(clean.value)} % right (95 % interval {percent(clean.low)} to "
+        f"{percent(clean.high)})."
+    )
 
 
 def _result(row: Measured) -> str:
@@ -211,7 +225,8 @@ def _limits(row: Measured, source: Source) -> list[str]:
             "trust that number."
         )
     faced = list(dict.fromkeys(attack for each in (row, *later) for attack in each.attacks))
-    if not STANDARD & set(faced):
+    under = [name.partition("@") for name in faced]  # under one of several threats it is ATTACK@THREAT
+    if any(not STANDARD & {name for name, _, at in under if at == threat} for _, _, threat in under):
         told.append(
             f"Attacked by {', '.join(faced)} only. Robust accuracy is an upper bound: a stronger attack, such as "
             "AutoAttack, finds as many adversarial examples or more."

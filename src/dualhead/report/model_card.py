@@ -176,12 +176,13 @@ def _unequal(results: Mapping[str, Any]) -> list[str]:
     """Say what the accuracies are with every class of equal weight, where classes are not of equal size."""
     if not unequal(results.get("class_sizes")):
         return []
-    clean, robust = (100 * results["balanced_accuracy"][name] for name in ("clean", "worst"))
+    means = {name: 100 * share for name, share in results["balanced_accuracy"].items()}
+    robust = f", robust {means['worst']:.2f} %" if "worst" in means else ""  # where an attack was run
     least, most = results["class_sizes"]
     return [
         "",
-        f"Classes have {least} to {most} images; balanced accuracy, the mean over classes: clean {clean:.2f} %, "
-        f"robust {robust:.2f} %.",
+        f"Classes have {least} to {most} images; balanced accuracy, the mean over classes: clean {means['clean']:.2f} %"
+        f"{robust}.",
     ]
 
 

@@ -51,7 +51,7 @@ function latex(table) {
   return [`\\begin{tabular}{${columns}}`, "\\toprule", head, "\\midrule", ...rows, "\\bottomrule", "\\end{tabular}"].join("\n") + "\n";
 }
 
-for (const scroll of document.querySelectorAll("#accuracy .scroll, #calibration .scroll, #corruptions .scroll, #cost .lead + .scroll")) {
+for (const scroll of document.querySelectorAll("#accuracy .scroll, #calibration .scroll, #changed .scroll, #cost .lead + .scroll")) {
   if (!navigator.clipboard) continue;
   const beside = scroll.previousElementSibling.querySelector(".tools"); // of a title that has some already
   const tools = beside || make("p", "tools");
