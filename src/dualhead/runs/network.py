@@ -63,7 +63,7 @@ def refuse_other_order(recipe: Recipe, given: nn.Module | None, ours: Sequence[s
         begun["model"] = tuple(map(str, named)) or begun["model"]
     for index, stage in enumerate(recipe.stages):
         if stage.init not in (None, RESET) and not stage.replace_classifier:
-            begun[f"stages.{index}.init"] = class_names_of(cast("str", stage.init))
+            begun[f"stages.{index}.init"] = class_names_of(stage.init)
     for key, theirs in begun.items():
         places = match(ours, theirs) if len(theirs) == len(ours) else None
         moved = next((n for n, place in enumerate(places or ()) if place != n), None)
