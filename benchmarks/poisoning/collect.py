@@ -165,8 +165,8 @@ def describe(cells: Cells) -> dict[str, Any]:
         first, clean = next(iter(by_seed.values())), cells.get(f"{name.partition('-')[0]}-clean", {})
         entry: dict[str, Any] = {"seeds": list(by_seed)}
         for key in KEYS:
-            values = [told[key] for told in by_seed.values() if told.get(key) is not None]
-            if not values:
+            measured = [told for told in by_seed.values() if told.get(key) is not None]
+            if not measured:
                 continue
             images = {
                 CLEAN: "num_samples",
@@ -174,8 +174,8 @@ def describe(cells: Cells) -> dict[str, Any]:
                 STRONG: "strong_images",
                 SUCCESS: "num_triggered",
             }.get(key)
-            count = None if images is None else first[images]
-            entry[key] = summary(values, count)
+            count = None if images is None else measured[0][images]
+            entry[key] = summary([told[key] for told in measured], count)
         both = [seed for seed in by_seed if seed in clean]
         if both and not name.endswith("-clean"):
             entry["against_clean_data"] = {

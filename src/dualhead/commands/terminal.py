@@ -30,6 +30,7 @@ from dualhead.report import (
     light_lines,
     measured_in,
     measured_title,
+    points,
     sequence_cells,
     share_cell,
     threat_text,
@@ -367,11 +368,11 @@ def print_standings(found: Mapping[str, Any]) -> None:
     if pairs:
         over_images = {"over images": "right"} if any("images_interval" in pair for pair in pairs) else {}
         print_table(
-            {"compared": "left", "accuracy": "left", "difference, 95 % interval": "right", **over_images, "p": "right",
+            {"compared": "left", "accuracy": "left", "points, 95 % interval": "right", **over_images, "p": "right",
              "verdict": "left", "test": "left"},
             [
                 [f"{pair['name']} - {pair['reference']}", pair["accuracy"],
-                 f"{pair['difference']:+.1%} {_signed(pair['interval'])}",
+                 f"{points(pair['difference'])} {_signed(pair['interval'])}",
                  *(_signed(pair["images_interval"]) if "images_interval" in pair else "-" for _ in over_images),
                  f"{pair['p_value']:.2g}", _verdict(pair), pair["test"]]
                 for pair in pairs
@@ -461,7 +462,7 @@ def _mark(row: Mapping[str, Any]) -> str:
 
 
 def _signed(ends: Sequence[float]) -> str:
-    return f"[{ends[0]:+.1%}, {ends[1]:+.1%}]"
+    return f"[{points(ends[0])}, {points(ends[1])}]"
 
 
 def print_costs(trial: Trial) -> None:

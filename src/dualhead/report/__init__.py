@@ -17,7 +17,7 @@ from dualhead.report.sequence import sequence_cells, sequence_text
 from dualhead.report.sources import MEANS, measured_in, measured_title
 from dualhead.report.summary import summary
 from dualhead.report.table import accuracy_columns, balanced_columns, share_cell
-from dualhead.report.text import duration, eps_texts, threat_text
+from dualhead.report.text import duration, eps_texts, points, threat_text
 
 __all__ = [
     "MEANS",
@@ -42,6 +42,7 @@ __all__ = [
     "model_card",
     "other_images",
     "picture",
+    "points",
     "route_rows",
     "router_lines",
     "router_rows",
