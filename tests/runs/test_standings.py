@@ -14,7 +14,8 @@ from dualhead.errors import UserError
 from dualhead.evaluation import mcnemar, wilson
 from dualhead.names import id_of
 from dualhead.recipe.yaml import load_recipe
-from dualhead.runs.standings import TRIGGER_MEASURES, Entry, read_entries, standings
+from dualhead.runs.entries import Entry, read_entries
+from dualhead.runs.standings import TRIGGER_MEASURES, standings
 from helpers.evaluation import COLUMNS, evaluation_of
 
 

@@ -1,6 +1,7 @@
 """A run, from a recipe to trained weights, their evaluation and a report."""
 
 from dualhead.runs.clean import CleanModel
+from dualhead.runs.entries import Entry, by_output, read_entries
 from dualhead.runs.folder import (
     GALLERY,
     RunFolder,
@@ -15,7 +16,7 @@ from dualhead.runs.folder import (
 )
 from dualhead.runs.poisoned import parted, triggered_images
 from dualhead.runs.run import RunResult, train
-from dualhead.runs.standings import Entry, by_output, normalised, read_entries, sequences, standings
+from dualhead.runs.standings import normalised, sequences, standings
 from dualhead.runs.trial import StageCost, Trial, trial
 
 __all__ = [
