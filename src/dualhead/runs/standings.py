@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +30,6 @@ from dualhead.evaluation import (
 from dualhead.report import MEANS, believable, cost_unit, lights, measured_in, measured_title, other_images
 from dualhead.runs.entries import Entry, grouped, labels_of, titled
 from dualhead.statistics import paired_t, student, student_reach
-
-_log = logging.getLogger(__name__)
 
 TRIGGER_MEASURES = ("trigger withstood", "right on triggered", "robust on triggered")
 SAME_COST = 1.05
