@@ -232,6 +232,8 @@ def test_an_evaluation_without_attacks_is_not_called_unmeasured(tmp_path):
     found = verdict(read_sources([tmp_path / "c"]))
     assert found.sentence.startswith("No attack has been run on test images. Without one, c gets ")
     assert (found.caveats, found.light) == (["Take care: said."], "warning")
+    write_report([tmp_path / "c"], tmp_path / "page.html")
+    assert "cannot be read" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_most_robust_is_named_though_another_is_more_accurate(tmp_path):

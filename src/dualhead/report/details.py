@@ -117,7 +117,9 @@ ClassEntry = tuple[int, str, int, Estimate, Estimate]
 
 
 def _class_entries(row: Measured, notes: list[str]) -> list[ClassEntry]:
-    entries = []
+    entries: list[ClassEntry] = []
+    if row.worst is None:  # without attacks, no class is the least robust one
+        return entries
     try:
         for entry in row.results.get("per_class") or []:
             ends = entry["intervals"]
