@@ -30,6 +30,9 @@ from helpers.e2e import TINY
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
+SHORT = (*TINY, "data.train_limit=104", "evaluate.limit=8", "evaluate.gallery=0")
+"""Overrides for runs of one stage of which only their arithmetic is looked at."""
+
 
 @pytest.fixture
 def nothing_known(monkeypatch, tmp_path):
@@ -124,8 +127,8 @@ def test_precision_and_layout_together_leave_nothing_to_the_clock(monkeypatch, p
 def test_bf16_that_is_asked_for_where_it_is_slow_is_taken_with_a_word(monkeypatch, caplog, tmp_path, seconds, said):
     clock = iter(seconds)
     monkeypatch.setattr(measured, "_seconds_per_pass", lambda *_: next(clock))
-    settings = [*TINY, "runtime.precision=bf16", "runtime.lanes=1"]
-    train(load_recipe("digits", settings), run_dir=tmp_path / "run")
+    settings = [*SHORT, "runtime.precision=bf16", "runtime.lanes=1"]
+    train(load_recipe("digits_base", settings), run_dir=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "bf16"
     assert next(clock, None) is None
     assert ("bf16 takes 12.0 times as long as float32; auto takes the faster one" in caplog.text) == said
@@ -138,7 +141,7 @@ def test_a_layout_that_the_model_cannot_take_is_refused():
 
 @pytest.mark.parametrize(("word", "expected"), [("contiguous", False), ("channels_last", True)])
 def test_a_recipe_sets_the_layout(tmp_path, word, expected):
-    train(load_recipe("digits", [*TINY, f"runtime.layout={word}"]), run_dir=tmp_path / "run")
+    train(load_recipe("digits_base", [*SHORT, f"runtime.layout={word}"]), run_dir=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["channels_last"] is expected
 
 
@@ -164,7 +167,7 @@ def test_a_model_that_fails_anyway_fails_with_its_own_words():
 
 @pytest.mark.parametrize(("words", "expected"), [("1", 1), ("3", 3)])
 def test_a_recipe_sets_the_lanes(tmp_path, words, expected):
-    recipe = load_recipe("digits", [*TINY, f"runtime.lanes={words}"])
+    recipe = load_recipe("digits_base", [*SHORT, f"runtime.lanes={words}"])
     train(recipe, run_dir=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["lanes"] == expected
     with pytest.raises(UserError, match=r"runtime\.lanes"):
