@@ -489,10 +489,11 @@ def column(drawing: Drawing, axes: Axes, title: str, ticks: Sequence[float], lin
         drawing.add(f'<circle {place} fill="{fill}" stroke="{colour}" stroke-width="2"/>')
 
 
-def reach(lines: Sequence[Line], unit: int = 10) -> tuple[int, int]:
-    """Return the whole tens around means, of which none is left out."""
-    means = [100 * of["mean"] for of, _ in lines if of is not None]
-    return unit * math.floor(min(means) / unit), unit * math.ceil(max(means) / unit + 1e-9)
+def reach(told: Sequence[Mapping[str, Any] | None], *, whole: bool = False) -> tuple[int, int]:
+    """Return the whole tens around means, of which none is left out; `whole`: around their intervals too."""
+    known = [of for of in told if of is not None]
+    ends = [100 * end for of in known for end in (of["mean"], *((of["interval"] or ()) if whole else ()))]
+    return 10 * math.floor(min(ends) / 10), 10 * math.ceil(max(ends) / 10 + 1e-9)
 
 
 VARIANTS = {
@@ -515,7 +516,7 @@ def threats(found: dict[str, Any]) -> str:
         lines = [
             (found["variants"].get(name, {}).get(key), GREY if name.startswith("sat") else BLUE) for name in VARIANTS
         ]
-        low, high = reach(lines)
+        low, high = reach([of for of, _ in lines])
         axes = Axes(146 + 146 * number, top, 120, step * len(VARIANTS), (low, high), (0, 1))
         column(drawing, axes, title, range(low, high + 1, 10), lines)
     under_way = " Under way." if found["under_way"] else ""
@@ -546,22 +547,24 @@ def continual(found: dict[str, Any]) -> str:
     colours = {name: GREY if name == "joint" else VIOLET if number < 7 else BLUE for number, name in enumerate(names)}
     for number, name in enumerate(names):
         drawing.text(24, top + step * (number + 0.5) + 4, SEQUENCES[name], "s", colours[name])
-    for side, (order, words) in enumerate((("forward", "Linf, L2, L1"), ("reverse", "L1, L2, Linf"))):
-        left = 146 + 408 * side
-        drawing.text(left + 186, 62, words, "b m")
-        methods = {**found[order], "joint": found["bounds"].get("joint", {})}
-        columns = {
-            "forgets": [methods.get(name, {}).get("forgetting") for name in names],
-            "all three, attacked": [methods.get(name, {}).get("union") for name in names],
-            "all three, static": [methods.get(name, {}).get("transfer", {}).get("union") for name in names],
-        }
-        for number, (title, told) in enumerate(columns.items()):
-            lines = list(zip(told, colours.values(), strict=True))
-            if not any(told):
-                continue
-            low, high = reach(lines)
-            axes = Axes(left + 128 * number, top, 108, step * len(names), (low, high), (0, 1))
+    orders = {"forward": "Linf, L2, L1", "reverse": "L1, L2, Linf"}
+    methods = {order: {**found[order], "joint": found["bounds"].get("joint", {})} for order in orders}
+    columns = {
+        "forgets": lambda of: of.get("forgetting"),
+        "all three, attacked": lambda of: of.get("union"),
+        "all three, static": lambda of: of.get("transfer", {}).get("union"),
+    }
+    for number, (title, of) in enumerate(columns.items()):
+        told = {order: [of(methods[order].get(name, {})) for name in names] for order in orders}
+        if not any(map(any, told.values())):
+            continue
+        low, high = reach([each for one in told.values() for each in one], whole=True)
+        for side, order in enumerate(orders):
+            axes = Axes(146 + 408 * side + 128 * number, top, 108, step * len(names), (low, high), (0, 1))
+            lines = list(zip(told[order], colours.values(), strict=True))
             column(drawing, axes, title, range(low, high + 1, 10), lines)
+    for side, words in enumerate(orders.values()):
+        drawing.text(146 + 408 * side + 186, 62, words, "b m")
     for x, words, colour in ((24, "old attacks lost", VIOLET), (170, "old attacks kept", BLUE), (316, "bound", GREY)):
         drawing.add(f'<circle cx="{x + 5}" cy="{height - 38}" r="4.5" fill="{colour}"/>')
         drawing.text(x + 16, height - 34, words, "s")
