@@ -183,7 +183,7 @@ def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["flops"] = float(np.mean([each["flops"] for each in group]))
         for name in ("clean", "fgsm", "pgd-10", ATTACK):
             values = [each[name] for each in group]
-            entry[name] = {"mean": float(np.mean(values)), "interval": student(values)}
+            entry[name] = {"mean": float(np.mean(values)), "interval": student(values, floor=1.0 / group[0]["images"])}
         entry["seeds_overfitted"] = sum(bool(each["overfitted_epochs"]) for each in group)
         told.append(entry)
     return told

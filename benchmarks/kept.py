@@ -23,31 +23,39 @@ from dualhead.evaluation import Evaluation, Verdicts
 from dualhead.evaluation.results import accuracies
 from dualhead.names import id_of_row
 from dualhead.runs import Entry, standings
-from dualhead.statistics import mean_std, student
+from dualhead.statistics import mean_std, paired_t, student
 from dualhead.system.files import write_json
 
 FAST = "autoattack-fast"
 """APGD-CE and APGD-T, the robust accuracy of the studies."""
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, Student's 95 % interval (None of one seed) and each seed's value."""
-    return {"mean": float(np.mean(values)), "interval": student(values), "seeds": [float(v) for v in values]}
+def over_seeds(values: Sequence[float], images: int | None = None) -> dict[str, Any]:
+    """Return mean, Student's 95 % interval (None of one seed) and each seed's value.
+
+    Args:
+        values: of each seed.
+        images: how many the values are shares of. Seeds that agree more closely than by one image do so by chance, and
+            the interval is no narrower than that. None: the values are no shares of images.
+    """
+    ends = student(values, floor=1.0 / images if images else 0.0)
+    return {"mean": float(np.mean(values)), "interval": ends, "seeds": [float(v) for v in values]}
 
 
-def difference(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
-    """Return mean, interval, deviation and p-value of Student's test that the mean is 0; of one value the mean."""
+def difference(values: Sequence[float], images: int) -> dict[str, Any]:
+    """Return mean, interval, deviation and p-value of Student's test that the mean is 0; of one value the mean.
+
+    Args:
+        values: paired differences, of each seed.
+        images: how many the accuracies are shares of, see `over_seeds`.
+    """
     mean, deviation = mean_std(values)
     if len(values) < 2:
         return {"mean": mean, "interval": None, "narrow": None, "deviation": None, "p_value": None}
-    if deviation == 0.0:
-        p_value = 1.0 if mean == 0 else 0.0
-    else:
-        p_value = float(2 * stats.t.sf(abs(mean) / (deviation / math.sqrt(len(values))), len(values) - 1))
-    return {
-        "mean": mean, "interval": student(values, confidence), "narrow": student(values, 0.9), "deviation": deviation,
-        "p_value": p_value,
-    }  # fmt: skip
+    floor = 1.0 / images
+    mean, ends, p_value = paired_t(values, floor)
+    narrow = student(values, 0.9, floor)
+    return {"mean": mean, "interval": ends, "narrow": narrow, "deviation": deviation, "p_value": p_value}
 
 
 def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:

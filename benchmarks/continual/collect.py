@@ -160,13 +160,13 @@ def of_sequence(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
     """
     told = [each["sequence"] for each in runs.values()]
     rows = [each["rows"][-1] for each in told]
-    threats = told[0]["threats"]
+    threats, images = told[0]["threats"], next(iter(runs.values()))["images"]
     made = {
         "seeds": list(runs),
         "old_attacks": told[0]["old_attacks"],
-        "clean": over_seeds([row["clean_accuracy"] for row in rows]),
-        **{name: over_seeds([row["robust_accuracy"][name] for row in rows]) for name in threats},
-        **{key: over_seeds([row[key] for row in rows]) for key in KNOWN},
+        "clean": over_seeds([row["clean_accuracy"] for row in rows], images),
+        **{name: over_seeds([row["robust_accuracy"][name] for row in rows], images) for name in threats},
+        **{key: over_seeds([row[key] for row in rows], images) for key in KNOWN},
         "passes": over_seeds([each["passes"] for each in runs.values()]),
         "parameters": next(iter(runs.values()))["parameters"],
         "answer": next(iter(runs.values()))["answer"],
@@ -181,7 +181,7 @@ def of_sequence(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
         made["routers"] = of_routers([each["routers"] for each in runs.values()])
     if specialists:
         found = [plasticity(each, specialists) for each in told]
-        made["plasticity"] = over_seeds([value for value in found if value is not None])
+        made["plasticity"] = over_seeds([value for value in found if value is not None], images)
         made |= shares(runs, specialists)
     return made
 
@@ -189,7 +189,7 @@ def of_sequence(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
 def transferred(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return over seeds the shares of images that are right of those made against another network."""
     return {
-        name: over_seeds([each["transfer"][name] for each in found])
+        name: over_seeds([each["transfer"][name] for each in found], found[0]["images"])
         for name in found[0]["transfer"]
         if name != "fooled"
     }
@@ -203,17 +203,19 @@ def of_routers(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         f"over_{name}": [a - b for a, b in zip(unions["deployed"], unions[name], strict=True)]
         for name in ("uniform", "best_fixed")
     }
-    return {**{name: over_seeds(each) for name, each in {**unions, **gains}.items()}, "images": found[0]["num_samples"]}
+    images = found[0]["num_samples"]
+    return {**{name: over_seeds(each, images) for name, each in {**unions, **gains}.items()}, "images": images}
 
 
 def of_bound(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
     """Describe a network that knew its threats from the start."""
     found = list(runs.values())
+    images = found[0]["images"]
     return {
         "seeds": list(runs),
-        "clean": over_seeds([each["clean"] for each in found]),
-        **{name: over_seeds([each["threats"][name] for each in found]) for name in found[0]["threats"]},
-        "union": over_seeds([each["union"] for each in found]),
+        "clean": over_seeds([each["clean"] for each in found], images),
+        **{name: over_seeds([each["threats"][name] for each in found], images) for name in found[0]["threats"]},
+        "union": over_seeds([each["union"] for each in found], images),
         "passes": over_seeds([each["passes"] for each in found]),
         "parameters": found[0]["parameters"],
         "answer": found[0]["answer"],
@@ -222,13 +224,14 @@ def of_bound(runs: Runs, specialists: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def tested(of: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+def tested(of: Mapping[str, Mapping[int, float]], images: int) -> dict[str, Any]:
     """Return what is known of differences from 0, with p-values corrected for as many as there are.
 
     Args:
         of: paired differences by method and seed.
+        images: how many they were measured on.
     """
-    found = {name: {**difference(list(by_seed.values())), "seeds": dict(by_seed)} for name, by_seed in of.items()}
+    found = {name: {**difference(list(each.values()), images), "seeds": dict(each)} for name, each in of.items()}
     corrected = holm({name: each["p_value"] for name, each in found.items()})
     for name, each in found.items():
         decided = corrected[name] < LEVEL
@@ -306,8 +309,15 @@ def questions(kept: Kept, specialists: Mapping[str, float]) -> dict[str, Any]:
         }
         for question, methods in first.items()
     }
+    images = next(iter(kept["bounds"]["joint"].values()))["images"]
+    runs = [run for each in kept["forward"].values() for run in each.values()]
+    fewer = next((run["routers"]["num_samples"] for run in runs if "routers" in run), images)
     made: dict[str, Any] = {
-        order: {question: tested(methods) for question, methods in asked.items()} for order, asked in of.items()
+        order: {
+            question: tested(methods, fewer if question.startswith("routing") else images)
+            for question, methods in asked.items()
+        }
+        for order, asked in of.items()
     }
     made["forward_beyond_reverse"] = tested(
         {
@@ -317,7 +327,8 @@ def questions(kept: Kept, specialists: Mapping[str, float]) -> dict[str, Any]:
                 if seed in kept["reverse"][name]
             }
             for name, runs in kept["forward"].items()
-        }
+        },
+        images,
     )
     return made
 

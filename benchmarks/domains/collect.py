@@ -43,13 +43,13 @@ def averaged(found: Sequence[Any]) -> Any:
     return float(np.mean(found)) if isinstance(first, int | float) and not isinstance(first, bool) else first
 
 
-def accuracies(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracies of one classifier over seeds, from what `evaluate` tells of each."""
+def accuracies(found: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
+    """Accuracies of one classifier over seeds, from what `evaluate` tells of each on so many images."""
     names = list(found[0]["robust_accuracy"])
     checks = {check["name"] for each in found for check in each.get("checks", [])}
     return {
-        "clean": over_seeds([each["clean_accuracy"] for each in found]),
-        **{name: over_seeds([each["robust_accuracy"][name] for each in found]) for name in names},
+        "clean": over_seeds([each["clean_accuracy"] for each in found], images),
+        **{name: over_seeds([each["robust_accuracy"][name] for each in found], images) for name in names},
         **({"checks": sorted(checks)} if checks else {}),
     }
 
@@ -122,27 +122,30 @@ class Variant:
     def describe(self) -> dict[str, Any]:
         """Everything that is told of the variant."""
         found = list(self.runs.values())
+        images = found[0]["images"]
         made: dict[str, Any] = {
             "seeds": list(self.runs),
             "cost": averaged([each["cost"] for each in found]),
             "parameters": found[0]["parameters"],
             "added_parameters": found[0]["added_parameters"],
             "corruptions": {
-                kind: over_seeds([e["corruptions"][kind] for e in found]) for kind in found[0]["corruptions"]
+                kind: over_seeds([e["corruptions"][kind] for e in found], images) for kind in found[0]["corruptions"]
             },
         }
         for key in ("routes", "merged"):
             if all(key in each for each in found):
-                made[key] = {name: accuracies([each[key][name] for each in found]) for name in found[0][key]}
+                made[key] = {name: accuracies([each[key][name] for each in found], images) for name in found[0][key]}
         if all("curve" in each for each in found):
             points = range(len(found[0]["curve"]))
             made["curve"] = [
-                {"t": found[0]["curve"][n]["t"], **accuracies([each["curve"][n] for each in found])} for n in points
+                {"t": found[0]["curve"][n]["t"], **accuracies([each["curve"][n] for each in found], images)}
+                for n in points
             ]
         if all("transfer" in each for each in found):
             made["transfer"] = {
                 against: {
-                    judge: over_seeds([each["transfer"][against][judge]["accuracy"] for each in found]) for judge in row
+                    judge: over_seeds([each["transfer"][against][judge]["accuracy"] for each in found], images)
+                    for judge in row
                 }
                 for against, row in found[0]["transfer"].items()
             }
@@ -165,8 +168,9 @@ def between(one: Mapping[int, NDArray[Any]], other: Mapping[int, NDArray[Any]]) 
         return None
     first, second = ([of[seed] for seed in seeds] for of in (one, other))
     gains = [float(b.mean() - a.mean()) for a, b in zip(first, second, strict=True)]
+    ends = student(gains, floor=1.0 / len(first[0]))
     return {
-        "difference": float(np.mean(gains)), "seeds": gains, "seeds_interval": student(gains),
+        "difference": float(np.mean(gains)), "seeds": gains, "seeds_interval": ends,
         "images_interval": list(interval_over_samples(first, second)),
     }  # fmt: skip
 

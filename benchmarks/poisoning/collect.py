@@ -145,12 +145,29 @@ def _of_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(values: Sequence[float], images: int | None = None) -> dict[str, Any]:
-    """Return mean and interval over seeds; of one seed over images, and of one difference none."""
+    """Return mean and interval over seeds, or over images where there is one seed.
+
+    Args:
+        values: shares of images, or what is no such share.
+        images: how many, of which the interval is no narrower than one; None for what is no share.
+    """
     mean, deviation = mean_std(values)
     if len(values) == 1:
         ends = None if images is None else list(wilson(round(mean * images), images))
         return {"mean": mean, "interval": ends, "runs": 1}
-    return {"mean": mean, "interval": student(values), "deviation": deviation, "runs": len(values)}
+    ends = student(values, floor=1.0 / images if images else 0.0)
+    return {"mean": mean, "interval": ends, "deviation": deviation, "runs": len(values)}
+
+
+def change(values: Sequence[float], images: int | None) -> dict[str, Any]:
+    """Return mean and interval over seeds of differences of shares, none of one seed; see `summary`."""
+    return summary(values, images if len(values) > 1 else None)
+
+
+def images_of(run: Run, measure: str) -> int | None:
+    """Return how many images a measure of a run is a share of; None for one that is no share of test images."""
+    counts = {CLEAN: "num_samples", ROBUST: "num_samples", STRONG: "strong_images", SUCCESS: "num_triggered"}
+    return int(run[counts[measure]]) if measure in counts else None
 
 
 def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -168,18 +185,12 @@ def describe(cells: Cells) -> dict[str, Any]:
             measured = [told for told in by_seed.values() if told.get(key) is not None]
             if not measured:
                 continue
-            images = {
-                CLEAN: "num_samples",
-                ROBUST: "num_samples",
-                STRONG: "strong_images",
-                SUCCESS: "num_triggered",
-            }.get(key)
-            count = None if images is None else measured[0][images]
-            entry[key] = summary([told[key] for told in measured], count)
+            entry[key] = summary([told[key] for told in measured], images_of(measured[0], key))
         both = [seed for seed in by_seed if seed in clean]
         if both and not name.endswith("-clean"):
             entry["against_clean_data"] = {
-                key: summary([by_seed[seed][key] - clean[seed][key] for seed in both]) for key in (CLEAN, ROBUST)
+                key: change([by_seed[seed][key] - clean[seed][key] for seed in both], first["num_samples"])
+                for key in (CLEAN, ROBUST)
             }
         outputs = first.get("outputs", {})
         if outputs:
@@ -192,7 +203,7 @@ def _of_output(runs: Sequence[Run], output: str) -> dict[str, Any]:
     """Return means and intervals over seeds of an output beside the deployed one: a head, the mean, the base model."""
     found = [run["outputs"][output] for run in runs if output in run.get("outputs", {})]
     known = {key: [each[key] for each in found if each.get(key) is not None] for key in (CLEAN, ROBUST, SUCCESS)}
-    return {key: summary(values) for key, values in known.items() if values}
+    return {key: change(values, images_of(runs[0], key)) for key, values in known.items() if values}
 
 
 # ---- the marks of the pilot
@@ -290,11 +301,13 @@ def compare(cells: Cells, method: str, name: str) -> dict[str, Any] | None:
     sign = -1 if attack.measure == SUCCESS else 1
     poisoned = {each: cells[f"{each}-{name}"] for each in (method, base)}
     better = [sign * (poisoned[method][s][attack.measure] - poisoned[base][s][attack.measure]) for s in seeds]
+    images = images_of(poisoned[method][seeds[0]], attack.measure)
+    assert images is not None
     made = {
         "attack": name, "method": method, "base": base, "measure": attack.measure, "family": attack.family,
-        "seeds": seeds, "cost": {each: summary([of[s] for s in seeds]) for each, of in costs.items()},
-        "difference": difference([costs[method][s] - costs[base][s] for s in seeds]),
-        "level_better_by": summary(better),
+        "seeds": seeds, "cost": {each: change([of[s] for s in seeds], images) for each, of in costs.items()},
+        "difference": difference([costs[method][s] - costs[base][s] for s in seeds], images),
+        "level_better_by": change(better, images),
     }  # fmt: skip
     if attack.measure != SUCCESS:
         room = {each: [cells[f"{each}-clean"][s][attack.measure] - CHANCE for s in seeds] for each in costs}
@@ -357,11 +370,11 @@ def strengths(cells: Cells) -> dict[str, Any]:
     made = {}
     for name, attack in ATTACKS.items():
         costs = cost_of(cells, attack.shown_by, name)
-        values = list(costs.values())
+        poisoned, values = cells.get(f"{attack.shown_by}-{name}", {}), list(costs.values())
         if attack.measure == SUCCESS:  # the mark is of the rate itself
-            values = [told[SUCCESS] for told in cells.get(f"{attack.shown_by}-{name}", {}).values()]
+            values = [told[SUCCESS] for told in poisoned.values()]
         if values:
-            reached = summary(values)
+            reached = change(values, images_of(next(iter(poisoned.values())), attack.measure))
             works = reached["mean"] >= attack.mark
             made[name] = {"on": attack.shown_by, "mark": attack.mark, "reached": reached, "works": works}
     return made
@@ -376,7 +389,8 @@ def beyond_sham(cells: Cells) -> dict[str, Any]:
         seeds = [seed for seed in runs if seed in sham]
         if name in ATTACKS and seeds:
             measure, sign = ATTACKS[name].measure, -1 if ATTACKS[name].measure == SUCCESS else 1
-            made[cell] = summary([sign * (sham[seed][measure] - runs[seed][measure]) for seed in seeds])
+            gaps = [sign * (sham[seed][measure] - runs[seed][measure]) for seed in seeds]
+            made[cell] = change(gaps, images_of(runs[seeds[0]], measure))
     return made
 
 

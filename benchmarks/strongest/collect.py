@@ -110,9 +110,9 @@ def further(known: Mapping[str, Variant]) -> dict[str, Any]:
         for found in ("adaptive", "autoattack"):
             told = [run["evaluations"][found] for run in variant.runs.values() if found in run["evaluations"]]
             if told:
-                attacks = told[0]["robust_accuracy"]
-                shares = {key: over_seeds([each["robust_accuracy"][key] for each in told]) for key in attacks}
-                made.setdefault(name, {})[found] = {"images": told[0]["images"], **shares}
+                attacks, images = told[0]["robust_accuracy"], told[0]["images"]
+                shares = {key: over_seeds([each["robust_accuracy"][key] for each in told], images) for key in attacks}
+                made.setdefault(name, {})[found] = {"images": images, **shares}
     return made
 
 

@@ -53,13 +53,14 @@ def record(run: Path) -> dict[str, Any]:
 def describe(runs: Runs) -> dict[str, Any]:
     """Return what the finished seeds of a variant reached and cost, from their records."""
     found = list(runs.values())
+    images = found[0]["images"]
     return {
         "seeds": list(runs),
-        "images": found[0]["images"],
-        "clean": over_seeds([each["clean"] for each in found]),
-        **{label: over_seeds([each["threats"][label] for each in found]) for label in found[0]["threats"]},
-        "average": over_seeds([each["average"] for each in found]),
-        "union": over_seeds([each["union"] for each in found]),
+        "images": images,
+        "clean": over_seeds([each["clean"] for each in found], images),
+        **{label: over_seeds([each["threats"][label] for each in found], images) for label in found[0]["threats"]},
+        "average": over_seeds([each["average"] for each in found], images),
+        "union": over_seeds([each["union"] for each in found], images),
         "forward_equivalents": over_seeds([each["cost"]["forward_equivalents"] for each in found]),
         "seconds": over_seeds([each["cost"]["seconds"] for each in found]),
         "parameters": found[0]["parameters"],
@@ -83,7 +84,8 @@ def difference(of: Runs, less: Runs, what: str) -> dict[str, Any]:
     def value(record: Mapping[str, Any]) -> float:
         return float(record[what] if what == "union" else record["threats"][what])
 
-    found = over_seeds([value(of[seed]) - value(less[seed]) for seed in of if seed in less])
+    shared = [seed for seed in of if seed in less]
+    found = over_seeds([value(of[seed]) - value(less[seed]) for seed in shared], of[shared[0]]["images"])
     low, high = found["interval"] or (-1.0, 1.0)
     return {**found, "answer": "gain" if low > 0 else "loss" if high < 0 else "undecided"}
 

@@ -67,6 +67,7 @@ def collect():
 
 
 NO_TRANSFER = {"Linf": 0.5, "L2": 0.5, "union": 0.5, "fooled": {"Linf": 0.9, "L2": 0.6}}
+REST = {"images": 1000, "parameters": 5, "answer": 1.0, "transfer": NO_TRANSFER}
 
 
 def sequence(last, old="lost"):
@@ -78,12 +79,12 @@ def sequence(last, old="lost"):
     arrived = {"Linf": "first", "L2": "second"}
     told = {"threats": ["Linf", "L2"], "old_attacks": old, "arrived": arrived, "rows": rows}
     reached = {"threats": {"Linf": last[0], "L2": last[1], "L1": 0.1}, "union": min(last)}
-    return {"sequence": told, "passes": 7.0, "parameters": 5, "answer": 1.0, "transfer": NO_TRANSFER, **reached}
+    return {"sequence": told, "passes": 7.0, **REST, **reached}
 
 
 def bound(linf, l2, union=0.1):
     told = {"clean": 0.6, "threats": {"Linf": linf, "L2": l2, "L1": 0.2}, "union": union, "passes": 9.0}
-    return {**told, "parameters": 5, "answer": 1.0, "transfer": NO_TRANSFER}
+    return {**told, **REST}
 
 
 def keep(folder, name, seed, content):

@@ -91,3 +91,12 @@ def test_without_a_common_seed_there_is_no_difference(kept, tmp_path):
         kept.keep(run, tmp_path / "kept" / name / f"seed={seed}.json", ["strong"])
     known = kept.read(tmp_path / "kept")
     assert kept.paired(known["base"].entries(), known["guided"].entries()) is None
+
+
+@pytest.mark.parametrize("seeds", [[0.010, 0.010, 0.010], [0.0100, 0.0101, 0.0099]])
+def test_seeds_that_agree_more_closely_than_one_image_prove_nothing(kept, seeds):
+    of_few, of_many = kept.difference(seeds, images=100), kept.difference(seeds, images=100_000)
+    assert of_few["interval"][0] < 0 < of_few["interval"][1]
+    assert of_few["p_value"] == pytest.approx(0.2254, abs=1e-4)  # of Student's t = sqrt(3), 2 degrees of freedom
+    assert of_many["p_value"] < 0.001
+    assert kept.over_seeds(seeds, 100)["interval"] == pytest.approx(of_few["interval"])

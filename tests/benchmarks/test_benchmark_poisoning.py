@@ -147,7 +147,7 @@ def cells(**values):
 
 
 def run(clean, **more):
-    return {"clean_accuracy": clean, "robust_accuracy": 0.2, "num_samples": 100, "num_triggered": 90, **more}
+    return {"clean_accuracy": clean, "robust_accuracy": 0.2, "num_samples": 1000, "num_triggered": 900, **more}
 
 
 def test_cells_are_paired_with_clean_data_by_seed(collect):

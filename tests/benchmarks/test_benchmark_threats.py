@@ -46,7 +46,11 @@ def test_questions_are_answered_by_paired_seeds(module):
             return value + 0.001 * seed
 
         return {
-            seed: {"threats": {"Linf": each(linf, seed), "L2": each(l2, 0), "L1": each(l1, 0)}, "union": each(union, 0)}
+            seed: {
+                "images": 1000,
+                "threats": {"Linf": each(linf, seed), "L2": each(l2, 0), "L1": each(l1, 0)},
+                "union": each(union, 0),
+            }
             for seed in range(3)
         }
 
