@@ -285,6 +285,33 @@ def test_where_one_side_has_no_names_it_is_told(digits, seen, tmp_path, caplog):
         seen({"train": hugging_face(test), "test": hugging_face(test)}, None)
 
 
+@pytest.mark.parametrize("form", [Named, hugging_face])
+def test_names_in_another_order_than_a_data_set_s_number_its_labels_anew(digits, seen, form):
+    found, names = seen(form(digits[0], WORDS), form(digits[1], WORDS[::-1]), class_names=sorted(WORDS))
+    assert found == [by_word(images) for images in digits]
+    assert list(names) == sorted(WORDS)
+
+
+def test_new_names_for_a_data_set_s_classes_stand_in_its_order(digits, seen):
+    new = [word.upper()[::-1] for word in WORDS]
+    found, names = seen(Named(digits[0], WORDS), Named(digits[1], WORDS[::-1]), class_names=new)
+    assert list(names) == new
+    for split, images in zip(found, digits, strict=True):
+        assert sorted((pixels, name[::-1].lower()) for pixels, name in split) == by_word(images)
+    with pytest.raises(dualhead.UserError, match=r"train: the names of its classes \(zero.*are not among class_names"):
+        seen(Named(digits[0], WORDS), digits[1], class_names=["null", *WORDS[1:]])
+
+
+def test_a_column_for_each_class_is_numbered_as_the_training_images_are(digits, seen):
+    class Columns(Named):
+        def __getitem__(self, place):
+            image, label = super().__getitem__(place)
+            return image, torch.nn.functional.one_hot(label, 10)
+
+    found, _ = seen(*(DataLoader(Columns(*each), 50) for each in ((digits[0], WORDS), (digits[1], WORDS[::-1]))))
+    assert found == [by_word(images) for images in digits]
+
+
 def test_a_model_with_a_second_head(digits, tmp_path):
     model = dualhead.attach_second_head(net(), "low", example=digits[0][0][:2], aggregator="mean")
     recipe = {

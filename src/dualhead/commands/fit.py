@@ -75,8 +75,9 @@ def fit(
         device: `cpu`, `cuda`, ...; None for the recipe's, which is the best there is.
         attach_at: layer at whose output the second head begins; None for the recipe's where the network has such a
             layer, else the one that `dualhead layers` recommends.
-        class_names: in the order of the labels; needed where not every class has an image. None for those of the data
-            set, or numbers.
+        class_names: in the order of the labels; needed where not every class has an image. Labels of a data set that
+            names its classes are numbered by these names; it may be given new ones, in its order. None for those of
+            the data set, or numbers.
         factory: makes such a network. Where the class cannot be imported, or takes arguments, `dualhead.load` and the
             command line need it.
         run_dir: the run's folder; None for `runs/NAME`.
@@ -181,24 +182,51 @@ def _images(train: Any, test: Any, class_names: Sequence[str] | None) -> GivenIm
         if given is not None:
             parts[part], names[part] = _part(given, part)
     ours, theirs = names["train"], names.get("test")
-    named = ours or theirs if class_names is None else tuple(map(str, class_names))
     content = parts.get("test")
-    if named is not None and theirs is not None and not isinstance(content, str | None):
-        parts["test"] = _renumbered(content, theirs, named)
-    if class_names is None and ours is None and theirs is not None and not isinstance(parts["train"], str):
+    if ours is not None and theirs is not None and not isinstance(content, str | None):
+        parts["test"] = _renumbered(content, _places(theirs, ours, "test: its classes", "those of train"))
+        theirs = ours
+    named = ours or theirs
+    if class_names is not None:
+        named = tuple(map(str, class_names))
+        for part, own in (("train", ours), ("test", theirs)):
+            content = parts.get(part)
+            if own is not None and not isinstance(content, str | None):
+                parts[part] = _renumbered(content, _named_anew(own, named, part))
+    elif ours is None and theirs is not None and not isinstance(parts["train"], str):
         _log.warning("train: does not name its classes; their order is taken to be that of test, 0 is %s", theirs[0])
     return GivenImages(parts, named)
 
 
-def _renumbered(test: Labelled, theirs: tuple[str, ...], ours: tuple[str, ...]) -> Labelled:
-    """Number the test labels as the training labels are, by the names of classes."""
-    places = match([one_form(name) for name in theirs], [one_form(name) for name in ours])
+def _places(theirs: Sequence[str], known: Sequence[str], whose: str, of: str) -> list[int]:
+    """Return the number of each class among others, by their names."""
+    places = match([one_form(name) for name in theirs], [one_form(name) for name in known])
     if places is None:
-        raise UserError(
-            f"test: its classes ({', '.join(theirs[:4])}, ...) are not those of train ({', '.join(ours[:4])}, ...)"
-        )
-    images, labels = test
-    return images, np.asarray(places)[labels]
+        raise UserError(f"{whose} ({', '.join(theirs[:4])}, ...) are not {of} ({', '.join(known[:4])}, ...)")
+    return places
+
+
+def _named_anew(own: Sequence[str], named: Sequence[str], part: str) -> list[int]:
+    """Return the number of each class of a data set among `class_names`: by name, or in order if all names are new.
+
+    Raises:
+        UserError: if some names are the data set's and others are not.
+    """
+    if len(own) == len(named) and not {one_form(name) for name in own} & {one_form(name) for name in named}:
+        return list(range(len(own)))
+    return _places(own, named, f"{part}: the names of its classes", "among class_names")
+
+
+def _renumbered(content: Labelled, places: Sequence[int]) -> Labelled:
+    """Give labels other numbers of their classes; text stays, since it names its class."""
+    images, labels = content
+    if labels.dtype.kind in "US":
+        return images, labels
+    if labels.ndim == 2 and labels.shape[1] > 1:  # a column for each class
+        columns = np.zeros((len(labels), max(places) + 1), labels.dtype)
+        columns[:, list(places)] = labels
+        return images, columns
+    return images, np.asarray(places)[labels.astype(np.int64)]
 
 
 def _part(given: Any, part: str) -> tuple[Labelled | str, tuple[str, ...] | None]:
