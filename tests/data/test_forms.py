@@ -466,6 +466,22 @@ def test_damaged_arrays_are_one_line(tmp_path):
     refused("a.npz is not a readable file of numpy", load_split, str(tmp_path / "a.npz"), "train")
     np.savez_compressed(tmp_path / "b.npz", x=np.zeros((40_000, 32, 32, 3), np.uint8), y=np.zeros(40_000, np.uint8))
     refused("possibly a decompression bomb", load_split, str(tmp_path / "b.npz"), "train")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, values in (("x_train", x), ("y_train", y)):
+        np.save(folder / f"{name}.npy", values)
+    (folder / "x_train.npy").write_bytes((folder / "x_train.npy").read_bytes()[:-7])
+    refused(
+        f"x_train.npy is cut off: array 'x_train' has {x.nbytes - 7:,} of {x.nbytes:,} bytes",
+        load_split,
+        str(folder),
+        "train",
+    )
+    np.savez(tmp_path / "c.npz", x=x, y=y)
+    whole = bytearray((tmp_path / "c.npz").read_bytes())
+    whole[300] ^= 255  # a byte of an image
+    (tmp_path / "c.npz").write_bytes(whole)
+    refused("c.npz is not a readable file of numpy: Bad CRC-32", load_split, str(tmp_path / "c.npz"), "train")
 
 
 # paths and the Hub

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -136,9 +137,9 @@ def _in_memory(key: str, part: str, values: NDArray[Any]) -> _Array:
 
 def _arrays_in(file: Path, own: str) -> Iterable[_Array]:
     word = said_part(file.stem) or own
-    try:
+    with _readable(file):
         if file.suffix.lower() == ".npy":
-            yield _described(file.stem, said_part(file.stem) or own, lambda: file.open("rb"))
+            yield _described(file, file.stem, word, lambda: file.open("rb"))
             return
         with zipfile.ZipFile(file) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
@@ -150,7 +151,14 @@ def _arrays_in(file: Path, own: str) -> Iterable[_Array]:
                 )
         for entry in entries:
             key = entry.filename.removesuffix(".npy")
-            yield _described(key, said_part(key) or word, functools.partial(_Member, file, entry.filename))
+            yield _described(file, key, said_part(key) or word, functools.partial(_Member, file, entry.filename))
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Tell of a damaged file in one line."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # what is damaged comes out as errors of several libraries
@@ -173,17 +181,20 @@ class _Member:
         self._archive.close()
 
 
-def _described(key: str, part: str, opened: Callable[[], Any]) -> _Array:
+def _described(place: Path, key: str, part: str, opened: Callable[[], Any]) -> _Array:
     with opened() as file:
         shape, by_column, dtype = _header(file)
     if dtype.hasobject:
         raise UserError(f"array {key!r} holds Python objects, and reading it would run code; store it as numbers")
 
     def read(rows: int) -> NDArray[Any]:
-        with opened() as file:
+        with _readable(place), opened() as file:
             _header(file)
             wanted = shape if by_column or not shape else (rows, *shape[1:])
-            content = file.read(int(np.prod(wanted, dtype=np.int64)) * dtype.itemsize)
+            size = int(np.prod(wanted, dtype=np.int64)) * dtype.itemsize
+            content = file.read(size)
+            if len(content) < size:
+                raise UserError(f"{place.name} is cut off: array {key!r} has {len(content):,} of {size:,} bytes")
         array = np.frombuffer(content, dtype).reshape(wanted, order="F" if by_column else "C")
         return array[:rows] if shape else array
 
