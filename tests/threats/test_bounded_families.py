@@ -11,7 +11,7 @@ from dualhead.attacks import attacks
 from dualhead.attacks.losses import cross_entropy
 from dualhead.errors import UserError
 from dualhead.evaluation import evaluate
-from dualhead.threats import build_threat
+from dualhead.threats import ThreatModel, build_threat
 from dualhead.threats.jpeg import Jpeg
 from dualhead.threats.recolour import Recolour, to_luv, to_rgb
 from dualhead.threats.rotation import Rotation
@@ -89,6 +89,8 @@ def test_the_grid_is_the_published_one_and_finds_all_that_lies_on_it():
 
 def test_shifts_keep_their_size_at_other_angles():
     assert build_threat("rotation:30") == Rotation(30.0)
+    assert build_threat({"name": "rotation:30", "eps": 15}) == Rotation(15.0)  # as an override leaves a short form
+    assert build_threat({"name": "L2:0.5", "eps": 1}) == ThreatModel("L2", 1.0)
     assert Rotation(30.0).within(10.0).shift == 3.0
     assert Rotation(10.0, shift=0).kind == "rotation(shift=0.0)"
     with pytest.raises(UserError, match="shift must be at least 0"):

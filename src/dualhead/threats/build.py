@@ -7,6 +7,7 @@ from typing import Any, Final, get_args
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from dualhead.components.fields import parse_real
 from dualhead.errors import UserError
 from dualhead.threats.base import Threat, threats
 from dualhead.threats.lp import TYPICAL_EPS, Norm, ThreatModel, norm_named
@@ -17,7 +18,7 @@ def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Thr
 
     Args:
         spec: `{"norm": "L2", "eps": 0.5}`, where the norm may be left out for Linf; or `{"name": "flow", "eps": 0.05}`;
-            or the short form of either, `"L2:0.5"`.
+            or the short form of either, `"L2:0.5"`; or `{"name": "L2:0.5", "eps": 1}`, as an override leaves that.
         where: the key of the recipe that holds it, for messages; `"."` where the caller knows it.
 
     Raises:
@@ -27,8 +28,9 @@ def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Thr
         return spec
     place = where.removesuffix(".")
     if isinstance(spec, str) and spec.rpartition(":")[0]:
-        kind, _, eps = spec.rpartition(":")
-        spec = {"norm" if norm_named(kind) in get_args(Norm) else "name": kind, "eps": eps}
+        spec = _in_full(spec)
+    elif isinstance(spec, Mapping) and _is_short(spec.get("name")):
+        spec = {**_in_full(spec["name"]), **{key: value for key, value in spec.items() if key != "name"}}
     if not isinstance(spec, Mapping):
         raise UserError(
             f"{place}: must be {{norm: ..., eps: ...}}, {{name: ..., eps: ...}} or short, as L2:0.5; got {spec!r}"
@@ -52,6 +54,20 @@ def build_threat(spec: Mapping[str, Any] | Threat | str, where: str = "") -> Thr
         return ThreatModel(norm, spec["eps"])
     except UserError as error:
         raise UserError(f"{place}: {error}" if place else str(error)) from None
+
+
+def _in_full(short: str) -> dict[str, str]:
+    kind, _, eps = short.rpartition(":")
+    return {"norm" if norm_named(kind) in get_args(Norm) else "name": kind, "eps": eps}
+
+
+def _is_short(name: object) -> bool:
+    """Tell a threat with its radius, `L2:0.5`, from the address of one, `my_file.py:MyThreat`."""
+    kind, _, eps = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+    try:
+        return bool(kind) and parse_real(eps) >= 0
+    except UserError:
+        return False
 
 
 def typical_eps(family: str) -> str | None:
