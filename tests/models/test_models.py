@@ -548,6 +548,19 @@ def test_a_factory_of_more_classes_is_measured_by_their_names(user_module):
     with pytest.raises(UserError, match=r"so \(1, 4\) would be right$"):  # it cannot be trained so
         five.create(4, (3, 2, 2), Normalize.identity(3))
     assert backbones.build(f"{name}:named").published(4, (3, 2, 2)).class_names == tuple("abcde")
+    before = torch.get_rng_state()
+    assert backbones.build(f"{name}:named").weights_class_names(5) == tuple("abcde")
+    assert backbones.build(f"{name}:five").weights_class_names(5) == ()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_without_values_is_refused_in_one_line(user_module):
+    name = user_module(
+        "import torch\n"
+        "def make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).to('meta')\n"
+    )
+    with pytest.raises(UserError, match=r"^model .*: the factory returned tensors without values \(device meta\)"):
+        make(f"{name}:make", 4, (3, 2, 2))
 
 
 def test_a_missing_module_and_a_module_that_fails_are_told_apart(user_module):

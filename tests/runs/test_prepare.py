@@ -75,3 +75,12 @@ def test_weights_whose_classes_have_another_order_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^model: 'cat' is class 0 of the images and class 1"):
         refuse_other_order(natural, given, ("cat", "dog"))
     refuse_other_order(natural, nn.Identity(), ("cat", "dog"))
+    (tmp_path / "naming.py").write_text(
+        "import torch\n"
+        "class_names = ['dog', 'cat']\n"
+        "def make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))\n"
+    )
+    naming = load_recipe("digits_natural", [f"model.backbone={tmp_path / 'naming.py'}:make"])
+    with pytest.raises(UserError, match=r"^model: 'cat' is class 0 of the images and class 1"):
+        refuse_other_order(naming, None, ("cat", "dog"))
+    refuse_other_order(naming, None, ("dog", "cat"))

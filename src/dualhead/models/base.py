@@ -106,6 +106,15 @@ class Backbone(ABC):
         """The names of the classes that the published weights tell apart, in order; none if nobody says."""
         return ()
 
+    def weights_class_names(self, num_classes: int) -> tuple[str, ...]:
+        """Return the names of the classes that a new network tells apart before it is trained; none if nobody says.
+
+        Args:
+            num_classes: of the images.
+        """
+        del num_classes
+        return self.published_class_names() if getattr(self, "pretrained", False) else ()
+
     def published_channels(self) -> int | None:
         """Channels of the images that the published weights are for; None if nobody says."""
         return None

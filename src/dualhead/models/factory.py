@@ -18,6 +18,7 @@ from dualhead.components import plugins
 from dualhead.errors import UserError
 from dualhead.models.base import Backbone, ImageShape, Wrapped, backbones, check_logits, other_types
 from dualhead.models.normalize import Normalize
+from dualhead.system.generators import kept_generators
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of, without_inference_tensors, writes_to_images
 
@@ -118,6 +119,13 @@ def own_copy(model: nn.Module) -> nn.Module:
         return model
 
 
+def on_cpu(model: nn.Module, path: str) -> nn.Module:
+    """Return a network that a function made, where networks begin, wherever the function had put it."""
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise UserError(f"model {path!r}: the factory returned tensors without values (device meta); make them on cpu")
+    return model.cpu()
+
+
 @backbones.register("factory", text="path")
 @dataclass(frozen=True)
 class FactoryBackbone(Backbone):
@@ -147,7 +155,7 @@ class FactoryBackbone(Backbone):
         """Call the function; return the module, and the names of classes that it, the function or its file has."""
         given = maker()
         made, names = made_by(given or function_at(self.path), self.path, num_classes)
-        return own_copy(made) if given else made, names
+        return on_cpu(own_copy(made) if given else made, self.path), names
 
     def _checked(
         self, model: nn.Module, num_classes: int, image_shape: ImageShape, normalize: Normalize, *, if_more: str = ""
@@ -164,6 +172,11 @@ class FactoryBackbone(Backbone):
         bare = normalize.is_identity and isinstance(output, Tensor) and _trains_on_logits(model, image_shape)
         # A wrapper's normalisation makes new images of those given, which a model may then change in place.
         return model if bare and not _writes_to_images(model, image_shape) else Wrapped(normalize, model)
+
+    def weights_class_names(self, num_classes: int) -> tuple[str, ...]:
+        """Call the function; its network, the function or its file may name the classes."""
+        with kept_generators(torch.device("cpu")):
+            return self._made(num_classes)[1]
 
     def published(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
         """Call the function; its network loads weights and normalises itself.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dualhead.errors import UserError
 from dualhead.models.base import ImageShape, backbones
-from dualhead.models.factory import FactoryBackbone, function_at, made_by, maker, own_copy
+from dualhead.models.factory import FactoryBackbone, function_at, made_by, maker, on_cpu, own_copy
 from dualhead.system.generators import kept_generators, seed_generators
 from dualhead.system.modes import in_eval_mode
 from dualhead.system.outputs import logits_of
@@ -56,7 +56,7 @@ class GivenBackbone(FactoryBackbone):
                 f"factory: makes {type(model).__name__} with tensors of other names or shapes than those of the "
                 f"{self.path} that was trained"
             )
-        return own_copy(model), names
+        return on_cpu(own_copy(model), self.path), names
 
 
 @contextmanager

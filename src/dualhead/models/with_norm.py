@@ -88,6 +88,10 @@ class WithNorm(Backbone):
         """As the network's."""
         return self.backbone.published_class_names()
 
+    def weights_class_names(self, num_classes: int) -> tuple[str, ...]:
+        """As the network's."""
+        return self.backbone.weights_class_names(num_classes)
+
     def published_channels(self) -> int | None:
         """As the network's."""
         return self.backbone.published_channels()

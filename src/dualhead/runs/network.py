@@ -54,10 +54,7 @@ def refuse_other_order(recipe: Recipe, given: nn.Module | None, ours: Sequence[s
     Raises:
         UserError: naming a class and its two places.
     """
-    pretrained = getattr(recipe.model.backbone, "pretrained", False)
-    begun: dict[str, tuple[str, ...]] = {
-        "model": tuple(recipe.model.backbone.published_class_names()) if pretrained else ()
-    }
+    begun: dict[str, tuple[str, ...]] = {"model": tuple(recipe.model.backbone.weights_class_names(len(ours)))}
     named = getattr(given, "class_names", ())
     if isinstance(named, Sequence) and not isinstance(named, str):
         begun["model"] = tuple(map(str, named)) or begun["model"]
