@@ -184,6 +184,10 @@ def test_impossible_values_are_refused(field):
         (lambda: PGD(start="random"), "start must be one of uniform, gaussian, clean, got 'random'"),
         (lambda: FGSM(start="random"), "start must be one of uniform, gaussian, clean, got 'random'"),
         (lambda: PGD(loss="dlr"), "loss must be one of ce, kl, margin, got 'dlr'"),
+        (
+            lambda: PGD(loss="kl", start="clean"),
+            "loss: kl has no slope at the clean image; write start: uniform or gaussian",
+        ),
         (lambda: PGD(2.5), "steps must be a whole number, got 2.5"),
         (lambda: PGD(restarts=1.0), "restarts must be a whole number, got 1.0"),
     ],

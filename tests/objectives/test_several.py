@@ -157,6 +157,29 @@ def test_msd_stays_in_the_union_and_climbs_at_least_as_high_as_its_start():
         SteepestOfSeveral(threats, 8, 2.5).parts(10, threats[0])
 
 
+def test_msd_moves_every_image_also_where_the_loss_has_no_slope_at_it():
+    model, x = network(), images(16)
+    p = model(x).detach()
+    threats = tuple(contender.threat for contender in contenders(["Linf:8/255", "L2:0.5"]))
+    climb = lambda z: kl_divergence(p, model(z))  # noqa: E731
+    inner = build("msd", base="trades", among=["Linf:8/255", "L2:0.5"]).inner()[ATTACKED]
+    found = inner.attack.maximise(climb, x, threats[0], streams(16))
+    assert (climb(found) > 1e-4).all()
+    assert torch.stack([t.distance(found, x) <= t.eps * (1 + 1e-5) for t in threats]).any(0).all()
+    assert build("msd").inner()[ATTACKED].attack.begins_clean  # as published, where the loss has a slope there
+
+
+@pytest.mark.parametrize("name", ["sat", "trades", "mart", "ikl", "hybrid", "balanced", "reverse_smoothing"])
+def test_a_loss_is_called_flat_if_it_has_no_slope_where_both_predictions_are_one(name):
+    inner, z = build(name).inner()[ATTACKED], logits(1)[0]
+    clean, attacked = ({n: z.detach().clone().requires_grad_() for n in inner.uses} for _ in range(2))
+    on = {n: need.on for n, need in build(name).needs().items()}
+    used = {n: attacked[n] if on[n] == ATTACKED else clean[n].detach() for n in inner.uses}
+    inner.loss(Y, used).sum().backward()
+    slope = max(float(attacked[n].grad.abs().max()) for n in inner.uses if on[n] == ATTACKED)
+    assert (slope < 1e-6) == inner.flat
+
+
 METHODS = {
     **{choose: {"name": "any_of", "choose": choose, "among": ["Linf:0.1", "L1:3"]} for choose in CHOICES},
     "avg": {"name": "avg", "among": ["Linf:0.1", "L1:3"]},
@@ -210,6 +233,10 @@ def test_a_choice_goes_on_bit_for_bit_where_it_was_stopped(method, tmp_path):
         ({"name": "msd", "steps": 0}, "steps must be at least 1"),
         ({"name": "ramp", "among": AMONG}, "names 3, and pairs two threats"),
         ({"name": "ramp", "weight": -1}, "weight must be at least 0"),
+        (
+            {"name": "any_of", "base": "trades", "among": ["L2:0.5", {"norm": "Linf", "eps": 0.1, "attack": "fgsm"}]},
+            "among.1: attack fgsm begins at the images themselves",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(spec, words):

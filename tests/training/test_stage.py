@@ -45,7 +45,10 @@ def test_l2_training_attacks_within_the_ball_and_lowers_the_loss():
         (["stages.main_head.attack.step_size=0.01", "stages.main_head.eps=0.02"], []),
         (["stages.main_head.attack.step_size=0.01", "stages.main_head.objective=natural"], []),
         (["validation.attack.step_size=0.1"], ["validation.attack: steps=1 of 0.1 reach 0.1, and eps is 0.15"]),
-        (["stages.main_head.attack={name: fgsm, step_size: 0.1}"], ["stages.0.attack: steps=1 of 0.1 reach 0.1"]),
+        (
+            ["stages.main_head.attack={name: fgsm, step_size: 0.1, start: uniform}"],
+            ["stages.0.attack: steps=1 of 0.1 reach 0.1"],
+        ),
         (["stages.*.attack.step_size=null", "validation.attack.step_size=null", "threat.norm=L2", "threat.eps=2"], []),
         (["stages.main_head.awp={}"], ["stage main_head: awp.start is 10, and the stage has 2 epochs"]),
         (["stages.main_head.awp={start: 1}"], []),
@@ -61,6 +64,28 @@ def test_settings_that_come_to_nothing_are_told(tmp_path, caplog, overrides, tol
     assert [words for words in found if "reach" in words or "the stage has" in words] == [
         next((words for words in found if words.startswith(start)), start) for start in told
     ]
+
+
+@pytest.mark.parametrize("attack", ["fgsm", {"name": "pgd", "start": "clean"}])
+@pytest.mark.parametrize(
+    ("objective", "flat"),
+    [
+        ("trades", True), ("ikl", True), ("reverse_smoothing", True), ({"name": "avg", "base": "trades"}, True),
+        ({"name": "joint", "head1": "trades", "head2": "ikl"}, True),
+        ({"name": "joint", "head1": "trades", "head2": "sat", "attack": "sum"}, False), ("sat", False), ("mart", False),
+    ],
+)  # fmt: skip
+def test_an_attack_that_begins_where_its_loss_has_no_slope_is_refused(objective, flat, attack):
+    """From there images with a gradient of 0 would be trained on as attacked, and as they are."""
+    parts = ("model",) if objective in ("trades", "ikl", "sat", "mart") else ("trunk", "head1", "head2")
+    stage = stage_of(objective, parts, attack=attacks.build(attack))
+    if flat:
+        with pytest.raises(UserError, match=r"begins at the images themselves, .* write start: gaussian or uniform"):
+            stage.against(ThreatModel("Linf", 0.1))
+    else:
+        stage.against(ThreatModel("Linf", 0.1))
+    random = stage.model_copy(update={"attack": attacks.build({"name": "pgd", "start": "gaussian"})})
+    random.against(ThreatModel("Linf", 0.1))
 
 
 def test_a_step_of_fast_adversarial_training_costs_five_forward_passes():

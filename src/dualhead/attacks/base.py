@@ -236,6 +236,11 @@ class Attack(ABC):
         return False
 
     @property
+    def begins_clean(self) -> bool:
+        """Whether it takes its first gradient at the very images that it perturbs."""
+        return False
+
+    @property
     def label(self) -> str:
         """Name in results: the registered one, and fields that are not at their defaults: `square-1000(p_init=0.5)`."""
         given = getattr(self, "_label", None)

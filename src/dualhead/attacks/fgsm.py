@@ -42,6 +42,11 @@ class FGSM(Attack):
         """Always."""
         return True
 
+    @property
+    def begins_clean(self) -> bool:
+        """If `start` says so."""
+        return self.start == "clean"
+
     def _pgd(self, threat: Threat) -> PGD:
         return PGD(1, threat.eps if self.step_size is None else self.step_size, self.start, "ce", self.restarts)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dualhead.attacks.base import Attack, Climb, Search, per_slot, slope
+from dualhead.attacks.pgd import beside
 from dualhead.errors import UserError
 from dualhead.noise import Streams
 from dualhead.threats import Threat
@@ -26,6 +28,7 @@ class SteepestOfSeveral(Attack):
         threats: norms, each with its budget.
         steps: gradient steps, at least 1.
         factor: length of a step, as a multiple of eps / steps.
+        start: `clean`, the images themselves, or `gaussian`, beside them, for losses that have no slope there.
     """
 
     registered_name = "msd"
@@ -34,6 +37,12 @@ class SteepestOfSeveral(Attack):
     threats: tuple[Threat, ...]
     steps: int
     factor: float
+    start: Literal["clean", "gaussian"] = "clean"
+
+    @property
+    def begins_clean(self) -> bool:
+        """If `start` says so."""
+        return self.start == "clean"
 
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """Refuse: it is for training.
@@ -49,8 +58,7 @@ class SteepestOfSeveral(Attack):
 
         See `Maximiser.maximise`. A step costs a forward and a backward pass, and a forward pass for each norm.
         """
-        del threat, streams
-        best = here = x.clone()
+        best = here = beside(x, threat, streams) if self.start == "gaussian" else x.clone()
         highest = torch.full_like(x.flatten(1)[:, 0], -torch.inf)
         for _ in range(self.steps):
             gradient, following = slope(climb, here), here

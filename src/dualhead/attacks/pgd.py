@@ -28,6 +28,11 @@ Start = Literal["uniform", "gaussian", "clean"]
 Loss = Literal["ce", "kl", "margin"]
 
 
+def beside(x: Tensor, threat: Threat, streams: Streams) -> Tensor:
+    """Return x + 0.001 N(0, 1) within the budget, where TRADES begins: its divergence has no slope at x itself."""
+    return threat.project(x + 0.001 * streams.normal(*x.shape[1:]).to(x.dtype), x)
+
+
 @attacks.register("pgd", numbers=("steps",))
 @dataclass(frozen=True)
 class PGD(Targeted):
@@ -67,6 +72,8 @@ class PGD(Targeted):
             if value not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.settle_target(self)
+        if self.loss == "kl" and self.begins_clean:
+            raise UserError("loss: kl has no slope at the clean image; write start: uniform or gaussian")
         if self.target is not None and self.loss == "kl":
             raise UserError("target: the loss kl leads away from the clean answer, to no class; use ce or margin")
         above(0, "step_size", self.step_size, "write e.g. 2/255")
@@ -76,6 +83,11 @@ class PGD(Targeted):
         """With one step."""
         return self.steps == 1
 
+    @property
+    def begins_clean(self) -> bool:
+        """If `start` says so."""
+        return self.start == "clean"
+
     def step_length(self, threat: Threat) -> float:
         """The step size in use under a threat model."""
         return 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
@@ -84,9 +96,7 @@ class PGD(Targeted):
         """The point where the ascent begins, within the budget."""
         if self.start == "uniform":
             return threat.start(x, streams, "ball")
-        if self.start == "gaussian":
-            return threat.project(x + 0.001 * streams.normal(*x.shape[1:]).to(x.dtype), x)
-        return x.clone()
+        return beside(x, threat, streams) if self.start == "gaussian" else x.clone()
 
     def maximise(self, climb: Climb, x: Tensor, threat: Threat, streams: Streams) -> Tensor:
         """The last iterate, as adversarial training uses it: `steps` forward and backward passes, no more.

@@ -55,7 +55,7 @@ class ALR(Around):
     def __post_init__(self) -> None:
         at_least(0, "weight", self.weight, "0.5 to 1 are usual")
         refuse_untrainable(self.attack)
-        if getattr(self.attack, "start", None) == "clean":
+        if self.attack.begins_clean:
             raise UserError("attack must climb any loss from a random start, as {name: pgd, steps: 1}")
         self.refuse_itself()
 
@@ -73,7 +73,8 @@ class ALR(Around):
         return {**made, "farther": self._climb("farther", "far")} if self.kind == "variation" else made
 
     def _climb(self, point: str, other: str) -> Inner:
-        return Inner(lambda y, seen: _distance(seen[point], seen[other]), uses=(point, other), attack=self.attack)
+        uses = (point, other)
+        return Inner(lambda y, seen: _distance(seen[point], seen[other]), uses, attack=self.attack, flat=True)
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the base method's terms, and `variation`, the distance."""

@@ -155,6 +155,7 @@ class Inner:
         threat: None for the stage's.
         through: further needs on the images that are made, by name, which this maximisation alone sees: logits of what
             need not learn, such as an output that the stage leaves as it is.
+        flat: whether the loss has no slope at the images that are perturbed, as a divergence from the prediction there.
     """
 
     loss: Callable[[Tensor, Seen], Tensor]
@@ -163,6 +164,20 @@ class Inner:
     attack: Attack | None = None
     threat: Threat | None = None
     through: Mapping[str, Logits] = field(default_factory=dict)
+    flat: bool = False
+
+    def check(self, attack: Attack, threat: Threat) -> None:
+        """Refuse an attack that cannot climb the loss within a threat.
+
+        Raises:
+            UserError: saying why not.
+        """
+        attack.check(threat)
+        if self.flat and attack.begins_clean:
+            raise UserError(
+                f"attack {attack.label} begins at the images themselves, where a divergence from the prediction has no "
+                "slope, and would leave images as they are; write start: gaussian or uniform"
+            )
 
 
 @dataclass(frozen=True)

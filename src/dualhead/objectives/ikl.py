@@ -75,7 +75,7 @@ class IKL(Objective):
 
     def inner(self) -> Mapping[str, Inner]:
         """Climb KL(p || p')."""
-        return {ATTACKED: Inner(lambda y, seen: kl_divergence(seen["p"], seen["q"]), uses=("p", "q"))}
+        return {ATTACKED: Inner(lambda y, seen: kl_divergence(seen["p"], seen["q"]), uses=("p", "q"), flat=True)}
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the sum above."""

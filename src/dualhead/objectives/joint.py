@@ -165,7 +165,8 @@ class Joint(Objective):
                 total = total + weight * inner.loss(y, under(name, seen))
             return total
 
-        return {ATTACKED: Inner(climbed, [f"{name}.{need}" for name, inner in inside.items() for need in inner.uses])}
+        uses = [f"{name}.{need}" for name, inner in inside.items() for need in inner.uses]
+        return {ATTACKED: Inner(climbed, uses, flat=all(inner.flat for inner in inside.values()))}
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the sum above; terms are named by output and base method's term, as `head1_divergence`."""

@@ -28,7 +28,7 @@ class MSD(Around):
 
     Each step of the ascent tries the steepest step of each norm from the same gradient, projected onto that norm's
     ball, and keeps, for each image, the one where the loss is highest; the best point of all steps is trained on. It
-    stands in place of the stage's attack.
+    stands in place of the stage's attack. Where the loss has no slope at x, as TRADES', it begins at x + 0.001 N(0, 1).
 
     When: for the union of norms, where its cost, a forward pass more for each norm and step, can be paid.
 
@@ -63,8 +63,9 @@ class MSD(Around):
     def inner(self) -> Mapping[str, Inner]:
         """Return the base method's attack with this ascent."""
         threats = tuple(contender.threat for contender in self.among)
-        ascent = SteepestOfSeveral(threats, self.steps, self.step_factor)
-        return {ATTACKED: replace(self.base.inner()[ATTACKED], attack=ascent, threat=threats[0])}
+        inner = self.base.inner()[ATTACKED]
+        ascent = SteepestOfSeveral(threats, self.steps, self.step_factor, "gaussian" if inner.flat else "clean")
+        return {ATTACKED: replace(inner, attack=ascent, threat=threats[0])}
 
     def threats(self) -> Sequence[Threat | None]:
         """All norms that it steps along."""

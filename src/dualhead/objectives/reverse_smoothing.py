@@ -91,7 +91,7 @@ class ReverseSmoothing(Objective):
     def inner(self) -> Mapping[str, Inner]:
         """Climb KL(p || p') of head 1."""
         uses = ("head1", "head1_attacked")
-        return {ATTACKED: Inner(lambda y, seen: kl_divergence(*(seen[name] for name in uses)), uses=uses)}
+        return {ATTACKED: Inner(lambda y, seen: kl_divergence(*(seen[name] for name in uses)), uses=uses, flat=True)}
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute the sum above."""

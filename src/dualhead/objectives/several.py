@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dualhead.attacks import Attack, attacks, refuse_untrainable
-from dualhead.errors import UserError
+from dualhead.errors import UserError, under
 from dualhead.objectives.base import ATTACKED, Around, Inner, Labels, Need, Objective, Seen
 from dualhead.threats import Threat, ThreatModel, build_threat
 
@@ -79,6 +79,11 @@ class Several(Around):
     def __post_init__(self) -> None:
         object.__setattr__(self, "among", contenders(self.among))
         refuse_base(self.base)
+        inner = self.base.inner()[ATTACKED]
+        for place, contender in enumerate(self.among):
+            if contender.attack is not None:
+                with under(f"among.{place}"):
+                    inner.check(contender.attack, contender.threat)
 
     @property
     def active(self) -> Sequence[int]:

@@ -59,7 +59,8 @@ class TRADES(Objective):
 
     def inner(self) -> Mapping[str, Inner]:
         """Climb KL(p || p')."""
-        return {ATTACKED: Inner(lambda y, seen: kl_divergence(seen["p"], seen["q"]), uses=("p", "q"))}
+        flat = self.clean == self.robust
+        return {ATTACKED: Inner(lambda y, seen: kl_divergence(seen["p"], seen["q"]), uses=("p", "q"), flat=flat)}
 
     def loss(self, y: Tensor, seen: Seen) -> LossTerms:
         """Compute CE(f(x), y) + beta KL(p || p'); both predictions carry gradients."""

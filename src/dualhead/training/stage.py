@@ -183,7 +183,7 @@ class Stage(Section):
                 self.free.check(threat)
                 return threat
             for inner in self.objective.inner().values():
-                (inner.attack or self.attack).check(inner.threat or threat)
+                inner.check(inner.attack or self.attack, inner.threat or threat)
         return threat
 
     @property
