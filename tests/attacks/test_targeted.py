@@ -74,6 +74,16 @@ def test_next_and_least_likely_are_what_they_say(spec):
     assert with_target(spec, "2") == with_target(spec, 2)
 
 
+def test_a_number_that_names_a_class_means_that_class_or_is_refused():
+    attack = attacks.build("pgd-10(target=8)")
+    assert attack.for_classes(["7", "8", "9"]).target == 1
+    assert attack.for_classes(["7", "8", "9"]).label == attack.label
+    assert attack.for_classes(list(map(str, range(10)))) is attack
+    assert attack.for_classes(["cat", "dog"]) is attack  # no class of theirs; `parts` says so
+    with pytest.raises(UserError, match="target 1: class 1 by its number is '2', and class 0 has that name"):
+        attacks.build("pgd-10(target=1)").for_classes(["1", "2"])
+
+
 def test_images_of_the_target_are_left_alone():
     model, x = network(4), images(8)
     y = model(x).argmax(1)

@@ -45,10 +45,22 @@ class Targeted(Search):
             raise UserError(f"target must be a class, {NEXT} or {LEAST_LIKELY}; got {target!r}")
 
     def for_classes(self, names: Sequence[str]) -> Self:
-        """See `Attack.for_classes`: a target's name becomes its number, and the label keeps the name."""
-        if not isinstance(self.target, str) or self.target not in names:
+        """See `Attack.for_classes`: a target's name becomes its number, and the label keeps the name.
+
+        Raises:
+            UserError: for a number that is the name of another class.
+        """
+        if self.target in (None, NEXT, LEAST_LIKELY) or str(self.target) not in names:
             return self
-        return cast("Self", replace(cast("Any", self), target=names.index(self.target))).labelled(self.label)
+        place = names.index(str(self.target))
+        if place == self.target:
+            return self
+        if isinstance(self.target, int) and self.target < len(names):
+            raise UserError(
+                f"target {self.target}: class {self.target} by its number is {names[self.target]!r}, and class {place} "
+                "has that name; give the classes names that are no numbers"
+            )
+        return cast("Self", replace(cast("Any", self), target=place)).labelled(self.label)
 
     def parts(self, num_classes: int, threat: Threat, num_heads: int = 1) -> Sequence[Search]:
         """See `Attack.parts`.
