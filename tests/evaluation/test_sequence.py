@@ -64,7 +64,7 @@ def evaluation(seed, accuracy):
 
 def test_an_image_counts_under_a_threat_and_in_the_union_if_it_stands_every_attack():
     found = [evaluation(n, 0.9 - 0.1 * n) for n in range(3)]
-    visits = [Visit(f"s{n}", (THREATS[n],), (THREATS[n],), one, 10.0, 1.0) for n, one in enumerate(found)]
+    visits = [Visit(f"s{n}", ((THREATS[n],),), ((THREATS[n],),), one, 10.0, 1.0) for n, one in enumerate(found)]
     told = describe_sequence(visits, THREATS, {"Linf": 0.5})
     for row, one in zip(told["rows"], found, strict=True):
         right = [one.verdicts[f"pgd@{t}"].robust & one.verdicts[f"square@{t}"].robust for t in THREATS]
@@ -76,3 +76,12 @@ def test_an_image_counts_under_a_threat_and_in_the_union_if_it_stands_every_atta
     best = max(row["union"] for row in told["rows"][:-1])
     assert told["rows"][-1]["union_forgetting"] == pytest.approx(max(best - told["rows"][-1]["union"], 0.0))
     assert plasticity(told, {"Linf": 0.5}) == pytest.approx(told["rows"][-1]["plasticity"])
+
+
+@pytest.mark.parametrize(
+    ("stages", "old"), [([THREATS], "all known"), ([["Linf"], ["L2"], ["L1"]], "lost"), ([["Linf"], THREATS], "kept")]
+)
+def test_stages_that_no_visit_parts_still_come_one_after_another(stages, old):
+    by_stage = tuple(map(tuple, stages))
+    told = describe_sequence([Visit("last", by_stage, by_stage, evaluation(0, 0.5), 10.0, 1.0)], THREATS)
+    assert told["old_attacks"] == told["rows"][0]["old_attacks"] == old

@@ -33,8 +33,8 @@ def evaluation(robust):
 
 def run(seed, last):
     visits = [
-        Visit("first", ("Linf",), ("Linf",), evaluation([12, 4]), 100.0, 1.0),
-        Visit("second", ("L2",), ("L2",), evaluation(last), 50.0, 1.0),
+        Visit("first", (("Linf",),), (("Linf",),), evaluation([12, 4]), 100.0, 1.0),
+        Visit("second", (("L2",),), (("L2",),), evaluation(last), 50.0, 1.0),
     ]
     visits[-1].evaluation.results["sequence"] = describe_sequence(visits, THREATS)
     return Entry("group", "lwf", "model", True, seed, visits[-1].evaluation)
@@ -72,8 +72,8 @@ def test_pictures_and_text_hold_every_number():
 
 def test_threats_stand_in_the_order_in_which_they_were_learnt():
     visits = [
-        Visit("first", ("L2",), ("L2",), evaluation([4, 12]), 100.0, 1.0),
-        Visit("second", ("Linf",), ("Linf",), evaluation([10, 8]), 50.0, 1.0),
+        Visit("first", (("L2",),), (("L2",),), evaluation([4, 12]), 100.0, 1.0),
+        Visit("second", (("Linf",),), (("Linf",),), evaluation([10, 8]), 50.0, 1.0),
     ]
     visits[-1].evaluation.results["sequence"] = describe_sequence(visits, THREATS)
     (found,) = sequences([Entry("group", "lwf", "model", True, 0, visits[-1].evaluation)], [])

@@ -42,16 +42,16 @@ class Visit:
 
     Args:
         stage: its name.
-        trained: labels of the threats that stages since the visit before trained against.
-        used: labels of all threats whose attacks these stages used, also to choose among epochs or weights.
+        trained: by stage since the visit before, labels of the threats that it trained against.
+        used: by stage, labels of all threats whose attacks it used, also to choose among epochs or weights.
         evaluation: under all threats of the sequence.
         forward_equivalents: cost of these stages' training, in forward passes of one image through the base model.
         seconds: of their training.
     """
 
     stage: str
-    trained: tuple[str, ...]
-    used: tuple[str, ...]
+    trained: tuple[tuple[str, ...], ...]
+    used: tuple[tuple[str, ...], ...]
     evaluation: Evaluation
     forward_equivalents: float
     seconds: float
@@ -74,11 +74,11 @@ def arrivals(trained: Sequence[Sequence[str]], threats: Sequence[str]) -> dict[s
 
 
 def old_attacks(trained: Sequence[Sequence[str]], used: Sequence[Sequence[str]]) -> list[str | None]:
-    """Tell for each visit whether its stages used attacks of threats that had arrived before.
+    """Tell for each stage whether it used attacks of threats that had arrived before.
 
     Args:
-        trained: by visit, labels of the threats that are trained against.
-        used: by visit, labels of those that are used in any way.
+        trained: by stage, labels of the threats that are trained against.
+        used: by stage, labels of those that are used in any way.
 
     Returns:
         `kept` or `lost`; `all known` where all threats arrived at once; None before there is any old threat.
@@ -92,6 +92,11 @@ def old_attacks(trained: Sequence[Sequence[str]], used: Sequence[Sequence[str]])
         old = learnt - current
         found.append(KNOWN if not old and len(current) > 1 else None if not old else KEPT if old & set(seen) else LOST)
     return found
+
+
+def _foremost(words: Sequence[str | None]) -> str | None:
+    """Return what several stages come to: attacks that one of them kept were kept, and were lost if any lost them."""
+    return next((word for word in (KEPT, LOST, KNOWN) if word in words), None)
 
 
 def measures(
@@ -183,8 +188,10 @@ def describe_sequence(
         `robust_accuracy` by threat, `union` (right under all of them) with Wilson intervals, `clean_drop` since the
         first visit, `union_forgetting` since the best one, the `measures`, and `training_cost` up to it.
     """
-    arrived = arrivals([visit.trained for visit in visits], threats)
-    old = old_attacks([visit.trained for visit in visits], [visit.used for visit in visits])
+    trained = [[name for stage in visit.trained for name in stage] for visit in visits]
+    arrived = arrivals(trained, threats)
+    by_stage = iter(old_attacks([of for v in visits for of in v.trained], [of for v in visits for of in v.used]))
+    old = [_foremost([next(by_stage) for _ in visit.trained]) for visit in visits]
     right = [[robust_under(visit.evaluation, threat) for threat in threats] for visit in visits]
     matrix = [[share(column) for column in row] for row in right]
     made = measures(matrix, threats, arrived, specialists or None)
@@ -198,7 +205,7 @@ def describe_sequence(
             {
                 "stage": visit.stage,
                 "old_attacks": old[number],
-                "trained_against": list(visit.trained),
+                "trained_against": trained[number],
                 "clean_accuracy": clean,
                 "robust_accuracy": dict(zip(threats, matrix[number], strict=True)),
                 "union": share(union),
@@ -214,10 +221,9 @@ def describe_sequence(
             }
         )
         best = max(best, share(union))
-    overall = next((word for word in (KEPT, LOST, KNOWN) if word in old), None)
     return {
         "threats": list(threats),
-        "old_attacks": overall,
+        "old_attacks": _foremost(old),
         "arrived": {threat: visits[number].stage for threat, number in arrived.items()},
         **({"specialists": dict(specialists)} if specialists else {}),
         "rows": rows,

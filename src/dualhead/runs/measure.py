@@ -233,8 +233,8 @@ def _visits(
         visits.append(
             Visit(
                 stage.name,
-                tuple(labels[t] for each in since for t in each.met(recipe.threat) if t in labels),
-                tuple(labels[t] for each in since for t in _used(prepared, each) if t in labels),
+                tuple(tuple(labels[t] for t in each.met(recipe.threat) if t in labels) for each in since),
+                tuple(tuple(labels[t] for t in _used(prepared, each) if t in labels) for each in since),
                 evaluation,
                 sum(summary["flops"] for summary in summaries) / unit,
                 sum(summary["seconds"] for summary in summaries),
