@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -144,6 +145,23 @@ def test_the_fisher_matrix_is_the_mean_square_of_gradients_on_attacked_images():
         again = half.recall(before_of(model, attack, memory)[0])
     for name, fisher in expected.items():
         torch.testing.assert_close(again[f"ewc.fisher.{name}"], 1.5 * fisher, rtol=1e-3, atol=1e-7)
+
+
+def test_the_fisher_matrix_of_weights_that_rest_in_a_stage_is_remembered_for_a_later_one():
+    model, attack = plain_model("cnn-4"), PGD(1)
+    objective = build("ewc", old="L2:0.5", decay=0.5, images=4)
+    with in_eval_mode(model):
+        first = objective.recall(before_of(model, attack)[0])
+        before, _ = before_of(model, attack, first)
+        resting, *learning = before.weights
+        fewer = dataclasses.replace(before, weights={name: before.weights[name] for name in learning})
+        second = objective.recall(fewer)
+        third = objective.recall(before_of(model, attack, second)[0])
+    key = f"ewc.fisher.{resting}"
+    torch.testing.assert_close(second[key], 0.5 * first[key])
+    torch.testing.assert_close(third[key], 1.25 * first[key])
+    assert f"ewc.anchor.{resting}" not in second
+    assert torch.isfinite(objective.penalty(fewer.weights, second)["ewc"])
 
 
 def one_class():

@@ -93,8 +93,8 @@ class EWC(Around):
         before.add_up([*fisher.values(), count])
         found = {f"{_FISHER}{name}": value / count for name, value in fisher.items()}
         for name, value in before.earlier.items():
-            if name in found:
-                found[name] = found[name] + self.decay * value
+            if name.startswith(_FISHER):  # also of weights that rest in this stage, for a later one
+                found[name] = self.decay * value + found.get(name, 0.0)
         anchors = {f"{_ANCHOR}{name}": weight.clone() for name, weight in weights.items()}
         return {**self.base.recall(before), **found, **anchors}
 
