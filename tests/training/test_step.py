@@ -267,7 +267,8 @@ def test_attacks_in_lanes_train_the_same(base, stage, monkeypatch):
     climb = PGD.maximise
     monkeypatch.setattr(PGD, "maximise", lambda *args: names.append(threading.current_thread().name) or climb(*args))
     for model, lanes in ((alone, 1), (together, 2)):
-        step = step_of(model, stage_of(objective, parts, start=start, lr=lr), Arithmetic(bf16=False, lanes=lanes))
+        short = stage_of(objective, parts, lr=lr).model_copy(update={"attack": PGD(3, 2 / 255, start)})
+        step = step_of(model, short, Arithmetic(bf16=False, lanes=lanes))
         for number in range(3):
             step(batch(number, 36), streams_of(batch(number, 36)))
         step(batch(3, 36), streams_of(batch(3, 36)), one_thread=True)
