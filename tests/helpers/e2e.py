@@ -6,9 +6,11 @@ import contextlib
 import io
 import sys
 from dataclasses import dataclass
+from functools import cache
 from unittest import mock
 
 import pytest
+import typer.main
 
 from dualhead.commands.cli import main
 
@@ -42,12 +44,17 @@ class Ended:
         return lines[0].removeprefix("dualhead: ")
 
 
+commands_of = cache(typer.main.get_command)
+"""The tree of commands, which takes longer to build than most wrong input to refuse, and holds nothing of a call."""
+
+
 def dualhead(*arguments: object) -> Ended:
     """`dualhead ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     argv = ["dualhead", *map(str, arguments)]
     with (
         mock.patch.object(sys, "argv", argv),
+        mock.patch.object(typer.main, "get_command", commands_of),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as ended,
