@@ -58,7 +58,8 @@ extends: digits
 model: {backbone: "my_network:make", attach_at: model.block1}
 runtime: {layout: auto}  # `digits` pins one that `view` in the network above does not take
 """
-OPTIONS = [word for word in TINY if not word.startswith("model.backbone")]
+SHORT = (*TINY, "evaluate.gallery=0")
+OPTIONS = [word for word in SHORT if not word.startswith("model.backbone")]
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
@@ -134,7 +135,7 @@ def test_a_robust_model_becomes_head_1_and_stage_1_is_skipped(tmp_path):
     plain = architecture(10).create()
     torch.save({"state_dict": {f"module.{k}": v for k, v in plain.state_dict().items()}}, tmp_path / "robust.pt")
     ended = dualhead(
-        "train", "digits", *TINY, "stages.main_head.init=" + str(tmp_path / "robust.pt"), "stages.main_head.epochs=0",
+        "train", "digits", *SHORT, "stages.main_head.init=" + str(tmp_path / "robust.pt"), "stages.main_head.epochs=0",
         "model.normalize={mean: [0.3], std: [0.4]}", "--run-dir", tmp_path / "run", "--quiet",
     )  # fmt: skip
     assert ended.status == 0, ended.err
@@ -145,7 +146,7 @@ def test_weights_that_carry_their_normalisation_set_it(tmp_path):
     plain = architecture(10).create()
     state = {"mu": torch.full((1, 1, 1, 1), 0.3), "sigma": torch.full((1, 1, 1, 1), 0.4), **plain.state_dict()}
     torch.save(state, tmp_path / "robust.pt")
-    words = [*TINY, "stages.main_head.init=" + str(tmp_path / "robust.pt"), "stages.main_head.epochs=0"]
+    words = [*SHORT, "stages.main_head.init=" + str(tmp_path / "robust.pt"), "stages.main_head.epochs=0"]
     for _ in range(2):  # the second time from the finished run
         ended = dualhead("train", "digits", *words, "--run-dir", tmp_path / "run", "--quiet")
         assert ended.status == 0, ended.err
@@ -159,7 +160,7 @@ def test_weights_that_carry_their_normalisation_set_it(tmp_path):
 
 
 def test_transfer_to_other_classes_trains_from_all_but_the_last_layer(tmp_path, published):
-    words = [*TINY, f"stages.main_head.init={published}"]
+    words = [*SHORT, f"stages.main_head.init={published}"]
     refused = dualhead("train", "digits", *words, "--run-dir", tmp_path / "no")
     assert refused.status == 2
     assert "of another shape (fc.weight is (7, 8), (10, 8) in the model" in refused.error_line
@@ -178,7 +179,7 @@ def test_transfer_to_other_classes_trains_from_all_but_the_last_layer(tmp_path, 
 
 
 def test_a_classifier_is_replaced_only_in_weights(tmp_path):
-    ended = dualhead("train", "digits", *TINY, "stages.main_head.replace_classifier=true", "--run-dir", tmp_path / "r")
+    ended = dualhead("train", "digits", *SHORT, "stages.main_head.replace_classifier=true", "--run-dir", tmp_path / "r")
     assert ended.status == 2
     assert "replace_classifier is for weights that init names" in ended.error_line
 
@@ -191,7 +192,7 @@ def test_guided_distillation_takes_any_network(deployed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     ended = dualhead(
-        "train", "guided_distillation", "data.source=digits", "model.backbone=own_net:make", *TINY[1:],
+        "train", "guided_distillation", "data.source=digits", "model.backbone=own_net:make", *SHORT[1:],
         "threat.eps=0.1", f"stages.distilled.deploy={deployed}", "data.augment=[]", "--run-dir", "run", "--quiet",
     )  # fmt: skip
     assert ended.status == 0, ended.err
