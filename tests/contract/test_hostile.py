@@ -61,7 +61,7 @@ def test_a_message_is_one_printable_line_whatever_it_quotes(text):
     st.integers(1, 4096),
     st.floats(1e-4, 1.0),
     st.sampled_from(["sat", {"name": "trades", "beta": 2.5}, {"name": "mart", "beta": 3.5}]),
-    st.sampled_from(["pgd-7", {"name": "pgd", "steps": 3, "step_size": "2/255"}, "fgsm"]),
+    st.sampled_from(["pgd-7", {"name": "pgd", "steps": 3, "step_size": "2/255"}, {"name": "fgsm", "start": "uniform"}]),
     st.sampled_from(["best", "last"]),
 )
 def test_a_recipe_comes_back_from_what_is_written_of_it(epochs, batch, eps, objective, attack, keep):
