@@ -429,6 +429,17 @@ def test_a_network_without_an_address_needs_a_factory(digits, tmp_path):
     with pytest.raises(dualhead.UserError, match="OwnNet"):
         fitted(OwnNet(width=3), digits, tmp_path / "other", PLAIN, factory=OwnNet)
 
+    def otherwise():
+        network = OwnNet(width=3)
+        network.low[2] = torch.nn.Tanh()
+        return network
+
+    for folder in ("run", "out"):
+        with pytest.raises(
+            dualhead.UserError, match="with the same weights, answers otherwise than the one that was saved"
+        ):
+            dualhead.load(tmp_path / folder, factory=otherwise)
+
 
 def test_what_comes_back(whole, digits, tmp_path):
     assert len(str(whole).splitlines()) >= 1 + len(whole.rows)

@@ -25,6 +25,12 @@ WEIGHTS = "model.safetensors"
 CARD = "README.md"
 ONNX = "model.onnx"
 PLUGINS = "plugins"
+ADDED = "added_parameters"
+"""Key of `config.json`: parameters of what was added to the network."""
+ANSWERS = "answers"
+"""Key of `config.json`: logits of two images of noise, by which a function that makes another network is found out."""
+OF_THE_WEIGHTS = (ADDED, ANSWERS)
+"""Keys of `config.json` that a part of the network has of its own."""
 """Key of the configuration with the code from outside that makes the model, and folder of an export with its files."""
 
 UNTOLD: Final = "pairwise_cnn"

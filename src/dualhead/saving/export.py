@@ -23,6 +23,7 @@ from dualhead.report import ONNX_SECTION, lights, model_card
 from dualhead.saving.architecture import (
     CARD,
     CONFIG,
+    OF_THE_WEIGHTS,
     ONNX,
     PLUGINS,
     UNTOLD,
@@ -137,7 +138,7 @@ def _of_one_head(folder: Path, config: Mapping[str, Any], head: str) -> tuple[di
             f"--output-of {head}: the network came with its heads, and nothing makes it without them; leave it out, "
             f"and take the head by dualhead.load({str(folder)!r}, {head!r})"
         )
-    facts = {name: fact for name, fact in config.items() if name != "added_parameters"}
+    facts = {name: fact for name, fact in config.items() if name not in OF_THE_WEIGHTS}
     if architecture.own is not None:
         facts["exported_own"] = list(architecture.own)  # of tied heads, which the card tells
     return model.base_state_dict(head), {

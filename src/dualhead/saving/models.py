@@ -29,7 +29,18 @@ from dualhead.models import (
     write_state,
 )
 from dualhead.names import AGGREGATE, AGGREGATOR, MODEL, TRUNK, head_id, is_head
-from dualhead.saving.architecture import CONFIG, PLUGINS, WEIGHTS, Architecture, holds_model, read_config, write_config
+from dualhead.saving.architecture import (
+    ADDED,
+    ANSWERS,
+    CONFIG,
+    OF_THE_WEIGHTS,
+    PLUGINS,
+    WEIGHTS,
+    Architecture,
+    holds_model,
+    read_config,
+    write_config,
+)
 from dualhead.saving.hub import download
 from dualhead.system.generators import kept_generators
 from dualhead.system.modes import in_eval_mode
@@ -47,8 +58,44 @@ def save_model(folder: Path, model: nn.Module, architecture: Architecture, facts
     """
     write_state(model.state_dict(), folder / WEIGHTS)
     if isinstance(model, DualHeadClassifier):
-        facts = {**facts, "added_parameters": model.added_parameters}
-    write_config(folder, architecture, facts)
+        facts = {**facts, ADDED: model.added_parameters}
+    answers = _answers(model, architecture) if _comes_from_outside(architecture) else None
+    write_config(folder, architecture, facts if answers is None else {**facts, ANSWERS: answers.tolist()})
+
+
+_ANSWERS_DIFFER = 0.01
+"""By how much of the largest logit they may: a GPU rounds otherwise than a CPU."""
+
+
+def _comes_from_outside(architecture: Architecture) -> bool:
+    """Tell whether a function of somebody's own makes the network, so that `load` may be given another one."""
+    return architecture.backbone.get("name") in ("factory", "given")
+
+
+def _answers(model: nn.Module, architecture: Architecture) -> Tensor | None:
+    """Return logits of two images of noise, on the CPU; None of a network that answers differently each time."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    noise = torch.rand(2, *architecture.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with in_eval_mode(model), torch.no_grad(), kept_generators(device):
+        try:
+            first, second = (logits_of(model(noise)).float().cpu() for _ in range(2))
+        except Exception:  # whatever somebody else's model may raise; it is told where the model is used
+            return None
+    return first if bool(first.isfinite().all()) and torch.equal(first, second) else None
+
+
+def _refuse_other_answers(model: nn.Module, architecture: Architecture, known: Any) -> None:
+    """Refuse a network that reads weights otherwise than the one that was saved, such as by another activation."""
+    found = None if known is None or not _comes_from_outside(architecture) else _answers(model, architecture)
+    wanted = torch.tensor(known) if found is not None else None
+    if found is None or wanted is None or found.shape != wanted.shape:
+        return
+    apart, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
+    if apart > _ANSWERS_DIFFER * largest:
+        raise UserError(
+            "factory: makes a network that, with the same weights, answers otherwise than the one that was saved: by "
+            f"another activation, say, or a constant (logits are {apart:.3g} apart, the largest is {largest:.3g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -163,9 +210,12 @@ def load(path: str | Path, output: str | None = None, *, factory: Callable[..., 
     with kept_generators(torch.device("cpu")), at_hand(factory):  # its weights are drawn, and then replaced
         model = architecture.create()
     load_state(model, read_state(folder / WEIGHTS), str(folder / WEIGHTS))
+    with under(str(folder)):
+        _refuse_other_answers(model, architecture, config.get(ANSWERS))
     chosen = output or config.get("output", MODEL)
     shown = view(model, chosen).eval()
-    facts = {key: value for key, value in config.items() if key not in ("architecture", PLUGINS, "added_parameters")}
+    own = ("architecture", PLUGINS, *OF_THE_WEIGHTS)
+    facts = {key: value for key, value in config.items() if key not in own}
     remember(shown, model, architecture, {**facts, "output": chosen})
     return shown
 
