@@ -1,6 +1,7 @@
 """`dualhead.fit`: runs from Python are those of the command line, and what does not fit is refused in one line."""
 
 import copy
+import json
 import os
 import shutil
 import socket
@@ -434,6 +435,12 @@ def test_a_network_without_an_address_needs_a_factory(digits, tmp_path):
         network.low[2] = torch.nn.Tanh()
         return network
 
+    written = tmp_path / "out/config.json"
+    whole = written.read_text()
+    written.write_text(json.dumps({**json.loads(whole), "answers": ["rubbish"]}))
+    with pytest.raises(dualhead.UserError, match="answers must be logits of two images"):
+        dualhead.load(tmp_path / "out", factory=lambda: OwnNet(width=3))
+    written.write_text(whole)
     for folder in ("run", "out"):
         with pytest.raises(
             dualhead.UserError, match="with the same weights, answers otherwise than the one that was saved"

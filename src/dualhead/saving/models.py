@@ -87,8 +87,13 @@ def _answers(model: nn.Module, architecture: Architecture) -> Tensor | None:
 def _refuse_other_answers(model: nn.Module, architecture: Architecture, known: Any) -> None:
     """Refuse a network that reads weights otherwise than the one that was saved, such as by another activation."""
     found = None if known is None or not _comes_from_outside(architecture) else _answers(model, architecture)
-    wanted = torch.tensor(known) if found is not None else None
-    if found is None or wanted is None or found.shape != wanted.shape:
+    if found is None:
+        return
+    try:
+        wanted = torch.tensor(known, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{CONFIG}: {ANSWERS} must be logits of two images; the file is damaged") from None
+    if found.shape != wanted.shape:  # of one logit that was saved as two
         return
     apart, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
     if apart > _ANSWERS_DIFFER * largest:
